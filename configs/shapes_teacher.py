@@ -1,0 +1,31 @@
+"""The bundled teacher: a PixArt of 1 M parameters on the captioned shapes, by plain denoising.
+
+Command:  gadjax train --config configs/shapes_teacher.py --workdir runs/shapes_teacher
+Hardware: 2 CPU cores.
+Result:   see gadjax/assets/shapes_teacher/README.md
+
+`teacher` names the folder whose text encoder and autoencoder are used; student.init="random"
+starts the transformer anew, "teacher" goes on from its weights.
+"""
+
+from gadjax.training.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.teacher = "asset:shapes_teacher"
+    config.guidance = 3.0
+    config.student.init = "random"
+    config.student.steps = 1  # of no use to plain denoising
+    config.student.timesteps = (999,)
+    config.objective = {"denoising": {}}
+    config.steps = 60_000
+    config.batch = 128
+    config.remat = False
+    config.optim.update(lr=1e-3, warmup=500, decay=60_000, b2=0.99, weight_decay=1e-3)
+    config.ema = 0.9995
+    config.data.update(world="gadjax.worlds.shapes", dropout=0.1, length=16)
+    config.checkpoint.every = 1000
+    config.log.every = 100
+    config.preview.every = 2000
+    return config

@@ -1,0 +1,231 @@
+"""The weight files of one component, read and written as diffusers and transformers name them."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gadjax.convert.layout import Tensor, read_header, target_dtype, write_file
+from gadjax.convert.pickles import PickledTensor, read_pickle
+from gadjax.convert.tensors import LISTED, all_finite
+from gadjax.errors import InputError
+
+MAX_SHARD_BYTES = 10 * 10**9  # as diffusers splits
+
+# The variant stands before the ending, before .json of an index, or, in older ones, before both.
+WEIGHTS_NAME = re.compile(
+    r"(diffusion_pytorch_model|model|pytorch_model)(\.(?P<variant>\w+))?"
+    r"\.(?P<kind>safetensors|bin)(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a component's weight files hold, from their headers.
+
+    variant: the one whose files these are, None for the plain ones. files: all of them, an index
+    first. entries: by key, in the order of the data.
+    """
+
+    folder: Path
+    variant: str | None
+    files: tuple[Path, ...]
+    entries: dict[str, Tensor | PickledTensor]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: entry.shape for key, entry in self.entries.items()}
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        return {key: entry.dtype for key, entry in self.entries.items()}
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        return self.stream()
+
+    def stream(self, keys: Collection[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """(key, array) one at a time, in the order of the files; all keys or the given ones.
+
+        Raises: InputError naming file and tensor at the first that is not finite.
+        """
+        for key, entry in self.entries.items():
+            if keys is not None and key not in keys:
+                continue
+            value = entry.read()
+            if not all_finite(value):
+                raise InputError(f"{entry.path}: found NaN or infinity in {key}; expected none")
+            yield key, value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises: InputError when it is absent, unreadable or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: found {error.strerror}; expected a JSON file") from None
+    except ValueError as error:
+        raise InputError(f"{path}: corrupt: found {error}; expected JSON") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: found a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def open_weights(
+    folder: Path, variant: str | None = None, *, allow_pickle: bool = False
+) -> Weights:
+    """Find a component's weights and read their headers, not their data.
+
+    variant: None takes the plain files or, in their absence, the only variant there is.
+    allow_pickle: read torch's .bin too, by its weights-only reader.
+    Raises: InputError for a folder, file, shard or header that is not as it should be.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: found no such folder; expected one with weights")
+    path, kind, variant = _choose(folder, variant)
+    if kind == "bin" and not allow_pickle:
+        raise InputError(
+            f"{path}: found a pickle, which can run code when it is opened; expected safetensors "
+            "(allow_pickle reads it by torch's weights-only reader)"
+        )
+    read = read_header if kind == "safetensors" else read_pickle
+    if path.suffix != ".json":
+        return Weights(folder, variant, (path,), read(path))
+    shards = _read_index(path)
+    entries: dict[str, Tensor | PickledTensor] = {}
+    for shard, keys in shards.items():
+        held = read(shard)
+        if set(held) != keys:
+            lacking, extra = sorted(keys - set(held)), sorted(set(held) - keys)
+            what = f"no {_some(lacking)}" if lacking else f"{_some(extra)} beside the named ones"
+            raise InputError(f"{shard}: found {what}; expected the tensors named by {path.name}")
+        entries |= held
+    return Weights(folder, variant, (path, *shards), entries)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _choose(folder: Path, variant: str | None) -> tuple[Path, str, str | None]:
+    """The file or index to read, its kind and its variant. A whole file goes before an index."""
+    found: dict[str, dict[str | None, Path]] = {"safetensors": {}, "bin": {}}
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        if match := WEIGHTS_NAME.fullmatch(name):
+            of = match["variant"] or match["index_variant"]
+            found[match["kind"]].setdefault(of, folder / name)
+    for kind, variants in found.items():
+        if variant in variants:
+            return variants[variant], kind, variant
+        if variant is None and len(variants) == 1:
+            only, path = next(iter(variants.items()))
+            return path, kind, only
+    held = sorted({of or "the plain one" for variants in found.values() for of in variants})
+    if held and variant is None:
+        raise InputError(f"{folder}: found variants {', '.join(held)}; expected one to be chosen")
+    if held:
+        raise InputError(f"{folder}: found no variant {variant}; expected {' or '.join(held)}")
+    raise InputError(
+        f"{folder}: found no weights, only {_some(names) or 'nothing'}; expected "
+        "diffusion_pytorch_model.safetensors or model.safetensors, whole or with an index"
+    )
+
+
+def _read_index(path: Path) -> dict[Path, set[str]]:
+    """Shard -> the keys that an index places in it; all shards are there."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+    ):
+        raise InputError(f"{path}: found no usable weight_map; expected tensor -> file beside it")
+    shards: dict[Path, set[str]] = {}
+    for key, name in weight_map.items():
+        shards.setdefault(path.parent / name, set()).add(key)
+    if missing := sorted(shard.name for shard in shards if not shard.is_file()):
+        raise InputError(f"{path}: found no shard {_some(missing)}; expected it beside the index")
+    return dict(sorted(shards.items()))
+
+
+def write_weights(
+    folder: Path,
+    stem: str,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    variant: str | None = None,
+    dtype=None,
+) -> list[Path]:
+    """Write a component's tensors as one safetensors file or, when too large, shards and an index.
+
+    stem: diffusion_pytorch_model for a diffusers class, model for one of transformers. tensors:
+    may be strided views, which are laid out one at a time. dtype: cast the floating ones; None
+    keeps theirs.
+    Returns: the files. Raises: InputError naming a tensor that is not finite in its dtype.
+    """
+    tensors = dict(tensors)
+    shards: list[dict[str, np.ndarray]] = []
+    total = filled = 0
+    for key, value in tensors.items():
+        size = value.size * target_dtype(value, dtype).itemsize
+        if not shards or (filled and filled + size > max_shard_bytes):
+            shards.append({})
+            filled = 0
+        shards[-1][key] = value
+        filled, total = filled + size, total + size
+    folder.mkdir(parents=True, exist_ok=True)
+    base = stem if variant is None else f"{stem}.{variant}"
+    parts = [f"-{i + 1:05d}-of-{len(shards):05d}" for i in range(len(shards))]
+    names = [f"{base}{part if len(shards) > 1 else ''}.safetensors" for part in parts]
+    for name, shard in zip(names, shards, strict=True):
+        write_file(folder / name, shard, dtype)
+    written = [folder / name for name in names]
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {k: n for n, shard in zip(names, shards, strict=True) for k in shard},
+        }
+        ending = "json" if variant is None else f"{variant}.json"
+        written.insert(0, folder / f"{stem}.safetensors.index.{ending}")
+        written[0].write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return written
+
+
+def copy_weights(weights: Weights, folder: Path) -> None:
+    """Copy weight files as they are, under plain names: without their variant."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in weights.files:
+        target = folder / _plain(path.name, weights.variant)
+        if path.suffix != ".json":
+            shutil.copyfile(path, target)
+            continue
+        index = read_json(path)
+        index["weight_map"] = {
+            key: _plain(name, weights.variant) for key, name in index["weight_map"].items()
+        }
+        target.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _plain(name: str, variant: str | None) -> str:
+    return name if variant is None else name.replace(f".{variant}", "", 1)
+
+
+def fingerprint(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
+    """32 hex digits for names, shapes, dtypes and values, whatever the order and the files.
+
+    tensors: opened weights, or `tensors_from_params` of what was read from them: both give the
+    same.
+    """
+    digests = []
+    for key, value in tensors:
+        digest = hashlib.blake2b(f"{key}\0{value.dtype}\0{value.shape}\0".encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        digests.append(digest.digest())
+    return hashlib.blake2b(b"".join(sorted(digests)), digest_size=16).hexdigest()

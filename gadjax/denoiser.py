@@ -1,0 +1,61 @@
+"""A network, its schedule and its parameterization as one thing; guidance in one place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from gadjax.parameterization import from_prediction, to_prediction
+from gadjax.schedules import NoiseSchedule, expand
+from gadjax.types import Cond, Params, Prediction
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """Teacher, student and critic are one Denoiser with three sets of parameters.
+
+    apply: (params, x_BHWC, t_B, cond) -> raw_BHWC, in any compute dtype; what leaves here is
+      float32 (float64 where x is), because x0 = (x - sigma eps) / alpha magnifies rounding.
+    """
+
+    apply: Callable[[Params, jax.Array, jax.Array, Cond], jax.Array]
+    schedule: NoiseSchedule
+    parameterization: str
+
+    def raw(self, params: Params, x_BHWC, t_B, cond: Cond):
+        """The network's own output, float32. t_B: [B] or a scalar, in the network's units."""
+        t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
+        return self.apply(params, x_BHWC, t_B, cond).astype(x_BHWC.dtype)
+
+    def read(self, raw_BHWC, x_BHWC, t_B) -> Prediction:
+        """A raw output as x0 and eps."""
+        t_B = jnp.asarray(t_B, x_BHWC.dtype)
+        return to_prediction(
+            self.parameterization, raw_BHWC, x_BHWC, *self.schedule.alpha_sigma(t_B)
+        )
+
+    def __call__(self, params: Params, x_BHWC, t_B, cond: Cond) -> Prediction:
+        return self.read(self.raw(params, x_BHWC, t_B, cond), x_BHWC, t_B)
+
+    def guided(self, params: Params, x_BHWC, t_B, cond: Cond, null: Cond, scale) -> Prediction:
+        """Classifier-free guidance null + scale (cond - null), both in one call of the network.
+
+        scale: a float or [B]. The Python number 1 leaves the second half out.
+        """
+        if isinstance(scale, int | float) and scale == 1:
+            return self(params, x_BHWC, t_B, cond)
+        t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
+        twice = jnp.concatenate([x_BHWC, x_BHWC])
+        told, untold = jnp.split(self.raw(params, twice, jnp.tile(t_B, 2), both), 2)
+        scale = expand(jnp.asarray(scale, x_BHWC.dtype), x_BHWC)
+        return self.read(untold + scale * (told - untold), x_BHWC, t_B)
+
+    def denoising_loss(self, params: Params, x0_BHWC, eps_BHWC, t_B, cond: Cond):
+        """Mean squared error of the raw output at x_t = alpha x0 + sigma eps, per sample [B]."""
+        alpha, sigma = self.schedule.alpha_sigma(t_B)
+        x_t = expand(alpha, x0_BHWC) * x0_BHWC + expand(sigma, x0_BHWC) * eps_BHWC
+        target = from_prediction(self.parameterization, Prediction(x0_BHWC, eps_BHWC), alpha, sigma)
+        error = self.raw(params, x_t, t_B, cond) - target
+        return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))

@@ -1,0 +1,159 @@
+"""Layers that several backbones share. Parameter names follow diffusers where a module has any."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gadjax.errors import InputError
+from gadjax.ops.attention import attention
+
+MASKED = -10_000.0  # finite, so that a prompt without any token attends evenly instead of to NaN
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU in its tanh approximation ("gelu-approximate" in diffusers)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Normalise the last axis, without scale or bias; statistics in at least float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def mask_bias(mask_BM: jax.Array) -> jax.Array:
+    """1 = keep, 0 = discard -> float32 bias [B, 1, 1, M] on attention logits."""
+    return ((1.0 - mask_BM.astype(jnp.float32)) * MASKED)[:, None, None, :]
+
+
+def timestep_sinusoid(t_B: jax.Array, channels: int) -> jax.Array:
+    """[cos | sin] features of a possibly fractional time: float32 [B, channels]."""
+    half = channels // 2
+    # Rounded as diffusers rounds them: at t near 1000 an ulp of the frequency shows in the sine.
+    exponents = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    angles = t_B.astype(jnp.float32)[:, None] * np.exp(exponents)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _sincos_axis(count: int, channels: int, base: int, scale: float) -> np.ndarray:
+    """[sin | cos] of `count` positions stretched over `base` / `scale` units: [count, channels]."""
+    # diffusers rounds the positions, not the angles, to float32; trained weights expect that.
+    positions = np.arange(count, dtype=np.float32) / np.float32(count / base) / np.float32(scale)
+    half = channels // 2
+    angles = positions[:, None] * 10_000.0 ** -(np.arange(half, dtype=np.float64) / half)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+
+def sincos_positions(
+    height: int, width: int, channels: int, base: int, scale: float, dtype=jnp.float32
+) -> jax.Array:
+    """Position table of a grid of patches, any aspect: [height * width, channels], row by row.
+
+    The first half of the channels encodes the column, the second the row. `base` is the side of
+    the grid of the training size, onto which every other size is interpolated.
+    """
+    # Only the two axes become constants of the program; the whole table would be megabytes.
+    half = channels // 2
+    columns = jnp.asarray(_sincos_axis(width, half, base, scale), dtype)[None, :]
+    rows = jnp.asarray(_sincos_axis(height, half, base, scale), dtype)[:, None]
+    grid = (height, width, half)
+    table = jnp.concatenate([jnp.broadcast_to(columns, grid), jnp.broadcast_to(rows, grid)], -1)
+    return table.reshape(height * width, channels)
+
+
+def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
+    """[B, H, W, C] -> tokens [B, H/p * W/p, p * p * C], row by row; raises InputError if p does
+    not divide H and W."""
+    b, h, w, c = x_BHWC.shape
+    if h % patch or w % patch:
+        raise InputError(f"latents: found {h} x {w}; expected multiples of the patch size {patch}")
+    x = x_BHWC.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
+    return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(tokens_BND: jax.Array, height: int, width: int, patch: int) -> jax.Array:
+    """Inverse of `patchify` for an image of `height` x `width`."""
+    h, w = height // patch, width // patch
+    x = tokens_BND.reshape(tokens_BND.shape[0], h, w, patch, patch, -1).swapaxes(2, 3)
+    return x.reshape(x.shape[0], height, width, -1)
+
+
+class PatchProjection(nnx.Module):
+    """A convolution whose stride is its size, as one product: [B, H, W, C] -> [B, N, D]."""
+
+    def __init__(self, channels: int, dim: int, patch: int, *, dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2))
+        self.kernel = nnx.Param(init(rngs.params(), (patch, patch, channels, dim)))
+        self.bias = nnx.Param(jnp.zeros(dim))
+        self.patch, self.dtype = patch, dtype
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        tokens = patchify(x_BHWC.astype(self.dtype), self.patch)
+        return tokens @ kernel.reshape(-1, kernel.shape[-1]) + bias
+
+
+class Mlp(nnx.Module):
+    """Two biased linear layers with an activation between them.
+
+    The timestep embedding (silu), the caption projection and the feed-forward (gelu_tanh).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        out: int,
+        activation: Callable[[jax.Array], jax.Array],
+        *,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.linear_1 = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs)
+        self.linear_2 = nnx.Linear(hidden, out, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of tokens to a context, or to themselves without one."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        *,
+        context_dim: int | None = None,
+        bias: bool = True,
+        out_bias: bool = True,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        inner, context_dim = heads * head_dim, dim if context_dim is None else context_dim
+        self.to_q = nnx.Linear(dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_k = nnx.Linear(context_dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_v = nnx.Linear(context_dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.Linear(inner, dim, use_bias=out_bias, dtype=dtype, rngs=rngs)
+        self.heads = heads
+
+    def __call__(
+        self,
+        x_BND: jax.Array,
+        context_BMC: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, N, D] -> [B, N, D]; `bias` broadcasts to the logits [B, heads, N, M]."""
+        context_BMC = x_BND if context_BMC is None else context_BMC
+        q, k, v = self.to_q(x_BND), self.to_k(context_BMC), self.to_v(context_BMC)
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
+        out_BNHK = attention(q, k, v, bias)
+        return self.to_out(out_BNHK.reshape(*out_BNHK.shape[:2], -1))

@@ -1,0 +1,93 @@
+"""From an nnx module to pure functions of a nested dict, and from its paths to a file's keys."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+
+from gadjax.types import Params
+
+
+class Functional(NamedTuple):
+    """A network as pure functions. `abstract` holds shapes and dtypes and takes no memory."""
+
+    apply: Callable[..., Any]
+    init: Callable[[jax.Array], Params]
+    abstract: Params
+
+
+def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
+    """Leave nnx: `apply(params, *args, method="name")`, `init(key) -> params`, `abstract`."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    abstract = nnx.to_pure_dict(state)
+
+    def apply(params, *args, method="__call__", **kwargs):
+        return getattr(nnx.merge(graphdef, params), method)(*args, **kwargs)
+
+    def init(key):
+        return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)))[1])
+
+    return Functional(apply, init, abstract)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """One module whose every leaf has a leading axis of `count` layers."""
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
+
+
+def scan_blocks(blocks: nnx.Module, x, call: Callable[[nnx.Module, Any], Any], remat: bool):
+    """Run stacked blocks in order: `x = call(block, x)`; `remat` recomputes each in reverse."""
+
+    def body(x, block):
+        return call(block, x), None
+
+    # prevent_cse is for code outside scan; inside, it only blocks fusion.
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, blocks)[0]
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Nested dict -> {'a/b/c': leaf}."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+    """{'a/b/c': leaf} -> nested dict."""
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def cast(params: Params, dtype) -> Params:
+    """Every floating leaf in `dtype`."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
+    )
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How a parameter's path spells as a key of the diffusers file.
+
+    renames: regex substitutions, in order, on the '/'-joined path; '#' in the result stands for
+      the layer index, and marks a leaf whose leading axis is the layer.
+    ignored: regexes of file keys that are derived and read past; they are never written.
+    aliases: regex substitutions from older spellings of a file key to the current one.
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+
+    def key(self, path: str) -> str:
+        for pattern, replacement in self.renames:
+            path = re.sub(pattern, replacement, path)
+        *parents, last = path.split("/")
+        last = "weight" if last in ("kernel", "scale", "embedding") else last
+        return ".".join([*parents, last])
+
+    def canonical(self, key: str) -> str:
+        for pattern, replacement in self.aliases:
+            key = re.sub(pattern, replacement, key)
+        return key

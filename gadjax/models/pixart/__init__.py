@@ -1,0 +1,8 @@
+"""PixArt-alpha's transformer (diffusers PixArtTransformer2DModel)."""
+
+from gadjax.models.pixart.keymap import KEYMAP
+from gadjax.models.pixart.net import CLASS_NAMES, Config, build
+from gadjax.models.pixart.predict import extras, predictor
+from gadjax.models.pixart.rules import RULES
+
+__all__ = ["CLASS_NAMES", "KEYMAP", "RULES", "Config", "build", "extras", "predictor"]

@@ -1,0 +1,250 @@
+"""PixArt-alpha's denoiser: a transformer over patches, modulated by one shared time projection.
+
+Follows diffusers' PixArtTransformer2DModel. Parameters are cast to the compute dtype at use.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gadjax.errors import InputError
+from gadjax.models import layers
+from gadjax.models.module import scan_blocks, stack
+
+# The second is what the published repositories still say.
+CLASS_NAMES = ("PixArtTransformer2DModel", "Transformer2DModel")
+TIME_CHANNELS = 256
+OUT_EPS = 1e-6  # the last norm does not follow norm_eps
+
+# Options of the file's config with one supported value (the default, where the file has none).
+FIXED = {
+    "norm_type": "ada_norm_single",
+    "activation_fn": "gelu-approximate",
+    "attention_type": "default",
+    "norm_elementwise_affine": False,
+    "double_self_attention": False,
+    "only_cross_attention": False,
+    "num_vector_embeds": None,
+    "dropout": 0.0,
+}
+# Options that change nothing here: no group norm, no class table, softmax is float32 anyway.
+COSMETIC = ("norm_num_groups", "num_embeds_ada_norm", "upcast_attention", "use_linear_projection")
+COSMETIC += ("cross_attention_dim",)  # checked against the width
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of a diffusers config.json that shape the network, under their names there."""
+
+    num_attention_heads: int = 16
+    attention_head_dim: int = 72
+    num_layers: int = 28
+    in_channels: int = 4
+    out_channels: int = 8
+    patch_size: int = 2
+    sample_size: int = 128
+    caption_channels: int = 4096
+    attention_bias: bool = True
+    norm_eps: float = 1e-6
+    interpolation_scale: float | None = None
+    use_additional_conditions: bool | None = None
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def position_scale(self) -> float:
+        """By how much positions are compressed: from 64 latents a side on, to those of 64."""
+        if self.interpolation_scale is None:
+            return max(self.sample_size // 64, 1)
+        return self.interpolation_scale
+
+    @property
+    def sized(self) -> bool:
+        """Whether the network is told the resolution and the aspect ratio."""
+        if self.use_additional_conditions is None:
+            return self.sample_size == 128
+        return self.use_additional_conditions
+
+    @classmethod
+    def from_dict(cls, cfg: dict) -> "Config":
+        """Read a diffusers config.json. Raises: InputError naming the first unsupported key."""
+        names = {f.name for f in fields(cls)}
+        for key, value in cfg.items():
+            if key in FIXED and (value or None) != (FIXED[key] or None):
+                raise InputError(f"{key}: found {value!r}; expected {FIXED[key]!r}")
+            if not (key in names or key in FIXED or key in COSMETIC or key.startswith("_")):
+                raise InputError(f"{key}: found {value!r}; expected an option of PixArt")
+        if cfg.get("_class_name") == "Transformer2DModel" and "norm_type" not in cfg:
+            raise InputError("norm_type: found nothing; expected 'ada_norm_single'")
+        if cfg.get("caption_channels") is None:
+            raise InputError("caption_channels: found none; expected the text encoder's width")
+        given = {k: v for k, v in cfg.items() if k in names and v is not None}
+        if cfg.get("out_channels", 8) is None:
+            given["out_channels"] = given.get("in_channels", 4)
+        config = cls(**given)
+        cross = cfg.get("cross_attention_dim", 1152)
+        if cross != config.dim:
+            raise InputError(
+                f"cross_attention_dim: found {cross}; expected {config.dim}, the model's width"
+            )
+        if config.dim % (12 if config.sized else 4):
+            raise InputError(
+                f"attention_head_dim: found a width of {config.dim}; expected a multiple of 4, "
+                "and of 12 with use_additional_conditions"
+            )
+        return config
+
+
+def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
+    """A maker of the network, to be called with nnx.Rngs; `remat` recomputes blocks in reverse."""
+    return lambda rngs: PixArt(config, dtype=dtype, remat=remat, rngs=rngs)
+
+
+def _table(rngs: nnx.Rngs, rows: int, dim: int) -> nnx.Param:
+    return nnx.Param(jax.random.normal(rngs.params(), (rows, dim)) / dim**0.5)
+
+
+class PatchEmbed(nnx.Module):
+    """Latents -> patch tokens with their positions, for any size."""
+
+    def __init__(self, c: Config, *, dtype, rngs: nnx.Rngs):
+        self.proj = layers.PatchProjection(
+            c.in_channels, c.dim, c.patch_size, dtype=dtype, rngs=rngs
+        )
+        self.base, self.scale = c.sample_size // c.patch_size, c.position_scale
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        tokens_BND = self.proj(x_BHWC)
+        h, w = (n // self.proj.patch for n in x_BHWC.shape[1:3])
+        # The sum is in float32 and then rounded once.
+        wide = jnp.promote_types(tokens_BND.dtype, jnp.float32)
+        table = layers.sincos_positions(h, w, tokens_BND.shape[-1], self.base, self.scale, wide)
+        return (tokens_BND + table).astype(tokens_BND.dtype)
+
+
+class TimeSizeEmbedding(nnx.Module):
+    """Time, and with `sized` the original resolution and aspect ratio, as one vector."""
+
+    def __init__(self, dim: int, sized: bool, *, dtype, rngs: nnx.Rngs):
+        def mlp(out):
+            return layers.Mlp(TIME_CHANNELS, out, out, jax.nn.silu, dtype=dtype, rngs=rngs)
+
+        self.timestep_embedder = mlp(dim)
+        if sized:
+            self.resolution_embedder = mlp(dim // 3)
+            self.aspect_ratio_embedder = mlp(dim // 3)
+        self.sized = sized
+
+    def __call__(self, t_B: jax.Array, added: dict[str, jax.Array] | None) -> jax.Array:
+        time_BD = self.timestep_embedder(layers.timestep_sinusoid(t_B, TIME_CHANNELS))
+        if not self.sized:
+            return time_BD
+        added = added or {}
+        sizes = []
+        for name, count in (("resolution", 2), ("aspect_ratio", 1)):
+            value, shape = added.get(name), (t_B.shape[0], count)
+            if value is None or value.shape != shape:
+                found = "nothing" if value is None else f"shape {value.shape}"
+                raise InputError(f"added[{name!r}]: found {found}; expected an array {shape}")
+            features = layers.timestep_sinusoid(value.reshape(-1), TIME_CHANNELS)
+            sizes.append(getattr(self, f"{name}_embedder")(features).reshape(t_B.shape[0], -1))
+        return time_BD + jnp.concatenate(sizes, axis=-1)
+
+
+class AdaLayerNormSingle(nnx.Module):
+    """The modulation that all blocks share: its input vector and its six projections."""
+
+    def __init__(self, dim: int, sized: bool, *, dtype, rngs: nnx.Rngs):
+        self.emb = TimeSizeEmbedding(dim, sized, dtype=dtype, rngs=rngs)
+        self.linear = nnx.Linear(dim, 6 * dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, t_B: jax.Array, added) -> tuple[jax.Array, jax.Array]:
+        embedded_BD = self.emb(t_B, added)
+        modulation_BE = self.linear(jax.nn.silu(embedded_BD))
+        return modulation_BE.reshape(*embedded_BD.shape[:1], 6, -1), embedded_BD
+
+
+class Block(nnx.Module):
+    """Modulated self-attention, plain cross-attention, modulated feed-forward."""
+
+    def __init__(self, c: Config, *, dtype, rngs: nnx.Rngs):
+        def attn():
+            return layers.Attention(
+                c.dim,
+                c.num_attention_heads,
+                c.attention_head_dim,
+                bias=c.attention_bias,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.attn1, self.attn2 = attn(), attn()
+        self.ff = layers.Mlp(c.dim, 4 * c.dim, c.dim, layers.gelu_tanh, dtype=dtype, rngs=rngs)
+        self.scale_shift_table = _table(rngs, 6, c.dim)
+        self.eps = c.norm_eps
+
+    def __call__(self, x_BND, modulation_B6D, text_BLD, bias) -> jax.Array:
+        table = self.scale_shift_table[...].astype(x_BND.dtype) + modulation_B6D
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
+        normed = layers.layer_norm(x_BND, self.eps) * (1 + scale1) + shift1
+        x_BND = x_BND + gate1 * self.attn1(normed)
+        # No norm and no gate here: the weights were trained so.
+        x_BND = x_BND + self.attn2(x_BND, text_BLD, bias)
+        normed = layers.layer_norm(x_BND, self.eps) * (1 + scale2) + shift2
+        return x_BND + gate2 * self.ff(normed)
+
+
+class PixArt(nnx.Module):
+    """The denoiser; see `__call__`."""
+
+    def __init__(self, config: Config, *, dtype, remat: bool, rngs: nnx.Rngs):
+        c, dim = config, config.dim
+        self.pos_embed = PatchEmbed(c, dtype=dtype, rngs=rngs)
+        self.adaln_single = AdaLayerNormSingle(dim, c.sized, dtype=dtype, rngs=rngs)
+        self.caption_projection = layers.Mlp(
+            c.caption_channels, dim, dim, layers.gelu_tanh, dtype=dtype, rngs=rngs
+        )
+        self.blocks = stack(lambda r: Block(c, dtype=dtype, rngs=r), c.num_layers, rngs)
+        self.scale_shift_table = _table(rngs, 2, dim)
+        self.proj_out = nnx.Linear(dim, c.patch_size**2 * c.out_channels, dtype=dtype, rngs=rngs)
+        self.patch, self.remat = c.patch_size, remat
+
+    def __call__(
+        self,
+        x_BHWC: jax.Array,
+        t_B: jax.Array,
+        text_BLD: jax.Array,
+        mask_BL: jax.Array,
+        added: dict[str, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Prediction for noisy latents.
+
+        Args:
+          x_BHWC: latents; H and W multiples of the patch size, otherwise free.
+          t_B: times in [0, 1000), integer or fractional.
+          text_BLD: the text encoder's states.
+          mask_BL: 1 for the tokens of the prompt, 0 for padding.
+          added: {"resolution": [B, 2] (height, width in pixels), "aspect_ratio": [B, 1]}; read
+            only by a network with `Config.sized`, which needs it.
+
+        Returns: [B, H, W, out_channels] in the compute dtype; with a learned sigma the noise is
+          the first half of the channels.
+        Raises: InputError for a size the patch does not divide, or without a needed `added`.
+        """
+        modulation_B6D, embedded_BD = self.adaln_single(t_B, added)
+        text_BLD, bias = self.caption_projection(text_BLD), layers.mask_bias(mask_BL)
+        x_BND = scan_blocks(
+            self.blocks,
+            self.pos_embed(x_BHWC),
+            lambda block, x: block(x, modulation_B6D, text_BLD, bias),
+            self.remat,
+        )
+        table = self.scale_shift_table[...].astype(x_BND.dtype) + embedded_BD[:, None]
+        shift, scale = jnp.split(table, 2, axis=1)
+        x_BND = self.proj_out(layers.layer_norm(x_BND, OUT_EPS) * (1 + scale) + shift)
+        return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.patch)

@@ -1,0 +1,29 @@
+"""How a Denoiser calls this family: what it is told, and which of its channels are the answer."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gadjax.models.pixart.net import Config
+from gadjax.types import Cond, Params
+
+
+def extras(config: Config, samples: int, height: int, width: int) -> dict[str, jax.Array] | None:
+    """Micro-conditioning of the 1024 models for pictures of height x width pixels, or None."""
+    if not config.sized:
+        return None
+    return {
+        "resolution": jnp.tile(jnp.array([[height, width]], jnp.float32), (samples, 1)),
+        "aspect_ratio": jnp.full((samples, 1), height / width, jnp.float32),
+    }
+
+
+def predictor(apply: Callable, config: Config) -> Callable[..., jax.Array]:
+    """(params, x_BHWC, t_B, cond) -> raw_BHWC without the learned-variance channels."""
+
+    def call(params: Params, x_BHWC, t_B, cond: Cond):
+        raw = apply(params, x_BHWC, t_B, cond.text, cond.mask, cond.extras)
+        return raw[..., : config.in_channels]
+
+    return call

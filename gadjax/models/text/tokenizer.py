@@ -1,0 +1,104 @@
+"""Text -> token ids, with the tokenizer files of a diffusers folder, and a vocabulary of words.
+
+transformers' T5Tokenizer does the work (it needs no torch), as in diffusers'
+PixArtAlphaPipeline.encode_prompt. Kudo, arXiv:1804.10959, is the unigram model behind it.
+"""
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gadjax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import T5Tokenizer
+
+FILES = ("tokenizer.json", "spiece.model")
+SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2: T5Tokenizer takes id 2 as the unknown one
+SPACE = "▁"
+
+
+def preprocess(texts: str | Sequence[str]) -> list[str]:
+    """Lower case without outer white space: the pipeline's cleaning with clean_caption=False.
+
+    PixArtAlphaPipeline.__call__ defaults to clean_caption=True, which also strips markup and
+    needs bs4 and ftfy; where one of them is missing it warns and does what is done here. For
+    equal tokens call it with clean_caption=False.
+    """
+    return [text.lower().strip() for text in ([texts] if isinstance(texts, str) else texts)]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """`tokenizer(texts, length) -> (ids_BL, mask_BL)`, both int32; B texts of L = `length` tokens.
+
+    Texts are preprocessed here. Short ones are padded (mask 0), long ones are cut before the
+    closing </s>, which every text keeps.
+    """
+
+    backend: "T5Tokenizer"
+
+    def __call__(self, texts: str | Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        out = self.backend(
+            preprocess(texts), padding="max_length", max_length=length, truncation=True
+        )
+        return np.asarray(out["input_ids"], np.int32), np.asarray(out["attention_mask"], np.int32)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The T5 tokenizer saved in a local folder; the network is never asked.
+
+    Raises: InputError for a folder without tokenizer.json or spiece.model, or with files that
+    are not a T5 tokenizer's.
+    """
+    folder = Path(folder)
+    expected = f"expected a T5 tokenizer ({' or '.join(FILES)})"
+    # Without them transformers would make up a vocabulary of special tokens.
+    if not any((folder / name).is_file() for name in FILES):
+        raise InputError(f"{folder}: found no tokenizer file; {expected}")
+
+    from transformers import T5Tokenizer
+
+    try:
+        backend = T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the Rust library raises bare Exception
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{folder}: found unreadable files ({reason}); {expected}") from error
+    # Of an empty or foreign vocabulary transformers still makes a tokenizer.
+    if (ids := backend.convert_tokens_to_ids(list(SPECIAL))) != [0, 1, 2]:
+        raise InputError(f"{folder}: found ids {ids} for {', '.join(SPECIAL)}; {expected}")
+    return Tokenizer(backend)
+
+
+def build_word_tokenizer(words: Sequence[str]) -> "T5Tokenizer":
+    """A T5 tokenizer that gives each of `words` one token: word i has id 3 + i.
+
+    The words are followed by a bare space and the letters a to z, far less likely, so that any
+    other lower-case text is spelt out; what is neither is <unk>. There are no <extra_id_*>.
+
+    Raises: InputError for a word that is repeated, or that preprocessing or splitting at white
+    space would change.
+    """
+    for word in words:
+        if not word or word != word.lower() or word.split() != [word] or SPACE in word:
+            raise InputError(f"words: found {word!r}; expected a lower-case word without spaces")
+    if len(set(words)) != len(words):
+        repeated = next(word for word in words if list(words).count(word) > 1)
+        raise InputError(f"words: found {repeated!r} more than once; expected distinct words")
+
+    from transformers import T5Tokenizer
+
+    # Log probabilities: a word must beat every way to spell it.
+    return T5Tokenizer(
+        vocab=[
+            *((token, 0.0) for token in SPECIAL),
+            *((SPACE + word, -1.0) for word in words),
+            (SPACE, -10.0),
+            *((letter, -10.0) for letter in string.ascii_lowercase),
+        ],
+        extra_ids=0,
+    )

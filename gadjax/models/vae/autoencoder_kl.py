@@ -1,0 +1,328 @@
+"""AutoencoderKL, the picture autoencoder of SD, SDXL, PixArt, SD3 and FLUX (diffusers' class).
+
+Pictures are NHWC in [-1, 1]; latents are NHWC, 2^(blocks - 1) times smaller per side. `encode` and
+`decode` work on raw latents: `scale` and `unscale` go to and from what the denoiser sees.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from gadjax.errors import InputError
+from gadjax.models.module import KeyMap
+
+CLASS_NAMES = ("AutoencoderKL",)
+
+KEYMAP = KeyMap(
+    renames=((r"to_out/", "to_out/0/"),),
+    # Files of the first Stable Diffusion releases spell the attention of the middle block so.
+    aliases=(
+        (r"(mid_block\.attentions\.\d+\.)query\.", r"\1to_q."),
+        (r"(mid_block\.attentions\.\d+\.)key\.", r"\1to_k."),
+        (r"(mid_block\.attentions\.\d+\.)value\.", r"\1to_v."),
+        (r"(mid_block\.attentions\.\d+\.)proj_attn\.", r"\1to_out.0."),
+    ),
+)
+
+# conv_out is cut along its inputs, since its outputs are a handful of channels.
+RULES = (
+    (r"/(conv_in|conv|conv1|conv2|conv_shortcut)/kernel$", P(None, None, None, "fsdp")),
+    (r"/conv_out/kernel$", P(None, None, "fsdp", None)),
+    (r"/to_(q|k|v|out)/kernel$", P("fsdp", None)),
+)
+
+EPSILON = 1e-6
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+_COSMETIC = ("sample_size", "force_upcast")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What decides the network and its latent's scale; names and defaults as in config.json."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @classmethod
+    def from_dict(cls, cfg: dict[str, Any]) -> "Config":
+        """Read a config.json. Raises InputError naming the key of an unsupported option."""
+        cfg = {k: v for k, v in cfg.items() if not k.startswith("_") and k not in _COSMETIC}
+        blocks = tuple(cfg.get("block_out_channels", (64,)))
+        for key, kind in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
+            found, expected = list(cfg.pop(key, [kind])), [kind] * len(blocks)
+            if found != expected:
+                raise InputError(f"{key}: found {found}; expected {expected}")
+        if (act := cfg.pop("act_fn", "silu")) not in ("silu", "swish"):
+            raise InputError(f"act_fn: found {act!r}; expected 'silu'")
+        names = {f.name for f in fields(cls)}
+        for key in sorted(set(cfg) - names):
+            if cfg[key] is not None:  # latents_mean and latents_std are null where they are absent
+                raise InputError(f"{key}: found {cfg[key]!r}; expected null or no such option")
+        known = {k: v for k, v in cfg.items() if k in names}
+        shift = known.pop("shift_factor", None) or 0.0
+        config = cls(**{**known, "block_out_channels": blocks, "shift_factor": shift})
+        if any(channels % config.norm_num_groups for channels in blocks):
+            raise InputError(
+                f"norm_num_groups: found {config.norm_num_groups}; "
+                f"expected a divisor of every one of block_out_channels {list(blocks)}"
+            )
+        return config
+
+
+def scale(latent_BHWC: jax.Array, config: Config) -> jax.Array:
+    """Raw latent [..., C] -> the latent the denoiser works on."""
+    return (latent_BHWC - config.shift_factor) * config.scaling_factor
+
+
+def unscale(latent_BHWC: jax.Array, config: Config) -> jax.Array:
+    """The denoiser's latent [..., C] -> the raw latent that `decode` takes."""
+    return latent_BHWC / config.scaling_factor + config.shift_factor
+
+
+def build(
+    config: Config, *, dtype: jnp.dtype = jnp.float32, remat: bool = True
+) -> Callable[[nnx.Rngs], nnx.Module]:
+    """A maker for `functional`, whose methods are "encode" and "decode".
+
+    `dtype` is what convolutions compute in; `remat` recomputes every residual block and the
+    attention in reverse mode, so that only their inputs are kept.
+    """
+    return lambda rngs: AutoencoderKL(config, _Layers(config.norm_num_groups, dtype, remat, rngs))
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Makers of the layers, which share these settings throughout the network."""
+
+    groups: int
+    dtype: jnp.dtype
+    remat: bool
+    rngs: nnx.Rngs
+
+    def conv(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nnx.Conv:
+        # A stride of 2 pads below and to the right only.
+        pad = (0, 1) if stride == 2 else (kernel // 2, kernel // 2)
+        return nnx.Conv(
+            inputs,
+            outputs,
+            (kernel, kernel),
+            stride,
+            padding=(pad, pad),
+            dtype=self.dtype,
+            rngs=self.rngs,
+        )
+
+    def norm(self, channels: int) -> nnx.GroupNorm:
+        return nnx.GroupNorm(
+            channels,
+            num_groups=self.groups,
+            epsilon=EPSILON,
+            use_fast_variance=False,
+            dtype=self.dtype,
+            rngs=self.rngs,
+        )
+
+    def linear(self, inputs: int, outputs: int) -> nnx.Linear:
+        return nnx.Linear(inputs, outputs, dtype=self.dtype, rngs=self.rngs)
+
+
+def _numbered(modules) -> nnx.Dict:
+    return nnx.Dict({str(i): module for i, module in enumerate(modules)})
+
+
+def _run(modules: nnx.Dict, x_BHWC):
+    for i in range(len(modules)):
+        x_BHWC = modules[str(i)](x_BHWC)
+    return x_BHWC
+
+
+class _Checkpointed(nnx.Module):
+    """A module whose `body(x)` is recomputed in reverse mode where `remat` is set."""
+
+    def __call__(self, x_BHWC):
+        body = type(self).body
+        return (jax.checkpoint(body) if self.remat else body)(self, x_BHWC)
+
+
+class ResnetBlock2D(_Checkpointed):
+    """Two (norm, SiLU, convolution) and the input, through a 1x1 where the width changes."""
+
+    def __init__(self, inputs: int, outputs: int, layers: _Layers):
+        self.norm1 = layers.norm(inputs)
+        self.conv1 = layers.conv(inputs, outputs)
+        self.norm2 = layers.norm(outputs)
+        self.conv2 = layers.conv(outputs, outputs)
+        self.conv_shortcut = layers.conv(inputs, outputs, 1) if inputs != outputs else None
+        self.remat = layers.remat
+
+    def body(self, x_BHWC):
+        h_BHWC = self.conv1(nnx.silu(self.norm1(x_BHWC)))
+        h_BHWC = self.conv2(nnx.silu(self.norm2(h_BHWC)))
+        return h_BHWC + (x_BHWC if self.conv_shortcut is None else self.conv_shortcut(x_BHWC))
+
+
+class Attention(_Checkpointed):
+    """Every position attends to every other, in one head as wide as the channels."""
+
+    def __init__(self, channels: int, layers: _Layers):
+        self.group_norm = layers.norm(channels)
+        self.to_q = layers.linear(channels, channels)
+        self.to_k = layers.linear(channels, channels)
+        self.to_v = layers.linear(channels, channels)
+        self.to_out = layers.linear(channels, channels)
+        self.remat = layers.remat
+
+    def body(self, x_BHWC):
+        batch, height, width, channels = x_BHWC.shape
+        h_BLC = self.group_norm(x_BHWC).reshape(batch, height * width, channels)
+        # jax.nn.dot_product_attention would take even a float64 softmax in float32.
+        logits_BLM = jnp.einsum(
+            "blc,bmc->blm",
+            self.to_q(h_BLC),
+            self.to_k(h_BLC),
+            preferred_element_type=jnp.promote_types(h_BLC.dtype, jnp.float32),
+        )
+        weight_BLM = nnx.softmax(logits_BLM * channels**-0.5).astype(h_BLC.dtype)
+        h_BLC = jnp.einsum("blm,bmc->blc", weight_BLM, self.to_v(h_BLC))
+        return x_BHWC + self.to_out(h_BLC).reshape(x_BHWC.shape)
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention (optional), residual block."""
+
+    def __init__(self, channels: int, attention: bool, layers: _Layers):
+        self.resnets = _numbered(ResnetBlock2D(channels, channels, layers) for _ in range(2))
+        self.attentions = _numbered([Attention(channels, layers)] if attention else [])
+
+    def __call__(self, x_BHWC):
+        x_BHWC = self.resnets["0"](x_BHWC)
+        return self.resnets["1"](_run(self.attentions, x_BHWC))
+
+
+class Downsample2D(nnx.Module):
+    """Halve both sides with a convolution."""
+
+    def __init__(self, channels: int, layers: _Layers):
+        self.conv = layers.conv(channels, channels, stride=2)
+
+    def __call__(self, x_BHWC):
+        return self.conv(x_BHWC)
+
+
+class Upsample2D(nnx.Module):
+    """Double both sides by repeating pixels, then convolve."""
+
+    def __init__(self, channels: int, layers: _Layers):
+        self.conv = layers.conv(channels, channels)
+
+    def __call__(self, x_BHWC):
+        return self.conv(jnp.repeat(jnp.repeat(x_BHWC, 2, axis=1), 2, axis=2))
+
+
+def _resnets(inputs: int, outputs: int, count: int, layers: _Layers) -> nnx.Dict:
+    return _numbered(ResnetBlock2D(outputs if i else inputs, outputs, layers) for i in range(count))
+
+
+class DownBlock(nnx.Module):
+    """Residual blocks, then Downsample2D in all blocks but the last."""
+
+    def __init__(self, inputs: int, outputs: int, count: int, last: bool, layers: _Layers):
+        self.resnets = _resnets(inputs, outputs, count, layers)
+        self.downsamplers = _numbered([] if last else [Downsample2D(outputs, layers)])
+
+    def __call__(self, x_BHWC):
+        return _run(self.downsamplers, _run(self.resnets, x_BHWC))
+
+
+class UpBlock(nnx.Module):
+    """Residual blocks, then Upsample2D in all blocks but the last."""
+
+    def __init__(self, inputs: int, outputs: int, count: int, last: bool, layers: _Layers):
+        self.resnets = _resnets(inputs, outputs, count, layers)
+        self.upsamplers = _numbered([] if last else [Upsample2D(outputs, layers)])
+
+    def __call__(self, x_BHWC):
+        return _run(self.upsamplers, _run(self.resnets, x_BHWC))
+
+
+def _blocks(make, widths: tuple[int, ...], count: int, layers: _Layers) -> nnx.Dict:
+    return _numbered(
+        make(widths[max(i - 1, 0)], width, count, i == len(widths) - 1, layers)
+        for i, width in enumerate(widths)
+    )
+
+
+class Encoder(nnx.Module):
+    """Picture -> mean and log-variance side by side: [B, H, W, in] -> [B, h, w, 2 latent]."""
+
+    def __init__(self, config: Config, layers: _Layers):
+        widths = config.block_out_channels
+        self.conv_in = layers.conv(config.in_channels, widths[0])
+        self.down_blocks = _blocks(DownBlock, widths, config.layers_per_block, layers)
+        self.mid_block = MidBlock(widths[-1], config.mid_block_add_attention, layers)
+        self.conv_norm_out = layers.norm(widths[-1])
+        self.conv_out = layers.conv(widths[-1], 2 * config.latent_channels)
+
+    def __call__(self, x_BHWC):
+        x_BHWC = self.mid_block(_run(self.down_blocks, self.conv_in(x_BHWC)))
+        return self.conv_out(nnx.silu(self.conv_norm_out(x_BHWC)))
+
+
+class Decoder(nnx.Module):
+    """Latent -> picture: [B, h, w, latent] -> [B, H, W, out]; one residual block more per stage."""
+
+    def __init__(self, config: Config, layers: _Layers):
+        widths = config.block_out_channels[::-1]
+        self.conv_in = layers.conv(config.latent_channels, widths[0])
+        self.mid_block = MidBlock(widths[0], config.mid_block_add_attention, layers)
+        self.up_blocks = _blocks(UpBlock, widths, config.layers_per_block + 1, layers)
+        self.conv_norm_out = layers.norm(widths[-1])
+        self.conv_out = layers.conv(widths[-1], config.out_channels)
+
+    def __call__(self, x_BHWC):
+        x_BHWC = _run(self.up_blocks, self.mid_block(self.conv_in(x_BHWC)))
+        return self.conv_out(nnx.silu(self.conv_norm_out(x_BHWC)))
+
+
+class AutoencoderKL(nnx.Module):
+    """Both halves. Source: diffusers, models/autoencoders/autoencoder_kl.py."""
+
+    def __init__(self, config: Config, layers: _Layers):
+        latent = config.latent_channels
+        self.encoder = Encoder(config, layers)
+        self.decoder = Decoder(config, layers)
+        self.quant_conv = layers.conv(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
+        self.post_quant_conv = (
+            layers.conv(latent, latent, 1) if config.use_post_quant_conv else None
+        )
+
+    def encode(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Picture [B, H, W, in] -> mean and clamped log-variance, each [B, h, w, latent]."""
+        moments_BHWC = self.encoder(image_BHWC)
+        if self.quant_conv is not None:
+            moments_BHWC = self.quant_conv(moments_BHWC)
+        mean_BHWC, logvar_BHWC = jnp.split(moments_BHWC, 2, axis=-1)
+        return mean_BHWC, jnp.clip(logvar_BHWC, LOGVAR_MIN, LOGVAR_MAX)
+
+    def decode(self, latent_BHWC: jax.Array) -> jax.Array:
+        """Raw latent [B, h, w, latent] -> picture [B, H, W, out], not clipped."""
+        if self.post_quant_conv is not None:
+            latent_BHWC = self.post_quant_conv(latent_BHWC)
+        return self.decoder(latent_BHWC)

@@ -1,0 +1,54 @@
+"""The diversity anchor of DP-DMD: the first step stays where the teacher's own noise leads."""
+
+from dataclasses import dataclass
+
+from gadjax.errors import InputError
+from gadjax.objectives.base import Context, Needs, TeacherMap, sample_mean
+from gadjax.objectives.compose import Addable
+from gadjax.objectives.matching import sg
+from gadjax.schedules import expand
+
+
+@dataclass(frozen=True)
+class Anchor(Addable):
+    """Step one regresses to a teacher target from the same z; nobody else trains it.
+
+    z_k is where the teacher's guided ODE is at the end of the student's first interval.
+    target="v" (flow models): |v_S - (z - z_k) / (t_1 - t_k)|^2, v = eps - x0 (arXiv 2602.03139,
+      section 3). For any other schedule the same secant: the (x0, eps) whose straight path passes
+      through z and z_k.
+    target="x0" (diffusion models): |x0_S(z) - T_w(z_k)|^2.
+    Teacher and targets are stop-gradiented. Needs the gradient cut after the first step.
+    Cost: the map is shared with GAD's of the same kind; "x0" adds 2 teacher evaluations.
+    """
+
+    target: str = "v"
+    steps: int = 4
+
+    def __post_init__(self):
+        if self.target not in ("v", "x0"):
+            raise InputError(f"objective.anchor.target: found {self.target!r}; expected v or x0")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(student=True, cut_first=True, maps={TeacherMap("next", self.steps): False})
+
+    def __call__(self, context: Context):
+        said, _ = context.student
+        arrived = sg(context.maps[TeacherMap("next", self.steps)][0])
+        if self.target == "x0":
+            error = said.x0 - sg(context.teacher(arrived, context.next_B).x0)
+        else:
+            x0, eps = secant(context, arrived)
+            error = (said.eps - said.x0) - sg(eps - x0)
+        loss_B = sample_mean(error**2)
+        return loss_B * context.first_B, {}
+
+
+def secant(context: Context, arrived):
+    """The x0 and eps whose path alpha x0 + sigma eps passes through x_k and where it arrived."""
+    (a, s), (b, r) = (context.schedule.alpha_sigma(t) for t in (context.t_B, context.next_B))
+    x = context.x_BHWC
+    a, s, b, r = (expand(v, x) for v in (a, s, b, r))
+    scale = s * b - r * a
+    return (s * arrived - r * x) / scale, (b * x - a * arrived) / scale

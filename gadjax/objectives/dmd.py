@@ -1,0 +1,65 @@
+"""Distribution matching, DMD2's few-step form."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from gadjax.objectives.base import Context, Needs
+from gadjax.objectives.compose import Addable
+from gadjax.objectives.matching import mean_abs, pseudo_loss, sg
+from gadjax.schedules import add_noise
+
+
+@dataclass(frozen=True)
+class DMD(Addable):
+    """Reverse KL between student's and teacher's diffused distributions.
+
+    d L / d x0 = (F(x_t) - T_w(x_t)) / mean|x0 - T_w(x_t)|, x_t = alpha x0 + sigma eps,
+    t uniform between `low` and `high` of the schedule's span. (Yin et al. 2023, eq. 7-8;
+    2024, section 4.)
+
+    The student's x0 comes from its drawn step on its own latents (backward simulation), or with
+    backprop="all" from the end of a rollout that is differentiated through all its steps, as
+    DP-DMD does it (arXiv 2602.03139). F, T_w and x_t inside them are stop-gradiented.
+    Cost beside the student: 2 teacher evaluations (guidance) and 1 of the critic.
+    """
+
+    low: float = 0.02
+    high: float = 0.98
+    backprop: str = "step"
+
+    @property
+    def needs(self) -> Needs:
+        if self.backprop == "all":
+            return Needs(endpoint=True, critic=True)
+        return Needs(student=True, critic=True)
+
+    def output(self, context: Context):
+        """The student's x0 and the weight of each sample."""
+        if self.backprop == "all":
+            return context.endpoint[0], jnp.ones_like(context.base_B)
+        return context.student[0].x0, context.base_B
+
+    def __call__(self, context: Context):
+        x0, weight_B = self.output(context)
+        t_B = _between(context, self.low, self.high)
+        x_t = sg(add_noise(context.schedule, x0, context.normal("eps"), t_B))
+        fake, real = context.critic(x_t, t_B).x0, context.teacher(x_t, t_B).x0
+        loss_B = pseudo_loss(x0, sg(fake - real), mean_abs(sg(x0) - real))
+        return loss_B * weight_B, {"gap": jnp.mean(jnp.abs(fake - real))}
+
+    def critic_loss(self, context: Context):
+        """Plain denoising on the student's own pictures, t uniform over the whole span."""
+        x0, weight_B = self.output(context)
+        t_B = _between(context, 0.0, 1.0)
+        loss_B = context.denoiser.denoising_loss(
+            context.critic_params, sg(x0), context.normal("eps"), t_B, context.batch.cond
+        )
+        return loss_B * weight_B
+
+
+def _between(context: Context, low: float, high: float):
+    """Whole times, uniform between two shares of the schedule's span."""
+    schedule = context.schedule
+    span = schedule.last - schedule.clean
+    return jnp.floor((low + (high - low) * context.uniform("t")) * span) + schedule.clean + 1

@@ -1,0 +1,1 @@
+"""Numerical operations shared by the networks."""

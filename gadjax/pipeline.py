@@ -1,0 +1,111 @@
+"""A diffusers pipeline folder as functions of parameters: text -> cond, latents <-> pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gadjax.convert.folder import COMPONENTS, PipelineFolder, read_pipeline
+from gadjax.denoiser import Denoiser
+from gadjax.models.module import Functional, functional
+from gadjax.models.text.tokenizer import Tokenizer, load_tokenizer
+from gadjax.models.vae import autoencoder_kl
+from gadjax.samplers import (
+    Sampler,
+    parameterization_from_config,
+    sampler_from_config,
+    schedule_from_config,
+)
+from gadjax.types import Cond, Params
+
+NETWORKS = ("transformer", "text_encoder", "vae")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The networks of one folder without their parameters, and what goes between them.
+
+    latent: (H, W, C) of the denoiser at the size it was trained for.
+    """
+
+    folder: PipelineFolder
+    networks: dict[str, Functional]
+    denoiser: Denoiser
+    sampler: Sampler
+    tokenizer: Tokenizer
+    latent: tuple[int, int, int]
+
+    def encode_text(self, params: Params, ids_BL, mask_BL) -> Cond:
+        """Token ids to what the denoiser is told. params: of the text encoder."""
+        text = self.networks["text_encoder"].apply(params, ids_BL, mask_BL)
+        return self.cond(text, mask_BL)
+
+    def cond(self, text_BLD, mask_BL) -> Cond:
+        """Text embeddings and the size that the pictures will have."""
+        spec = self.folder.specs["transformer"]
+        height, width = (side * self.upscale for side in self.latent[:2])
+        family = COMPONENTS[self.folder.class_name("transformer")]
+        return Cond(text_BLD, mask_BL, family.extras(spec, text_BLD.shape[0], height, width))
+
+    @property
+    def upscale(self) -> int:
+        return 2 ** (len(self.folder.specs["vae"].block_out_channels) - 1)
+
+    def encode_image(self, params: Params, image_BHWC):
+        """Pictures in [-1, 1] to the denoiser's latents (the posterior's mean)."""
+        mean, _ = self.networks["vae"].apply(params, image_BHWC, method="encode")
+        return autoencoder_kl.scale(mean.astype(jnp.float32), self.folder.specs["vae"])
+
+    def decode(self, params: Params, latent_BHWC):
+        """The denoiser's latents to pictures in [-1, 1], clipped."""
+        raw = autoencoder_kl.unscale(latent_BHWC, self.folder.specs["vae"])
+        image = self.networks["vae"].apply(params, raw, method="decode")
+        return jnp.clip(image.astype(jnp.float32), -1, 1)
+
+    def tokens(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokenizer(list(prompts), length)
+
+
+def load_pipeline(
+    path: Path,
+    *,
+    dtype=jnp.float32,
+    remat: bool = False,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+) -> tuple[Pipeline, dict[str, Params]]:
+    """Read a folder: the functions, and the parameters by component (host arrays, file's dtype).
+
+    Raises: InputError for whatever is wrong with the folder.
+    """
+    folder = read_pipeline(path, variant=variant, allow_pickle=allow_pickle)
+    return make_pipeline(folder, dtype=dtype, remat=remat), folder.params
+
+
+def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = False) -> Pipeline:
+    networks = {}
+    for name in NETWORKS:
+        module = COMPONENTS[folder.class_name(name)]
+        networks[name] = functional(module.build(folder.specs[name], dtype=dtype, remat=remat))
+    family, spec = COMPONENTS[folder.class_name("transformer")], folder.specs["transformer"]
+    denoiser = Denoiser(
+        family.predictor(networks["transformer"].apply, spec),
+        schedule_from_config(folder.scheduler),
+        parameterization_from_config(folder.scheduler),
+    )
+    return Pipeline(
+        folder=folder,
+        networks=networks,
+        denoiser=denoiser,
+        sampler=sampler_from_config(folder.scheduler),
+        tokenizer=load_tokenizer(folder.path / "tokenizer"),
+        latent=(spec.sample_size, spec.sample_size, spec.in_channels),
+    )
+
+
+def random_like(network: Functional, seed: int) -> Params:
+    """Fresh parameters of a network."""
+    return jax.jit(network.init)(jax.random.key(seed))

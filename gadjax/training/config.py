@@ -1,0 +1,131 @@
+"""Configurations: their defaults, reading them with overrides, and comparing two runs."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from gadjax.errors import InputError
+
+# What may change when a run is resumed; any other difference is another run.
+MAY_CHANGE = ("mesh", "steps", "log", "preview", "checkpoint")
+
+
+def default_config() -> ConfigDict:
+    """Every key of a training config. A config file changes values and names its objective."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "steps": 1000,  # student updates
+            "batch": 32,  # global
+            "microbatch": 0,  # global too; 0: the whole batch at once
+            "mesh": {"data": -1, "fsdp": 1},  # -1: the devices that the other leaves
+            "dtype": "float32",  # what networks compute in; parameters are float32
+            "remat": True,  # recompute each block in reverse mode
+            "teacher": "",  # diffusers pipeline folder, or asset:NAME
+            "guidance": 4.5,  # of the teacher
+            "student": {
+                "init": "teacher",  # or "random"
+                "timesteps": (899, 674, 449, 224),  # in the network's units
+                "steps": 4,
+            },
+            "objective": {},  # name -> {weight, ...}
+            "optim": {
+                "lr": 1e-5,
+                "warmup": 0,
+                "decay": 0,
+                "b1": 0.9,
+                "b2": 0.999,
+                "weight_decay": 0.0,
+                "clip": 1.0,
+            },
+            "critic": {"updates": 1, "lr": 1e-5, "b1": 0.0},  # updates per student update
+            "ema": 0.999,
+            "data": {
+                "prompts": "",  # txt, jsonl or csv file, or asset:NAME
+                "column": "prompt",
+                "embeddings": "",  # folder written by `gadjax embed`, instead of prompts
+                "world": "",  # module that draws captioned pictures, instead of prompts
+                "dropout": 0.0,  # of captions, where a teacher is trained
+                "length": 120,  # text tokens
+            },
+            "checkpoint": {"every": 500, "keep": 3},
+            "log": {"every": 10},
+            "preview": {"every": 500, "prompts": 8, "scale": 3},
+            "stop_after_bad": 3,  # non-finite updates in a row
+        }
+    )
+
+
+def read_config(arguments: Sequence[str]) -> ConfigDict:
+    """From `--config FILE[:variant] --config.a.b=value ...` to a locked config.
+
+    Raises: InputError in one line for a missing file, an unknown key (did you mean), a wrong type
+    or an unknown variant.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "FILE[:variant]", flag_values=values)
+    try:
+        rest = values(["gadjax", *arguments])
+        config = values.config
+    except Exception as error:  # config files are Python: whatever they raise is the user's input
+        raise InputError(_one_line(error)) from error
+    if config is None:
+        raise InputError("--config: found nothing; expected FILE[:variant]")
+    if len(rest) > 1:
+        raise InputError(f"arguments: found {rest[1]!r}; expected only flags")
+    _check_keys(config.to_dict(), default_config().to_dict(), "")
+    return config
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"--config: {text or type(error).__name__}"
+
+
+def _check_keys(found: dict, known: dict, prefix: str) -> None:
+    for key, value in found.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise InputError(f"config: found the key {name}; expected a known one{hint}")
+        if isinstance(value, dict) and name != "objective":
+            _check_keys(value, known[key], f"{name}.")
+    for key in known:
+        if key not in found:
+            raise InputError(f"config: found no key {prefix}{key}; expected it")
+
+
+def write_json(config: ConfigDict, path: Path) -> None:
+    path.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
+    """(key, old value, new value) of every leaf in which two configs differ."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append((name, a, b))
+    return found
+
+
+def as_json(config: ConfigDict) -> dict:
+    """The config as it reads back from a file (tuples as lists)."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def check_resume(saved: dict, config: ConfigDict, where: Path) -> None:
+    """Raises: InputError naming every key in which a workdir's config differs and may not."""
+    changed = [
+        d for d in differences(saved, as_json(config)) if d[0].split(".")[0] not in MAY_CHANGE
+    ]
+    if changed:
+        text = "; ".join(f"{key}: found {old!r}, asked for {new!r}" for key, old, new in changed)
+        raise InputError(f"{where}: belongs to another config ({text}); expected the same values")

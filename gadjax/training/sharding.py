@@ -1,0 +1,85 @@
+"""Where every array lives: a mesh, and rules by path."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gadjax.errors import InputError
+
+AXES = ("data", "fsdp")
+SMALL = 2**16  # elements below which a leaf that no rule names is replicated
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp) mesh; a size of -1 takes what the other leaves.
+
+    Raises: InputError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    wanted = [int(sizes[axis]) for axis in AXES]
+    if wanted.count(-1) == 1:
+        rest = math.prod(n for n in wanted if n != -1)
+        wanted = [len(devices) // rest if n == -1 else n for n in wanted]
+    if math.prod(wanted) != len(devices):
+        raise InputError(
+            f"mesh: found {dict(sizes)}; expected sizes that multiply to {len(devices)} devices"
+        )
+    # Auto: the default (Explicit) wants every operation annotated.
+    return jax.make_mesh(tuple(wanted), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def path_name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def shardings(tree: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf: the first rule whose regex is found in the leaf's path.
+
+    Optimizer moments and averages end in the same path as their parameter, so one set of rules
+    covers them. Raises: InputError for a leaf of 65,536 elements or more that no rule names, and
+    for a dimension that its mesh axis does not divide.
+    """
+
+    def place(path, leaf):
+        name = path_name(path)
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+        if spec is None or len(leaf.shape) < len(spec):
+            if math.prod(leaf.shape) >= SMALL:
+                raise InputError(f"sharding: found no rule for {name} {tuple(leaf.shape)}")
+            spec = PartitionSpec()
+        spec = PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in spec))
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                if math.prod(leaf.shape) < SMALL:
+                    spec = PartitionSpec()
+                    break
+                raise InputError(
+                    f"mesh.{axis}: found {mesh.shape[axis]}; expected a divisor of {size} ({name})"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis over every device."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(batch: int, microbatch: int, mesh: Mesh) -> int:
+    """The number of microbatches. Raises: InputError where the mesh does not divide one."""
+    if microbatch <= 0 or batch % microbatch:
+        raise InputError(f"microbatch: found {microbatch}; expected a divisor of batch ({batch})")
+    if microbatch % mesh.size:
+        raise InputError(
+            f"microbatch: found {microbatch}; expected a multiple of the mesh's {mesh.size} devices"
+        )
+    return batch // microbatch

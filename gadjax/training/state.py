@@ -1,0 +1,54 @@
+"""What training changes, and nothing else: frozen networks are separate arguments."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gadjax.types import Params
+
+
+class TrainState(NamedTuple):
+    """step: student updates done. params, opt: by role (student, critic). ema: of the student.
+    bad: by role, how many updates in a row were masked because they were not finite."""
+
+    step: jax.Array
+    params: dict[str, Params]
+    ema: Params
+    opt: dict[str, Any]
+    bad: dict[str, jax.Array]
+
+
+def create(params: dict[str, Params], optimizers: dict[str, optax.GradientTransformation]):
+    """A state at step 0; the EMA is a copy, so that both may be donated."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params["student"]),
+        opt={role: optimizers[role].init(params[role]) for role in params},
+        bad={role: jnp.zeros((), jnp.int32) for role in params},
+    )
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """AdamW behind a clip by global norm, with warm-up and an optional cosine decay.
+
+    config: lr, warmup (updates), decay (updates, 0 for none), b1, b2, weight_decay, clip.
+    """
+    if config.decay:
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0 if config.warmup else config.lr,
+            config.lr,
+            config.warmup,
+            config.decay,
+            config.lr * 0.05,
+        )
+    elif config.warmup:
+        rate = optax.linear_schedule(0.0, config.lr, config.warmup)
+    else:
+        rate = config.lr
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    )

@@ -1,0 +1,39 @@
+"""The nouns that every part shares. Arrays are NHWC; B batch, H W C latent, L text, D width."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+Params = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+class Cond(NamedTuple):
+    """What a network is told beside x and t: text_BLD, mask_BL (1 = read), the family's extras."""
+
+    text: jax.Array
+    mask: jax.Array
+    extras: Any = None
+
+
+class Prediction(NamedTuple):
+    """A network's answer in the two spaces everything is written in: x0_BHWC and eps_BHWC."""
+
+    x0: jax.Array
+    eps: jax.Array
+
+
+class Batch(NamedTuple):
+    """One step's samples. All randomness of sample i comes from key_B[i] alone, so that neither
+    the mesh, the number of processes nor the microbatch changes what is drawn.
+
+    noise_BHWC is the initial noise z; stratum_B (int32) spreads few-step draws evenly over the
+    grid; x0_BHWC are clean latents where the data has pictures.
+    """
+
+    cond: Cond
+    null: Cond
+    noise: jax.Array
+    key: jax.Array
+    stratum: jax.Array
+    x0: jax.Array | None = None
