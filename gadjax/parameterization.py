@@ -21,7 +21,7 @@ def check(kind: str, where: str) -> str:
 
 
 def to_prediction(kind: str, raw, x_t, alpha, sigma) -> Prediction:
-    """A network's raw output (float32, shape of x_t) as x0 and eps. alpha, sigma: [B] or scalars."""
+    """A raw output (float32, shape of x_t) as x0 and eps. alpha, sigma: [B] or scalars."""
     a, s = expand(alpha, x_t), expand(sigma, x_t)
     if kind == "eps":
         return Prediction((x_t - s * raw) / a, raw)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gadjax.convert.folder import COMPONENTS, PipelineFolder, read_pipeline
+from gadjax.convert.folder import PipelineFolder, read_pipeline
 from gadjax.denoiser import Denoiser
+from gadjax.errors import InputError
 from gadjax.models.module import Functional, functional
 from gadjax.models.text.tokenizer import Tokenizer, load_tokenizer
 from gadjax.models.vae import autoencoder_kl
@@ -45,23 +46,27 @@ class Pipeline:
 
     def cond(self, text_BLD, mask_BL) -> Cond:
         """Text embeddings and the size that the pictures will have."""
-        spec = self.folder.specs["transformer"]
+        part = self.folder.components["transformer"]
         height, width = (side * self.upscale for side in self.latent[:2])
-        family = COMPONENTS[self.folder.class_name("transformer")]
-        return Cond(text_BLD, mask_BL, family.extras(spec, text_BLD.shape[0], height, width))
+        extras = part.module.extras(part.spec, text_BLD.shape[0], height, width)
+        return Cond(text_BLD, mask_BL, extras)
+
+    @property
+    def vae(self) -> autoencoder_kl.Config:
+        return self.folder.components["vae"].spec
 
     @property
     def upscale(self) -> int:
-        return 2 ** (len(self.folder.specs["vae"].block_out_channels) - 1)
+        return 2 ** (len(self.vae.block_out_channels) - 1)
 
     def encode_image(self, params: Params, image_BHWC):
         """Pictures in [-1, 1] to the denoiser's latents (the posterior's mean)."""
         mean, _ = self.networks["vae"].apply(params, image_BHWC, method="encode")
-        return autoencoder_kl.scale(mean.astype(jnp.float32), self.folder.specs["vae"])
+        return autoencoder_kl.scale(mean.astype(jnp.float32), self.vae)
 
     def decode(self, params: Params, latent_BHWC):
         """The denoiser's latents to pictures in [-1, 1], clipped."""
-        raw = autoencoder_kl.unscale(latent_BHWC, self.folder.specs["vae"])
+        raw = autoencoder_kl.unscale(latent_BHWC, self.vae)
         image = self.networks["vae"].apply(params, raw, method="decode")
         return jnp.clip(image.astype(jnp.float32), -1, 1)
 
@@ -82,27 +87,33 @@ def load_pipeline(
     Raises: InputError for whatever is wrong with the folder.
     """
     folder = read_pipeline(path, variant=variant, allow_pickle=allow_pickle)
-    return make_pipeline(folder, dtype=dtype, remat=remat), folder.params
+    for name in NETWORKS:
+        if name not in folder.components:
+            raise InputError(f"{path}: found no {name}; expected {', '.join(NETWORKS)}")
+    params = {name: folder.components[name].params for name in NETWORKS}
+    return make_pipeline(folder, dtype=dtype, remat=remat), params
 
 
 def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = False) -> Pipeline:
-    networks = {}
-    for name in NETWORKS:
-        module = COMPONENTS[folder.class_name(name)]
-        networks[name] = functional(module.build(folder.specs[name], dtype=dtype, remat=remat))
-    family, spec = COMPONENTS[folder.class_name("transformer")], folder.specs["transformer"]
+    """The functions of a folder that was read, or only checked."""
+    networks = {
+        name: functional(part.module.build(part.spec, dtype=dtype, remat=remat))
+        for name, part in folder.components.items()
+    }
+    part = folder.components["transformer"]
     denoiser = Denoiser(
-        family.predictor(networks["transformer"].apply, spec),
+        part.module.predictor(networks["transformer"].apply, part.spec),
         schedule_from_config(folder.scheduler),
         parameterization_from_config(folder.scheduler),
     )
+    side = part.spec.sample_size
     return Pipeline(
         folder=folder,
         networks=networks,
         denoiser=denoiser,
         sampler=sampler_from_config(folder.scheduler),
         tokenizer=load_tokenizer(folder.path / "tokenizer"),
-        latent=(spec.sample_size, spec.sample_size, spec.in_channels),
+        latent=(side, side, part.spec.in_channels),
     )
 
 

@@ -64,7 +64,7 @@ class DDPM:
 
     def alpha_sigma(self, t):
         if isinstance(t, jax.Array):
-            t = t.astype(jnp.promote_types(t.dtype, jnp.float32))  # integer times are times too
+            t = _real(t)
             place = jnp.clip(t - self.clean, 0, self.steps)
             low = jnp.minimum(jnp.floor(place), self.steps - 1)
             share = place - low
@@ -91,10 +91,13 @@ class Flow:
         return float(self.steps)
 
     def alpha_sigma(self, t):
-        sigma = (
-            t / self.steps if isinstance(t, jax.Array) else np.asarray(t, np.float64) / self.steps
-        )
+        sigma = (_real(t) if isinstance(t, jax.Array) else np.asarray(t, np.float64)) / self.steps
         return 1 - sigma, sigma
+
+
+def _real(t: jax.Array) -> jax.Array:
+    """Integer and half-precision times as float32; float64 as it is."""
+    return t.astype(jnp.promote_types(t.dtype, jnp.float32))
 
 
 def shift_time(t, shift: float, steps: int = 1000):

@@ -123,7 +123,7 @@ def _tensor(path: Path, key: str, entry: Mapping[str, Any], data: int) -> Tensor
 
 
 def target_dtype(value: np.ndarray, dtype) -> np.dtype:
-    """A tensor's dtype once written in `dtype`: only floating ones change, and None changes none."""
+    """A tensor's dtype once written in `dtype`, which is for floating ones; None changes none."""
     floating = jnp.issubdtype(value.dtype, jnp.floating)
     return np.dtype(dtype) if dtype is not None and floating else value.dtype
 

@@ -131,7 +131,11 @@ def all_finite(value: np.ndarray) -> bool:
 
 
 def place_tensors(
-    stream: Iterable[tuple[str, np.ndarray]], places: Places, abstract: Params, dtype=None
+    stream: Iterable[tuple[str, np.ndarray]],
+    places: Places,
+    abstract: Params,
+    dtype=None,
+    where: str = "tensors",
 ) -> Params:
     """Fill parameters from a stream of (file key, array), one tensor in memory beside the result.
 
@@ -149,7 +153,10 @@ def place_tensors(
         with np.errstate(over="ignore"):
             target[...] = _from_torch(path.rsplit("/", 1)[-1], value)
         if dtype is not None and not all_finite(target):
-            raise InputError(f"{key}: found values beyond {target.dtype}; expected finite ones")
+            raise InputError(
+                f"{where}: found values of {key} too large for {target.dtype}; expected "
+                "ones that it holds"
+            )
         missing.remove(key)
     if missing:
         raise ValueError(f"the stream ended without {_listed(sorted(missing))}")

@@ -35,16 +35,16 @@ def mask_bias(mask_BM: jax.Array) -> jax.Array:
 def timestep_sinusoid(t_B: jax.Array, channels: int) -> jax.Array:
     """[cos | sin] features of a possibly fractional time: float32 [B, channels]."""
     half = channels // 2
-    # Rounded as diffusers rounds them: at t near 1000 an ulp of the frequency shows in the sine.
+    # Rounded where diffusers rounds: at t near 1000 an ulp of a frequency shows in its sine.
     exponents = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    angles = t_B.astype(jnp.float32)[:, None] * np.exp(exponents)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = t_B.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def _sincos_axis(count: int, channels: int, base: int, scale: float) -> np.ndarray:
     """[sin | cos] of `count` positions stretched over `base` / `scale` units: [count, channels]."""
-    # diffusers rounds the positions, not the angles, to float32; trained weights expect that.
-    positions = np.arange(count, dtype=np.float32) / np.float32(count / base) / np.float32(scale)
+    positions = np.arange(count, dtype=np.float64) * (base / count) / scale
     half = channels // 2
     angles = positions[:, None] * 10_000.0 ** -(np.arange(half, dtype=np.float64) / half)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)

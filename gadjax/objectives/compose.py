@@ -44,7 +44,7 @@ class Sum:
     def __call__(self, context: Context):
         total_B, metrics = 0.0, {}
         for weight, term in self.parts:
-            name = type(term).__name__.lower()
+            name = type(term).__name__.lower()  # also the name of its random stream
             loss_B, extra = term(context.named(name))
             metrics |= {f"loss/{name}": jnp.mean(loss_B)}
             metrics |= {f"{name}/{key}": value for key, value in extra.items()}

@@ -42,7 +42,7 @@ class DMD(Addable):
 
     def __call__(self, context: Context):
         x0, weight_B = self.output(context)
-        t_B = _between(context, self.low, self.high)
+        t_B = between(context, self.low, self.high)
         x_t = sg(add_noise(context.schedule, x0, context.normal("eps"), t_B))
         fake, real = context.critic(x_t, t_B).x0, context.teacher(x_t, t_B).x0
         loss_B = pseudo_loss(x0, sg(fake - real), mean_abs(sg(x0) - real))
@@ -51,14 +51,14 @@ class DMD(Addable):
     def critic_loss(self, context: Context):
         """Plain denoising on the student's own pictures, t uniform over the whole span."""
         x0, weight_B = self.output(context)
-        t_B = _between(context, 0.0, 1.0)
+        t_B = between(context, 0.0, 1.0)
         loss_B = context.denoiser.denoising_loss(
             context.critic_params, sg(x0), context.normal("eps"), t_B, context.batch.cond
         )
         return loss_B * weight_B
 
 
-def _between(context: Context, low: float, high: float):
+def between(context: Context, low: float, high: float):
     """Whole times, uniform between two shares of the schedule's span."""
     schedule = context.schedule
     span = schedule.last - schedule.clean

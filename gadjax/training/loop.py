@@ -81,7 +81,7 @@ def _loop(run: Run, steps: Steps, checkpoints: Checkpoints, workdir: Path, signa
     done = found[0] if found else 0
     state = found[1] if found else jax.jit(run.start, out_shardings=steps.state)()
     frozen = jax.device_put(run.frozen, steps.frozen)
-    meta = {"config": as_json(config), "teacher": run.pipeline.folder.fingerprint}
+    meta = {"config": as_json(config), "teacher": run.fingerprint}
     show = Preview(run, frozen, workdir) if config.preview.every else None
     critic_updates = config.critic.updates if steps.critic else 0
     each = critic_updates + 1  # data and keys are numbered by update, the critic's included

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gadjax import assets
-from gadjax.convert.folder import COMPONENTS
+from gadjax.convert.files import fingerprint
+from gadjax.convert.tensors import tensors_from_params
 from gadjax.data.embeddings import open_embeddings
 from gadjax.data.prompts import read_prompts
 from gadjax.data.source import EmbeddingSource, PromptSource, Source, WorldSource
@@ -37,7 +38,7 @@ class Run:
     source: Source
     frozen: dict[str, Any]
     start: Callable[[], TrainState]
-    rules: tuple
+    fingerprint: str  # of the teacher's transformer
 
 
 def prepare(config: ConfigDict) -> Run:
@@ -75,7 +76,6 @@ def prepare(config: ConfigDict) -> Run:
         microbatches=microbatches,
     )
     source, null = open_data(config, pipeline)
-    rules = COMPONENTS[pipeline.folder.class_name("transformer")].RULES
     needs_teacher = objective.needs.maps or objective.needs.critic
     frozen = {"null": null} | {
         name: cast(params[name], dtype)
@@ -95,7 +95,9 @@ def prepare(config: ConfigDict) -> Run:
         roles = {role: jax.tree.map(jnp.array, first) for role in optimizers}
         return create(roles, optimizers)
 
-    return Run(config, pipeline, recipe, mesh, source, frozen, start, rules)
+    part = pipeline.folder.components["transformer"]
+    identity = fingerprint(tensors_from_params(part.params, part.module.KEYMAP))
+    return Run(config, pipeline, recipe, mesh, source, frozen, start, identity)
 
 
 def compute_dtype(name: str):
@@ -185,12 +187,13 @@ class Steps:
 def compile_steps(run: Run) -> Steps:
     """Both updates as sharded jitted functions; the state is donated, the frozen parts are not."""
     mesh, seed = run.mesh, run.config.seed
-    rules = [
-        *run.rules,
-        *(rule for name in ("text_encoder", "vae") for rule in _component(run, name).RULES),
-    ]
-    state_sh = shardings(jax.eval_shape(run.start), run.rules, mesh)
-    frozen_sh = shardings(run.frozen, rules, mesh)
+    parts = run.pipeline.folder.components
+    rules = parts["transformer"].module.RULES
+    state_sh = shardings(jax.eval_shape(run.start), rules, mesh)
+    frozen_sh = {
+        name: shardings(tree, parts[name].module.RULES if name in parts else (), mesh)
+        for name, tree in run.frozen.items()
+    }
     options = {
         "in_shardings": (state_sh, frozen_sh, batch_sharding(mesh), replicated(mesh)),
         "out_shardings": (state_sh, replicated(mesh)),
@@ -209,7 +212,3 @@ def compile_steps(run: Run) -> Steps:
 
     needs_critic = run.recipe.objective.needs.critic
     return Steps(student, critic if needs_critic else None, state_sh, frozen_sh)
-
-
-def _component(run: Run, name: str):
-    return COMPONENTS[run.pipeline.folder.class_name(name)]

@@ -44,9 +44,12 @@ def shardings(tree: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh)
     for a dimension that its mesh axis does not divide.
     """
 
+    # A rule's ^ is the start of a network's own path, which stands deeper in a training state.
+    anchored = [(re.sub(r"^\^", "(?:^|/)", pattern), spec) for pattern, spec in rules]
+
     def place(path, leaf):
         name = path_name(path)
-        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+        spec = next((spec for pattern, spec in anchored if re.search(pattern, name)), None)
         if spec is None or len(leaf.shape) < len(spec):
             if math.prod(leaf.shape) >= SMALL:
                 raise InputError(f"sharding: found no rule for {name} {tuple(leaf.shape)}")

@@ -41,7 +41,7 @@ _SIZE_BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2
 _CELL_WORDS = {cell: word for word, cell in POSITIONS.items()}
 # Side of the squares over which residuals are taken: about that of a small shape.
 _WINDOW = 7
-# Between renders with a blur of 0.5 pixels and noise of 0.05 (0.18 at most of 3000) and what must
+# Between renders with a blur of 0.5 pixels and noise of 0.05 (1 in 9000 is above) and what must
 # not pass: pictures with nothing, with strange colours or with soft blobs (0.22 at least).
 MAX_RESIDUAL = 0.2
 

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,11 +177,11 @@ def test_derivatives_are_those_of_central_differences():
             return (8 * (f(x + h * along) - f(x - h * along)) - far) / (12 * h)
 
         f, g = jax.jit(f), jax.jit(g)
-        first = relative(jax.jit(lambda: jax.jvp(f, (x,), (v,))[1])(), central(f, v))
-        second = relative(jnp.vdot(jax.jit(jax.grad(g))(x), u), central(g, u))
-        third = relative(jnp.vdot(jax.jit(jax.grad(g))(x), w), central(g, w))
-    print(f"jvp {first:.2e}, grad of jvp {second:.2e} {third:.2e}")
-    assert max(first, second, third) <= 1e-7
+        first = relative(jax.jvp(f, (x,), (v,))[1], central(f, v))
+        gradient = jax.grad(g)(x)
+        second = [relative(jnp.vdot(gradient, a), central(g, a)) for a in (u, w)]
+    print(f"jvp {first:.2e}, grad of jvp {second[0]:.2e} {second[1]:.2e}")
+    assert max(first, *second) <= 1e-7
 
 
 def test_remat_changes_nothing():
@@ -209,14 +211,13 @@ def test_bfloat16_is_close():
     params, args = to_params(torch_model(cfg), cfg), inputs(cfg, height, width)
     exact = jax.jit(functional(build(Config.from_dict(cfg))).apply)(params, *args)
     net = functional(build(Config.from_dict(cfg), dtype=jnp.bfloat16))
-    for params_dtype in (jnp.float32, jnp.bfloat16):
-        out = jax.jit(net.apply)(cast(params, params_dtype), *args)
-        assert out.dtype == jnp.bfloat16
-        a, b = np.asarray(out, np.float32).ravel(), np.asarray(exact).ravel()
-        assert np.isfinite(a).all()
-        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-        print(f"cosine {cosine:.6f}")
-        assert cosine > 0.999
+    out = jax.jit(net.apply)(cast(params, jnp.bfloat16), *args)
+    assert out.dtype == jax.eval_shape(net.apply, params, *args).dtype == jnp.bfloat16
+    a, b = np.asarray(out, np.float32).ravel(), np.asarray(exact).ravel()
+    assert np.isfinite(a).all()
+    cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    print(f"cosine {cosine:.6f}")
+    assert cosine > 0.999
 
 
 @pytest.mark.parametrize("size, params, tensors", [(64, 610_856_096, 603), (128, 611_349_152, 611)])
@@ -234,8 +235,6 @@ def test_published_inventory(size, params, tensors):
 
 
 def test_each_parameter_has_one_rule_and_splits_over_128_devices():
-    import re
-
     cfg = PUBLISHED | {"sample_size": 128}
     abstract = functional(build(Config.from_dict(cfg))).abstract
     used = set()
@@ -288,20 +287,19 @@ def test_missing_norm_type_is_refused_under_the_old_class_name():
 def test_bad_inputs_are_refused():
     cfg, height, width = CASES["sized"]
     net = functional(build(Config.from_dict(cfg)))
-    params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), net.abstract)
     x, t, text, mask, added = inputs(cfg, height, width)
     swapped = added | {"aspect_ratio": added["resolution"]}
     for bad in (None, {}, {"resolution": added["resolution"]}, swapped):
         with pytest.raises(InputError, match="added"):
-            net.apply(params, x, t, text, mask, bad)
+            jax.eval_shape(net.apply, net.abstract, x, t, text, mask, bad)
     with pytest.raises(InputError, match="multiples of the patch size 2"):
-        net.apply(params, x[:, :-1], t, text, mask, added)
+        jax.eval_shape(net.apply, net.abstract, x[:, :-1], t, text, mask, added)
 
 
 def test_fresh_parameters_are_usable():
     cfg, height, width = CASES["native"]
     net = functional(build(Config.from_dict(cfg)))
-    params = jax.jit(net.init)(jax.random.key(0))
+    params = jax.jit(net.init)(jax.random.key(0, impl="rbg"))  # compiles faster
     assert {k: v.shape for k, v in flatten(params).items()} == {
         k: v.shape for k, v in flatten(net.abstract).items()
     }

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
 from gadjax.models.module import KeyMap
+from gadjax.ops.attention import attention
 
 CLASS_NAMES = ("AutoencoderKL",)
 
@@ -60,24 +61,18 @@ class Config:
     @classmethod
     def from_dict(cls, cfg: dict[str, Any]) -> "Config":
         """Read a config.json. Raises InputError naming the key of an unsupported option."""
-        cfg = {k: v for k, v in cfg.items() if not k.startswith("_") and k not in _COSMETIC}
-        blocks = tuple(cfg.get("block_out_channels", (64,)))
-        for key, kind in (
-            ("down_block_types", "DownEncoderBlock2D"),
-            ("up_block_types", "UpDecoderBlock2D"),
-        ):
-            found, expected = list(cfg.pop(key, [kind])), [kind] * len(blocks)
-            if found != expected:
+        # null stands for an option that is absent, as shift_factor and latents_mean of most.
+        cfg = {k: v for k, v in cfg.items() if v is not None and k[0] != "_" and k not in _COSMETIC}
+        blocks = cfg["block_out_channels"] = tuple(cfg.get("block_out_channels", (64,)))
+        for side, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
+            key, expected = f"{side}_block_types", [kind] * len(blocks)
+            if (found := list(cfg.pop(key, [kind]))) != expected:
                 raise InputError(f"{key}: found {found}; expected {expected}")
         if (act := cfg.pop("act_fn", "silu")) not in ("silu", "swish"):
             raise InputError(f"act_fn: found {act!r}; expected 'silu'")
-        names = {f.name for f in fields(cls)}
-        for key in sorted(set(cfg) - names):
-            if cfg[key] is not None:  # latents_mean and latents_std are null where they are absent
-                raise InputError(f"{key}: found {cfg[key]!r}; expected null or no such option")
-        known = {k: v for k, v in cfg.items() if k in names}
-        shift = known.pop("shift_factor", None) or 0.0
-        config = cls(**{**known, "block_out_channels": blocks, "shift_factor": shift})
+        for key in sorted(set(cfg) - {f.name for f in fields(cls)}):
+            raise InputError(f"{key}: found {cfg[key]!r}; expected no such option")
+        config = cls(**cfg)
         if any(channels % config.norm_num_groups for channels in blocks):
             raise InputError(
                 f"norm_num_groups: found {config.norm_num_groups}; "
@@ -104,7 +99,12 @@ def build(
     `dtype` is what convolutions compute in; `remat` recomputes every residual block and the
     attention in reverse mode, so that only their inputs are kept.
     """
-    return lambda rngs: AutoencoderKL(config, _Layers(config.norm_num_groups, dtype, remat, rngs))
+
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        options = {"dtype": dtype, "rngs": rngs}
+        return AutoencoderKL(config, _Layers(config.norm_num_groups, remat, options))
+
+    return make
 
 
 @dataclass(frozen=True)
@@ -112,35 +112,19 @@ class _Layers:
     """Makers of the layers, which share these settings throughout the network."""
 
     groups: int
-    dtype: jnp.dtype
     remat: bool
-    rngs: nnx.Rngs
+    options: dict[str, Any]  # of every layer: dtype and rngs
 
-    def conv(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nnx.Conv:
+    def conv(self, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nnx.Conv:
         # A stride of 2 pads below and to the right only.
-        pad = (0, 1) if stride == 2 else (kernel // 2, kernel // 2)
-        return nnx.Conv(
-            inputs,
-            outputs,
-            (kernel, kernel),
-            stride,
-            padding=(pad, pad),
-            dtype=self.dtype,
-            rngs=self.rngs,
-        )
+        pad = (0, 1) if stride == 2 else (size // 2, size // 2)
+        return nnx.Conv(inputs, outputs, (size, size), stride, padding=(pad, pad), **self.options)
 
     def norm(self, channels: int) -> nnx.GroupNorm:
+        # Statistics are in float32 at least; the fast variance would lose digits.
         return nnx.GroupNorm(
-            channels,
-            num_groups=self.groups,
-            epsilon=EPSILON,
-            use_fast_variance=False,
-            dtype=self.dtype,
-            rngs=self.rngs,
+            channels, self.groups, epsilon=EPSILON, use_fast_variance=False, **self.options
         )
-
-    def linear(self, inputs: int, outputs: int) -> nnx.Linear:
-        return nnx.Linear(inputs, outputs, dtype=self.dtype, rngs=self.rngs)
 
 
 def _numbered(modules) -> nnx.Dict:
@@ -179,29 +163,19 @@ class ResnetBlock2D(_Checkpointed):
 
 
 class Attention(_Checkpointed):
-    """Every position attends to every other, in one head as wide as the channels."""
+    """Norm, every position attending to every other in one head, and the input."""
 
     def __init__(self, channels: int, layers: _Layers):
         self.group_norm = layers.norm(channels)
-        self.to_q = layers.linear(channels, channels)
-        self.to_k = layers.linear(channels, channels)
-        self.to_v = layers.linear(channels, channels)
-        self.to_out = layers.linear(channels, channels)
+        for name in ("to_q", "to_k", "to_v", "to_out"):
+            setattr(self, name, nnx.Linear(channels, channels, **layers.options))
         self.remat = layers.remat
 
     def body(self, x_BHWC):
         batch, height, width, channels = x_BHWC.shape
-        h_BLC = self.group_norm(x_BHWC).reshape(batch, height * width, channels)
-        # jax.nn.dot_product_attention would take even a float64 softmax in float32.
-        logits_BLM = jnp.einsum(
-            "blc,bmc->blm",
-            self.to_q(h_BLC),
-            self.to_k(h_BLC),
-            preferred_element_type=jnp.promote_types(h_BLC.dtype, jnp.float32),
-        )
-        weight_BLM = nnx.softmax(logits_BLM * channels**-0.5).astype(h_BLC.dtype)
-        h_BLC = jnp.einsum("blm,bmc->blc", weight_BLM, self.to_v(h_BLC))
-        return x_BHWC + self.to_out(h_BLC).reshape(x_BHWC.shape)
+        h_BL1C = self.group_norm(x_BHWC).reshape(batch, height * width, 1, channels)
+        h_BL1C = attention(self.to_q(h_BL1C), self.to_k(h_BL1C), self.to_v(h_BL1C))
+        return x_BHWC + self.to_out(h_BL1C).reshape(x_BHWC.shape)
 
 
 class MidBlock(nnx.Module):

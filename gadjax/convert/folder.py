@@ -1,0 +1,263 @@
+"""A diffusers pipeline folder <-> the parameters of its networks.
+
+Layout: model_index.json names the parts; each network has a folder with config.json and weights;
+scheduler and tokenizers are files without weights.
+"""
+
+import dataclasses
+import importlib
+import json
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gadjax.convert.atomic import atomic_folder, check_target
+from gadjax.convert.files import Weights, copy_weights, open_weights, read_json, write_weights
+from gadjax.convert.tensors import (
+    Places,
+    check_dtypes,
+    check_keys,
+    place_tensors,
+    tensors_from_params,
+)
+from gadjax.errors import InputError
+from gadjax.models.module import functional
+from gadjax.types import Params
+
+# Class in model_index.json and config.json -> the module that has its port. Imported when met.
+COMPONENTS = {
+    "PixArtTransformer2DModel": "gadjax.models.pixart",
+    "Transformer2DModel": "gadjax.models.pixart",
+    "T5EncoderModel": "gadjax.models.text.t5",
+    "AutoencoderKL": "gadjax.models.vae.autoencoder_kl",
+}
+
+INDEX = "model_index.json"
+SCHEDULER = Path("scheduler", "scheduler_config.json")
+CARRIED = re.compile(r"scheduler|tokenizer(_\d+)?")  # parts without weights
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of a pipeline.
+
+    config: as in the file; spec: the same as the module's Config; abstract: shapes of the
+    parameters; places: where each tensor of `weights` goes; params: numpy arrays in the file's
+    dtype unless another was asked for, None when only checked.
+    """
+
+    name: str
+    library: str
+    module: ModuleType
+    config: dict[str, Any]
+    spec: Any
+    abstract: Params
+    weights: Weights
+    places: Places
+    params: Params | None = None
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """What a pipeline folder holds. scheduler: its configuration, empty when there is none."""
+
+    path: Path
+    model_index: dict[str, Any]
+    scheduler: dict[str, Any]
+    components: dict[str, Component]
+
+
+def check_pipeline(
+    folder: Path, *, variant: str | None = None, allow_pickle: bool = False
+) -> PipelineFolder:
+    """Everything that can be known from configurations and headers, within seconds at any size.
+
+    Accounts for every tensor of every network by name, shape and dtype.
+    Raises: InputError for anything absent, damaged, unsupported or left over.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: found no such folder; expected a diffusers pipeline on this machine "
+            "(`hf download <repository> --local-dir <folder>` fetches one)"
+        )
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder}: found no {INDEX}; expected a diffusers pipeline folder")
+    model_index = read_json(folder / INDEX)
+    parts = _parts(folder / INDEX, model_index)
+    scheduler = read_json(folder / SCHEDULER) if "scheduler" in parts else {}
+    for name in parts:
+        if CARRIED.fullmatch(name) and not _has_files(folder / name):
+            raise InputError(f"{folder / name}: found no files; expected those of the {name}")
+    return PipelineFolder(
+        folder,
+        model_index,
+        scheduler,
+        {
+            name: _check_component(folder / name, library, class_name, variant, allow_pickle)
+            for name, (library, class_name) in parts.items()
+            if not CARRIED.fullmatch(name)
+        },
+    )
+
+
+def _parts(path: Path, model_index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Name -> (library, class) of the parts that are there; refuses a network without a port."""
+    parts = {}
+    for name, value in model_index.items():
+        # Other entries are arguments of the pipeline; [null, null] is a part left out.
+        if not isinstance(value, list) or value == [None, None]:
+            continue
+        if len(value) != 2 or not all(isinstance(word, str) for word in value):
+            raise InputError(f"{path}: found {name}: {value}; expected [library, class]")
+        if Path(name).name != name:
+            raise InputError(f"{path}: found a part named {name!r}; expected a folder's name")
+        if not CARRIED.fullmatch(name) and (value[1] not in COMPONENTS or value[0] not in STEMS):
+            raise InputError(
+                f"{path}: found {name} of class {'.'.join(value)}; expected a supported class: "
+                + ", ".join(COMPONENTS)
+            )
+        parts[name] = tuple(value)
+    if all(CARRIED.fullmatch(name) for name in parts):
+        raise InputError(f"{path}: found no networks; expected a diffusers pipeline")
+    return parts
+
+
+def _has_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _check_component(
+    folder: Path, library: str, class_name: str, variant: str | None, allow_pickle: bool
+) -> Component:
+    config = read_json(folder / "config.json")
+    architectures = config.get("architectures") or [class_name]
+    found = config.get("_class_name", architectures[0])
+    if COMPONENTS.get(found) != COMPONENTS[class_name]:
+        raise InputError(
+            f"{folder / 'config.json'}: found class {found}; expected {class_name}, as {INDEX} says"
+        )
+    module = importlib.import_module(COMPONENTS[class_name])
+    try:
+        spec = module.Config.from_dict(config)
+        abstract = functional(module.build(spec)).abstract
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{folder / 'config.json'}: found values that make no {class_name} ({reason}); "
+            "expected its configuration"
+        ) from None
+    weights = open_weights(folder, variant, allow_pickle=allow_pickle)
+    where = f"{weights.files[0]} ({class_name})"
+    places = check_keys(weights.shapes, abstract, module.KEYMAP, where)
+    check_dtypes(weights.dtypes, places, where)
+    return Component(folder.name, library, module, config, spec, abstract, weights, places)
+
+
+def read_pipeline(
+    folder: Path,
+    *,
+    dtype=None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    components: Collection[str] | None = None,
+) -> PipelineFolder:
+    """Check a pipeline folder, then read the parameters of its networks, or of the named ones.
+
+    dtype: of the parameters; None keeps each file's.
+    Raises: InputError as check_pipeline, before any data is read; then for values that are not
+      finite, in the file or in `dtype`.
+    """
+    pipeline = check_pipeline(folder, variant=variant, allow_pickle=allow_pickle)
+    wanted = pipeline.components if components is None else components
+    if absent := sorted(set(wanted) - set(pipeline.components)):
+        raise InputError(f"{folder}: found no {', '.join(absent)}; expected a network of that name")
+    return dataclasses.replace(
+        pipeline,
+        components={
+            name: dataclasses.replace(part, params=_read(part, dtype)) if name in wanted else part
+            for name, part in pipeline.components.items()
+        },
+    )
+
+
+def _read(part: Component, dtype) -> Params:
+    stream = part.weights.stream(part.places)
+    where = str(part.weights.files[0])
+    return place_tensors(stream, part.places, part.abstract, dtype, where)
+
+
+def write_pipeline(
+    src: Path,
+    dst: Path,
+    params: Mapping[str, Params],
+    *,
+    scheduler: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+    overwrite: bool = False,
+    dtype=None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+) -> Path:
+    """Write a complete pipeline folder: `src` with the given networks, all of it or nothing.
+
+    params: by name of the network; the configuration stays that of `src`. Every other part is
+    copied, its weights under plain names. scheduler: a replacement with its `_class_name`.
+    extra_files: name in the folder -> content. overwrite: replace a pipeline folder at `dst`.
+    dtype: of the given networks' files; None keeps the parameters'. variant, allow_pickle: how
+      to read `src`.
+    Returns: `dst`. Raises: InputError, with nothing written.
+    """
+    src, dst = Path(src), Path(dst)
+    check_target(dst, overwrite=overwrite, marker=INDEX)
+    if dst.resolve() in src.resolve().parents:
+        raise InputError(f"{dst}: found {src} inside it; expected a folder elsewhere")
+    pipeline = check_pipeline(src, variant=variant, allow_pickle=allow_pickle)
+    for name, given in params.items():
+        if name not in pipeline.components:
+            raise InputError(
+                f"{src}: found no network {name}; expected one to replace"
+            )
+        part = pipeline.components[name]
+        shapes = {key: value.shape for key, value in _tensors(part, given)}
+        check_keys(shapes, part.abstract, part.module.KEYMAP, f"{name} to be written")
+
+    model_index = dict(pipeline.model_index)
+    with atomic_folder(dst, overwrite=overwrite, marker=INDEX) as out:
+        for name, part in pipeline.components.items():
+            (out / name).mkdir()
+            shutil.copyfile(src / name / "config.json", out / name / "config.json")
+            if name in params:
+                tensors = _tensors(part, params[name])
+                write_weights(out / name, STEMS[part.library], tensors, dtype=dtype)
+            else:
+                copy_weights(part.weights, out / name)
+        for name in _parts(src / INDEX, model_index):
+            if CARRIED.fullmatch(name):
+                shutil.copytree(src / name, out / name)
+        for path in src.glob("LICENSE*"):
+            shutil.copyfile(path, out / path.name)
+        if scheduler is not None:
+            model_index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+            (out / SCHEDULER).parent.mkdir(exist_ok=True)
+            _write_json(out / SCHEDULER, scheduler)
+        _write_json(out / INDEX, model_index)
+        for name, content in (extra_files or {}).items():
+            data = content.encode() if isinstance(content, str) else content
+            (out / name).write_bytes(data)
+    return dst
+
+
+def _tensors(part: Component, params: Params):
+    return tensors_from_params(params, part.module.KEYMAP, views=True)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

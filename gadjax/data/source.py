@@ -1,0 +1,175 @@
+"""Training data as a pure function of a sample's number: no iterator, no state to save.
+
+Sample i of a source is the same for every batch size and number of processes, so a run continues
+at step * batch on any mesh. Process p of P takes batch(step * B + p * B / P, B / P).
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from itertools import islice
+from types import ModuleType
+from typing import Protocol, TypeVar
+
+import grain
+import numpy as np
+
+from gadjax.data.embeddings import Embeddings
+from gadjax.errors import InputError
+
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """An endless stream, as arrays by name with a leading sample axis."""
+
+    def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
+        """Samples index .. index + size - 1 of the stream."""
+        ...
+
+
+@dataclass(frozen=True)
+class Order:
+    """0 .. count - 1 again and again, each time in another order that `seed` decides."""
+
+    count: int
+    seed: int
+
+    @cached_property
+    def _dataset(self) -> grain.MapDataset:
+        # Every pass has its own order: repeat() asks for ever larger numbers and shuffle() seeds
+        # itself by the pass a number falls in.
+        return grain.MapDataset.range(self.count).seed(self.seed).shuffle().repeat()
+
+    def __call__(self, index: int, size: int) -> np.ndarray:
+        """Places index .. index + size - 1 of the stream, int32 [size]."""
+        return np.array([self._dataset[i] for i in range(index, index + size)], np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptSource:
+    """Shuffled prompts that were tokenised once: ids_NL and mask_NL, integers of any width.
+
+    batch: ids_BL, mask_BL, and the prompts' numbers which_B; all int32.
+
+    Raises: InputError for a negative seed.
+    """
+
+    ids_NL: np.ndarray
+    mask_NL: np.ndarray
+    seed: int
+
+    def __post_init__(self):
+        _check_seed(self.seed)
+
+    @cached_property
+    def order(self) -> Order:
+        return Order(len(self.ids_NL), self.seed)
+
+    def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
+        which = self.order(index, size)
+        ids, mask = self.ids_NL[which], self.mask_NL[which]
+        return {"ids": ids.astype(np.int32), "mask": mask.astype(np.int32), "which": which}
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingSource:
+    """Shuffled prompts that were encoded ahead of time; the order is PromptSource's.
+
+    batch: text_BLD in the folder's dtype, mask_BL int32, and the prompts' numbers which_B int32.
+
+    Raises: InputError for a negative seed.
+    """
+
+    embeddings: Embeddings
+    seed: int
+
+    def __post_init__(self):
+        _check_seed(self.seed)
+
+    @cached_property
+    def order(self) -> Order:
+        return Order(len(self.embeddings.prompts), self.seed)
+
+    def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
+        which = self.order(index, size)
+        mask = self.embeddings.mask_NL[which].astype(np.int32)
+        return {"text": self.embeddings.text_NLD[which], "mask": mask, "which": which}
+
+
+@dataclass(frozen=True, eq=False)
+class WorldSource:
+    """Captioned pictures drawn as they are needed; sample i is number i of a world.
+
+    world: a module with sample_batch(seed, indices) -> (images_BHWC, captions, scenes), such as
+    gadjax.worlds.shapes. tokenize: B texts -> (ids_BL, mask_BL). dropout: the share of captions
+    that are replaced by "", for classifier-free guidance (Ho & Salimans, arXiv:2207.12598).
+    batch: ids_BL and mask_BL int32, image_BHWC.
+
+    Raises: InputError for a module that is no world, a share outside 0 .. 1, a negative seed.
+    """
+
+    world: str
+    tokenize: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+    seed: int
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        _check_seed(self.seed)
+        if not 0 <= self.dropout <= 1:
+            raise InputError(f"dropout: found {self.dropout}; expected a share from 0 to 1")
+        _world(self.world)
+
+    def dropped(self, index: int) -> bool:
+        """Whether sample `index` goes without its caption."""
+        # A spawn key, as the world draws sample i from the bare pair.
+        seeds = np.random.SeedSequence([self.seed, index], spawn_key=(1,))
+        return np.random.default_rng(seeds).random() < self.dropout
+
+    def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
+        indices = range(index, index + size)
+        images, captions, _ = _world(self.world).sample_batch(self.seed, indices)
+        texts = ["" if self.dropped(i) else text for i, text in zip(indices, captions, strict=True)]
+        ids, mask = self.tokenize(texts)
+        return {"ids": ids, "mask": mask, "image": images}
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise InputError(f"seed: found {seed}; expected zero or more")
+
+
+def _world(name: str) -> ModuleType:
+    try:
+        module = import_module(name)
+    except (ImportError, TypeError, ValueError) as error:
+        raise InputError(f"world: found {name!r} ({error}); expected a module") from error
+    if not hasattr(module, "sample_batch"):
+        raise InputError(f"world: found {name!r}; expected a module with sample_batch")
+    return module
+
+
+def prefetch(
+    fn: Callable[[int], T], start: int, stop: int, depth: int = 2
+) -> Generator[T, None, None]:
+    """fn(start), ..., fn(stop - 1), computed in one thread up to `depth` ahead of the consumer.
+
+    What fn raises is raised in its turn. Closing the iterator waits for the call in progress and
+    ends the thread.
+    """
+    if depth < 1:
+        raise ValueError(f"depth of {depth}; at least 1")
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        indices = iter(range(start, stop))
+        pending = deque(pool.submit(fn, index) for index in islice(indices, depth))
+        try:
+            while pending:
+                result = pending.popleft().result()
+                pending.extend(pool.submit(fn, index) for index in islice(indices, 1))
+                yield result
+        finally:
+            for future in pending:
+                future.cancel()

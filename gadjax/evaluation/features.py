@@ -1,0 +1,104 @@
+"""A small convolutional network whose last layer but one describes pictures, and its folder.
+
+Distances between pictures need features; the bundled world has no public network that knows it,
+so one is shipped. It is trained by gadjax/recipes/shapes_features.py.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gadjax.convert.files import read_json
+from gadjax.convert.layout import read_header, write_file
+from gadjax.convert.tensors import params_from_tensors, tensors_from_params
+from gadjax.errors import InputError
+from gadjax.models.module import Functional, KeyMap, functional
+from gadjax.types import Params
+
+KEYMAP = KeyMap()
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """size: side of the pictures; widths: channels of the convolutions, each halving the side;
+    hidden: of the layer between them and the `features`."""
+
+    size: int = 32
+    widths: tuple[int, ...] = (24, 32, 40)
+    hidden: int = 64
+    features: int = 32
+
+
+class FeatureNet(nnx.Module):
+    """Pictures [N, size, size, 3] in [-1, 1] -> features [N, D]."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        inputs = (3, *config.widths)
+        self.depth = len(config.widths)
+        for i in range(self.depth):
+            conv = nnx.Conv(inputs[i], inputs[i + 1], (3, 3), strides=2, rngs=rngs)
+            setattr(self, f"conv_{i}", conv)
+        flat = (config.size >> self.depth) ** 2 * config.widths[-1]
+        self.linear_1 = nnx.Linear(flat, config.hidden, rngs=rngs)
+        self.linear_2 = nnx.Linear(config.hidden, config.features, rngs=rngs)
+
+    def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+        h = image_BHWC
+        for i in range(self.depth):
+            h = jax.nn.gelu(getattr(self, f"conv_{i}")(h))
+        # Not pooled: the features have to tell where things are.
+        return self.linear_2(jax.nn.gelu(self.linear_1(h.reshape(len(h), -1))))
+
+
+def network(config: Config) -> Functional:
+    return functional(lambda rngs: FeatureNet(config, rngs))
+
+
+def save_features(folder: Path, config: Config, params: Params) -> None:
+    """Write config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(
+        folder / "model.safetensors", dict(tensors_from_params(jax.device_get(params), KEYMAP))
+    )
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+
+def load_features(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """An extractor: pictures [N, size, size, 3] -> features [N, D].
+
+    Raises: InputError for a folder that is not one of `save_features`; the extractor raises it for
+    pictures of another size.
+    """
+    cfg = read_json(folder / "config.json")
+    try:
+        config = Config(**{**cfg, "widths": tuple(cfg["widths"])})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'}: found {error}; expected {Config()}") from None
+    net = network(config)
+    path = folder / "model.safetensors"
+    tensors = {key: tensor.read() for key, tensor in read_header(path).items()}
+    params = jax.device_put(params_from_tensors(tensors, net.abstract, KEYMAP, str(path)))
+    apply = jax.jit(net.apply)
+
+    def extract(images_NHWC: np.ndarray) -> np.ndarray:
+        if images_NHWC.shape[1:] != (config.size, config.size, 3):
+            raise InputError(
+                f"images: found shape {images_NHWC.shape}; expected (N, {config.size}, "
+                f"{config.size}, 3)"
+            )
+        parts = []
+        for start in range(0, len(images_NHWC), _BATCH):
+            part = images_NHWC[start : start + _BATCH]
+            padding = [(0, _BATCH - len(part))] + [(0, 0)] * 3
+            padded = jnp.asarray(np.pad(part, padding), jnp.float32)
+            parts.append(np.asarray(apply(params, padded))[: len(part)])
+        return np.concatenate(parts)
+
+    return extract

@@ -1,0 +1,53 @@
+"""The released GAD script's own loss, in float32, for comparison only."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from gadjax.objectives.base import Context, Needs, sample_mean
+from gadjax.objectives.compose import Addable
+from gadjax.objectives.matching import sg
+from gadjax.objectives.tdm import TDM
+from gadjax.schedules import expand
+
+
+@dataclass(frozen=True)
+class GADScript(Addable):
+    """Finite differences as the public train_gad_distillation.py takes them (commit 237bf7e).
+
+    d = h n / |n| perturbs x_tau. dT_w and dF are same-point differences over h. The student's,
+    ds = (S(x_tau + d, tau) - S(x_k, t_k)) / h, is not: it compares two inputs and two times, and
+    that is kept, since this term is here to be compared with. The loss is
+    mean H(ds - sg[ds + dT_w - dF]) / mean|ds - dT_w|, with gradient through both student values.
+    `weighted` is the script's --use_nsp_timestep_weighting. Float32 stands for its fp16, whose
+    resolution is coarser than d.
+    Cost: 4 teacher evaluations, 2 of the critic, 1 of the student with gradient.
+    """
+
+    step: float = 1e-2
+    huber: float = 1e-3
+    weighted: bool = False
+
+    needs = Needs(student=True, critic=True)
+
+    def __call__(self, context: Context):
+        value = context.student[0].x0
+        # The interval and the diffusion are TDM's, which the script builds on.
+        x_tau, tau_B, _ = TDM().diffused(context)
+        raw = context.normal("perturbation")
+        length = jnp.sqrt(jnp.sum(raw**2, axis=tuple(range(1, raw.ndim))))
+        moved = x_tau + self.step * raw / expand(length, raw)
+
+        def difference(f):
+            return jax.lax.stop_gradient((f(moved, tau_B).x0 - f(x_tau, tau_B).x0) / self.step)
+
+        real, fake = difference(context.teacher), difference(context.critic)
+        there = context.denoiser(context.student_params, moved, tau_B, context.batch.cond)
+        ds = (there.x0 - value) / self.step
+        error = ds - sg(ds + real - fake)
+        scale_B = sg(sample_mean(jnp.abs(ds - real))) + 1e-8
+        loss_B = sample_mean(jnp.sqrt(error**2 + self.huber**2) - self.huber) / scale_B
+        if self.weighted:
+            loss_B = loss_B * (0.1 + 0.9 * (tau_B / context.times[0]) ** 2)
+        return loss_B * context.base_B, {}

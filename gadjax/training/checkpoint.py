@@ -1,0 +1,335 @@
+"""Checkpoints: written in the background, sealed against bit rot, restored onto any mesh.
+
+A step is a folder that Orbax commits by a rename. Orbax itself notices no flipped bit, so every
+step carries a seal: the size and the CRC-32 of its files, written just before the rename, so that
+a committed step is a sealed one.
+"""
+
+import json
+import logging
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from gadjax.errors import InputError, RunStopped
+from gadjax.training.sharding import path_name
+from gadjax.training.state import TrainState
+from gadjax.types import Params
+
+SEAL = "seal.json"
+ASIDE = "damaged"  # folder for what a restore skipped
+# Orbax rewrites these at the commit, and restores without reading them.
+UNSEALED = ("_CHECKPOINT_METADATA", "commit_success.txt", SEAL)
+PARTS = {"ema": ("ema",), "student": ("params", "student"), "critic": ("params", "critic")}
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process calls every method, in the same order."""
+
+    def __init__(self, folder: Path, *, keep: int = 3, keep_every: int | None = None):
+        """keep: how many of the newest steps stay; keep_every: steps that stay for good."""
+        self.folder = Path(folder).absolute()
+        self.saving: int | None = None
+        policies = ocp.checkpoint_managers
+        kept: list[Any] = [policies.LatestN(keep)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # a damaged step must not stop the others' listing
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def save(self, step: int, state: TrainState, meta: dict) -> None:
+        """Write in the background, after the save before has ended. A step already there stays.
+
+        Returns once `state` may be donated. meta: anything JSON holds.
+        Raises: RunStopped where this save, or the one before, cannot be written.
+        """
+        self.wait()
+        if step in self.manager.all_steps():
+            return
+        self.saving = step
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_nested(state)), meta=ocp.args.JsonSave(meta)
+        )
+        try:
+            saved = self.manager.save(step, args=args)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failed(error) from error
+        if not saved:  # Orbax's way of refusing a step older than the newest
+            newest = self.manager.latest_step()
+            raise RunStopped(f"{self.folder}: found step {newest}; expected none after {step}")
+
+    def restore(self, abstract: TrainState) -> tuple[int, TrainState, dict] | None:
+        """The newest valid step as (step, state, meta), or None where there are no checkpoints.
+
+        abstract: ShapeDtypeStruct leaves, each with its sharding on the mesh to restore onto. A
+        step that contradicts its seal is logged by path and file, skipped, and moved to
+        `damaged/` once another one was restored, since training will write that step again. A
+        step without a seal is valid if Orbax restores it: its commit was atomic.
+        Raises: InputError naming a leaf that the checkpoint has not, or has in another shape or
+        dtype (Orbax would cast); RunStopped where there are checkpoints but no valid one.
+        """
+        self.wait()
+        skipped: list[str] = []
+        first = jax.process_index() == 0  # which reads for the seals; the others follow it
+        candidates = _candidates(self.folder, skipped) if first else iter(())
+        while (step := _from_first(next(candidates, -1))) >= 0:
+            path = self.folder / str(step)
+            try:
+                state, meta = self._read(path, step, abstract)
+            except InputError:
+                raise
+            except Exception as error:
+                if (path / SEAL).exists():  # its bytes are right: memory or storage is at fault
+                    raise RunStopped(f"{path}: cannot be restored: {_line(error)}") from error
+                _skip(path, _line(error), skipped)
+                continue
+            self._set_aside(skipped)
+            return step, state, meta
+        if _from_first(len(skipped)):
+            raise RunStopped(_none_valid(self.folder, skipped))
+        return None
+
+    def wait(self) -> None:
+        """Until the last save is committed. Raises: RunStopped where it could not be written."""
+        try:
+            self.manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """`wait`, and give up the threads."""
+        try:
+            self.manager.close()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failed(error) from error
+
+    def _seal(self) -> None:
+        """Orbax calls it in the background on process 0, when all files lie in the step's
+        temporary folder (or, on storage that cannot rename, in the final one)."""
+        temporary = sorted(self.folder.glob(f"{self.saving}.orbax-checkpoint-tmp*"))
+        for path in temporary or [self.folder / str(self.saving)]:
+            write_seal(path)
+
+    def _read(self, path: Path, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
+        check_leaves(path, _names(_metadata(path)), _names(abstract))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_nested(abstract)), meta=ocp.args.JsonRestore()
+        )
+        found = self.manager.restore(step, args=args)
+        names = _names(found["state"])
+        state = jax.tree_util.tree_map_with_path(lambda p, _: names[path_name(p)], abstract)
+        return state, found["meta"]
+
+    def _set_aside(self, skipped: list[str]) -> None:
+        if not _from_first(len(skipped)):
+            return
+        if jax.process_index() == 0:
+            (self.folder / ASIDE).mkdir(exist_ok=True)
+            for path in map(Path, skipped):
+                place, copy = self.folder / ASIDE / path.name, 1
+                while place.exists():
+                    place, copy = place.with_name(f"{path.name}.{copy}"), copy + 1
+                path.rename(place)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("gadjax set aside")
+        self.manager.reload()
+
+    def _failed(self, error: Exception) -> RunStopped:
+        return RunStopped(f"{self.folder}/{self.saving}: cannot be written: {_line(error)}")
+
+
+def read_params(
+    folder: Path, part: str = "ema", step: int | None = None
+) -> tuple[int, Params, dict]:
+    """One network out of a run's checkpoints: (step, nested dict of numpy arrays, meta).
+
+    Needs no mesh and no model, and reads no other arrays (though every file, for the seal).
+    part: ema, student or critic. step: by default the newest valid one.
+    Raises: InputError where there is no such checkpoint or part, or where `step` is damaged;
+    RunStopped where there are checkpoints but no valid one.
+    """
+    folder = Path(folder).absolute()
+    if part not in PARTS:
+        raise InputError(f"part: found {part!r}; expected one of {', '.join(PARTS)}")
+    steps = _steps(folder)
+    if not steps or step is not None and step not in steps:
+        found = ", ".join(map(str, steps)) or "no checkpoint"
+        raise InputError(f"{folder}: found {found}; expected {'one' if step is None else step}")
+    if step is not None and (fault := find_fault(folder / str(step))):
+        raise InputError(f"{folder / str(step)}: found a damaged checkpoint ({fault})")
+    skipped: list[str] = []
+    for candidate in [step] if step is not None else _candidates(folder, skipped):
+        path = folder / str(candidate)
+        try:
+            return candidate, _read_part(path, part), _read_meta(path)
+        except InputError:
+            raise
+        except Exception as error:
+            _skip(path, _line(error), skipped)
+    raise RunStopped(_none_valid(folder, skipped))
+
+
+def _read_part(path: Path, part: str) -> Params:
+    item = tree = _metadata(path)
+    for name in PARTS[part]:
+        item = item.get(name, {})
+    if not item:
+        raise InputError(f"{path}: found no {part}; expected a run that trains one")
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    for name in reversed(PARTS[part]):
+        item, args = {name: item}, {name: args}
+    assert tree.keys() >= item.keys()
+    handler = ocp.PyTreeCheckpointHandler()
+    found = handler.restore(
+        path / "state", ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
+    )
+    for name in PARTS[part]:
+        found = found[name]
+    return found
+
+
+def _read_meta(path: Path) -> dict:
+    return ocp.JsonCheckpointHandler().restore(path / "meta", ocp.args.JsonRestore())
+
+
+def write_seal(folder: Path) -> None:
+    """Write `seal.json`: {file: {size, crc32}} of every file below `folder`."""
+    files = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in UNSEALED
+    )
+    with ThreadPoolExecutor(4) as pool:
+        sums = pool.map(lambda name: _sum(folder / name), files)
+        seal = dict(zip(files, sums, strict=True))
+    (folder / SEAL).write_text(json.dumps(seal, indent=1) + "\n")
+
+
+def find_fault(folder: Path) -> str | None:
+    """The first file that contradicts the seal, and how; None where all agree or none is there."""
+    seal = folder / SEAL
+    if not seal.exists():
+        return None
+    try:
+        wanted = {name: dict(entry) for name, entry in json.loads(seal.read_text()).items()}
+    except (ValueError, TypeError, AttributeError):
+        return f"{SEAL} cannot be read"
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda name: _sum(folder / name), wanted)
+        for name, sums in zip(wanted, found, strict=True):
+            if sums != wanted[name]:
+                return f"{name}: {_difference(sums, wanted[name])}"
+    return None
+
+
+def _sum(path: Path) -> dict[str, int] | None:
+    if not path.is_file():
+        return None
+    crc = size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return {"size": size, "crc32": crc}
+
+
+def _difference(found: dict | None, wanted: dict) -> str:
+    if found is None:
+        return "missing"
+    if found["size"] != wanted.get("size"):
+        return f"found {found['size']} bytes, expected {wanted.get('size')}"
+    return "CRC-32 differs"
+
+
+def check_leaves(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Compare name -> (something with shape and dtype). Raises: InputError naming one leaf."""
+    for name in [*wanted, *found]:
+        a, b = _kind(found.get(name)), _kind(wanted.get(name))
+        if a != b:
+            raise InputError(f"{path}: {name}: found {a}; expected {b}")
+
+
+def _kind(leaf: Any) -> str:
+    return "nothing" if leaf is None else f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+
+
+def _names(tree: Any) -> dict[str, Any]:
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _nested(tree: Any) -> dict[str, Any]:
+    """The same leaves in plain dicts with string keys, which is what Orbax's metadata can hold."""
+    nested: dict[str, Any] = {}
+    for name, leaf in _names(tree).items():
+        *folders, last = name.split("/")
+        place = nested
+        for key in folders:
+            place = place.setdefault(key, {})
+        place[last] = leaf
+    return nested
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """Shapes and dtypes of a step, nested."""
+    return ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
+
+
+def _steps(folder: Path) -> list[int]:
+    """Committed steps, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
+
+
+def _candidates(folder: Path, skipped: list[str]) -> Iterator[int]:
+    """Steps that do not contradict their seal, newest first; the others go into `skipped`."""
+    for step in _steps(folder):
+        path = folder / str(step)
+        fault = find_fault(path)
+        if fault is None:
+            yield step
+        else:
+            _skip(path, fault, skipped)
+
+
+def _skip(path: Path, fault: str, skipped: list[str]) -> None:
+    log.warning("%s: damaged checkpoint skipped: %s", path, fault)
+    skipped.append(str(path))
+
+
+def _none_valid(folder: Path, skipped: list[str]) -> str:
+    steps = ", ".join(Path(path).name for path in skipped) or "only damaged ones"
+    return f"{folder}: found damaged checkpoints ({steps}); expected a valid one"
+
+
+def _from_first(value: int) -> int:
+    """Process 0's value, on every process."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" in text or "No space left" in text:
+        return "no space left on the device"
+    return text[:200] or type(error).__name__

@@ -1,0 +1,213 @@
+"""A folder of embeddings reads back what was written, appears whole, and is checked on opening."""
+
+import json
+import os
+import resource
+import shutil
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gadjax.data import embeddings
+from gadjax.data.embeddings import open_embeddings, write_embeddings
+from gadjax.errors import InputError, RunStopped
+
+PROMPTS = ["a red circle", 'a "cross"', "圆", "a square\nbelow", "a triangle"]
+L, D = 3, 4
+
+
+def encoded(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, L, D)).astype(np.float32), rng.integers(0, 2, (count, L))
+
+
+def write(folder, text, mask, *, sizes=(2, 2, 1), prompts=PROMPTS, **options):
+    """Embed PROMPTS in batches of `sizes`; the last row of text and mask is the null."""
+    starts = np.cumsum((0, *sizes))
+    batches = ((text[a : a + n], mask[a : a + n]) for a, n in zip(starts, sizes, strict=False))
+    null = text[-1], mask[-1]
+    write_embeddings(folder, prompts, batches, null, **{"fingerprint": "abc", **options})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "new" / "text", *encoded(6))
+    return tmp_path / "new" / "text"
+
+
+def test_float32_comes_back_exactly(folder):
+    text, mask = encoded(6)
+    found = open_embeddings(folder)
+    assert found.prompts == tuple(PROMPTS) and found.fingerprint == "abc"
+    assert isinstance(found.text_NLD, np.memmap) and not found.text_NLD.flags.writeable
+    np.testing.assert_array_equal(found.text_NLD, text[:5], strict=True)
+    np.testing.assert_array_equal(found.mask_NL, mask[:5].astype(bool), strict=True)
+    np.testing.assert_array_equal(found.null_text_LD, text[5], strict=True)
+    np.testing.assert_array_equal(found.null_mask_L, mask[5].astype(bool), strict=True)
+    # Other tools read it as well.
+    np.testing.assert_array_equal(np.load(folder / "text.npy"), text, strict=True)
+    assert sorted(os.listdir(folder)) == ["manifest.json", "mask.npy", "prompts.jsonl", "text.npy"]
+    assert os.listdir(folder.parent) == ["text"]
+
+
+def test_float16_rounds_and_other_dtypes_are_taken(tmp_path):
+    text, mask = encoded(6)
+    write(tmp_path / "half", text, mask, dtype="float16", sizes=(5,))
+    found = open_embeddings(tmp_path / "half")
+    np.testing.assert_array_equal(found.text_NLD, text[:5].astype(np.float16), strict=True)
+    brain = text.astype(ml_dtypes.bfloat16)
+    write(tmp_path / "brain", brain, mask.astype(np.float32))
+    found = open_embeddings(tmp_path / "brain")
+    np.testing.assert_array_equal(found.text_NLD, brain[:5].astype(np.float32), strict=True)
+
+
+def test_a_foreign_encoder_or_length_is_refused(folder):
+    found = open_embeddings(folder)
+    found.check("abc", L)
+    with pytest.raises(InputError, match=r"manifest.json: found fingerprint 'abc'; expected 'x'"):
+        found.check("x", L)
+    with pytest.raises(InputError, match=r"manifest.json: found length 3; expected 120"):
+        found.check("abc", 120)
+
+
+def spoilt(place, value):
+    text, mask = encoded(6)
+    text[place] = value
+    return text, mask
+
+
+@pytest.mark.parametrize(
+    "text_mask, options, error, message",
+    [
+        (encoded(6), {"sizes": (2, 2)}, ValueError, "4 rows for 5 prompts"),
+        (encoded(8), {"sizes": (4, 4)}, ValueError, "8 rows for 5 prompts"),
+        ((encoded(6)[0], encoded(7)[1]), {"sizes": (6,)}, ValueError, "6 rows for 5"),
+        ((encoded(6)[0], encoded(6)[1][:, 1:]), {}, ValueError, r"batch of \(2, 3, 4\) and \(2, 2"),
+        (spoilt((3, 1, 2), np.nan), {}, InputError, "^prompt 4: found values not finite in float"),
+        (spoilt((5, 0, 0), np.inf), {}, InputError, "^the empty prompt: found values not finite"),
+        (spoilt((1, 0, 0), 7e4), {"dtype": "float16"}, InputError, "^prompt 2: .* in float16"),
+        (encoded(6), {"dtype": "bfloat16"}, InputError, "dtype: found 'bfloat16'; expected one of"),
+        (encoded(6), {"prompts": ["a", " ", "b", "c", "d"]}, InputError, "jsonl:2: found ' '"),
+        (encoded(6), {"prompts": []}, InputError, "found no prompt"),
+    ],
+)
+def test_what_does_not_fit_leaves_nothing(tmp_path, text_mask, options, error, message):
+    with pytest.raises(error, match=message):
+        write(tmp_path / "out", *text_mask, **options)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_existing_path_is_never_touched(folder):
+    before = (folder / "manifest.json").stat()
+    with pytest.raises(InputError, match="found an existing path; expected a new folder"):
+        write(folder, *encoded(6))
+    assert (folder / "manifest.json").stat() == before
+    with pytest.raises(InputError, match="found Not a directory; expected a place to write to"):
+        write(folder / "manifest.json" / "out", *encoded(6))
+
+
+def test_a_small_disk_is_refused_before_encoding(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        embeddings.shutil, "disk_usage", lambda path: SimpleNamespace(free=6 * L * (D * 4 + 1) - 1)
+    )
+    with pytest.raises(InputError, match="GB of free space; expected"):
+        write(tmp_path / "out", *encoded(6))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_write_that_fails_stops_and_leaves_nothing(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        with pytest.raises(RunStopped, match="out: found File too large; nothing was kept"):
+            write(tmp_path / "out", *encoded(6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    def batches():
+        yield encoded(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_embeddings(
+            tmp_path / "out", PROMPTS, batches(), (np.zeros((L, D)), np.ones(L)), fingerprint="abc"
+        )
+    assert os.listdir(tmp_path) == []
+
+
+def edit(key, value):
+    def change(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest[key] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return change
+
+
+def cut(name, size):
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def put(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def save(name, array):
+    return lambda folder: np.save(folder / name, array, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (shutil.rmtree, "manifest.json: found No such file or directory; expected a folder writt"),
+        (put("manifest.json", b"{"), "manifest.json: found broken JSON"),
+        (put("manifest.json", b"\xff"), "manifest.json: found broken JSON"),
+        (put("manifest.json", b"[]"), "manifest.json: found no object"),
+        (edit("version", 2), "manifest.json: found version 2; expected 1"),
+        (edit("count", "5"), "manifest.json: found count '5'; expected a positive integer"),
+        (edit("width", True), "manifest.json: found width True"),
+        (edit("dtype", "object"), "manifest.json: found dtype 'object'; expected float32 or flo"),
+        (edit("dtype", ["float32"]), r"manifest.json: found dtype \['float32'\]"),
+        (edit("fingerprint", None), "manifest.json: found fingerprint None; expected text"),
+        (edit("count", 4), r"text.npy: found float32 \(6, 3, 4\); expected float32 \(5, 3, 4\)"),
+        (edit("width", 5), r"text.npy: found float32 \(6, 3, 4\); expected float32 \(6, 3, 5\)"),
+        (edit("dtype", "float16"), r"text.npy: found float32 .*; expected float16"),
+        (lambda folder: (folder / "text.npy").unlink(), "text.npy: found No such file"),
+        (cut("text.npy", 0), "text.npy: found a truncated or corrupt file"),
+        (cut("text.npy", 50), "text.npy: found a truncated or corrupt file"),
+        (cut("text.npy", 200), "text.npy: found a truncated or corrupt file"),
+        (put("text.npy", b"PK" * 100), "text.npy: found a truncated or corrupt file"),
+        (save("text.npy", np.zeros((6, 3, 4), object)), "text.npy: found a truncated or corrupt"),
+        (save("text.npy", np.zeros((4, 3, 6), "f4").T), "text.npy: found float32"),
+        (save("text.npy", np.zeros((6, 3, 4), ">f4")), "text.npy: found >f4"),
+        (save("mask.npy", np.zeros((6, 2), bool)), r"mask.npy: found bool \(6, 2\)"),
+        (lambda folder: os.truncate(folder / "mask.npy", 999), "mask.npy: found 999 bytes"),
+        (put("prompts.jsonl", b'{"prompt": "a"}'), "prompts.jsonl: found 1 prompts; expected 5"),
+        (put("prompts.jsonl", b'{"a": 1}'), "prompts.jsonl:1: found keys"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(folder, damage, message):
+    damage(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        open_embeddings(folder)
+    assert "\n" not in str(caught.value) and "; expected " in str(caught.value)
+
+
+def test_any_damaged_header_is_refused_or_changes_nothing(folder):
+    text, _ = encoded(6)
+    good = (folder / "text.npy").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        bad = bytearray(good)
+        bad[rng.integers(128)] = rng.integers(256)
+        (folder / "text.npy").write_bytes(bad)
+        try:
+            found = open_embeddings(folder)
+        except InputError:
+            continue
+        np.testing.assert_array_equal(found.text_NLD, text[:5], strict=True)
