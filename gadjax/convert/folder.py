@@ -5,6 +5,7 @@ scheduler and tokenizers are files without weights.
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import re
@@ -145,7 +146,7 @@ def _check_component(
     module = importlib.import_module(COMPONENTS[class_name])
     try:
         spec = module.Config.from_dict(config)
-        abstract = functional(module.build(spec)).abstract
+        abstract = _abstract(module, spec)
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
@@ -159,6 +160,12 @@ def _check_component(
     places = check_keys(weights.shapes, abstract, module.KEYMAP, where)
     check_dtypes(weights.dtypes, places, where)
     return Component(folder.name, library, module, config, spec, abstract, weights, places)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(module: ModuleType, spec: Any) -> Params:
+    """Tracing a network takes as long as all other checks, and a command checks more than once."""
+    return functional(module.build(spec)).abstract
 
 
 def read_pipeline(
@@ -222,9 +229,7 @@ def write_pipeline(
     pipeline = check_pipeline(src, variant=variant, allow_pickle=allow_pickle)
     for name, given in params.items():
         if name not in pipeline.components:
-            raise InputError(
-                f"{src}: found no network {name}; expected one to replace"
-            )
+            raise InputError(f"{src}: found no network {name}; expected one to replace")
         part = pipeline.components[name]
         shapes = {key: value.shape for key, value in _tensors(part, given)}
         check_keys(shapes, part.abstract, part.module.KEYMAP, f"{name} to be written")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from gadjax.convert.tensors import all_finite
+from gadjax.convert.tensors import all_finite, fill
 from gadjax.errors import InputError
 
 # In the library's order: a file holds its tensors from the last type to the first, by name.
@@ -149,11 +149,14 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray], dtype=None) -> Non
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
-            with np.errstate(over="ignore"):
-                value = np.asarray(tensors[key], dtypes[key], order="C").reshape(-1)
+            value = np.asarray(tensors[key])
+            if not value.flags.c_contiguous or value.dtype != dtypes[key]:
+                value = np.empty(value.shape, dtypes[key])
+                with np.errstate(over="ignore"):
+                    fill(value, tensors[key])
             if not all_finite(value):
                 raise InputError(
                     f"{path.parent.name}/{path.name}: found values of {key} that are not finite "
                     f"in {value.dtype}; expected finite ones"
                 )
-            file.write(value.view(np.uint8))
+            file.write(value.reshape(-1).view(np.uint8))

@@ -12,6 +12,7 @@ from gadjax.types import Params
 
 LISTED = 10  # names shown in one error line
 BLOCK = 1 << 18  # elements looked at together; stays in the cache
+STRIP = 64  # columns transposed together
 
 # File key -> (path of the parameter, layer of a stacked one or None).
 Places = dict[str, tuple[str, int | None]]
@@ -116,6 +117,15 @@ def params_from_tensors(
     return place_tensors(((k, tensors[k]) for k in places), places, abstract)
 
 
+def fill(target: np.ndarray, value: np.ndarray) -> None:
+    """target[...] = value; a transposed matrix in strips that stay in the cache, twice as fast."""
+    if value.ndim != 2 or value.flags.c_contiguous:
+        target[...] = value
+        return
+    for start in range(0, value.shape[1], STRIP):
+        target[:, start : start + STRIP] = value[:, start : start + STRIP]
+
+
 def all_finite(value: np.ndarray) -> bool:
     """Whether a contiguous array has no NaN and no infinity. Other than floating: True."""
     if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -151,7 +161,7 @@ def place_tensors(
             flat[path] = np.empty(shapes[path], dtype or value.dtype)
         target = flat[path] if layer is None else flat[path][layer, ...]
         with np.errstate(over="ignore"):
-            target[...] = _from_torch(path.rsplit("/", 1)[-1], value)
+            fill(target, _from_torch(path.rsplit("/", 1)[-1], value))
         if dtype is not None and not all_finite(target):
             raise InputError(
                 f"{where}: found values of {key} too large for {target.dtype}; expected "

@@ -33,15 +33,17 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Embeddings:
-    """An open folder: text_NLD and mask_NL are read-only memory maps, row i is prompts[i]'s."""
+    """An open folder: text_NLD and mask_NL are read-only memory maps, row i is prompts[i]'s.
+
+    null: text_LD and mask_L (int32, as sources give masks) of the empty prompt, in memory.
+    """
 
     folder: Path
     fingerprint: str
     prompts: tuple[str, ...]
     text_NLD: np.ndarray
     mask_NL: np.ndarray
-    null_text_LD: np.ndarray
-    null_mask_L: np.ndarray
+    null: Encoded
 
     def check(self, fingerprint: str, length: int) -> None:
         """Raises: InputError unless this encoder and tokenizer wrote them, at this length."""
@@ -75,14 +77,14 @@ def write_embeddings(
     ValueError for batches that do not fit the prompts or `null`.
     """
     folder = Path(folder).resolve()
-    if folder.exists():
-        raise InputError(f"{folder}: found an existing path; expected a new folder")
     if dtype not in DTYPES:
         raise InputError(f"dtype: found {dtype!r}; expected one of {', '.join(DTYPES)}")
     length, width = null[0].shape
     size = (len(prompts) + 1) * length * (width * np.dtype(dtype).itemsize + 1)
     building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
+        if folder.exists():
+            raise InputError(f"{folder}: found an existing path; expected a new folder")
         building.mkdir(parents=True)
     except OSError as error:
         raise InputError(
@@ -106,7 +108,7 @@ def write_embeddings(
         (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         building.rename(folder)
     except OSError as error:
-        raise RunStopped(f"{folder}: found {error.strerror}; nothing was kept") from error
+        raise RunStopped(f"{folder}: found {error.strerror or error}; nothing was kept") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -172,8 +174,7 @@ def open_embeddings(folder: Path) -> Embeddings:
         prompts=tuple(prompts),
         text_NLD=text[:-1],
         mask_NL=mask[:-1],
-        null_text_LD=np.array(text[-1]),
-        null_mask_L=np.array(mask[-1]),
+        null=(np.array(text[-1]), np.array(mask[-1], np.int32)),
     )
 
 

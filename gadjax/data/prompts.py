@@ -112,9 +112,13 @@ def _read_csv(path: Path, column: str) -> Iterator[str]:
 def _prompt(value: Any, where: str, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: found {_shown(value)} as {column!r}; expected text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
         # JSON can escape half of a character; no tokenizer takes it.
-        raise InputError(f"{where}: found half of a surrogate pair; expected whole characters")
+        raise InputError(
+            f"{where}: found half of a surrogate pair; expected whole characters"
+        ) from error
     return value.strip()
 
 

@@ -137,6 +137,25 @@ class WorldSource:
         return {"ids": ids, "mask": mask, "image": images}
 
 
+@dataclass(frozen=True, eq=False)
+class CachedSource:
+    """Shuffled samples that were made ready once: `arrays` by name, all with N leading.
+
+    batch: the arrays' rows.
+    """
+
+    arrays: dict[str, np.ndarray]
+    seed: int
+
+    @cached_property
+    def order(self) -> Order:
+        return Order(len(next(iter(self.arrays.values()))), self.seed)
+
+    def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
+        which = self.order(index, size)
+        return {name: array[which] for name, array in self.arrays.items()}
+
+
 def _check_seed(seed: int) -> None:
     if seed < 0:
         raise InputError(f"seed: found {seed}; expected zero or more")

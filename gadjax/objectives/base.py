@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gadjax.denoiser import Denoiser
+from gadjax.errors import InputError
 from gadjax.types import Batch, Metrics, Prediction
 
 
@@ -22,6 +23,12 @@ class TeacherMap:
 
     end: str = "next"
     steps: int = 4
+
+    def __post_init__(self):
+        if self.end not in ("next", "clean"):
+            raise InputError(f"objective: found end {self.end!r}; expected 'next' or 'clean'")
+        if self.steps < 1:
+            raise InputError(f"objective: found a map of {self.steps} steps; expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,10 @@ class Needs:
 
     def __or__(self, other: "Needs") -> "Needs":
         if self.tangent and other.tangent and self.tangent != other.tangent:
-            raise ValueError(f"two kinds of direction: {self.tangent} and {other.tangent}")
+            raise InputError(
+                f"objective: found directions {self.tangent!r} and {other.tangent!r}; "
+                "expected one for all terms"
+            )
         maps = dict(self.maps)
         for spec, tangent in other.maps.items():
             maps[spec] = maps.get(spec, False) or tangent

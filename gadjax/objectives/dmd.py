@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.matching import mean_abs, pseudo_loss, sg
@@ -27,6 +28,12 @@ class DMD(Addable):
     low: float = 0.02
     high: float = 0.98
     backprop: str = "step"
+
+    def __post_init__(self):
+        if self.backprop not in ("step", "all"):
+            raise InputError(
+                f"objective.dmd.backprop: found {self.backprop!r}; expected 'step' or 'all'"
+            )
 
     @property
     def needs(self) -> Needs:

@@ -135,15 +135,13 @@ def standardise(params: Params, features_ND: np.ndarray) -> Params:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=resolve("asset:shapes_features"))
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     config = Config()
-    params, scores = train(
-        config, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed
-    )
+    params, scores = train(config, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
     for name, score in scores.items():
         print(f"held-out {name}: {score:.4f}")
     save_features(args.out, config, params)

@@ -5,11 +5,8 @@ step carries a seal: the size and the CRC-32 of its files, written just before t
 a committed step is a sealed one.
 """
 
-import json
 import logging
-import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from gadjax.errors import InputError, RunStopped
+from gadjax.training.seal import SEAL, find_fault, write_seal
 from gadjax.training.sharding import path_name
 from gadjax.training.state import TrainState
 from gadjax.types import Params
 
-SEAL = "seal.json"
 ASIDE = "damaged"  # folder for what a restore skipped
-# Orbax rewrites these at the commit, and restores without reading them.
-UNSEALED = ("_CHECKPOINT_METADATA", "commit_success.txt", SEAL)
 PARTS = {"ema": ("ema",), "student": ("params", "student"), "critic": ("params", "critic")}
 
 log = logging.getLogger(__name__)
@@ -37,6 +32,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int = 3, keep_every: int | None = None):
         """keep: how many of the newest steps stay; keep_every: steps that stay for good."""
+        logging.getLogger("absl").addFilter(_not_orbax_error)
         self.folder = Path(folder).absolute()
         self.saving: int | None = None
         policies = ocp.checkpoint_managers
@@ -99,9 +95,7 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as error:
-                if (path / SEAL).exists():  # its bytes are right: memory or storage is at fault
-                    raise RunStopped(f"{path}: cannot be restored: {_line(error)}") from error
-                _skip(path, _line(error), skipped)
+                _skip_unsealed(path, error, skipped)
                 continue
             self._set_aside(skipped)
             return step, state, meta
@@ -185,12 +179,12 @@ def read_params(
         except InputError:
             raise
         except Exception as error:
-            _skip(path, _line(error), skipped)
+            _skip_unsealed(path, error, skipped)
     raise RunStopped(_none_valid(folder, skipped))
 
 
 def _read_part(path: Path, part: str) -> Params:
-    item = tree = _metadata(path)
+    item: Any = _metadata(path)
     for name in PARTS[part]:
         item = item.get(name, {})
     if not item:
@@ -198,10 +192,9 @@ def _read_part(path: Path, part: str) -> Params:
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     for name in reversed(PARTS[part]):
         item, args = {name: item}, {name: args}
-    assert tree.keys() >= item.keys()
     handler = ocp.PyTreeCheckpointHandler()
     found = handler.restore(
-        path / "state", ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
+        path / "state", args=ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
     )
     for name in PARTS[part]:
         found = found[name]
@@ -209,55 +202,7 @@ def _read_part(path: Path, part: str) -> Params:
 
 
 def _read_meta(path: Path) -> dict:
-    return ocp.JsonCheckpointHandler().restore(path / "meta", ocp.args.JsonRestore())
-
-
-def write_seal(folder: Path) -> None:
-    """Write `seal.json`: {file: {size, crc32}} of every file below `folder`."""
-    files = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in UNSEALED
-    )
-    with ThreadPoolExecutor(4) as pool:
-        sums = pool.map(lambda name: _sum(folder / name), files)
-        seal = dict(zip(files, sums, strict=True))
-    (folder / SEAL).write_text(json.dumps(seal, indent=1) + "\n")
-
-
-def find_fault(folder: Path) -> str | None:
-    """The first file that contradicts the seal, and how; None where all agree or none is there."""
-    seal = folder / SEAL
-    if not seal.exists():
-        return None
-    try:
-        wanted = {name: dict(entry) for name, entry in json.loads(seal.read_text()).items()}
-    except (ValueError, TypeError, AttributeError):
-        return f"{SEAL} cannot be read"
-    with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda name: _sum(folder / name), wanted)
-        for name, sums in zip(wanted, found, strict=True):
-            if sums != wanted[name]:
-                return f"{name}: {_difference(sums, wanted[name])}"
-    return None
-
-
-def _sum(path: Path) -> dict[str, int] | None:
-    if not path.is_file():
-        return None
-    crc = size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return {"size": size, "crc32": crc}
-
-
-def _difference(found: dict | None, wanted: dict) -> str:
-    if found is None:
-        return "missing"
-    if found["size"] != wanted.get("size"):
-        return f"found {found['size']} bytes, expected {wanted.get('size')}"
-    return "CRC-32 differs"
+    return ocp.JsonCheckpointHandler().restore(path / "meta", args=ocp.args.JsonRestore())
 
 
 def check_leaves(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -316,6 +261,16 @@ def _skip(path: Path, fault: str, skipped: list[str]) -> None:
     skipped.append(str(path))
 
 
+def _skip_unsealed(path: Path, error: Exception, skipped: list[str]) -> None:
+    """A failed restore is damage where there is no seal to say otherwise.
+
+    Raises: RunStopped where there is one: the bytes are right, so memory or storage is at fault.
+    """
+    if (path / SEAL).exists():
+        raise RunStopped(f"{path}: cannot be restored: {_line(error)}") from error
+    _skip(path, _line(error), skipped)
+
+
 def _none_valid(folder: Path, skipped: list[str]) -> str:
     steps = ", ".join(Path(path).name for path in skipped) or "only damaged ones"
     return f"{folder}: found damaged checkpoints ({steps}); expected a valid one"
@@ -330,6 +285,12 @@ def _from_first(value: int) -> int:
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if "RESOURCE_EXHAUSTED" in text or "No space left" in text:
-        return "no space left on the device"
+    for reason in ("No space left on device", "Disk quota exceeded", "Permission denied"):
+        if reason in text:  # Orbax buries it in a paragraph of paths
+            return reason
     return text[:200] or type(error).__name__
+
+
+def _not_orbax_error(record: logging.LogRecord) -> bool:
+    """Orbax logs a traceback per thread for an error that it raises as well."""
+    return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts

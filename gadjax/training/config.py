@@ -49,6 +49,7 @@ def default_config() -> ConfigDict:
                 "column": "prompt",
                 "embeddings": "",  # folder written by `gadjax embed`, instead of prompts
                 "world": "",  # module that draws captioned pictures, instead of prompts
+                "cache": 0,  # pictures of the world that are encoded once; 0: each when it is used
                 "dropout": 0.0,  # of captions, where a teacher is trained
                 "length": 120,  # text tokens
             },

@@ -146,7 +146,7 @@ class Preview:
         denoiser, needs = recipe.denoiser, recipe.objective.needs
         count = run.config.preview.prompts
         raw = run.source.batch(0, count)
-        raw = {name: value for name, value in raw.items() if name != "image"}
+        raw = {name: value for name, value in raw.items() if name not in ("image", "x0")}
         noise = jax.random.normal(jax.random.key(run.config.seed), (count, *pipeline.latent))
 
         @partial(jax.jit, static_argnums=1)

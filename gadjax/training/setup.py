@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from gadjax import assets
 from gadjax.convert.files import fingerprint
 from gadjax.convert.tensors import tensors_from_params
 from gadjax.data.embeddings import open_embeddings
 from gadjax.data.prompts import read_prompts
-from gadjax.data.source import EmbeddingSource, PromptSource, Source, WorldSource
+from gadjax.data.source import CachedSource, EmbeddingSource, PromptSource, Source, WorldSource
 from gadjax.errors import InputError
 from gadjax.models.module import cast
 from gadjax.objectives import TERMS, build
@@ -140,9 +141,23 @@ def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str,
     ids, mask = tokenize([""])
     null = {"ids": ids, "mask": mask}
     if data.world:
-        return WorldSource(data.world, tokenize, config.seed, data.dropout), null
+        world = WorldSource(data.world, tokenize, config.seed, data.dropout)
+        return (cache_latents(world, pipeline, data.cache) if data.cache else world), null
     prompts = read_prompts(assets.resolve(data.prompts), data.column)
     return PromptSource(*tokenize(prompts), config.seed), null
+
+
+def cache_latents(source: WorldSource, pipeline: Pipeline, count: int, size: int = 128) -> Source:
+    """The first `count` samples of a world with their pictures encoded, once, ahead of training."""
+    encode = jax.jit(pipeline.encode_image)
+    params = pipeline.folder.components["vae"].params
+    parts = []
+    for index in tqdm(range(0, count, size), desc="encoding pictures", disable=None):
+        batch = source.batch(index, min(size, count - index))
+        image = batch.pop("image")
+        parts.append(batch | {"x0": np.asarray(encode(params, image))})
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return CachedSource(arrays, source.seed)
 
 
 def encode_raw(pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Array]) -> Cond:
@@ -169,7 +184,9 @@ def make_batch(
         encode_raw(pipeline, frozen, frozen["null"]),
     )
     offset = jax.random.randint(jax.random.fold_in(now, samples), (), 0, 1 << 20)
-    x0 = pipeline.encode_image(frozen["vae"], raw["image"]) if "image" in raw else None
+    x0 = raw.get("x0")
+    if "image" in raw:
+        x0 = pipeline.encode_image(frozen["vae"], raw["image"])
     cond = jax.tree.map(lambda x: jax.lax.stop_gradient(x), encode_raw(pipeline, frozen, raw))
     return Batch(cond, null, noise, keys, (places + offset).astype(jnp.int32), x0)
 

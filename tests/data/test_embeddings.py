@@ -44,8 +44,9 @@ def test_float32_comes_back_exactly(folder):
     assert isinstance(found.text_NLD, np.memmap) and not found.text_NLD.flags.writeable
     np.testing.assert_array_equal(found.text_NLD, text[:5], strict=True)
     np.testing.assert_array_equal(found.mask_NL, mask[:5].astype(bool), strict=True)
-    np.testing.assert_array_equal(found.null_text_LD, text[5], strict=True)
-    np.testing.assert_array_equal(found.null_mask_L, mask[5].astype(bool), strict=True)
+    np.testing.assert_array_equal(found.null[0], text[5], strict=True)
+    np.testing.assert_array_equal(found.null[1], mask[5].astype(np.int32), strict=True)
+    assert type(found.null[0]) is type(found.null[1]) is np.ndarray
     # Other tools read it as well.
     np.testing.assert_array_equal(np.load(folder / "text.npy"), text, strict=True)
     assert sorted(os.listdir(folder)) == ["manifest.json", "mask.npy", "prompts.jsonl", "text.npy"]

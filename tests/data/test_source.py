@@ -140,9 +140,13 @@ def test_dropout_takes_its_share_of_captions_and_nothing_else():
     np.testing.assert_array_equal(batch["image"], full["image"])
     np.testing.assert_array_equal(batch["ids"], np.where(dropped[:64, None], 0, full["ids"]))
     np.testing.assert_array_equal(batch["mask"].any(1), ~dropped[:64])
-    # Not the number that decides whether a caption names everything.
+    # Another seed drops others, and what is drawn does not decide.
     other = WorldSource(SHAPES, tokenize, seed=4, dropout=rate)
     assert (dropped != [other.dropped(i) for i in range(count)]).any()
+    _, captions, _ = shapes.sample_batch(3, range(count))
+    complete = np.array([len(shapes.parse(text)) == len(shapes.ATTRIBUTES) for text in captions])
+    share, others = dropped[complete].mean(), dropped[~complete].mean()
+    assert abs(share - others) < 4 * (rate / complete.sum()) ** 0.5
 
 
 @pytest.mark.parametrize("dropout, expected", [(0, 0), (1, 50)])

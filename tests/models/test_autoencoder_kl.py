@@ -35,8 +35,9 @@ TINY = dict(block_out_channels=[4, 6], layers_per_block=1, latent_channels=4, no
 FULL = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, norm_num_groups=32)
 
 
-# Compiling takes all the time here: let XLA optimise nothing.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# Compiling takes all the time here, so let XLA optimise as little as it can.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def block_types(config):
@@ -141,7 +142,7 @@ def test_derivatives_match_central_differences(method):
     with jax.enable_x64():
         params = cast(jax.tree.map(jnp.asarray, params), jnp.float64)
         x, u, v = (jnp.asarray(normal(i, shape), jnp.float64) for i in range(3))
-        point, along = (params, x), (jax.tree.map(jnp.cos, params), u)
+        point, along = (params, x), (jax.tree.map(lambda p: 0.1 * jnp.cos(p), params), u)
 
         def energy(point):
             def net(x):
@@ -169,7 +170,7 @@ def test_remat_recomputes_every_residual_block_and_the_attention(remat, blocks):
     made = functional(kl.build(kl.Config.from_dict({**TINY, **block_types(TINY)}), remat=remat))
     latent = jax.ShapeDtypeStruct((1, 3, 2, 4), jnp.float32)
     jaxpr = jax.make_jaxpr(lambda p, x: made.apply(p, x, method="decode"))(made.abstract, latent)
-    assert sum("checkpoint" in str(eqn.primitive) for eqn in jaxpr.eqns) == blocks
+    assert sum(eqn.primitive.name.startswith("remat") for eqn in jaxpr.eqns) == blocks
 
 
 def test_bfloat16_stays_near_float32():

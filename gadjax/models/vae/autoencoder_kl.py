@@ -99,12 +99,9 @@ def build(
     `dtype` is what convolutions compute in; `remat` recomputes every residual block and the
     attention in reverse mode, so that only their inputs are kept.
     """
-
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        options = {"dtype": dtype, "rngs": rngs}
-        return AutoencoderKL(config, _Layers(config.norm_num_groups, remat, options))
-
-    return make
+    return lambda rngs: AutoencoderKL(
+        config, _Layers(config.norm_num_groups, remat, {"dtype": dtype, "rngs": rngs})
+    )
 
 
 @dataclass(frozen=True)
@@ -172,8 +169,7 @@ class Attention(_Checkpointed):
         self.remat = layers.remat
 
     def body(self, x_BHWC):
-        batch, height, width, channels = x_BHWC.shape
-        h_BL1C = self.group_norm(x_BHWC).reshape(batch, height * width, 1, channels)
+        h_BL1C = self.group_norm(x_BHWC).reshape(len(x_BHWC), -1, 1, x_BHWC.shape[-1])
         h_BL1C = attention(self.to_q(h_BL1C), self.to_k(h_BL1C), self.to_v(h_BL1C))
         return x_BHWC + self.to_out(h_BL1C).reshape(x_BHWC.shape)
 

@@ -1,0 +1,39 @@
+"""PixArt-alpha to 4 steps with TDM + GAD + the diversity anchor, at 512 pixels.
+
+Reproduces: the setting of the public GAD code (PixArt-XL-2-512x512, grid 899/674/449/224, guidance
+4.5, student 4e-6 and critic 2e-5), with exact flow-map tangents instead of its finite differences.
+Command:  gadjax train --config configs/pixart_gad.py --workdir DIR
+              --config.teacher=PATH/PixArt-XL-2-512x512 --config.data.prompts=PROMPTS.txt
+Variants: gad (default); tdm (the base alone); script (the released finite differences, float32);
+          dpdmd (DP-DMD: DMD through the whole rollout + the x0 anchor)
+Hardware: meant for 16 TPU v5e chips or 8 GPUs of 80 GB.
+Result:   not yet run.
+"""
+
+from gadjax.errors import InputError
+from gadjax.training.config import default_config
+
+VARIANTS = {
+    "gad": {"tdm": {}, "gad": {"weight": 1.0}, "anchor": {"weight": 0.05, "target": "x0"}},
+    "tdm": {"tdm": {}},
+    "script": {"tdm": {}, "gad_script": {"weight": 1.0}},
+    "dpdmd": {"dmd": {"backprop": "all"}, "anchor": {"weight": 0.05, "target": "x0"}},
+}
+
+
+def get_config(variant: str = "gad"):
+    if variant not in VARIANTS:
+        raise InputError(
+            f"--config: found the variant {variant!r}; expected one of {', '.join(VARIANTS)}"
+        )
+    config = default_config()
+    config.teacher = ""  # --config.teacher=PATH/PixArt-XL-2-512x512
+    config.objective = VARIANTS[variant]
+    config.steps = 10_000
+    config.batch = 128
+    config.microbatch = 128
+    config.mesh.update(data=-1, fsdp=1)
+    config.dtype = "bfloat16"
+    config.optim.update(lr=4e-6, warmup=50, b1=0.0, b2=0.95, weight_decay=1e-2)
+    config.critic.update(updates=5 if variant == "dpdmd" else 1, lr=2e-5)
+    return config

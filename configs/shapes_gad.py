@@ -1,0 +1,57 @@
+"""A 4-step student of the bundled teacher: DMD + GAD + the diversity anchor.
+
+Command:  gadjax train --config configs/shapes_gad.py --workdir runs/shapes_gad
+Variants: --config configs/shapes_gad.py:VARIANT with
+  gad (default)  dmd + gad + anchor
+  dmd            dmd alone
+  anchor         dmd + anchor (DP-DMD)
+  tdm            tdm + gad + anchor
+  regression     regression to the teacher's own next latent
+  quickstart     gad for launch/quickstart.sh: fewer, faster steps
+Hardware: 2 CPU cores.
+Result:   see docs/results/
+"""
+
+from gadjax.errors import InputError
+from gadjax.training.config import default_config
+
+GAD = {"weight": 0.3, "steps": 4}
+ANCHOR = {"weight": 0.05, "target": "v", "steps": 4}
+VARIANTS = {
+    "gad": {"dmd": {}, "gad": GAD, "anchor": ANCHOR},
+    "dmd": {"dmd": {}},
+    "anchor": {"dmd": {}, "anchor": ANCHOR},
+    "tdm": {"tdm": {}, "gad": GAD, "anchor": ANCHOR},
+    "regression": {"regression": {"steps": 4}},
+    "quickstart": {"dmd": {}, "gad": GAD, "anchor": ANCHOR},
+}
+
+
+def get_config(variant: str = "gad"):
+    if variant not in VARIANTS:
+        raise InputError(
+            f"--config: found the variant {variant!r}; expected one of {', '.join(VARIANTS)}"
+        )
+    config = default_config()
+    config.teacher = "asset:shapes_teacher"
+    config.guidance = 3.0
+    config.objective = VARIANTS[variant]
+    config.student.steps = 4
+    config.student.timesteps = (899, 674, 449, 224)
+    config.steps = 4000
+    config.batch = 32
+    config.remat = False
+    config.optim.update(lr=1e-4, warmup=20, decay=4000, b1=0.0, b2=0.95)
+    config.critic.update(updates=2, lr=3e-4)
+    config.ema = 0.995
+    config.data.update(prompts="asset:shapes_prompts.txt", length=16)
+    config.checkpoint.every = 500
+    config.log.every = 20
+    config.preview.every = 500
+    if variant == "quickstart":
+        config.steps = 400
+        config.optim.decay = 400
+        config.ema = 0.98
+        config.checkpoint.every = 100
+        config.preview.every = 100
+    return config

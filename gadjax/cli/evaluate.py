@@ -1,0 +1,111 @@
+"""Compare a student with its teacher: report.json, report.md and samples.png."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+MARKER = "report.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teacher", required=True, help="pipeline folder, or asset:NAME")
+    parser.add_argument("--student", required=True, help="pipeline folder, or asset:NAME")
+    parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--seeds", type=int, default=8, help="pictures of each prompt")
+    parser.add_argument("--tangents", type=int, default=1, help="noise directions of each prompt")
+    parser.add_argument("--teacher-steps", type=int, help="instead of those of its gadjax.json")
+    parser.add_argument("--teacher-guidance", type=float, help="instead of that of its gadjax.json")
+    parser.add_argument("--batch", type=int, default=64, help="pictures at a time")
+    parser.add_argument("--dtype", default="float32", help="of the networks: float32 or bfloat16")
+    parser.add_argument(
+        "--world", help="who judges: shapes, or none; by default what the teacher's folder says"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report")
+    parser.add_argument("--json", action="store_true", help="print report.json, not report.md")
+
+
+def run(args: argparse.Namespace) -> int:
+    from gadjax.assets import resolve
+    from gadjax.convert.atomic import atomic_folder, check_target
+    from gadjax.data.prompts import read_prompts
+    from gadjax.evaluation.evaluate import Plan, evaluate
+    from gadjax.evaluation.report import as_dict, as_markdown, write_report
+    from gadjax.training.setup import compute_dtype
+
+    check_target(args.out, overwrite=args.overwrite, marker=MARKER)
+    prompts, dtype = read_prompts(resolve(args.prompts)), compute_dtype(args.dtype)
+    name, world = _world(args.world, resolve(args.teacher))
+    student = _model("--student", args.student, dtype, {})
+    changes = {"steps": args.teacher_steps, "guidance": args.teacher_guidance}
+    teacher = _model("--teacher", args.teacher, dtype, changes)
+    plan = Plan(args.seeds, args.tangents, args.batch)
+    evaluation = evaluate(teacher, student, prompts, world, plan)
+    settings = {
+        "teacher": args.teacher,
+        "student": args.student,
+        "prompts": f"{args.prompts} ({len(prompts)})",
+        "seeds": plan.seeds,
+        "tangents": plan.tangents,
+        "world": name,
+        "dtype": args.dtype,
+        **_made_by(teacher, student),
+    }
+    with atomic_folder(args.out, overwrite=args.overwrite, marker=MARKER) as folder:
+        write_report(folder, evaluation, prompts, settings)
+    if args.json:
+        print(json.dumps(as_dict(evaluation, settings)))
+    else:
+        print(as_markdown(evaluation, settings), end="")
+    return 0
+
+
+def _world(name: str | None, teacher: Path):
+    from gadjax.convert.recipe import FILE, read_world
+    from gadjax.errors import InputError
+    from gadjax.evaluation.worlds import WORLDS
+
+    where = "--world"
+    if name is None:
+        name, where = read_world(teacher) or "none", f"{teacher / FILE}, world"
+    if name not in WORLDS:
+        raise InputError(f"{where}: found {name!r}; expected one of {', '.join(WORLDS)}")
+    return name, WORLDS[name]
+
+
+def _model(flag: str, name: str, dtype, changes: dict[str, Any]):
+    """changes: of how the folder says it is sampled, None for none."""
+    from gadjax.assets import resolve
+    from gadjax.convert.recipe import read_sampling
+    from gadjax.evaluation.evaluate import Model
+    from gadjax.models.module import cast
+    from gadjax.pipeline import load_pipeline
+
+    folder = resolve(name)
+    sampling = read_sampling(folder)
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if "steps" in changes:
+        changes["timesteps"] = None
+    sampling = replace(sampling, **changes)
+    pipeline, params = load_pipeline(folder, dtype=dtype)
+    return Model(f"{flag} {name}", pipeline, cast(params, dtype), sampling)
+
+
+def _made_by(teacher, student) -> dict[str, Any]:
+    """What a number can be traced back to: weights, program, machine."""
+    import jax
+
+    from gadjax import __version__
+    from gadjax.convert.files import fingerprint
+    from gadjax.convert.tensors import tensors_from_params
+
+    found = {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        part = model.pipeline.folder.components["transformer"]
+        found[f"{name}'s transformer"] = fingerprint(
+            tensors_from_params(part.params, part.module.KEYMAP)
+        )
+    device = jax.devices()[0].device_kind
+    return {**found, "gadjax": __version__, "jax": jax.__version__, "device": device}

@@ -1,0 +1,258 @@
+"""gadjax's own folder: the parameters of a diffusers pipeline by Orbax, the other files as they are.
+
+  gadjax_folder.json  version; of each network: dtype and fingerprint; of its text: a fingerprint
+  params/NETWORK      one Orbax checkpoint each, by the paths of gadjax's networks
+  the rest            model_index.json, configurations, tokenizer, scheduler, cards
+
+Orbax notices no flipped bit, so fingerprints are compared whenever parameters are read.
+"""
+
+import importlib
+import json
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gadjax.convert.files import WEIGHTS_NAME, Weights, fingerprint, read_json, write_weights
+from gadjax.convert.folder import (
+    COMPONENTS,
+    INDEX,
+    SCHEDULER,
+    STEMS,
+    Component,
+    PipelineFolder,
+    read_pipeline,
+)
+from gadjax.convert.tensors import check_keys, place_tensors, tensors_from_params
+from gadjax.errors import InputError, RunStopped
+from gadjax.models.module import flatten, functional, unflatten
+from gadjax.types import Params
+
+MANIFEST, PARAMS, VERSION = "gadjax_folder.json", "params", 1
+SMALL = ("*.json", "*.md", "LICENSE*", "NOTICE*")  # of the files at the root and beside weights
+
+
+def is_own(folder: Path) -> bool:
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def open_folder(
+    folder: Path,
+    *,
+    dtype=None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    components: Collection[str] | None = None,
+) -> PipelineFolder:
+    """Read a pipeline folder of either kind, as `read_pipeline` does."""
+    if not is_own(folder):
+        return read_pipeline(
+            folder,
+            dtype=dtype,
+            variant=variant,
+            allow_pickle=allow_pickle,
+            components=components,
+        )
+    if variant is not None:
+        raise InputError(f"--variant: found {variant!r}; expected none, {folder} has no variants")
+    return read_own(folder, dtype=dtype, components=components)
+
+
+def read_own(
+    folder: Path, *, dtype=None, components: Collection[str] | None = None
+) -> PipelineFolder:
+    """Read the parameters of all networks of gadjax's own folder, or of the named ones.
+
+    dtype: of the parameters; None keeps the folder's.
+    Raises: InputError for whatever is absent, damaged or does not fit.
+    """
+    folder = Path(folder)
+    manifest, model_index = read_manifest(folder), read_json(folder / INDEX)
+    networks = manifest["networks"]
+    wanted = networks if components is None else components
+    if absent := sorted(set(wanted) - set(networks)):
+        raise InputError(f"{folder}: found no {', '.join(absent)}; expected a network of that name")
+    parts = {}
+    for name, entry in networks.items():
+        part = _describe(folder, name, model_index.get(name))
+        parts[name] = _read(part, entry["fingerprint"], dtype) if name in wanted else part
+    scheduler = read_json(folder / SCHEDULER) if "scheduler" in model_index else {}
+    return PipelineFolder(folder, model_index, scheduler, parts)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """gadjax_folder.json. Raises: InputError unless it is one of this version."""
+    path = Path(folder) / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("version") != VERSION:
+        found = manifest.get("version")
+        raise InputError(f"{path}: found version {found!r}; expected {VERSION}")
+    networks = manifest.get("networks")
+    if (
+        not isinstance(manifest.get("text"), str)
+        or not isinstance(networks, dict)
+        or not all(isinstance(entry, dict) and "fingerprint" in entry for entry in networks.values())
+    ):
+        raise InputError(f"{path}: found no networks with fingerprints; expected gadjax's manifest")
+    return manifest
+
+
+def _describe(folder: Path, name: str, entry: Any) -> Component:
+    where = folder / name / "config.json"
+    if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in COMPONENTS:
+        raise InputError(f"{folder / INDEX}: found {name}: {entry}; expected [library, class]")
+    config, module = read_json(where), importlib.import_module(COMPONENTS[entry[1]])
+    try:
+        spec = module.Config.from_dict(config)
+        abstract = functional(module.build(spec)).abstract
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{where}: found values that make no {entry[1]} ({reason})") from None
+    path = folder / PARAMS / name
+    weights = Weights(path, None, (), _entries(path, module.KEYMAP))
+    places = check_keys(weights.shapes, abstract, module.KEYMAP, str(path))
+    return Component(name, entry[0], module, config, spec, abstract, weights, places)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file, as a leaf of an Orbax checkpoint or a layer of one."""
+
+    path: Path
+    leaf: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    keymap: Any
+
+    def read(self) -> np.ndarray:
+        return _tensors(self.path, self.leaf, self.keymap)[self.key]
+
+
+def _entries(path: Path, keymap) -> dict[str, StoredTensor]:
+    """What the checkpoint at `path` holds, as the tensors of a diffusers file."""
+    found = {}
+    for leaf, stored in flatten(_metadata(path)).items():
+        # A broadcast scalar has the shape and takes no memory.
+        value = np.broadcast_to(np.zeros((), stored.dtype), stored.shape)
+        for key, tensor in tensors_from_params(unflatten({leaf: value}), keymap, views=True):
+            found[key] = StoredTensor(path, leaf, key, tensor.shape, tensor.dtype, keymap)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _tensors(path: Path, leaf: str, keymap) -> dict[str, np.ndarray]:
+    """All tensors of the leaf that was read last, which follow each other in a stream."""
+    item: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+    item = unflatten({leaf: item})
+    args = ocp.args.PyTreeRestore(
+        jax.tree.map(lambda _: 0, item), restore_args=item, partial_restore=True
+    )
+    try:
+        found = ocp.PyTreeCheckpointHandler().restore(path, args=args)
+    except Exception as error:  # a damaged checkpoint fails in many ways
+        raise _damaged(path, error) from error
+    return dict(tensors_from_params(found, keymap))
+
+
+def _metadata(path: Path) -> Params:
+    try:
+        return ocp.PyTreeCheckpointHandler().metadata(path).tree
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(
+        f"{path}: missing, truncated or corrupt: found {type(error).__name__} ({reason}); "
+        "expected parameters written by gadjax convert"
+    )
+
+
+def _read(part: Component, wanted: str, dtype) -> Component:
+    where = str(part.weights.folder)
+    params = place_tensors(part.weights, part.places, part.abstract, None, where)
+    found = fingerprint(tensors_from_params(params, part.module.KEYMAP))
+    if found != wanted:
+        raise InputError(f"{where}: corrupt: found fingerprint {found}; expected {wanted}")
+    if dtype is not None:
+        tensors = tensors_from_params(params, part.module.KEYMAP, views=True)
+        params = place_tensors(tensors, part.places, part.abstract, dtype, where)
+    return replace(part, params=params)
+
+
+def write_own(pipeline: PipelineFolder, out: Path, text: str) -> None:
+    """Write gadjax's own folder into `out`, an empty one. text: of the text encoder.
+
+    Raises: RunStopped where it cannot be written.
+    """
+    _copy_small(pipeline, out)
+    networks = {}
+    for name, part in pipeline.components.items():
+        path = (out / PARAMS / name).absolute()
+        try:
+            ocp.PyTreeCheckpointer().save(path, part.params)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RunStopped(f"{out}: cannot be written: {reason}") from error
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(part.params)}
+        networks[name] = {
+            "dtype": ", ".join(sorted(dtypes)),
+            "fingerprint": fingerprint(tensors_from_params(part.params, part.module.KEYMAP)),
+        }
+    manifest = {"version": VERSION, "networks": networks, "text": text}
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def write_diffusers(pipeline: PipelineFolder, out: Path) -> None:
+    """Write a diffusers pipeline folder into `out`, an empty one."""
+    _copy_small(pipeline, out)
+    for name, part in pipeline.components.items():
+        tensors = tensors_from_params(part.params, part.module.KEYMAP, views=True)
+        write_weights(out / name, STEMS[part.library], tensors)
+
+
+@contextmanager
+def diffusers_folder(folder: Path, beside: Path) -> Iterator[Path]:
+    """`folder` itself, or where it is gadjax's own, a diffusers folder made of it for a while.
+
+    beside: a folder on the disk to use.
+    """
+    if not is_own(folder):
+        yield folder
+        return
+    with TemporaryDirectory(dir=beside, prefix=".gadjax-") as made:
+        write_diffusers(read_own(folder), Path(made))
+        yield Path(made)
+
+
+def _copy_small(pipeline: PipelineFolder, out: Path) -> None:
+    """Everything but weights: files at the root, configurations, scheduler and tokenizers."""
+    src = pipeline.path
+    _copy_files(src, out)
+    for name in _parts(pipeline.model_index):
+        if name in pipeline.components:
+            (out / name).mkdir()
+            _copy_files(src / name, out / name)
+        else:
+            shutil.copytree(src / name, out / name)
+
+
+def _copy_files(src: Path, out: Path) -> None:
+    for path in sorted({path for pattern in SMALL for path in src.glob(pattern)}):
+        if path.is_file() and path.name != MANIFEST and not WEIGHTS_NAME.fullmatch(path.name):
+            shutil.copyfile(path, out / path.name)
+
+
+def _parts(model_index: Mapping[str, Any]) -> list[str]:
+    return [k for k, v in model_index.items() if isinstance(v, list) and v != [None, None]]

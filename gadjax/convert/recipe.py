@@ -1,0 +1,83 @@
+"""gadjax.json: how the pipeline folder that holds it is to be sampled.
+
+A diffusers folder names its scheduler, but not the number of steps, the timesteps or the guidance
+that its weights are meant for. diffusers ignores the file.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gadjax.convert.files import read_json
+from gadjax.errors import InputError
+
+FILE = "gadjax.json"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a picture is drawn with.
+
+    timesteps: the times that the steps start from, noisiest first; the steps are then of order 1.
+      None: the scheduler's own grid and order. guidance: 1 leaves the empty prompt out.
+    length: of the prompt in tokens.
+    """
+
+    steps: int = 20
+    timesteps: tuple[float, ...] | None = None
+    guidance: float = 4.5
+    length: int = 120
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `read_sampling` reads back from gadjax.json."""
+        found = {"steps": self.steps, "guidance": self.guidance, "length": self.length}
+        return found if self.timesteps is None else {**found, "timesteps": list(self.timesteps)}
+
+
+def read_sampling(folder: Path) -> Sampling:
+    """The folder's gadjax.json; the defaults where it has none. Other keys are left alone.
+
+    Raises: InputError naming file and key for a value that makes no sense.
+    """
+    path = Path(folder) / FILE
+    if not path.exists():
+        return Sampling()
+    cfg, default = read_json(path), Sampling()
+    timesteps = cfg.get("timesteps")
+    if timesteps is not None:
+        numbers = isinstance(timesteps, list) and all(_is_number(t) for t in timesteps)
+        if not numbers or not timesteps or sorted(set(timesteps), reverse=True) != timesteps:
+            raise InputError(
+                f"{path}, timesteps: found {timesteps!r}; expected numbers in falling order"
+            )
+        timesteps = tuple(float(t) for t in timesteps)
+    steps = _whole(path, cfg, "steps", len(timesteps) if timesteps else default.steps)
+    if timesteps and steps != len(timesteps):
+        raise InputError(
+            f"{path}, steps: found {steps}; expected {len(timesteps)}, one for each of timesteps"
+        )
+    guidance = cfg.get("guidance", default.guidance)
+    if not _is_number(guidance):
+        raise InputError(f"{path}, guidance: found {guidance!r}; expected a number")
+    return Sampling(steps, timesteps, float(guidance), _whole(path, cfg, "length", default.length))
+
+
+def read_world(folder: Path) -> str | None:
+    """The name of the world that the folder's gadjax.json says it was trained on, if any."""
+    path = Path(folder) / FILE
+    world = read_json(path).get("world") if path.exists() else None
+    if world is not None and not isinstance(world, str):
+        raise InputError(f"{path}, world: found {world!r}; expected a name")
+    return world
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(path: Path, cfg: dict[str, Any], key: str, default: int) -> int:
+    value = cfg.get(key, default)
+    if type(value) is not int or value < 1:
+        raise InputError(f"{path}, {key}: found {value!r}; expected a whole number from 1 on")
+    return value

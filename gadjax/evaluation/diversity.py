@@ -1,0 +1,43 @@
+"""How much the pictures of one prompt differ from seed to seed. P prompts, S seeds, D values."""
+
+import numpy as np
+
+
+def vendi(features_PSD: np.ndarray) -> np.ndarray:
+    """The Vendi score of each prompt [P], from 1 (all alike) to S (all different).
+
+    exp of the entropy of the eigenvalues of K / S, K the cosine similarity of the features
+    (Friedman and Dieng 2023, https://arxiv.org/abs/2210.02410).
+    """
+    x = np.asarray(features_PSD, np.float64)
+    x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    values = np.linalg.eigvalsh(x @ x.swapaxes(1, 2) / x.shape[1])
+    values = np.maximum(values, 1e-15)
+    return np.exp(-(values * np.log(values)).sum(-1))
+
+
+def squared_distances(a_PSD: np.ndarray, b_PSD: np.ndarray) -> np.ndarray:
+    """Mean squared difference of every picture of a from every one of b: [P, S, S]."""
+    # Prompt by prompt, so that large pictures are not all converted at once; differences rather
+    # than |a|^2 - 2ab + |b|^2, which is never exactly zero between equal pictures.
+    out = np.empty((len(a_PSD), a_PSD.shape[1], b_PSD.shape[1]))
+    for p, (a_SD, b_SD) in enumerate(zip(a_PSD, b_PSD, strict=True)):
+        for s, a_D in enumerate(a_SD):
+            out[p, s] = np.square(b_SD - a_D).mean(-1)
+    return out
+
+
+def pairwise_distance(x_PSD: np.ndarray) -> np.ndarray:
+    """Mean over the pairs of different seeds of the root mean square difference: [P]."""
+    seeds = x_PSD.shape[1]
+    distances = np.sqrt(squared_distances(x_PSD, x_PSD))
+    return distances.sum((1, 2)) / (seeds * (seeds - 1))
+
+
+def seed_alignment(student_PSD: np.ndarray, teacher_PSD: np.ndarray) -> np.ndarray:
+    """Share of a prompt's seeds whose student picture lies nearest to the teacher's of that same
+    seed, among the teacher's pictures of all S seeds: [P], chance 1 / S. Ties count in part."""
+    distances = squared_distances(student_PSD, teacher_PSD)
+    nearest = distances == distances.min(-1, keepdims=True)
+    own = np.einsum("pss->ps", nearest)
+    return (own / nearest.sum(-1)).mean(-1)

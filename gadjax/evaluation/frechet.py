@@ -1,0 +1,28 @@
+"""How far apart two sets of pictures are, as two Gaussians of features."""
+
+import numpy as np
+
+from gadjax.errors import InputError
+
+
+def frechet(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson and Landau 1982; Heusel et al.
+    2017 for pictures). Falls with N towards its limit, so compare values of equal N only.
+
+    Raises: InputError where a set has no more pictures than features: its covariance is singular.
+    """
+    for features in (a_ND, b_ND):
+        count, width = features.shape
+        if count <= width:
+            raise InputError(
+                f"frechet: found {count} pictures of {width} features; expected more pictures"
+            )
+    a_ND, b_ND = np.asarray(a_ND, np.float64), np.asarray(b_ND, np.float64)
+    cov_a, cov_b = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (a_ND, b_ND))
+    # S_a S_b has the eigenvalues of the symmetric root(S_a) S_b root(S_a).
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
+    shift = ((a_ND.mean(0) - b_ND.mean(0)) ** 2).sum()
+    # Rounding may leave equal sets a hair below zero.
+    return float(max(0.0, shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))

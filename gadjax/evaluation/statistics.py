@@ -1,0 +1,65 @@
+"""A number and how far to trust it."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 2000
+Z = 1.959964  # 95 % of a normal distribution lie within
+
+
+class Estimate(NamedTuple):
+    """A value and the ends of its 95 % interval, None where none is known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def wilson(hits: int, total: int) -> Estimate:
+    """A rate with the score interval of Wilson (1927), which stays within [0, 1]."""
+    rate, z2 = hits / total, Z * Z
+    middle = (rate + z2 / (2 * total)) / (1 + z2 / total)
+    reach = Z / (1 + z2 / total) * math.sqrt(rate * (1 - rate) / total + z2 / (4 * total**2))
+    return Estimate(rate, max(0.0, middle - reach), min(1.0, middle + reach))
+
+
+def bootstrap(
+    statistic: Callable[..., np.ndarray], *values_P: np.ndarray, seed: int = 0
+) -> Estimate:
+    """A statistic of per-prompt values with its percentile interval (Efron and Tibshirani 1993).
+
+    Prompts are drawn with replacement, the same ones for every array, so that a ratio's interval
+    knows that both its sides saw the same prompts.
+    statistic: arrays [..., P] -> [...].
+    """
+    count = len(values_P[0])
+    value = float(statistic(*values_P))
+    if count < 2:
+        return Estimate(value)
+    drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+    low, high = np.percentile(statistic(*(values[drawn] for values in values_P)), (2.5, 97.5))
+    return Estimate(value, float(low), float(high))
+
+
+def mean(values_P: np.ndarray) -> Estimate:
+    return bootstrap(lambda v: v.mean(-1), values_P)
+
+
+def ratio(above_P: np.ndarray, below_P: np.ndarray) -> Estimate:
+    """Mean over mean. Zero over zero is one: two things that do not vary vary alike."""
+
+    def statistic(above, below):
+        above, below = above.mean(-1), below.mean(-1)
+        safe = np.where(below == 0, 1, below)
+        return np.where(below == 0, np.where(above == 0, 1.0, np.inf), above / safe)
+
+    return bootstrap(statistic, above_P, below_P)
+
+
+def geometric_mean(values_P: np.ndarray) -> Estimate:
+    """Of positive numbers; what a mean of ratios should be, as twice and half then cancel."""
+    logs = np.log(np.maximum(values_P, np.finfo(np.float64).tiny))
+    return bootstrap(lambda v: np.exp(v.mean(-1)), logs)

@@ -1,0 +1,110 @@
+"""Pictures from a pipeline folder: prompts and noise in, arrays out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gadjax.convert.recipe import Sampling
+from gadjax.pipeline import Pipeline
+from gadjax.samplers import Sampler, sample
+from gadjax.types import Cond, Params
+
+BATCH = 64
+
+
+def initial_noise(seed: int, count: int, latent: tuple[int, int, int]) -> np.ndarray:
+    """Standard normal [count, H, W, C]; number i depends on (seed, i) alone, not on the count."""
+    key = jax.random.key(seed)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    return np.asarray(jax.vmap(lambda k: jax.random.normal(k, latent))(keys))
+
+
+def sampler_and_times(pipeline: Pipeline, sampling: Sampling) -> tuple[Sampler, np.ndarray]:
+    """Which steps are taken and between which times [steps + 1].
+
+    Raises: InputError for steps or timesteps that the folder's scheduler cannot take.
+    """
+    if sampling.timesteps is None:
+        return pipeline.sampler, pipeline.sampler.times(sampling.steps)
+    return replace(pipeline.sampler, order=1), pipeline.sampler.times(timesteps=sampling.timesteps)
+
+
+def clean_latent(
+    pipeline: Pipeline, params: Params, sampling: Sampling, z_BHWC, cond: Cond, null: Cond
+) -> jax.Array:
+    """The map from noise to x0 that is walked when a picture is drawn; differentiable.
+
+    params: of the transformer. null: the empty prompt, unread where guidance is 1.
+    """
+    sampler, times = sampler_and_times(pipeline, sampling)
+    return sample(
+        lambda x, t: pipeline.denoiser.guided(params, x, t, cond, null, sampling.guidance),
+        sampler,
+        z_BHWC,
+        times,
+    )
+
+
+def draw(
+    pipeline: Pipeline,
+    params: dict[str, Params],
+    sampling: Sampling,
+    prompts: Sequence[str],
+    noise_NHWC: np.ndarray,
+    *,
+    batch: int = BATCH,
+    progress: Callable[[int], object] = lambda count: None,
+) -> np.ndarray:
+    """One picture for each of N prompts, from its own noise: float32 [N, H, W, 3] in [-1, 1].
+
+    params: by network, as load_pipeline returns them. progress: told how many are done each time.
+    """
+
+    def images(params, z, cond, null):
+        x0 = clean_latent(pipeline, params["transformer"], sampling, z, cond, null)
+        return pipeline.decode(params["vae"], x0)
+
+    return for_prompts(
+        images, pipeline, params, sampling, prompts, (noise_NHWC,), batch=batch, progress=progress
+    )
+
+
+def for_prompts(
+    f: Callable[..., jax.Array],
+    pipeline: Pipeline,
+    params: dict[str, Params],
+    sampling: Sampling,
+    prompts: Sequence[str],
+    arrays: tuple[np.ndarray, ...],
+    *,
+    batch: int = BATCH,
+    progress: Callable[[int], object] = lambda count: None,
+) -> np.ndarray:
+    """f(params, *arrays, cond, null) under one jit, in batches of one size: the last is padded.
+
+    arrays: each [N, ...] for N prompts.
+    """
+    count = len(prompts)
+    batch = min(batch, count)
+    inputs = (*arrays, *pipeline.tokens(prompts, sampling.length))
+    untold = pipeline.tokens([""], sampling.length)
+    params = jax.device_put(params)
+
+    @jax.jit
+    def run(params, inputs, untold):
+        *arrays, ids, mask = inputs
+        null = pipeline.encode_text(params["text_encoder"], *untold)
+        null = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), null)
+        return f(params, *arrays, pipeline.encode_text(params["text_encoder"], ids, mask), null)
+
+    parts = []
+    for start in range(0, count, batch):
+        places = np.minimum(np.arange(start, start + batch), count - 1)
+        part = run(params, tuple(x[places] for x in inputs), untold)
+        done = min(batch, count - start)
+        parts.append(np.asarray(part)[:done])
+        progress(done)
+    return np.concatenate(parts)

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# From the bundled teacher to a 4-step student that runs in diffusers, with a picture and a report.
+# Run it again to resume, or to be told that it is done. RUN chooses the folder.
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+make_environment
+run=${RUN:-runs/quickstart}
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1
+teacher=gadjax/assets/shapes_teacher
+prompts=gadjax/assets/shapes_test_prompts.txt
+mkdir -p "$run"
+
+if [ -f "$run/report/report.md" ]; then
+    echo "done before (remove $run to start anew)"
+else
+    echo "1/5 convert the teacher to Flax parameters, checked against diffusers"
+    [ -d "$run/teacher" ] || gadjax convert "$teacher" "$run/teacher" --check
+    echo "2/5 distil: distribution matching + GAD + the diversity anchor"
+    gadjax train --config configs/shapes_gad.py:quickstart --workdir "$run/train"
+    echo "3/5 export a diffusers pipeline, checked against diffusers"
+    [ -d "$run/student" ] || gadjax export --workdir "$run/train" --out "$run/student"
+    echo "4/5 sample: with gadjax, then with diffusers in PyTorch"
+    [ -d "$run/samples" ] || gadjax sample --model "$run/student" \
+        --prompts gadjax/assets/shapes_demo_prompts.txt --out "$run/samples"
+    [ -d "$run/samples_diffusers" ] || python launch/sample_with_diffusers.py \
+        "$run/student" gadjax/assets/shapes_demo_prompts.txt "$run/samples_diffusers"
+    echo "5/5 evaluate"
+    gadjax evaluate --teacher "$teacher" --student "$run/student" --prompts "$prompts" \
+        --out "$run/report"
+fi
+echo "picture: $run/report/samples.png"
+echo "report:  $run/report/report.md"

@@ -1,0 +1,221 @@
+"""Worlds in which every network is a formula: eight-dimensional x0, seen as [B, 2, 2, 2].
+
+One `apply` plays all roles; the names of the parameters say which formula it is:
+  gaussian   x0 ~ N(mean + text, basis diag(variance) basis^T): the exact posterior mean;
+  mixture    x0 ~ sum_k softmax(logits)_k N(means_k + text, variances_k I): likewise;
+  student    step k of its grid says x0 = A_k x + bend_k tanh(A_k x) + bias_k + text, with
+             parameters of its own for each k, so that the gradients of the steps are told apart.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gadjax.denoiser import Denoiser
+from gadjax.parameterization import from_prediction
+from gadjax.schedules import DDPM, Flow
+from gadjax.training.steps import Recipe, make_context
+from gadjax.types import Batch, Cond, Prediction
+
+SHAPE, D = (2, 2, 2), 8
+GUIDANCE = 1.7
+
+
+def jit(f):
+    """Compiled in a hurry: these programs run in no time, and optimising them takes seconds."""
+    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(f, compiler_options=fast)
+
+
+@dataclass(frozen=True)
+class World:
+    """A schedule, what the networks' outputs mean in it, and the student's grid."""
+
+    schedule: object
+    kind: str
+    times: tuple[float, ...]
+    denoiser: Denoiser = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "denoiser", Denoiser(self.apply, self.schedule, self.kind))
+
+    def apply(self, params, x_BHWC, t_B, cond):
+        x = x_BHWC.reshape(-1, D)
+        told = cond.text[:, 0].astype(x.dtype)
+        alpha, sigma = (v[:, None] for v in self.schedule.alpha_sigma(t_B))
+        if "basis" in params:
+            said = gaussian(params, x, alpha, sigma, told)
+        elif "logits" in params:
+            said = mixture(params, x, alpha, sigma, told)
+        else:
+            said = self.student(params, x, t_B, alpha, sigma, told)
+        return from_prediction(self.kind, said, alpha, sigma).reshape(x_BHWC.shape)
+
+    def student(self, params, x, t_B, alpha, sigma, told):
+        starts = jnp.asarray(self.times[:-1], t_B.dtype)
+        step_B = jnp.argmin(jnp.abs(starts - t_B[:, None]), axis=1)
+        steps = [params[f"step{k}"] for k in range(len(starts))]
+        own = jax.tree.map(lambda *leaves: jnp.stack(leaves)[step_B], *steps)
+        moved = jnp.einsum("bij,bj->bi", own["matrix"], x)
+        x0 = moved + own["bend"] * jnp.tanh(moved) + own["bias"] + told
+        return Prediction(x0, (x - alpha * x0) / sigma)
+
+    def student_params(self, seed=1, bend=0.0, scale=0.3, dtype=jnp.float32):
+        rng = np.random.default_rng(seed)
+        return {
+            f"step{k}": {
+                "matrix": jnp.asarray(scale * rng.normal(size=(D, D)), dtype),
+                "bias": jnp.asarray(scale * rng.normal(size=D), dtype),
+                "bend": jnp.asarray(bend * rng.uniform(0.5, 1.5, size=D), dtype),
+            }
+            for k in range(len(self.times) - 1)
+        }
+
+    def recipe(self, objective, **more) -> Recipe:
+        given = dict(guidance=GUIDANCE, optimizers={}, ema=0.999) | more
+        return Recipe(denoiser=self.denoiser, objective=objective, times=self.times, **given)
+
+    def context(self, term, batch, student=None, critic=None, teacher=None, **more):
+        """What the training step hands to a term."""
+        recipe, needs = self.recipe(term, **more), term.needs
+        return make_context(recipe, needs, student, critic, teacher, batch)
+
+    def losses(self, term, **more):
+        """Jitted (batch, student, critic, teacher) -> (loss_B, metrics)."""
+        return jit(lambda *given: term(self.context(term, *given, **more)))
+
+
+DDPM_WORLD = World(DDPM(), "eps", (899.0, 674.0, 449.0, 224.0, -1.0))
+FLOW_WORLD = World(Flow(), "flow", (1000.0, 900.0, 750.0, 500.0, 0.0))
+WORLDS = {"ddpm": DDPM_WORLD, "flow": FLOW_WORLD}
+
+
+def one_step(world: World) -> World:
+    return World(world.schedule, world.kind, (world.times[0], world.times[-1]))
+
+
+def gaussian(params, x, alpha, sigma, told):
+    mean = params["mean"] + told
+    spread = alpha**2 * params["variance"] + sigma**2
+    away = (x - alpha * mean) @ params["basis"]
+    x0 = mean + (alpha * params["variance"] / spread * away) @ params["basis"].T
+    return Prediction(x0, (sigma / spread * away) @ params["basis"].T)
+
+
+def mixture(params, x, alpha, sigma, told):
+    means = params["means"] + told[:, None]
+    spread = (alpha**2 * params["variances"] + sigma**2)[..., None]
+    away = x[:, None] - alpha[..., None] * means
+    logits = params["logits"] - 0.5 * jnp.sum(away**2 / spread + jnp.log(spread), axis=-1)
+    share = jax.nn.softmax(logits)[..., None]
+    gain = alpha[..., None] * params["variances"][:, None] / spread
+    x0 = jnp.sum(share * (means + gain * away), axis=1)
+    return Prediction(x0, jnp.sum(share * sigma[..., None] / spread * away, axis=1))
+
+
+def gaussian_params(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(D, D)))[0]
+    params = {"mean": rng.normal(size=D), "basis": basis, "variance": np.geomspace(0.05, 2, D)}
+    return jax.tree.map(lambda v: jnp.asarray(v, dtype), params)
+
+
+def mixture_params(seed=0, components=3, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    params = {
+        "means": rng.normal(size=(components, D)),
+        "variances": rng.uniform(0.1, 0.6, components),
+        "logits": rng.normal(size=components),
+    }
+    return jax.tree.map(lambda v: jnp.asarray(v, dtype), params)
+
+
+def make_batch(samples, seed=0, dtype=jnp.float32, told=0.5) -> Batch:
+    rng = np.random.default_rng(seed)
+
+    def cond(text):
+        return Cond(jnp.asarray(text, dtype), jnp.ones((samples, 1), dtype))
+
+    return Batch(
+        cond=cond(told * rng.normal(size=(samples, 1, D))),
+        null=cond(told * rng.normal(size=(samples, 1, D))),
+        noise=jnp.asarray(rng.normal(size=(samples, *SHAPE)), dtype),
+        key=jax.random.split(jax.random.key(seed), samples),
+        stratum=jnp.arange(samples, dtype=jnp.int32),
+    )
+
+
+def guided_text(batch: Batch, guidance=GUIDANCE):
+    """By how much a guided gaussian's mean is moved: guidance keeps it a gaussian. [B, D]"""
+    told, untold = (np.asarray(c.text[:, 0], np.float64) for c in (batch.cond, batch.null))
+    return untold + guidance * (told - untold)
+
+
+def gaussian_map(params, schedule, x, start_B, end_B, told):
+    """Where the gaussian's probability-flow ODE takes x [B, D], and its Jacobians [B, D, D].
+
+    x(t) - alpha mean has the covariance M_t = alpha^2 S + sigma^2 at all times, and all M_t
+    commute; so x(s) = alpha_s mean + M_s^(1/2) M_t^(-1/2) (x - alpha_t mean). In float64.
+    """
+    mean, basis, variance = (np.asarray(params[k], float) for k in ("mean", "basis", "variance"))
+    (a, s), (b, r) = (
+        (v[:, None] for v in schedule.alpha_sigma(np.asarray(t, float))) for t in (start_B, end_B)
+    )
+    slope = np.sqrt((b**2 * variance + r**2) / (a**2 * variance + s**2))
+    jacobian = np.einsum("ij,bj,kj->bik", basis, slope, basis)
+    mean = mean + told
+    return b * mean + np.einsum("bij,bj->bi", jacobian, np.asarray(x, float) - a * mean), jacobian
+
+
+def gaussian_walk(params, schedule, times, told):
+    """The same map in the DDIM steps between times [n + 1, B]: (x -> J x + shift) as (J, shift)."""
+    mean, basis, variance = (np.asarray(params[k], float) for k in ("mean", "basis", "variance"))
+    alpha, sigma = schedule.alpha_sigma(np.asarray(times, float))
+    mean = mean + told
+    jacobian = np.broadcast_to(np.eye(D), (alpha.shape[1], D, D))
+    shift = np.zeros((alpha.shape[1], D))
+    for (a, s), (b, r) in zip(
+        zip(alpha[:-1], sigma[:-1], strict=True),
+        zip(alpha[1:], sigma[1:], strict=True),
+        strict=True,
+    ):
+        a, s, b, r = (v[:, None] for v in (a, s, b, r))
+        spread = a**2 * variance + s**2
+        gain = np.einsum("ij,bj,kj->bik", basis, (b * a * variance + r * s) / spread, basis)
+        jacobian = gain @ jacobian
+        shift = np.einsum("bij,bj->bi", gain, shift - a * mean) + b * mean
+    return jacobian, shift
+
+
+def exact_map(predict, schedule, x_BHWC, start: int, end: int):
+    """The probability-flow ODE of any predictor by Runge-Kutta, one time unit a step; use float64.
+
+    Within a unit both schedules are linear in t, so that dx/dt = alpha' x0 + sigma' eps has
+    constant alpha', sigma' there.
+    """
+    knots = jnp.arange(start, end - 1, -1, dtype=x_BHWC.dtype)
+    alpha, sigma = schedule.alpha_sigma(knots)
+
+    def step(x, now):
+        t, da, ds = now
+
+        def slope(x, t):
+            said = predict(x, t)
+            return da * said.x0 + ds * said.eps
+
+        k1 = slope(x, t)
+        k2 = slope(x + k1 / 2, t - 0.5)
+        k3 = slope(x + k2 / 2, t - 0.5)
+        k4 = slope(x + k3, t - 1)
+        return x + (k1 + 2 * k2 + 2 * k3 + k4) / 6, None
+
+    return jax.lax.scan(step, x_BHWC, (knots[:-1], jnp.diff(alpha), jnp.diff(sigma)))[0]
+
+
+def sgd(rate=0.1, critic=None):
+    """Optimizers for tests: plain steps, so that an update is the gradient."""
+    roles = {"student": optax.sgd(rate)}
+    return roles if critic is None else roles | {"critic": optax.sgd(critic)}

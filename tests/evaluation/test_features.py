@@ -1,0 +1,106 @@
+"""The bundled features tell the world's pictures apart, and spoilt pictures from good ones."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from gadjax.assets import resolve
+from gadjax.errors import InputError
+from gadjax.evaluation.features import Config, load_features, network, save_features
+from gadjax.evaluation.frechet import frechet
+from gadjax.evaluation.worlds import WORLDS, shapes_features
+from gadjax.recipes.shapes_features import blur, standardise
+from gadjax.worlds import shapes
+
+SMALL = Config(size=8, widths=(4, 6), hidden=5, features=3)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return shapes.sample_batch(1, range(512))[0], shapes.sample_batch(2, range(512))
+
+
+def test_they_are_standardised(pictures):
+    features = shapes_features(pictures[0])
+    assert features.shape == (512, 32) and features.dtype == np.float32
+    np.testing.assert_allclose(features.mean(0), 0, atol=0.2)
+    np.testing.assert_allclose(features.std(0), 1, atol=0.2)
+
+
+def test_attributes_are_read_off_them(pictures):
+    """Least squares on 512 pictures finds 512 others' shape and place."""
+    images, (others, _, scenes) = pictures
+    first = shapes.sample_batch(1, range(512))[2]
+
+    def told(scenes):
+        one_hot = [[float(s.shape == name) for name in shapes.SHAPES] for s in scenes]
+        return np.hstack([one_hot, [[s.x, s.y] for s in scenes]])
+
+    def rows(images):
+        return np.hstack([shapes_features(images), np.ones((len(images), 1))])
+
+    found = rows(others) @ np.linalg.lstsq(rows(images), told(first), rcond=None)[0]
+    right = np.argmax(found[:, :4], 1) == [shapes.SHAPES.index(s.shape) for s in scenes]
+    assert right.mean() > 0.9
+    assert np.abs(found - told(scenes))[:, 4:].mean() < 1.0
+
+
+def test_the_distance_sees_blur_ghosts_and_what_is_left_out(pictures):
+    images, (others, _, scenes) = pictures
+    reference = shapes_features(images)
+    floor = frechet(reference, shapes_features(others))
+    spoilt = {
+        "blur": np.asarray(blur(others)),
+        "ghost": 0.7 * others + 0.3 * np.roll(others, 1, axis=0),
+        "no circles": others[[s.shape != "circle" for s in scenes]],
+    }
+    for name, worse in spoilt.items():
+        assert frechet(reference, shapes_features(worse)) > 1.3 * floor, name
+
+
+def test_saved_and_read_again(tmp_path):
+    params = network(SMALL).init(jax.random.key(0))
+    save_features(tmp_path / "net", SMALL, params)
+    images = np.random.default_rng(0).uniform(-1, 1, (300, 8, 8, 3)).astype(np.float32)
+    found = load_features(tmp_path / "net")(images)
+    expected = np.asarray(network(SMALL).apply(params, images))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_standardise():
+    net, images = network(SMALL), np.random.default_rng(0).uniform(-1, 1, (64, 8, 8, 3))
+    params = net.init(jax.random.key(0))
+    after = net.apply(standardise(params, np.asarray(net.apply(params, images))), images)
+    np.testing.assert_allclose(after.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(after.std(0), 1, atol=1e-4)
+
+
+def test_bad_folders_and_pictures(tmp_path):
+    with pytest.raises(InputError, match="config.json"):
+        load_features(tmp_path)
+    save_features(tmp_path, SMALL, network(SMALL).init(jax.random.key(0)))
+    with pytest.raises(InputError, match=r"found shape \(2, 9, 9, 3\); expected \(N, 8, 8, 3\)"):
+        load_features(tmp_path)(np.zeros((2, 9, 9, 3), np.float32))
+    wider = {**json.loads((tmp_path / "config.json").read_text()), "hidden": 7}
+    (tmp_path / "config.json").write_text(json.dumps(wider))
+    with pytest.raises(InputError, match="linear_1"):
+        load_features(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="widths"):
+        load_features(tmp_path)
+
+
+def test_the_shipped_files_are_small():
+    folder = resolve("asset:shapes_features")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000
+
+
+def test_worlds():
+    images, captions, _ = shapes.sample_batch(3, range(4))
+    world = WORLDS["shapes"]
+    assert world.oracle(images, captions).all()
+    assert world.extractor(images).shape == (4, 32)
+    assert world.read(captions[0]) == shapes.parse(captions[0])
+    assert WORLDS["none"].oracle is None and WORLDS["none"].extractor is None

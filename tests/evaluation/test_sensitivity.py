@@ -1,0 +1,68 @@
+"""Tangents of the whole map from noise to x0: exact, and compared as they should be."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from gadjax.convert.recipe import Sampling
+from gadjax.evaluation.sensitivity import compare_tangents, map_tangents
+from gadjax.models.module import cast
+from gadjax.pipeline import load_pipeline
+from gadjax.sampling import clean_latent, for_prompts
+
+PROMPTS = ["red circle", "a blue square above", ""]
+
+
+def test_a_map_against_itself_and_others():
+    v = np.random.default_rng(0).standard_normal((200, 6))
+    jacobian = np.random.default_rng(1).standard_normal((6, 6))
+    turn = np.linalg.qr(np.random.default_rng(2).standard_normal((6, 6)))[0]
+    wanted = v @ jacobian
+    np.testing.assert_allclose(compare_tangents(wanted, wanted), 1)
+    cosine, size = compare_tangents(wanted @ turn, wanted)
+    np.testing.assert_allclose(size, 1)  # a rotation keeps lengths
+    assert abs(cosine.mean()) < 0.5
+    cosine, size = compare_tangents(-0.3 * wanted, wanted)
+    np.testing.assert_allclose(cosine, -1)
+    np.testing.assert_allclose(size, 0.3)
+
+
+def test_a_map_that_hears_nothing():
+    cosine, size = compare_tangents(np.zeros((2, 3)), np.ones((2, 3)))
+    np.testing.assert_array_equal([cosine, size], 0)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(3, None, 2.5, 6), Sampling(2, (899.0, 449.0), 1.0, 6)],
+    ids=["teacher", "student"],
+)
+def test_tangents_are_derivatives(tiny_pipeline, sampling):
+    """Central differences in float64: error O(h^2), measured 1e-8 and below."""
+    with jax.enable_x64(True):
+        pipeline, params = load_pipeline(tiny_pipeline, dtype=np.float64)
+        params = cast(params, np.float64)
+        rng = np.random.default_rng(0)
+        z, v = rng.standard_normal((2, len(PROMPTS), *pipeline.latent))
+
+        def x0(params, z, cond, null):
+            return clean_latent(pipeline, params["transformer"], sampling, z, cond, null)
+
+        args = pipeline, params, sampling
+        found = map_tangents(*args, PROMPTS, z, v, batch=3)
+        h = 1e-4
+        ends = for_prompts(x0, *args, PROMPTS * 2, (np.concatenate([z + h * v, z - h * v]),))
+        wanted = (ends[:3] - ends[3:]) / (2 * h)
+    assert np.abs(found - wanted).max() < 1e-6 * np.abs(wanted).max()
+    assert np.abs(wanted).max() > 1e-3
+
+
+def test_batches_make_no_difference(tiny_pipeline):
+    pipeline, params = load_pipeline(tiny_pipeline)
+    rng = np.random.default_rng(0)
+    z, v = rng.standard_normal((2, len(PROMPTS), *pipeline.latent)).astype(np.float32)
+    args = pipeline, params, replace(Sampling(), steps=1, length=6), PROMPTS, z, v
+    whole, parts = map_tangents(*args, batch=3), map_tangents(*args, batch=2)
+    np.testing.assert_allclose(parts, whole, atol=1e-5 * np.abs(whole).max())

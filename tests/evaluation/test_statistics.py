@@ -1,0 +1,53 @@
+"""Intervals against published and simulated values."""
+
+import numpy as np
+import pytest
+
+from gadjax.evaluation.statistics import bootstrap, geometric_mean, mean, ratio, wilson
+
+
+@pytest.mark.parametrize(
+    ("hits", "total", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775),
+        (5, 10, 0.2366, 0.7634),
+        (10, 10, 0.7225, 1.0),
+        (81, 263, 0.2553, 0.3662),
+    ],
+)
+def test_wilson(hits, total, low, high):
+    """The last row is the example of Newcombe (1998), Statistics in Medicine 17, 857."""
+    found = wilson(hits, total)
+    assert found.value == hits / total
+    np.testing.assert_allclose([found.low, found.high], [low, high], atol=5e-5)
+
+
+def test_bootstrap_is_as_wide_as_the_standard_error_says():
+    values = np.random.default_rng(0).standard_normal(400)
+    found = mean(values)
+    assert found.value == pytest.approx(values.mean())
+    reach = 1.96 * values.std() / 20
+    np.testing.assert_allclose(
+        [found.low, found.high], [found.value - reach, found.value + reach], atol=0.01
+    )
+    assert mean(values) == found
+
+
+def test_one_prompt_has_no_interval():
+    assert bootstrap(lambda v: v.mean(-1), np.array([2.0])) == (2.0, None, None)
+
+
+def test_a_ratio_knows_that_both_sides_saw_the_same_prompts():
+    values = np.random.default_rng(0).uniform(1, 9, 30)
+    np.testing.assert_allclose(ratio(0.5 * values, values), 0.5)
+
+
+def test_ratio_of_what_does_not_vary():
+    nothing, something = np.zeros(4), np.ones(4)
+    assert ratio(nothing, nothing).value == 1
+    assert ratio(nothing, something).value == 0
+
+
+def test_geometric_mean():
+    assert geometric_mean(np.array([0.5, 2.0, 1.0])).value == pytest.approx(1)
+    assert geometric_mean(np.array([0.0, 1.0])).value < 1e-100

@@ -1,0 +1,235 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from closed_form import (
+    DDPM_WORLD,
+    FLOW_WORLD,
+    GUIDANCE,
+    WORLDS,
+    D,
+    gaussian_params,
+    jit,
+    make_batch,
+    one_step,
+)
+
+from gadjax.errors import InputError
+from gadjax.objectives import DMD, Anchor
+from gadjax.schedules import add_noise
+from gadjax.types import Prediction
+
+each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+B = 64
+
+
+@each_world
+def test_gradient_is_critic_minus_teacher_over_the_mean_distance(world):
+    term = DMD(low=0.1, high=0.9)
+
+    @jit
+    def run(batch, student, critic, teacher):
+        context = world.context(term, batch, student, critic, teacher)
+
+        def loss(x0):
+            said = Prediction(x0, context.student[0].eps)
+            return term(replace(context, student=(said, None)))[0].sum()
+
+        x0 = context.student[0].x0
+        drawn = context.uniform("t"), context.normal("eps")
+        return jax.grad(loss)(x0), x0, drawn, term(context)
+
+    batch, critic, teacher = make_batch(B), gaussian_params(3), gaussian_params(0)
+    gradient, x0, (u, eps), (loss_B, metrics) = run(batch, world.student_params(), critic, teacher)
+    t = jnp.floor((0.1 + 0.8 * u) * 1000) + world.schedule.clean + 1
+    assert t.min() >= 100 + world.schedule.clean and t.max() <= 901 and len(set(t.tolist())) > 40
+    x_t = add_noise(world.schedule, x0, eps, t)
+    fake = world.denoiser(critic, x_t, t, batch.cond).x0
+    real = world.denoiser.guided(teacher, x_t, t, batch.cond, batch.null, GUIDANCE).x0
+    norm = jnp.abs(x0 - real).mean((1, 2, 3), keepdims=True)
+    expected = (fake - real) / norm
+    np.testing.assert_allclose(gradient * D, expected, rtol=2e-3, atol=2e-4)
+    # The value is that of half the squared direction: nothing else is in it.
+    np.testing.assert_allclose(loss_B, 0.5 * (expected**2).mean((1, 2, 3)), rtol=2e-3)
+    assert loss_B.shape == (B,) and loss_B.dtype == jnp.float32
+    np.testing.assert_allclose(metrics["gap"], jnp.abs(fake - real).mean(), rtol=1e-3)
+
+
+def test_a_step_down_moves_the_student_towards_the_teacher():
+    """The critic knows the student's law, and the teacher's differs from it in the mean alone."""
+    world = one_step(DDPM_WORLD)
+    student = world.student_params()
+    root = np.asarray(student["step0"]["matrix"], float)
+    variance, basis = np.linalg.eigh(root @ root.T)
+    critic = {"mean": student["step0"]["bias"], "basis": basis, "variance": variance + 1e-3}
+    critic = jax.tree.map(jnp.float32, critic)
+    towards = jnp.linspace(-1, 1, D)
+    teacher = critic | {"mean": critic["mean"] + towards}
+    batch = make_batch(B, told=0.0)
+
+    def loss(student, critic, teacher):
+        return DMD()(world.context(DMD(), batch, student, critic, teacher))[0].mean()
+
+    slope = jit(jax.grad(loss))(student, critic, teacher)["step0"]["bias"]
+    assert float(-slope @ towards) > 0.1 * float(jnp.linalg.norm(slope) * jnp.linalg.norm(towards))
+    still = jit(jax.grad(loss))(student, critic, critic)
+    assert all(float(jnp.abs(leaf).max()) < 1e-4 for leaf in jax.tree.leaves(still))
+
+
+def test_a_student_that_is_the_teachers_own_mean_has_a_finite_gradient():
+    """The distance that the gradient is divided by is then zero."""
+    world = one_step(FLOW_WORLD)
+    student = jax.tree.map(jnp.zeros_like, world.student_params())
+    teacher = gaussian_params(0) | {"variance": jnp.zeros(D), "mean": jnp.zeros(D)}
+    batch = make_batch(4, told=0.0)
+    loss = world.losses(DMD())(batch, student, gaussian_params(3), teacher)[0]
+    assert np.all(np.isfinite(loss))
+
+
+def per_step(gradient):
+    return [float(jnp.abs(step["matrix"]).max()) for step in gradient.values()]
+
+
+def test_the_anchors_cut_keeps_dmd_off_the_first_step_and_nowhere_else():
+    """Back-propagation through the whole rollout, with and without somebody else's first step."""
+    world = FLOW_WORLD
+    batch, critic, teacher = make_batch(B), gaussian_params(3), gaussian_params(0)
+    student, dmd = world.student_params(bend=0.3), DMD(backprop="all")
+    assert (dmd + 0.05 * Anchor()).needs.cut_first and not dmd.needs.cut_first
+
+    @jit
+    def gradients(student, critic, teacher):
+        def loss(student, cut):
+            needs = replace(dmd.needs, cut_first=cut)
+            context = world.context(Asks(dmd, needs), batch, student, critic, teacher)
+            return dmd(context)[0].mean()
+
+        return [jax.value_and_grad(loss)(student, cut) for cut in (True, False)]
+
+    (with_cut, cut), (without, whole) = gradients(student, critic, teacher)
+    assert float(with_cut) == float(without)
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(cut["step0"]))
+    assert per_step(whole)[0] > 1e-5
+    for k in range(1, 4):
+        assert per_step(cut)[k] > 1e-5
+        for a, b in zip(*map(jax.tree.leaves, (cut[f"step{k}"], whole[f"step{k}"])), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+class Asks:
+    """A term with needs of our choosing."""
+
+    def __init__(self, term, needs):
+        self.term, self.needs = term, needs
+
+
+def test_gradients_of_a_whole_rollout_pass_through_every_step():
+    """Not only the last one: the first step's share is the chain through all the others."""
+    world, dmd = DDPM_WORLD, DMD(backprop="all")
+    batch, critic, teacher = make_batch(B), gaussian_params(3), gaussian_params(0)
+    student = world.student_params()
+    loss = jit(lambda student: dmd(world.context(dmd, batch, student, critic, teacher))[0].mean())
+    # DMD's loss is no function whose differences could be taken; its gradient is one of
+    # 1/B sum <g, x0(student)> with g held.
+
+    @jit
+    def held(student):
+        context = world.context(dmd, batch, student, critic, teacher)
+
+        def of_end(x0):
+            return dmd(replace(context, endpoint=(x0, None)))[0].mean()
+
+        return jax.grad(of_end)(context.endpoint[0])
+
+    g = np.asarray(held(student), float).reshape(B, D)
+    alpha, sigma = world.schedule.alpha_sigma(np.array(world.times))
+    told = np.asarray(batch.cond.text[:, 0], float)
+    x = [np.asarray(batch.noise, float).reshape(B, D)]
+    slopes = []
+    for k in range(4):
+        matrix, bias = (np.asarray(student[f"step{k}"][n], float) for n in ("matrix", "bias"))
+        a = sigma[k + 1] / sigma[k]
+        reach = alpha[k + 1] - a * alpha[k]
+        slopes.append((reach, a * np.eye(D) + reach * matrix))
+        x.append(a * x[-1] + reach * (x[-1] @ matrix.T + bias + told))
+    found = jit(jax.grad(loss))(student)
+    for k in reversed(range(4)):
+        reach, slope = slopes[k]
+        expected = reach * g.T @ x[k]
+        np.testing.assert_allclose(
+            found[f"step{k}"]["matrix"], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
+        )
+        g = g @ slope
+
+
+def test_drawn_steps_leave_the_anchors_step_out_of_the_mean():
+    world = DDPM_WORLD
+    batch, critic, teacher = make_batch(B), gaussian_params(3), gaussian_params(0)
+    total = DMD() + 0.05 * Anchor()
+    student = world.student_params()
+
+    @jit
+    def run(student):
+        context = world.context(total, batch, student, critic, teacher)
+        alone = world.context(DMD(), batch, student, critic, teacher)
+        return context.base_B, DMD()(context)[0], DMD()(alone)[0], context.first_B
+
+    weight, masked, plain, first = run(student)
+    step = np.arange(B) % 4
+    np.testing.assert_allclose(weight, np.where(step > 0, 4 / 3, 0), rtol=1e-6)
+    np.testing.assert_array_equal(masked[step == 0], 0)
+    np.testing.assert_allclose(masked, plain * weight, rtol=1e-6)
+    np.testing.assert_allclose(masked.mean(), plain[step > 0].mean(), rtol=1e-5)
+    np.testing.assert_array_equal(first, np.where(step == 0, 4, 0))
+
+    def loss(student, term):
+        return term(world.context(total, batch, student, critic, teacher))[0].mean()
+
+    slope = jit(jax.grad(lambda s: loss(s, DMD())))(student)
+    assert per_step(slope)[0] == 0 and min(per_step(slope)[1:]) > 0
+
+
+def test_the_critic_learns_to_denoise_the_students_own_pictures():
+    """Its loss is least where it is the posterior of what the student draws."""
+    world, samples = one_step(FLOW_WORLD), 4096
+    student = world.student_params()
+    root = np.asarray(student["step0"]["matrix"], float)
+    variance, basis = np.linalg.eigh(root @ root.T)
+    right = {"mean": student["step0"]["bias"], "basis": basis, "variance": variance}
+    right = jax.tree.map(jnp.float32, right)
+    batch = make_batch(samples, told=0.0)
+
+    @jit
+    def loss_B(critic):
+        return DMD().critic_loss(world.context(DMD(), batch, student, critic, None))
+
+    least = loss_B(right)
+    assert least.shape == (samples,)
+    for wrong in (
+        right | {"mean": right["mean"] + 0.3},
+        right | {"variance": 2 * right["variance"]},
+        right | {"variance": right["variance"] / 2},
+    ):
+        more = np.asarray(loss_B(wrong) - least, float)
+        assert more.mean() > 4 * more.std() / samples**0.5
+
+    @jit
+    def mean_slopes(critic):
+        def one(critic, batch):
+            context = world.context(DMD(), batch, student, critic, None)
+            return DMD().critic_loss(context).mean()
+
+        parts = jax.tree.map(lambda v: v.reshape(64, -1, *v.shape[1:]), batch)
+        return jax.lax.map(lambda part: jax.grad(one)(critic, part), parts)
+
+    for name in ("mean", "variance"):
+        slopes = np.asarray(mean_slopes(right)[name], float)
+        error = slopes.std(0) / len(slopes) ** 0.5
+        assert np.all(np.abs(slopes.mean(0)) < 4 * error + 1e-6)
+
+
+def test_unknown_backprop():
+    with pytest.raises(InputError, match="objective.dmd.backprop: found 'last'"):
+        DMD(backprop="last")

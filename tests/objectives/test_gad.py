@@ -1,0 +1,305 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from closed_form import (
+    DDPM_WORLD,
+    FLOW_WORLD,
+    GUIDANCE,
+    WORLDS,
+    D,
+    exact_map,
+    gaussian_map,
+    gaussian_params,
+    gaussian_walk,
+    guided_text,
+    jit,
+    make_batch,
+    mixture_params,
+    one_step,
+)
+
+from gadjax.errors import InputError
+from gadjax.objectives import GAD, TeacherMap
+from gadjax.objectives.gad import student_map
+from gadjax.rollout import interpolate_times, rollout
+
+each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+ends = pytest.mark.parametrize("end", ["next", "clean"])
+
+
+def flat(x):
+    return np.asarray(x, float).reshape(len(x), -1)
+
+
+def central(f, x, v, h=1e-5):
+    return (f(x + h * v) - f(x - h * v)) / (2 * h)
+
+
+@each_world
+@ends
+def test_tangents_are_those_of_the_maps_at_the_students_own_latent(world, end):
+    """Against central differences in float64, for a student and a teacher that are not linear."""
+    term, samples = GAD(end=end, steps=3), 8
+    with jax.enable_x64(True):
+        batch = make_batch(samples, dtype=float)
+        student = world.student_params(bend=0.5, dtype=float)
+        teacher = mixture_params(dtype=float)
+
+        @jit
+        def run(batch, student, teacher):
+            context = world.context(term, batch, student, None, teacher)
+            x, v, t, stop = (
+                context.x_BHWC,
+                context.direction_BHWC,
+                context.t_B,
+                context.next_B if end == "next" else jnp.full(samples, world.schedule.clean),
+            )
+            alpha, sigma = (u[:, None, None, None] for u in world.schedule.alpha_sigma(stop))
+
+            def of_student(x):
+                said = world.denoiser(student, x, t, batch.cond)
+                return alpha * said.x0 + sigma * said.eps
+
+            def of_teacher(x):
+                grid = interpolate_times(world.schedule, t, stop.astype(t.dtype), 3)
+                return rollout(context.teacher, world.schedule, x, grid).end
+
+            value, pushed = context.maps[TeacherMap(end, 3)]
+            pairs = {
+                "student": (
+                    student_map(context, end),
+                    student_map(context, end, tangent=True),
+                    of_student(x),
+                    central(of_student, x, v),
+                ),
+                "teacher": (value, pushed, of_teacher(x), central(of_teacher, x, v)),
+            }
+            return pairs, x, v, context.step_B
+
+        pairs, x, v, step = run(batch, student, teacher)
+        for value, pushed, expected, slope in pairs.values():
+            assert np.abs(value - expected).max() < 1e-12 * np.abs(expected).max()
+            assert np.abs(pushed - slope).max() < 1e-8 * np.abs(slope).max()
+        np.testing.assert_array_equal(step, np.arange(samples) % 4)
+
+        # x is where the student's own walk from z is before its drawn step.
+        walk = rollout(
+            lambda x, t: world.denoiser(student, x, t, batch.cond),
+            world.schedule,
+            batch.noise,
+            np.array(world.times),
+        )
+        np.testing.assert_array_equal(x[step == 0], batch.noise[step == 0])
+        for i in range(samples):
+            np.testing.assert_allclose(x[i], walk.x[step[i], i], rtol=1e-6, atol=1e-7)
+        assert abs(float(v.std()) - 1) < 0.3
+
+
+@each_world
+def test_the_targets_are_products_of_the_steps_own_matrices(world):
+    """DDIM in a gaussian world is linear, so that J_T is a product of K matrices."""
+    steps, batch = 6, make_batch(16)
+    student, teacher = world.student_params(), gaussian_params()
+    term = GAD(steps=steps)
+
+    @jit
+    def run(batch, student, teacher):
+        context = world.context(term, batch, student, None, teacher)
+        maps = context.maps[TeacherMap("next", steps)]
+        return maps, context.x_BHWC, context.direction_BHWC, context.t_B, context.next_B
+
+    (value, pushed), x, v, start, end = run(batch, student, teacher)
+    start, end = (np.asarray(t, float) for t in (start, end))
+    times = start + np.linspace(0, 1, steps + 1)[:, None] * (end - start)
+    jacobian, shift = gaussian_walk(teacher, world.schedule, times, guided_text(batch))
+    expected = np.einsum("bij,bj->bi", jacobian, flat(v))
+    assert np.abs(flat(pushed) - expected).max() < 1e-5 * np.abs(expected).max()
+    expected = np.einsum("bij,bj->bi", jacobian, flat(x)) + shift
+    assert np.abs(flat(value) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+COUNTS = (128, 256)
+
+
+def targets(world, end, batch, student, teacher):
+    """The maps and their tangents in ever smaller steps, and where they start."""
+
+    @jit
+    def run(batch, student, teacher):
+        found = []
+        for steps in COUNTS:
+            context = world.context(GAD(end, steps), batch, student, None, teacher)
+            found.append(context.maps[TeacherMap(end, steps)])
+        return found, context.x_BHWC, context.direction_BHWC
+
+    return run(batch, student, teacher)
+
+
+def check_first_order(found, value, pushed):
+    errors = np.array(
+        [[np.abs(flat(a) - value).max(), np.abs(flat(b) - pushed).max()] for a, b in found]
+    )
+    slopes = -np.diff(np.log2(errors), axis=0)[0]
+    print("relative errors", errors[-1] / [np.abs(value).max(), np.abs(pushed).max()], slopes)
+    assert np.all(np.abs(slopes - 1) < 0.1)
+    assert np.all(errors[-1] < 0.02 * np.array([np.abs(value).max(), np.abs(pushed).max()]))
+
+
+@each_world
+@ends
+def test_the_targets_converge_to_a_gaussians_exact_jacobian(world, end):
+    """At first order in the step, which is DDIM's, from every step of the student's grid."""
+    with jax.enable_x64(True):
+        batch, teacher = make_batch(8, dtype=float), gaussian_params(dtype=float)
+        student = world.student_params(dtype=float)
+        found, x, v = targets(world, end, batch, student, teacher)
+    step = np.arange(8) % 4
+    start, stop = np.array(world.times)[step], np.array(world.times)[step + 1]
+    if end == "clean":
+        stop = np.full(8, world.times[-1])
+    told = guided_text(batch)
+    value, jacobian = gaussian_map(teacher, world.schedule, flat(x), start, stop, told)
+    check_first_order(found, value, np.einsum("bij,bj->bi", jacobian, flat(v)))
+
+
+@pytest.mark.parametrize("name,end", [("ddpm", "clean"), ("flow", "next")])
+def test_the_targets_converge_to_the_odes_own_derivative(name, end):
+    """Where neither map nor Jacobian is linear: a guided mixture, by Runge-Kutta."""
+    world = WORLDS[name]
+    with jax.enable_x64(True):
+        batch = make_batch(8, dtype=float)._replace(stratum=jnp.ones(8, jnp.int32))
+        student, teacher = world.student_params(dtype=float), mixture_params(dtype=float)
+        found, x, v = targets(world, end, batch, student, teacher)
+        stop = world.times[-1] if end == "clean" else world.times[2]
+
+        def predict(x, t):
+            return world.denoiser.guided(teacher, x, t, batch.cond, batch.null, GUIDANCE)
+
+        @jit
+        def exact(x, v):
+            walk = lambda x: exact_map(predict, world.schedule, x, world.times[1], stop)  # noqa: E731
+            return jax.jvp(walk, (x,), (v,))
+
+        value, pushed = map(flat, exact(x, v))
+    check_first_order(found, value, pushed)
+
+
+def test_the_formulas_of_the_gaussian_world():
+    """The exact map is where the Runge-Kutta of the posterior mean leads, and its slope."""
+    world = DDPM_WORLD
+    with jax.enable_x64(True):
+        batch, teacher = make_batch(2, dtype=float), gaussian_params(dtype=float)
+
+        def predict(x, t):
+            return world.denoiser.guided(teacher, x, t, batch.cond, batch.null, GUIDANCE)
+
+        v = batch.noise[::-1]
+        walk = lambda x: exact_map(predict, world.schedule, x, 500, -1)  # noqa: E731
+        found = jit(lambda x: jax.jvp(walk, (x,), (v,)))(batch.noise)
+    times, told = (np.full(2, 500.0), np.full(2, -1.0)), guided_text(batch)
+    value, jacobian = gaussian_map(teacher, world.schedule, flat(batch.noise), *times, told)
+    np.testing.assert_allclose(flat(found[0]), value, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        flat(found[1]), np.einsum("bij,bj->bi", jacobian, flat(v)), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
+def test_the_mean_over_directions_is_the_distance_of_the_jacobians(direction):
+    """E |(J_S - J_T) v|^2 / D = |J_S - J_T|_F^2 / D, here over samples that share both Jacobians."""
+    world, samples = one_step(FLOW_WORLD), 8192
+    student, teacher = world.student_params(), gaussian_params()
+    term = GAD(steps=3, direction=direction, normalize=False)
+    batch = make_batch(samples)
+    loss_B = np.asarray(world.losses(term)(batch, student, None, teacher)[0], float)
+    times = np.linspace(world.times[0], world.times[1], 4)[:, None]
+    wanted = gaussian_walk(teacher, world.schedule, times, 0)[0][0]
+    # Down to the clean end a step is its x0.
+    exact = np.sum((np.asarray(student["step0"]["matrix"], float) - wanted) ** 2) / D
+    error = loss_B.std() / samples**0.5
+    assert error < 0.02 * exact and abs(loss_B.mean() - exact) < 4 * error
+
+
+def perfect_student(world, teacher, steps):
+    """A student each of whose steps is the teacher's map of that step, in `steps` DDIM steps."""
+    alpha, sigma = world.schedule.alpha_sigma(np.array(world.times))
+    params = {}
+    for k in range(len(world.times) - 1):
+        times = np.linspace(world.times[k], world.times[k + 1], steps + 1)[:, None]
+        jacobian, shift = (v[0] for v in gaussian_walk(teacher, world.schedule, times, 0))
+        a = sigma[k + 1] / sigma[k]
+        reach = alpha[k + 1] - a * alpha[k]
+        params[f"step{k}"] = {
+            "matrix": jnp.float32((jacobian - a * np.eye(D)) / reach),
+            "bias": jnp.float32(shift / reach),
+            "bend": jnp.zeros(D),
+        }
+    return params
+
+
+@each_world
+def test_zero_at_the_teachers_own_map_and_nowhere_near(world):
+    batch, teacher = make_batch(16, told=0.0), gaussian_params()
+    right = perfect_student(world, teacher, 4)
+    run = world.losses(GAD())
+    loss_B, metrics = run(batch, right, None, teacher)
+    assert float(loss_B.max()) < 1e-9
+    assert float(metrics["cosine"]) == pytest.approx(1, abs=1e-5)
+    assert float(metrics["norm_ratio"]) == pytest.approx(1, abs=1e-5)
+    doubled = {k: v | {"matrix": 2 * v["matrix"]} for k, v in right.items()}
+    assert float(run(batch, doubled, None, teacher)[0].mean()) > 0.1
+
+
+def test_the_relative_loss_is_the_plain_one_over_the_targets_square():
+    world, batch = DDPM_WORLD, make_batch(16)
+    student, teacher = world.student_params(bend=0.3), mixture_params()
+
+    @jit
+    def run(student):
+        context = world.context(GAD(), batch, student, None, teacher)
+        wanted, found = context.maps[TeacherMap()][1], student_map(context, "next", tangent=True)
+        return GAD()(context), GAD(normalize=False)(context)[0], wanted, found
+
+    (relative, metrics), plain, wanted, found = run(student)
+    size = (wanted**2).mean((1, 2, 3))
+    np.testing.assert_allclose(plain, ((found - wanted) ** 2).mean((1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(relative * size, plain, rtol=1e-5)
+    a, b = flat(found), flat(wanted)
+    lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(1) / lengths[0] / lengths[1]
+    assert float(metrics["cosine"]) == pytest.approx(cosine.mean(), rel=1e-4)
+    assert float(metrics["norm_ratio"]) == pytest.approx((lengths[0] / lengths[1]).mean(), rel=1e-4)
+
+
+def test_reverse_over_forward_is_the_gradient_of_the_loss():
+    """Against central differences in float64, along one way through every parameter.
+
+    The student's own latents move with its parameters and are held by a stop-gradient, so that the
+    comparison is made where there is one step, whose latent is z.
+    """
+    world = one_step(DDPM_WORLD)
+    with jax.enable_x64(True):
+        batch = make_batch(4, dtype=float)
+        student = world.student_params(bend=0.5, dtype=float)
+        way = world.student_params(seed=9, bend=0.5, dtype=float)
+        teacher = mixture_params(dtype=float)
+        run = jit(
+            lambda student: GAD()(world.context(GAD(), batch, student, None, teacher))[0].mean()
+        )
+
+        def at(h):
+            return float(run(jax.tree.map(lambda p, w: p + h * w, student, way)))
+
+        slope = jit(jax.grad(run.__wrapped__))(student)
+        found = sum(
+            float((g * w).sum()) for g, w in zip(*map(jax.tree.leaves, (slope, way)), strict=True)
+        )
+        assert found == pytest.approx((at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-7)
+
+
+def test_bad_options():
+    with pytest.raises(InputError, match="found end 'x0'; expected 'next' or 'clean'"):
+        _ = GAD(end="x0").needs
+    with pytest.raises(InputError, match="found a map of 0 steps"):
+        _ = GAD(steps=0).needs

@@ -1,0 +1,339 @@
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from gadjax.denoiser import Denoiser
+from gadjax.errors import InputError
+from gadjax.rollout import rollout
+from gadjax.samplers import (
+    parameterization_from_config,
+    sample,
+    sampler_from_config,
+    schedule_from_config,
+    student_scheduler_config,
+)
+from gadjax.schedules import DDPM, Flow
+from gadjax.types import Cond
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+LINEAR = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+SCALED = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+DPM = dict(_class_name="DPMSolverMultistepScheduler", **LINEAR)
+DPM_FLOW = dict(
+    _class_name="DPMSolverMultistepScheduler",
+    use_flow_sigmas=True,
+    prediction_type="flow_prediction",
+)
+DDIM = dict(_class_name="DDIMScheduler", clip_sample=False, **SCALED)
+EULER = dict(_class_name="EulerDiscreteScheduler", timestep_spacing="leading", **SCALED)
+FLOW_EULER = dict(_class_name="FlowMatchEulerDiscreteScheduler")
+# As PixArt's checkpoints ship it, without the keys that diffusers has added since.
+PIXART = dict(
+    DPM,
+    _diffusers_version="0.22.0.dev0",
+    algorithm_type="dpmsolver++",
+    dynamic_thresholding_ratio=0.995,
+    euler_at_final=False,
+    lambda_min_clipped=-float("inf"),
+    lower_order_final=True,
+    num_train_timesteps=1000,
+    prediction_type="epsilon",
+    sample_max_value=1.0,
+    solver_order=2,
+    solver_type="midpoint",
+    steps_offset=0,
+    thresholding=False,
+    timestep_spacing="linspace",
+    trained_betas=None,
+    use_karras_sigmas=False,
+    use_lu_lambdas=False,
+    variance_type=None,
+)
+CONFIGS = {
+    "pixart": PIXART,
+    "dpm1": dict(DPM, solver_order=1, prediction_type="v_prediction"),
+    "dpm1-heun": dict(DPM, solver_order=1, solver_type="heun", timestep_spacing="trailing"),
+    "dpm2-leading": dict(DPM, timestep_spacing="leading", steps_offset=1, euler_at_final=True),
+    "dpm2-trailing": dict(DPM, timestep_spacing="trailing", lower_order_final=False),
+    "dpm2-v": dict(DPM, **SCALED, prediction_type="v_prediction"),
+    "dpm2-x0": dict(DPM, prediction_type="sample"),
+    "dpm2-flow": dict(DPM_FLOW, flow_shift=3.0),
+    "dpm1-flow": dict(DPM_FLOW, flow_shift=6.0, solver_order=1),
+    "ddim": dict(DDIM, set_alpha_to_one=True),
+    "ddim-sd": dict(DDIM, set_alpha_to_one=False, steps_offset=1),
+    "ddim-still": dict(DDIM, set_alpha_to_one=False, prediction_type="sample"),
+    "ddim-trailing": dict(DDIM, timestep_spacing="trailing", prediction_type="v_prediction"),
+    "euler-sdxl": dict(EULER, steps_offset=1),
+    "euler-v": dict(EULER, prediction_type="v_prediction"),
+    "flow": dict(FLOW_EULER),
+    "flow-shifted": dict(FLOW_EULER, shift=3.0),
+}
+SHAPE = (2, 4, 3, 4)
+NOISE = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+MIX = (np.random.default_rng(1).normal(size=(4, 4)) / 2).astype(np.float32)
+TOLERANCE = 1e-5
+
+
+def network(xp, x, t):
+    """A fixed network: tanh of a linear map of x, shifted with t. The same in NumPy and JAX."""
+    return xp.tanh(x @ MIX + xp.sin(t / 200))
+
+
+def scheduler(config):
+    kind = getattr(diffusers, config["_class_name"])
+    return kind.from_config({k: v for k, v in config.items() if k != "_diffusers_version"})
+
+
+def their_walk(config, steps=None, timesteps=None):
+    """States x_t (alpha x0 + sigma eps, whatever the scheduler keeps) before and after each step,
+    with the timesteps that the network was told."""
+    theirs = scheduler(config)
+    if timesteps is None:
+        theirs.set_timesteps(steps)
+    else:
+        theirs.set_timesteps(timesteps=list(timesteps))
+    euler = config["_class_name"] == "EulerDiscreteScheduler"
+    x = torch.tensor(NOISE) * (theirs.init_noise_sigma if euler else 1)
+    states = []
+    for t in theirs.timesteps:
+        x_t = theirs.scale_model_input(x, t) if hasattr(theirs, "scale_model_input") else x
+        states.append(np.asarray(x_t))
+        said = torch.tensor(network(np, states[-1], np.float32(t)))
+        x = theirs.step(said, t, x).prev_sample
+    return [*states, np.asarray(x)], theirs.timesteps.numpy()
+
+
+def our_predict(config):
+    def apply(params, x, t, cond):
+        # DPMSolverMultistepScheduler tells a flow network whole timesteps only.
+        told = jnp.floor(t) if config.get("use_flow_sigmas") else t
+        return network(jnp, x, told[:, None, None, None])
+
+    denoiser = Denoiser(apply, schedule_from_config(config), parameterization_from_config(config))
+    return lambda x, t: denoiser({}, x, t, Cond(None, None))
+
+
+def assert_close(found, expected):
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 10, 20])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_step_equals_diffusers(config, steps):
+    sampler = sampler_from_config(config)
+    times = sampler.times(steps)
+    theirs, told = their_walk(config, steps)
+    assert times.shape == (steps + 1,) and times.dtype == np.float64
+    whole = np.trunc(times[:-1]) if config.get("use_flow_sigmas") else times[:-1]
+    np.testing.assert_allclose(whole, told, rtol=1e-6)
+    orders = dict(order=sampler.order, last_order=sampler.last_order)
+    with jax.disable_jit():  # a Python loop is faster here than 85 compilations
+        walk = rollout(our_predict(config), sampler.schedule, jnp.asarray(NOISE), times, **orders)
+    for found, expected in zip([*walk.x, walk.end], theirs, strict=True):
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("config", [PIXART, CONFIGS["flow-shifted"]], ids=["pixart", "flow"])
+def test_sample_ends_where_diffusers_does(config):
+    sampler = sampler_from_config(config)
+    end = sample(our_predict(config), sampler, NOISE, sampler.times(4))
+    assert_close(end, their_walk(config, 4)[0][-1])
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_grids_of_every_length(config):
+    """For 1 to 50 steps and more, the times of diffusers, or one line where it has none to take."""
+    sampler, theirs = sampler_from_config(config), scheduler(config)
+    for steps in [*range(1, 51), 99, 250, 333, 500]:
+        theirs.set_timesteps(steps)
+        try:
+            times = sampler.times(steps)
+        except InputError:
+            assert config.get("timestep_spacing") == "trailing" and 1000 % steps
+            continue
+        told = times[:-1]
+        if isinstance(sampler.schedule, Flow):
+            np.testing.assert_allclose(told / 1000, theirs.sigmas[:-1].numpy(), rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(told, theirs.timesteps.numpy())
+
+
+def test_final_times():
+    assert sampler_from_config(PIXART).times(4)[-1] == -1
+    assert sampler_from_config(CONFIGS["flow"]).times(4)[-1] == 0
+    assert sampler_from_config(CONFIGS["ddim"]).times(4)[-1] == -1
+    np.testing.assert_array_equal(
+        sampler_from_config(CONFIGS["ddim-sd"]).times(4), [751, 501, 251, 1, 0]
+    )
+    np.testing.assert_array_equal(sampler_from_config(CONFIGS["ddim-still"]).times(2), [500, 0, 0])
+    # 1000 // 600 = 1: the last of diffusers' steps goes from time 1 to time 0.
+    assert sampler_from_config(CONFIGS["ddim-sd"]).times(600)[-1] == 0
+    assert sampler_from_config(dict(CONFIGS["ddim"], steps_offset=1)).times(600)[-1] == 0
+
+
+def test_the_flow_shift_is_taken_twice():
+    times = sampler_from_config(CONFIGS["flow-shifted"]).times(4)
+    np.testing.assert_allclose(times, [1000, 857.69, 602.15, 8.93, 0], atol=0.01)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("timesteps", [[899, 674, 449, 224], [999], [999, 20, 0]])
+def test_custom_timesteps_equal_diffusers(order, timesteps):
+    config = dict(DPM, solver_order=order)
+    sampler = sampler_from_config(config)
+    times = sampler.times(timesteps=timesteps)
+    np.testing.assert_array_equal(times, [*timesteps, -1])
+    states, told = their_walk(config, timesteps=timesteps)
+    np.testing.assert_array_equal(told, timesteps)
+    assert_close(sample(our_predict(config), sampler, NOISE, times), states[-1])
+
+
+STUDENTS = {
+    "eps": (PIXART, [899, 674, 449, 224]),
+    "v": (CONFIGS["ddim-trailing"], [999, 749, 499, 249]),
+    "x0": (CONFIGS["ddim-still"], [625]),
+    "sdxl": (CONFIGS["euler-sdxl"], [999, 749, 400]),
+    "flow": (CONFIGS["flow-shifted"], [1000.0, 900.0, 750.0, 499.5]),
+    "flow-dpm": (CONFIGS["dpm2-flow"], [999.25, 500.5]),
+}
+
+
+@pytest.mark.parametrize("teacher,timesteps", STUDENTS.values(), ids=STUDENTS)
+def test_diffusers_takes_our_steps_with_a_students_config(teacher, timesteps):
+    config = student_scheduler_config(teacher)
+    assert schedule_from_config(config) == schedule_from_config(teacher)
+    assert parameterization_from_config(config) == parameterization_from_config(teacher)
+    times = sampler_from_config(teacher).times(timesteps=timesteps)
+    sampler = sampler_from_config(config)
+    assert sampler.order == 1
+    np.testing.assert_array_equal(sampler.times(timesteps=timesteps), times)
+
+    states, told = their_walk(config, timesteps=timesteps)
+    np.testing.assert_array_equal(told, timesteps)
+    predict, schedule = our_predict(config), sampler.schedule
+    walk = rollout(predict, schedule, jnp.asarray(NOISE), times)
+    for i, (found, expected) in enumerate(zip([*walk.x[1:], walk.end], states[1:], strict=True)):
+        assert_close(found, expected)
+        # The step alone, from where diffusers stood.
+        alone = rollout(predict, schedule, jnp.asarray(states[i]), times[i : i + 2])
+        assert_close(alone.end, expected)
+
+
+def test_a_flow_teachers_own_scheduler_takes_no_timesteps():
+    """Why a flow student gets another scheduler; when this fails, it may keep the teacher's."""
+    with pytest.raises(TypeError):
+        scheduler(CONFIGS["dpm2-flow"]).set_timesteps(timesteps=[999, 500])
+
+
+def test_schedules_and_parameterizations():
+    assert schedule_from_config(PIXART) == DDPM()
+    assert schedule_from_config(DDIM) == DDPM(0.00085, 0.012, "scaled_linear")
+    assert schedule_from_config(dict(DPM, num_train_timesteps=500)) == DDPM(steps=500)
+    assert schedule_from_config({"_class_name": "DDIMScheduler"}) == DDPM()
+    assert schedule_from_config(dict(SCALED, _class_name="PNDMScheduler")).beta_end == 0.012
+    assert schedule_from_config(CONFIGS["flow"]) == Flow()
+    assert schedule_from_config(CONFIGS["dpm2-flow"]) == Flow()
+    found = {k: parameterization_from_config(v) for k, v in CONFIGS.items()}
+    assert found["pixart"] == found["ddim"] == "eps"
+    assert found["dpm2-v"] == "v" and found["dpm2-x0"] == "x0"
+    assert found["flow"] == found["dpm2-flow"] == "flow"
+
+
+@pytest.mark.parametrize(
+    "base,key,value,expected",
+    [
+        (DPM, "algorithm_type", "sde-dpmsolver++", "'dpmsolver++'"),
+        (DPM, "algorithm_type", "dpmsolver", "'dpmsolver++'"),
+        (DPM, "solver_order", 3, "1 or 2"),
+        (DPM, "solver_type", "heun", "'midpoint'"),
+        (DPM, "final_sigmas_type", "sigma_min", "'zero'"),
+        (DPM, "use_karras_sigmas", True, "false or null"),
+        (DPM, "use_exponential_sigmas", True, "false or null"),
+        (DPM, "use_beta_sigmas", True, "false or null"),
+        (DPM, "use_lu_lambdas", True, "false or null"),
+        (DPM, "thresholding", True, "false or null"),
+        (DPM, "variance_type", "learned_range", "false or null"),
+        (DPM, "lambda_min_clipped", -5.1, "-inf"),
+        (DPM, "timestep_spacing", "even", "'linspace' or 'leading' or 'trailing'"),
+        (DPM, "beta_schedule", "squaredcos_cap_v2", "'linear' or 'scaled_linear'"),
+        (DPM, "beta_start", "0.1", "a number"),
+        (DPM, "trained_betas", [0.1, 0.2], "false or null"),
+        (DPM, "rescale_betas_zero_snr", True, "false or null"),
+        (DPM, "prediction_type", "flow_prediction", "'epsilon' or 'v_prediction' or 'sample'"),
+        (DPM_FLOW, "prediction_type", "v_prediction", "'flow_prediction'"),
+        (DPM_FLOW, "use_dynamic_shifting", True, "false or null"),
+        (DPM_FLOW, "flow_shift", None, "a number"),
+        (DDIM, "clip_sample", True, "False"),
+        (DDIM, "thresholding", True, "false or null"),
+        (DDIM, "rescale_betas_zero_snr", True, "false or null"),
+        (EULER, "timestep_spacing", "linspace", "'leading'"),
+        (EULER, "timestep_type", "continuous", "'discrete'"),
+        (EULER, "interpolation_type", "log_linear", "'linear'"),
+        (EULER, "use_karras_sigmas", True, "false or null"),
+        (EULER, "final_sigmas_type", "sigma_min", "'zero'"),
+        (FLOW_EULER, "use_dynamic_shifting", True, "false or null"),
+        (FLOW_EULER, "invert_sigmas", True, "false or null"),
+        (FLOW_EULER, "shift_terminal", 0.1, "false or null"),
+        (FLOW_EULER, "stochastic_sampling", True, "false or null"),
+        (FLOW_EULER, "use_beta_sigmas", True, "false or null"),
+        (DPM, "_class_name", "LCMScheduler", "'DPMSolverMultistepScheduler' or 'DDIMScheduler'"),
+    ],
+)
+def test_what_is_not_taken_is_refused(base, key, value, expected):
+    sampler_from_config(base)
+    with pytest.raises(InputError) as caught:
+        sampler_from_config({**base, key: value})
+    line = str(caught.value)
+    assert line.startswith(f"scheduler_config.json, {key}: found {value!r}; expected {expected}")
+    assert "\n" not in line
+
+
+def test_assumed_values_are_refused_too():
+    with pytest.raises(InputError, match=r"clip_sample: found True \(assumed, the key is absent\)"):
+        sampler_from_config({"_class_name": "DDIMScheduler"})
+    with pytest.raises(InputError, match="_class_name: found None"):
+        sampler_from_config({})
+    with pytest.raises(InputError, match="_class_name: found 'SCMScheduler'"):
+        schedule_from_config({"_class_name": "SCMScheduler", "prediction_type": "trigflow"})
+    with pytest.raises(InputError, match="prediction_type: found 'trigflow'"):
+        parameterization_from_config({"_class_name": "SCMScheduler", "prediction_type": "trigflow"})
+
+
+def test_heun_is_midpoint_at_order_1():
+    assert sampler_from_config(dict(DPM, solver_type="heun", solver_order=1)).order == 1
+
+
+@pytest.mark.parametrize(
+    "config,given,message",
+    [
+        ("pixart", dict(), "steps, timesteps: found None and None; expected exactly one"),
+        ("pixart", dict(steps=1, timesteps=[999]), "found 1 and .999.; expected exactly one"),
+        ("pixart", dict(steps=0), "steps: found 0; expected one or more"),
+        ("pixart", dict(steps=1000), "steps: found 1000; expected one or more"),
+        ("euler-sdxl", dict(steps=1001), "steps: found 1001; expected"),
+        ("ddim", dict(steps=1001), "steps: found 1001; expected"),
+        ("pixart", dict(timesteps=[]), "timesteps: found .*falling order, above -1 and up to 999"),
+        ("pixart", dict(timesteps=[999, 999]), "timesteps: found .999, 999.; expected"),
+        ("pixart", dict(timesteps=[1000, 500]), "up to 999, whole numbers"),
+        ("pixart", dict(timesteps=[500.5]), "whole numbers"),
+        ("pixart", dict(timesteps=[500, -1]), "timesteps: found"),
+        ("flow", dict(timesteps=[1000, 0]), "above 0 and up to 1000$"),
+        ("flow", dict(timesteps=[1000.5]), "above 0 and up to 1000$"),
+        ("ddim-trailing", dict(steps=3), "steps: found 3, .*expected a divisor of 1000"),
+    ],
+)
+def test_walks_that_are_none(config, given, message):
+    with pytest.raises(InputError, match=message):
+        sampler_from_config(CONFIGS[config]).times(**given)
+
+
+def test_ddim_under_linspace_does_not_join():
+    sampler = sampler_from_config(dict(DDIM, timestep_spacing="linspace"))
+    with pytest.raises(InputError, match="do not join under timestep_spacing 'linspace'"):
+        sampler.times(4)

@@ -1,0 +1,333 @@
+"""Checkpoints: equal bits on any mesh, and damage that is noticed, named and survived."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from gadjax.errors import InputError, RunStopped
+from gadjax.training.checkpoint import Checkpoints, read_params
+from gadjax.training.seal import find_fault
+from gadjax.training.state import TrainState, create
+
+STATE = """
+import jax, jax.numpy as jnp, optax
+from gadjax.training.state import create
+
+@jax.jit
+def make_state():
+    keys = jax.random.split(jax.random.key(0), 4)
+    def net(a, b):
+        kernel = jax.random.normal(a, (2, 64, 48))
+        return {"blocks": {"0": {"kernel": kernel}, "norm": {"scale": jnp.arange(48.0)}},
+                "table": jax.random.normal(b, (16, 8)).astype(jnp.bfloat16)}
+    params = {"student": net(keys[0], keys[1]), "critic": net(keys[2], keys[3])}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
+        optax.linear_schedule(0.0, 1e-3, 5)))
+    state = create(params, {role: optimizer for role in params})
+    updates, opt = optimizer.update(params["student"], state.opt["student"], params["student"])
+    return state._replace(step=jnp.int32(7), opt=state.opt | {"student": opt},
+                          bad=state.bad | {"critic": jnp.int32(2)})
+"""
+exec(STATE)
+
+
+def shapes(state: TrainState) -> TrainState:
+    place = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+
+
+def assert_same(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture
+def state():
+    return make_state()  # noqa: F821 (from STATE, which the subprocess runs too)
+
+
+@pytest.fixture
+def folder(tmp_path, state):
+    """Steps 2 and 4, where 4 holds `state`."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, state._replace(step=jnp.int32(2)), {"seed": 2})
+    checkpoints.save(4, state, {"seed": 4, "config": {"a": [1, 2]}})
+    checkpoints.close()
+    return tmp_path
+
+
+def restore(folder: Path, abstract: TrainState):
+    checkpoints = Checkpoints(folder)
+    try:
+        return checkpoints.restore(abstract)
+    finally:
+        checkpoints.close()
+
+
+def largest(path: Path) -> Path:
+    return max((p for p in path.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path: Path, bit: int = 3) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_round_trip_keeps_every_bit(folder, state):
+    step, found, meta = restore(folder, shapes(state))
+    assert (step, meta) == (4, {"seed": 4, "config": {"a": [1, 2]}})
+    assert_same(found, state)
+    assert type(found.opt["student"]) is type(state.opt["student"])
+
+
+def test_nothing_there(tmp_path, state):
+    assert restore(tmp_path / "new", shapes(state)) is None
+
+
+def test_state_may_be_donated_while_it_is_written(tmp_path):
+    leaf = {"w": jax.random.normal(jax.random.key(0), (2048, 1024))}
+    state = create({"student": leaf}, {"student": optax.sgd(0.1)})
+    wanted = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    change = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    for _ in range(20):
+        state = change(state)
+    _, found, _ = checkpoints.restore(shapes(state))
+    checkpoints.close()
+    assert_same(found, wanted)
+
+
+def test_every_committed_step_is_sealed(folder):
+    for step in (2, 4):
+        seal = json.loads((folder / str(step) / "seal.json").read_text())
+        names = {str(p.relative_to(folder / str(step))) for p in (folder / str(step)).rglob("d/*")}
+        assert names and names <= seal.keys()
+        assert "state/_METADATA" in seal and "meta/metadata" in seal
+        assert find_fault(folder / str(step)) is None
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "metadata", "meta", "seal"])
+def test_a_damaged_step_is_named_and_skipped(folder, state, damage, caplog):
+    path = {
+        "metadata": folder / "4" / "state" / "_METADATA",
+        "meta": folder / "4" / "meta" / "metadata",
+        "seal": folder / "4" / "seal.json",
+    }.get(damage, largest(folder / "4"))
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif damage == "remove":
+        path.unlink()
+    elif damage == "seal":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        flip(path)
+    with caplog.at_level(logging.WARNING, "gadjax"):
+        checkpoints = Checkpoints(folder)
+        step, found, meta = checkpoints.restore(shapes(state))
+    assert (step, meta, int(found.step)) == (2, {"seed": 2}, 2)
+    lines = [r.getMessage() for r in caplog.records if r.name.startswith("gadjax")]
+    assert len(lines) == 1 and "\n" not in lines[0]
+    assert str(folder / "4") in lines[0] and path.name in lines[0]
+    # Training goes on from step 2 and writes step 4 again.
+    checkpoints.save(4, state, {"again": True})
+    checkpoints.close()
+    step, found, meta = restore(folder, shapes(state))
+    assert (step, meta) == (4, {"again": True})
+    assert_same(found, state)
+    assert (folder / "damaged" / "4").is_dir()
+
+
+def test_all_damaged_stops_every_time(folder, state):
+    for step in (2, 4):
+        flip(largest(folder / str(step)))
+    for _ in range(2):
+        with pytest.raises(RunStopped, match=r"damaged checkpoints \(4, 2\)"):
+            restore(folder, shapes(state))
+        with pytest.raises(RunStopped, match=r"damaged checkpoints \(4, 2\)"):
+            read_params(folder)
+
+
+def test_orbax_needs_none_of_the_unsealed_files(folder, state):
+    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+        (folder / "4" / name).write_bytes(b"\xff\x00 garbage")
+    step, found, _ = restore(folder, shapes(state))
+    assert step == 4
+    assert_same(found, state)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_without_a_seal_orbax_decides(folder, state, caplog):
+    (folder / "4" / "seal.json").unlink()
+    step, found, _ = restore(folder, shapes(state))
+    assert step == 4
+    assert_same(found, state)
+    largest(folder / "4").unlink()
+    (folder / "4" / "state" / "manifest.ocdbt").unlink()
+    with caplog.at_level(logging.WARNING, "gadjax"):
+        assert restore(folder, shapes(state))[0] == 2
+    assert str(folder / "4") in caplog.text
+
+
+def test_stale_temporary_folder(folder, state):
+    stale = folder / "6.orbax-checkpoint-tmp"
+    (stale / "state").mkdir(parents=True)
+    (stale / "state" / "junk").write_text("half")
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.restore(shapes(state))[0] == 4
+    checkpoints.save(6, state, {})
+    checkpoints.close()
+    assert not stale.exists() and not (folder / "6" / "state" / "junk").exists()
+    assert restore(folder, shapes(state))[0] == 6
+
+
+def test_another_tree_is_refused_by_leaf(folder, state):
+    abstract = shapes(state)
+    ema = abstract.ema | {"table": jax.ShapeDtypeStruct((16, 8), jnp.float32)}
+    with pytest.raises(InputError, match=r"ema/table: found bfloat16\[16, 8\]; expected float32"):
+        restore(folder, abstract._replace(ema=ema))
+    ema = abstract.ema | {"table": jax.ShapeDtypeStruct((8, 16), jnp.bfloat16)}
+    with pytest.raises(InputError, match=r"found bfloat16\[16, 8\]; expected bfloat16\[8, 16\]"):
+        restore(folder, abstract._replace(ema=ema))
+    ema = abstract.ema | {"new": abstract.step}
+    with pytest.raises(InputError, match=r"ema/new: found nothing; expected int32\[\]"):
+        restore(folder, abstract._replace(ema=ema))
+    params = {"student": abstract.params["student"]}
+    with pytest.raises(InputError, match=r"params/critic/\S+: found \S+\[.*\]; expected nothing"):
+        restore(folder, abstract._replace(params=params))
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4"]
+
+
+def test_read_params(folder, state):
+    step, ema, meta = read_params(folder)
+    assert (step, meta["seed"]) == (4, 4)
+    assert all(type(x) is np.ndarray for x in jax.tree.leaves(ema))
+    assert_same(ema, state.ema)
+    assert_same(read_params(folder, "critic", 2)[1], state.params["critic"])
+    with pytest.raises(InputError, match="found 4, 2; expected 3"):
+        read_params(folder, "ema", 3)
+    with pytest.raises(InputError, match="found 'emma'"):
+        read_params(folder, "emma")
+    with pytest.raises(InputError, match="found no checkpoint"):
+        read_params(folder / "nowhere")
+    flip(largest(folder / "4"))
+    assert read_params(folder, "student")[0] == 2
+    with pytest.raises(InputError, match="CRC-32 differs"):
+        read_params(folder, "ema", 4)
+
+
+def test_a_read_that_fails_on_right_bytes_is_no_damage(folder, state, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr("gadjax.training.checkpoint._read_meta", full)
+    with pytest.raises(RunStopped, match="4: cannot be restored: RESOURCE_EXHAUSTED: out of mem"):
+        read_params(folder)
+    monkeypatch.setattr(Checkpoints, "_read", full)
+    with pytest.raises(RunStopped, match="4: cannot be restored: RESOURCE_EXHAUSTED: out of mem"):
+        restore(folder, shapes(state))
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4"]
+
+
+def test_read_params_of_a_run_without_critic(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path)
+    only = {"student": state.params["student"]}
+    checkpoints.save(1, create(only, {"student": optax.sgd(0.1)}), {})
+    checkpoints.close()
+    with pytest.raises(InputError, match="found no critic"):
+        read_params(tmp_path, "critic")
+
+
+def test_which_steps_stay(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=5)
+    for step in range(1, 9):
+        checkpoints.save(step, state, {})
+    checkpoints.save(8, state, {"second": "is left out"})
+    checkpoints.close()
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == [5, 7, 8]
+    assert read_params(tmp_path)[2] == {}
+
+
+def test_a_save_that_fails(tmp_path, state, monkeypatch, caplog):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+
+    def full(folder):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing\nblock [No space left on device]")
+
+    monkeypatch.setattr("gadjax.training.checkpoint.write_seal", full)
+    checkpoints.save(2, state, {})
+    with pytest.raises(RunStopped, match="/2: cannot be written: No space left on device"):
+        checkpoints.wait()
+    assert "Traceback" not in caplog.text
+    monkeypatch.undo()
+    assert checkpoints.restore(shapes(state))[0] == 1
+    checkpoints.save(3, state, {})
+    checkpoints.close()
+    assert restore(tmp_path, shapes(state))[0] == 3
+
+
+def test_other_meshes_read_the_same_bits(tmp_path):
+    script = STATE + textwrap.dedent(
+        """
+        import sys, hashlib
+        from pathlib import Path
+        import numpy as np
+        from jax.sharding import PartitionSpec as P
+        from gadjax.training.checkpoint import Checkpoints
+        from gadjax.training.sharding import make_mesh, shardings
+
+        rules = [("kernel", P(None, "fsdp")), ("table", P("fsdp", None)), ("scale", P("data"))]
+        folder = Path(sys.argv[1])
+
+        def digest(state):
+            bits = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state))
+            return hashlib.sha256(bits).hexdigest()
+
+        def on(sizes, count):
+            mesh = make_mesh(dict(zip(("data", "fsdp"), sizes)), jax.devices()[:count])
+            return shardings(jax.eval_shape(make_state), rules, mesh)
+
+        state = jax.device_put(make_state(), on((2, 4), 8))
+        assert not state.ema["blocks"]["0"]["kernel"].is_fully_replicated
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(3, state, {})
+        for sizes, count in (((8, 1), 8), ((1, 8), 8), ((2, 2), 4), ((1, 1), 1)):
+            abstract = jax.tree.map(
+                lambda x, sh: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sh),
+                jax.eval_shape(make_state), on(sizes, count))
+            step, found, _ = checkpoints.restore(abstract)
+            same = jax.tree.map(lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim),
+                                found, abstract)
+            assert step == 3 and all(jax.tree.leaves(same))
+            assert digest(found) == digest(state), sizes
+        checkpoints.close()
+        """
+    )
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    # What eight devices wrote, this process reads on its own.
+    state = make_state()  # noqa: F821
+    assert_same(restore(tmp_path, shapes(state))[1], state)
+    assert_same(read_params(tmp_path, "student")[1], state.params["student"])
