@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gadjax.convert.folder import PipelineFolder, read_pipeline
+from gadjax.convert.folder import PipelineFolder
+from gadjax.convert.orbax_folder import open_folder
 from gadjax.denoiser import Denoiser
 from gadjax.errors import InputError
 from gadjax.models.module import Functional, functional
@@ -82,11 +83,12 @@ def load_pipeline(
     variant: str | None = None,
     allow_pickle: bool = False,
 ) -> tuple[Pipeline, dict[str, Params]]:
-    """Read a folder: the functions, and the parameters by component (host arrays, file's dtype).
+    """Read a folder, diffusers' or gadjax's own: the functions, and the parameters by component.
 
+    The parameters are host arrays in the file's dtype.
     Raises: InputError for whatever is wrong with the folder.
     """
-    folder = read_pipeline(path, variant=variant, allow_pickle=allow_pickle)
+    folder = open_folder(path, variant=variant, allow_pickle=allow_pickle)
     for name in NETWORKS:
         if name not in folder.components:
             raise InputError(f"{path}: found no {name}; expected {', '.join(NETWORKS)}")

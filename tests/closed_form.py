@@ -190,6 +190,23 @@ def gaussian_walk(params, schedule, times, told):
     return jacobian, shift
 
 
+def perfect_student(world, teacher, steps):
+    """A student each of whose steps is a gaussian teacher's map of it in `steps` DDIM steps."""
+    alpha, sigma = world.schedule.alpha_sigma(np.array(world.times))
+    params = {}
+    for k in range(len(world.times) - 1):
+        times = np.linspace(world.times[k], world.times[k + 1], steps + 1)[:, None]
+        jacobian, shift = (v[0] for v in gaussian_walk(teacher, world.schedule, times, 0))
+        a = sigma[k + 1] / sigma[k]
+        reach = alpha[k + 1] - a * alpha[k]
+        params[f"step{k}"] = {
+            "matrix": jnp.float32((jacobian - a * np.eye(D)) / reach),
+            "bias": jnp.float32(shift / reach),
+            "bend": jnp.zeros(D),
+        }
+    return params
+
+
 def exact_map(predict, schedule, x_BHWC, start: int, end: int):
     """The probability-flow ODE of any predictor by Runge-Kutta, one time unit a step; use float64.
 

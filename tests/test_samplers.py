@@ -1,3 +1,5 @@
+import json
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -24,36 +26,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 LINEAR = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
 SCALED = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 DPM = dict(_class_name="DPMSolverMultistepScheduler", **LINEAR)
-DPM_FLOW = dict(
-    _class_name="DPMSolverMultistepScheduler",
-    use_flow_sigmas=True,
-    prediction_type="flow_prediction",
-)
+DPM_FLOW = dict(DPM, use_flow_sigmas=True, prediction_type="flow_prediction")
 DDIM = dict(_class_name="DDIMScheduler", clip_sample=False, **SCALED)
 EULER = dict(_class_name="EulerDiscreteScheduler", timestep_spacing="leading", **SCALED)
 FLOW_EULER = dict(_class_name="FlowMatchEulerDiscreteScheduler")
 # As PixArt's checkpoints ship it, without the keys that diffusers has added since.
-PIXART = dict(
-    DPM,
-    _diffusers_version="0.22.0.dev0",
-    algorithm_type="dpmsolver++",
-    dynamic_thresholding_ratio=0.995,
-    euler_at_final=False,
-    lambda_min_clipped=-float("inf"),
-    lower_order_final=True,
-    num_train_timesteps=1000,
-    prediction_type="epsilon",
-    sample_max_value=1.0,
-    solver_order=2,
-    solver_type="midpoint",
-    steps_offset=0,
-    thresholding=False,
-    timestep_spacing="linspace",
-    trained_betas=None,
-    use_karras_sigmas=False,
-    use_lu_lambdas=False,
-    variance_type=None,
-)
+PIXART = json.loads("""{"_class_name": "DPMSolverMultistepScheduler",
+    "_diffusers_version": "0.22.0.dev0", "algorithm_type": "dpmsolver++", "beta_end": 0.02,
+    "beta_schedule": "linear", "beta_start": 0.0001, "dynamic_thresholding_ratio": 0.995,
+    "euler_at_final": false, "lambda_min_clipped": -Infinity, "lower_order_final": true,
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "sample_max_value": 1.0,
+    "solver_order": 2, "solver_type": "midpoint", "steps_offset": 0, "thresholding": false,
+    "timestep_spacing": "linspace", "trained_betas": null, "use_karras_sigmas": false,
+    "use_lu_lambdas": false, "variance_type": null}""")
 CONFIGS = {
     "pixart": PIXART,
     "dpm1": dict(DPM, solver_order=1, prediction_type="v_prediction"),
@@ -76,7 +61,7 @@ CONFIGS = {
 SHAPE = (2, 4, 3, 4)
 NOISE = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
 MIX = (np.random.default_rng(1).normal(size=(4, 4)) / 2).astype(np.float32)
-TOLERANCE = 1e-5
+TOLERANCE = 5e-6
 
 
 def network(xp, x, t):
@@ -85,18 +70,14 @@ def network(xp, x, t):
 
 
 def scheduler(config):
-    kind = getattr(diffusers, config["_class_name"])
-    return kind.from_config({k: v for k, v in config.items() if k != "_diffusers_version"})
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def their_walk(config, steps=None, timesteps=None):
-    """States x_t (alpha x0 + sigma eps, whatever the scheduler keeps) before and after each step,
-    with the timesteps that the network was told."""
+    """The states alpha x0 + sigma eps before and after each step, and the timesteps told."""
     theirs = scheduler(config)
-    if timesteps is None:
-        theirs.set_timesteps(steps)
-    else:
-        theirs.set_timesteps(timesteps=list(timesteps))
+    given = {"timesteps": timesteps} if timesteps else {"num_inference_steps": steps}
+    theirs.set_timesteps(**given)
     euler = config["_class_name"] == "EulerDiscreteScheduler"
     x = torch.tensor(NOISE) * (theirs.init_noise_sigma if euler else 1)
     states = []
@@ -119,8 +100,7 @@ def our_predict(config):
 
 
 def assert_close(found, expected):
-    found, expected = np.asarray(found), np.asarray(expected)
-    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert np.abs(np.asarray(found) - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 20])
@@ -137,13 +117,6 @@ def test_every_step_equals_diffusers(config, steps):
         walk = rollout(our_predict(config), sampler.schedule, jnp.asarray(NOISE), times, **orders)
     for found, expected in zip([*walk.x, walk.end], theirs, strict=True):
         assert_close(found, expected)
-
-
-@pytest.mark.parametrize("config", [PIXART, CONFIGS["flow-shifted"]], ids=["pixart", "flow"])
-def test_sample_ends_where_diffusers_does(config):
-    sampler = sampler_from_config(config)
-    end = sample(our_predict(config), sampler, NOISE, sampler.times(4))
-    assert_close(end, their_walk(config, 4)[0][-1])
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -166,7 +139,9 @@ def test_grids_of_every_length(config):
 
 def test_final_times():
     assert sampler_from_config(PIXART).times(4)[-1] == -1
-    assert sampler_from_config(CONFIGS["flow"]).times(4)[-1] == 0
+    # The shift is taken twice.
+    times = sampler_from_config(CONFIGS["flow-shifted"]).times(4)
+    np.testing.assert_allclose(times, [1000, 857.69, 602.15, 8.93, 0], atol=0.01)
     assert sampler_from_config(CONFIGS["ddim"]).times(4)[-1] == -1
     np.testing.assert_array_equal(
         sampler_from_config(CONFIGS["ddim-sd"]).times(4), [751, 501, 251, 1, 0]
@@ -175,11 +150,6 @@ def test_final_times():
     # 1000 // 600 = 1: the last of diffusers' steps goes from time 1 to time 0.
     assert sampler_from_config(CONFIGS["ddim-sd"]).times(600)[-1] == 0
     assert sampler_from_config(dict(CONFIGS["ddim"], steps_offset=1)).times(600)[-1] == 0
-
-
-def test_the_flow_shift_is_taken_twice():
-    times = sampler_from_config(CONFIGS["flow-shifted"]).times(4)
-    np.testing.assert_allclose(times, [1000, 857.69, 602.15, 8.93, 0], atol=0.01)
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -209,11 +179,9 @@ def test_diffusers_takes_our_steps_with_a_students_config(teacher, timesteps):
     config = student_scheduler_config(teacher)
     assert schedule_from_config(config) == schedule_from_config(teacher)
     assert parameterization_from_config(config) == parameterization_from_config(teacher)
-    times = sampler_from_config(teacher).times(timesteps=timesteps)
     sampler = sampler_from_config(config)
+    times = sampler.times(timesteps=timesteps)
     assert sampler.order == 1
-    np.testing.assert_array_equal(sampler.times(timesteps=timesteps), times)
-
     states, told = their_walk(config, timesteps=timesteps)
     np.testing.assert_array_equal(told, timesteps)
     predict, schedule = our_predict(config), sampler.schedule
@@ -245,43 +213,40 @@ def test_schedules_and_parameterizations():
     assert found["flow"] == found["dpm2-flow"] == "flow"
 
 
+RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+SWITCHES = [
+    *((base, key) for base in (DPM, EULER, FLOW_EULER) for key in RESPACINGS),
+    *((base, "rescale_betas_zero_snr") for base in (DPM, DDIM, EULER)),
+    *((base, "thresholding") for base in (DPM, DDIM)),
+    *((base, "use_dynamic_shifting") for base in (DPM_FLOW, FLOW_EULER)),
+    *((FLOW_EULER, key) for key in ("invert_sigmas", "stochastic_sampling")),
+    (DPM, "use_lu_lambdas"),
+]
+
+
 @pytest.mark.parametrize(
     "base,key,value,expected",
     [
+        *((base, key, True, "false or null") for base, key in SWITCHES),
+        (FLOW_EULER, "shift_terminal", 0.1, "false or null"),
+        (DPM, "trained_betas", [0.1, 0.2], "false or null"),
+        (DPM, "variance_type", "learned_range", "false or null"),
         (DPM, "algorithm_type", "sde-dpmsolver++", "'dpmsolver++'"),
-        (DPM, "algorithm_type", "dpmsolver", "'dpmsolver++'"),
         (DPM, "solver_order", 3, "1 or 2"),
         (DPM, "solver_type", "heun", "'midpoint'"),
         (DPM, "final_sigmas_type", "sigma_min", "'zero'"),
-        (DPM, "use_karras_sigmas", True, "false or null"),
-        (DPM, "use_exponential_sigmas", True, "false or null"),
-        (DPM, "use_beta_sigmas", True, "false or null"),
-        (DPM, "use_lu_lambdas", True, "false or null"),
-        (DPM, "thresholding", True, "false or null"),
-        (DPM, "variance_type", "learned_range", "false or null"),
         (DPM, "lambda_min_clipped", -5.1, "-inf"),
         (DPM, "timestep_spacing", "even", "'linspace' or 'leading' or 'trailing'"),
         (DPM, "beta_schedule", "squaredcos_cap_v2", "'linear' or 'scaled_linear'"),
         (DPM, "beta_start", "0.1", "a number"),
-        (DPM, "trained_betas", [0.1, 0.2], "false or null"),
-        (DPM, "rescale_betas_zero_snr", True, "false or null"),
         (DPM, "prediction_type", "flow_prediction", "'epsilon' or 'v_prediction' or 'sample'"),
         (DPM_FLOW, "prediction_type", "v_prediction", "'flow_prediction'"),
-        (DPM_FLOW, "use_dynamic_shifting", True, "false or null"),
         (DPM_FLOW, "flow_shift", None, "a number"),
         (DDIM, "clip_sample", True, "False"),
-        (DDIM, "thresholding", True, "false or null"),
-        (DDIM, "rescale_betas_zero_snr", True, "false or null"),
         (EULER, "timestep_spacing", "linspace", "'leading'"),
         (EULER, "timestep_type", "continuous", "'discrete'"),
         (EULER, "interpolation_type", "log_linear", "'linear'"),
-        (EULER, "use_karras_sigmas", True, "false or null"),
         (EULER, "final_sigmas_type", "sigma_min", "'zero'"),
-        (FLOW_EULER, "use_dynamic_shifting", True, "false or null"),
-        (FLOW_EULER, "invert_sigmas", True, "false or null"),
-        (FLOW_EULER, "shift_terminal", 0.1, "false or null"),
-        (FLOW_EULER, "stochastic_sampling", True, "false or null"),
-        (FLOW_EULER, "use_beta_sigmas", True, "false or null"),
         (DPM, "_class_name", "LCMScheduler", "'DPMSolverMultistepScheduler' or 'DDIMScheduler'"),
     ],
 )
@@ -305,10 +270,6 @@ def test_assumed_values_are_refused_too():
         parameterization_from_config({"_class_name": "SCMScheduler", "prediction_type": "trigflow"})
 
 
-def test_heun_is_midpoint_at_order_1():
-    assert sampler_from_config(dict(DPM, solver_type="heun", solver_order=1)).order == 1
-
-
 @pytest.mark.parametrize(
     "config,given,message",
     [
@@ -322,7 +283,6 @@ def test_heun_is_midpoint_at_order_1():
         ("pixart", dict(timesteps=[999, 999]), "timesteps: found .999, 999.; expected"),
         ("pixart", dict(timesteps=[1000, 500]), "up to 999, whole numbers"),
         ("pixart", dict(timesteps=[500.5]), "whole numbers"),
-        ("pixart", dict(timesteps=[500, -1]), "timesteps: found"),
         ("flow", dict(timesteps=[1000, 0]), "above 0 and up to 1000$"),
         ("flow", dict(timesteps=[1000.5]), "above 0 and up to 1000$"),
         ("ddim-trailing", dict(steps=3), "steps: found 3, .*expected a divisor of 1000"),

@@ -1,4 +1,4 @@
-"""gadjax's own folder: the parameters of a diffusers pipeline by Orbax, the other files as they are.
+"""gadjax's own folder: a diffusers pipeline with its parameters kept by Orbax.
 
   gadjax_folder.json  version; of each network: dtype and fingerprint; of its text: a fingerprint
   params/NETWORK      one Orbax checkpoint each, by the paths of gadjax's networks
@@ -12,15 +12,13 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from gadjax.convert.files import WEIGHTS_NAME, Weights, fingerprint, read_json, write_weights
 from gadjax.convert.folder import (
@@ -34,8 +32,7 @@ from gadjax.convert.folder import (
 )
 from gadjax.convert.tensors import check_keys, place_tensors, tensors_from_params
 from gadjax.errors import InputError, RunStopped
-from gadjax.models.module import flatten, functional, unflatten
-from gadjax.types import Params
+from gadjax.models.module import functional
 
 MANIFEST, PARAMS, VERSION = "gadjax_folder.json", "params", 1
 SMALL = ("*.json", "*.md", "LICENSE*", "NOTICE*")  # of the files at the root and beside weights
@@ -100,13 +97,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if (
         not isinstance(manifest.get("text"), str)
         or not isinstance(networks, dict)
-        or not all(isinstance(entry, dict) and "fingerprint" in entry for entry in networks.values())
+        or not all(
+            isinstance(entry, dict) and "fingerprint" in entry for entry in networks.values()
+        )
     ):
         raise InputError(f"{path}: found no networks with fingerprints; expected gadjax's manifest")
     return manifest
 
 
 def _describe(folder: Path, name: str, entry: Any) -> Component:
+    """A network without its parameters; its weights are empty, as there are no weight files."""
     where = folder / name / "config.json"
     if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in COMPONENTS:
         raise InputError(f"{folder / INDEX}: found {name}: {entry}; expected [library, class]")
@@ -117,77 +117,32 @@ def _describe(folder: Path, name: str, entry: Any) -> Component:
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{where}: found values that make no {entry[1]} ({reason})") from None
-    path = folder / PARAMS / name
-    weights = Weights(path, None, (), _entries(path, module.KEYMAP))
-    places = check_keys(weights.shapes, abstract, module.KEYMAP, str(path))
-    return Component(name, entry[0], module, config, spec, abstract, weights, places)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a file, as a leaf of an Orbax checkpoint or a layer of one."""
-
-    path: Path
-    leaf: str
-    key: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    keymap: Any
-
-    def read(self) -> np.ndarray:
-        return _tensors(self.path, self.leaf, self.keymap)[self.key]
-
-
-def _entries(path: Path, keymap) -> dict[str, StoredTensor]:
-    """What the checkpoint at `path` holds, as the tensors of a diffusers file."""
-    found = {}
-    for leaf, stored in flatten(_metadata(path)).items():
-        # A broadcast scalar has the shape and takes no memory.
-        value = np.broadcast_to(np.zeros((), stored.dtype), stored.shape)
-        for key, tensor in tensors_from_params(unflatten({leaf: value}), keymap, views=True):
-            found[key] = StoredTensor(path, leaf, key, tensor.shape, tensor.dtype, keymap)
-    return found
-
-
-@lru_cache(maxsize=1)
-def _tensors(path: Path, leaf: str, keymap) -> dict[str, np.ndarray]:
-    """All tensors of the leaf that was read last, which follow each other in a stream."""
-    item: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-    item = unflatten({leaf: item})
-    args = ocp.args.PyTreeRestore(
-        jax.tree.map(lambda _: 0, item), restore_args=item, partial_restore=True
-    )
-    try:
-        found = ocp.PyTreeCheckpointHandler().restore(path, args=args)
-    except Exception as error:  # a damaged checkpoint fails in many ways
-        raise _damaged(path, error) from error
-    return dict(tensors_from_params(found, keymap))
-
-
-def _metadata(path: Path) -> Params:
-    try:
-        return ocp.PyTreeCheckpointHandler().metadata(path).tree
-    except Exception as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
-    return InputError(
-        f"{path}: missing, truncated or corrupt: found {type(error).__name__} ({reason}); "
-        "expected parameters written by gadjax convert"
-    )
+    weights = Weights(folder / PARAMS / name, None, (), {})
+    return Component(name, entry[0], module, config, spec, abstract, weights, {})
 
 
 def _read(part: Component, wanted: str, dtype) -> Component:
-    where = str(part.weights.folder)
-    params = place_tensors(part.weights, part.places, part.abstract, None, where)
-    found = fingerprint(tensors_from_params(params, part.module.KEYMAP))
-    if found != wanted:
-        raise InputError(f"{where}: corrupt: found fingerprint {found}; expected {wanted}")
+    import orbax.checkpoint as ocp  # takes seconds, and diffusers' folders go without
+
+    path, keymap = part.weights.folder.absolute(), part.module.KEYMAP
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        kinds = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree
+        )
+        params = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=kinds))
+    except Exception as error:  # a damaged checkpoint fails in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: missing, truncated or corrupt: found {type(error).__name__} ({reason}); "
+            "expected parameters written by gadjax convert"
+        ) from None
+    tensors = dict(tensors_from_params(params, keymap, views=True))
+    places = check_keys({k: v.shape for k, v in tensors.items()}, part.abstract, keymap, str(path))
+    if (found := fingerprint(tensors.items())) != wanted:
+        raise InputError(f"{path}: corrupt: found fingerprint {found}; expected {wanted}")
     if dtype is not None:
-        tensors = tensors_from_params(params, part.module.KEYMAP, views=True)
-        params = place_tensors(tensors, part.places, part.abstract, dtype, where)
+        params = place_tensors(tensors.items(), places, part.abstract, dtype, str(path))
     return replace(part, params=params)
 
 
@@ -196,6 +151,8 @@ def write_own(pipeline: PipelineFolder, out: Path, text: str) -> None:
 
     Raises: RunStopped where it cannot be written.
     """
+    import orbax.checkpoint as ocp
+
     _copy_small(pipeline, out)
     networks = {}
     for name, part in pipeline.components.items():

@@ -13,11 +13,14 @@ from gadjax.errors import InputError
 LOOKED_AT = 64  # bytes of each tensor
 
 
-def text_fingerprint(folder: Path, *, variant: str | None = None, dtype=None) -> str:
+def text_fingerprint(
+    folder: Path, *, variant: str | None = None, allow_pickle: bool = False, dtype=None
+) -> str:
     """32 hex digits for what turns a prompt into embeddings, without reading the weights.
 
     They change with the text encoder's config.json, any file of the tokenizer, and the name,
-    shape, dtype or first bytes of any of the encoder's tensors. dtype: as if cast to it.
+    shape, dtype or (in safetensors) first bytes of any of the encoder's tensors. dtype: as if
+    cast to it.
     Raises: InputError for a folder without them.
     """
     folder = Path(folder)
@@ -27,7 +30,7 @@ def text_fingerprint(folder: Path, *, variant: str | None = None, dtype=None) ->
     if not files:
         raise InputError(f"{folder / 'tokenizer'}: found no files; expected those of a tokenizer")
     digest = hashlib.blake2b(digest_size=16)
-    weights = open_weights(folder / "text_encoder", variant)
+    weights = open_weights(folder / "text_encoder", variant, allow_pickle=allow_pickle)
     for path in [folder / "text_encoder" / "config.json", *files]:
         digest.update(f"{path.name}\0".encode() + _bytes(path))
     for key, entry in sorted(weights.entries.items()):

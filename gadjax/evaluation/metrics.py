@@ -87,7 +87,7 @@ def row_metrics(
         hits = world.oracle(flat, [prompt for prompt in prompts for _ in range(seeds)])
         found["adherence"] = wilson(int(np.sum(hits)), len(flat))
     if row.features_PSD is not None:
-        if _enough(others_PSD):
+        if others_PSD is not None and _enough(others_PSD):
             found["frechet"] = Estimate(frechet(_flat(row.features_PSD), _flat(others_PSD)))
         scores = vendi(row.features_PSD)
         found["vendi"] = mean(scores)

@@ -68,9 +68,12 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     or an unknown variant.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "FILE[:variant]", flag_values=values)
+    argv = ["gadjax", *arguments]
+    config_flags.DEFINE_config_file(
+        "config", None, "FILE[:variant]", flag_values=values, sys_argv=argv
+    )
     try:
-        rest = values(["gadjax", *arguments])
+        rest = values(argv)
         config = values.config
     except Exception as error:  # config files are Python: whatever they raise is the user's input
         raise InputError(_one_line(error)) from error

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from gadjax.convert.recipe import Sampling
 from gadjax.data.source import prefetch
 from gadjax.errors import InputError, RunStopped
-from gadjax.rollout import rollout
+from gadjax.sampling import clean_latent, initial_noise
 from gadjax.training.checkpoint import Checkpoints
 from gadjax.training.config import as_json, check_resume, write_json
 from gadjax.training.preview import grid, save_png
@@ -22,8 +23,6 @@ from gadjax.training.progress import Progress, overview
 from gadjax.training.setup import Run, Steps, compile_steps, encode_raw, prepare
 from gadjax.training.sharding import batch_sharding
 from gadjax.training.state import TrainState
-
-TEACHER_STEPS = 20  # diffusers' default for PixArt
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -142,35 +141,28 @@ class Preview:
     def __init__(self, run: Run, frozen: dict[str, Any], workdir: Path):
         self.folder, self.scale = workdir / "previews", run.config.preview.scale
         self.folder.mkdir(exist_ok=True)
-        pipeline, recipe, sampler = run.pipeline, run.recipe, run.pipeline.sampler
-        denoiser, needs = recipe.denoiser, recipe.objective.needs
-        count = run.config.preview.prompts
+        pipeline, recipe = run.pipeline, run.recipe
+        needs, count = recipe.objective.needs, run.config.preview.prompts
         raw = run.source.batch(0, count)
         raw = {name: value for name, value in raw.items() if name not in ("image", "x0")}
-        noise = jax.random.normal(jax.random.key(run.config.seed), (count, *pipeline.latent))
+        noise = initial_noise(run.config.seed, count, pipeline.latent)
 
         @partial(jax.jit, static_argnums=1)
-        def draw(params, guided, frozen, raw):
+        def draw(params, sampling, frozen, raw):
             cond = encode_raw(pipeline, frozen, raw)
             null = encode_raw(pipeline, frozen, frozen["null"])
             null = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), null)
-            scale = recipe.guidance if guided else 1
-            times = sampler.times(TEACHER_STEPS) if guided else np.asarray(recipe.times)
-            walk = rollout(
-                lambda x, t: denoiser.guided(params, x, t, cond, null, scale),
-                denoiser.schedule,
-                noise,
-                times,
-                order=sampler.order if guided else 1,
-            )
-            return pipeline.decode(frozen["vae"], walk.end)
+            x0 = clean_latent(pipeline, params, sampling, noise, cond, null)
+            return pipeline.decode(frozen["vae"], x0)
 
+        many = Sampling(guidance=recipe.guidance)
+        few = Sampling(len(recipe.times) - 1, recipe.times[:-1], guidance=1)
         # What is trained by plain denoising is itself sampled as a teacher is.
-        guided = not (needs.student or needs.endpoint)
-        self.draw = lambda params: np.asarray(draw(params, guided, frozen, raw))
+        own = few if needs.student or needs.endpoint else many
+        self.draw = lambda params: np.asarray(draw(params, own, frozen, raw))
         self.teacher = None
         if "transformer" in frozen:
-            self.teacher = np.asarray(draw(frozen["transformer"], True, frozen, raw))
+            self.teacher = np.asarray(draw(frozen["transformer"], many, frozen, raw))
 
     def __call__(self, state: TrainState, step: int) -> None:
         rows = [("student", self.draw(state.ema))]

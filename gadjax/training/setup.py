@@ -15,6 +15,7 @@ from tqdm import tqdm
 from gadjax import assets
 from gadjax.convert.files import fingerprint
 from gadjax.convert.tensors import tensors_from_params
+from gadjax.convert.text import text_fingerprint
 from gadjax.data.embeddings import open_embeddings
 from gadjax.data.prompts import read_prompts
 from gadjax.data.source import CachedSource, EmbeddingSource, PromptSource, Source, WorldSource
@@ -136,6 +137,7 @@ def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str,
     tokenize = partial(pipeline.tokens, length=data.length)
     if data.embeddings:
         embeddings = open_embeddings(assets.resolve(data.embeddings))
+        embeddings.check(text_fingerprint(assets.resolve(config.teacher)), data.length)
         text, mask = embeddings.null
         return EmbeddingSource(embeddings, config.seed), {"text": text[None], "mask": mask[None]}
     ids, mask = tokenize([""])

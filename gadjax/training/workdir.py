@@ -1,0 +1,81 @@
+"""What a workdir's run has trained, for the commands that draw with it or hand it on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gadjax import assets
+from gadjax.convert.files import fingerprint
+from gadjax.convert.folder import Component
+from gadjax.convert.recipe import Sampling
+from gadjax.convert.tensors import check_keys, tensors_from_params
+from gadjax.errors import InputError
+from gadjax.objectives import TERMS, build
+from gadjax.training.checkpoint import read_params
+from gadjax.types import Params
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Weights of a run, and how they are to be sampled.
+
+    part: ema or student. fingerprint: of the teacher's transformer when the run was started.
+    """
+
+    workdir: Path
+    step: int
+    part: str
+    params: Params
+    config: dict[str, Any]
+    fingerprint: str
+    sampling: Sampling
+
+    @property
+    def teacher(self) -> Path:
+        return assets.resolve(self.config["teacher"])
+
+    @property
+    def few_step(self) -> bool:
+        """Whether it is a student with timesteps of its own, rather than a teacher."""
+        return self.sampling.timesteps is not None
+
+    def check(self, teacher: Component) -> None:
+        """Raises: InputError unless this transformer is the one the run was started with."""
+        keymap = teacher.module.KEYMAP
+        where = teacher.weights.folder
+        found = fingerprint(tensors_from_params(teacher.params, keymap))
+        if found != self.fingerprint:
+            raise InputError(
+                f"{where}: found weights with fingerprint {found}; expected {self.fingerprint}, "
+                f"the teacher of {self.workdir}"
+            )
+        shapes = {k: v.shape for k, v in tensors_from_params(self.params, keymap, views=True)}
+        check_keys(shapes, teacher.abstract, keymap, f"{self.workdir}, step {self.step}")
+
+
+def is_workdir(path: Path) -> bool:
+    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+
+
+def read_trained(workdir: Path, part: str = "ema", step: int | None = None) -> Trained:
+    """Read one step's weights, by default the newest valid one's.
+
+    Raises: InputError for a folder that is no workdir, and as `read_params`.
+    """
+    if not is_workdir(workdir):
+        found = "no such folder" if not workdir.is_dir() else "no config.json and checkpoints"
+        raise InputError(f"{workdir}: found {found}; expected a workdir of gadjax train")
+    step, params, meta = read_params(workdir / "checkpoints", part, step)
+    config = meta["config"]
+    return Trained(workdir, step, part, params, config, meta["teacher"], sampling_of(config))
+
+
+def sampling_of(config: dict[str, Any]) -> Sampling:
+    """How a run's weights are sampled: a student in its own steps, without guidance; what learns
+    by plain denoising as teachers are."""
+    timesteps = tuple(config["student"]["timesteps"])
+    length = config["data"]["length"]
+    needs = build(config["objective"], TERMS, len(timesteps)).needs
+    if needs.student or needs.endpoint:
+        return Sampling(len(timesteps), timesteps, 1.0, length)
+    return Sampling(guidance=config["guidance"], length=length)

@@ -1,0 +1,9 @@
+import shutil
+
+import pytest
+
+
+@pytest.fixture
+def source(tiny_pipeline, tmp_path):
+    """A copy to be damaged."""
+    return shutil.copytree(tiny_pipeline, tmp_path / "source")

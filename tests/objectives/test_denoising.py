@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from closed_form import SHAPE, WORLDS, D, gaussian_params, jit, make_batch
+
+from gadjax.objectives import Denoising
+
+each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+B = 4096
+
+
+def pictures(params, batch):
+    """Samples of the gaussian that the captions of the batch move."""
+    mean, basis, variance = (np.asarray(params[k], float) for k in ("mean", "basis", "variance"))
+    drawn = np.random.default_rng(5).normal(size=(B, D)) * variance**0.5
+    x0 = mean + np.asarray(batch.cond.text[:, 0]) + drawn @ basis.T
+    return batch._replace(x0=jnp.asarray(x0.reshape(B, *SHAPE), jnp.float32))
+
+
+@each_world
+def test_least_at_the_posterior_mean(world):
+    """All networks are the student here: of the same form as the truth, right or wrong."""
+    right, term = gaussian_params(), Denoising()
+    batch = pictures(right, make_batch(B))
+
+    @jit
+    def run(params):
+        return term(world.context(term, batch, params, None, None))[0]
+
+    least = np.asarray(run(right), float)
+    for wrong in (
+        right | {"mean": right["mean"] + 0.2},
+        right | {"variance": 1.5 * right["variance"]},
+        right | {"variance": right["variance"] / 1.5},
+        right | {"basis": jnp.roll(right["basis"], 1, axis=1)},
+    ):
+        more = np.asarray(run(wrong), float) - least
+        assert more.mean() > 4 * more.std() / B**0.5
+
+    @jit
+    def slopes(params):
+        def one(params, part):
+            return term(world.context(term, part, params, None, None))[0].mean()
+
+        parts = jax.tree.map(lambda v: v.reshape(64, -1, *v.shape[1:]), batch)
+        return jax.lax.map(lambda part: jax.grad(one)(params, part), parts)
+
+    found = jax.device_get(slopes(right))
+    for name in ("mean", "variance"):
+        slope = found[name].astype(float)
+        assert np.all(np.abs(slope.mean(0)) < 4.5 * slope.std(0) / 8)
+
+
+@each_world
+def test_times_are_the_schedules_own(world):
+    """Every whole time from the first noised one to the last, and the target of its own x_t."""
+    asked = []
+
+    def apply(params, x, t, cond):
+        jax.debug.callback(lambda t: asked.append(np.asarray(t)), t)
+        return params * x
+
+    term = Denoising()
+    batch = pictures(gaussian_params(), make_batch(B))
+    watched = type(world)(world.schedule, world.kind, world.times)
+    object.__setattr__(watched, "denoiser", type(world.denoiser)(apply, world.schedule, world.kind))
+    jit(lambda p: term(watched.context(term, batch, p, None, None))[0])(1.0).block_until_ready()
+    jax.effects_barrier()
+    times = np.concatenate(asked)
+    assert np.all(times == np.floor(times)) and len(np.unique(times)) > 950
+    first = world.schedule.clean + 1
+    assert times.min() >= first and times.max() <= world.schedule.last
+    assert abs(times.mean() - (first + world.schedule.last) / 2) < 4 * 289 / B**0.5

@@ -1,0 +1,108 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from closed_form import DDPM_WORLD, GUIDANCE, D, gaussian_params, jit, make_batch, mixture_params
+
+from gadjax.objectives import TDM, GADScript
+
+B = 64
+
+
+def differences(term, bend=0.3, samples=B):
+    """The term's loss, and the pieces of its formula from the networks themselves."""
+    world = DDPM_WORLD
+
+    @jit
+    def run(batch, student, critic, teacher):
+        context = world.context(term, batch, student, critic, teacher)
+        x_tau, tau, _ = TDM().diffused(context)
+        raw = context.normal("perturbation")
+        d = term.step * raw / jnp.sqrt((raw**2).sum((1, 2, 3), keepdims=True))
+
+        def guided(x):
+            return world.denoiser.guided(teacher, x, tau, batch.cond, batch.null, GUIDANCE).x0
+
+        def fake(x):
+            return world.denoiser(critic, x, tau, batch.cond).x0
+
+        def own(x):
+            return world.denoiser(student, x, tau, batch.cond).x0
+
+        value = context.student[0].x0
+        found = {
+            "real": guided(x_tau + d) - guided(x_tau),
+            "fake": fake(x_tau + d) - fake(x_tau),
+            "script": own(x_tau + d) - value,
+            "same point": own(x_tau + d) - own(x_tau),
+            "exact": jax.jvp(own, (x_tau,), (d,))[1],
+            "d": d,
+        }
+        return term(context)[0], found, tau
+
+    return jax.device_get(
+        run(
+            make_batch(samples),
+            world.student_params(bend=bend),
+            mixture_params(3),
+            mixture_params(0),
+        )
+    )
+
+
+def rows(x):
+    return np.asarray(x, float).reshape(len(x), D)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_is_the_scripts_formula(weighted):
+    term = GADScript(step=0.1, huber=0.02, weighted=weighted)
+    loss_B, found, tau = differences(term)
+    lengths = np.linalg.norm(rows(found["d"]), axis=1)
+    np.testing.assert_allclose(lengths, 0.1, rtol=1e-5)
+    real, fake, ds = (rows(found[name]) / 0.1 for name in ("real", "fake", "script"))
+    # ds - sg[ds + dT - dF]
+    error = fake - real
+    scale = np.abs(ds - real).mean(1) + 1e-8
+    expected = (np.sqrt(error**2 + 0.02**2) - 0.02).mean(1) / scale
+    if weighted:
+        expected *= 0.1 + 0.9 * (tau / 899) ** 2
+    np.testing.assert_allclose(loss_B, expected, rtol=5e-3, atol=1e-6)
+
+
+def cosines(a, b):
+    a, b = rows(a), rows(b)
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+def test_its_student_difference_is_no_derivative():
+    """It compares two inputs and two times; the same point's difference is the derivative."""
+    _, found, _ = differences(GADScript(), samples=1024)
+    script = cosines(found["script"], found["exact"])
+    print("cosine", script.mean(), "same point", cosines(found["same point"], found["exact"]).min())
+    assert abs(script.mean()) < 4 * script.std() / len(script) ** 0.5 < 0.1
+    # What float32 leaves of a difference of 1e-2.
+    assert cosines(found["same point"], found["exact"]).mean() > 0.999
+    size = np.linalg.norm(rows(found["script"]), axis=1)
+    assert np.median(size / np.linalg.norm(rows(found["exact"]), axis=1)) > 100
+
+
+def test_gradient_reaches_both_of_the_students_values_with_opposite_signs():
+    """So that moving S everywhere by the same constant is free."""
+    world, term, batch = DDPM_WORLD, GADScript(), make_batch(B)
+    critic, teacher = gaussian_params(3), gaussian_params(0)
+
+    @jit
+    def slopes(student):
+        def loss(student):
+            return term(world.context(term, batch, student, critic, teacher))[0].mean()
+
+        return jax.grad(loss)(student)
+
+    # Linear, without a matrix: what is left of S is its bias, at x_k and at x_tau + d alike, and
+    # tau lies nearer to the next step's time for some samples, whose values are two steps' then.
+    student = jax.tree.map(jnp.zeros_like, world.student_params())
+    slope = jax.device_get(slopes(student))
+    biases = np.stack([step["bias"] for step in slope.values()])
+    assert np.abs(biases).max() > 1e-3
+    np.testing.assert_allclose(biases.sum(0), 0, atol=1e-5 * np.abs(biases).max())

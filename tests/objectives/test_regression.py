@@ -1,0 +1,63 @@
+import jax
+import numpy as np
+import pytest
+from closed_form import (
+    WORLDS,
+    D,
+    gaussian_params,
+    gaussian_walk,
+    guided_text,
+    jit,
+    make_batch,
+    one_step,
+    perfect_student,
+)
+
+from gadjax.objectives import Anchor, Regression
+
+each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+
+
+@each_world
+def test_zero_at_the_teachers_own_map_with_zero_gradient(world):
+    batch, teacher, term = make_batch(32, told=0.0), gaussian_params(), Regression(steps=5)
+
+    def loss(student):
+        return term(world.context(term, batch, student, None, teacher))[0].mean()
+
+    run, right = jit(jax.value_and_grad(loss)), perfect_student(world, teacher, 5)
+    value, slope = run(right)
+    assert float(value) < 1e-9
+    other = {k: v | {"bias": v["bias"] + 0.1} for k, v in right.items()}
+    worse, steep = run(other)
+    assert float(worse) > 1e-4
+    for small, large in zip(*map(jax.tree.leaves, (slope, steep)), strict=True):
+        assert np.abs(small).max() < 1e-3 * np.abs(large).max()
+
+
+@each_world
+def test_to_the_clean_end_it_is_the_distance_from_the_whole_walk(world):
+    world, samples = one_step(world), 16
+    batch, student, teacher = make_batch(samples), world.student_params(), gaussian_params()
+    loss_B, _ = world.losses(Regression("clean", 7))(batch, student, None, teacher)
+    told = guided_text(batch)
+    times = np.broadcast_to(np.linspace(*world.times, 8)[:, None], (8, samples))
+    jacobian, shift = gaussian_walk(teacher, world.schedule, times, told)
+    z = np.asarray(batch.noise, float).reshape(samples, D)
+    wanted = np.einsum("bij,bj->bi", jacobian, z) + shift
+    step = {k: np.asarray(v, float) for k, v in student["step0"].items()}
+    said = z @ step["matrix"].T + step["bias"] + np.asarray(batch.cond.text[:, 0], float)
+    np.testing.assert_allclose(loss_B, ((said - wanted) ** 2).mean(1), rtol=1e-4)
+
+
+def test_the_anchors_step_is_left_out():
+    world, batch, term = WORLDS["flow"], make_batch(16), Regression()
+    student, teacher = world.student_params(), gaussian_params()
+
+    @jit
+    def run(student):
+        masked = world.context(term + Anchor(), batch, student, None, teacher)
+        return term(masked)[0], term(world.context(term, batch, student, None, teacher))[0]
+
+    masked, plain = jax.device_get(run(student))
+    np.testing.assert_allclose(masked, plain * np.where(np.arange(16) % 4, 4 / 3, 0), rtol=1e-5)

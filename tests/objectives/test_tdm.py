@@ -1,0 +1,117 @@
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from closed_form import (
+    DDPM_WORLD,
+    FLOW_WORLD,
+    GUIDANCE,
+    WORLDS,
+    D,
+    gaussian_params,
+    jit,
+    make_batch,
+)
+
+from gadjax.objectives import TDM, Anchor
+from gadjax.types import Prediction
+
+each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+B = 64
+
+
+def test_tau_lies_within_the_steps_own_interval():
+    """From the next time (at least `floor`) to `gap` below the step's own; whole, and all of it."""
+    world, term, samples = DDPM_WORLD, TDM(floor=50, gap=40), 4096
+    batch, student = make_batch(samples), world.student_params()
+
+    @jit
+    def run(batch, student):
+        context = world.context(term, batch, student, gaussian_params(3), gaussian_params(0))
+        return term.diffused(context)[1]
+
+    tau = np.asarray(run(batch, student))
+    np.testing.assert_array_equal(tau, np.floor(tau))
+    for k in range(4):
+        own = tau[k::4]
+        low, high = max(50, world.times[k + 1]), world.times[k] - 40
+        assert own.min() >= low and own.max() < high
+        assert own.min() < low + 5 and own.max() >= high - 5
+
+
+@each_world
+@pytest.mark.parametrize("huber", [0.0, 0.05])
+def test_gradient_is_critic_minus_teacher_at_the_diffused_next_latent(world, huber):
+    term = TDM(huber=huber)
+
+    @jit
+    def run(batch, student, critic, teacher):
+        context = world.context(term, batch, student, critic, teacher)
+
+        def loss(x0):
+            said = Prediction(x0, context.student[0].eps)
+            return term(replace(context, student=(said, None)))[0].sum()
+
+        said = context.student[0]
+        _, tau, fresh = term.diffused(context)
+
+        def put(t):
+            return [v[:, None, None, None] for v in world.schedule.alpha_sigma(t)]
+
+        # The student's DDIM step, then the forward process from there to tau.
+        (b, r), (a, s) = put(context.next_B), put(tau)
+        spread = (s**2 - (a * r / b) ** 2) ** 0.5
+        x_tau = a / b * (b * said.x0 + r * said.eps) + spread * fresh
+        fake = world.denoiser(critic, x_tau, tau, batch.cond).x0
+        real = world.denoiser.guided(teacher, x_tau, tau, batch.cond, batch.null, GUIDANCE).x0
+        return jax.grad(loss)(said.x0), term(context)[0], said.x0, fake, real
+
+    batch, critic, teacher = make_batch(B), gaussian_params(3), gaussian_params(0)
+    gradient, loss_B, x0, fake, real = jax.device_get(
+        run(batch, world.student_params(), critic, teacher)
+    )
+    norm = np.abs(x0 - real).mean((1, 2, 3), keepdims=True)
+    g = fake - real
+    length = np.sqrt(g**2 + huber**2)
+    expected = g / length / norm if huber else g / norm
+    np.testing.assert_allclose(gradient * D, expected, rtol=1e-3, atol=1e-3)
+    value = ((length - huber) / norm) if huber else 0.5 * (g / norm) ** 2
+    np.testing.assert_allclose(loss_B, value.mean((1, 2, 3)), rtol=1e-3)
+
+
+def test_the_critics_loss_is_reweighted_denoising_of_the_students_x0():
+    world, term = FLOW_WORLD, TDM(max_snr=2.0)
+
+    @jit
+    def run(batch, student, critic):
+        context = world.context(term, batch, student, critic, None)
+        x_tau, tau, fresh = term.diffused(context)
+        said = world.denoiser(critic, x_tau, tau, batch.cond).x0
+        return term.critic_loss(context), context.student[0].x0, x_tau, tau, fresh, said
+
+    batch, critic = make_batch(B), gaussian_params(3)
+    loss_B, x0, x_tau, tau, fresh, said = jax.device_get(run(batch, world.student_params(), critic))
+    sigma = (tau / 1000)[:, None, None, None]
+    mix = (x_tau - (1 - sigma) * x0) / sigma
+    density = np.exp((fresh**2 - mix**2).mean((1, 2, 3)) / 2)
+    snr = ((1 - sigma) / sigma).reshape(B) ** 2
+    assert snr.min() < 2 < snr.max()
+    expected = density * np.minimum(snr, 2) * ((said - x0) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(loss_B, expected, rtol=1e-3)
+
+
+def test_the_anchors_step_is_left_out():
+    world, batch = DDPM_WORLD, make_batch(B)
+    student, critic, teacher = world.student_params(), gaussian_params(3), gaussian_params(0)
+
+    @jit
+    def run(student, critic, teacher):
+        context = world.context(TDM() + Anchor(), batch, student, critic, teacher)
+        alone = world.context(TDM(), batch, student, critic, teacher)
+        return [(TDM()(c)[0], TDM().critic_loss(c)) for c in (context, alone)]
+
+    masked, plain = jax.device_get(run(student, critic, teacher))
+    weight = np.where(np.arange(B) % 4, 4 / 3, 0)
+    for a, b in zip(masked, plain, strict=True):
+        np.testing.assert_allclose(a, b * weight, rtol=1e-5)

@@ -1,0 +1,204 @@
+"""Whole runs of `gadjax train`: resuming, being killed, going wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gadjax.cli.main import main
+from gadjax.training.checkpoint import read_params
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+from gadjax.training.config import default_config
+
+def get_config():
+    config = default_config()
+    config.teacher = {teacher!r}
+    config.guidance = 2.0
+    config.student.steps, config.student.timesteps = 2, (900, 400)
+    config.objective = {{"dmd": {{}}, "gad": {{"steps": 1}}, "anchor": {{"steps": 1}}}}
+    config.steps, config.batch = 4, 8
+    config.remat = False
+    config.optim.lr = 1e-3
+    config.critic.lr = 1e-3
+    config.data.update(prompts={prompts!r}, length=8)
+    config.checkpoint.every = 2
+    config.log.every = 1
+    config.preview.every = 0
+    return config
+"""
+
+
+@pytest.fixture(scope="session")
+def config(tiny_pipeline, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("red circle\ngreen square\nblue circle above red square\n")
+    path = folder / "tiny.py"
+    path.write_text(CONFIG.format(teacher=str(tiny_pipeline), prompts=str(prompts)))
+    return path
+
+
+def train(config: Path, workdir: Path, *more: str) -> int:
+    return main(["train", "--config", str(config), "--workdir", str(workdir), *more])
+
+
+def command(config: Path, workdir: Path, *more: str, devices: int = 1) -> subprocess.Popen:
+    """The same in a process of its own."""
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    arguments = ["train", "--config", str(config), "--workdir", str(workdir), *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "gadjax", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def assert_same(one: Path, other: Path, exactly: bool = True):
+    for part in ("student", "critic", "ema"):
+        (step, a, _), (step_too, b, _) = (
+            read_params(w / "checkpoints", part) for w in (one, other)
+        )
+        assert step == step_too
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            if exactly:
+                np.testing.assert_array_equal(x, y)
+            else:
+                # Adam's first updates are lr * sign(gradient): rounding may turn a sign where the
+                # gradient is zero, so a rare element may be two updates apart.
+                assert np.mean(np.abs(x - y) > 1e-5) < 0.01
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(config, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(config, workdir) == 0
+    return workdir
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted):
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for name in ("loss/dmd", "loss/gad", "loss/anchor", "gad/cosine", "critic/loss"):
+        assert np.isfinite(lines[-1][name])
+    assert json.loads((uninterrupted / "status.json").read_text()) == {"status": "done", "step": 4}
+    assert json.loads((uninterrupted / "config.json").read_text())["student"]["steps"] == 2
+
+
+def test_resume_is_bit_identical(config, uninterrupted, tmp_path):
+    workdir = tmp_path / "halves"
+    assert train(config, workdir, "--config.steps=2") == 0
+    assert train(config, workdir) == 0
+    assert_same(workdir, uninterrupted)
+
+
+def test_done_is_said_and_changes_nothing(config, uninterrupted, tmp_path):
+    before = (uninterrupted / "checkpoints" / "4" / "seal.json").stat().st_mtime_ns
+    assert train(config, uninterrupted) == 0
+    assert (uninterrupted / "checkpoints" / "4" / "seal.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_bit_identically(config, uninterrupted, tmp_path):
+    workdir = tmp_path / "killed"
+    # Long enough to be still running when it is killed after its first checkpoint.
+    process = command(config, workdir, "--config.steps=4000")
+    deadline = time.monotonic() + 240
+    while not (workdir / "checkpoints" / "2").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    steps = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    goal = steps + 2
+    assert train(config, workdir, f"--config.steps={goal}") == 0
+    whole = tmp_path / "whole"
+    assert train(config, whole, f"--config.steps={goal}") == 0
+    assert_same(workdir, whole)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_leaves_with_zero(config, tmp_path):
+    workdir = tmp_path / "asked"
+    process = command(config, workdir, "--config.steps=4000", "--config.checkpoint.every=1000")
+    deadline = time.monotonic() + 240
+    while not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    status = json.loads((workdir / "status.json").read_text())
+    assert status["status"] == "saved"
+    assert read_params(workdir / "checkpoints", "ema")[0] == status["step"]
+
+
+@pytest.mark.slow
+def test_another_mesh_continues(config, uninterrupted, tmp_path):
+    """One device for two steps, then eight: the same prompts and noises, the same result."""
+    workdir = tmp_path / "moved"
+    assert train(config, workdir, "--config.steps=2") == 0
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
+    process = command(config, workdir, *mesh, devices=8)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert_same(workdir, uninterrupted, exactly=False)
+    losses = [
+        [json.loads(line)["student/loss"] for line in (w / "metrics.jsonl").open()]
+        for w in (workdir, uninterrupted)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_another_config_is_refused_key_by_key(config, uninterrupted, capsys):
+    assert train(config, uninterrupted, "--config.optim.lr=0.5", "--config.seed=3") == 2
+    line = capsys.readouterr().err
+    assert "optim.lr" in line and "seed" in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--config.optim.lrr=1", "lr"),
+        ("--config.batch=many", "batch"),
+        ("--config.teacher=/nowhere", "/nowhere"),
+        ("--config.data.prompts=/nowhere.txt", "/nowhere.txt"),
+        ("--config.student.steps=3", "student.steps"),
+        ("--config.microbatch=3", "microbatch"),
+        ("--config.mesh.data=2", "mesh"),
+        ("--config.dtype=int8", "dtype"),
+        ("--config.student.timesteps=(1500, 400)", "student.timesteps"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(config, tmp_path, capsys, change, words):
+    assert train(config, tmp_path / "run", change) == 2
+    line = capsys.readouterr().err
+    assert words in line and line.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_folder_is_refused(config, tmp_path, capsys):
+    (tmp_path / "note.txt").write_text("mine")
+    assert train(config, tmp_path) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(config, tmp_path, capsys):
+    # An infinite weight makes every loss infinite from the first step on.
+    assert train(config, tmp_path / "run", "--config.guidance=1e38", "--config.steps=9") == 3
+    assert "not finite" in capsys.readouterr().err
+    for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*"):
+        _, params, _ = read_params(path.parent, "student", int(path.name))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
