@@ -86,7 +86,7 @@ def rollout(
     return Trajectory(states, predictions, end)
 
 
-def interpolate_times(schedule: NoiseSchedule, start_B, end_B, steps: int):
+def interpolate_times(start_B, end_B, steps: int):
     """steps + 1 times from start_B to end_B, even in t: [steps + 1, B]."""
     share = jnp.linspace(0.0, 1.0, steps + 1, dtype=start_B.dtype)
     return start_B + share[:, None] * (end_B - start_B)

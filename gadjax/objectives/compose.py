@@ -63,15 +63,19 @@ def has_critic_loss(term) -> bool:
 def build(config: Mapping[str, Mapping], terms: Mapping[str, type], steps: int) -> Sum:
     """name -> {weight, ...} as a Sum.
 
-    Raises: InputError for an unknown name or option, an empty sum, a critic that nobody or more
+    Raises: InputError for an unknown name or option, a bad weight, an empty sum, a critic that nobody or more
     than one term trains, and an anchor on a student of one step.
     """
     parts = []
     for name, options in config.items():
         if name not in terms:
             raise InputError(f"objective: found {name!r}; expected one of {', '.join(terms)}")
+        if not hasattr(options, "items"):
+            raise InputError(f"objective.{name}: found {options!r}; expected options by name")
         options = dict(options)
-        weight = float(options.pop("weight", 1.0))
+        weight = options.pop("weight", 1.0)
+        if not isinstance(weight, int | float):
+            raise InputError(f"objective.{name}.weight: found {weight!r}; expected a number")
         known = {f.name for f in fields(terms[name])}
         for option in options:
             if option not in known:
@@ -79,7 +83,7 @@ def build(config: Mapping[str, Mapping], terms: Mapping[str, type], steps: int) 
                     f"objective.{name}: found {option!r}; expected weight"
                     + "".join(f", {k}" for k in sorted(known))
                 )
-        parts.append((weight, terms[name](**options)))
+        parts.append((float(weight), terms[name](**options)))
     total = Sum(tuple(parts))
     if not total.parts:
         raise InputError("objective: found no term of non-zero weight; expected at least one")

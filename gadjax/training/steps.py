@@ -91,7 +91,7 @@ def make_context(
         end_B = context.next_B
         if spec.end == "clean":
             end_B = jnp.full((samples,), schedule.clean, jnp.float32)
-        grid = interpolate_times(schedule, context.t_B, end_B, spec.steps)
+        grid = interpolate_times(context.t_B, end_B, spec.steps)
 
         def walk_map(x, grid=grid):
             return rollout(teacher_at, schedule, x, grid).end

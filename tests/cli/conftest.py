@@ -1,50 +1,11 @@
-"""Workdirs made by hand: what `gadjax train` leaves behind, without training."""
+"""Commands called as a user calls them."""
 
-import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
+from workdirs import make_workdir
 
 from gadjax.cli.main import main
-from gadjax.convert.files import fingerprint
-from gadjax.convert.folder import read_pipeline
-from gadjax.convert.tensors import tensors_from_params
-from gadjax.training.checkpoint import Checkpoints
-from gadjax.training.config import as_json, default_config, write_json
-from gadjax.training.state import create
-
-TIMESTEPS = (899, 674, 449, 224)
-LENGTH = 8
-
-
-def make_workdir(folder: Path, teacher: Path, **changes) -> Path:
-    """Steps 1 and 2 of a run: the student of each and its average all differ."""
-    config = default_config()
-    config.teacher = str(teacher)
-    config.objective = {"dmd": {}, "gad": {"weight": 0.3, "steps": 4}}
-    config.guidance = 3.0
-    config.student.timesteps = TIMESTEPS
-    config.data.length = LENGTH
-    config.update(changes)
-    part = read_pipeline(teacher, components=("transformer",)).components["transformer"]
-    identity = fingerprint(tensors_from_params(part.params, part.module.KEYMAP))
-    folder.mkdir(parents=True)
-    write_json(config, folder / "config.json")
-    checkpoints = Checkpoints(folder / "checkpoints")
-    for step in (1, 2):
-        state = create(
-            {"student": jax.tree.map(lambda x, s=step: jnp.asarray(x) + 0.01 * s, part.params)},
-            {"student": optax.sgd(1e-3)},
-        )
-        ema = jax.tree.map(lambda x, s=step: jnp.asarray(x) * (1 - 0.02 * s), part.params)
-        state = state._replace(step=jnp.int32(step), ema=ema)
-        checkpoints.save(step, state, {"config": as_json(config), "teacher": identity})
-    checkpoints.close()
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -87,12 +48,3 @@ def fails(capsys):
         assert sorted(out.parent.rglob("*")) == before
 
     return call
-
-
-def numbers(images) -> np.ndarray:
-    """PIL pictures as [N, H, W, 3] from 0 to 1."""
-    return np.stack([np.asarray(image, np.float32) / 255 for image in images])
-
-
-def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import edit_json, numbers
+from checkpoints import edit
 from PIL import Image
+from workdirs import numbers
 
 from gadjax.sampling import initial_noise
 
@@ -97,7 +98,7 @@ def test_a_student_takes_no_other_steps(tiny_pipeline, workdir, prompts, tmp_pat
 
 def test_a_scheduler_that_is_not_read(tiny_pipeline, prompts, tmp_path, fails):
     model = shutil.copytree(tiny_pipeline, tmp_path / "model")
-    edit_json(model / "scheduler" / "scheduler_config.json", use_karras_sigmas=True)
+    edit(model / "scheduler" / "scheduler_config.json", use_karras_sigmas=True)
     out = tmp_path / "out"
     arguments = ["sample", "--model", model, "--prompts", prompts, "--out", out]
     fails(arguments, 2, "use_karras_sigmas", out=out)

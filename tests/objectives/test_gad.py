@@ -62,7 +62,7 @@ def test_tangents_are_those_of_the_maps_at_the_students_own_latent(name, end):
                 return alpha * said.x0 + sigma * said.eps
 
             def of_teacher(x):
-                grid = interpolate_times(world.schedule, t, stop.astype(t.dtype), 3)
+                grid = interpolate_times(t, stop.astype(t.dtype), 3)
                 return rollout(context.teacher, world.schedule, x, grid).end
 
             value, pushed = context.maps[TeacherMap(end, 3)]

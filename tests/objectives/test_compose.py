@@ -1,0 +1,114 @@
+import jax
+import numpy as np
+import pytest
+from closed_form import DDPM_WORLD, gaussian_params, jit, make_batch, mixture_params
+from ml_collections import ConfigDict
+
+from gadjax.errors import InputError
+from gadjax.objectives import DMD, GAD, TDM, TERMS, Anchor, GADLift, Regression, Sum, build
+
+WORLD, B = DDPM_WORLD, 16
+
+
+def run(total):
+    """Loss, metrics and the student's gradient."""
+    batch, critic, teacher = make_batch(B), gaussian_params(3), mixture_params()
+
+    def loss(student):
+        loss_B, metrics = total(WORLD.context(total, batch, student, critic, teacher))
+        return loss_B.mean(), (loss_B, metrics)
+
+    found = jit(jax.value_and_grad(loss, has_aux=True))(WORLD.student_params(bend=0.2))
+    (_, (loss_B, metrics)), slope = jax.device_get(found)
+    return loss_B, metrics, slope
+
+
+def test_a_term_of_weight_zero_leaves_no_trace():
+    """Bit for bit, and nothing of what it needs is asked for."""
+    alone = build({"dmd": {"weight": 1.0}}, TERMS, 4)
+    config = {"dmd": {}, "gad": {"weight": 0.0, "steps": 7}, "anchor": {"weight": 0}}
+    beside = build(config, TERMS, 1)
+    assert beside == alone and beside.needs == alone.needs == DMD().needs
+    assert DMD() + 0 * GAD() + 0.0 * (Anchor() + Regression()) == alone
+    for a, b in zip(*map(jax.tree.leaves, (run(alone), run(beside))), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_sum_weighs_its_terms_and_names_their_metrics():
+    total = DMD() + 0.5 * GAD() + 0.05 * Anchor()
+    loss_B, metrics, _ = run(total)
+    names = {"dmd", "gad", "anchor"}
+    found = {f"loss/{name}" for name in names}
+    assert set(metrics) == found | {"dmd/gap", "gad/cosine", "gad/norm_ratio"}
+    weights = {"dmd": 1, "gad": 0.5, "anchor": 0.05}
+    expected = sum(w * metrics[f"loss/{name}"] for name, w in weights.items())
+    assert loss_B.shape == (B,) and float(loss_B.mean()) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_terms_random_numbers_do_not_depend_on_its_neighbours():
+    """DMD beside GAD is DMD; beside GADLift, which draws under the same names, too."""
+    (_, alone, _), (_, beside, _) = run(Sum(((1.0, DMD()),))), run(GADLift() + GAD() + DMD())
+    assert float(beside["loss/dmd"]) == pytest.approx(float(alone["loss/dmd"]), rel=1e-5)
+    assert float(beside["dmd/gap"]) == pytest.approx(float(alone["dmd/gap"]), rel=1e-5)
+
+
+def test_sums_of_sums_are_sums():
+    dmd, gad, anchor = DMD(), GAD(), Anchor()
+    expected = ((2.0, dmd), (1.0, gad), (0.1, anchor))
+    assert (2 * dmd + gad + 0.1 * anchor).parts == expected
+    assert (2 * dmd + (gad + 0.1 * anchor)).parts == expected
+    assert (2 * (dmd + 0.5 * gad) + 0.5 * (0.2 * anchor)).parts == expected
+    assert (dmd + (gad + anchor)).parts == ((1.0, dmd), (1.0, gad), (1.0, anchor))
+    needs = (dmd + gad + anchor).needs
+    assert needs.student and needs.critic and needs.cut_first and not needs.endpoint
+    # GAD and the anchor walk the same map, once; its tangent is asked for by one of them.
+    assert needs.maps == GAD().needs.maps and list(needs.maps.values()) == [True]
+
+
+def test_build_reads_configs():
+    config = {"dmd": {"weight": 2.0, "low": 0.1}, "gad": {"weight": 0.5, "end": "clean"}}
+    expected = 2 * DMD(low=0.1) + 0.5 * GAD(end="clean")
+    assert build(config, TERMS, 4) == expected
+    assert build(ConfigDict(config), TERMS, 4) == expected
+
+
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        ({"dmdd": {}}, "objective: found 'dmdd'; expected one of anchor, denoising, dmd"),
+        (
+            {"gad": {"wieght": 1}},
+            "objective.gad: found 'wieght'; expected weight, direction, end, normalize, steps",
+        ),
+        ({"gad": 1.0}, "objective.gad: found 1.0; expected options by name"),
+        ({"gad": {"weight": "much"}}, "objective.gad.weight: found 'much'; expected a number"),
+        ({}, "objective: found no term of non-zero weight"),
+        ({"dmd": {"weight": 0}}, "objective: found no term of non-zero weight"),
+        ({"dmd": {}, "tdm": {}}, "objective: found 2 terms that train the critic; expected one"),
+        ({"gad_lift": {}}, "objective: found 0 terms that train the critic; expected one"),
+        ({"gad_script": {}, "gad": {}}, "found 0 terms that train the critic"),
+        ({"gad": {"end": "x0"}}, "found end 'x0'; expected 'next' or 'clean'"),
+        ({"dmd": {"backprop": "last"}}, "objective.dmd.backprop: found 'last'"),
+        (
+            {"gad": {"direction": "rademacher"}, "gad_lift": {}, "tdm": {}},
+            "found directions 'rademacher' and 'gaussian'; expected one for all terms",
+        ),
+    ],
+)
+def test_bad_configs(config, message):
+    with pytest.raises(InputError) as error:
+        build(config, TERMS, 4)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_trainer_may_serve_other_readers():
+    total = build({"tdm": {}, "gad_lift": {}, "gad_script": {}}, TERMS, 4)
+    batch, critic = make_batch(B), gaussian_params(3)
+
+    @jit
+    def both(student):
+        context = WORLD.context(total, batch, student, critic, None)
+        return total.critic_loss(context), TDM().critic_loss(context.named("critic"))
+
+    a, b = both(WORLD.student_params())
+    np.testing.assert_array_equal(a, b)

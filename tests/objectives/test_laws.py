@@ -1,0 +1,141 @@
+"""What holds of all objectives, and what tells them apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from closed_form import (
+    DDPM_WORLD,
+    FLOW_WORLD,
+    D,
+    gaussian_map,
+    gaussian_params,
+    jit,
+    make_batch,
+    mixture_params,
+    one_step,
+)
+
+from gadjax.objectives import (
+    DMD,
+    GAD,
+    TDM,
+    Anchor,
+    Denoising,
+    GADLift,
+    GADScript,
+    Regression,
+)
+
+# Every term, in sums that may stand together.
+SUMS = {
+    "drawn steps": DMD() + GADLift() + GADScript() + GAD() + Regression("clean") + Anchor("x0"),
+    "whole rollout": DMD(backprop="all") + GAD("clean") + Anchor(),
+    "trajectory": TDM() + Regression(),
+}
+each_sum = pytest.mark.parametrize("total", SUMS.values(), ids=SUMS)
+
+
+def leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@each_sum
+def test_the_students_loss_reaches_the_student_alone(total):
+    world, batch = DDPM_WORLD, make_batch(16)
+
+    def loss(student, critic, teacher):
+        loss_B, metrics = total(world.context(total, batch, student, critic, teacher))
+        assert loss_B.shape == (16,) and loss_B.dtype == jnp.float32
+        return loss_B.mean(), (loss_B, metrics)
+
+    run = jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+    given = world.student_params(bend=0.3), mixture_params(3), mixture_params(0)
+    (student, critic, teacher), values = run(*given)
+    assert all(np.all(leaf == 0) for leaf in leaves((critic, teacher)))
+    assert all(np.all(leaf != 0) and np.all(np.isfinite(leaf)) for leaf in leaves(student))
+    assert all(np.all(np.isfinite(leaf)) for leaf in leaves(values))
+
+
+@each_sum
+def test_the_critics_loss_reaches_the_critic_alone(total):
+    world, batch = FLOW_WORLD, make_batch(16)
+
+    def loss(student, critic):
+        context = world.context(total, batch, student, critic, mixture_params(0))
+        loss_B = total.critic_loss(context)
+        assert loss_B.shape == (16,) and loss_B.dtype == jnp.float32
+        return loss_B.mean()
+
+    run = jit(jax.grad(loss, (0, 1)))
+    student, critic = run(world.student_params(bend=0.3), mixture_params(3))
+    assert all(np.all(leaf == 0) for leaf in leaves(student))
+    assert all(np.all(leaf != 0) and np.all(np.isfinite(leaf)) for leaf in leaves(critic))
+
+
+@each_sum
+def test_a_samples_loss_is_its_own(total):
+    """Draws come from the sample's key: half a batch has the losses that it has in the whole."""
+    world, batch = FLOW_WORLD, make_batch(16)
+    given = world.student_params(bend=0.3), mixture_params(3), mixture_params(0)
+    run = jit(lambda batch: total(world.context(total, batch, *given))[0])
+    half = jax.tree.map(lambda v: v[8:], batch)
+    np.testing.assert_allclose(run(half), run(batch)[8:], rtol=1e-4, atol=1e-6)
+
+
+def law(matrix):
+    """What a critic that has learnt everything says of x0 = A z."""
+    variance, basis = jnp.linalg.eigh(matrix @ matrix.T)
+    return {"mean": jnp.zeros(D), "basis": basis, "variance": jnp.maximum(variance, 1e-6)}
+
+
+def descend(world, total, start, teacher, updates=300):
+    """Train a linear one-step student beside a perfect critic."""
+    adam = optax.adam(optax.cosine_decay_schedule(0.05, updates))
+
+    def update(carry, i):
+        matrix, state = carry
+        batch = make_batch(256, told=0.0)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), i), 256)
+        noise = jax.vmap(lambda k: jax.random.normal(k, batch.noise.shape[1:]))(keys)
+        batch = batch._replace(key=keys, noise=noise)
+        critic = jax.lax.stop_gradient(law(matrix))
+
+        def loss(matrix):
+            student = {"step0": {"matrix": matrix, "bias": jnp.zeros(D), "bend": jnp.zeros(D)}}
+            return total(world.context(total, batch, student, critic, teacher))[0].mean()
+
+        updates, state = adam.update(jax.grad(loss)(matrix), state)
+        return (optax.apply_updates(matrix, updates), state), None
+
+    run = jit(lambda m: jax.lax.scan(update, (m, adam.init(m)), jnp.arange(updates))[0][0])
+    return np.asarray(run(jnp.float32(start)), float)
+
+
+def test_matching_distributions_keeps_a_rotated_map_and_gad_turns_it_back():
+    """Noise is isotropic, so that A and A R draw the same pictures: neither DMD nor the tangent of
+    its gradient sees R. GAD does, because the teacher's map is of the same z."""
+    world = one_step(FLOW_WORLD)
+    teacher = gaussian_params() | {"mean": jnp.zeros(D), "variance": jnp.geomspace(0.2, 1.5, D)}
+    ends = [np.full(1, t) for t in world.times]
+    right = gaussian_map(teacher, world.schedule, np.zeros((1, D)), *ends, 0)[1][0]
+    rotation = np.linalg.qr(np.random.default_rng(3).normal(size=(D, D)))[0]
+    start = 0.6 * right @ rotation
+
+    def errors(matrix):
+        wanted = right @ right.T
+        covariance = np.linalg.norm(matrix @ matrix.T - wanted) / np.linalg.norm(wanted)
+        return covariance, np.linalg.norm(matrix - right) / np.linalg.norm(right)
+
+    matching = DMD() + GADLift()
+    blind = errors(descend(world, matching, start, teacher))
+    seeing = errors(descend(world, matching + GAD(steps=32), start, teacher))
+    print("start", errors(start), "without", blind, "with", seeing)
+    assert errors(start)[0] > 0.5 and blind[0] < 0.1 and seeing[0] < 0.1
+    assert blind[1] > 1 and seeing[1] < 0.05
+
+
+def test_denoising_asks_for_pictures_and_nothing_else():
+    needs = Denoising().needs
+    assert needs.images and not (needs.student or needs.critic or needs.maps or needs.endpoint)
