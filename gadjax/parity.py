@@ -49,7 +49,8 @@ def compare_networks(ours: PipelineFolder, theirs: PipelineFolder, dtype=None) -
         with _blamed(), torch.no_grad():
             network = _load(theirs, part)
             if dtype is not None:
-                network = network.to(getattr(torch, np.dtype(dtype).name)).float()
+                for value in network.parameters():  # and no tables, which are of no file
+                    value.copy_(value.to(getattr(torch, np.dtype(dtype).name)))
             apply = jax.jit(
                 functional(part.module.build(part.spec)).apply, static_argnames="method"
             )
@@ -61,12 +62,9 @@ def compare_networks(ours: PipelineFolder, theirs: PipelineFolder, dtype=None) -
 
 
 def _load(folder: PipelineFolder, part: Component):
-    import diffusers
     import torch
-    import transformers
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+    diffusers, transformers = _quiet()
     library = {"diffusers": diffusers, "transformers": transformers}[part.library]
     network = getattr(library, folder.model_index[part.name][1]).from_pretrained(
         folder.path / part.name,
@@ -75,6 +73,17 @@ def _load(folder: PipelineFolder, part: Component):
         variant=folder.components[part.name].weights.variant,
     )
     return network.eval()
+
+
+def _quiet():
+    """diffusers and transformers without warnings and bars of their own."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    return diffusers, transformers
 
 
 def _normal(seed: int, *shape: int):
@@ -163,12 +172,9 @@ def compare_pictures(folder: Path, prompts: Sequence[str]) -> float:
 def _pictures(
     folder: Path, sampling: Sampling, prompts: Sequence[str], noise_BHWC: np.ndarray
 ) -> np.ndarray:
-    import diffusers
     import torch
-    import transformers
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+    diffusers, _ = _quiet()
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32
     )

@@ -26,7 +26,7 @@ from gadjax.types import Cond, Params
 NETWORKS = ("transformer", "text_encoder", "vae")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pipeline:
     """The networks of one folder without their parameters, and what goes between them.
 

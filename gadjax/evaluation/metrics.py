@@ -116,6 +116,9 @@ def absent_metrics(teacher: Drawn, world: World) -> dict[str, str]:
     elif not _enough(teacher.features_PSD):
         prompts, seeds, width = teacher.features_PSD.shape
         absent["frechet"] = f"{prompts * seeds} pictures; takes more than the {width} features"
+    for kind, x_PSD in (("features", teacher.features_PSD), ("pixels", teacher.pixels_PSD)):
+        if x_PSD is not None and not _varies(x_PSD):
+            absent[f"distance_{kind}_ratio"] = "the teacher draws every seed alike"
     if teacher.tangents_TPHWC is None:
         absent |= {name: "no tangents asked for" for name in METRICS if "tangent" in name}
     return absent
@@ -127,7 +130,8 @@ def _seed_metrics(
     distance = pairwise_distance(x_PSD)
     found = {f"distance_{kind}": mean(distance)}
     if not itself:
-        found[f"distance_{kind}_ratio"] = ratio(distance, pairwise_distance(teacher_PSD))
+        if _varies(teacher_PSD):
+            found[f"distance_{kind}_ratio"] = ratio(distance, pairwise_distance(teacher_PSD))
         found[f"alignment_{kind}"] = mean(seed_alignment(x_PSD, teacher_PSD))
     return found
 
@@ -140,3 +144,7 @@ def _flat(x: np.ndarray) -> np.ndarray:
 def _enough(features_PSD: np.ndarray) -> bool:
     prompts, seeds, width = features_PSD.shape
     return prompts * seeds > width
+
+
+def _varies(x_PSD: np.ndarray) -> bool:
+    return bool(np.any(x_PSD != x_PSD[:, :1]))

@@ -40,7 +40,7 @@ def bootstrap(
     if count < 2:
         return Estimate(value)
     drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
-    low, high = np.percentile(statistic(*(values[drawn] for values in values_P)), (2.5, 97.5))
+    low, high = np.nanpercentile(statistic(*(values[drawn] for values in values_P)), (2.5, 97.5))
     return Estimate(value, float(low), float(high))
 
 
@@ -49,12 +49,12 @@ def mean(values_P: np.ndarray) -> Estimate:
 
 
 def ratio(above_P: np.ndarray, below_P: np.ndarray) -> Estimate:
-    """Mean over mean. Zero over zero is one: two things that do not vary vary alike."""
+    """Mean over mean, of which the second is not zero."""
 
     def statistic(above, below):
-        above, below = above.mean(-1), below.mean(-1)
-        safe = np.where(below == 0, 1, below)
-        return np.where(below == 0, np.where(above == 0, 1.0, np.inf), above / safe)
+        below = below.mean(-1)
+        # A resample may hold zeros only; it then says nothing.
+        return above.mean(-1) / np.where(below == 0, np.nan, below)
 
     return bootstrap(statistic, above_P, below_P)
 

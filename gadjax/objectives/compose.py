@@ -63,8 +63,8 @@ def has_critic_loss(term) -> bool:
 def build(config: Mapping[str, Mapping], terms: Mapping[str, type], steps: int) -> Sum:
     """name -> {weight, ...} as a Sum.
 
-    Raises: InputError for an unknown name or option, a bad weight, an empty sum, a critic that nobody or more
-    than one term trains, and an anchor on a student of one step.
+    Raises: InputError for an unknown name or option, a bad weight, an empty sum, a critic that
+    nobody or more than one term trains, and an anchor on a student of one step.
     """
     parts = []
     for name, options in config.items():

@@ -77,6 +77,11 @@ def _loop(run: Run, steps: Steps, checkpoints: Checkpoints, workdir: Path, signa
         steps.state,
     )
     found = checkpoints.restore(abstract)
+    if found and found[2]["teacher"] != run.fingerprint:
+        raise InputError(
+            f"{config.teacher}: found weights of fingerprint {run.fingerprint}; expected "
+            f"{found[2]['teacher']}, with which {workdir} was begun"
+        )
     done = found[0] if found else 0
     state = found[1] if found else jax.jit(run.start, out_shardings=steps.state)()
     frozen = jax.device_put(run.frozen, steps.frozen)

@@ -122,7 +122,10 @@ def accumulate(loss: Callable, params: Params, batch: Batch, microbatches: int):
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         return value_and_grad(params, batch)
-    split = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+    # Strided: every device keeps the samples it has, and a share of every microbatch.
+    split = jax.tree.map(
+        lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+    )
 
     def add(total, part):
         found = value_and_grad(params, part)

@@ -46,6 +46,17 @@ def test_why_there_is_no_distance():
     }
 
 
+def test_a_teacher_that_draws_every_seed_alike():
+    teacher, student = drawn(0), drawn(1)
+    teacher.images_PSHWC[:] = teacher.images_PSHWC[:, :1]
+    found = row_metrics(student, teacher, drawn(2).features_PSD, PROMPTS, BOTH)
+    assert absent_metrics(teacher, BOTH) == {
+        "distance_pixels_ratio": "the teacher draws every seed alike"
+    }
+    assert "distance_pixels_ratio" not in found and "distance_features_ratio" in found
+    assert all(np.isfinite([v for v in m if v is not None]).all() for m in found.values())
+
+
 def test_tangents_are_averaged_within_a_prompt():
     teacher, student = drawn(0), drawn(0)
     student.tangents_TPHWC[0] *= 4.0
