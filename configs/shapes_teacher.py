@@ -18,14 +18,14 @@ def get_config():
     config.student.init = "random"
     config.student.steps = 1  # of no use to plain denoising
     config.student.timesteps = (999,)
-    config.objective = {"denoising": {}}
-    config.steps = 14_000
+    config.objective = {"denoising": {"balance": 0.02}}
+    config.steps = 24_000
     config.batch = 64
     config.remat = False
-    config.optim.update(lr=1e-3, warmup=500, decay=14_000, b2=0.99, weight_decay=1e-3)
+    config.optim.update(lr=1e-3, warmup=500, decay=24_000, b2=0.99, weight_decay=1e-3)
     config.ema = 0.999
     config.data.update(world="gadjax.worlds.shapes", cache=49_152, dropout=0.1, length=16)
-    config.checkpoint.every = 1000
+    config.checkpoint.every = 500
     config.log.every = 100
     config.preview.every = 2000
     return config

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gadjax.sampling import draw, initial_noise
 NETWORK_BOUND = 1e-4  # of the largest value, in float32
 PICTURE_BOUND = 2 / 255
 SIDE, TOKENS = 32, 12  # of random latents and texts
+_EXACT = partial(jax.default_matmul_precision, "highest")  # accelerators round products of float32
 
 
 def missing() -> list[str]:
@@ -46,7 +48,7 @@ def compare_networks(ours: PipelineFolder, theirs: PipelineFolder, dtype=None) -
     cases = {"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae}
     found = {}
     for name, part in ours.components.items():
-        with _blamed(), torch.no_grad():
+        with _blamed(), torch.no_grad(), _EXACT():
             network = _load(theirs, part)
             if dtype is not None:
                 for value in network.parameters():  # and no tables, which are of no file
@@ -144,7 +146,8 @@ def diffusers_arguments(sampling: Sampling) -> dict[str, Any]:
     if sampling.timesteps is None:
         steps = {"num_inference_steps": sampling.steps}
     else:
-        steps = {"timesteps": list(sampling.timesteps)}
+        whole = (int(t) if t == int(t) else t for t in sampling.timesteps)
+        steps = {"timesteps": list(whole)}
     return {
         **steps,
         "guidance_scale": sampling.guidance,
@@ -163,7 +166,8 @@ def compare_pictures(folder: Path, prompts: Sequence[str]) -> float:
     pipeline, params = load_pipeline(folder)
     sampling = read_sampling(folder)
     noise = initial_noise(0, len(prompts), pipeline.latent)
-    ours = draw(pipeline, params, sampling, prompts, noise) / 2 + 0.5
+    with _EXACT():
+        ours = draw(pipeline, params, sampling, prompts, noise) / 2 + 0.5
     with _blamed():
         error = np.abs(ours - _pictures(folder, sampling, prompts, noise)).max()
     return float(error) if np.isfinite(error) else np.inf

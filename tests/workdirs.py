@@ -16,15 +16,18 @@ from gadjax.training.state import create
 
 TIMESTEPS = (899, 674, 449, 224)
 LENGTH = 8
+OBJECTIVE = {"dmd": {}, "gad": {"weight": 0.3, "steps": 4}}
 
 
-def make_workdir(folder: Path, teacher: Path, **changes) -> Path:
+def make_workdir(
+    folder: Path, teacher: Path, *, objective=OBJECTIVE, timesteps=TIMESTEPS, **changes
+) -> Path:
     """Steps 1 and 2 of a run: the student of each and its average all differ."""
     config = default_config()
     config.teacher = str(teacher)
-    config.objective = {"dmd": {}, "gad": {"weight": 0.3, "steps": 4}}
+    config.objective = objective
     config.guidance = 3.0
-    config.student.timesteps = TIMESTEPS
+    config.student.timesteps = timesteps
     config.data.length = LENGTH
     config.update(changes)
     part = read_pipeline(teacher, components=("transformer",)).components["transformer"]

@@ -48,13 +48,13 @@ def run(args: argparse.Namespace) -> int:
     with storage(args.dst), atomic_folder(args.dst, overwrite=args.overwrite, marker=marker) as out:
         if back:
             write_diffusers(pipeline, out)
-            own, other = pipeline, check_pipeline(out)
         else:
             has_text = "text_encoder" in pipeline.components
             text = text_fingerprint(src, dtype=dtype, **reading) if has_text else ""
             write_own(pipeline, out, text)
-            own, other = read_own(out), check_pipeline(src, **reading)
         if args.check:
+            own = pipeline if back else read_own(out)
+            other = check_pipeline(out) if back else check_pipeline(src, **reading)
             _check(own, other, dtype, args.dst)
     kind = "a diffusers folder" if back else "gadjax's own folder"
     print(f"{args.dst}: {kind} of {src}")

@@ -81,6 +81,7 @@ def _front(export: Export) -> list[str]:
 
 def _origin(export: Export) -> list[str]:
     sampling, config = export.sampling, export.config
+    guidance = []
     if sampling.timesteps is None:
         made = "Trained with the text encoder and the autoencoder of"
         drawn = f"the {sampling.steps} steps of its scheduler, with guidance {sampling.guidance:g}"
@@ -88,6 +89,7 @@ def _origin(export: Export) -> list[str]:
         made = "Distilled from"
         times = ", ".join(f"{time:g}" for time in sampling.timesteps)
         drawn = f"{sampling.steps} steps, from the times {times}, without guidance"
+        guidance = [f"| guidance of the teacher | {config['guidance']:g} |"]
     return [
         f"# {export.name}",
         "",
@@ -98,7 +100,7 @@ def _origin(export: Export) -> list[str]:
         f"| objective | {objective_text(config['objective'])} |",
         f"| updates | {export.step}, of {config['batch']} samples each |",
         f"| weights | {'moving average' if export.part == 'ema' else 'as last updated'} |",
-        f"| guidance of the teacher | {config['guidance']:g} |",
+        *guidance,
         f"| teacher's transformer | {export.fingerprint} |",
         f"| length of a prompt | {sampling.length} tokens |",
         "",

@@ -75,6 +75,9 @@ def read_own(
     folder = Path(folder)
     manifest, model_index = read_manifest(folder), read_json(folder / INDEX)
     networks = manifest["networks"]
+    for name in _parts(folder, model_index):
+        if not (folder / name).is_dir():
+            raise InputError(f"{folder / name}: found no such folder; expected the {name}'s files")
     wanted = networks if components is None else components
     if absent := sorted(set(wanted) - set(networks)):
         raise InputError(f"{folder}: found no {', '.join(absent)}; expected a network of that name")
@@ -82,7 +85,7 @@ def read_own(
     for name, entry in networks.items():
         part = _describe(folder, name, model_index.get(name))
         parts[name] = _read(part, entry["fingerprint"], dtype) if name in wanted else part
-    scheduler = read_json(folder / SCHEDULER) if "scheduler" in model_index else {}
+    scheduler = read_json(folder / SCHEDULER) if (folder / SCHEDULER).is_file() else {}
     return PipelineFolder(folder, model_index, scheduler, parts)
 
 
@@ -197,7 +200,7 @@ def _copy_small(pipeline: PipelineFolder, out: Path) -> None:
     """Everything but weights: files at the root, configurations, scheduler and tokenizers."""
     src = pipeline.path
     _copy_files(src, out)
-    for name in _parts(pipeline.model_index):
+    for name in _parts(src, pipeline.model_index):
         if name in pipeline.components:
             (out / name).mkdir()
             _copy_files(src / name, out / name)
@@ -211,5 +214,9 @@ def _copy_files(src: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def _parts(model_index: Mapping[str, Any]) -> list[str]:
-    return [k for k, v in model_index.items() if isinstance(v, list) and v != [None, None]]
+def _parts(folder: Path, model_index: Mapping[str, Any]) -> list[str]:
+    names = [k for k, v in model_index.items() if isinstance(v, list) and v != [None, None]]
+    for name in names:
+        if Path(name).name != name:
+            raise InputError(f"{folder / INDEX}: found a part named {name!r}; expected a folder's")
+    return names

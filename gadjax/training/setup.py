@@ -83,8 +83,8 @@ def prepare(config: ConfigDict) -> Run:
         name: cast(params[name], dtype)
         for name, wanted in (
             ("transformer", needs_teacher),
-            ("text_encoder", True),
-            ("vae", True),
+            ("text_encoder", not config.data.embeddings),
+            ("vae", objective.needs.images or config.preview.every),
         )
         if wanted
     }
@@ -210,7 +210,9 @@ def compile_steps(run: Run) -> Steps:
     rules = parts["transformer"].module.RULES
     state_sh = shardings(jax.eval_shape(run.start), rules, mesh)
     frozen_sh = {
-        name: shardings(tree, parts[name].module.RULES if name in parts else (), mesh)
+        name: shardings(tree, parts[name].module.RULES, mesh)
+        if name in parts
+        else jax.tree.map(lambda _: replicated(mesh), tree)
         for name, tree in run.frozen.items()
     }
     options = {

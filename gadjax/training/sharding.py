@@ -23,8 +23,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     wanted = [int(sizes[axis]) for axis in AXES]
     if wanted.count(-1) == 1:
         rest = math.prod(n for n in wanted if n != -1)
-        wanted = [len(devices) // rest if n == -1 else n for n in wanted]
-    if math.prod(wanted) != len(devices):
+        wanted = [len(devices) // max(rest, 1) if n == -1 else n for n in wanted]
+    if min(wanted) < 1 or math.prod(wanted) != len(devices):
         raise InputError(
             f"mesh: found {dict(sizes)}; expected sizes that multiply to {len(devices)} devices"
         )

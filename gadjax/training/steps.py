@@ -123,9 +123,7 @@ def accumulate(loss: Callable, params: Params, batch: Batch, microbatches: int):
     if microbatches == 1:
         return value_and_grad(params, batch)
     # Strided: every device keeps the samples it has, and a share of every microbatch.
-    split = jax.tree.map(
-        lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+    split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
         found = value_and_grad(params, part)
@@ -143,8 +141,8 @@ def apply_update(recipe: Recipe, state: TrainState, role: str, found):
     """One optimizer step, or none of it where anything in it is not finite."""
     (loss, metrics), grads = found
     updates, opt = recipe.optimizers[role].update(grads, state.opt[role], state.params[role])
-    norm = optax.global_norm(grads)
-    good = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
     params = keep(optax.apply_updates(state.params[role], updates), state.params[role])
     bad = jnp.where(good, 0, state.bad[role] + 1)
@@ -174,7 +172,8 @@ def student_step(recipe: Recipe, state: TrainState, teacher: Params | None, batc
     state, metrics = apply_update(recipe, state, "student", found)
     # The average follows quickly at first, so that an early one is not mostly the start.
     decay = jnp.minimum(recipe.ema, (1.0 + state.step) / (10.0 + state.step))
-    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, state.params["student"])
+    share = jnp.where(state.bad["student"] == 0, 1 - decay, 0)
+    ema = jax.tree.map(lambda e, p: e + share * (p - e), state.ema, state.params["student"])
     return state._replace(step=state.step + 1, ema=ema), metrics
 
 

@@ -127,6 +127,10 @@ def test_damage_is_named(tiny_pipeline, tmp_path, gadjax, fails):
     shutil.rmtree(lacking / "params" / "transformer")
     fails(["convert", lacking, out], 2, lacking / "params" / "transformer", "missing", out=out)
 
+    blank = damaged("blank")
+    shutil.rmtree(blank / "tokenizer")
+    fails(["convert", blank, out], 2, blank / "tokenizer", "no such folder", out=out)
+
     newer = damaged("newer")
     edit(newer / "gadjax_folder.json", version=2)
     fails(["convert", newer, out], 2, "found version 2; expected 1", out=out)

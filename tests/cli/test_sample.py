@@ -1,5 +1,6 @@
 """Pictures drawn by the command are diffusers' own, and bad input leaves nothing behind."""
 
+import errno
 import json
 import shutil
 
@@ -109,3 +110,14 @@ def test_the_folder_of_the_model_is_not_overwritten(tiny_pipeline, prompts, tmp_
     (model / "prompts.jsonl").write_text("{}\n")
     arguments = ["sample", "--model", model, "--prompts", prompts, "--out", model, "--overwrite"]
     fails(arguments, 2, "elsewhere", out=model)
+
+
+def test_a_full_disk_leaves_nothing(tiny_pipeline, prompts, tmp_path, fails, monkeypatch):
+    def full(image, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gadjax.cli.sample.save_png", full)
+    out = tmp_path / "out"
+    arguments = ["sample", "--model", tiny_pipeline, "--prompts", prompts, "--out", out]
+    arguments += ["--steps", 1, "--guidance", 1]
+    fails(arguments, 3, f"stopped: {out}", "No space left on device", out=out)

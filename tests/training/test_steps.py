@@ -1,0 +1,303 @@
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from closed_form import FLOW_WORLD, gaussian_params, jit, make_batch, mixture_params
+from ml_collections import ConfigDict
+
+from gadjax.objectives import DMD, GAD, Anchor, Needs
+from gadjax.objectives.compose import Addable
+from gadjax.training.setup import make_batch as batch_of
+from gadjax.training.state import create, make_optimizer
+from gadjax.training.steps import accumulate, critic_step, make_context, student_step
+from gadjax.types import Cond
+
+WORLD, B = FLOW_WORLD, 16
+TOTAL = DMD() + 0.5 * GAD(steps=2) + 0.05 * Anchor()
+ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+OPTIMIZERS = {"student": ADAM, "critic": ADAM}
+RECIPE = WORLD.recipe(TOTAL, optimizers=OPTIMIZERS, ema=0.9)
+TEACHER = gaussian_params()
+train_student = jit(partial(student_step, RECIPE))
+train_critic = jit(partial(critic_step, RECIPE))
+
+
+def start():
+    params = {"student": WORLD.student_params(bend=0.2), "critic": mixture_params(3)}
+    return create(params, OPTIMIZERS)
+
+
+def equal(a, b):
+    a, b = (jax.device_get(jax.tree.leaves(tree)) for tree in (a, b))
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def moved(a, b):
+    """Whether every leaf changed somewhere."""
+    a, b = (jax.device_get(jax.tree.leaves(tree)) for tree in (a, b))
+    return all(not np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_student_step_changes_the_student_and_its_average():
+    old, batch = start(), make_batch(B)
+    new, metrics = train_student(old, TEACHER, batch)
+    assert moved(new.params["student"], old.params["student"]) and moved(new.ema, old.ema)
+    assert equal(
+        (new.params["critic"], new.opt["critic"]), (old.params["critic"], old.opt["critic"])
+    )
+    assert int(new.step) == 1 and equal(new.bad, {"student": 0, "critic": 0})
+    assert metrics.keys() >= {"student/loss", "student/grad_norm", "student/bad", "loss/gad"}
+    again, _ = train_student(new, TEACHER, batch)
+    assert int(again.step) == 2
+
+
+def test_a_critic_step_changes_the_critic_and_counts_no_step():
+    old, batch = start(), make_batch(B)
+    new, metrics = train_critic(old, batch)
+    assert moved(new.params["critic"], old.params["critic"])
+    for a, b in zip((new, old), (old, new), strict=True):
+        assert equal(
+            (a.params["student"], a.ema, a.opt["student"], a.step),
+            (b.params["student"], b.ema, b.opt["student"], b.step),
+        )
+    assert metrics.keys() == {"critic/loss", "critic/grad_norm", "critic/bad"}
+    assert float(metrics["critic/grad_norm"]) > 0
+
+
+def test_the_critic_comes_to_know_the_student():
+    """Repeated critic steps lower its loss on pictures that it has not seen."""
+    adam = optax.adam(0.03)
+    recipe = replace(RECIPE, optimizers={"student": adam, "critic": adam})
+    params = {"student": WORLD.student_params(), "critic": gaussian_params(5)}
+    state = create(params, recipe.optimizers)
+
+    @jit
+    def run(state):
+        def update(state, i):
+            batch = make_batch(64, told=0.0)
+            keys = jax.vmap(lambda k: jax.random.fold_in(k, i))(batch.key)
+            noise = jax.vmap(lambda k: jax.random.normal(k, batch.noise.shape[1:]))(keys)
+            state, metrics = critic_step(recipe, state, batch._replace(key=keys, noise=noise))
+            return state, metrics["critic/loss"]
+
+        return jax.lax.scan(update, state, jnp.arange(200))[1]
+
+    losses = np.asarray(run(state))
+    # What is left is the spread of x0 about its posterior mean.
+    assert losses[-20:].mean() < 0.8 * losses[:20].mean()
+
+
+def test_the_average_follows_quickly_at_first():
+    state, batch = start(), make_batch(B)
+    for step in range(3):
+        old, (state, _) = state, train_student(state, TEACHER, batch)
+        decay = min(0.9, (1 + step) / (10 + step))
+        for e, p, found in zip(
+            *map(jax.tree.leaves, (old.ema, state.params["student"], state.ema)), strict=True
+        ):
+            np.testing.assert_allclose(found, decay * e + (1 - decay) * p, rtol=1e-5, atol=1e-7)
+    late, _ = train_student(state._replace(step=jnp.int32(1000)), TEACHER, batch)
+    e, p, found = (
+        tree["step1"]["matrix"] for tree in (state.ema, late.params["student"], late.ema)
+    )
+    np.testing.assert_allclose(found, 0.9 * e + 0.1 * p, rtol=1e-5, atol=1e-7)
+
+
+@cache
+def one_update(parts):
+    """By how much plain gradient steps move student and critic, and their metrics."""
+    plain = {"student": optax.sgd(1.0), "critic": optax.sgd(1.0)}
+    state, batch = create(start().params, plain), make_batch(B)
+    recipe = replace(RECIPE, optimizers=plain, microbatches=parts)
+
+    @jit
+    def run(state):
+        student, metrics = student_step(recipe, state, TEACHER, batch)
+        critic, more = critic_step(recipe, state, batch)
+        new = {"student": student.params["student"], "critic": critic.params["critic"]}
+        return jax.tree.map(jnp.subtract, new, state.params), metrics | more
+
+    return jax.device_get(run(state))
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_sum_to_the_large_batch(microbatches):
+    """Same draws, same weights, whatever the number of parts: the gradients are equal."""
+    (whole, metrics), (parts, same) = one_update(1), one_update(microbatches)
+    for a, b in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):
+        assert np.abs(a).max() > 0
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.abs(a).max())
+    assert metrics.keys() == same.keys()
+    for name, value in metrics.items():
+        assert same[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_microbatch_is_a_strided_share_of_the_batch():
+    """So that on a mesh, where neighbours share a device, every device works on every part."""
+    seen = []
+
+    def loss(params, batch):
+        jax.debug.callback(lambda s: seen.append(np.asarray(s).tolist()), batch.stratum)
+        return params * jnp.mean(batch.stratum.astype(jnp.float32)), {}
+
+    jit(lambda p: accumulate(loss, p, make_batch(8), 4))(1.0)
+    jax.effects_barrier()
+    assert sorted(seen) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+@dataclass(frozen=True)
+class Spoilt(Addable):
+    """An infinite loss, without a gradient, where a batch holds a mark."""
+
+    needs = Needs()
+
+    def __call__(self, context):
+        mark = context.batch.noise[:, 0, 0, 0]
+        return jnp.where(jnp.abs(mark) == 77, jnp.inf, 0.0), {}
+
+
+def spoil(batch, value):
+    return batch._replace(noise=batch.noise.at[5, 0, 0, 0].set(value))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 77.0], ids=["nan", "inf", "loss alone"])
+def test_an_update_that_is_not_finite_is_left_out(value):
+    recipe = replace(RECIPE, objective=TOTAL + Spoilt(), microbatches=2)
+    train, good = jit(partial(student_step, recipe)), make_batch(B)
+    old, _ = train(start(), TEACHER, good)
+    new, metrics = train(old, TEACHER, spoil(good, value))
+    assert equal((new.params, new.opt, new.ema), (old.params, old.opt, old.ema))
+    assert int(new.bad["student"]) == 1 == int(metrics["student/bad"])
+    assert int(new.bad["critic"]) == 0 and int(new.step) == 2
+    assert not np.isfinite(metrics["student/loss"])
+    new, _ = train(new, TEACHER, spoil(good, value))
+    assert int(new.bad["student"]) == 2
+    new, metrics = train(new, TEACHER, good)
+    assert int(new.bad["student"]) == 0 and np.isfinite(metrics["student/loss"])
+    assert moved(new.params["student"], old.params["student"]) and moved(new.ema, old.ema)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_critics_update_likewise(value):
+    good = make_batch(B)
+    old, _ = train_critic(start(), good)
+    new, metrics = train_critic(old, spoil(good, value))
+    assert equal(new._replace(bad=0), old._replace(bad=0))
+    assert equal(new.bad, {"student": 0, "critic": 1}) and int(metrics["critic/bad"]) == 1
+    new, _ = train_critic(new, good)
+    assert equal(new.bad, {"student": 0, "critic": 0})
+
+
+def test_gradients_that_overflow_in_the_norm_are_left_out():
+    """Finite leaf by leaf; their squares' sum is not, and a clip by it would be by zero."""
+    sgd = {"student": optax.sgd(1.0), "critic": optax.sgd(1.0)}
+    recipe = replace(RECIPE, objective=1e30 * GAD(normalize=False), optimizers=sgd)
+    state = create(start().params, sgd)
+    new, metrics = jit(partial(student_step, recipe))(state, TEACHER, make_batch(B))
+    assert np.isfinite(metrics["student/loss"]) and np.isinf(metrics["student/grad_norm"])
+    assert equal(new.params, state.params) and int(new.bad["student"]) == 1
+
+
+PIPELINE = SimpleNamespace(latent=(2, 2, 2), cond=lambda text, mask: Cond(text, mask, None))
+
+
+def raw(samples):
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(samples, 1, 8)).astype(np.float32)
+    return {"text": jnp.asarray(text), "mask": jnp.ones((samples, 1))}
+
+
+@cache
+def maker(seed):
+    frozen = {"null": raw(1)}
+    return jit(lambda raw, update: batch_of(PIPELINE, frozen, raw, seed, update))
+
+
+def host_batch(samples, seed, update):
+    return maker(seed)(raw(samples), update)
+
+
+def numbers(batch):
+    return jax.device_get((batch.noise, jax.random.key_data(batch.key), batch.stratum))
+
+
+def test_a_batch_is_a_function_of_the_seed_and_the_update():
+    one = host_batch(8, 3, 5)
+    for a, b in zip(numbers(one), numbers(host_batch(8, 3, 5)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for other in (host_batch(8, 3, 6), host_batch(8, 4, 5)):
+        for a, b in zip(numbers(one), numbers(other), strict=True):
+            assert np.all(np.any((a != b).reshape(8, -1), axis=1))
+    # A sample's numbers are its place's, whatever the size of the batch.
+    for a, b in list(zip(numbers(one), numbers(host_batch(6, 3, 5)), strict=True))[:2]:
+        np.testing.assert_array_equal(a[:6], b)
+    np.testing.assert_array_equal(one.null.text, np.tile(raw(1)["text"], (8, 1, 1)))
+
+
+def test_steps_of_the_students_grid_are_drawn_evenly():
+    firsts = set()
+    for update in range(12):
+        stratum = np.asarray(host_batch(8, 0, update).stratum)
+        assert np.bincount(stratum % 4, minlength=4).tolist() == [2, 2, 2, 2]
+        np.testing.assert_array_equal(np.diff(stratum), 1)
+        firsts.add(int(stratum[0] % 4))
+    # So that a batch smaller than the grid reaches all of it in time.
+    assert firsts == {0, 1, 2, 3}
+    needs = Needs(student=True)
+    batch = make_batch(8)._replace(stratum=jnp.arange(8, dtype=jnp.int32) + 6)
+    context = make_context(RECIPE, needs, WORLD.student_params(), None, None, batch)
+    assert np.asarray(context.step_B).tolist() == [2, 3, 0, 1, 2, 3, 0, 1]
+    assert np.asarray(context.t_B).tolist() == [750, 500, 1000, 900, 750, 500, 1000, 900]
+    assert np.asarray(context.next_B).tolist() == [500, 0, 900, 750, 500, 0, 900, 750]
+
+
+def test_two_runs_are_the_same_run():
+    first, second = start(), start()
+    for update in range(2):
+        batch = host_batch(B, 1, update)._replace(cond=make_batch(B).cond, null=make_batch(B).null)
+        first, _ = train_critic(first, batch)
+        first, _ = train_student(first, TEACHER, batch)
+        second, _ = train_critic(second, batch)
+        second, _ = train_student(second, TEACHER, batch)
+    assert equal(first, second)
+
+
+OPTIM = {"lr": 0.1, "warmup": 0, "decay": 0, "b1": 0.9, "b2": 0.999, "weight_decay": 0, "clip": 1}
+
+
+def rates(updates, **options):
+    """The size of AdamW's updates on a constant gradient is the learning rate."""
+    adam = make_optimizer(ConfigDict(OPTIM | options))
+    params = jnp.zeros(2)
+
+    def update(state, _):
+        found, state = adam.update(jnp.array([3e3, -3e3]), state, params)
+        return state, found
+
+    found = np.asarray(jit(lambda s: jax.lax.scan(update, s, None, updates)[1])(adam.init(params)))
+    np.testing.assert_allclose(found[:, 0], -found[:, 1], rtol=1e-5)
+    return -found[:, 0]
+
+
+def test_learning_rates():
+    np.testing.assert_allclose(rates(3), 0.1, rtol=1e-4)
+    np.testing.assert_allclose(rates(6, warmup=4), [0, 0.025, 0.05, 0.075, 0.1, 0.1], rtol=1e-4)
+    found = rates(12, warmup=2, decay=10)
+    np.testing.assert_allclose(found[[0, 1, 2]], [0, 0.05, 0.1], rtol=1e-4)
+    assert np.all(np.diff(found[2:11]) < 0)
+    np.testing.assert_allclose(found[10:], 0.005, rtol=1e-4)
+
+
+def test_the_clip_is_by_the_global_norm():
+    adam = make_optimizer(ConfigDict(OPTIM | {"clip": 0.5}))
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(4)}
+    _, state = adam.update(
+        {"a": jnp.full(3, 1e3), "b": jnp.full(4, 1e3)}, adam.init(params), params
+    )
+    mu = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose(optax.global_norm(mu), 0.1 * 0.5, rtol=1e-5)
