@@ -73,7 +73,7 @@ def _loop(run: Run, steps: Steps, checkpoints: Checkpoints, workdir: Path, signa
     config = run.config
     abstract = jax.tree.map(
         lambda x, sh: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sh),
-        jax.eval_shape(run.start),
+        jax.eval_shape(run.start, run.first),
         steps.state,
     )
     found = checkpoints.restore(abstract)
@@ -83,7 +83,11 @@ def _loop(run: Run, steps: Steps, checkpoints: Checkpoints, workdir: Path, signa
             f"{found[2]['teacher']}, with which {workdir} was begun"
         )
     done = found[0] if found else 0
-    state = found[1] if found else jax.jit(run.start, out_shardings=steps.state)()
+    if found:
+        state = found[1]
+    else:
+        first = jax.device_put(run.first, steps.state.params["student"])
+        state = jax.jit(run.start, out_shardings=steps.state)(first)
     frozen = jax.device_put(run.frozen, steps.frozen)
     meta = {"config": as_json(config), "teacher": run.fingerprint}
     show = Preview(run, frozen, workdir) if config.preview.every else None

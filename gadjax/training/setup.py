@@ -26,7 +26,7 @@ from gadjax.pipeline import Pipeline, load_pipeline, random_like
 from gadjax.training.sharding import batch_sharding, check_batch, make_mesh, replicated, shardings
 from gadjax.training.state import TrainState, create, make_optimizer
 from gadjax.training.steps import Recipe, critic_step, student_step
-from gadjax.types import Batch, Cond
+from gadjax.types import Batch, Cond, Params
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Run:
     mesh: Mesh
     source: Source
     frozen: dict[str, Any]
-    start: Callable[[], TrainState]
+    first: Params  # what student and critic start from
+    start: Callable[[Params], TrainState]
     fingerprint: str  # of the teacher's transformer
 
 
@@ -89,17 +90,17 @@ def prepare(config: ConfigDict) -> Run:
         if wanted
     }
 
-    def start() -> TrainState:
-        first = params["transformer"]
-        if config.student.init == "random":
-            first = random_like(pipeline.networks["transformer"], config.seed)
+    first = params["transformer"]
+    if config.student.init == "random":
+        first = random_like(pipeline.networks["transformer"], config.seed)
+
+    def start(first: Params) -> TrainState:
         first = cast(first, jnp.float32)
-        roles = {role: jax.tree.map(jnp.array, first) for role in optimizers}
-        return create(roles, optimizers)
+        return create({role: jax.tree.map(jnp.copy, first) for role in optimizers}, optimizers)
 
     part = pipeline.folder.components["transformer"]
     identity = fingerprint(tensors_from_params(part.params, part.module.KEYMAP))
-    return Run(config, pipeline, recipe, mesh, source, frozen, start, identity)
+    return Run(config, pipeline, recipe, mesh, source, frozen, first, start, identity)
 
 
 def compute_dtype(name: str):
@@ -208,7 +209,7 @@ def compile_steps(run: Run) -> Steps:
     mesh, seed = run.mesh, run.config.seed
     parts = run.pipeline.folder.components
     rules = parts["transformer"].module.RULES
-    state_sh = shardings(jax.eval_shape(run.start), rules, mesh)
+    state_sh = shardings(jax.eval_shape(run.start, run.first), rules, mesh)
     frozen_sh = {
         name: shardings(tree, parts[name].module.RULES, mesh)
         if name in parts

@@ -97,7 +97,7 @@ def worker(out: Path) -> None:
         mesh = make_mesh({"data": data, "fsdp": fsdp}, jax.devices()[: data * fsdp])
         run = tiny_run(mesh, microbatches)
         steps = compile_steps(run)
-        state = jax.device_put(run.start(), steps.state)
+        state = jax.device_put(run.start(run.first), steps.state)
         frozen = jax.device_put(run.frozen, steps.frozen)
         metrics, flops = {}, {}
         for role in roles:
@@ -148,7 +148,7 @@ def trained(tmp_path_factory):
 def test_eight_devices_do_what_one_does(trained, name):
     (one, metrics, _, _), (eight, same, _, _) = trained["1x1"], trained[name]
     net = functional(pixart.build(CONFIG, remat=False))
-    assert len(one) == len(eight) > 9 * len(flatten(net.abstract))
+    assert len(one) == len(eight) > 7 * len(flatten(net.abstract))
     largest = max(float(np.abs(v).max()) for k, v in one.items() if "/mu/" in k)
     checked = 0
     for key, a in one.items():
@@ -162,7 +162,7 @@ def test_eight_devices_do_what_one_does(trained, name):
         else:
             np.testing.assert_allclose(eight[key], a, rtol=0, atol=1e-6 * size, err_msg=key)
         checked += 1
-    assert checked > 4 * len(flatten(net.abstract))
+    assert checked >= 4 * len(flatten(net.abstract))
     assert int(one["step"]) == int(eight["step"]) == 2
     for key, value in same.items():
         assert value == pytest.approx(metrics[key], rel=1e-5), key
@@ -219,7 +219,7 @@ def test_an_axis_that_does_not_divide_is_refused():
 
 def test_moments_and_averages_lie_with_their_parameter():
     run = tiny_run(None, 1)
-    state = jax.eval_shape(run.start)
+    state = jax.eval_shape(run.start, run.first)
     found = {path_name(path): s.spec for path, s in leaves(shardings(state, pixart.RULES, MESH))}
     own = {
         path_name(path): s.spec
