@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 from gadjax.errors import InputError
 from gadjax.models import pixart
@@ -38,7 +36,6 @@ def tiny_run(mesh, microbatches):
     from gadjax.denoiser import Denoiser
     from gadjax.objectives import DMD, GAD, Anchor
     from gadjax.schedules import DDPM
-    from gadjax.training.setup import Run
     from gadjax.training.steps import Recipe
     from gadjax.types import Cond
 
@@ -65,12 +62,18 @@ def tiny_run(mesh, microbatches):
     )
     null = {"text": rng.normal(size=(1, LENGTH, TEXT)), "mask": np.ones((1, LENGTH))}
     frozen = {"null": jax.tree.map(np.float32, null), "transformer": teacher}
-    start = partial(tiny_state, student, optimizers)
-    return Run(ConfigDict({"seed": 3}), pipeline, recipe, mesh, None, frozen, start, "")
-
-
-def tiny_state(student, optimizers):
-    return create({role: jax.tree.map(jnp.array, student) for role in optimizers}, optimizers)
+    # What compile_steps reads of a Run.
+    return SimpleNamespace(
+        config=SimpleNamespace(seed=3),
+        pipeline=pipeline,
+        recipe=recipe,
+        mesh=mesh,
+        frozen=frozen,
+        first=student,
+        start=lambda p: create(
+            {role: jax.tree.map(jnp.copy, p) for role in optimizers}, optimizers
+        ),
+    )
 
 
 def prompts(update):
@@ -79,7 +82,7 @@ def prompts(update):
     return {"text": text, "mask": np.ones((B, LENGTH), np.float32)}
 
 
-# Mesh -> data, fsdp, microbatches, roles. The last compiles in ten seconds, so that one is enough.
+# Mesh -> data, fsdp, microbatches, roles (one is enough for the last, for compilation's sake).
 MESHES = {
     "1x1": (1, 1, 1, ("student", "critic")),
     "2x4": (2, 4, 1, ("student", "critic")),
