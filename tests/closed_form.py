@@ -24,14 +24,14 @@ SHAPE, D = (2, 2, 2), 8
 GUIDANCE = 1.7
 
 
-def jit(f):
+def jit(f, **options):
     """Compiled in a hurry: these programs run in no time, and optimising them takes seconds."""
     fast = {
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
         "xla_cpu_use_fusion_emitters": False,
     }
-    return jax.jit(f, compiler_options=fast)
+    return jax.jit(f, compiler_options=fast, **options)
 
 
 @dataclass(frozen=True)

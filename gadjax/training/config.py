@@ -75,19 +75,25 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     try:
         rest = values(argv)
         config = values.config
+        found = None if config is None else config.to_dict()  # a file that is missing raises here
     except Exception as error:  # config files are Python: whatever they raise is the user's input
         raise InputError(_one_line(error)) from error
     if config is None:
         raise InputError("--config: found nothing; expected FILE[:variant]")
     if len(rest) > 1:
         raise InputError(f"arguments: found {rest[1]!r}; expected only flags")
-    _check_keys(config.to_dict(), default_config().to_dict(), "")
+    _check_keys(found, default_config().to_dict(), "")
     return config
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"--config: {text or type(error).__name__}"
+    text = str(error)
+    if isinstance(error, KeyError):
+        text = f"found an unknown key or variant, {error.args[0]}"
+    if "Traceback" in text or isinstance(error, OSError):  # ml_collections quotes it all
+        text = text.strip().splitlines()[-1].removeprefix("gadjax.errors.InputError: ")
+    text = " ".join(text.split()) or type(error).__name__
+    return f"--config: {text.removeprefix('--config: ')}"
 
 
 def _check_keys(found: dict, known: dict, prefix: str) -> None:
@@ -97,6 +103,9 @@ def _check_keys(found: dict, known: dict, prefix: str) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
             raise InputError(f"config: found the key {name}; expected a known one{hint}")
+        if isinstance(value, dict) != isinstance(known[key], dict):
+            expected = "keys below it" if isinstance(known[key], dict) else "a plain value"
+            raise InputError(f"config: found {name} = {value!r}; expected {expected}")
         if isinstance(value, dict) and name != "objective":
             _check_keys(value, known[key], f"{name}.")
     for key in known:

@@ -97,7 +97,7 @@ def _loop(run: Run, steps: Steps, checkpoints: Checkpoints, workdir: Path, signa
     with Progress(workdir, config.steps, done, config.batch, config.log.every) as progress:
         progress.note(f"resumed at step {done}" if found else overview(state.params["student"]))
         if show and not found:
-            show(state, 0)
+            progress.image(0, "preview", show(state, 0))
         batches = _host_batches(run, done * each, config.steps * each)
         while done < config.steps and not signals.asked:
             metrics: dict[str, Any] = {}
@@ -114,7 +114,7 @@ def _loop(run: Run, steps: Steps, checkpoints: Checkpoints, workdir: Path, signa
             if done % config.checkpoint.every == 0 or last or signals.asked:
                 checkpoints.save(done, state, meta)
             if show and (done % config.preview.every == 0 or last):
-                show(state, done)
+                progress.image(done, "preview", show(state, done))
         _stop_if_bad(before, config.stop_after_bad, done)
         checkpoints.wait()
     return done
@@ -173,8 +173,11 @@ class Preview:
         if "transformer" in frozen:
             self.teacher = np.asarray(draw(frozen["transformer"], many, frozen, raw))
 
-    def __call__(self, state: TrainState, step: int) -> None:
+    def __call__(self, state: TrainState, step: int) -> np.ndarray:
+        """Writes the picture of one step, and returns it: uint8 [H, W, 3]."""
         rows = [("student", self.draw(state.ema))]
         if self.teacher is not None:
             rows.insert(0, ("teacher", self.teacher))
-        save_png(grid(rows, None, self.scale), self.folder / f"{step:07d}.png")
+        picture = grid(rows, None, self.scale)
+        save_png(picture, self.folder / f"{step:07d}.png")
+        return np.asarray(picture)

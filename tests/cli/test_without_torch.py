@@ -1,9 +1,8 @@
-"""sample, convert, export and embed run where neither torch nor diffusers can be imported."""
+"""train, sample, convert, export and embed run where neither torch nor diffusers can be imported."""
 
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 SCRIPT = """
@@ -14,8 +13,10 @@ sys.modules["torch"] = sys.modules["diffusers"] = None
 
 from gadjax.cli.main import main
 
-teacher, workdir, prompts, out = sys.argv[1:]
+teacher, workdir, config, prompts, out = sys.argv[1:]
 for command in (
+    ["train", "--config", config, "--workdir", f"{out}/run"],
+    ["sample", "--model", f"{out}/run", "--prompts", prompts, "--out", f"{out}/first"],
     ["convert", teacher, f"{out}/own"],
     ["convert", f"{out}/own", f"{out}/back"],
     ["export", "--workdir", workdir, "--out", f"{out}/student"],
@@ -30,11 +31,25 @@ assert not {name.split(".")[0] for name, m in sys.modules.items() if m} & {"torc
 """
 
 
+CONFIG = """
+from gadjax.training.config import default_config
+
+def get_config():
+    config = default_config()
+    config.teacher, config.data.prompts = {teacher!r}, {prompts!r}
+    config.objective = {{"regression": {{"steps": 1}}}}
+    config.student.steps, config.student.timesteps = 2, (900, 400)
+    config.steps, config.batch, config.data.length, config.remat = 1, 2, 8, False
+    return config
+"""
+
+
 def test_without_torch(tiny_pipeline, workdir, prompts, tmp_path):
-    out = tmp_path / "out"
+    out, config = tmp_path / "out", tmp_path / "config.py"
+    config.write_text(CONFIG.format(teacher=str(tiny_pipeline), prompts=str(prompts)))
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), tiny_pipeline, workdir, prompts, out],
+        [sys.executable, "-c", SCRIPT, tiny_pipeline, workdir, config, prompts, out],
         env=os.environ | {"PYTHONPATH": root},
         capture_output=True,
         text=True,

@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import jax
 import numpy as np
 import pytest
@@ -5,7 +7,19 @@ from closed_form import DDPM_WORLD, gaussian_params, jit, make_batch, mixture_pa
 from ml_collections import ConfigDict
 
 from gadjax.errors import InputError
-from gadjax.objectives import DMD, GAD, TDM, TERMS, Anchor, GADLift, Regression, Sum, build
+from gadjax.objectives import (
+    DMD,
+    GAD,
+    TDM,
+    TERMS,
+    Anchor,
+    GADLift,
+    Needs,
+    Regression,
+    Sum,
+    build,
+)
+from gadjax.objectives.compose import Addable
 
 WORLD, B = DDPM_WORLD, 16
 
@@ -50,6 +64,30 @@ def test_a_terms_random_numbers_do_not_depend_on_its_neighbours():
     (_, alone, _), (_, beside, _) = run(Sum(((1.0, DMD()),))), run(GADLift() + GAD() + DMD())
     assert float(beside["loss/dmd"]) == pytest.approx(float(alone["loss/dmd"]), rel=1e-5)
     assert float(beside["dmd/gap"]) == pytest.approx(float(alone["dmd/gap"]), rel=1e-5)
+
+
+@dataclass(frozen=True)
+class First(Addable):
+    """A term that shows what it draws under the name that its neighbour uses too."""
+
+    needs = Needs()
+
+    def __call__(self, context):
+        return context.uniform("t"), {}
+
+
+class Second(First):
+    pass
+
+
+def test_terms_do_not_share_their_draws():
+    batch = make_batch(1000)
+    run = jit(lambda total: total(WORLD.context(total, batch))[0], static_argnums=0)
+    one, two = (np.asarray(run(Sum(((1.0, term),)))) for term in (First(), Second()))
+    both = np.asarray(run(First() + Second()))
+    np.testing.assert_allclose(both, one + two, rtol=1e-6)
+    assert abs(np.corrcoef(one, two)[0, 1]) < 0.15
+    assert abs(one.mean() - 0.5) < 0.05 and one.min() >= 0 and one.max() < 1
 
 
 def test_sums_of_sums_are_sums():

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import SHAPE, WORLDS, D, gaussian_params, jit, make_batch
+from closed_form import SHAPE, WORLDS, D, World, gaussian_params, jit, make_batch
 
 from gadjax.objectives import Denoising
 
@@ -72,3 +72,29 @@ def test_times_are_the_schedules_own(world):
     first = world.schedule.clean + 1
     assert times.min() >= first and times.max() <= world.schedule.last
     assert abs(times.mean() - (first + world.schedule.last) / 2) < 4 * 289 / B**0.5
+
+
+def test_balance_lies_between_the_eps_loss_and_the_v_loss():
+    """(1 + b) / (alpha^2 + b); an error of eps over alpha is the error of v."""
+    world = WORLDS["ddpm"]
+    as_v = World(world.schedule, "v", world.times)
+    params = gaussian_params(3)
+    batch = pictures(params, make_batch(B))
+
+    @jit
+    def run(params):
+        def losses(world, balance):
+            term = Denoising(balance)
+            return term(world.context(term, batch, params, None, None))
+
+        context = world.context(Denoising(), batch, params, None, None)
+        alpha, _ = world.schedule.alpha_sigma(jnp.floor(context.uniform("t") * 1000))
+        found = [losses(world, b) for b in (None, 0.0, 0.3)]
+        return found, losses(as_v, None)[0], alpha
+
+    (plain, balanced, between), v, alpha = jax.device_get(run(params))
+    eps, metrics = plain
+    assert metrics == {}
+    np.testing.assert_allclose(balanced[0], v, rtol=1e-3, atol=1e-3 * v.mean())
+    np.testing.assert_allclose(between[0], eps * 1.3 / (alpha**2 + 0.3), rtol=1e-4)
+    assert float(between[1]["unweighted"]) == pytest.approx(eps.mean(), rel=1e-5)

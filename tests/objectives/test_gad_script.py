@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 from closed_form import DDPM_WORLD, GUIDANCE, D, gaussian_params, jit, make_batch, mixture_params
 
 from gadjax.objectives import TDM, GADScript
+from gadjax.types import Prediction
 
 B = 64
 
@@ -106,3 +109,37 @@ def test_gradient_reaches_both_of_the_students_values_with_opposite_signs():
     biases = np.stack([step["bias"] for step in slope.values()])
     assert np.abs(biases).max() > 1e-3
     np.testing.assert_allclose(biases.sum(0), 0, atol=1e-5 * np.abs(biases).max())
+
+
+def test_the_gradient_is_the_difference_of_critic_and_teacher():
+    """d L / d S(x_tau + d) = H'(dF - dT) / scale, and the opposite for S(x_k): checked for the
+    latter, on a student that answers the same whatever it is asked."""
+    world, term, batch = DDPM_WORLD, GADScript(step=0.1, huber=0.02), make_batch(B)
+    student = jax.tree.map(jnp.zeros_like, world.student_params())
+    critic, teacher = gaussian_params(3), gaussian_params(0)
+
+    @jit
+    def run(student):
+        context = world.context(term, batch, student, critic, teacher)
+        x_tau, tau, _ = TDM().diffused(context)
+        raw = context.normal("perturbation")
+        d = 0.1 * raw / jnp.sqrt((raw**2).sum((1, 2, 3), keepdims=True))
+
+        def difference(predict):
+            return (predict(x_tau + d, tau).x0 - predict(x_tau, tau).x0) / 0.1
+
+        def loss(x0):
+            said = Prediction(x0, context.student[0].eps)
+            return term(replace(context, student=(said, None)))[0].sum()
+
+        value = context.student[0].x0
+        return jax.grad(loss)(value), difference(context.critic) - difference(context.teacher)
+
+    gradient, error = (rows(v) for v in jax.device_get(run(student)))
+    direction = error / np.sqrt(error**2 + 0.02**2)
+    # The scale, mean |ds - dT| / h, is a number of its own for each sample.
+    scale = -gradient / direction
+    assert np.all(scale > 0)
+    clear = np.abs(error) > 1e-2
+    for sample, row in zip(scale, clear, strict=True):
+        assert not row.any() or np.ptp(sample[row]) < 1e-2 * sample[row].mean()

@@ -9,7 +9,6 @@ from closed_form import (
     guided_text,
     jit,
     make_batch,
-    one_step,
     perfect_student,
 )
 
@@ -36,17 +35,22 @@ def test_zero_at_the_teachers_own_map_with_zero_gradient(world):
 
 
 @each_world
-def test_to_the_clean_end_it_is_the_distance_from_the_whole_walk(world):
-    world, samples = one_step(world), 16
-    batch, student, teacher = make_batch(samples), world.student_params(), gaussian_params()
-    loss_B, _ = world.losses(Regression("clean", 7))(batch, student, None, teacher)
-    told = guided_text(batch)
-    times = np.broadcast_to(np.linspace(*world.times, 8)[:, None], (8, samples))
-    jacobian, shift = gaussian_walk(teacher, world.schedule, times, told)
-    z = np.asarray(batch.noise, float).reshape(samples, D)
-    wanted = np.einsum("bij,bj->bi", jacobian, z) + shift
-    step = {k: np.asarray(v, float) for k, v in student["step0"].items()}
-    said = z @ step["matrix"].T + step["bias"] + np.asarray(batch.cond.text[:, 0], float)
+def test_to_the_clean_end_it_is_the_distance_of_x0_from_the_whole_walk(world):
+    samples, term = 16, Regression("clean", 7)
+    student, teacher = world.student_params(), gaussian_params()
+
+    @jit
+    def run(batch, student, teacher):
+        context = world.context(term, batch, student, None, teacher)
+        return term(context)[0], context.x_BHWC, context.student[0].x0
+
+    batch = make_batch(samples)
+    loss_B, x, said = jax.device_get(run(batch, student, teacher))
+    x, said = (v.reshape(samples, D).astype(float) for v in (x, said))
+    start = np.array(world.times)[np.arange(samples) % 4]
+    times = start + np.linspace(0, 1, 8)[:, None] * (world.times[-1] - start)
+    jacobian, shift = gaussian_walk(teacher, world.schedule, times, guided_text(batch))
+    wanted = np.einsum("bij,bj->bi", jacobian, x) + shift
     np.testing.assert_allclose(loss_B, ((said - wanted) ** 2).mean(1), rtol=1e-4)
 
 

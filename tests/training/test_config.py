@@ -1,0 +1,172 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from gadjax.errors import InputError
+from gadjax.training.config import (
+    as_json,
+    check_resume,
+    default_config,
+    differences,
+    read_config,
+    write_json,
+)
+from gadjax.training.setup import student_times
+
+HEAD = "from gadjax.training.config import default_config\n"
+PLAIN = HEAD + (
+    "def get_config(variant='full'):\n"
+    "    config = default_config()\n"
+    "    config.objective = {'gad': {'weight': 0.5, 'steps': 2}}\n"
+    "    config.update({'full': {'batch': 8}, 'small': {'batch': 4, 'ema': 0.5}}[variant])\n"
+    "    return config\n"
+)
+
+
+@pytest.fixture
+def plain(tmp_path):
+    path = tmp_path / "plain.py"
+    path.write_text(PLAIN)
+    return f"--config={path}"
+
+
+def written(tmp_path, line):
+    """A config file that differs from the default one by a line."""
+    path = tmp_path / "changed.py"
+    path.write_text(
+        HEAD + f"def get_config():\n    c = default_config()\n    {line}\n    return c\n"
+    )
+    return f"--config={path}"
+
+
+def refused(*arguments):
+    with pytest.raises(InputError) as error:
+        read_config(arguments)
+    text = str(error.value)
+    assert "\n" not in text and "Traceback" not in text and len(text) < 300
+    return text
+
+
+def test_a_file_its_variant_and_overrides(plain):
+    config = read_config([plain])
+    assert (config.batch, config.ema, config.optim.lr) == (8, 0.999, 1e-5)
+    assert config.is_locked
+    flags = ["--config.optim.lr=3e-4", "--config.objective.gad.weight=0", "--config.remat=false"]
+    config = read_config([plain + ":small", *flags, "--config.student.timesteps=(899,449)"])
+    assert (config.batch, config.ema, config.optim.lr, config.remat) == (4, 0.5, 3e-4, False)
+    assert config.objective.to_dict() == {"gad": {"weight": 0.0, "steps": 2}}
+    assert tuple(config.student.timesteps) == (899, 449)
+    assert config.optim.b2 == default_config().optim.b2
+
+
+def test_the_flag_and_its_file_may_be_two_words(plain):
+    flag, path = plain.split("=")
+    assert read_config([flag, path, "--config.batch", "16"]).batch == 16
+
+
+def test_unknown_keys(plain, tmp_path):
+    assert 'Did you mean "optim"' in refused(plain, "--config.optm.lr=1")
+    assert 'Did you mean "lr"' in refused(plain, "--config.optim.lrr=1")
+    assert "dmd" in refused(plain, "--config.objective.dmd.weight=1")
+    found = refused(written(tmp_path, "c.optim.warmpu = 3"))
+    assert found == (
+        "config: found the key optim.warmpu; expected a known one; did you mean optim.warmup?"
+    )
+    found = refused(written(tmp_path, "c.zzz = 3"))
+    assert found == "config: found the key zzz; expected a known one"
+
+
+def test_wrong_types(plain, tmp_path):
+    assert "'many'" in refused(plain, "--config.batch=many")
+    assert "'1.5'" in refused(plain, "--config.batch=1.5")
+    assert "maybe" in refused(plain, "--config.remat=maybe")
+    assert "'batch'" in refused(written(tmp_path, "c.batch = 'many'"))
+    assert "seed = {'a': 1}" in refused(
+        written(tmp_path, "c = type(c)({**c.to_dict(), 'seed': {'a': 1}})")
+    )
+    assert "optim = 3" in refused(written(tmp_path, "c = type(c)({**c.to_dict(), 'optim': 3})"))
+    assert "found no key batch" in refused(written(tmp_path, "c.unlock(); del c.batch"))
+
+
+def test_unknown_variants(plain):
+    assert "found an unknown key or variant, large" in refused(plain + ":large")
+    # The project's own config files name what there is.
+    path = Path(__file__).parents[2] / "configs" / "shapes_gad.py"
+    found = refused(f"--config={path}:best")
+    assert found.startswith("--config: found the variant 'best'; expected one of gad")
+
+
+def test_files_that_are_not_there_or_not_configs(plain, tmp_path):
+    found = refused(f"--config={tmp_path / 'nowhere.py'}")
+    assert "No such file" in found and "nowhere.py" in found
+    assert str(tmp_path) in refused(f"--config={tmp_path}")
+    assert refused() == "--config: found nothing; expected FILE[:variant]"
+    refused("--config=")
+    refused("--config")
+    path = tmp_path / "broken.py"
+    for text, message in (
+        ("def get_config(:", "invalid syntax"),
+        ("import nothing_of_this_name", "nothing_of_this_name"),
+        ("def get_config():\n    raise RuntimeError('one\\ntwo')", "one two"),
+        ("def get_config():\n    return {}", "dict"),
+        ("def get_config():\n    return None", "found nothing"),
+    ):
+        path.write_text(text)
+        assert message in refused(f"--config={path}"), text
+    assert "extra" in refused(plain, "extra")
+    assert "other" in refused(plain, "--other=1")
+
+
+def test_a_config_reads_back_as_it_was_saved(plain, tmp_path):
+    config = read_config([plain])
+    write_json(config, tmp_path / "config.json")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved == as_json(config) and saved["student"]["timesteps"] == [899, 674, 449, 224]
+    assert differences(saved, as_json(config)) == []
+    check_resume(saved, config, tmp_path)
+
+
+def test_differences_are_named_by_their_dotted_keys():
+    old = {"a": {"b": 1, "c": 2}, "d": [1], "e": 0}
+    new = {"a": {"b": 1, "c": 3}, "d": [1, 2], "f": 4}
+    expected = [("a.c", 2, 3), ("d", [1], [1, 2]), ("e", 0, None), ("f", None, 4)]
+    assert differences(old, new) == expected
+
+
+def test_a_resumed_run_may_change_where_it_runs_and_no_more(plain, tmp_path):
+    saved = as_json(read_config([plain]))
+    free = ("mesh.data=1", "steps=5", "log.every=1", "preview.every=7", "checkpoint.keep=1")
+    check_resume(saved, read_config([plain, *(f"--config.{flag}" for flag in free)]), tmp_path)
+    for flag, message in (
+        ("batch=4", "batch: found 8, asked for 4"),
+        ("optim.lr=1.0", "optim.lr: found 1e-05, asked for 1.0"),
+        ("objective.gad.weight=0.1", "objective.gad.weight: found 0.5, asked for 0.1"),
+        ("seed=1", "seed: found 0, asked for 1"),
+        ("student.timesteps=(5,)", "student.timesteps: found [899, 674, 449, 224], asked for [5]"),
+    ):
+        with pytest.raises(InputError) as error:
+            check_resume(saved, read_config([plain, f"--config.{flag}"]), tmp_path)
+        assert message in str(error.value) and str(tmp_path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def times(**student):
+    config = default_config()
+    config.student.update(student)
+    return student_times(config)
+
+
+def test_the_students_times():
+    assert times() == (899.0, 674.0, 449.0, 224.0)
+    assert times(steps=1, timesteps=(0,)) == (0.0,)
+    for wrong in (
+        dict(steps=3),
+        dict(timesteps=(899, 899, 449, 224)),
+        dict(timesteps=(224, 449, 674, 899)),
+        dict(timesteps=(899, 674, 449, -1)),
+        dict(steps=0, timesteps=()),
+        dict(init="nothing"),
+    ):
+        with pytest.raises(InputError, match="^student\\."):
+            times(**wrong)
