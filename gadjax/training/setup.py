@@ -59,10 +59,11 @@ def prepare(config: ConfigDict) -> Run:
         assets.resolve(config.teacher), dtype=dtype, remat=config.remat
     )
     clean = pipeline.denoiser.schedule.clean
-    if times[0] > pipeline.denoiser.schedule.last:
+    last = pipeline.denoiser.schedule.last
+    if not clean < times[-1] <= times[0] <= last:
         raise InputError(
-            f"student.timesteps: found {times[0]}; expected at most "
-            f"{pipeline.denoiser.schedule.last}, the teacher's last time"
+            f"student.timesteps: found {times}; expected times over {clean:g} and up to {last:g}, "
+            "those of the teacher's schedule"
         )
     optim = dict(config.optim)
     optimizers = {"student": make_optimizer(ConfigDict(optim))}

@@ -1,4 +1,4 @@
-"""train, sample, convert, export and embed run where neither torch nor diffusers can be imported."""
+"""Everything but the checks runs where neither torch nor diffusers can be imported."""
 
 import os
 import subprocess
