@@ -34,15 +34,15 @@ def get_config(variant: str = "gad"):
         )
     config = default_config()
     config.teacher = "asset:shapes_teacher"
-    config.guidance = 3.0
+    config.guidance = 2.0
     config.objective = VARIANTS[variant]
     config.student.steps = 4
     config.student.timesteps = (899, 674, 449, 224)
     config.steps = 4000
     config.batch = 32
     config.remat = False
-    config.optim.update(lr=1e-4, warmup=20, decay=4000, b1=0.0, b2=0.95)
-    config.critic.update(updates=2, lr=3e-4)
+    config.optim.update(lr=2e-4, warmup=20, decay=4000, b1=0.0, b2=0.95)
+    config.critic.update(updates=2, lr=4e-4)
     config.ema = 0.995
     config.data.update(prompts="asset:shapes_prompts.txt", length=16)
     config.checkpoint.every = 500

@@ -14,7 +14,7 @@ from gadjax.training.config import default_config
 def get_config():
     config = default_config()
     config.teacher = "asset:shapes_teacher"
-    config.guidance = 3.0
+    config.guidance = 2.0
     config.student.init = "random"
     config.student.steps = 1  # of no use to plain denoising
     config.student.timesteps = (999,)
