@@ -38,10 +38,10 @@ def get_config(variant: str = "gad"):
     config.objective = VARIANTS[variant]
     config.student.steps = 4
     config.student.timesteps = (899, 674, 449, 224)
-    config.steps = 4000
+    config.steps = 2000
     config.batch = 32
     config.remat = False
-    config.optim.update(lr=2e-4, warmup=20, decay=4000, b1=0.0, b2=0.95)
+    config.optim.update(lr=2e-4, warmup=20, decay=2000, b1=0.0, b2=0.95)
     config.critic.update(updates=2, lr=4e-4)
     config.ema = 0.995
     config.data.update(prompts="asset:shapes_prompts.txt", length=16)
@@ -49,9 +49,9 @@ def get_config(variant: str = "gad"):
     config.log.every = 20
     config.preview.every = 500
     if variant == "quickstart":
-        config.steps = 400
-        config.optim.decay = 400
+        config.steps = 600
+        config.optim.decay = 600
         config.ema = 0.98
-        config.checkpoint.every = 100
-        config.preview.every = 100
+        config.checkpoint.every = 150
+        config.preview.every = 150
     return config
