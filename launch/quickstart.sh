@@ -16,7 +16,8 @@ else
     echo "1/5 convert the teacher to Flax parameters, checked against diffusers"
     [ -d "$run/teacher" ] || gadjax convert "$teacher" "$run/teacher" --check
     echo "2/5 distil: distribution matching + GAD + the diversity anchor"
-    gadjax train --config configs/shapes_gad.py:quickstart --workdir "$run/train"
+    gadjax train --config configs/shapes_gad.py:quickstart --workdir "$run/train" \
+        --config.teacher="$run/teacher"
     echo "3/5 export a diffusers pipeline, checked against diffusers"
     [ -d "$run/student" ] || gadjax export --workdir "$run/train" --out "$run/student"
     echo "4/5 sample: with gadjax, then with diffusers in PyTorch"
