@@ -65,19 +65,18 @@ def command(config: Path, workdir: Path, *more: str, devices: int = 1) -> subpro
     )
 
 
-def assert_same(one: Path, other: Path, exactly: bool = True):
-    for part in ("student", "critic", "ema"):
-        (step, a, _), (step_too, b, _) = (
-            read_params(w / "checkpoints", part) for w in (one, other)
-        )
-        assert step == step_too
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-            if exactly:
-                np.testing.assert_array_equal(x, y)
-            else:
-                # Adam's first updates are lr * sign(gradient): rounding may turn a sign where the
-                # gradient is zero, so a rare element may be two updates apart.
-                assert np.mean(np.abs(x - y) > 1e-5) < 0.01
+PARTS = ("student", "critic", "ema")
+
+
+def read(workdir: Path, part: str, step: int | None = None) -> np.ndarray:
+    """All parameters of the newest (or the given) step as one vector."""
+    _, params, _ = read_params(workdir / "checkpoints", part, step)
+    return np.concatenate([x.ravel() for x in jax.tree.leaves(params)])
+
+
+def assert_same(one: Path, other: Path):
+    for part in PARTS:
+        np.testing.assert_array_equal(read(one, part), read(other, part))
 
 
 @pytest.fixture(scope="session")
@@ -153,7 +152,13 @@ def test_another_mesh_continues(config, uninterrupted, tmp_path):
     process = command(config, workdir, *mesh, devices=8)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
-    assert_same(workdir, uninterrupted, exactly=False)
+    # Adam divides every gradient by its own size, so that where one is all rounding two meshes may
+    # move apart; over all parameters that is little of the way they went. With other prompts or
+    # noises the ways would have nothing in common.
+    for part in PARTS:
+        way = read(uninterrupted, part, 4) - read(uninterrupted, part, 2)
+        apart = read(workdir, part, 4) - read(uninterrupted, part, 4)
+        assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(way)
     losses = [
         [json.loads(line)["student/loss"] for line in (w / "metrics.jsonl").open()]
         for w in (workdir, uninterrupted)
