@@ -9,7 +9,7 @@ Variants: --config configs/shapes_gad.py:VARIANT with
   regression     regression to the teacher's own next latent
   quickstart     gad for launch/quickstart.sh: fewer, faster steps
 Hardware: 2 CPU cores.
-Result:   see docs/results/
+Result:   docs/results/shapes_gad/report.md
 """
 
 from gadjax.errors import InputError

@@ -13,7 +13,7 @@ from diffusers import PixArtAlphaPipeline
 
 def main(model: Path, prompts: Path, out: Path) -> None:
     recipe = json.loads((model / "gadjax.json").read_text())
-    pipe = PixArtAlphaPipeline.from_pretrained(model)
+    pipe = PixArtAlphaPipeline.from_pretrained(model, low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
         prompts.read_text().splitlines(),
