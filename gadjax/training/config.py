@@ -89,9 +89,9 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
 def _one_line(error: Exception) -> str:
     text = str(error)
     if isinstance(error, KeyError):
-        # ml_collections may quote a message that was quoted before, with its line break spelt out.
-        text = str(error.args[0]).strip("'\"").replace("\\n", ". ").replace("\\'", "")
-        text = f"found an unknown key or variant, {text}"
+        text = f"found an unknown key or variant, {error.args[0]}"
+    if "\\n" in text:  # a message that ml_collections quoted, its line breaks spelt out
+        text = text.replace("\\n", ". ").replace("\\'", "").strip("'")
     if "Traceback" in text or isinstance(error, OSError):  # ml_collections quotes it all
         text = text.strip().splitlines()[-1].removeprefix("gadjax.errors.InputError: ")
     text = " ".join(text.split()) or type(error).__name__
