@@ -1,0 +1,75 @@
+"""What the package brings along is what it says it is."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gadjax.assets import resolve
+from gadjax.convert.recipe import read_sampling
+from gadjax.data.prompts import read_prompts
+from gadjax.pipeline import load_pipeline
+from gadjax.sampling import draw, initial_noise
+from gadjax.worlds import oracle, shapes
+
+TEACHER = resolve("asset:shapes_teacher")
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return *load_pipeline(TEACHER), read_sampling(TEACHER)
+
+
+def test_the_teacher_is_small_and_what_save_pretrained_writes(tmp_path):
+    from diffusers import PixArtAlphaPipeline
+
+    files = {p.relative_to(TEACHER): p for p in TEACHER.rglob("*") if p.is_file()}
+    assert sum(p.stat().st_size for p in files.values()) <= 8_000_000
+    PixArtAlphaPipeline.from_pretrained(TEACHER).save_pretrained(tmp_path)
+    written = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()}
+    assert set(files) - written == {Path("README.md"), Path("gadjax.json")}
+    assert written <= set(files)
+    for name in written:
+        if name.suffix == ".safetensors":
+            assert (tmp_path / name).read_bytes() == files[name].read_bytes()
+
+
+def test_the_teacher_satisfies_the_oracle(teacher):
+    pipeline, params, sampling = teacher
+    prompts = shapes.full_prompts(256, seed=7)
+    images = draw(pipeline, params, sampling, prompts, initial_noise(7, 256, pipeline.latent))
+    assert oracle.adherence(images, prompts).mean() >= 0.95
+
+
+def test_diffusers_draws_the_same_pictures(teacher):
+    import torch
+    from diffusers import PixArtAlphaPipeline
+
+    pipeline, params, sampling = teacher
+    prompts = ["a large blue square at the top left on a grey background", "a shape"]
+    noise = initial_noise(3, len(prompts), pipeline.latent)
+    found = draw(pipeline, params, sampling, prompts, noise) / 2 + 0.5
+    pipe = PixArtAlphaPipeline.from_pretrained(TEACHER)
+    wanted = pipe(
+        prompts,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance,
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+        use_resolution_binning=False,
+        clean_caption=False,
+        output_type="np",
+    ).images
+    assert np.abs(found - wanted).max() <= 2 / 255
+
+
+@pytest.mark.parametrize("name", ["shapes_prompts", "shapes_test_prompts", "shapes_demo_prompts"])
+def test_prompts_are_of_the_world(name):
+    for prompt in read_prompts(resolve(f"asset:{name}.txt")):
+        shapes.parse(prompt)
+
+
+@pytest.mark.parametrize("script", ["env", "quickstart", "test"])
+def test_scripts_parse(script):
+    path = Path(__file__).parents[1] / "launch" / f"{script}.sh"
+    subprocess.run(["bash", "-n", path], check=True)
