@@ -1,8 +1,14 @@
 """The bundled teacher: a PixArt of 1 M parameters on the captioned shapes, by plain denoising.
 
-Command:  gadjax train --config configs/shapes_teacher.py --workdir runs/shapes_teacher
-Hardware: 2 CPU cores.
-Result:   see gadjax/assets/shapes_teacher/README.md
+Commands: python -m gadjax.recipes.folder --out DIR           (torch: random weights in the folder)
+          python -m gadjax.recipes.shapes_vae --folder DIR
+          python -m gadjax.recipes.shapes_text --folder DIR
+          gadjax train --config configs/shapes_teacher.py --workdir RUN --config.teacher=DIR
+          gadjax export --workdir RUN --out TEACHER
+Hardware: 2 CPU cores; about 40 minutes where they are free.
+Result:   as one run from the random start: not yet run. The bundled weights came from this recipe in
+          legs, and draw 98.1 % of fully specified captions right: the story and the numbers are in
+          gadjax/assets/shapes_teacher/README.md.
 
 `teacher` names the folder whose text encoder and autoencoder are used; student.init="random"
 starts the transformer anew, "teacher" goes on from its weights.
