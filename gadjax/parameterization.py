@@ -7,17 +7,10 @@ at the ends: x0 from eps divides by alpha (1/157 at the end of PixArt's schedule
 sigma (1/100 at its start), so rounding grows by that factor.
 """
 
-from gadjax.errors import InputError
 from gadjax.schedules import expand
 from gadjax.types import Prediction
 
 KINDS = ("eps", "v", "x0", "flow")
-
-
-def check(kind: str, where: str) -> str:
-    if kind not in KINDS:
-        raise InputError(f"{where}: found {kind!r}; expected one of {', '.join(KINDS)}")
-    return kind
 
 
 def to_prediction(kind: str, raw, x_t, alpha, sigma) -> Prediction:

@@ -14,8 +14,8 @@ class Anchor(Addable):
     """Step one regresses to a teacher target from the same z; nobody else trains it.
 
     z_k is where the teacher's guided ODE is at the end of the student's first interval.
-    target="v" (flow models): |v_S - (z - z_k) / (t_1 - t_k)|^2, v = eps - x0 (arXiv 2602.03139,
-      section 3). For any other schedule the same secant: the (x0, eps) whose straight path passes
+    target="v" (flow models): |v_S - (z - z_k) / (t_1 - t_k)|^2, v = eps - x0 (arXiv 2602.03139).
+      For any other schedule the same secant: the (x0, eps) whose straight path passes
       through z and z_k.
     target="x0" (diffusion models): |x0_S(z) - T_w(z_k)|^2.
     Teacher and targets are stop-gradiented. Needs the gradient cut after the first step.

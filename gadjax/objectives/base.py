@@ -74,8 +74,9 @@ class Context:
 
     Every array with a trailing _B has one entry per sample. step_B is the drawn place on the
     student's grid, x_BHWC the student's own (gradient-free) latent there, t_B and next_B the
-    times it goes from and to. `student`, `maps` and `endpoint` are what Needs asked for, each a
-    (value, tangent) pair where the tangent is None unless it was asked for.
+    times it goes from and to. `student` and `maps` are what Needs asked for, each a
+    (value, tangent) pair where the tangent is None unless it was asked for; `endpoint` is the x0
+    at which the student's whole rollout ends.
     """
 
     denoiser: Denoiser
@@ -90,7 +91,7 @@ class Context:
     direction_BHWC: jax.Array | None = None
     student: tuple[Prediction, Prediction | None] | None = None
     maps: Mapping[TeacherMap, tuple[jax.Array, jax.Array | None]] = field(default_factory=dict)
-    endpoint: tuple[jax.Array, Prediction] | None = None
+    endpoint: jax.Array | None = None
     cut_first: bool = False
     stream: str = ""
 

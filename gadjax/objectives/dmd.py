@@ -16,8 +16,8 @@ class DMD(Addable):
     """Reverse KL between student's and teacher's diffused distributions.
 
     d L / d x0 = (F(x_t) - T_w(x_t)) / mean|x0 - T_w(x_t)|, x_t = alpha x0 + sigma eps,
-    t uniform between `low` and `high` of the schedule's span. (Yin et al. 2023, eq. 7-8;
-    2024, section 4.)
+    t uniform between `low` and `high` of the schedule's span. (Yin et al. 2023,
+    2024.)
 
     The student's x0 comes from its drawn step on its own latents (backward simulation), or with
     backprop="all" from the end of a rollout that is differentiated through all its steps, as
@@ -44,7 +44,7 @@ class DMD(Addable):
     def output(self, context: Context):
         """The student's x0 and the weight of each sample."""
         if self.backprop == "all":
-            return context.endpoint[0], jnp.ones_like(context.base_B)
+            return context.endpoint, jnp.ones_like(context.base_B)
         return context.student[0].x0, context.base_B
 
     def __call__(self, context: Context):

@@ -12,7 +12,7 @@ from gadjax.schedules import expand
 
 @dataclass(frozen=True)
 class GAD(Addable):
-    """E |J_S(x_k) v - J_T(x_k) v|^2 / |J_T(x_k) v|^2, v ~ N(0, I) (arXiv 2606.01651, section 3).
+    """E |J_S(x_k) v - J_T(x_k) v|^2 / |J_T(x_k) v|^2, v ~ N(0, I) (arXiv 2606.01651).
 
     S is the student's step k as a map of its own latent x_k at its own time t_k: to the next
     latent (end="next") or to x0 (end="clean"). T is the teacher's guided multi-step ODE over the

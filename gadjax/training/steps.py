@@ -46,9 +46,6 @@ def make_context(
     denoiser, schedule, times = recipe.denoiser, recipe.denoiser.schedule, recipe.times
     n, samples = len(times) - 1, batch.noise.shape[0]
 
-    def student_at(params, t):
-        return lambda x: denoiser(params, x, t, batch.cond)
-
     def teacher_at(x, t):
         return denoiser.guided(teacher, x, t, batch.cond, batch.null, recipe.guidance)
 
@@ -71,7 +68,7 @@ def make_context(
             jnp.asarray(times),
             cut_first=needs.cut_first,
         )
-        context = replace(context, endpoint=(walk.end, walk.prediction))
+        context = replace(context, endpoint=walk.end)
     if not (needs.student or needs.maps):
         return context
 
@@ -83,7 +80,10 @@ def make_context(
         direction = directions(needs.tangent, keys, batch.noise.shape[1:], batch.noise.dtype)
         context = replace(context, direction_BHWC=direction)
     if needs.student:
-        here = student_at(student, context.t_B)
+
+        def here(x):
+            return denoiser(student, x, context.t_B, batch.cond)
+
         pair = tangent(here, x, direction) if needs.tangent else (here(x), None)
         context = replace(context, student=pair)
     maps = {}

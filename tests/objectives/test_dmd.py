@@ -140,12 +140,12 @@ def test_gradients_of_a_whole_rollout_pass_through_every_step():
         context = world.context(dmd, batch, student, critic, teacher)
 
         def of_end(x0):
-            return dmd(replace(context, endpoint=(x0, None)))[0].mean()
+            return dmd(replace(context, endpoint=x0))[0].mean()
 
         def of_student(student):
             return dmd(world.context(dmd, batch, student, critic, teacher))[0].mean()
 
-        return jax.grad(of_end)(context.endpoint[0]), jax.grad(of_student)(student)
+        return jax.grad(of_end)(context.endpoint), jax.grad(of_student)(student)
 
     held, found = jax.device_get(run(student))
     g = held.astype(float).reshape(B, D)
