@@ -13,20 +13,21 @@ from gadjax.pipeline import load_pipeline
 from gadjax.sampling import draw, initial_noise
 from gadjax.worlds import oracle, shapes
 
-TEACHER = resolve("asset:shapes_teacher")
+TEACHERS = [resolve(f"asset:{name}") for name in ("shapes_teacher", "shapes_flow_teacher")]
 
 
-@pytest.fixture(scope="module")
-def teacher():
-    return *load_pipeline(TEACHER), read_sampling(TEACHER)
+@pytest.fixture(scope="module", params=TEACHERS, ids=lambda path: path.name)
+def teacher(request):
+    return *load_pipeline(request.param), read_sampling(request.param)
 
 
-def test_the_teacher_is_small_and_what_save_pretrained_writes(tmp_path):
+@pytest.mark.parametrize("folder", TEACHERS, ids=lambda path: path.name)
+def test_the_teacher_is_small_and_what_save_pretrained_writes(folder, tmp_path):
     from diffusers import PixArtAlphaPipeline
 
-    files = {p.relative_to(TEACHER): p for p in TEACHER.rglob("*") if p.is_file()}
+    files = {p.relative_to(folder): p for p in folder.rglob("*") if p.is_file()}
     assert sum(p.stat().st_size for p in files.values()) <= 8_000_000
-    PixArtAlphaPipeline.from_pretrained(TEACHER).save_pretrained(tmp_path)
+    PixArtAlphaPipeline.from_pretrained(folder).save_pretrained(tmp_path)
     written = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()}
     assert set(files) - written == {Path("README.md"), Path("gadjax.json")}
     assert written <= set(files)
@@ -50,7 +51,7 @@ def test_diffusers_draws_the_same_pictures(teacher):
     prompts = ["a large blue square at the top left on a grey background", "a shape"]
     noise = initial_noise(3, len(prompts), pipeline.latent)
     found = draw(pipeline, params, sampling, prompts, noise) / 2 + 0.5
-    pipe = PixArtAlphaPipeline.from_pretrained(TEACHER)
+    pipe = PixArtAlphaPipeline.from_pretrained(pipeline.folder.path)
     wanted = pipe(
         prompts,
         num_inference_steps=sampling.steps,
