@@ -17,11 +17,14 @@ class Denoiser:
 
     apply: (params, x_BHWC, t_B, cond) -> raw_BHWC, in any compute dtype; what leaves here is
       float32 (float64 where x is), because x0 = (x - sigma eps) / alpha magnifies rounding.
+    features: the same arguments -> [B, N, D], what the network makes of them half-way: what a
+      discriminator reads. None where the family has none.
     """
 
     apply: Callable[[Params, jax.Array, jax.Array, Cond], jax.Array]
     schedule: NoiseSchedule
     parameterization: str
+    features: Callable[[Params, jax.Array, jax.Array, Cond], jax.Array] | None = None
 
     def raw(self, params: Params, x_BHWC, t_B, cond: Cond):
         """The network's own output, float32. t_B: [B] or a scalar, in the network's units."""
@@ -38,24 +41,33 @@ class Denoiser:
     def __call__(self, params: Params, x_BHWC, t_B, cond: Cond) -> Prediction:
         return self.read(self.raw(params, x_BHWC, t_B, cond), x_BHWC, t_B)
 
-    def guided(self, params: Params, x_BHWC, t_B, cond: Cond, null: Cond, scale) -> Prediction:
+    def guided_raw(self, params: Params, x_BHWC, t_B, cond: Cond, null: Cond, scale):
         """Classifier-free guidance null + scale (cond - null), both in one call of the network.
 
-        scale: a float or [B]. The Python number 1 leaves the second half out.
+        scale: a float or [B]. The Python numbers 1 and 0 leave the other half out.
         """
-        if isinstance(scale, int | float) and scale == 1:
-            return self(params, x_BHWC, t_B, cond)
+        if isinstance(scale, int | float) and scale in (0, 1):
+            return self.raw(params, x_BHWC, t_B, cond if scale else null)
         t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
         twice = jnp.concatenate([x_BHWC, x_BHWC])
         told, untold = jnp.split(self.raw(params, twice, jnp.tile(t_B, 2), both), 2)
         scale = expand(jnp.asarray(scale, x_BHWC.dtype), x_BHWC)
-        return self.read(untold + scale * (told - untold), x_BHWC, t_B)
+        return untold + scale * (told - untold)
 
-    def denoising_loss(self, params: Params, x0_BHWC, eps_BHWC, t_B, cond: Cond):
-        """Mean squared error of the raw output at x_t = alpha x0 + sigma eps, per sample [B]."""
+    def guided(self, params: Params, x_BHWC, t_B, cond: Cond, null: Cond, scale) -> Prediction:
+        """guided_raw as x0 and eps."""
+        return self.read(self.guided_raw(params, x_BHWC, t_B, cond, null, scale), x_BHWC, t_B)
+
+    def denoising_loss(
+        self, params: Params, x0_BHWC, eps_BHWC, t_B, cond: Cond, null: Cond | None = None, scale=1
+    ):
+        """Mean squared error of the raw output at x_t = alpha x0 + sigma eps, per sample [B].
+
+        null, scale: where the network is trained with guidance.
+        """
         alpha, sigma = self.schedule.alpha_sigma(t_B)
         x_t = expand(alpha, x0_BHWC) * x0_BHWC + expand(sigma, x0_BHWC) * eps_BHWC
         target = from_prediction(self.parameterization, Prediction(x0_BHWC, eps_BHWC), alpha, sigma)
-        error = self.raw(params, x_t, t_B, cond) - target
+        error = self.guided_raw(params, x_t, t_B, cond, null, scale) - target
         return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))

@@ -2,23 +2,27 @@
 
 from gadjax.objectives.anchor import Anchor
 from gadjax.objectives.base import Context, Needs, TeacherMap, Term
-from gadjax.objectives.compose import Sum, build
+from gadjax.objectives.compose import Sum, as_config, build
+from gadjax.objectives.consistency import Consistency
 from gadjax.objectives.denoising import Denoising
 from gadjax.objectives.dmd import DMD
 from gadjax.objectives.gad import GAD
 from gadjax.objectives.gad_lift import GADLift
 from gadjax.objectives.gad_script import GADScript
 from gadjax.objectives.regression import Regression
+from gadjax.objectives.sid import SiD
 from gadjax.objectives.tdm import TDM
 
 TERMS = {
     "anchor": Anchor,
+    "consistency": Consistency,
     "denoising": Denoising,
     "dmd": DMD,
     "gad": GAD,
     "gad_lift": GADLift,
     "gad_script": GADScript,
     "regression": Regression,
+    "sid": SiD,
     "tdm": TDM,
 }
 
@@ -28,14 +32,17 @@ __all__ = [
     "TDM",
     "TERMS",
     "Anchor",
+    "Consistency",
     "Context",
     "Denoising",
     "GADLift",
     "GADScript",
     "Needs",
     "Regression",
+    "SiD",
     "Sum",
     "TeacherMap",
     "Term",
+    "as_config",
     "build",
 ]

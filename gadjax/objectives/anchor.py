@@ -13,7 +13,9 @@ from gadjax.schedules import expand
 class Anchor(Addable):
     """Step one regresses to a teacher target from the same z; nobody else trains it.
 
-    z_k is where the teacher's guided ODE is at the end of the student's first interval.
+    z_k is where the teacher's guided ODE is at time t_k: the end of the student's first
+    interval, or `until` (DP-DMD's K: the later in the walk, the more of the teacher's picture is
+    fixed by the first step).
     target="v" (flow models): |v_S - (z - z_k) / (t_1 - t_k)|^2, v = eps - x0 (arXiv 2602.03139).
       For any other schedule the same secant: the (x0, eps) whose straight path passes
       through z and z_k.
@@ -24,30 +26,36 @@ class Anchor(Addable):
 
     target: str = "v"
     steps: int = 4
+    until: float | None = None
 
     def __post_init__(self):
         if self.target not in ("v", "x0"):
             raise InputError(f"objective.anchor.target: found {self.target!r}; expected v or x0")
 
     @property
+    def map(self) -> TeacherMap:
+        return TeacherMap("next", self.steps, self.until)
+
+    @property
     def needs(self) -> Needs:
-        return Needs(student=True, cut_first=True, maps={TeacherMap("next", self.steps): False})
+        return Needs(student=True, cut_first=True, maps={self.map: False})
 
     def __call__(self, context: Context):
         said, _ = context.student
-        arrived = sg(context.maps[TeacherMap("next", self.steps)][0])
+        arrived = sg(context.maps[self.map][0])
+        end_B = context.map_end(self.map)
         if self.target == "x0":
-            error = said.x0 - sg(context.teacher(arrived, context.next_B).x0)
+            error = said.x0 - sg(context.teacher(arrived, end_B).x0)
         else:
-            x0, eps = secant(context, arrived)
+            x0, eps = secant(context, arrived, end_B)
             error = (said.eps - said.x0) - sg(eps - x0)
         loss_B = sample_mean(error**2)
         return loss_B * context.first_B, {}
 
 
-def secant(context: Context, arrived):
+def secant(context: Context, arrived, end_B):
     """The x0 and eps whose path alpha x0 + sigma eps passes through x_k and where it arrived."""
-    (a, s), (b, r) = (context.schedule.alpha_sigma(t) for t in (context.t_B, context.next_B))
+    (a, s), (b, r) = (context.schedule.alpha_sigma(t) for t in (context.t_B, end_B))
     x = context.x_BHWC
     a, s, b, r = (expand(v, x) for v in (a, s, b, r))
     scale = s * b - r * a

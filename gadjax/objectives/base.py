@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -11,22 +11,28 @@ import jax.numpy as jnp
 
 from gadjax.denoiser import Denoiser
 from gadjax.errors import InputError
+from gadjax.geometry import Directions
 from gadjax.types import Batch, Metrics, Prediction
 
 
 @dataclass(frozen=True)
 class TeacherMap:
-    """The teacher's guided ODE from a drawn step's own time, in `steps` DDIM/Euler steps.
+    """The teacher's guided ODE in `steps` DDIM/Euler steps.
 
-    end: "next" (the following time of the student's grid) or "clean".
+    end: from a drawn step's own latent and time to "next" (the following time of the student's
+      grid) or "clean"; or "whole", from the initial noise z to the clean end.
+    until: with "next", the time at which it ends where the drawn step is the first.
     """
 
     end: str = "next"
     steps: int = 4
+    until: float | None = None
 
     def __post_init__(self):
-        if self.end not in ("next", "clean"):
-            raise InputError(f"objective: found end {self.end!r}; expected 'next' or 'clean'")
+        if self.end not in ("next", "clean", "whole"):
+            raise InputError(
+                f"objective: found end {self.end!r}; expected 'next', 'clean' or 'whole'"
+            )
         if self.steps < 1:
             raise InputError(f"objective: found a map of {self.steps} steps; expected 1 or more")
 
@@ -36,36 +42,45 @@ class Needs:
     """What a term asks of the training step; the step meets each need once, whoever asks.
 
     student: the student at its drawn step, with gradient.
-    tangent: the direction v for which the student's and the maps' tangents are wanted, or None.
-    maps: teacher maps -> whether their tangent along v is wanted too.
-    endpoint: a whole student rollout from z, with gradient through every step.
+    whole: the student's whole few-step map from z, with gradient through every step, no cut.
+    tangent: the directions along which the tangents of these two and of the maps are wanted.
+    maps: teacher maps -> whether their tangents are wanted too.
+    endpoint: where the student's whole rollout ends, cut where `cut_first` says so.
     critic: the term reads the critic, which must then be trained.
+    discriminator: the term reads the discriminator, which must then be trained.
     cut_first: the first step belongs to another term: no base gradient may pass it.
     images: clean latents from the data.
     """
 
     student: bool = False
-    tangent: str | None = None
+    whole: bool = False
+    tangent: Directions | None = None
     maps: Mapping[TeacherMap, bool] = field(default_factory=dict)
     endpoint: bool = False
     critic: bool = False
+    discriminator: bool = False
     cut_first: bool = False
     images: bool = False
 
     def __or__(self, other: "Needs") -> "Needs":
         if self.tangent and other.tangent and self.tangent != other.tangent:
             raise InputError(
-                f"objective: found directions {self.tangent!r} and {other.tangent!r}; "
-                "expected one for all terms"
+                f"objective: found directions {_spelt(self.tangent)} and "
+                f"{_spelt(other.tangent)}; expected one choice for all terms"
             )
         maps = dict(self.maps)
         for spec, tangent in other.maps.items():
             maps[spec] = maps.get(spec, False) or tangent
         either = {
-            name: getattr(self, name) or getattr(other, name)
-            for name in ("student", "endpoint", "critic", "cut_first", "images")
+            f.name: getattr(self, f.name) or getattr(other, f.name)
+            for f in fields(self)
+            if f.type is bool
         }
         return Needs(tangent=self.tangent or other.tangent, maps=maps, **either)
+
+
+def _spelt(directions: Directions) -> str:
+    return f"{directions.count} x {directions.kind!r}"
 
 
 @dataclass(frozen=True)
@@ -74,22 +89,28 @@ class Context:
 
     Every array with a trailing _B has one entry per sample. step_B is the drawn place on the
     student's grid, x_BHWC the student's own (gradient-free) latent there, t_B and next_B the
-    times it goes from and to. `student` and `maps` are what Needs asked for, each a
-    (value, tangent) pair where the tangent is None unless it was asked for; `endpoint` is the x0
-    at which the student's whole rollout ends.
+    times it goes from and to. `student`, `whole` and `maps` are what Needs asked for, each a
+    (value, tangents) pair where the tangents [J, B, ...] are None unless they were asked for;
+    `endpoint` is the x0 at which the student's whole rollout ends.
+    teacher and critic: (x_BHWC, t_B, scale) -> Prediction; the scale is the run's `guidance` for
+    the teacher and 1 for the critic unless it is given. Gradients pass their inputs.
     """
 
     denoiser: Denoiser
     batch: Batch
     times: tuple[float, ...]
-    teacher: Callable[[jax.Array, jax.Array], Prediction]
-    critic: Callable[[jax.Array, jax.Array], Prediction] | None = None
+    guidance: float
+    teacher: Callable[..., Prediction]
+    critic: Callable[..., Prediction] | None = None
+    teacher_params: object = None
     critic_params: object = None
     student_params: object = None
+    discriminator_params: object = None
     step_B: jax.Array | None = None
     x_BHWC: jax.Array | None = None
-    direction_BHWC: jax.Array | None = None
+    direction_JBHWC: jax.Array | None = None
     student: tuple[Prediction, Prediction | None] | None = None
+    whole: tuple[jax.Array, jax.Array | None] | None = None
     maps: Mapping[TeacherMap, tuple[jax.Array, jax.Array | None]] = field(default_factory=dict)
     endpoint: jax.Array | None = None
     cut_first: bool = False
@@ -102,6 +123,14 @@ class Context:
     @cached_property
     def next_B(self):
         return jnp.asarray(self.times, jnp.float32)[self.step_B + 1]
+
+    def map_end(self, spec: TeacherMap):
+        """The times at which a teacher map ends, per sample."""
+        if spec.end != "next":
+            return jnp.full_like(self.t_B, self.schedule.clean)
+        if spec.until is None:
+            return self.next_B
+        return jnp.where(self.step_B == 0, spec.until, self.next_B)
 
     @property
     def schedule(self):
@@ -145,7 +174,11 @@ def stream_keys(keys_B, name: str):
 
 
 class Term(Protocol):
-    """An objective. A weighted sum of terms is again a term."""
+    """An objective. A weighted sum of terms is again a term.
+
+    Besides what is below a term may have `check(steps)`, which raises InputError where its options
+    do not go with a student of that many steps.
+    """
 
     @property
     def needs(self) -> Needs: ...
@@ -154,7 +187,10 @@ class Term(Protocol):
         """Per-sample loss [B] in float32, and scalars to look at."""
 
     def critic_loss(self, context: Context) -> jax.Array:
-        """Per-sample loss [B] of the critic; only of terms whose needs name the critic."""
+        """Per-sample loss [B] of the critic; of the one term that trains it."""
+
+    def discriminator_loss(self, context: Context) -> jax.Array:
+        """Per-sample loss [B] of the discriminator; of the one term that trains it."""
 
 
 def sample_mean(x):

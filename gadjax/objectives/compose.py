@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, Term
+from gadjax.types import Params
 
 
 class Addable:
@@ -51,20 +52,50 @@ class Sum:
             total_B = total_B + (loss_B if weight == 1 else weight * loss_B)
         return total_B, metrics
 
+    def check(self, steps: int) -> None:
+        """Raises: InputError for an empty sum, a critic or discriminator that nobody or more than
+        one term trains, and options that do not go with a student of `steps` steps."""
+        if not self.parts:
+            raise InputError("objective: found no term of non-zero weight; expected at least one")
+        for role in ("critic", "discriminator"):
+            trainers = self._trainers(role)
+            if getattr(self.needs, role) and len(trainers) != 1:
+                raise InputError(
+                    f"objective: found {len(trainers)} terms that train the {role}; expected one"
+                )
+        if self.needs.cut_first and steps < 2:
+            raise InputError(
+                f"student.steps: found {steps}; expected at least 2, because the anchor takes the "
+                "first step and the base objective needs another"
+            )
+        tangent = self.needs.tangent
+        if tangent and tangent.kind == "control" and not any(self.needs.maps.values()):
+            raise InputError("direction: found 'control' and no teacher map; expected gad as well")
+        for _, term in self.parts:
+            if hasattr(term, "check"):
+                term.check(steps)
+
+    def _trainers(self, role: str) -> list[Term]:
+        return [term for _, term in self.parts if hasattr(term, f"{role}_loss")]
+
+    def init_discriminator(self, key, width: int) -> Params:
+        """Its parameters, for features of `width`."""
+        (term,) = self._trainers("discriminator")
+        return term.init_discriminator(key, width)
+
     def critic_loss(self, context: Context):
-        (term,) = (term for _, term in self.parts if term.needs.critic and has_critic_loss(term))
+        (term,) = self._trainers("critic")
         return term.critic_loss(context.named("critic"))
 
-
-def has_critic_loss(term) -> bool:
-    return hasattr(term, "critic_loss")
+    def discriminator_loss(self, context: Context):
+        (term,) = self._trainers("discriminator")
+        return term.discriminator_loss(context.named("discriminator"))
 
 
 def build(config: Mapping[str, Mapping], terms: Mapping[str, type], steps: int) -> Sum:
-    """name -> {weight, ...} as a Sum.
+    """name -> {weight, ...} as a Sum for a student of `steps` steps.
 
-    Raises: InputError for an unknown name or option, a bad weight, an empty sum, a critic that
-    nobody or more than one term trains, and an anchor on a student of one step.
+    Raises: InputError for an unknown name or option, a bad weight, and what Sum.check refuses.
     """
     parts = []
     for name, options in config.items():
@@ -83,18 +114,31 @@ def build(config: Mapping[str, Mapping], terms: Mapping[str, type], steps: int) 
                     f"objective.{name}: found {option!r}; expected weight"
                     + "".join(f", {k}" for k in sorted(known))
                 )
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         parts.append((float(weight), terms[name](**options)))
     total = Sum(tuple(parts))
-    if not total.parts:
-        raise InputError("objective: found no term of non-zero weight; expected at least one")
-    trainers = [t for _, t in total.parts if has_critic_loss(t)]
-    if total.needs.critic and len(trainers) != 1:
-        raise InputError(
-            f"objective: found {len(trainers)} terms that train the critic; expected one"
-        )
-    if total.needs.cut_first and steps < 2:
-        raise InputError(
-            f"student.steps: found {steps}; expected at least 2, because the anchor takes the "
-            "first step and the base objective needs another"
-        )
+    total.check(steps)
     return total
+
+
+def as_config(objective: Term | Mapping, terms: Mapping[str, type]) -> Mapping[str, Mapping]:
+    """The mapping of which `build` makes this term or sum again; a mapping as it is.
+
+    Raises: InputError for a term that `terms` has no name for, or that is there twice.
+    """
+    if isinstance(objective, Mapping):
+        return objective
+    names, config = {kind: name for name, kind in terms.items()}, {}
+    for weight, term in (Sum(()) + objective).parts:
+        kind = type(term)
+        if kind not in names:
+            raise InputError(
+                f"objective: found {kind.__name__}, which no config can name; expected one of "
+                f"{', '.join(terms)} (or gadjax.objectives.TERMS['mine'] = {kind.__name__})"
+            )
+        if names[kind] in config:
+            raise InputError(f"objective: found {names[kind]} twice; expected each term once")
+        chosen = ((f.name, getattr(term, f.name), f.default) for f in fields(term))
+        options = {name: value for name, value, default in chosen if value != default}
+        config[names[kind]] = options if weight == 1 else {"weight": weight, **options}
+    return config

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from gadjax.geometry import tangent
+from gadjax.geometry import Directions, tangent
 from gadjax.objectives.base import Context, Needs
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.dmd import between
@@ -29,15 +29,16 @@ class GADLift(Addable):
 
     @property
     def needs(self) -> Needs:
-        return Needs(student=True, tangent=self.direction, critic=True)
+        return Needs(student=True, tangent=Directions(self.direction), critic=True)
 
     def __call__(self, context: Context):
-        value, dot = context.student
+        value, dots = context.student
+        dot = dots.x0[0]
         t_B = between(context, self.low, self.high)
         alpha, _ = context.schedule.alpha_sigma(t_B)
         x_t = sg(add_noise(context.schedule, value.x0, context.normal("eps"), t_B))
-        dx = sg(expand(alpha, dot.x0) * dot.x0)
+        dx = sg(expand(alpha, dot) * dot)
         _, real = tangent(lambda x: context.teacher(x, t_B).x0, x_t, dx)
         _, fake = tangent(lambda x: context.critic(x, t_B).x0, x_t, dx)
-        loss_B = pseudo_loss(dot.x0, sg(fake - real), mean_abs(sg(dot.x0) - real))
+        loss_B = pseudo_loss(dot, sg(fake - real), mean_abs(sg(dot) - real))
         return loss_B * context.base_B, {"gap": jnp.mean(jnp.abs(fake - real))}

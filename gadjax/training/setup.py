@@ -7,25 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from gadjax import assets
 from gadjax.convert.files import fingerprint
 from gadjax.convert.tensors import tensors_from_params
-from gadjax.convert.text import text_fingerprint
-from gadjax.data.embeddings import open_embeddings
-from gadjax.data.prompts import read_prompts
-from gadjax.data.source import CachedSource, EmbeddingSource, PromptSource, Source, WorldSource
+from gadjax.data.source import Source
 from gadjax.errors import InputError
+from gadjax.geometry import tangent
 from gadjax.models.module import cast
 from gadjax.objectives import TERMS, build
 from gadjax.pipeline import Pipeline, load_pipeline, random_like
+from gadjax.sampling import sampler_and_times
+from gadjax.training.data import WITH_PICTURES, open_data
 from gadjax.training.sharding import batch_sharding, check_batch, make_mesh, replicated, shardings
 from gadjax.training.state import TrainState, create, make_optimizer
-from gadjax.training.steps import Recipe, critic_step, student_step
+from gadjax.training.steps import CRITICS, Recipe, critic_step, student_step
+from gadjax.training.workdir import sampling_of
 from gadjax.types import Batch, Cond, Params
 
 
@@ -50,43 +49,49 @@ def prepare(config: ConfigDict) -> Run:
     objective = build(config.objective, TERMS, len(times))
     mesh = make_mesh(config.mesh)
     microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
-    if objective.needs.images and not config.data.world:
-        raise InputError("data.world: found nothing; expected a source of pictures for this loss")
+    if objective.needs.images and not any(config.data[name] for name in WITH_PICTURES):
+        names = ", ".join(f"data.{name}" for name in WITH_PICTURES)
+        raise InputError(f"{names}: found nothing; expected a source of pictures for this loss")
     if not config.teacher:
         raise InputError("teacher: found nothing; expected a diffusers pipeline folder")
     dtype = compute_dtype(config.dtype)
     pipeline, params = load_pipeline(
         assets.resolve(config.teacher), dtype=dtype, remat=config.remat
     )
-    clean = pipeline.denoiser.schedule.clean
-    last = pipeline.denoiser.schedule.last
-    if not clean < times[-1] <= times[0] <= last:
-        raise InputError(
-            f"student.timesteps: found {times}; expected times over {clean:g} and up to {last:g}, "
-            "those of the teacher's schedule"
-        )
+    sampling = sampling_of(config)
+    if sampling.timesteps is not None:  # it is None where plain denoising trains a teacher
+        try:
+            *times, _ = sampler_and_times(pipeline, sampling)[1].tolist()
+        except InputError as error:
+            raise InputError(f"student.{error}") from error
     optim = dict(config.optim)
     optimizers = {"student": make_optimizer(ConfigDict(optim))}
-    if objective.needs.critic:
-        own = {key: config.critic[key] for key in ("lr", "b1")}
-        optimizers["critic"] = make_optimizer(ConfigDict(optim | own))
+    for role in CRITICS:
+        if getattr(objective.needs, role):
+            own = {key: config.critic[key] for key in ("lr", "b1")}
+            optimizers[role] = make_optimizer(ConfigDict(optim | own))
+    if len(optimizers) > 1 and config.critic.updates < 1:
+        raise InputError(
+            f"critic.updates: found {config.critic.updates}; expected 1 or more, because the "
+            f"objective needs a {' and a '.join(list(optimizers)[1:])}"
+        )
     recipe = Recipe(
         denoiser=pipeline.denoiser,
         objective=objective,
-        times=(*times, clean),
+        times=(*times, pipeline.denoiser.schedule.clean),
         guidance=float(config.guidance),
         optimizers=optimizers,
         ema=config.ema,
         microbatches=microbatches,
     )
     source, null = open_data(config, pipeline)
-    needs_teacher = objective.needs.maps or objective.needs.critic
+    needs_teacher = objective.needs.maps or objective.needs.critic or objective.needs.discriminator
     frozen = {"null": null} | {
         name: cast(params[name], dtype)
         for name, wanted in (
             ("transformer", needs_teacher),
-            ("text_encoder", not config.data.embeddings),
-            ("vae", objective.needs.images or config.preview.every),
+            ("text_encoder", not (config.data.embeddings or config.data.latents)),
+            ("vae", objective.needs.images and not config.data.latents or config.preview.every),
         )
         if wanted
     }
@@ -95,13 +100,55 @@ def prepare(config: ConfigDict) -> Run:
     if config.student.init == "random":
         first = random_like(pipeline.networks["transformer"], config.seed)
 
+    if objective.needs.tangent:
+        check_tangents(pipeline, frozen, first)
+    if objective.needs.discriminator:
+        if pipeline.denoiser.features is None:
+            raise InputError(
+                "objective: found a discriminator; expected a family whose networks show features"
+            )
+        features = outline(pipeline, frozen, first, pipeline.denoiser.features)
+    key = jax.random.key(config.seed)
+
     def start(first: Params) -> TrainState:
         first = cast(first, jnp.float32)
-        return create({role: jax.tree.map(jnp.copy, first) for role in optimizers}, optimizers)
+        roles = {
+            role: jax.tree.map(jnp.copy, first) for role in optimizers if role != "discriminator"
+        }
+        if objective.needs.discriminator:
+            roles["discriminator"] = objective.init_discriminator(key, features.shape[-1])
+        return create(roles, optimizers)
 
     part = pipeline.folder.components["transformer"]
     identity = fingerprint(tensors_from_params(part.params, part.module.KEYMAP))
     return Run(config, pipeline, recipe, mesh, source, frozen, first, start, identity)
+
+
+def outline(pipeline: Pipeline, frozen: dict[str, Any], params: Params, f: Callable):
+    """The shapes of f(params, x_BHWC, t_B, cond) for one sample, without computing anything."""
+
+    def run(params, frozen):
+        cond = encode_raw(pipeline, frozen, frozen["null"])
+        return f(params, jnp.zeros((1, *pipeline.latent)), jnp.zeros(1), cond)
+
+    return jax.eval_shape(run, params, frozen)
+
+
+def check_tangents(pipeline: Pipeline, frozen: dict[str, Any], params: Params) -> None:
+    """Raises: InputError for a network through which jax.jvp cannot go, as with an attention
+    kernel that has no forward derivative."""
+
+    def moved(params, x, t, cond):
+        return tangent(lambda x: pipeline.denoiser.raw(params, x, t, cond), x, x)
+
+    try:
+        outline(pipeline, frozen, params, moved)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        why = str(error).split(".")[0]
+        raise InputError(
+            f"objective: found a network without a forward derivative ({why}); expected one "
+            "through which jax.jvp goes (an attention with a jvp rule)"
+        ) from error
 
 
 def compute_dtype(name: str):
@@ -125,43 +172,6 @@ def student_times(config: ConfigDict) -> tuple[float, ...]:
     if list(times) != sorted(set(times), reverse=True) or times[-1] < 0:
         raise InputError(f"student.timesteps: found {times}; expected falling times from 0 on")
     return times
-
-
-def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str, np.ndarray]]:
-    """The source of prompts (or pictures), and the empty prompt in the same form."""
-    data = config.data
-    given = [name for name in ("prompts", "embeddings", "world") if data[name]]
-    if len(given) != 1:
-        raise InputError(
-            f"data: found {' and '.join(given) or 'none'}; expected one of prompts, "
-            "embeddings, world"
-        )
-    tokenize = partial(pipeline.tokens, length=data.length)
-    if data.embeddings:
-        embeddings = open_embeddings(assets.resolve(data.embeddings))
-        embeddings.check(text_fingerprint(assets.resolve(config.teacher)), data.length)
-        text, mask = embeddings.null
-        return EmbeddingSource(embeddings, config.seed), {"text": text[None], "mask": mask[None]}
-    ids, mask = tokenize([""])
-    null = {"ids": ids, "mask": mask}
-    if data.world:
-        world = WorldSource(data.world, tokenize, config.seed, data.dropout)
-        return (cache_latents(world, pipeline, data.cache) if data.cache else world), null
-    prompts = read_prompts(assets.resolve(data.prompts), data.column)
-    return PromptSource(*tokenize(prompts), config.seed), null
-
-
-def cache_latents(source: WorldSource, pipeline: Pipeline, count: int, size: int = 128) -> Source:
-    """The first `count` samples of a world with their pictures encoded, once, ahead of training."""
-    encode = jax.jit(pipeline.encode_image)
-    params = pipeline.folder.components["vae"].params
-    parts = []
-    for index in tqdm(range(0, count, size), desc="encoding pictures", disable=None):
-        batch = source.batch(index, min(size, count - index))
-        image = batch.pop("image")
-        parts.append(batch | {"x0": np.asarray(encode(params, image))})
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return CachedSource(arrays, source.seed)
 
 
 def encode_raw(pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Array]) -> Cond:
@@ -231,7 +241,7 @@ def compile_steps(run: Run) -> Steps:
     @partial(jax.jit, **options)
     def critic(state, frozen, raw, update):
         batch = make_batch(run.pipeline, frozen, raw, seed, update)
-        return critic_step(run.recipe, state, batch)
+        return critic_step(run.recipe, state, frozen.get("transformer"), batch)
 
-    needs_critic = run.recipe.objective.needs.critic
-    return Steps(student, critic if needs_critic else None, state_sh, frozen_sh)
+    has_critic = len(run.recipe.optimizers) > 1
+    return Steps(student, critic if has_critic else None, state_sh, frozen_sh)

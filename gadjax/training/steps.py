@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from gadjax.denoiser import Denoiser
-from gadjax.geometry import directions, tangent
-from gadjax.objectives.base import Context, Needs, Term, stream_keys
+from gadjax.geometry import control_directions, directions, tangents
+from gadjax.objectives.base import Context, Needs, TeacherMap, Term, stream_keys
 from gadjax.rollout import interpolate_times, rollout
 from gadjax.training.state import TrainState
 from gadjax.types import Batch, Params
+
+CRITICS = "critic", "discriminator"  # what the second update trains
 
 
 @dataclass(frozen=True)
@@ -40,64 +42,87 @@ def make_context(
     critic: Params | None,
     teacher: Params | None,
     batch: Batch,
+    discriminator: Params | None = None,
 ) -> Context:
-    """Meet every need once and hand the results over. Gradients reach `student` alone, and it
-    only through `Context.student` and `Context.endpoint`."""
+    """Meet every need once and hand the results over."""
     denoiser, schedule, times = recipe.denoiser, recipe.denoiser.schedule, recipe.times
-    n, samples = len(times) - 1, batch.noise.shape[0]
+    n = len(times) - 1
 
-    def teacher_at(x, t):
-        return denoiser.guided(teacher, x, t, batch.cond, batch.null, recipe.guidance)
+    def teacher_at(x, t, scale=recipe.guidance):
+        return denoiser.guided(teacher, x, t, batch.cond, batch.null, scale)
+
+    def critic_at(x, t, scale=1):
+        return denoiser.guided(critic, x, t, batch.cond, batch.null, scale)
+
+    def student_at(x, t):
+        return denoiser(student, x, t, batch.cond)
 
     context = Context(
         denoiser=denoiser,
         batch=batch,
         times=times,
+        guidance=recipe.guidance,
         teacher=teacher_at,
-        critic=None if critic is None else lambda x, t: denoiser(critic, x, t, batch.cond),
+        critic=None if critic is None else critic_at,
+        teacher_params=teacher,
         critic_params=critic,
         student_params=student,
+        discriminator_params=discriminator,
         step_B=batch.stratum % n,
         cut_first=needs.cut_first,
     )
-    if needs.endpoint:
+    if needs.endpoint and (needs.cut_first or not needs.whole):
         walk = rollout(
-            lambda x, t: denoiser(student, x, t, batch.cond),
-            schedule,
-            batch.noise,
-            jnp.asarray(times),
-            cut_first=needs.cut_first,
+            student_at, schedule, batch.noise, jnp.asarray(times), cut_first=needs.cut_first
         )
         context = replace(context, endpoint=walk.end)
-    if not (needs.student or needs.maps):
+    if not (needs.student or needs.whole or needs.maps):
         return context
 
-    x = own_latents(recipe, jax.lax.stop_gradient(student), batch, context.step_B)
-    context = replace(context, x_BHWC=x)
-    direction = None
+    if needs.student or any(spec.end != "whole" for spec in needs.maps):
+        x = own_latents(recipe, jax.lax.stop_gradient(student), batch, context.step_B)
+        context = replace(context, x_BHWC=x)
+    maps = {spec: teacher_map(context, teacher_at, spec) for spec in needs.maps}
+    v = None
     if needs.tangent:
-        keys = stream_keys(batch.key, "direction")
-        direction = directions(needs.tangent, keys, batch.noise.shape[1:], batch.noise.dtype)
-        context = replace(context, direction_BHWC=direction)
+        v = draw_directions(needs, context, maps)
+        context = replace(context, direction_JBHWC=v)
+
+    def pair(f, x, with_tangents):
+        return tangents(f, x, v) if with_tangents else (f(x), None)
+
     if needs.student:
+        said = pair(lambda x: student_at(x, context.t_B), x, needs.tangent)
+        context = replace(context, student=said)
+    if needs.whole:
 
-        def here(x):
-            return denoiser(student, x, context.t_B, batch.cond)
+        def walk(z):
+            return rollout(student_at, schedule, z, jnp.asarray(times)).end
 
-        pair = tangent(here, x, direction) if needs.tangent else (here(x), None)
-        context = replace(context, student=pair)
-    maps = {}
-    for spec, with_tangent in needs.maps.items():
-        end_B = context.next_B
-        if spec.end == "clean":
-            end_B = jnp.full((samples,), schedule.clean, jnp.float32)
-        grid = interpolate_times(context.t_B, end_B, spec.steps)
+        context = replace(context, whole=pair(walk, batch.noise, needs.tangent))
+        if not needs.cut_first:
+            context = replace(context, endpoint=context.whole[0])
+    found = {spec: pair(*maps[spec], wanted) for spec, wanted in needs.maps.items()}
+    return replace(context, maps=found)
 
-        def walk_map(x, grid=grid):
-            return rollout(teacher_at, schedule, x, grid).end
 
-        maps[spec] = tangent(walk_map, x, direction) if with_tangent else (walk_map(x), None)
-    return replace(context, maps=maps)
+def teacher_map(context: Context, teacher: Callable, spec: TeacherMap):
+    """The map, and the point at which it is wanted."""
+    start_B, x = context.t_B, context.x_BHWC
+    if spec.end == "whole":
+        start_B, x = jnp.full_like(start_B, context.times[0]), context.batch.noise
+    grid = interpolate_times(start_B, context.map_end(spec), spec.steps)
+    return (lambda x: rollout(teacher, context.schedule, x, grid).end), x
+
+
+def draw_directions(needs: Needs, context: Context, maps):
+    """The directions [J, B, H, W, C] that all tangents of a step share."""
+    noise = context.batch.noise
+    keys = stream_keys(context.batch.key, "direction")
+    if needs.tangent.kind != "control":
+        return directions(needs.tangent, keys, noise.shape[1:], noise.dtype)
+    f, x = next(maps[spec] for spec, wanted in needs.maps.items() if wanted)
+    return jax.lax.stop_gradient(control_directions(f, x, keys, needs.tangent.count))
 
 
 def own_latents(recipe: Recipe, student: Params, batch: Batch, step_B):
@@ -163,8 +188,9 @@ def student_step(recipe: Recipe, state: TrainState, teacher: Params | None, batc
     """One student update; counts as a step."""
 
     def loss(student, batch):
-        critic = state.params.get("critic")
-        context = make_context(recipe, recipe.objective.needs, student, critic, teacher, batch)
+        critic, discriminator = (state.params.get(role) for role in CRITICS)
+        needs = recipe.objective.needs
+        context = make_context(recipe, needs, student, critic, teacher, batch, discriminator)
         loss_B, metrics = recipe.objective(context)
         return jnp.mean(loss_B), metrics
 
@@ -177,15 +203,28 @@ def student_step(recipe: Recipe, state: TrainState, teacher: Params | None, batc
     return state._replace(step=state.step + 1, ema=ema), metrics
 
 
-def critic_step(recipe: Recipe, state: TrainState, batch: Batch):
-    """One critic update on the student's present pictures."""
+def critic_step(recipe: Recipe, state: TrainState, teacher: Params | None, batch: Batch):
+    """One update of critic and discriminator on the student's present pictures.
+
+    teacher: read only by a discriminator of the teacher's features.
+    """
     wanted = recipe.objective.needs
     needs = Needs(student=wanted.student, endpoint=wanted.endpoint, cut_first=wanted.cut_first)
     student = jax.lax.stop_gradient(state.params["student"])
+    roles = [role for role in CRITICS if getattr(wanted, role)]
 
-    def loss(critic, batch):
-        context = make_context(recipe, needs, student, critic, None, batch)
-        return jnp.mean(recipe.objective.critic_loss(context)), {}
+    def loss(params, batch):
+        critic, discriminator = (params.get(role) for role in CRITICS)
+        context = make_context(recipe, needs, student, critic, teacher, batch, discriminator)
+        losses = {
+            role: jnp.mean(getattr(recipe.objective, f"{role}_loss")(context)) for role in roles
+        }
+        return sum(losses.values()), losses
 
-    found = accumulate(loss, state.params["critic"], batch, recipe.microbatches)
-    return apply_update(recipe, state, "critic", found)
+    params = {role: state.params[role] for role in roles}
+    (_, losses), grads = accumulate(loss, params, batch, recipe.microbatches)
+    metrics = {}
+    for role in roles:
+        state, more = apply_update(recipe, state, role, ((losses[role], {}), grads[role]))
+        metrics |= more
+    return state, metrics

@@ -88,7 +88,7 @@ def test_the_secants_path_passes_through_both_ends(world):
         ends = []
         for t in (context.t_B, context.next_B):
             alpha, sigma = (v[:, None, None, None] for v in world.schedule.alpha_sigma(t))
-            x0, eps = secant(context, arrived)
+            x0, eps = secant(context, arrived, context.next_B)
             ends.append(alpha * x0 + sigma * eps)
         return context.x_BHWC, arrived, ends
 

@@ -116,7 +116,7 @@ def test_build_reads_configs():
         ({"dmdd": {}}, "objective: found 'dmdd'; expected one of anchor, denoising, dmd"),
         (
             {"gad": {"wieght": 1}},
-            "objective.gad: found 'wieght'; expected weight, direction, end, normalize, steps",
+            "objective.gad: found 'wieght'; expected weight, direction, directions, end",
         ),
         ({"gad": 1.0}, "objective.gad: found 1.0; expected options by name"),
         ({"gad": {"weight": "much"}}, "objective.gad.weight: found 'much'; expected a number"),
@@ -125,11 +125,17 @@ def test_build_reads_configs():
         ({"dmd": {}, "tdm": {}}, "objective: found 2 terms that train the critic; expected one"),
         ({"gad_lift": {}}, "objective: found 0 terms that train the critic; expected one"),
         ({"gad_script": {}, "gad": {}}, "found 0 terms that train the critic"),
-        ({"gad": {"end": "x0"}}, "found end 'x0'; expected 'next' or 'clean'"),
+        ({"gad": {"end": "x0"}}, "found end 'x0'; expected 'next', 'clean' or 'whole'"),
+        (
+            {"dmd": {}, "gad_lift": {"direction": "control"}},
+            "direction: found 'control' and no teacher map",
+        ),
+        ({"sid": {"guidance": "long"}}, "objective.sid.guidance: found 'long'"),
+        ({"dmd": {}, "gad": {"step_weights": [1.0]}}, "found 1 of them; expected 0 or 4"),
         ({"dmd": {"backprop": "last"}}, "objective.dmd.backprop: found 'last'"),
         (
             {"gad": {"direction": "rademacher"}, "gad_lift": {}, "tdm": {}},
-            "found directions 'rademacher' and 'gaussian'; expected one for all terms",
+            "found directions 1 x 'rademacher' and 1 x 'gaussian'; expected one choice",
         ),
     ],
 )

@@ -21,8 +21,10 @@ from closed_form import (
 )
 
 from gadjax.errors import InputError
-from gadjax.objectives import GAD, TeacherMap
-from gadjax.objectives.gad import student_map
+from gadjax.geometry import Directions, directions
+from gadjax.objectives import GAD, Anchor, TeacherMap
+from gadjax.objectives.base import stream_keys
+from gadjax.objectives.gad import student_map, student_tangents
 from gadjax.rollout import interpolate_times, rollout
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
@@ -51,7 +53,7 @@ def test_tangents_are_those_of_the_maps_at_the_students_own_latent(name, end):
             context = world.context(term, batch, student, None, teacher)
             x, v, t, stop = (
                 context.x_BHWC,
-                context.direction_BHWC,
+                context.direction_JBHWC[0],
                 context.t_B,
                 context.next_B if end == "next" else jnp.full(samples, world.schedule.clean),
             )
@@ -69,11 +71,11 @@ def test_tangents_are_those_of_the_maps_at_the_students_own_latent(name, end):
             pairs = {
                 "student": (
                     student_map(context, end),
-                    student_map(context, end, tangent=True),
+                    student_tangents(context, end)[0],
                     of_student(x),
                     central(of_student, x, v),
                 ),
-                "teacher": (value, pushed, of_teacher(x), central(of_teacher, x, v)),
+                "teacher": (value, pushed[0], of_teacher(x), central(of_teacher, x, v)),
             }
             walk = rollout(
                 lambda x, t: world.denoiser(student, x, t, batch.cond),
@@ -105,7 +107,7 @@ def test_the_targets_are_products_of_the_steps_own_matrices(world):
     def run(batch, student, teacher):
         context = world.context(term, batch, student, None, teacher)
         maps = context.maps[TeacherMap("next", steps)]
-        return maps, context.x_BHWC, context.direction_BHWC
+        return (maps[0], maps[1][0]), context.x_BHWC, context.direction_JBHWC[0]
 
     with jax.enable_x64(True):
         batch, teacher = make_batch(samples, dtype=float), gaussian_params(dtype=float)
@@ -132,8 +134,9 @@ def targets(world, end, batch, student, teacher):
         found = []
         for steps in COUNTS:
             context = world.context(GAD(end, steps), batch, student, None, teacher)
-            found.append(context.maps[TeacherMap(end, steps)])
-        return found, context.x_BHWC, context.direction_BHWC
+            value, pushed = context.maps[TeacherMap(end, steps)]
+            found.append((value, pushed[0]))
+        return found, context.x_BHWC, context.direction_JBHWC[0]
 
     return run(batch, student, teacher)
 
@@ -243,7 +246,7 @@ def test_the_relative_loss_is_the_plain_one_over_the_targets_square():
     @jit
     def run(student):
         context = world.context(GAD(), batch, student, None, teacher)
-        wanted, found = context.maps[TeacherMap()][1], student_map(context, "next", tangent=True)
+        wanted, found = context.maps[TeacherMap()][1][0], student_tangents(context, "next")[0]
         return GAD()(context), GAD(normalize=False)(context)[0], wanted, found
 
     (relative, metrics), plain, wanted, found = run(student)
@@ -255,6 +258,104 @@ def test_the_relative_loss_is_the_plain_one_over_the_targets_square():
     cosine = (a * b).sum(1) / lengths[0] / lengths[1]
     assert float(metrics["cosine"]) == pytest.approx(cosine.mean(), rel=1e-4)
     assert float(metrics["norm_ratio"]) == pytest.approx((lengths[0] / lengths[1]).mean(), rel=1e-4)
+
+
+@each_world
+def test_the_whole_map_is_every_step_of_both(world):
+    """Its tangents against central differences in float64, from z, and not cut by an anchor."""
+    term = GAD(end="whole", steps=6, directions=2) + Anchor(steps=2)
+    with jax.enable_x64(True):
+        batch, teacher = make_batch(4, dtype=float), mixture_params(dtype=float)
+        student = world.student_params(bend=0.5, dtype=float)
+
+        @jit
+        def run(batch, student, teacher):
+            context = world.context(term, batch, student, None, teacher)
+
+            def of_student(z):
+                walk = rollout(
+                    lambda x, t: world.denoiser(student, x, t, batch.cond),
+                    world.schedule,
+                    z,
+                    jnp.asarray(world.times),
+                )
+                return walk.end
+
+            def of_teacher(z):
+                grid = jnp.linspace(world.times[0], world.times[-1], 7)
+                return rollout(context.teacher, world.schedule, z, grid).end
+
+            pairs = context.whole, context.maps[TeacherMap("whole", 6)]
+            v_J = context.direction_JBHWC
+            slopes = [
+                jnp.stack([central(f, batch.noise, v) for v in v_J])
+                for f in (of_student, of_teacher)
+            ]
+            return pairs, slopes, (of_student(batch.noise), of_teacher(batch.noise))
+
+        pairs, slopes, values = jax.device_get(run(batch, student, teacher))
+    for (value, pushed), slope, expected in zip(pairs, slopes, values, strict=True):
+        assert pushed.shape == (2, *expected.shape)
+        assert np.abs(value - expected).max() < 1e-6 * np.abs(expected).max()
+        assert np.abs(pushed - slope).max() < 1e-6 * np.abs(slope).max()
+
+
+def test_several_directions_are_the_mean_of_single_ones():
+    """The loss over three directions, against their jvps taken one by one."""
+    world, term, batch = DDPM_WORLD, GAD(directions=3), make_batch(8)
+    student, teacher = world.student_params(bend=0.3), mixture_params()
+
+    @jit
+    def run(student):
+        context = world.context(term, batch, student, None, teacher)
+        found, wanted = student_tangents(context, "next"), context.maps[TeacherMap()][1]
+        x, losses = context.x_BHWC, []
+
+        def of_student(x):
+            said = world.denoiser(student, x, context.t_B, batch.cond)
+            alpha, sigma = world.schedule.alpha_sigma(context.next_B)
+            alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
+            return alpha * said.x0 + sigma * said.eps
+
+        for j in range(3):
+            alone = jax.jvp(of_student, (x,), (context.direction_JBHWC[j],))[1]
+            error = ((alone - wanted[j]) ** 2).mean((1, 2, 3))
+            losses.append(error / (wanted[j] ** 2).mean((1, 2, 3)))
+        return term(context)[0], sum(losses) / 3, found
+
+    loss_B, expected_B, found = run(student)
+    np.testing.assert_allclose(loss_B, expected_B, rtol=1e-4)
+    assert float(jnp.abs(found[0] - found[1]).min(axis=0).max()) > 0
+
+
+def test_step_weights_choose_the_steps():
+    world, batch = FLOW_WORLD, make_batch(8)
+    student, teacher = world.student_params(), gaussian_params()
+    plain = world.losses(GAD())(batch, student, None, teacher)[0]
+    first = world.losses(GAD(step_weights=(2.0, 0.0, 0.0, 0.5)))(batch, student, None, teacher)[0]
+    np.testing.assert_allclose(first, np.tile([2.0, 0, 0, 0.5], 2) * plain, rtol=1e-5)
+
+
+def test_control_directions_are_the_teachers_gradient():
+    """In a gaussian world the map is J x + shift, so that v is J^T w at length sqrt(D)."""
+    world, term, samples = DDPM_WORLD, GAD(direction="control", steps=3), 8
+    batch, teacher = make_batch(samples), gaussian_params()
+
+    @jit
+    def run(student):
+        context = world.context(term, batch, student, None, teacher)
+        keys = stream_keys(batch.key, "direction")
+        w = directions(Directions("low_frequency"), keys, batch.noise.shape[1:])[0]
+        return context.direction_JBHWC[0], w
+
+    v, w = run(world.student_params())
+    step = np.arange(samples) % 4
+    start, end = np.array(world.times)[step], np.array(world.times)[step + 1]
+    times = start + np.linspace(0, 1, 4)[:, None] * (end - start)
+    jacobian, _ = gaussian_walk(teacher, world.schedule, times, guided_text(batch))
+    expected = np.einsum("bij,bi->bj", jacobian, flat(w))
+    expected *= np.sqrt(D) / np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(flat(v), expected, rtol=2e-4, atol=2e-5)
 
 
 def test_reverse_over_forward_is_the_gradient_of_the_loss():
@@ -284,7 +385,11 @@ def test_reverse_over_forward_is_the_gradient_of_the_loss():
 
 
 def test_bad_options():
-    with pytest.raises(InputError, match="found end 'x0'; expected 'next' or 'clean'"):
+    with pytest.raises(InputError, match="found end 'x0'; expected 'next', 'clean' or 'whole'"):
         _ = GAD(end="x0").needs
+    with pytest.raises(InputError, match="step_weights: found 2 of them; expected 0 or 4"):
+        GAD(step_weights=(1.0, 0.0)).check(4)
+    with pytest.raises(InputError, match="direction: found 'sphere'"):
+        _ = GAD(direction="sphere").needs
     with pytest.raises(InputError, match="found a map of 0 steps"):
         _ = GAD(steps=0).needs

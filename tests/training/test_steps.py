@@ -58,7 +58,7 @@ def test_a_student_step_changes_the_student_and_its_average():
 
 def test_a_critic_step_changes_the_critic_and_counts_no_step():
     old, batch = start(), make_batch(B)
-    new, metrics = train_critic(old, batch)
+    new, metrics = train_critic(old, None, batch)
     assert moved(new.params["critic"], old.params["critic"])
     assert equal(new._replace(params=0, opt=0), old._replace(params=0, opt=0))
     for whole, part in ((old.params, new.params), (old.opt, new.opt)):
@@ -79,7 +79,7 @@ def test_the_critic_comes_to_know_the_student():
             batch = make_batch(64, told=0.0)
             keys = jax.vmap(lambda k: jax.random.fold_in(k, i))(batch.key)
             noise = jax.vmap(lambda k: jax.random.normal(k, batch.noise.shape[1:]))(keys)
-            state, metrics = critic_step(recipe, state, batch._replace(key=keys, noise=noise))
+            state, metrics = critic_step(recipe, state, None, batch._replace(key=keys, noise=noise))
             return state, metrics["critic/loss"]
 
         return jax.lax.scan(update, state, jnp.arange(200))[1]
@@ -115,7 +115,7 @@ def one_update(parts):
     @jit
     def run(state):
         student, metrics = student_step(recipe, state, TEACHER, batch)
-        critic, more = critic_step(recipe, state, batch)
+        critic, more = critic_step(recipe, state, None, batch)
         new = {"student": student.params["student"], "critic": critic.params["critic"]}
         return jax.tree.map(jnp.subtract, new, state.params), metrics | more
 
@@ -182,11 +182,11 @@ def test_an_update_that_is_not_finite_is_left_out(value):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_the_critics_update_likewise(value):
     good = make_batch(B)
-    old, _ = train_critic(start(), good)
-    new, metrics = train_critic(old, spoil(good, value))
+    old, _ = train_critic(start(), None, good)
+    new, metrics = train_critic(old, None, spoil(good, value))
     assert equal(new._replace(bad=0), old._replace(bad=0))
     assert equal(new.bad, {"student": 0, "critic": 1}) and int(metrics["critic/bad"]) == 1
-    new, _ = train_critic(new, good)
+    new, _ = train_critic(new, None, good)
     assert equal(new.bad, {"student": 0, "critic": 0})
 
 
@@ -257,9 +257,9 @@ def test_two_runs_are_the_same_run():
     first, second = start(), start()
     for update in range(2):
         batch = host_batch(B, 1, update)._replace(cond=make_batch(B).cond, null=make_batch(B).null)
-        first, _ = train_critic(first, batch)
+        first, _ = train_critic(first, None, batch)
         first, _ = train_student(first, TEACHER, batch)
-        second, _ = train_critic(second, batch)
+        second, _ = train_critic(second, None, batch)
         second, _ = train_student(second, TEACHER, batch)
     assert equal(first, second)
 

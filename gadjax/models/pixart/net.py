@@ -236,15 +236,24 @@ class PixArt(nnx.Module):
           the first half of the channels.
         Raises: InputError for a size the patch does not divide, or without a needed `added`.
         """
-        modulation_B6D, embedded_BD = self.adaln_single(t_B, added)
-        text_BLD, bias = self.caption_projection(text_BLD), layers.mask_bias(mask_BL)
-        x_BND = scan_blocks(
-            self.blocks,
-            self.pos_embed(x_BHWC),
-            lambda block, x: block(x, modulation_B6D, text_BLD, bias),
-            self.remat,
-        )
+        x_BND, embedded_BD = self._walk(self.blocks, x_BHWC, t_B, text_BLD, mask_BL, added)
         table = self.scale_shift_table[...].astype(x_BND.dtype) + embedded_BD[:, None]
         shift, scale = jnp.split(table, 2, axis=1)
         x_BND = self.proj_out(layers.layer_norm(x_BND, OUT_EPS) * (1 + scale) + shift)
         return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.patch)
+
+    def features(self, x_BHWC, t_B, text_BLD, mask_BL, added=None) -> jax.Array:
+        """The tokens [B, N, D] after the first half of the blocks; arguments as `__call__`."""
+        first = jax.tree.map(lambda leaf: leaf[: (len(leaf) + 1) // 2], self.blocks)
+        return self._walk(first, x_BHWC, t_B, text_BLD, mask_BL, added)[0]
+
+    def _walk(self, blocks, x_BHWC, t_B, text_BLD, mask_BL, added):
+        modulation_B6D, embedded_BD = self.adaln_single(t_B, added)
+        text_BLD, bias = self.caption_projection(text_BLD), layers.mask_bias(mask_BL)
+        x_BND = scan_blocks(
+            blocks,
+            self.pos_embed(x_BHWC),
+            lambda block, x: block(x, modulation_B6D, text_BLD, bias),
+            self.remat,
+        )
+        return x_BND, embedded_BD

@@ -27,3 +27,12 @@ def predictor(apply: Callable, config: Config) -> Callable[..., jax.Array]:
         return raw[..., : config.in_channels]
 
     return call
+
+
+def features(apply: Callable) -> Callable[..., jax.Array]:
+    """(params, x_BHWC, t_B, cond) -> [B, N, D], what the network makes of them half-way."""
+
+    def call(params: Params, x_BHWC, t_B, cond: Cond):
+        return apply(params, x_BHWC, t_B, cond.text, cond.mask, cond.extras, method="features")
+
+    return call

@@ -1,0 +1,68 @@
+"""Score identity distillation, with gradients through what the score networks are told."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from gadjax.errors import InputError
+from gadjax.objectives.base import Context, Needs, sample_mean
+from gadjax.objectives.compose import Addable
+from gadjax.objectives.dmd import between
+from gadjax.objectives.matching import mean_abs, sg
+from gadjax.schedules import add_noise
+
+# Name -> guidance of the teacher (None: the run's) and of the critic ("same": the teacher's).
+GUIDANCE = {"teacher": (None, 1), "lsg": (None, "same"), "zero": (1, 0), "anti": (1, -1)}
+
+
+@dataclass(frozen=True)
+class SiD(Addable):
+    """mean[(T - F) . ((T - x0) - alpha (T - F))] / mean|x0 - T|, T and F at x_t (arXiv 2404.04057).
+
+    T and F are the teacher's and the critic's x0 at x_t = a x0 + s eps, t uniform between `low` and
+    `high` of the schedule's span. Unlike DMD the gradient passes x0, x_t and both networks' inputs;
+    only their parameters and the normaliser are held. The student's x0 is its drawn step's on its
+    own latents, so that few steps are trained as a uniform mixture over them (arXiv 2505.12674).
+    guidance: "teacher", the run's scale for T and none for F; "lsg", the run's for both, F trained
+      with it (long and short guidance, arXiv 2406.01561); "zero", none for T and an unconditional
+      F; "anti", none for T and -1 for F (both arXiv 2505.12674). F is trained as it is read.
+    Cost beside the student: 1 or 2 evaluations each of T and F, and their reverse passes.
+    """
+
+    alpha: float = 1.0
+    guidance: str = "teacher"
+    low: float = 0.02
+    high: float = 0.98
+
+    needs = Needs(student=True, critic=True)
+
+    def __post_init__(self):
+        if self.guidance not in GUIDANCE:
+            raise InputError(
+                f"objective.sid.guidance: found {self.guidance!r}; expected one of "
+                f"{', '.join(GUIDANCE)}"
+            )
+
+    def scales(self, context: Context):
+        teacher, critic = GUIDANCE[self.guidance]
+        teacher = context.guidance if teacher is None else teacher
+        return teacher, teacher if critic == "same" else critic
+
+    def __call__(self, context: Context):
+        x0 = context.student[0].x0
+        t_B = between(context, self.low, self.high)
+        x_t = add_noise(context.schedule, x0, context.normal("eps"), t_B)
+        scale, own = self.scales(context)
+        real, fake = context.teacher(x_t, t_B, scale).x0, context.critic(x_t, t_B, own).x0
+        gap = real - fake
+        loss_B = sample_mean(gap * ((real - x0) - self.alpha * gap)) / mean_abs(sg(x0 - real))
+        return loss_B * context.base_B, {"gap": jnp.mean(jnp.abs(gap))}
+
+    def critic_loss(self, context: Context):
+        """Plain denoising on the student's own pictures, guided as F is read."""
+        batch, x0 = context.batch, sg(context.student[0].x0)
+        t_B, eps = between(context, 0.0, 1.0), context.normal("eps")
+        loss_B = context.denoiser.denoising_loss(
+            context.critic_params, x0, eps, t_B, batch.cond, batch.null, self.scales(context)[1]
+        )
+        return loss_B * context.base_B

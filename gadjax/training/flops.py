@@ -1,0 +1,47 @@
+"""How much a step computes, read from the program itself, without compiling or running it."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def flops(f: Callable, *args) -> float:
+    """Floating-point operations of the matrix products and convolutions in f(*args).
+
+    args: arrays or jax.ShapeDtypeStruct. A scan counts its body as often as it runs. Loops of
+    unknown length count once, and of branches the dearest. Work whose result nobody uses is left
+    out by the compiler and counted here.
+    """
+    return _count(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def _count(jaxpr: Jaxpr) -> float:
+    return sum(_cost(eqn) for eqn in jaxpr.eqns)
+
+
+def _cost(eqn) -> float:
+    name = eqn.primitive.name
+    if name == "dot_general":
+        (over, _), _ = eqn.params["dimension_numbers"]
+        shared = math.prod(eqn.invars[0].aval.shape[i] for i in over)
+        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * shared
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / outputs
+    inner = [_count(jaxpr) for value in eqn.params.values() for jaxpr in _jaxprs(value)]
+    if name == "cond":
+        return max(inner)
+    return sum(inner) * (eqn.params["length"] if name == "scan" else 1)
+
+
+def _jaxprs(value):
+    if isinstance(value, ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, Jaxpr):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _jaxprs(part)

@@ -1,0 +1,362 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from closed_form import (
+    DDPM_WORLD,
+    GUIDANCE,
+    SHAPE,
+    D,
+    World,
+    gaussian_map,
+    gaussian_params,
+    gaussian_walk,
+    guided_text,
+    jit,
+    make_batch,
+    mixture_params,
+)
+
+from gadjax.errors import InputError
+from gadjax.objectives import DMD, GAD, TERMS, Consistency, Needs, build
+from gadjax.objectives.base import sample_mean
+from gadjax.objectives.consistency import along, uniform_angle, velocity
+from gadjax.schedules import DDPM, Flow, add_noise
+from gadjax.types import Prediction
+
+DEGREE = 6
+
+
+class Smooth(World):
+    """One-step worlds with students that know the time itself.
+
+    slope: the gaussian's exact flow map, x0 at the end of the ODE; matrix: F = sum_k phi_k(a)
+    (matrix_k x_a + bias_k) + bend tanh(x_a + a), phi the Chebyshev polynomials.
+    """
+
+    def student(self, params, x, t_B, alpha, sigma, told):
+        if "slope" in params:
+            away = (x - alpha * params["mean"]) @ params["axes"]
+            slope = jnp.sqrt(params["slope"] / (alpha**2 * params["slope"] + sigma**2))
+            x0 = params["mean"] + (slope * away) @ params["axes"].T
+            return Prediction(x0, (x - alpha * x0) / sigma)
+        length, angle = jnp.sqrt(alpha**2 + sigma**2), jnp.arctan2(sigma, alpha)
+        phi = jnp.cos(jnp.arange(len(params["matrix"])) * jnp.arccos(4 * angle / jnp.pi - 1))
+        x_a = x / length
+        f = jnp.einsum("bk,kij,bj->bi", phi, params["matrix"], x_a) + phi @ params["bias"]
+        f = f + params["bend"] * jnp.tanh(x_a + angle)
+        cos, sin = alpha / length, sigma / length
+        return Prediction((cos * x_a - sin * f) / length, (sin * x_a + cos * f) / length)
+
+
+WORLDS = {kind: Smooth(DDPM(), kind, (899.0, -1.0)) for kind in ("eps", "v", "x0")}
+WORLDS["flow"] = Smooth(Flow(), "flow", (1000.0, 0.0))
+each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+
+
+def smooth_params(scale=0.0, seed=1, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    shapes = {"matrix": (DEGREE, D, D), "bias": (DEGREE, D), "bend": (D,)}
+    return {k: jnp.asarray(scale * rng.normal(size=v), dtype) for k, v in shapes.items()}
+
+
+def flow_map(teacher, told=0.0):
+    mean = teacher["mean"] + jnp.asarray(told, teacher["mean"].dtype)
+    return {"mean": mean, "slope": teacher["variance"], "axes": teacher["basis"]}
+
+
+def flat(x):
+    return np.asarray(x, float).reshape(len(x), -1)
+
+
+def predictors(world, batch, student, teacher):
+    def own(x, t):
+        return world.denoiser(student, x, t, batch.cond)
+
+    def real(x, t):
+        return world.denoiser.guided(teacher, x, t, batch.cond, batch.null, GUIDANCE)
+
+    return own, real
+
+
+@each_world
+def test_g_is_the_derivative_of_the_students_x0_along_the_teachers_ode(world):
+    """cos a dx0/da by central differences of x0 on Runge-Kutta steps of the ODE, in float64."""
+    h, samples = 1e-3, 32
+    with jax.enable_x64(True):
+        batch = make_batch(samples, dtype=float)
+        student, teacher = smooth_params(0.3, dtype=float), mixture_params(dtype=float)
+        # Within a unit of time alpha and sigma are linear.
+        t = jnp.linspace(world.schedule.clean + 1, world.times[0] - 1, samples).round() + 0.37
+
+        @jit
+        def run(x, student, teacher):
+            own, real = predictors(world, batch, student, teacher)
+            said, g = along(own, real(x, t), world.schedule, x, t)
+            before, after = (world.schedule.alpha_sigma(jnp.floor(t) + k) for k in (0, 1))
+            da, ds = ((b - a)[:, None, None, None] for a, b in zip(before, after, strict=True))
+
+            def speed(x, t):
+                told = real(x, t)
+                return da * told.x0 + ds * told.eps
+
+            def moved(h):
+                k1 = speed(x, t)
+                k2 = speed(x + h / 2 * k1, t + h / 2)
+                k3 = speed(x + h / 2 * k2, t + h / 2)
+                k4 = speed(x + h * k3, t + h)
+                return own(x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), t + h).x0
+
+            slope = (moved(h) - moved(-h)) / (2 * h)
+            return said, g, own(x, t), slope, da, ds
+
+        said, g, own, slope, da, ds = jax.device_get(run(batch.noise, student, teacher))
+    alpha, sigma = (v[:, None, None, None] for v in world.schedule.alpha_sigma(np.asarray(t)))
+    square = alpha**2 + sigma**2
+    rate = (alpha * ds - sigma * da) / square
+    expected = alpha / np.sqrt(square) * slope / rate
+    error = np.abs(flat(g - expected)).max(1) / np.abs(flat(expected)).max(1)
+    print("relative error of g", error.max())
+    assert error.max() < 1e-6
+    np.testing.assert_allclose(
+        said, (alpha * own.eps - sigma * own.x0) / np.sqrt(square), rtol=1e-9, atol=1e-9
+    )
+
+
+@each_world
+def test_the_teachers_own_flow_map_is_where_it_rests(world):
+    """With guidance, which keeps a gaussian a gaussian; no other map of the same form is."""
+    with jax.enable_x64(True):
+        batch, teacher = make_batch(64, dtype=float), gaussian_params(dtype=float)
+
+        def loss(student):
+            context = world.context(Consistency(), batch, student, None, teacher)
+            loss_B, metrics = Consistency()(context)
+            return loss_B.mean(), metrics["tangent"]
+
+        run = jit(jax.grad(loss, has_aux=True))
+
+        def slope(student):
+            gradient, size = jax.device_get(run(student))
+            return max(np.abs(leaf).max() for leaf in gradient.values()), float(size)
+
+        right = flow_map(teacher, guided_text(batch))
+        gradient, size = slope(right)
+        print("size of g", size, "gradient", gradient)
+        assert size < 1e-12 and gradient < 1e-10
+        wrong = {
+            "slope": 1.1 * right["slope"],
+            "mean": right["mean"] + 0.1,
+            "axes": jnp.roll(right["axes"], 1, axis=1),
+        }
+        for name, value in wrong.items():
+            gradient, size = slope(right | {name: value})
+            assert size > 1e-3 and gradient > 1e-4
+
+
+def test_the_student_is_evaluated_once_and_its_tangent_held():
+    """The gradient is that of F alone against -2 g / (rms(g) + 0.1) / numel."""
+    world, samples, calls = WORLDS["eps"], 16, []
+    batch, teacher = make_batch(samples), mixture_params()
+
+    def watched(params, x, t, cond):
+        calls.append("matrix" in params)
+        return world.apply(params, x, t, cond)
+
+    denoiser = replace(world.denoiser, apply=watched)
+
+    @jit
+    def run(student):
+        context = world.context(Consistency(), batch, student, None, teacher)
+        context = replace(context, denoiser=denoiser)
+
+        def loss(student):
+            return Consistency()(replace(context, student_params=student))[0].mean()
+
+        t = uniform_angle(context)
+        x = Consistency().latents(context, t)
+
+        def own(student):
+            return lambda x, t: world.denoiser(student, x, t, batch.cond)
+
+        _, g = along(own(student), context.teacher(x, t), world.schedule, x, t)
+        size = jnp.sqrt(sample_mean(g**2))[:, None, None, None]
+        _, pull = jax.vjp(lambda s: velocity(own(s)(x, t), *world.schedule.alpha_sigma(t)), student)
+        return jax.grad(loss)(student), pull(-2 * g / (size + 0.1) / g.size)[0]
+
+    found, expected = jax.device_get(run(smooth_params(0.3)))
+    assert calls == [True]
+    for name in found:
+        scale = np.abs(expected[name]).max()
+        assert scale > 1e-4
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5 * scale)
+
+
+def flops(f, *given):
+    return jax.jit(f).lower(*given).compile().cost_analysis()["flops"]
+
+
+def test_what_its_needs_stand_for_costs_nothing():
+    world, batch, term = WORLDS["eps"], make_batch(16), Consistency()
+    given = smooth_params(0.3), mixture_params()
+
+    def run(student, teacher, needs):
+        def loss(student):
+            context = world.context(replace_needs(term, needs), batch, student, None, teacher)
+            return term(context)[0].mean()
+
+        return jax.grad(loss)(student)
+
+    asked, bare = (flops(lambda s, t, n=n: run(s, t, n), *given) for n in (term.needs, Needs()))
+    assert asked == bare
+
+
+def replace_needs(term, needs):
+    return type("Asking", (), {"needs": needs})()
+
+
+@each_world
+def test_x_t_is_on_the_teachers_own_walk_or_the_noised_picture(world):
+    samples, steps = 32, 5
+    with jax.enable_x64(True):
+        batch, teacher = make_batch(samples, dtype=float), gaussian_params(dtype=float)
+        batch = batch._replace(x0=batch.noise[::-1])
+
+        @jit
+        def run(batch):
+            context = world.context(Consistency(), batch, smooth_params(), None, teacher)
+            t = uniform_angle(context)
+            walked, noised = (Consistency(i, steps).latents(context, t) for i in (False, True))
+            return t, walked, noised, add_noise(world.schedule, batch.x0, batch.noise, t)
+
+        t, walked, noised, expected = jax.device_get(run(batch))
+    np.testing.assert_array_equal(noised, expected)
+    times = world.times[0] + np.linspace(0, 1, steps + 1)[:, None] * (t - world.times[0])
+    jacobian, shift = gaussian_walk(teacher, world.schedule, times, guided_text(batch))
+    expected = np.einsum("bij,bj->bi", jacobian, flat(batch.noise)) + shift
+    np.testing.assert_allclose(flat(walked), expected, rtol=1e-6, atol=1e-6)
+    assert Consistency(images=True).needs.images and not Consistency().needs.images
+
+
+@each_world
+def test_the_angle_is_uniform_up_to_the_students_first_time(world):
+    samples = 4096
+    batch, given = make_batch(samples), (smooth_params(), None, gaussian_params())
+    t = jit(lambda batch: uniform_angle(world.context(Consistency(), batch, *given)))(batch)
+    t = np.asarray(t, float)
+    ends = np.array([world.schedule.clean + 1, world.times[0]])
+    assert t.min() >= ends[0] and t.max() <= ends[1]
+    low, high = (np.arctan2(*world.schedule.alpha_sigma(v)[::-1]) for v in ends)
+    share = np.sort((np.arctan2(*world.schedule.alpha_sigma(t)[::-1]) - low) / (high - low))
+    # Kolmogorov's distance, below 1.95 / sqrt(n) in 999 cases of 1000.
+    assert np.abs(share - (np.arange(samples) + 0.5) / samples).max() < 1.95 / samples**0.5
+
+
+def test_a_uniform_angle_makes_the_update_shrink_the_error():
+    """2 E<F - F*, g> = -E|F - F*|^2 - [cos a sin a E|F - F*|^2] between the ends, by parts."""
+    world, samples = WORLDS["eps"], 16384
+    with jax.enable_x64(True):
+        teacher = gaussian_params(dtype=float)
+        batch = make_batch(samples, dtype=float, told=0.0)
+        rng = np.random.default_rng(3)
+        drawn = rng.normal(size=(samples, D)) * np.sqrt(teacher["variance"])
+        x0 = np.asarray(teacher["mean"]) + drawn @ np.asarray(teacher["basis"]).T
+        batch = batch._replace(x0=jnp.asarray(x0.reshape(samples, *SHAPE)))
+        wrong = flow_map(teacher) | {"slope": 2 * teacher["variance"]}
+
+        @jit
+        def run(batch):
+            own, real = predictors(world, batch, wrong, teacher)
+            best, _ = predictors(world, batch, flow_map(teacher), teacher)
+
+            def measure(t):
+                x = add_noise(world.schedule, batch.x0, batch.noise, t)
+                said, g = along(own, real(x, t), world.schedule, x, t)
+                error = said - velocity(best(x, t), *world.schedule.alpha_sigma(t))
+                return sample_mean(error * g), sample_mean(error**2)
+
+            context = world.context(Consistency(True), batch, wrong, None, teacher)
+            ends = [jnp.full(samples, t) for t in (world.schedule.clean + 1, world.times[0])]
+            return measure(uniform_angle(context)), [measure(t)[1].mean() for t in ends]
+
+        (inner, square), edges = jax.device_get(run(batch))
+    angles = np.array(
+        [np.arctan2(*world.schedule.alpha_sigma(t)[::-1]) for t in (0.0, world.times[0])]
+    )
+    edge = np.diff(np.sin(2 * angles) / 2 * edges)[0] / np.diff(angles)[0]
+    off = 2 * inner + square + edge
+    print("2 <e, g>", 2 * inner.mean(), "-|e|^2", -square.mean(), "edges", -edge)
+    assert abs(off.mean()) < 4 * off.std() / samples**0.5 < 0.05 * square.mean()
+
+
+def map_error(world, student, teacher, samples=256):
+    """Of the one step from z, relative to the exact end of the teacher's ODE."""
+    batch = make_batch(samples, seed=5, told=0.0)
+    start, end = (np.full(samples, t) for t in world.times)
+    found = jit(world.denoiser)(student, batch.noise, jnp.float32(start), batch.cond).x0
+    wanted, _ = gaussian_map(teacher, world.schedule, flat(batch.noise), start, end, 0)
+    return np.linalg.norm(flat(found) - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+@pytest.mark.parametrize(
+    "total,bound",
+    [
+        (1.0 * Consistency(steps=4), 0.15),
+        (Consistency(steps=4) + 0.3 * GAD(end="clean", steps=32), 0.15),
+    ],
+    ids=["alone", "with gad"],
+)
+def test_training_brings_the_one_step_map_to_the_teachers(kind, total, bound):
+    world, teacher, updates, samples = WORLDS[kind], gaussian_params(), 500, 128
+    sgd = optax.sgd(optax.cosine_decay_schedule(0.3, updates))
+
+    def update(carry, i):
+        student, state = carry
+        batch = make_batch(samples, told=0.0)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), i), samples)
+        noise = jax.vmap(lambda key: jax.random.normal(key, SHAPE))(keys)
+        batch = batch._replace(key=keys, noise=noise)
+
+        def loss(student):
+            return total(world.context(total, batch, student, None, teacher))[0].mean()
+
+        change, state = sgd.update(jax.grad(loss)(student), state)
+        return (optax.apply_updates(student, change), state), None
+
+    start = smooth_params()
+    run = jit(lambda s: jax.lax.scan(update, (s, sgd.init(s)), jnp.arange(updates))[0][0])
+    before, after = (map_error(world, s, teacher) for s in (start, run(start)))
+    print("error of the one-step map", before, "to", after)
+    assert before > 0.9 and after < bound
+
+
+def test_it_composes_in_a_world_of_four_steps():
+    """Beside GAD and a critic; only the student is trained, and a weight of zero is nothing."""
+    world = Smooth(DDPM_WORLD.schedule, "eps", DDPM_WORLD.times)
+    total = Consistency() + 0.3 * GAD() + 0.5 * DMD()
+    batch = make_batch(16)
+
+    def loss(student, critic, teacher):
+        loss_B, metrics = total(world.context(total, batch, student, critic, teacher))
+        assert loss_B.shape == (16,) and loss_B.dtype == jnp.float32
+        return loss_B.mean(), metrics
+
+    run = jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+    given = smooth_params(0.3), mixture_params(3), mixture_params(0)
+    (student, critic, teacher), metrics = jax.device_get(run(*given))
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves((critic, teacher)))
+    assert all(np.all(np.isfinite(v)) and np.any(v) for v in student.values())
+    assert metrics["loss/consistency"] > 0 and metrics["consistency/tangent"] > 0
+    assert (0.0 * Consistency() + DMD()).needs == DMD().needs
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="objective.consistency.steps: found 0; expected 1"):
+        build({"consistency": {"steps": 0}}, TERMS, 1)
+    with pytest.raises(InputError, match="objective.consistency: found 'warmup'; expected weight"):
+        build({"consistency": {"warmup": 1}}, TERMS, 1)
+    assert build({"consistency": {"images": True}}, TERMS, 1).needs.images
