@@ -1,7 +1,11 @@
-"""Encode prompts ahead of time, so that training reads embeddings (data.embeddings) instead."""
+"""Encode prompts, or pictures and their captions, ahead of time.
+
+Training then reads embeddings (data.embeddings), or embeddings and latents (data.latents).
+"""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,10 +15,12 @@ from tqdm import tqdm
 from gadjax.assets import resolve
 from gadjax.cli.output import check_least
 from gadjax.convert.atomic import check_target
+from gadjax.convert.image import image_fingerprint
 from gadjax.convert.orbax_folder import open_folder
 from gadjax.convert.recipe import read_sampling
 from gadjax.convert.text import text_fingerprint
-from gadjax.data.embeddings import DTYPES, Encoded, write_embeddings
+from gadjax.data.embeddings import DTYPES, Encoded, Origin, write_embeddings
+from gadjax.data.images import Pictures, open_images
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError
 from gadjax.pipeline import Pipeline, make_pipeline
@@ -22,10 +28,12 @@ from gadjax.pipeline import Pipeline, make_pipeline
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="pipeline folder, or asset:NAME")
-    parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
+    parser.add_argument("--prompts", help=".txt, .jsonl or .csv, or asset:NAME")
+    parser.add_argument("--images", help="folder of pictures with captions, instead of prompts")
+    parser.add_argument("--column", default="prompt", help="of the .jsonl or .csv")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the embeddings")
     parser.add_argument("--length", type=int, help="in tokens; by default what the model says")
-    parser.add_argument("--batch", type=int, default=32, help="prompts at a time")
+    parser.add_argument("--batch", type=int, default=32, help="prompts and pictures at a time")
     parser.add_argument("--dtype", default=DTYPES[0], help=f"of the files: {' or '.join(DTYPES)}")
     parser.add_argument("--variant", help="of the weights' files, such as fp16")
 
@@ -36,41 +44,60 @@ def run(args: argparse.Namespace) -> int:
     check_least("--batch", args.batch, 1)
     if args.dtype not in DTYPES:
         raise InputError(f"--dtype: found {args.dtype!r}; expected {' or '.join(DTYPES)}")
-    source, prompts = resolve(args.model), read_prompts(resolve(args.prompts))
+    if bool(args.prompts) == bool(args.images):
+        found = "both" if args.prompts else "nothing"
+        raise InputError(f"--prompts or --images: found {found}; expected one of them")
+    source, column, pictures = resolve(args.model), args.column, None
+    if args.images:
+        pictures = open_images(resolve(args.images), column)
+    prompts = pictures.captions if pictures else read_prompts(resolve(args.prompts), column)
     length = args.length or read_sampling(source).length
-    folder = open_folder(source, variant=args.variant, components=("text_encoder",))
-    pipeline = make_pipeline(folder)
-    encode = _encoder(pipeline, folder.components["text_encoder"].params, length)
-    (null,) = encode([""], 1)
+    needed = ("text_encoder", "vae") if pictures else ("text_encoder",)
+    folder = open_folder(source, variant=args.variant, components=needed)
+    pipeline, origin = make_pipeline(folder), Origin(text_fingerprint(source, variant=args.variant))
+    size = min(args.batch, len(prompts))
+    encode = _text_encoder(pipeline, length, size)
+    if pictures:
+        encode_images = _image_encoder(pipeline, pictures, size)
+        identity = image_fingerprint(folder.components["vae"])
+        origin = replace(origin, vae=identity, latent=pipeline.latent)
     with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
 
         def batches() -> Iterator[Encoded]:
-            for text, mask in encode(prompts, args.batch):
-                yield text, mask
-                bar.update(len(text))
+            for start in range(0, len(prompts), size):
+                some = range(start, min(start + size, len(prompts)))
+                text = encode([prompts[i] for i in some])
+                yield (*text, encode_images(some)) if pictures else text
+                bar.update(len(some))
 
-        write_embeddings(
-            args.out,
-            prompts,
-            batches(),
-            (null[0][0], null[1][0]),
-            fingerprint=text_fingerprint(source, variant=args.variant),
-            dtype=args.dtype,
-        )
-    print(f"{args.out}: {len(prompts)} prompts of {length} tokens")
+        null = tuple(part[0] for part in encode([""]))
+        write_embeddings(args.out, prompts, batches(), null, origin=origin, dtype=args.dtype)
+    what = "pictures, and captions" if pictures else "prompts"
+    print(f"{args.out}: {len(prompts)} {what} of {length} tokens")
     return 0
 
 
-def _encoder(pipeline: Pipeline, params, length: int):
-    """(prompts, batch) -> (text_BLD, mask_BL) of consecutive ones; one size is compiled."""
+def _text_encoder(pipeline: Pipeline, length: int, size: int):
+    """Up to `size` prompts -> (text_BLD, mask_BL); one size is compiled."""
     run = jax.jit(pipeline.networks["text_encoder"].apply)
-    params = jax.device_put(params)
+    params = jax.device_put(pipeline.folder.components["text_encoder"].params)
 
-    def encode(prompts: list[str], batch: int) -> Iterator[Encoded]:
-        batch = min(batch, len(prompts))
-        for start in range(0, len(prompts), batch):
-            some = prompts[start : start + batch]
-            ids, mask = pipeline.tokens(some + [""] * (batch - len(some)), length)
-            yield np.asarray(run(params, ids, mask))[: len(some)], mask[: len(some)]
+    def encode(prompts: list[str]) -> Encoded:
+        ids, mask = pipeline.tokens(prompts + [""] * (size - len(prompts)), length)
+        return np.asarray(run(params, ids, mask))[: len(prompts)], mask[: len(prompts)]
+
+    return encode
+
+
+def _image_encoder(pipeline: Pipeline, pictures: Pictures, size: int):
+    """Numbers of up to `size` pictures -> x0_BHWC."""
+    run = jax.jit(pipeline.encode_image)
+    params = jax.device_put(pipeline.folder.components["vae"].params)
+    height, width = (side * pipeline.upscale for side in pipeline.latent[:2])
+
+    def encode(which: Sequence[int]) -> np.ndarray:
+        images = pictures.read(which, (height, width))
+        images = np.resize(images, (size, *images.shape[1:]))  # again from the first, to fill it
+        return np.asarray(run(params, images))[: len(which)]
 
     return encode

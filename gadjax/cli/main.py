@@ -13,7 +13,7 @@ COMMANDS = {
     "evaluate": "compare a student with its teacher",
     "convert": "diffusers pipeline folder -> gadjax's own folder, and back",
     "export": "a workdir's student as a diffusers pipeline folder",
-    "embed": "text embeddings ahead of time",
+    "embed": "text embeddings, and latents of pictures, ahead of time",
     "doctor": "versions, devices, what is missing",
 }
 

@@ -1,19 +1,23 @@
 """Text embeddings computed ahead of time, so that training needs no text encoder.
 
-A folder of
+Where the prompts are captions of pictures, the pictures' latents too. A folder of
   text.npy       [N + 1, L, D] float32 or float16; the last row is the empty prompt's
   mask.npy       [N + 1, L] bool, True where a token is read
+  latents.npy    [N, H, W, C] in text.npy's dtype, where there were pictures
   prompts.jsonl  N objects {"prompt": ...}
-  manifest.json  count N, length L, width D, dtype, and the fingerprint of encoder and tokenizer
+  manifest.json  count N, length L, width D, dtype, and the fingerprint of encoder and tokenizer;
+                 with latents their shape (H, W, C) and vae, the fingerprint of the autoencoder
 float32 keeps what the encoder said. float16 takes half the space; bfloat16 would take as much,
 keep fewer digits, and is not a dtype of .npy files.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,38 +28,62 @@ from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError, RunStopped
 
 VERSION = 1
-TEXT, MASK, PROMPTS, MANIFEST = "text.npy", "mask.npy", "prompts.jsonl", "manifest.json"
+TEXT, MASK, LATENTS = "text.npy", "mask.npy", "latents.npy"
+PROMPTS, MANIFEST = "prompts.jsonl", "manifest.json"
 DTYPES = ("float32", "float16")
 
-# text [..., L, D] of any float dtype and mask [..., L], 1 = read.
-Encoded = tuple[np.ndarray, np.ndarray]
+# text [..., L, D] of any float dtype and mask [..., L], 1 = read; of pictures x0 [..., H, W, C].
+Encoded = tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What wrote a folder: the fingerprint of text encoder and tokenizer and, where pictures came
+    with the prompts, that of the autoencoder and the shape (H, W, C) of a latent."""
+
+    text: str
+    vae: str | None = None
+    latent: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Embeddings:
-    """An open folder: text_NLD and mask_NL are read-only memory maps, row i is prompts[i]'s.
+    """An open folder; text_NLD, mask_NL and latent_NHWC are read-only memory maps, row i is
+    prompts[i]'s. latent_NHWC is None where there were no pictures.
 
     null: text_LD and mask_L (int32, as sources give masks) of the empty prompt, in memory.
     """
 
     folder: Path
-    fingerprint: str
+    origin: Origin
     prompts: tuple[str, ...]
     text_NLD: np.ndarray
     mask_NL: np.ndarray
+    latent_NHWC: np.ndarray | None
     null: Encoded
 
     def check(self, fingerprint: str, length: int) -> None:
         """Raises: InputError unless this encoder and tokenizer wrote them, at this length."""
-        for key, found, expected in (
-            ("fingerprint", self.fingerprint, fingerprint),
-            ("length", self.text_NLD.shape[1], length),
-        ):
-            if found != expected:
-                raise InputError(
-                    f"{self.folder / MANIFEST}: found {key} {found!r}; expected {expected!r} "
-                    "(embeddings of another text encoder, tokenizer or length)"
-                )
+        what = "embeddings of another text encoder, tokenizer or length"
+        self._same("fingerprint", self.origin.text, fingerprint, what)
+        self._same("length", self.text_NLD.shape[1], length, what)
+
+    def check_latents(self, fingerprint: str, shape: tuple[int, int, int]) -> None:
+        """Raises: InputError unless there are latents, of this autoencoder and shape."""
+        if self.latent_NHWC is None:
+            raise InputError(
+                f"{self.folder / MANIFEST}: found no latents; expected those of pictures "
+                "(gadjax embed --images)"
+            )
+        what = "latents of another autoencoder or size"
+        self._same("vae", self.origin.vae, fingerprint, what)
+        self._same("latent", self.origin.latent, shape, what)
+
+    def _same(self, key: str, found: Any, expected: Any, what: str) -> None:
+        if found != expected:
+            raise InputError(
+                f"{self.folder / MANIFEST}: found {key} {found!r}; expected {expected!r} ({what})"
+            )
 
 
 def write_embeddings(
@@ -64,13 +92,14 @@ def write_embeddings(
     batches: Iterable[Encoded],
     null: Encoded,
     *,
-    fingerprint: str,
+    origin: Origin,
     dtype: str = "float32",
 ) -> None:
     """Write a folder that appears whole or not at all.
 
-    batches: (text_BLD, mask_BL) of consecutive prompts, any B, N rows together; null: (text_LD,
-    mask_L) of the empty prompt. One batch is in memory at a time.
+    batches: (text_BLD, mask_BL), and x0_BHWC if `origin` has latents, of consecutive prompts, any
+    B, N rows together; null: (text_LD, mask_L) of the empty prompt. One batch is in memory at a
+    time.
 
     Raises: InputError for a folder that exists, too little space, prompts or dtype that could not
     be read back, or values that are not finite in `dtype`; RunStopped when a write fails;
@@ -80,7 +109,9 @@ def write_embeddings(
     if dtype not in DTYPES:
         raise InputError(f"dtype: found {dtype!r}; expected one of {', '.join(DTYPES)}")
     length, width = null[0].shape
-    size = (len(prompts) + 1) * length * (width * np.dtype(dtype).itemsize + 1)
+    item = np.dtype(dtype).itemsize
+    size = (len(prompts) + 1) * length * (width * item + 1)
+    size += len(prompts) * math.prod(origin.latent or (0,)) * item
     building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         if folder.exists():
@@ -96,15 +127,17 @@ def write_embeddings(
                 f"{folder}: found {free / 1e9:.3f} GB of free space; expected {size / 1e9:.3f} GB"
             )
         _write_prompts(building / PROMPTS, prompts)
-        _write_arrays(building, prompts, batches, null, dtype)
+        _write_arrays(building, len(prompts), batches, null, origin.latent, dtype)
         manifest = {
             "version": VERSION,
             "count": len(prompts),
             "length": length,
             "width": width,
             "dtype": dtype,
-            "fingerprint": fingerprint,
+            "fingerprint": origin.text,
         }
+        if origin.latent:
+            manifest |= {"vae": origin.vae, "latent": origin.latent}
         (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         building.rename(folder)
     except OSError as error:
@@ -120,30 +153,50 @@ def _write_prompts(path: Path, prompts: Sequence[str]) -> None:
 
 
 def _write_arrays(
-    folder: Path, prompts: Sequence[str], batches: Iterable[Encoded], null: Encoded, dtype: str
+    folder: Path,
+    count: int,
+    batches: Iterable[Encoded],
+    null: Encoded,
+    latent: tuple[int, ...] | None,
+    dtype: str,
 ) -> None:
-    count, shape = len(prompts), null[0].shape
-    # Plain writes: when the disk is full they raise, while a memory map kills the process.
-    with open(folder / TEXT, "wb") as text_file, open(folder / MASK, "wb") as mask_file:
-        _write_header(text_file, (count + 1, *shape), dtype)
-        _write_header(mask_file, (count + 1, shape[0]), "bool")
+    shape = null[0].shape
+    shapes = {TEXT: (count + 1, *shape), MASK: (count + 1, shape[0])}
+    if latent:
+        shapes[LATENTS] = (count, *latent)
+    with ExitStack() as stack:
+        # Plain writes: when the disk is full they raise, while a memory map kills the process.
+        files = [stack.enter_context(open(folder / name, "wb")) for name in shapes]
+        for file, (name, whole) in zip(files, shapes.items(), strict=True):
+            _write_header(file, whole, "bool" if name == MASK else dtype)
         done = 0
-        for text, mask in chain(batches, [(null[0][None], null[1][None])]):
-            text, mask = np.asarray(text), np.asarray(mask)
+        for batch in chain(batches, [(null[0][None], null[1][None])]):
+            text, mask, *x0 = map(np.asarray, batch)
             if text.shape[1:] != shape or mask.shape != text.shape[:2]:
                 raise ValueError(f"batch of {text.shape} and {mask.shape} beside a null of {shape}")
-            with np.errstate(over="ignore"):
-                text = text.astype(dtype)
-            bad = ~np.isfinite(text).all((1, 2))
-            if bad.any():
-                number = done + int(bad.argmax())
-                name = f"prompt {number + 1}" if number < count else "the empty prompt"
-                raise InputError(f"{name}: found values not finite in {dtype}; expected finite")
-            text_file.write(text.tobytes())
-            mask_file.write(mask.astype(bool).tobytes())
+            expected = [(len(text), *latent)] if latent and done < count else []
+            if [x.shape for x in x0] != expected:
+                raise ValueError(f"latents of {[x.shape for x in x0]}; {expected} beside the text")
+            rows = [text, mask.astype(bool), *x0]
+            for file, array in zip(files, rows, strict=False):  # the null has no latent
+                file.write(_cast(array, dtype, done, count).tobytes())
             done += len(text)
     if done != count + 1:
         raise ValueError(f"batches of {done - 1} rows for {count} prompts")
+
+
+def _cast(array: np.ndarray, dtype: str, first: int, count: int) -> np.ndarray:
+    """Raises: InputError naming the prompt whose values `dtype` cannot hold."""
+    if array.dtype == bool:
+        return array
+    with np.errstate(over="ignore"):
+        array = array.astype(dtype)
+    bad = ~np.isfinite(array).all(tuple(range(1, array.ndim)))
+    if bad.any():
+        number = first + int(bad.argmax())
+        name = f"prompt {number + 1}" if number < count else "the empty prompt"
+        raise InputError(f"{name}: found values not finite in {dtype}; expected finite")
+    return array
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> None:
@@ -162,6 +215,10 @@ def open_embeddings(folder: Path) -> Embeddings:
     rows, length = manifest["count"] + 1, manifest["length"]
     text = _open_array(folder / TEXT, (rows, length, manifest["width"]), manifest["dtype"])
     mask = _open_array(folder / MASK, (rows, length), "bool")
+    origin, latent = Origin(manifest["fingerprint"]), None
+    if "latent" in manifest:
+        origin = replace(origin, vae=manifest["vae"], latent=tuple(manifest["latent"]))
+        latent = _open_array(folder / LATENTS, (rows - 1, *origin.latent), manifest["dtype"])
     prompts = read_prompts(folder / PROMPTS)
     if len(prompts) != manifest["count"]:
         raise InputError(
@@ -170,10 +227,11 @@ def open_embeddings(folder: Path) -> Embeddings:
         )
     return Embeddings(
         folder=folder,
-        fingerprint=manifest["fingerprint"],
+        origin=origin,
         prompts=tuple(prompts),
         text_NLD=text[:-1],
         mask_NL=mask[:-1],
+        latent_NHWC=latent,
         null=(np.array(text[-1]), np.array(mask[-1], np.int32)),
     )
 
@@ -189,21 +247,30 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: found broken JSON; expected a manifest") from error
     if not isinstance(manifest, dict):
         raise InputError(f"{path}: found no object; expected a manifest")
-    positive = {key: "a positive integer" for key in ("count", "length", "width")}
-    wanted = {"version": str(VERSION), **positive, "dtype": " or ".join(DTYPES)}
-    for key, expected in {**wanted, "fingerprint": "text"}.items():
-        value = manifest.get(key)
-        if key == "version":
-            valid = value == VERSION
-        elif key in positive:
-            valid = type(value) is int and value > 0
-        elif key == "dtype":
-            valid = value in DTYPES
-        else:
-            valid = isinstance(value, str)
-        if not valid:
+    text = (lambda value: isinstance(value, str), "text")
+    positive = (_positive, "a positive integer")
+    wanted = {
+        "version": (lambda value: value == VERSION, str(VERSION)),
+        "count": positive,
+        "length": positive,
+        "width": positive,
+        "dtype": (lambda value: value in DTYPES, " or ".join(DTYPES)),
+        "fingerprint": text,
+    }
+    if "latent" in manifest:
+        wanted |= {"vae": text, "latent": (_is_shape, "three positive integers")}
+    for key, (valid, expected) in wanted.items():
+        if not valid(value := manifest.get(key)):
             raise InputError(f"{path}: found {key} {value!r}; expected {expected}")
     return manifest
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_positive, value))
 
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:

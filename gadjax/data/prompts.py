@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,22 @@ def read_prompts(path: Path, column: str = "prompt") -> list[str]:
     another suffix, is not UTF-8, holds no prompt, a line of more than 1 MiB, a broken record, or
     a record whose prompt is missing, blank or no text.
     """
+    return [prompt for (prompt,) in read_records(path, [column])]
+
+
+def read_records(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """As `read_prompts`, the texts of several columns; a .txt has one."""
     path = Path(path)
     if path.suffix.lower() not in READERS:
         expected = ", ".join(READERS)
         raise InputError(f"{path}: found suffix {path.suffix!r}; expected one of {expected}")
     try:
-        prompts = list(READERS[path.suffix.lower()](path, column))
+        records = list(READERS[path.suffix.lower()](path, columns))
     except OSError as error:
         raise InputError(f"{path}: found {error.strerror}; expected a readable file") from error
-    if not prompts:
+    if not records:
         raise InputError(f"{path}: found no prompt; expected at least one")
-    return prompts
+    return records
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -56,11 +61,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from error
 
 
-def _read_txt(path: Path, column: str) -> Iterator[str]:
-    return (line.strip() for _, line in _lines(path) if line.strip())
+def _read_txt(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    return ((line.strip(),) for _, line in _lines(path) if line.strip())
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
+def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -74,12 +79,14 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
             ) from error
         if not isinstance(record, dict):
             raise InputError(f"{where}: found {_shown(record)}; expected an object")
-        if column not in record:
-            raise InputError(f"{where}: found keys {_shown(list(record))}; expected {column!r}")
-        yield _prompt(record[column], where, column)
+        for column in columns:
+            if column not in record:
+                found = _shown(list(record))
+                raise InputError(f"{where}: found keys {found}; expected {column!r}")
+        yield tuple(_prompt(record[column], where, column) for column in columns)
 
 
-def _read_csv(path: Path, column: str) -> Iterator[str]:
+def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
     # Strict: otherwise a quote that is never closed swallows the rest of the file in silence.
     rows = csv.reader((line for _, line in _lines(path)), strict=True)
     header: list[str] = []
@@ -95,10 +102,11 @@ def _read_csv(path: Path, column: str) -> Iterator[str]:
             continue
         if not header:
             header = row
-            if header.count(column) != 1:
-                raise InputError(
-                    f"{where}: found columns {_shown(header)}; expected {column!r} once"
-                )
+            for column in columns:
+                if header.count(column) != 1:
+                    raise InputError(
+                        f"{where}: found columns {_shown(header)}; expected {column!r} once"
+                    )
             continue
         # A comma in a prompt without quotes would otherwise cut the prompt there.
         if len(row) != len(header):
@@ -106,7 +114,7 @@ def _read_csv(path: Path, column: str) -> Iterator[str]:
                 f"{where}: found {len(row)} fields; expected {len(header)} as in the header "
                 "(text with a comma must be quoted)"
             )
-        yield _prompt(row[header.index(column)], where, column)
+        yield tuple(_prompt(row[header.index(column)], where, column) for column in columns)
 
 
 def _prompt(value: Any, where: str, column: str) -> str:

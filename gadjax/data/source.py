@@ -18,9 +18,11 @@ import grain
 import numpy as np
 
 from gadjax.data.embeddings import Embeddings
+from gadjax.data.images import Pictures
 from gadjax.errors import InputError
 
 T = TypeVar("T")
+Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]  # B texts -> ids_BL, mask_BL
 
 
 class Source(Protocol):
@@ -47,6 +49,16 @@ class Order:
     def __call__(self, index: int, size: int) -> np.ndarray:
         """Places index .. index + size - 1 of the stream, int32 [size]."""
         return np.array([self._dataset[i] for i in range(index, index + size)], np.int32)
+
+
+def dropped(seed: int, share: float, index: int, size: int) -> np.ndarray:
+    """Which of samples index .. index + size - 1 go without their caption, bool [size].
+
+    A share does, for classifier-free guidance (Ho & Salimans, arXiv:2207.12598).
+    """
+    # A spawn key, as worlds draw sample i from the bare pair.
+    keys = (np.random.SeedSequence([seed, i], spawn_key=(1,)) for i in range(index, index + size))
+    return np.array([np.random.default_rng(key).random() < share for key in keys], bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,39 +113,89 @@ class EmbeddingSource:
 
 
 @dataclass(frozen=True, eq=False)
-class WorldSource:
-    """Captioned pictures drawn as they are needed; sample i is number i of a world.
+class ImageSource:
+    """Shuffled captioned pictures of a folder, decoded as they are needed.
 
-    world: a module with sample_batch(seed, indices) -> (images_BHWC, captions, scenes), such as
-    gadjax.worlds.shapes. tokenize: B texts -> (ids_BL, mask_BL). dropout: the share of captions
-    that are replaced by "", for classifier-free guidance (Ho & Salimans, arXiv:2207.12598).
-    batch: ids_BL and mask_BL int32, image_BHWC.
+    size: (height, width) that they are scaled and cut to. dropout: the share of captions that are
+    replaced by "".
+    batch: ids_BL, mask_BL and the pictures' numbers which_B, int32; image_BHWC.
 
-    Raises: InputError for a module that is no world, a share outside 0 .. 1, a negative seed.
+    Raises: InputError for a share outside 0 .. 1, a negative seed.
     """
 
-    world: str
-    tokenize: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+    pictures: Pictures
+    size: tuple[int, int]
+    tokenize: Tokenize
     seed: int
     dropout: float = 0.0
 
     def __post_init__(self):
         _check_seed(self.seed)
-        if not 0 <= self.dropout <= 1:
-            raise InputError(f"dropout: found {self.dropout}; expected a share from 0 to 1")
-        _world(self.world)
+        _check_share(self.dropout)
 
-    def dropped(self, index: int) -> bool:
-        """Whether sample `index` goes without its caption."""
-        # A spawn key, as the world draws sample i from the bare pair.
-        seeds = np.random.SeedSequence([self.seed, index], spawn_key=(1,))
-        return np.random.default_rng(seeds).random() < self.dropout
+    @cached_property
+    def order(self) -> Order:
+        return Order(len(self.pictures.names), self.seed)
 
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
-        indices = range(index, index + size)
-        images, captions, _ = _world(self.world).sample_batch(self.seed, indices)
-        texts = ["" if self.dropped(i) else text for i, text in zip(indices, captions, strict=True)]
-        ids, mask = self.tokenize(texts)
+        which = self.order(index, size)
+        captions = [self.pictures.captions[i] for i in which]
+        ids, mask = self.tokenize(_without(captions, dropped(self.seed, self.dropout, index, size)))
+        image = self.pictures.read(which, self.size)
+        return {"ids": ids, "mask": mask, "image": image, "which": which}
+
+
+@dataclass(frozen=True, eq=False)
+class LatentSource:
+    """What ImageSource gives, where pictures and captions were encoded ahead of time.
+
+    embeddings: with latents. batch: text_BLD in the folder's dtype, mask_BL and which_B int32,
+    x0_BHWC float32.
+
+    Raises: InputError for a share outside 0 .. 1, a negative seed.
+    """
+
+    embeddings: Embeddings
+    seed: int
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        _check_seed(self.seed)
+        _check_share(self.dropout)
+
+    @cached_property
+    def texts(self) -> EmbeddingSource:
+        return EmbeddingSource(self.embeddings, self.seed)
+
+    def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
+        batch, gone = self.texts.batch(index, size), dropped(self.seed, self.dropout, index, size)
+        batch["text"][gone], batch["mask"][gone] = self.embeddings.null
+        return batch | {"x0": self.embeddings.latent_NHWC[batch["which"]].astype(np.float32)}
+
+
+@dataclass(frozen=True, eq=False)
+class WorldSource:
+    """Captioned pictures drawn as they are needed; sample i is number i of a world.
+
+    world: a module with sample_batch(seed, indices) -> (images_BHWC, captions, scenes), such as
+    gadjax.worlds.shapes. dropout: as ImageSource's. batch: ids_BL and mask_BL int32, image_BHWC.
+
+    Raises: InputError for a module that is no world, a share outside 0 .. 1, a negative seed.
+    """
+
+    world: str
+    tokenize: Tokenize
+    seed: int
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        _check_seed(self.seed)
+        _check_share(self.dropout)
+        _world(self.world)
+
+    def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
+        images, captions, _ = _world(self.world).sample_batch(self.seed, range(index, index + size))
+        ids, mask = self.tokenize(_without(captions, dropped(self.seed, self.dropout, index, size)))
         return {"ids": ids, "mask": mask, "image": images}
 
 
@@ -156,9 +218,18 @@ class CachedSource:
         return {name: array[which] for name, array in self.arrays.items()}
 
 
+def _without(captions: Sequence[str], gone: np.ndarray) -> list[str]:
+    return ["" if out else text for text, out in zip(captions, gone, strict=True)]
+
+
 def _check_seed(seed: int) -> None:
     if seed < 0:
         raise InputError(f"seed: found {seed}; expected zero or more")
+
+
+def _check_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise InputError(f"dropout: found {share}; expected a share from 0 to 1")
 
 
 def _world(name: str) -> ModuleType:

@@ -2,8 +2,9 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -45,10 +46,13 @@ def default_config() -> ConfigDict:
             "critic": {"updates": 1, "lr": 1e-5, "b1": 0.0},  # updates per student update
             "ema": 0.999,
             "data": {
+                # One of these five; the last three have pictures.
                 "prompts": "",  # txt, jsonl or csv file, or asset:NAME
-                "column": "prompt",
-                "embeddings": "",  # folder written by `gadjax embed`, instead of prompts
-                "world": "",  # module that draws captioned pictures, instead of prompts
+                "embeddings": "",  # folder written by `gadjax embed`
+                "world": "",  # module that draws captioned pictures
+                "images": "",  # folder of pictures with metadata.jsonl, metadata.csv or NAME.txt
+                "latents": "",  # folder written by `gadjax embed --images`
+                "column": "prompt",  # with the prompts or captions, in jsonl and csv
                 "cache": 0,  # pictures of the world that are encoded once; 0: each when it is used
                 "dropout": 0.0,  # of captions, where a teacher is trained
                 "length": 120,  # text tokens
@@ -86,6 +90,20 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     return config
 
 
+def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """`config` with other values, nested as it is.
+
+    Raises: InputError in one line for an unknown key (did you mean) or a wrong type.
+    """
+    _check_keys(changes, default_config().to_dict(), "", whole=False)
+    config = ConfigDict(config)
+    try:
+        config.update(changes)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config: {' '.join(str(error).split())}") from error
+    return config
+
+
 def _one_line(error: Exception) -> str:
     text = str(error)
     if isinstance(error, KeyError):
@@ -98,7 +116,7 @@ def _one_line(error: Exception) -> str:
     return f"--config: {text.removeprefix('--config: ')}"
 
 
-def _check_keys(found: dict, known: dict, prefix: str) -> None:
+def _check_keys(found: Mapping, known: dict, prefix: str, whole: bool = True) -> None:
     for key, value in found.items():
         name = f"{prefix}{key}"
         if key not in known:
@@ -109,8 +127,8 @@ def _check_keys(found: dict, known: dict, prefix: str) -> None:
             expected = "keys below it" if isinstance(known[key], dict) else "a plain value"
             raise InputError(f"config: found {name} = {value!r}; expected {expected}")
         if isinstance(value, dict) and name != "objective":
-            _check_keys(value, known[key], f"{name}.")
-    for key in known:
+            _check_keys(value, known[key], f"{name}.", whole)
+    for key in known if whole else ():
         if key not in found:
             raise InputError(f"config: found no key {prefix}{key}; expected it")
 
@@ -137,10 +155,24 @@ def as_json(config: ConfigDict) -> dict:
 
 
 def check_resume(saved: dict, config: ConfigDict, where: Path) -> None:
-    """Raises: InputError naming every key in which a workdir's config differs and may not."""
+    """Raises: InputError naming every key in which a workdir's config differs and may not.
+
+    A key that was added since the workdir was begun had its default there.
+    """
+    saved = _filled(saved, as_json(default_config()))
     changed = [
         d for d in differences(saved, as_json(config)) if d[0].split(".")[0] not in MAY_CHANGE
     ]
     if changed:
         text = "; ".join(f"{key}: found {old!r}, asked for {new!r}" for key, old, new in changed)
         raise InputError(f"{where}: belongs to another config ({text}); expected the same values")
+
+
+def _filled(found: dict, default: dict) -> dict:
+    """`found` with what it lacks of `default`, at every depth."""
+    deeper = {
+        key: _filled(value, default[key])
+        for key, value in found.items()
+        if isinstance(value, dict) and isinstance(default.get(key), dict)
+    }
+    return default | found | deeper

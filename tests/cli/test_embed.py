@@ -5,12 +5,14 @@ import shutil
 import numpy as np
 import pytest
 from checkpoints import edit, refused
+from PIL import Image
 
 from gadjax.convert.text import text_fingerprint
 from gadjax.data.embeddings import open_embeddings
+from gadjax.data.images import open_images
 from gadjax.pipeline import load_pipeline
 from gadjax.training.config import default_config
-from gadjax.training.setup import open_data
+from gadjax.training.data import open_data
 
 LENGTH = 8
 
@@ -58,6 +60,42 @@ def test_training_takes_only_its_own_embeddings(tiny_pipeline, prompts, tmp_path
     open_data(config, pipeline)
     edit(other / "text_encoder" / "config.json", layer_norm_epsilon=1e-5)
     refused(lambda: open_data(config, pipeline), out, "fingerprint")
+
+
+def test_pictures_are_encoded_with_their_captions(tiny_pipeline, tmp_path, gadjax):
+    images, out, text = tmp_path / "images", tmp_path / "out", tmp_path / "text"
+    images.mkdir()
+    captions = [f"{'red ' * (i + 1)}circle" for i in range(5)]
+    lines = ["file_name,text"]
+    for number, caption in enumerate(captions):
+        Image.new("RGB", (20, 16 + number), (50 * number, 0, 0)).save(images / f"{number}.png")
+        lines.append(f"{number}.png,{caption}")
+    (images / "metadata.csv").write_text("\n".join(lines))
+    flags = ("--model", tiny_pipeline, "--column", "text", "--length", LENGTH, "--batch", 2)
+    said = gadjax("embed", "--images", images, "--out", out, *flags)
+    assert "5 pictures, and captions of 8 tokens" in said
+    found = open_embeddings(out)
+    pipeline, params = load_pipeline(tiny_pipeline)
+    expected = pipeline.encode_image(
+        params["vae"], open_images(images, "text").read(range(5), (16, 16))
+    )
+    assert np.abs(found.latent_NHWC - expected).max() <= 1e-5 * np.abs(expected).max()
+    found.check(text_fingerprint(tiny_pipeline), LENGTH)
+    # The captions come out as prompts do.
+    gadjax("embed", "--prompts", images / "metadata.csv", "--out", text, *flags)
+    for name in ("prompts.jsonl", "text.npy", "mask.npy"):
+        assert (out / name).read_bytes() == (text / name).read_bytes()
+
+
+def test_prompts_or_pictures(tiny_pipeline, prompts, tmp_path, fails):
+    out = tmp_path / "out"
+    given = ["embed", "--model", tiny_pipeline, "--out", out]
+    fails(given, 2, "--prompts or --images: found nothing; expected one of them", out=out)
+    fails([*given, "--prompts", prompts, "--images", tmp_path], 2, "found both", out=out)
+    fails([*given, "--images", tmp_path], 2, f"{tmp_path}: found no pictures", out=out)
+    (tmp_path / "a.png").write_text("no picture")
+    (tmp_path / "a.txt").write_text("red")
+    fails([*given, "--images", tmp_path], 2, "a.png: found a picture that cannot be", out=out)
 
 
 def test_the_length_is_the_models(tiny_pipeline, prompts, tmp_path, gadjax):

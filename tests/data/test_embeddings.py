@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gadjax.data import embeddings
-from gadjax.data.embeddings import open_embeddings, write_embeddings
+from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
 from gadjax.errors import InputError, RunStopped
 
 PROMPTS = ["a red circle", 'a "cross"', "圆", "a square\nbelow", "a triangle"]
@@ -23,12 +23,12 @@ def encoded(count, seed=0):
     return rng.normal(size=(count, L, D)).astype(np.float32), rng.integers(0, 2, (count, L))
 
 
-def write(folder, text, mask, *, sizes=(2, 2, 1), prompts=PROMPTS, **options):
+def write(folder, text, mask, *latent, sizes=(2, 2, 1), prompts=PROMPTS, **options):
     """Embed PROMPTS in batches of `sizes`; the last row of text and mask is the null."""
-    starts = np.cumsum((0, *sizes))
-    batches = ((text[a : a + n], mask[a : a + n]) for a, n in zip(starts, sizes, strict=False))
+    places = [slice(a, a + n) for a, n in zip(np.cumsum((0, *sizes)), sizes, strict=False)]
+    batches = (tuple(array[some] for array in (text, mask, *latent)) for some in places)
     null = text[-1], mask[-1]
-    write_embeddings(folder, prompts, batches, null, **{"fingerprint": "abc", **options})
+    write_embeddings(folder, prompts, batches, null, **{"origin": Origin("abc"), **options})
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def folder(tmp_path):
 def test_float32_comes_back_exactly(folder):
     text, mask = encoded(6)
     found = open_embeddings(folder)
-    assert found.prompts == tuple(PROMPTS) and found.fingerprint == "abc"
+    assert found.prompts == tuple(PROMPTS) and found.origin == Origin("abc")
+    assert found.latent_NHWC is None
     assert isinstance(found.text_NLD, np.memmap) and not found.text_NLD.flags.writeable
     np.testing.assert_array_equal(found.text_NLD, text[:5], strict=True)
     np.testing.assert_array_equal(found.mask_NL, mask[:5].astype(bool), strict=True)
@@ -51,6 +52,45 @@ def test_float32_comes_back_exactly(folder):
     np.testing.assert_array_equal(np.load(folder / "text.npy"), text, strict=True)
     assert sorted(os.listdir(folder)) == ["manifest.json", "mask.npy", "prompts.jsonl", "text.npy"]
     assert os.listdir(folder.parent) == ["text"]
+
+
+SHAPE = (4, 6, 2)
+PICTURED = Origin("abc", "def", SHAPE)
+
+
+def latents(count=5):
+    return np.random.default_rng(9).normal(size=(count, *SHAPE)).astype(np.float32)
+
+
+@pytest.fixture
+def pictured(tmp_path):
+    write(tmp_path / "pictured", *encoded(6), latents(), origin=PICTURED)
+    return tmp_path / "pictured"
+
+
+def test_latents_come_back_with_their_prompts(pictured, folder, tmp_path):
+    found = open_embeddings(pictured)
+    assert found.origin == PICTURED and not found.latent_NHWC.flags.writeable
+    np.testing.assert_array_equal(found.latent_NHWC, latents(), strict=True)
+    for name in ("text.npy", "mask.npy", "prompts.jsonl"):
+        assert (pictured / name).read_bytes() == (folder / name).read_bytes()
+    write(tmp_path / "half", *encoded(6), latents(), origin=PICTURED, dtype="float16", sizes=(5,))
+    half = open_embeddings(tmp_path / "half").latent_NHWC
+    np.testing.assert_array_equal(half, latents().astype(np.float16), strict=True)
+
+
+def test_latents_of_another_autoencoder_or_size_are_refused(pictured, folder):
+    found = open_embeddings(pictured)
+    found.check("abc", L)
+    found.check_latents("def", SHAPE)
+    for wrong, message in (
+        (("x", SHAPE), "manifest.json: found vae 'def'; expected 'x' .latents of another"),
+        (("def", (4, 8, 2)), r"found latent \(4, 6, 2\); expected \(4, 8, 2\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            found.check_latents(*wrong)
+    with pytest.raises(InputError, match="found no latents; expected those of pictures"):
+        open_embeddings(folder).check_latents("def", SHAPE)
 
 
 def test_float16_rounds_and_other_dtypes_are_taken(tmp_path):
@@ -92,6 +132,16 @@ def spoilt(place, value):
         (encoded(6), {"dtype": "bfloat16"}, InputError, "dtype: found 'bfloat16'; expected one of"),
         (encoded(6), {"prompts": ["a", " ", "b", "c", "d"]}, InputError, "jsonl:2: found ' '"),
         (encoded(6), {"prompts": []}, InputError, "found no prompt"),
+        (encoded(6), {"origin": PICTURED}, ValueError, r"latents of \[\]; \[\(2, 4, 6, 2\)\]"),
+        ((*encoded(6), latents()), {}, ValueError, r"latents of .*; \[\] beside"),
+        ((*encoded(6), latents()[:, 1:]), {"origin": PICTURED}, ValueError, "latents of"),
+        ((*encoded(6), latents(4)), {"origin": PICTURED}, ValueError, "latents of"),
+        (
+            (*encoded(6), np.where(np.arange(5)[:, None, None, None] == 2, np.nan, latents())),
+            {"origin": PICTURED},
+            InputError,
+            "^prompt 3: found values not finite in float32",
+        ),
     ],
 )
 def test_what_does_not_fit_leaves_nothing(tmp_path, text_mask, options, error, message):
@@ -115,6 +165,10 @@ def test_a_small_disk_is_refused_before_encoding(tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match="GB of free space; expected"):
         write(tmp_path / "out", *encoded(6))
+    free = 6 * L * (D * 4 + 1) + 5 * 4 * 6 * 2 * 4 - 1
+    monkeypatch.setattr(embeddings.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(InputError, match="GB of free space; expected"):
+        write(tmp_path / "out", *encoded(6), latents(), origin=PICTURED)
     assert os.listdir(tmp_path) == []
 
 
@@ -136,7 +190,11 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_embeddings(
-            tmp_path / "out", PROMPTS, batches(), (np.zeros((L, D)), np.ones(L)), fingerprint="abc"
+            tmp_path / "out",
+            PROMPTS,
+            batches(),
+            (np.zeros((L, D)), np.ones(L)),
+            origin=Origin("abc"),
         )
     assert os.listdir(tmp_path) == []
 
@@ -197,6 +255,25 @@ def test_a_damaged_folder_is_refused_in_one_line(folder, damage, message):
     with pytest.raises(InputError, match=message) as caught:
         open_embeddings(folder)
     assert "\n" not in str(caught.value) and "; expected " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (cut("latents.npy", 500), "latents.npy: found a truncated or corrupt file; expected float"),
+        (lambda folder: os.truncate(folder / "latents.npy", 1999), "latents.npy: found 1999 bytes"),
+        (lambda folder: (folder / "latents.npy").unlink(), "latents.npy: found No such file"),
+        (edit("latent", [4, 6]), r"found latent \[4, 6\]; expected three positive integers"),
+        (edit("latent", [4, 6, "2"]), "expected three positive integers"),
+        (edit("latent", [6, 4, 2]), r"latents.npy: found float32 \(5, 4, 6, 2\); expected float32"),
+        (edit("vae", None), "manifest.json: found vae None; expected text"),
+    ],
+)
+def test_damaged_latents_are_refused_in_one_line(pictured, damage, message):
+    damage(pictured)
+    with pytest.raises(InputError, match=message) as caught:
+        open_embeddings(pictured)
+    assert "\n" not in str(caught.value)
 
 
 def test_any_damaged_header_is_refused_or_changes_nothing(folder):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gadjax.data.prompts import MAX_LINE, read_prompts
+from gadjax.data.prompts import MAX_LINE, read_prompts, read_records
 from gadjax.errors import InputError
 
 PROMPTS = ["a red circle", 'a "cross", small', "ein blaues Viereck, groß", "圆"]
@@ -39,6 +39,18 @@ def test_another_column_and_outer_white_space(tmp_path):
     assert read_prompts(write(tmp_path, "p.jsonl", '{"text": " a "}'), "text") == ["a"]
     assert read_prompts(write(tmp_path, "p.csv", "x,text\n1, a \n"), "text") == ["a"]
     assert read_prompts(write(tmp_path, "p.txt", "\t a  b \n \n")) == ["a  b"]
+
+
+def test_several_columns(tmp_path):
+    expected = [("1", "a"), ("2", "b, c")]
+    csv = write(tmp_path, "p.csv", 'text,x,id\na,,1\n"b, c",,2\n')
+    assert read_records(csv, ("id", "text")) == expected
+    lines = '{"id": "1", "text": "a", "x": "3"}\n{"text": "b, c", "id": "2"}\n'
+    assert read_records(write(tmp_path, "p.jsonl", lines), ("id", "text")) == expected
+    with pytest.raises(InputError, match=r"p.csv:1: found columns .*; expected 'y' once"):
+        read_records(csv, ("id", "y"))
+    with pytest.raises(InputError, match=r"p.jsonl:2: found keys \['text', 'id'\]; expected 'x'"):
+        read_records(tmp_path / "p.jsonl", ("id", "x"))
 
 
 def test_a_quoted_csv_field_may_span_lines(tmp_path):

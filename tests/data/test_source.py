@@ -1,15 +1,24 @@
 """Data are a function of a sample's number: any split, any process, every epoch another order."""
 
+import shutil
 import subprocess
 import sys
-import threading
-import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from gadjax.data.embeddings import open_embeddings, write_embeddings
-from gadjax.data.source import EmbeddingSource, PromptSource, WorldSource, prefetch
+from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
+from gadjax.data.images import open_images
+from gadjax.data.source import (
+    EmbeddingSource,
+    ImageSource,
+    LatentSource,
+    PromptSource,
+    WorldSource,
+    dropped,
+    prefetch,
+)
 from gadjax.errors import InputError
 from gadjax.worlds import shapes
 
@@ -31,28 +40,43 @@ def prompt_source(seed=0, count=N):
     return PromptSource(ids, ids % 2, seed)
 
 
-@pytest.fixture
-def embedding_source(tmp_path):
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory):
+    """With latents, each filled with its number."""
+    folder = tmp_path_factory.mktemp("data") / "text"
     text = np.random.default_rng(0).normal(size=(N + 1, L, 2)).astype(np.float16)
     mask = np.arange((N + 1) * L).reshape(N + 1, L) % 2
-    batches = [(text[:N], mask[:N])]
+    x0 = np.broadcast_to(np.arange(N)[:, None, None, None], (N, 2, 3, 1))
     write_embeddings(
-        tmp_path / "text",
+        folder,
         [f"prompt {i}" for i in range(N)],
-        batches,
+        [(text[:N], mask[:N], x0)],
         (text[N], mask[N]),
-        fingerprint="abc",
+        origin=Origin("abc", "def", (2, 3, 1)),
         dtype="float16",
     )
-    return EmbeddingSource(open_embeddings(tmp_path / "text"), seed=0)
+    return open_embeddings(folder)
 
 
-@pytest.fixture(params=["prompts", "embeddings", "world"])
-def source(request):
-    if request.param == "embeddings":
-        return request.getfixturevalue("embedding_source")
-    world = WorldSource(SHAPES, tokenize, seed=3, dropout=0.5)
-    return world if request.param == "world" else prompt_source()
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Of one grey each, ten times their number, with as many words as their number and one."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(N):
+        Image.new("L", (5, 4), 10 * i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a " * (i + 1))
+    return open_images(folder)
+
+
+@pytest.fixture(params=["prompts", "embeddings", "latents", "images", "world"])
+def source(request, embeddings, pictures):
+    return {
+        "prompts": lambda: prompt_source(),
+        "embeddings": lambda: EmbeddingSource(embeddings, 0),
+        "latents": lambda: LatentSource(embeddings, 0, dropout=0.5),
+        "images": lambda: ImageSource(pictures, (3, 3), tokenize, 0, dropout=0.5),
+        "world": lambda: WorldSource(SHAPES, tokenize, seed=3, dropout=0.5),
+    }[request.param]()
 
 
 def joined(parts):
@@ -97,13 +121,56 @@ def test_prompts_come_with_their_tokens():
     np.testing.assert_array_equal(batch["mask"], ids % 2)
 
 
-def test_embeddings_come_in_the_order_of_the_prompts(embedding_source):
-    batch, prompts = embedding_source.batch(5, 9), prompt_source().batch(5, 9)
+def test_embeddings_come_in_the_order_of_the_prompts(embeddings):
+    batch, prompts = EmbeddingSource(embeddings, 0).batch(5, 9), prompt_source().batch(5, 9)
     np.testing.assert_array_equal(batch["which"], prompts["which"], strict=True)
     np.testing.assert_array_equal(batch["mask"], prompts["mask"], strict=True)
     assert batch["text"].dtype == np.float16 and type(batch["text"]) is np.ndarray
-    expected = embedding_source.embeddings.text_NLD[batch["which"]]
+    np.testing.assert_array_equal(batch["text"], embeddings.text_NLD[batch["which"]])
+
+
+def test_latents_and_pictures_come_in_that_order_with_their_captions(embeddings, pictures):
+    which = prompt_source().batch(5, 9)["which"]
+    batch = LatentSource(embeddings, 0).batch(5, 9)
+    text = EmbeddingSource(embeddings, 0).batch(5, 9)
+    same({name: batch[name] for name in text}, text)
+    expected = np.broadcast_to(which[:, None, None, None], (9, 2, 3, 1)).astype(np.float32)
+    np.testing.assert_array_equal(batch["x0"], expected, strict=True)
+
+    batch = ImageSource(pictures, (3, 3), tokenize, 0).batch(5, 9)
+    assert {name: array.dtype.name for name, array in batch.items()} == {
+        **dict.fromkeys(("ids", "mask", "which"), "int32"),
+        "image": "float32",
+    }
+    np.testing.assert_array_equal(batch["which"], which)
+    np.testing.assert_array_equal(batch["mask"].sum(1), which + 1)
+    assert batch["image"].shape == (9, 3, 3, 3)
+    grey = np.broadcast_to(which[:, None, None, None] * 10 / 127.5 - 1, batch["image"].shape)
+    np.testing.assert_allclose(batch["image"], grey, rtol=0, atol=1e-7)
+
+
+def test_captions_are_dropped_alike_wherever_they_come_from(embeddings, pictures):
+    gone = dropped(0, 0.5, 3, 12)
+    assert 0 < gone.sum() < 12
+    ids = ImageSource(pictures, (3, 3), tokenize, 0, dropout=0.5).batch(3, 12)["ids"]
+    np.testing.assert_array_equal(ids.any(1), ~gone)
+    batch = LatentSource(embeddings, 0, dropout=0.5).batch(3, 12)
+    full, (text, mask) = LatentSource(embeddings, 0).batch(3, 12), embeddings.null
+    expected = np.where(gone[:, None, None], text, full["text"])
     np.testing.assert_array_equal(batch["text"], expected)
+    np.testing.assert_array_equal(batch["mask"], np.where(gone[:, None], mask, full["mask"]))
+    np.testing.assert_array_equal(batch["x0"], full["x0"])
+
+
+def test_a_picture_that_cannot_be_read_ends_the_stream_with_its_name(pictures, tmp_path):
+    folder = shutil.copytree(pictures.folder, tmp_path / "copy")
+    (folder / "7.png").write_bytes(b"no picture")
+    source = ImageSource(open_images(folder), (3, 3), tokenize, 0)
+    place = list(prompt_source().batch(0, N)["which"]).index(7)
+    batches = prefetch(lambda i: source.batch(i, 1), 0, N)
+    assert [int(next(batches)["which"][0]) for _ in range(place)].count(7) == 0
+    with pytest.raises(InputError, match="copy/7.png: found a picture that cannot be read"):
+        next(batches)
 
 
 def test_the_order_is_the_same_in_every_process_and_version():
@@ -131,28 +198,26 @@ def test_a_world_gives_its_pictures_and_captions():
 def test_dropout_takes_its_share_of_captions_and_nothing_else():
     rate, count = 0.1, 4000
     source = WorldSource(SHAPES, tokenize, seed=3, dropout=rate)
-    dropped = np.array([source.dropped(i) for i in range(count)])
-    assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / count) ** 0.5
+    gone = dropped(3, rate, 0, count)
+    assert abs(gone.mean() - rate) < 4 * (rate * (1 - rate) / count) ** 0.5
     # No memory of the sample before: pairs are as frequent as they are by chance.
-    pairs = (dropped[1:] & dropped[:-1]).mean()
+    pairs = (gone[1:] & gone[:-1]).mean()
     assert abs(pairs - rate**2) < 4 * (rate**2 / count) ** 0.5
     batch, full = source.batch(0, 64), WorldSource(SHAPES, tokenize, seed=3).batch(0, 64)
     np.testing.assert_array_equal(batch["image"], full["image"])
-    np.testing.assert_array_equal(batch["ids"], np.where(dropped[:64, None], 0, full["ids"]))
-    np.testing.assert_array_equal(batch["mask"].any(1), ~dropped[:64])
+    np.testing.assert_array_equal(batch["ids"], np.where(gone[:64, None], 0, full["ids"]))
+    np.testing.assert_array_equal(batch["mask"].any(1), ~gone[:64])
     # Another seed drops others, and what is drawn does not decide.
-    other = WorldSource(SHAPES, tokenize, seed=4, dropout=rate)
-    assert (dropped != [other.dropped(i) for i in range(count)]).any()
+    assert (gone != dropped(4, rate, 0, count)).any()
     _, captions, _ = shapes.sample_batch(3, range(count))
     complete = np.array([len(shapes.parse(text)) == len(shapes.ATTRIBUTES) for text in captions])
-    share, others = dropped[complete].mean(), dropped[~complete].mean()
+    share, others = gone[complete].mean(), gone[~complete].mean()
     assert abs(share - others) < 4 * (rate / complete.sum()) ** 0.5
 
 
-@pytest.mark.parametrize("dropout, expected", [(0, 0), (1, 50)])
-def test_dropout_of_none_and_of_all(dropout, expected):
-    source = WorldSource(SHAPES, tokenize, seed=0, dropout=dropout)
-    assert sum(source.dropped(i) for i in range(50)) == expected
+@pytest.mark.parametrize("share", [0, 1])
+def test_dropout_of_none_and_of_all(share):
+    assert dropped(0, share, 0, 50).tolist() == [bool(share)] * 50
 
 
 @pytest.mark.parametrize(
@@ -167,83 +232,13 @@ def test_dropout_of_none_and_of_all(dropout, expected):
         (lambda: WorldSource(SHAPES, tokenize, -1), "seed: found -1; expected zero or more"),
         (lambda: prompt_source(seed=-1), "seed: found -1; expected zero or more"),
         (lambda: EmbeddingSource(None, -1), "seed: found -1; expected zero or more"),
+        (lambda: LatentSource(None, -1), "seed: found -1; expected zero or more"),
+        (lambda: LatentSource(None, 0, 1.5), "dropout: found 1.5; expected a share"),
+        (lambda: ImageSource(None, (8, 8), tokenize, -1), "seed: found -1; expected zero or more"),
+        (lambda: ImageSource(None, (8, 8), tokenize, 0, -0.1), "dropout: found -0.1; expected"),
     ],
 )
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(InputError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
-
-
-def workers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
-
-
-def test_prefetch_keeps_the_order_and_uses_one_thread():
-    names = []
-
-    def fn(index):
-        names.append(threading.current_thread().name)
-        return index**2
-
-    assert list(prefetch(fn, 3, 20)) == [i**2 for i in range(3, 20)]
-    assert set(names) == {"prefetch_0"} and workers() == []
-    assert list(prefetch(fn, 5, 5)) == [] and list(prefetch(fn, 5, 4)) == []
-    assert list(prefetch(fn, 0, 2, depth=9)) == [0, 1]
-    with pytest.raises(ValueError, match="depth of 0"):
-        next(prefetch(fn, 0, 3, depth=0))
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_prefetch_runs_so_far_ahead_and_no_further(depth):
-    started = []
-    ahead = threading.Semaphore(0)
-
-    def fn(index):
-        started.append(index)
-        ahead.release()
-        return index
-
-    items = prefetch(fn, 0, 10, depth)
-    for taken in range(3):
-        assert next(items) == taken
-        # While the consumer holds `taken`, exactly `depth` later ones are computed.
-        for _ in range(depth + 1 if taken == 0 else 1):
-            assert ahead.acquire(timeout=5)
-        time.sleep(0.02)
-        assert started == list(range(taken + depth + 1))
-    items.close()
-    assert workers() == []
-
-
-def test_prefetch_raises_in_turn_and_ends():
-    def fn(index):
-        if index == 3:
-            raise InputError("sample 3")
-        return index
-
-    items = prefetch(fn, 0, 10)
-    assert [next(items) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(InputError, match="sample 3"):
-        next(items)
-    assert workers() == []
-    assert list(items) == []
-
-
-def test_closing_prefetch_ends_the_thread_and_drops_what_waits():
-    started = []
-
-    def fn(index):
-        started.append(index)
-        time.sleep(0.05)
-        return index
-
-    items = prefetch(fn, 0, 100, depth=4)
-    assert next(items) == 0 and len(workers()) == 1
-    items.close()
-    assert workers() == [] and len(started) <= 3
-    prefetch(fn, 0, 100).close()  # never begun
-    for item in prefetch(fn, 0, 100):  # left and collected
-        assert item == 0
-        break
-    assert workers() == []

@@ -134,6 +134,14 @@ def test_differences_are_named_by_their_dotted_keys():
     assert differences(old, new) == expected
 
 
+def test_a_workdir_of_an_older_version_had_the_default_of_a_newer_key(plain, tmp_path):
+    saved = as_json(read_config([plain]))
+    del saved["data"]["column"], saved["ema"]
+    check_resume(saved, read_config([plain]), tmp_path)
+    with pytest.raises(InputError, match="ema: found 0.999, asked for 0.5"):
+        check_resume(saved, read_config([plain, "--config.ema=0.5"]), tmp_path)
+
+
 def test_a_resumed_run_may_change_where_it_runs_and_no_more(plain, tmp_path):
     saved = as_json(read_config([plain]))
     free = ("mesh.data=1", "steps=5", "log.every=1", "preview.every=7", "checkpoint.keep=1")

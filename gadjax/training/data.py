@@ -1,0 +1,79 @@
+"""The source of training data that a config names."""
+
+from functools import partial
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from gadjax import assets
+from gadjax.convert.image import image_fingerprint
+from gadjax.convert.text import text_fingerprint
+from gadjax.data.embeddings import open_embeddings
+from gadjax.data.images import open_images
+from gadjax.data.prompts import read_prompts
+from gadjax.data.source import (
+    CachedSource,
+    EmbeddingSource,
+    ImageSource,
+    LatentSource,
+    PromptSource,
+    Source,
+    WorldSource,
+)
+from gadjax.errors import InputError
+from gadjax.pipeline import Pipeline
+
+WITH_PICTURES = ("world", "images", "latents")
+SOURCES = ("prompts", "embeddings", *WITH_PICTURES)
+
+
+def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str, np.ndarray]]:
+    """The source of prompts (or pictures), and the empty prompt in the same form."""
+    data = config.data
+    given = [name for name in SOURCES if data[name]]
+    if len(given) != 1:
+        raise InputError(
+            f"data: found {' and '.join(given) or 'none'}; expected one of {', '.join(SOURCES)}"
+        )
+    if data.cache and not data.world:
+        raise InputError(
+            f"data.cache: found {data.cache} without data.world; expected 0 (gadjax embed --images "
+            "encodes a folder's pictures ahead of time)"
+        )
+    tokenize = partial(pipeline.tokens, length=data.length)
+    if data.embeddings or data.latents:
+        embeddings = open_embeddings(assets.resolve(data.embeddings or data.latents))
+        embeddings.check(text_fingerprint(assets.resolve(config.teacher)), data.length)
+        text, mask = embeddings.null
+        null = {"text": text[None], "mask": mask[None]}
+        if data.embeddings:
+            return EmbeddingSource(embeddings, config.seed), null
+        vae = pipeline.folder.components["vae"]
+        embeddings.check_latents(image_fingerprint(vae), pipeline.latent)
+        return LatentSource(embeddings, config.seed, data.dropout), null
+    ids, mask = tokenize([""])
+    null = {"ids": ids, "mask": mask}
+    if data.world:
+        world = WorldSource(data.world, tokenize, config.seed, data.dropout)
+        return (cache_latents(world, pipeline, data.cache) if data.cache else world), null
+    if data.images:
+        pictures = open_images(assets.resolve(data.images), data.column)
+        height, width = (side * pipeline.upscale for side in pipeline.latent[:2])
+        return ImageSource(pictures, (height, width), tokenize, config.seed, data.dropout), null
+    prompts = read_prompts(assets.resolve(data.prompts), data.column)
+    return PromptSource(*tokenize(prompts), config.seed), null
+
+
+def cache_latents(source: WorldSource, pipeline: Pipeline, count: int, size: int = 128) -> Source:
+    """The first `count` samples of a world with their pictures encoded, once, ahead of training."""
+    encode = jax.jit(pipeline.encode_image)
+    params = pipeline.folder.components["vae"].params
+    parts = []
+    for index in tqdm(range(0, count, size), desc="encoding pictures", disable=None):
+        batch = source.batch(index, min(size, count - index))
+        image = batch.pop("image")
+        parts.append(batch | {"x0": np.asarray(encode(params, image))})
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return CachedSource(arrays, source.seed)

@@ -1,0 +1,239 @@
+"""Folders of pictures give the same samples in every layout, cut as they should be, or one line."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gadjax.data.images import open_images, read_image
+from gadjax.errors import InputError
+
+CAPTIONS = {
+    "b.png": "a red, round thing",
+    "a/c.jpg": "blue",
+    "a/B.WEBP": "two lines",
+    "d.jpeg": "圆",
+}
+
+
+def picture(height, width, seed=0):
+    """Smooth in places and noise in others, with values at both ends."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3)).repeat(4, 0).repeat(4, 1)
+    noise = rng.integers(-60, 60, (height, width, 3))
+    return np.clip(coarse[:height, :width] + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The pictures of CAPTIONS without any captions, and what is none of them."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / ".cache").mkdir()
+    for number, name in enumerate(CAPTIONS):
+        Image.fromarray(picture(8, 6, number)).save(tmp_path / name)
+    for name in (".hidden.png", ".cache/e.png", "notes.md", "a/f.gif"):
+        (tmp_path / name).write_text("no picture")
+    return tmp_path
+
+
+def sidecar(folder):
+    for name, caption in CAPTIONS.items():
+        (folder / name).with_suffix(".txt").write_text(caption.replace("two ", "\ufefftwo\n\n "))
+
+
+def jsonl(folder, column="prompt"):
+    records = [{"file_name": name, column: text, "id": 3} for name, text in CAPTIONS.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
+def csv(folder):
+    lines = [f'3,"{text}",./{name}' for name, text in CAPTIONS.items()]
+    (folder / "metadata.csv").write_text("\n".join(["id,prompt,file_name", *lines]))
+
+
+@pytest.mark.parametrize("write", [sidecar, jsonl, csv])
+def test_every_layout_gives_the_same_samples(folder, write):
+    write(folder)
+    found = open_images(folder)
+    assert found.names == ("a/B.WEBP", "a/c.jpg", "b.png", "d.jpeg")
+    assert found.captions == tuple(CAPTIONS[name] for name in found.names)
+    assert open_images(str(folder)).names == found.names
+
+
+def test_pictures_are_read_by_their_numbers(folder):
+    sidecar(folder)
+    found = open_images(folder)
+    which = np.array([3, 0, 2, 0, 1, 2] * 4, np.int32)
+    images = found.read(which, (4, 6))
+    assert images.shape == (24, 4, 6, 3) and images.dtype == np.float32
+    for i, image in zip(which, images, strict=True):
+        np.testing.assert_array_equal(image, read_image(folder / found.names[i], (4, 6)))
+
+
+def test_metadata_has_the_last_word(folder):
+    jsonl(folder, "text")
+    (folder / "b.txt").write_text("another caption")
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write('\n{"file_name": "b.png", "text": "a second caption"}')
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(lines[:1] + lines[2:]))  # without a/c.jpg
+    found = open_images(folder, "text")
+    assert found.names == ("a/B.WEBP", "b.png", "b.png", "d.jpeg")
+    assert found.captions[1:3] == (CAPTIONS["b.png"], "a second caption")
+
+
+def lanczos(length, start, size, target):
+    """[target, length] weights of an output's pixels over a side from `start`, `size` long."""
+    step = size / target
+    width = max(step, 1)
+    centres = start + (np.arange(target) + 0.5) * step
+    x = (np.arange(length) + 0.5 - centres[:, None]) / width
+    weights = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20)])
+@pytest.mark.parametrize(
+    "shape", [(16, 16), (40, 30), (31, 100), (57, 18), (200, 12), (9, 5), (7, 33)]
+)
+def test_a_picture_is_scaled_to_cover_and_cut_in_the_middle(tmp_path, shape, size):
+    # Of middling values: Pillow keeps bytes between its two passes, and which is first may vary.
+    pixels = picture(*shape) // 2 + 64
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    # The largest part in the middle that has the shape of the result, in pixels of the original.
+    part = np.array(size) * min(shape[0] / size[0], shape[1] / size[1])
+    rows, columns = (
+        lanczos(n, (n - p) / 2, p, target) for n, p, target in zip(shape, part, size, strict=True)
+    )
+    expected = np.einsum("hy,wx,yxc->hwc", rows, columns, pixels.astype(float))
+    found = read_image(tmp_path / "a.png", size)
+    assert found.shape == (*size, 3) and found.dtype == np.float32
+    error = np.abs((found + 1) * 127.5 - expected)
+    # Both passes round by half a level, the first's passes through weights of up to 1.6 together.
+    assert error.max() < 0.5 + 0.8 and error.mean() < 0.4
+
+
+def test_a_picture_of_the_right_size_is_left_as_it_is(tmp_path):
+    pixels = picture(24, 16)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    found = read_image(tmp_path / "a.png", (24, 16))
+    np.testing.assert_array_equal(np.rint((found + 1) * 127.5), pixels)
+    assert found.min() >= -1 and found.max() <= 1
+    # Wider by twice eight pixels: these are gone.
+    Image.fromarray(np.pad(pixels, ((0, 0), (8, 8), (0, 0)))).save(tmp_path / "b.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png", (24, 16)), found)
+
+
+def test_a_picture_is_turned_as_its_camera_says(tmp_path):
+    pixels = picture(16, 24)
+    for orientation, turned in ((1, pixels), (3, pixels[::-1, ::-1]), (6, np.rot90(pixels, -1))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+        found = read_image(tmp_path / "a.png", turned.shape[:2])
+        np.testing.assert_array_equal(np.rint((found + 1) * 127.5), turned)
+
+
+@pytest.mark.parametrize(
+    "mode, colour, expected",
+    [
+        ("1", 1, (255, 255, 255)),
+        ("L", 100, (100, 100, 100)),
+        ("LA", (100, 30), (100, 100, 100)),
+        ("P", 0, (20, 40, 60)),
+        ("RGBA", (20, 40, 60, 128), (20, 40, 60)),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
+    image = Image.new(mode, (5, 4), colour)
+    if mode == "P":
+        image.putpalette((20, 40, 60))
+    image.save(tmp_path / "a.png")
+    found = np.rint((read_image(tmp_path / "a.png", (4, 4)) + 1) * 127.5)
+    np.testing.assert_array_equal(found, np.broadcast_to(expected, (4, 4, 3)))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+@pytest.mark.parametrize("kept", [0, 0.01, 0.5, 0.9])
+def test_a_picture_cut_short_is_named(tmp_path, suffix, kept):
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(picture(40, 40)).save(path)
+    os.truncate(path, int(kept * path.stat().st_size))
+    with pytest.raises(InputError, match=f"a{suffix}: found a picture that cannot be r") as caught:
+        read_image(path, (8, 8))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_pictures_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match="a.png: found a picture that cannot be read .*No such"):
+        read_image(tmp_path / "a.png", (8, 8))
+    Image.new("I;16", (8, 8), 1000).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="pixels of mode I;16.; expected a whole one of 8 bits"):
+        read_image(tmp_path / "a.png", (8, 8))
+
+
+def line(text):
+    return lambda folder: (folder / "metadata.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda folder: None,
+            r"a/B.WEBP: found no B.txt beside it; expected its caption there, or",
+        ),
+        (
+            lambda folder: (jsonl(folder), csv(folder)),
+            r"found metadata.jsonl and metadata.csv; exp",
+        ),
+        (
+            lambda folder: jsonl(folder, "text"),
+            r"metadata.jsonl:1: found keys .*; expected 'prompt'",
+        ),
+        (
+            line('{"prompt": "a"}'),
+            r"metadata.jsonl:1: found keys \['prompt'\]; expected 'file_name'",
+        ),
+        (
+            line('{"prompt": "a", "file_name": "x.png"}'),
+            r"metadata.jsonl: found file_name 'x.png'; expected one of the pictures in ",
+        ),
+        (
+            line('{"prompt": "a", "file_name": "a/f.gif"}'),
+            r"metadata.jsonl: found file_name 'a/f.gif'",
+        ),
+        (
+            line('{"prompt": "", "file_name": "b.png"}'),
+            r"metadata.jsonl:1: found '' as 'prompt'; exp",
+        ),
+        (line('{"prompt": "a", "file_name": 3}'), r"metadata.jsonl:1: found 3 as 'file_name'"),
+        (line("{"), r"metadata.jsonl:1: found broken JSON"),
+        (line(""), r"metadata.jsonl: found no prompt"),
+        (
+            lambda folder: (sidecar(folder), (folder / "b.txt").write_bytes(b"\xff")),
+            r"b.txt:1: found byte 0xff, which is not UTF-8",
+        ),
+        (
+            lambda folder: (sidecar(folder), (folder / "b.txt").write_text(" \n")),
+            r"b.txt: found no prompt; expected at least one",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_one_line(folder, change, message):
+    change(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        open_images(folder)
+    assert "\n" not in str(caught.value) and "; expected " in str(caught.value)
+
+
+def test_a_folder_that_is_absent_or_has_no_pictures(tmp_path):
+    with pytest.raises(InputError, match="x: found No such file or directory; expected a folder"):
+        open_images(tmp_path / "x")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.gif", "prompt": "a"}')
+    with pytest.raises(InputError, match="found no pictures; expected .png, .jpg, .jpeg, .webp"):
+        open_images(tmp_path)
+    with pytest.raises(InputError, match="jsonl: found Not a directory; expected a folder"):
+        open_images(tmp_path / "metadata.jsonl")

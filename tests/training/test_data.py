@@ -1,0 +1,206 @@
+"""Training data from a config: pictures of a folder, the same encoded ahead; refusals."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import edit, refused
+from PIL import Image
+
+from gadjax.cli.main import main
+from gadjax.data.source import ImageSource, LatentSource
+from gadjax.pipeline import load_pipeline
+from gadjax.training.config import default_config
+from gadjax.training.data import open_data
+from gadjax.training.setup import make_batch
+
+LENGTH, BATCH = 8, 4
+CAPTIONS = ("red circle", "green square", "blue circle above red square", "a circle", "blue")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """Of several sizes and formats, with captions beside them."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number, caption in enumerate(CAPTIONS):
+        pixels = rng.integers(0, 256, (12 + 9 * number, 40 - 6 * number, 3)).astype(np.uint8)
+        name = folder / f"{number}{('.png', '.webp', '.jpg')[number % 3]}"
+        Image.fromarray(pixels).save(name)
+        name.with_suffix(".txt").write_text(caption)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latents(images, tiny_pipeline, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("latents") / "out"
+    flags = {"--model": tiny_pipeline, "--images": images, "--out": out, "--length": LENGTH}
+    words = [str(word) for pair in flags.items() for word in pair]
+    assert main(["embed", *words, "--batch", "2"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny_pipeline):
+    return load_pipeline(tiny_pipeline)
+
+
+@pytest.fixture
+def opened(loaded, tiny_pipeline):
+    """`opened(images=..., ...)`: the source and the empty prompt of a config with these data."""
+
+    def call(**data):
+        config = default_config()
+        config.teacher, config.seed = str(tiny_pipeline), 3
+        data = {key: str(x) if isinstance(x, Path) else x for key, x in data.items()}
+        config.data.update({"length": LENGTH} | data)
+        return open_data(config, loaded[0])
+
+    return call
+
+
+def test_latents_written_ahead_give_the_batches_of_their_pictures(opened, loaded, images, latents):
+    pipeline, params = loaded
+
+    @jax.jit
+    def batch(raw, null, update):
+        return make_batch(pipeline, {**params, "null": null}, raw, 3, update)
+
+    for dropout in (0.0, 0.5):
+        (pictures, ids), (ahead, text) = (
+            opened(images=images, dropout=dropout),
+            opened(latents=latents, dropout=dropout),
+        )
+        assert isinstance(pictures, ImageSource) and isinstance(ahead, LatentSource)
+        for update in (0, 7):
+            one = batch(pictures.batch(update * BATCH, BATCH), ids, update)
+            other = batch(ahead.batch(update * BATCH, BATCH), text, update)
+            assert one.x0.shape == (BATCH, 8, 8, 4)
+            for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+                if a.dtype == np.float32:
+                    assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+                else:
+                    assert (a == b).all()
+
+
+def test_the_latents_are_the_means_that_diffusers_computes(torch_pipeline, opened, images, latents):
+    import torch
+
+    vae = torch_pipeline.vae
+    batch = opened(images=images)[0].batch(0, len(CAPTIONS))
+    with torch.no_grad():
+        mean = vae.encode(torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)).latent_dist.mean
+    expected = (mean * vae.config.scaling_factor).permute(0, 2, 3, 1).numpy()
+    x0 = opened(latents=latents)[0].batch(0, len(CAPTIONS))["x0"]
+    assert np.abs(x0 - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+CONFIG = """
+from gadjax.training.config import default_config
+
+def get_config():
+    config = default_config()
+    config.teacher = {teacher!r}
+    config.student.steps, config.student.timesteps = 1, (900,)
+    config.objective = {{"denoising": {{}}}}
+    config.steps, config.batch, config.remat = 2, 4, False
+    config.optim.lr = 1e-3
+    config.data.update(length=8, dropout=0.2)
+    config.checkpoint.every = 1
+    config.log.every = 1
+    config.preview.every = 0
+    return config
+"""
+
+
+@pytest.fixture
+def train(tiny_pipeline, tmp_path):
+    """`train("name", "images=...", ...)`: the exit code of a run in tmp_path / name."""
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG.format(teacher=str(tiny_pipeline)))
+
+    def call(name, *flags):
+        arguments = ["--config", str(path), "--workdir", str(tmp_path / name)]
+        return main(["train", *arguments, *(f"--config.{flag}" for flag in flags)])
+
+    return call
+
+
+def losses(workdir):
+    return [json.loads(line)["loss/denoising"] for line in (workdir / "metrics.jsonl").open()]
+
+
+def test_pictures_and_their_latents_train_the_same(train, images, latents, tmp_path):
+    assert train("images", f"data.images={images}") == 0
+    assert train("latents", f"data.latents={latents}") == 0
+    one, other = losses(tmp_path / "images"), losses(tmp_path / "latents")
+    assert len(one) == 2 and one[0] != one[1]
+    np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+def test_a_damaged_picture_stops_the_run_with_its_name(train, opened, images, tmp_path, capsys):
+    source, _ = opened(images=images)
+    # Seed 3; the first picture that the first batch does not show.
+    shown = source.order(0, BATCH)
+    (late,) = set(range(len(CAPTIONS))) - set(shown.tolist())
+    folder = shutil.copytree(images, tmp_path / "images")
+    name = source.pictures.names[late]
+    os.truncate(folder / name, (folder / name).stat().st_size // 2)
+    assert train("run", f"data.images={folder}", "seed=3") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"gadjax: {folder / name}: found a picture that cannot be read")
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("data.prompts=asset:shapes_prompts.txt", ["data.images", "expected a source of pictures"]),
+        ("data.embeddings={latents}", ["data.latents", "expected a source of pictures"]),
+        ("data.images={latents}", ["found no pictures"]),
+        ("data.images=/nowhere", ["/nowhere: found No such file"]),
+        ("data.latents=/nowhere", ["/nowhere/manifest.json"]),
+    ],
+)
+def test_a_loss_that_needs_pictures_gets_them_or_one_line(
+    train, latents, tmp_path, capsys, flag, words
+):
+    assert train("run", flag.format(latents=latents)) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and all(word in line for word in words), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_source_is_named_and_no_more(opened, images, latents):
+    five = "expected one of prompts, embeddings, world, images, latents"
+    refused(lambda: opened(), "data: found none", five)
+    refused(lambda: opened(images=images, latents=latents), "found images and latents", five)
+    refused(lambda: opened(images=images, prompts="a.txt"), "found prompts and images", five)
+    refused(lambda: opened(images=images, cache=9), "data.cache: found 9 without data.world")
+    refused(lambda: opened(images=images, dropout=2.0), "dropout: found 2.0")
+    refused(lambda: opened(latents=latents, dropout=-1.0), "dropout: found -1.0")
+
+
+def test_latents_of_another_folder_are_refused(opened, images, latents, prompts_only, tmp_path):
+    refused(lambda: opened(latents=prompts_only), "manifest.json: found no latents")
+    refused(lambda: opened(latents=latents, length=5), "found length 8; expected 5")
+    copy = shutil.copytree(latents, tmp_path / "copy")
+    edit(copy / "manifest.json", vae="0" * 32)
+    refused(lambda: opened(latents=copy), "found vae '000", "latents of another autoencoder")
+    edit(copy / "manifest.json", fingerprint="0" * 32)
+    refused(lambda: opened(latents=copy), "found fingerprint '000")
+    os.truncate(copy / "latents.npy", 300)
+    refused(lambda: opened(latents=copy), copy / "latents.npy", "truncated")
+
+
+@pytest.fixture
+def prompts_only(tiny_pipeline, tmp_path):
+    (tmp_path / "p.txt").write_text("red circle\n")
+    flags = {"--model": tiny_pipeline, "--prompts": tmp_path / "p.txt", "--out": tmp_path / "text"}
+    words = [str(word) for pair in flags.items() for word in pair]
+    assert main(["embed", *words, "--length", str(LENGTH)]) == 0
+    return tmp_path / "text"
