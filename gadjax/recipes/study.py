@@ -1,0 +1,285 @@
+"""The study: every base objective with and without GAD and the anchor, one cell at a time.
+
+    python -m gadjax.recipes.study [CELL ...] [--work runs/study] [--out docs/results/study]
+
+A cell is FAMILY:VARIANT:SEED, such as eps:dmd_both:0; without any, all of them are done in order.
+A cell with a row in --out is finished; one that was interrupted resumes. `--cost` writes what an
+update of each variant costs instead.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gadjax.errors import InputError
+from gadjax.training.config import default_config, read_config
+
+BASES = {"regression": {"steps": 4}, "dmd": {}, "tdm": {}, "sid": {}}
+GAD = {"weight": 0.3, "steps": 4}
+ANCHOR = {"weight": 0.05, "target": "v", "steps": 4}
+ADDED = {"none": {}, "gad": {"gad": GAD}, "anchor": {"anchor": ANCHOR}}
+ADDED["both"] = ADDED["gad"] | ADDED["anchor"]
+# What one thing does, beside dmd_both: its name -> what it changes in the objective.
+CHANGES = {
+    "weight_0.1": {"gad": GAD | {"weight": 0.1}},
+    "weight_1": {"gad": GAD | {"weight": 1.0}},
+    "directions_4": {"gad": GAD | {"directions": 4}},
+    "low_frequency": {"gad": GAD | {"direction": "low_frequency"}},
+    "control": {"gad": GAD | {"direction": "control"}},
+    "clean": {"gad": GAD | {"end": "clean"}},
+    "whole": {"gad": GAD | {"end": "whole", "steps": 8}},
+    "first_step": {"gad": GAD | {"step_weights": (4.0, 0.0, 0.0, 0.0)}},
+    "later_steps": {"gad": GAD | {"step_weights": (0.0, 4 / 3, 4 / 3, 4 / 3)}},
+    "anchor_early": {"anchor": ANCHOR | {"until": 787.0}},
+    "anchor_late": {"anchor": ANCHOR | {"until": 449.0}},
+    "anchor_weight_0.2": {"anchor": ANCHOR | {"weight": 0.2}},
+}
+
+
+def objectives() -> dict[str, dict]:
+    """Variant -> objective, as a config spells it."""
+    found = {
+        f"{base}_{name}": {base: options} | added
+        for base, options in BASES.items()
+        for name, added in ADDED.items()
+    }
+    found["script"] = {"tdm": {}, "gad_script": {}}
+    found["script_half"] = {"tdm": {}, "gad_script": {"half": True}}
+    for name, changed in CHANGES.items():
+        found[name] = {"dmd": {}} | ADDED["both"] | changed
+    return found
+
+
+def cell_config(variant: str):
+    """What all cells share; configs/study adds the teacher and the student's times."""
+    known = objectives()
+    if variant not in known:
+        raise InputError(
+            f"--config: found the variant {variant!r}; expected one of {', '.join(known)}"
+        )
+    config = default_config()
+    config.guidance = 2.0
+    config.objective = known[variant]
+    config.steps = 600
+    config.batch = 16
+    config.remat = False
+    config.optim.update(lr=2e-4, warmup=20, decay=600, b1=0.0, b2=0.95)
+    config.critic.update(updates=2, lr=4e-4)
+    config.ema = 0.98
+    config.data.update(prompts="asset:shapes_prompts.txt", length=16)
+    config.checkpoint.update(every=200, keep=1)
+    config.log.every = 20
+    config.preview.every = 300
+    return config
+
+
+FAMILIES = "eps", "flow"
+SEEDS = 0, 1, 2
+PROMPTS = "asset:shapes_test_prompts.txt"
+# Metric -> heading of the tables.
+SHOWN = {
+    "adherence": "adherence",
+    "frechet": "Fréchet",
+    "vendi_ratio": "Vendi / teacher's",
+    "alignment_pixels": "seed alignment",
+    "tangent_cosine": "tangent cosine",
+    "tangent_norm_ratio": "tangent norm",
+    "retrieval": "retrieval",
+    "control": "layout control",
+    "path_agreement": "path agreement",
+}
+
+
+def cells() -> list[str]:
+    """All of the study, the ones that tell most first."""
+    grid = [f"{base}_{name}" for base in ("dmd", "sid", "tdm", "regression") for name in ADDED]
+    extra = ["script", "script_half", *CHANGES]
+    return [
+        f"{family}:{variant}:{seed}"
+        for seed in SEEDS
+        for family in FAMILIES
+        for variant in (grid + extra if (family, seed) == ("eps", 0) else grid)
+    ]
+
+
+def config_of(cell: str):
+    """The config of a cell. Raises: InputError for one that is not of the study."""
+    if cell not in cells():
+        raise InputError(
+            f"cell: found {cell!r}; expected FAMILY:VARIANT:SEED, such as {cells()[0]}"
+        )
+    family, variant, seed = cell.split(":")
+    return read_config([f"--config=configs/study/{family}.py:{variant}", f"--config.seed={seed}"])
+
+
+def run_cell(cell: str, work: Path, evaluate: Callable) -> dict:
+    """Train, export and evaluate what is not done yet; the row."""
+    family, variant, seed = cell.split(":")
+    folder = work / cell.replace(":", "-")
+    program = [sys.executable, "-m", "gadjax"]
+    config = f"--config=configs/study/{family}.py:{variant}"
+    if not (folder / "student").is_dir():
+        train = ["train", config, f"--config.seed={seed}", f"--workdir={folder / 'train'}"]
+        subprocess.run([*program, *train], check=True)
+        export = ["export", f"--workdir={folder / 'train'}", f"--out={folder / 'student'}"]
+        subprocess.run([*program, *export], check=True)
+    found = evaluate(family, folder / "student")
+    logged = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").open()]
+    return {
+        "cell": cell,
+        "config": config_of(cell).to_dict(),
+        "rows": found["rows"],
+        "settings": found["settings"],
+        "training": {k: [(m["step"], m[k]) for m in logged if k in m] for k in CURVES},
+    }
+
+
+CURVES = "loss/gad", "gad/cosine", "gad/norm_ratio", "loss/anchor", "dmd/gap", "sid/gap", "tdm/gap"
+
+
+def write_table(out: Path) -> None:
+    """README.md of the results: one table for each family, a row for each variant."""
+    lines = ["# The study", "", _TEXT.strip(), ""]
+    for family in FAMILIES:
+        rows = {cell: _read(out, cell) for cell in cells() if cell.startswith(family)}
+        finished = {cell: row for cell, row in rows.items() if row}
+        lines += [f"## Teacher: {family}", ""]
+        lines += ["| | seeds | " + " | ".join(SHOWN.values()) + " |"]
+        lines += ["|---|---|" + "---|" * len(SHOWN)]
+        for key in ("teacher", "teacher_few"):
+            of = [row["rows"][key] for row in finished.values()][:1]
+            if of:
+                lines.append(f"| {of[0]['label']} | | {_cells([of[0]['metrics']])} |")
+        for variant in dict.fromkeys(cell.split(":")[1] for cell in rows):
+            of = [
+                row["rows"]["student"]["metrics"]
+                for cell, row in finished.items()
+                if cell.split(":")[1] == variant
+            ]
+            name = variant.replace("_none", "").replace("_", " ")
+            text = _cells(of) if of else "not run |" + " |" * (len(SHOWN) - 2)
+            lines.append(f"| {name} | {len(of) or ''} | {text} |")
+        lines.append("")
+    (out / "README.md").write_text("\n".join(lines))
+
+
+def _read(out: Path, cell: str) -> dict | None:
+    path = out / f"{cell.replace(':', '-')}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _cells(of: list[dict]) -> str:
+    """Means over seeds; of a single one the 95 % interval where there is one."""
+    texts = []
+    for name in SHOWN:
+        found = [metrics[name] for metrics in of if name in metrics]
+        if not found:
+            texts.append("")
+            continue
+        text = f"{np.mean([m['value'] for m in found]):.3f}"
+        if len(found) == 1 and found[0]["low"] is not None:
+            text += f" ({found[0]['low']:.2f}–{found[0]['high']:.2f})"
+        elif len(found) > 1:
+            text += f" ± {np.std([m['value'] for m in found], ddof=1):.3f}"
+        texts.append(text)
+    return " | ".join(texts)
+
+
+_TEXT = """
+What GAD and the anchor do to four base objectives on the bundled world: 600 updates of 16 samples
+from the teacher's weights, 4 steps, everything else as in `gadjax/recipes/study.py`. 64 prompts x 8
+noises, a library of 64 noises for control, the same ones for every row. One seed: the value and its
+95 % interval over prompts, noises or pictures; several: mean and standard deviation over the runs.
+Every cell's numbers, config and curves are in the .json beside this page; the machine was two shared
+cores, on which cells took 3 to 6 minutes, so they are smaller than the quarter of an hour that one would wish
+for, and rows marked "not run" wait for somebody with more: `python -m gadjax.recipes.study`.
+"""
+
+
+def costs(family: str, variants: Iterable[str], rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Of one update (the critic's own included) of each variant: its products and convolutions in
+    units of one evaluation of the network for each sample, and its seconds, the median of rounds
+    in which the variants take turns."""
+    from gadjax.training.flops import flops
+    from gadjax.training.setup import compile_steps, make_batch, prepare
+    from gadjax.training.steps import critic_step, student_step
+
+    found, turns = {}, {}
+    for variant in variants:
+        run = prepare(config_of(f"{family}:{variant}:0"))
+        config, frozen = run.config, run.frozen
+        steps, state = compile_steps(run), jax.jit(run.start)(run.first)
+        raw = run.source.batch(0, config.batch)
+        batch = jax.eval_shape(
+            lambda f, r, run=run: make_batch(run.pipeline, f, r, 0, 0), frozen, raw
+        )
+        once = flops(
+            lambda p, b, run=run: run.recipe.denoiser.raw(p, b.noise, 0.0, b.cond), run.first, batch
+        )
+        teacher = frozen.get("transformer")
+        total = flops(
+            lambda s, t, b, run=run: student_step(run.recipe, s, t, b), state, teacher, batch
+        )
+        if steps.critic:
+            own = flops(
+                lambda s, t, b, run=run: critic_step(run.recipe, s, t, b), state, teacher, batch
+            )
+            total += config.critic.updates * own
+        found[variant] = {"evaluations": total / once}
+        turns[variant] = _turn(steps, state, frozen, raw, config.critic.updates)
+    seconds = {variant: [] for variant in turns}
+    for turn in range(rounds + 1):
+        for variant, take in turns.items():
+            begun = time.perf_counter()
+            take()
+            if turn:  # the first one compiles
+                seconds[variant].append(time.perf_counter() - begun)
+    for variant, values in seconds.items():
+        found[variant]["seconds"] = float(np.median(values))
+    return found
+
+
+def _turn(steps, state, frozen, raw, critic_updates: int) -> Callable[[], None]:
+    held = [state]
+
+    def take() -> None:
+        for _ in range(critic_updates if steps.critic else 0):
+            held[0], _ = steps.critic(held[0], frozen, raw, np.uint32(0))
+        held[0], metrics = steps.student(held[0], frozen, raw, np.uint32(0))
+        jax.block_until_ready(metrics)
+
+    return take
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cells", nargs="*", help="FAMILY:VARIANT:SEED; all of them by default")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/study"))
+    parser.add_argument("--cost", action="store_true", help="only what an update costs")
+    args = parser.parse_args()
+    for cell in args.cells:
+        config_of(cell)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.cost:
+        variants = [cell.split(":")[1] for cell in args.cells or cells()[:18]]
+        text = json.dumps(costs("eps", variants), indent=2)
+        (args.out / "costs.json").write_text(text + "\n")
+    evaluate = Evaluator()
+    for cell in () if args.cost else args.cells or cells():
+        if _read(args.out, cell) is None:
+            row = run_cell(cell, args.work, evaluate)
+            (args.out / f"{_name(cell)}.json").write_text(json.dumps(row, indent=1) + "\n")
+            print(f"{cell}: done", flush=True)
+        write_table(args.out)
+
+
+if __name__ == "__main__":
+    main()
