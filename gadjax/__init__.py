@@ -1,3 +1,26 @@
-"""Few-step distillation of diffusion and flow models that keeps what the noise meant."""
+"""Few-step distillation of diffusion and flow models that keeps what the noise meant.
+
+    teacher = gadjax.load("asset:shapes_teacher")
+    student = gadjax.distill(teacher, DMD() + 0.3 * GAD(), prompts, steps=4)
+    images = gadjax.sample(student, prompts)
+    gadjax.save(student, "student")  # a diffusers folder
+
+The terms are in gadjax.objectives. Everything is imported when it is first asked for.
+"""
+
+import importlib
 
 __version__ = "0.1.0"
+__all__ = ["Model", "distill", "load", "objectives", "sample", "save"]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module 'gadjax' has no attribute {name!r}")
+    if name == "objectives":
+        return importlib.import_module("gadjax.objectives")
+    return getattr(importlib.import_module("gadjax.api"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,5 +1,6 @@
 """What diffusers and transformers make of the same weights. Needs torch, imported when asked."""
 
+import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gadjax import __version__
 from gadjax.convert.folder import Component, PipelineFolder
 from gadjax.convert.recipe import Sampling, read_sampling
 from gadjax.errors import InputError, RunStopped
@@ -19,6 +21,7 @@ from gadjax.sampling import draw, initial_noise
 
 NETWORK_BOUND = 1e-4  # of the largest value, in float32
 PICTURE_BOUND = 2 / 255
+PROMPTS = ("a red circle above a blue square", "a lighthouse at dawn, oil on canvas", "")
 SIDE, TOKENS = 32, 12  # of random latents and texts
 _EXACT = partial(jax.default_matmul_precision, "highest")  # accelerators round products of float32
 
@@ -154,6 +157,26 @@ def diffusers_arguments(sampling: Sampling) -> dict[str, Any]:
         "max_sequence_length": sampling.length,
         "use_resolution_binning": False,
         "clean_caption": False,
+    }
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Compare what diffusers and gadjax draw with a folder: what its gadjax.json keeps.
+
+    Raises: RunStopped where they differ, or diffusers cannot use the folder.
+    """
+    difference = compare_pictures(folder, PROMPTS)
+    if difference > PICTURE_BOUND:
+        raise RunStopped(
+            f"verification: found a difference of {difference:.1e} between diffusers' pictures and "
+            f"gadjax's; expected at most {PICTURE_BOUND:.1e}"
+        )
+    return {
+        "max_difference": difference,
+        "allowed": PICTURE_BOUND,
+        "prompts": len(PROMPTS),
+        "gadjax": __version__,
+        **{name: importlib.metadata.version(name) for name in ("diffusers", "torch")},
     }
 
 

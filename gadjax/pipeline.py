@@ -1,6 +1,6 @@
 """A diffusers pipeline folder as functions of parameters: text -> cond, latents <-> pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from gadjax.samplers import (
     parameterization_from_config,
     sampler_from_config,
     schedule_from_config,
+    tells_whole_times,
 )
 from gadjax.types import Cond, Params
 
@@ -103,10 +104,12 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
         for name, part in folder.components.items()
     }
     part = folder.components["transformer"]
+    tell = told_whole if tells_whole_times(folder.scheduler) else lambda network: network
     denoiser = Denoiser(
-        part.module.predictor(networks["transformer"].apply, part.spec),
+        tell(part.module.predictor(networks["transformer"].apply, part.spec)),
         schedule_from_config(folder.scheduler),
         parameterization_from_config(folder.scheduler),
+        tell(part.module.features(networks["transformer"].apply)),
     )
     side = part.spec.sample_size
     return Pipeline(
@@ -117,6 +120,18 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
         tokenizer=load_tokenizer(folder.path / "tokenizer"),
         latent=(side, side, part.spec.in_channels),
     )
+
+
+def told_whole(network: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A network told the whole part of t, as diffusers tells it; the schedule keeps t itself.
+
+    A derivative in t is the network's own at that whole time, not the zero of a rounded one.
+    """
+
+    def call(params: Params, x_BHWC, t_B, cond: Cond):
+        return network(params, x_BHWC, t_B + jax.lax.stop_gradient(jnp.floor(t_B) - t_B), cond)
+
+    return call
 
 
 def random_like(network: Functional, seed: int) -> Params:

@@ -39,12 +39,14 @@ class Sampler:
 
     grid: number of steps n -> times [n + 1] as diffusers sets them, in the schedule's units.
     order, last_order: as gadjax.rollout.rollout takes them.
+    takes_timesteps: whether diffusers lets others than the grid's be chosen.
     """
 
     schedule: NoiseSchedule
     grid: Callable[[int], np.ndarray]
     order: int = 1
     last_order: int = 1
+    takes_timesteps: bool = True
 
     def times(
         self, steps: int | None = None, timesteps: Sequence[float] | None = None
@@ -52,9 +54,10 @@ class Sampler:
         """The times [n + 1] of a walk of n steps, float64, the noisiest first.
 
         timesteps: the n times to start a step from, taken as they are (no shift); the walk then
-          ends at `schedule.clean`, as one with diffusers' `timesteps=` does.
-        Raises InputError unless exactly one of the two is given, and for times that do not fall
-        or that the schedule lacks.
+          ends at `schedule.clean`, as one with diffusers' `timesteps=` does. Where diffusers takes
+          none they must be those of the grid, to within 0.01, and the grid's are returned.
+        Raises InputError unless exactly one of the two is given, and for times that do not fall,
+        that the schedule lacks or that diffusers cannot take.
         """
         if (steps is None) == (timesteps is None):
             raise InputError(
@@ -73,7 +76,16 @@ class Sampler:
                 + f", above {self.schedule.clean:g} and up to {self.schedule.last:g}"
                 + (", whole numbers" if isinstance(self.schedule, DDPM) else "")
             )
-        return times
+        return times if timesteps is None or self.takes_timesteps else self._on_grid(times)
+
+    def _on_grid(self, times: np.ndarray) -> np.ndarray:
+        grid = self.grid(len(times) - 1)
+        if np.abs(grid - times).max() > 0.01:
+            raise InputError(
+                f"timesteps: found {_listed(times)}; expected {_listed(grid)}, the grid of "
+                f"{len(times) - 1} of the scheduler's steps, because diffusers takes no other"
+            )
+        return grid
 
     def _walkable(self, times: np.ndarray) -> bool:
         starts = times[:-1]
@@ -141,26 +153,50 @@ def sampler_from_config(cfg: dict) -> Sampler:
     return readers[name](cfg, schedule_from_config(cfg))
 
 
-def student_scheduler_config(cfg: dict) -> dict:
-    """scheduler_config.json of a deterministic student of the teacher whose config is `cfg`.
+def tells_whole_times(cfg: dict) -> bool:
+    """Whether diffusers steps from a time but tells the network its whole part only."""
+    return cfg.get("_class_name") == DPM and _is_flow(cfg)
 
-    Called with `timesteps=[...]`, diffusers then takes exactly the order-1 steps between them and
-    on to x0. In a flow that is FlowMatchEulerDiscreteScheduler without a shift:
-    DPMSolverMultistepScheduler does not take timesteps there.
+
+def student_scheduler_config(cfg: dict, timesteps: Sequence[float]) -> dict:
+    """scheduler_config.json of a deterministic student that steps from `timesteps` on to x0, of
+    the teacher whose config is `cfg`.
+
+    Where the sampler of what is returned takes_timesteps, diffusers is to be called with them;
+    elsewhere with their number alone:
+    - a teacher of DPM-Solver++ in a flow hands on its own grid. With flow sigmas
+      DPMSolverMultistepScheduler takes no timesteps, and a pipeline that was made for it (PixArt's)
+      cannot carry FlowMatchEulerDiscreteScheduler, which has no scale_model_input;
+    - a single step is DDIM's. It returns x0 beside the next latent, and x0 is what PixArt's
+      pipeline takes of a single step.
     """
     schedule, kind = schedule_from_config(cfg), parameterization_from_config(cfg)
-    if isinstance(schedule, Flow):
+    if cfg.get("_class_name") == FLOW_EULER:
         return {"_class_name": FLOW_EULER, "num_train_timesteps": schedule.steps, "shift": 1.0}
-    return {
-        "_class_name": DPM,
+    common = {
         "num_train_timesteps": schedule.steps,
+        "prediction_type": next(k for k, v in PREDICTION_TYPES.items() if v == kind),
+    }
+    solver = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
+    if isinstance(schedule, Flow):
+        shift = _number(cfg, "flow_shift", 1.0)
+        flow = {"use_flow_sigmas": True, "flow_shift": shift}
+        return {"_class_name": DPM, **common, **flow, **solver}
+    common |= {
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
         "beta_schedule": schedule.beta_schedule,
-        "prediction_type": next(k for k, v in PREDICTION_TYPES.items() if v == kind),
-        "algorithm_type": "dpmsolver++",
-        "solver_order": 1,
-        "final_sigmas_type": "zero",
+    }
+    if len(timesteps) > 1:
+        return {"_class_name": DPM, **common, **solver}
+    (start,) = timesteps
+    return {
+        "_class_name": DDIM,
+        **common,
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "timestep_spacing": "leading",
+        "steps_offset": int(start) if start == int(start) else start,
     }
 
 
@@ -177,9 +213,9 @@ def _dpm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
         _choice(cfg, "solver_type", "midpoint", "midpoint")
     if isinstance(schedule, Flow):
         grid = partial(_dpm_flow_grid, schedule.steps, _number(cfg, "flow_shift", 1.0))
-    else:
-        spacing = _choice(cfg, "timestep_spacing", "linspace", "linspace", "leading", "trailing")
-        grid = partial(_dpm_grid, schedule.steps, spacing, _number(cfg, "steps_offset", 0))
+        return Sampler(schedule, grid, order, takes_timesteps=False)
+    spacing = _choice(cfg, "timestep_spacing", "linspace", "linspace", "leading", "trailing")
+    grid = partial(_dpm_grid, schedule.steps, spacing, _number(cfg, "steps_offset", 0))
     return Sampler(schedule, grid, order)
 
 
@@ -194,8 +230,13 @@ def _dpm_grid(total: int, spacing: str, offset: int, n: int) -> np.ndarray:
 
 
 def _dpm_flow_grid(total: int, shift: float, n: int) -> np.ndarray:
-    # diffusers steps from these times too, but tells the network their whole part only.
-    return shift_time((1 - np.linspace(1, 1 / total, n + 1))[::-1] * total, shift, total)
+    share = (1 - np.linspace(1, 1 / total, n + 1))[::-1]
+    times = shift * share / (1 + (shift - 1) * share) * total
+    # The network is told their whole part (see tells_whole_times), which for n = 3 is 332 of
+    # 332.99999999999994: what float32 would round up to a whole number stays below it.
+    single = times.astype(np.float32)
+    below = np.nextafter(single, np.float32(0)).astype(np.float64)
+    return np.where(np.floor(single) > np.floor(times), below, times)
 
 
 def _ddim(cfg: dict, schedule: NoiseSchedule) -> Sampler:
@@ -204,7 +245,8 @@ def _ddim(cfg: dict, schedule: NoiseSchedule) -> Sampler:
     spacing = _choice(cfg, "timestep_spacing", "leading", "leading", "trailing", "linspace")
     end = schedule.clean if cfg.get("set_alpha_to_one", True) else 0.0
     offset = _number(cfg, "steps_offset", 0)
-    return Sampler(schedule, partial(_ddim_grid, schedule.steps, spacing, offset, end))
+    grid = partial(_ddim_grid, schedule.steps, spacing, offset, end)
+    return Sampler(schedule, grid, takes_timesteps=False)
 
 
 def _ddim_grid(total: int, spacing: str, offset: int, end: float, n: int) -> np.ndarray:
@@ -250,6 +292,10 @@ def _flow_euler_grid(total: int, shift: float, n: int) -> np.ndarray:
     # Shifted twice: diffusers spaces n times evenly between ends that are shifted already.
     even = np.linspace(total, shift_time(1.0, shift, total), n)
     return np.append(shift_time(even, shift, total), Flow.clean)
+
+
+def _listed(times: np.ndarray) -> str:
+    return ", ".join(f"{time:.2f}".rstrip("0").rstrip(".") for time in times[:-1])
 
 
 def _is_flow(cfg: dict) -> bool:

@@ -1,7 +1,6 @@
 """Pictures from a pipeline folder: prompts and noise in, arrays out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 
 from gadjax.convert.recipe import Sampling
 from gadjax.pipeline import Pipeline
-from gadjax.samplers import Sampler, sample
+from gadjax.samplers import Sampler, sample, sampler_from_config, student_scheduler_config
 from gadjax.types import Cond, Params
 
 BATCH = 64
@@ -29,7 +28,9 @@ def sampler_and_times(pipeline: Pipeline, sampling: Sampling) -> tuple[Sampler, 
     """
     if sampling.timesteps is None:
         return pipeline.sampler, pipeline.sampler.times(sampling.steps)
-    return replace(pipeline.sampler, order=1), pipeline.sampler.times(timesteps=sampling.timesteps)
+    config = student_scheduler_config(pipeline.folder.scheduler, sampling.timesteps)
+    sampler = sampler_from_config(config)
+    return sampler, sampler.times(timesteps=sampling.timesteps)
 
 
 def clean_latent(

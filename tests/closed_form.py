@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gadjax.bench import teachers
 from gadjax.denoiser import Denoiser
 from gadjax.parameterization import from_prediction
 from gadjax.schedules import DDPM, Flow
@@ -102,22 +103,14 @@ def one_step(world: World) -> World:
 
 
 def gaussian(params, x, alpha, sigma, told):
-    mean = params["mean"] + told
-    spread = alpha**2 * params["variance"] + sigma**2
-    away = (x - alpha * mean) @ params["basis"]
-    x0 = mean + (alpha * params["variance"] / spread * away) @ params["basis"].T
-    return Prediction(x0, (sigma / spread * away) @ params["basis"].T)
+    return teachers.gaussian(
+        params["mean"] + told, params["basis"], params["variance"], x, alpha, sigma
+    )
 
 
 def mixture(params, x, alpha, sigma, told):
     means = params["means"] + told[:, None]
-    spread = (alpha**2 * params["variances"] + sigma**2)[..., None]
-    away = x[:, None] - alpha[..., None] * means
-    logits = params["logits"] - 0.5 * jnp.sum(away**2 / spread + jnp.log(spread), axis=-1)
-    share = jax.nn.softmax(logits)[..., None]
-    gain = alpha[..., None] * params["variances"][:, None] / spread
-    x0 = jnp.sum(share * (means + gain * away), axis=1)
-    return Prediction(x0, jnp.sum(share * sigma[..., None] / spread * away, axis=1))
+    return teachers.mixture(means, params["variances"], params["logits"], x, alpha, sigma)
 
 
 def gaussian_params(seed=0, dtype=jnp.float32):
@@ -159,19 +152,13 @@ def guided_text(batch: Batch, guidance=GUIDANCE):
 
 
 def gaussian_map(params, schedule, x, start_B, end_B, told):
-    """Where the gaussian's probability-flow ODE takes x [B, D], and its Jacobians [B, D, D].
-
-    x(t) - alpha mean has the covariance M_t = alpha^2 S + sigma^2 at all times, and all M_t
-    commute; so x(s) = alpha_s mean + M_s^(1/2) M_t^(-1/2) (x - alpha_t mean). In float64.
-    """
+    """Where the gaussian's probability-flow ODE takes x [B, D], and its Jacobians [B, D, D]."""
     mean, basis, variance = (np.asarray(params[k], float) for k in ("mean", "basis", "variance"))
-    (a, s), (b, r) = (
-        (v[:, None] for v in schedule.alpha_sigma(np.asarray(t, float))) for t in (start_B, end_B)
+    start, end = (
+        tuple(v[:, None] for v in schedule.alpha_sigma(np.asarray(t, float)))
+        for t in (start_B, end_B)
     )
-    slope = np.sqrt((b**2 * variance + r**2) / (a**2 * variance + s**2))
-    jacobian = np.einsum("ij,bj,kj->bik", basis, slope, basis)
-    mean = mean + told
-    return b * mean + np.einsum("bij,bj->bi", jacobian, np.asarray(x, float) - a * mean), jacobian
+    return teachers.gaussian_map(mean + told, basis, variance, np.asarray(x, float), start, end)
 
 
 def gaussian_walk(params, schedule, times, told):

@@ -9,6 +9,7 @@ import torch
 
 from gadjax.denoiser import Denoiser
 from gadjax.errors import InputError
+from gadjax.pipeline import told_whole
 from gadjax.rollout import rollout
 from gadjax.samplers import (
     parameterization_from_config,
@@ -16,6 +17,7 @@ from gadjax.samplers import (
     sampler_from_config,
     schedule_from_config,
     student_scheduler_config,
+    tells_whole_times,
 )
 from gadjax.schedules import DDPM, Flow
 from gadjax.types import Cond
@@ -91,12 +93,17 @@ def their_walk(config, steps=None, timesteps=None):
 
 def our_predict(config):
     def apply(params, x, t, cond):
-        # DPMSolverMultistepScheduler tells a flow network whole timesteps only.
-        told = jnp.floor(t) if config.get("use_flow_sigmas") else t
-        return network(jnp, x, told[:, None, None, None])
+        return network(jnp, x, t[:, None, None, None])
 
+    apply = told_whole(apply) if tells_whole_times(config) else apply
     denoiser = Denoiser(apply, schedule_from_config(config), parameterization_from_config(config))
     return lambda x, t: denoiser({}, x, t, Cond(None, None))
+
+
+def ours_told(config, times):
+    """What the network is told of the times [n + 1], in float32 as everywhere."""
+    started = times[:-1].astype(np.float32)
+    return np.floor(started) if tells_whole_times(config) else started
 
 
 def assert_close(found, expected):
@@ -110,8 +117,7 @@ def test_every_step_equals_diffusers(config, steps):
     times = sampler.times(steps)
     theirs, told = their_walk(config, steps)
     assert times.shape == (steps + 1,) and times.dtype == np.float64
-    whole = np.trunc(times[:-1]) if config.get("use_flow_sigmas") else times[:-1]
-    np.testing.assert_allclose(whole, told, rtol=1e-6)
+    np.testing.assert_allclose(ours_told(config, times), told, rtol=1e-6)
     orders = dict(order=sampler.order, last_order=sampler.last_order)
     with jax.disable_jit():  # a Python loop is faster here than 85 compilations
         walk = rollout(our_predict(config), sampler.schedule, jnp.asarray(NOISE), times, **orders)
@@ -135,6 +141,18 @@ def test_grids_of_every_length(config):
             np.testing.assert_allclose(told / 1000, theirs.sigmas[:-1].numpy(), rtol=1e-6)
         else:
             np.testing.assert_array_equal(told, theirs.timesteps.numpy())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+def test_what_diffusers_tells_a_flow_network_in_any_number_of_steps(shift):
+    """Its whole part is taken in float64: in three steps it is 332, of 332.99999999999994."""
+    config = dict(DPM_FLOW, flow_shift=shift)
+    sampler, theirs = sampler_from_config(config), scheduler(config)
+    for steps in [*range(1, 130), 196, 333, 351, 407, 999]:
+        theirs.set_timesteps(steps)
+        times = sampler.times(steps)
+        np.testing.assert_array_equal(ours_told(config, times), theirs.timesteps.numpy())
+        np.testing.assert_allclose(times / 1000, theirs.sigmas.numpy(), rtol=2e-7)
 
 
 def test_final_times():
@@ -167,23 +185,31 @@ def test_custom_timesteps_equal_diffusers(order, timesteps):
 STUDENTS = {
     "eps": (PIXART, [899, 674, 449, 224]),
     "v": (CONFIGS["ddim-trailing"], [999, 749, 499, 249]),
-    "x0": (CONFIGS["ddim-still"], [625]),
     "sdxl": (CONFIGS["euler-sdxl"], [999, 749, 400]),
     "flow": (CONFIGS["flow-shifted"], [1000.0, 900.0, 750.0, 499.5]),
-    "flow-dpm": (CONFIGS["dpm2-flow"], [999.25, 500.5]),
+    "flow-dpm": (dict(DPM_FLOW, flow_shift=1.0), [999, 749.25, 499.5, 249.75]),
+    "flow-dpm-rounded": (dict(DPM_FLOW, flow_shift=1.0), [999, 666, 333]),
+    "flow-dpm-shifted": (CONFIGS["dpm2-flow"], [999.67, 749.62]),
+    "one-eps": (PIXART, [999]),
+    "one-v": (CONFIGS["dpm2-v"], [899]),
+    "one-x0": (CONFIGS["ddim-still"], [625]),
+    "one-flow": (CONFIGS["flow"], [1000.0]),
+    "one-flow-dpm": (DPM_FLOW, [999]),
 }
 
 
 @pytest.mark.parametrize("teacher,timesteps", STUDENTS.values(), ids=STUDENTS)
 def test_diffusers_takes_our_steps_with_a_students_config(teacher, timesteps):
-    config = student_scheduler_config(teacher)
+    config = student_scheduler_config(teacher, timesteps)
     assert schedule_from_config(config) == schedule_from_config(teacher)
     assert parameterization_from_config(config) == parameterization_from_config(teacher)
     sampler = sampler_from_config(config)
     times = sampler.times(timesteps=timesteps)
     assert sampler.order == 1
-    states, told = their_walk(config, timesteps=timesteps)
-    np.testing.assert_array_equal(told, timesteps)
+    np.testing.assert_allclose(times[:-1], timesteps, rtol=0, atol=0.01)
+    called = {"timesteps": timesteps} if sampler.takes_timesteps else {"steps": len(timesteps)}
+    states, told = their_walk(config, **called)
+    np.testing.assert_array_equal(ours_told(config, times), told)
     predict, schedule = our_predict(config), sampler.schedule
     walk = rollout(predict, schedule, jnp.asarray(NOISE), times)
     for i, (found, expected) in enumerate(zip([*walk.x[1:], walk.end], states[1:], strict=True)):
@@ -193,10 +219,30 @@ def test_diffusers_takes_our_steps_with_a_students_config(teacher, timesteps):
         assert_close(alone.end, expected)
 
 
-def test_a_flow_teachers_own_scheduler_takes_no_timesteps():
-    """Why a flow student gets another scheduler; when this fails, it may keep the teacher's."""
+def test_why_students_have_the_schedulers_they_have():
+    """Where one of these fails, student_scheduler_config may become simpler."""
     with pytest.raises(TypeError):
         scheduler(CONFIGS["dpm2-flow"]).set_timesteps(timesteps=[999, 500])
+    with pytest.raises(TypeError):
+        scheduler(DDIM).set_timesteps(timesteps=[999])
+    # What PixArtAlphaPipeline calls and reads.
+    assert not hasattr(diffusers.FlowMatchEulerDiscreteScheduler, "scale_model_input")
+    for config, values in ((DPM, 1), (DDIM, 2)):
+        theirs = scheduler(config)
+        theirs.set_timesteps(1)
+        x = torch.zeros(SHAPE)
+        assert len(theirs.step(x, theirs.timesteps[0], x, return_dict=False)) == values
+
+
+def test_a_student_in_a_dpm_flow_keeps_the_grid():
+    config = dict(DPM_FLOW, flow_shift=1.0)
+    sampler = sampler_from_config(student_scheduler_config(config, [999, 500]))
+    with pytest.raises(InputError) as caught:
+        sampler.times(timesteps=[999, 500])
+    line = str(caught.value)
+    assert line.startswith("timesteps: found 999, 500; expected 999, 499.5, the grid of 2")
+    times = sampler.times(timesteps=[999, 666, 333])
+    np.testing.assert_array_equal(times, sampler.times(3))
 
 
 def test_schedules_and_parameterizations():

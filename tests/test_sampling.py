@@ -52,7 +52,7 @@ def test_a_student_draws_as_diffusers_does(torch_pipeline, loaded):
     from gadjax.samplers import student_scheduler_config
 
     pipeline, params = loaded
-    config = student_scheduler_config(pipeline.folder.scheduler)
+    config = student_scheduler_config(pipeline.folder.scheduler, (899, 674, 300))
     pipe = PixArtAlphaPipeline(
         **{
             **torch_pipeline.components,

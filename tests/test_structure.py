@@ -13,6 +13,10 @@ MODELS = MATHS | {"models"}
 DENOISER = MATHS | {"denoiser", "rollout"}
 CONVERT = MODELS | {"convert", "samplers", "denoiser", "rollout", "assets"}
 PIPELINE = CONVERT | {"pipeline"}
+BENCH = {"errors", "types", "schedules", "parameterization", "denoiser", "rollout"} | {
+    "objectives",
+    "training",
+}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
@@ -30,6 +34,7 @@ MAY_IMPORT = {
     "data": {"errors", "types", "worlds"},
     "pipeline": CONVERT,
     "sampling": PIPELINE,
+    "bench": BENCH,
 }
 
 

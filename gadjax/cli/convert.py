@@ -5,8 +5,8 @@ from pathlib import Path
 
 from gadjax import parity
 from gadjax.assets import resolve
-from gadjax.cli.output import check_apart, storage, storage_dtype
-from gadjax.convert.atomic import atomic_folder, check_target
+from gadjax.cli.output import storage, storage_dtype
+from gadjax.convert.atomic import atomic_folder, check_apart, check_target
 from gadjax.convert.folder import INDEX, PipelineFolder, check_pipeline
 from gadjax.convert.orbax_folder import (
     MANIFEST,

@@ -1,4 +1,4 @@
-"""Compare a student with its teacher: report.json, report.md and samples.png."""
+"""Compare a student with its teacher: report.json, report.md and pictures."""
 
 import argparse
 import json
@@ -16,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--seeds", type=int, default=8, help="pictures of each prompt")
     parser.add_argument("--tangents", type=int, default=1, help="noise directions of each prompt")
+    parser.add_argument(
+        "--library", type=int, default=64, help="noises for the tasks of noise control, 0 for none"
+    )
+    parser.add_argument(
+        "--moves", type=int, default=32, help="of a shape by its noise, one a noise of the library"
+    )
     parser.add_argument("--teacher-steps", type=int, help="instead of those of its gadjax.json")
     parser.add_argument("--teacher-guidance", type=float, help="instead of that of its gadjax.json")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time")
@@ -41,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     student = _model("--student", args.student, dtype, {})
     changes = {"steps": args.teacher_steps, "guidance": args.teacher_guidance}
     teacher = _model("--teacher", args.teacher, dtype, changes)
-    plan = Plan(args.seeds, args.tangents, args.batch)
+    plan = Plan(args.seeds, args.tangents, args.batch, args.library, args.moves)
     evaluation = evaluate(teacher, student, prompts, world, plan)
     settings = {
         "teacher": args.teacher,
@@ -49,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         "prompts": f"{args.prompts} ({len(prompts)})",
         "seeds": plan.seeds,
         "tangents": plan.tangents,
+        "library": plan.library,
+        "moves": plan.moves,
         "world": name,
         "dtype": args.dtype,
         **_made_by(teacher, student),

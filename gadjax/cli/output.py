@@ -20,14 +20,6 @@ def storage(out: Path) -> Iterator[None]:
         raise RunStopped(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
-def check_apart(out: Path, *sources: Path) -> None:
-    """Raises: InputError where writing `out` would replace what is read."""
-    target = out.resolve()
-    for source in map(Path.resolve, sources):
-        if target in (source, *source.parents):
-            raise InputError(f"{out}: found {source} in it; expected a folder elsewhere")
-
-
 def storage_dtype(name: str | None):
     """A dtype for files, None for the one they have."""
     if name is not None and name not in DTYPES:

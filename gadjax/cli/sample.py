@@ -5,28 +5,21 @@ Picture n of prompt p starts from noise p of seed SEED + n, whatever else is dra
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from gadjax.api import Model, drawn_with, load
 from gadjax.assets import resolve
-from gadjax.cli.output import check_apart, check_least, storage
-from gadjax.convert.atomic import atomic_folder, check_target
-from gadjax.convert.recipe import Sampling, read_sampling
+from gadjax.cli.output import check_least, storage
+from gadjax.convert.atomic import atomic_folder, check_apart, check_target
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError, RunStopped
-from gadjax.models.module import cast
-from gadjax.pipeline import Pipeline, load_pipeline
 from gadjax.sampling import BATCH, draw, initial_noise, sampler_and_times
 from gadjax.training.preview import grid, save_png, to_uint8
-from gadjax.training.setup import compute_dtype
-from gadjax.training.workdir import is_workdir, read_trained
-from gadjax.types import Params
 
 MARKER = "prompts.jsonl"
 SHOWN = 8  # prompts on the sheet, and pictures of each
@@ -48,13 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace earlier pictures")
 
 
-@dataclass(frozen=True)
-class _Model:
-    pipeline: Pipeline
-    params: dict[str, Params]
-    sampling: Sampling
-
-
 def run(args: argparse.Namespace) -> int:
     source = resolve(args.model)
     check_target(args.out, overwrite=args.overwrite, marker=MARKER)
@@ -63,7 +49,12 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("steps", "per_prompt", "batch"):
         check_least(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
     prompts = read_prompts(resolve(args.prompts))
-    model = _open(source, args)
+    model = load(args.model, dtype=args.dtype, variant=args.variant)
+    try:
+        model = drawn_with(model, args.steps, args.guidance)
+    except InputError as error:
+        raise InputError(f"--{error}") from error
+    sampler_and_times(model.pipeline, model.sampling)  # refuses steps that cannot be taken
 
     # (prompt's number, picture's number)
     jobs = [(p, n) for p in range(len(prompts)) for n in range(args.per_prompt)]
@@ -86,36 +77,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _open(source: Path, args: argparse.Namespace) -> _Model:
-    """Raises: InputError for a folder of another kind, and for steps that it cannot take."""
-    dtype = compute_dtype(args.dtype)
-    if is_workdir(source):
-        trained = read_trained(source)
-        sampling = _changed(trained.sampling, args)
-        pipeline, params = load_pipeline(trained.teacher, dtype=dtype, variant=args.variant)
-        trained.check(pipeline.folder.components["transformer"])
-        params["transformer"] = trained.params
-    else:
-        sampling = _changed(read_sampling(source), args)
-        pipeline, params = load_pipeline(source, dtype=dtype, variant=args.variant)
-    sampler_and_times(pipeline, sampling)
-    return _Model(pipeline, cast(params, dtype), sampling)
-
-
-def _changed(sampling: Sampling, args: argparse.Namespace) -> Sampling:
-    if args.steps is not None and sampling.timesteps is not None:
-        raise InputError(
-            f"--steps: found {args.steps}; expected no such flag, because this student was "
-            f"trained for the timesteps {', '.join(f'{t:g}' for t in sampling.timesteps)}"
-        )
-    if args.guidance is not None and not math.isfinite(args.guidance):
-        raise InputError(f"--guidance: found {args.guidance}; expected a finite number")
-    asked = {"steps": args.steps, "guidance": args.guidance}
-    return replace(sampling, **{key: value for key, value in asked.items() if value is not None})
-
-
 def _draw(
-    model: _Model,
+    model: Model,
     prompts: list[str],
     jobs: list[tuple[int, int]],
     args: argparse.Namespace,

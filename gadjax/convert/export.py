@@ -20,14 +20,15 @@ HEADING = "## Verification"
 class Export:
     """What there is to say of exported weights.
 
-    name: of the folder. step, part (ema or student), config: which weights of which run. teacher,
-    fingerprint: the teacher's name and that of its transformer's weights. latent: (H, W, C).
-    pipeline, arguments: diffusers' class and what it is called with. world: as gadjax.json names
-    it. report: of `gadjax evaluate`.
+    name: of the folder. times: that a student's steps start from, None for a teacher. step, part
+    (ema or student), config: which weights of which run. teacher, fingerprint: the teacher's name
+    and that of its transformer's weights. latent: (H, W, C). pipeline, arguments: diffusers' class
+    and what it is called with. world: as gadjax.json names it. report: of `gadjax evaluate`.
     """
 
     name: str
     sampling: Sampling
+    times: tuple[float, ...] | None
     step: int
     part: str
     config: Mapping[str, Any]
@@ -66,7 +67,7 @@ def card(export: Export, verified: Mapping[str, Any] | None) -> str:
 
 
 def _front(export: Export) -> list[str]:
-    tags = ["text-to-image", "gadjax", *(["distillation"] if export.sampling.timesteps else [])]
+    tags = ["text-to-image", "gadjax", *(["distillation"] if export.times else [])]
     return [
         "---",
         f"license: {json.dumps(export.license)}",
@@ -82,13 +83,14 @@ def _front(export: Export) -> list[str]:
 def _origin(export: Export) -> list[str]:
     sampling, config = export.sampling, export.config
     guidance = []
-    if sampling.timesteps is None:
+    if export.times is None:
         made = "Trained with the text encoder and the autoencoder of"
         drawn = f"the {sampling.steps} steps of its scheduler, with guidance {sampling.guidance:g}"
     else:
         made = "Distilled from"
-        times = ", ".join(f"{time:g}" for time in sampling.timesteps)
-        drawn = f"{sampling.steps} steps, from the times {times}, without guidance"
+        times = ", ".join(f"{time:g}" for time in export.times)
+        many = "s" if sampling.steps > 1 else ""
+        drawn = f"{sampling.steps} step{many}, from the time{many} {times}, without guidance"
         guidance = [f"| guidance of the teacher | {config['guidance']:g} |"]
     return [
         f"# {export.name}",

@@ -41,3 +41,13 @@ def seed_alignment(student_PSD: np.ndarray, teacher_PSD: np.ndarray) -> np.ndarr
     nearest = distances == distances.min(-1, keepdims=True)
     own = np.einsum("pss->ps", nearest)
     return (own / nearest.sum(-1)).mean(-1)
+
+
+def coverage(words_PSA: np.ndarray, open_PA: np.ndarray) -> np.ndarray:
+    """How many different words a prompt's seeds show of an attribute that it leaves open, mean
+    over those attributes: [Q] for the Q prompts that leave any. "" is no word."""
+    counts = np.array(
+        [[len(set(words_S) - {""}) for words_S in words_SA.T] for words_SA in words_PSA]
+    )
+    leaves = open_PA.any(1)
+    return (counts * open_PA).sum(1)[leaves] / open_PA.sum(1)[leaves]

@@ -8,38 +8,38 @@ from tqdm import tqdm
 
 from gadjax.convert.recipe import Sampling
 from gadjax.errors import InputError
-from gadjax.evaluation.metrics import Drawn, absent_metrics, row_metrics
+from gadjax.evaluation.catalogue import NEAR, NEAR_SHARE, Metric, catalogue
+from gadjax.evaluation.control import (
+    MOVE_COST,
+    Control,
+    carry_out,
+    choose_moves,
+    make_library,
+    read_library,
+)
+from gadjax.evaluation.control_metrics import absent_control, control_metrics
+from gadjax.evaluation.metrics import Drawn, absent_metrics, flat, row_metrics
+from gadjax.evaluation.model import Model, draw_sets
 from gadjax.evaluation.sensitivity import map_tangents
 from gadjax.evaluation.statistics import Estimate
 from gadjax.evaluation.worlds import World
-from gadjax.pipeline import Pipeline
-from gadjax.sampling import BATCH, draw, initial_noise, sampler_and_times
-from gadjax.types import Params
+from gadjax.sampling import BATCH, initial_noise, sampler_and_times
 
-
-@dataclass(frozen=True)
-class Model:
-    """A pipeline and how it is sampled. name: for messages."""
-
-    name: str
-    pipeline: Pipeline
-    params: dict[str, Params]
-    sampling: Sampling
-
-    @property
-    def evaluations(self) -> int:
-        """Of the network, for one picture."""
-        return self.sampling.steps * (1 if self.sampling.guidance == 1 else 2)
+LEAST = {"seeds": 2, "tangents": 0, "batch": 1, "library": 0, "moves": 0}
 
 
 @dataclass(frozen=True)
 class Plan:
     """seeds: pictures of each prompt. tangents: directions of noise for each prompt, every one at
-    a seed of its own; 0 leaves noise sensitivity out. batch: pictures at a time."""
+    a seed of its own; 0 leaves noise sensitivity out. batch: pictures at a time. library: noises
+    for the tasks of noise control, where the world has them; 0 leaves these out. moves: of a shape
+    to another place by its noise, at most one for each noise of the library."""
 
     seeds: int = 8
     tangents: int = 1
     batch: int = BATCH
+    library: int = 64
+    moves: int = 32
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """absent: metrics that could not be taken -> why."""
+    """catalogue: every metric of the world, in order. absent: those that could not be taken -> why.
+    control: None where the world has no such tasks or none were asked for."""
 
     rows: list[Row]
+    catalogue: dict[str, Metric]
     absent: dict[str, str]
+    control: Control | None = None
 
 
 def evaluate(
-    teacher: Model, student: Model, prompts: Sequence[str], world: World, plan: Plan
+    teacher: Model,
+    student: Model,
+    prompts: Sequence[str],
+    world: World,
+    plan: Plan,
+    known: dict[str, tuple] | None = None,
 ) -> Evaluation:
     """Draw P prompts from S noises each in three ways, and compare.
 
     The rows are the teacher, the teacher in as few steps as the student, and the student. Prompt p
     of seed s starts from initial_noise(s, P)[p]. A bar on a terminal counts network evaluations.
+    known: filled with what was drawn of the teacher's rows, which a later call that differs in the
+      student alone, of as many steps, takes from there.
     Raises: InputError, before anything is drawn, for a plan, prompts or pipelines that do not go
       together; and for pictures that are not finite.
     """
@@ -76,34 +86,75 @@ def evaluate(
     models = {"teacher": teacher, "teacher_few": replace(teacher, sampling=few), "student": student}
     _check(models, prompts, world, plan)
 
-    # The teacher also draws the seeds to which the distance of every row, its own too, is taken.
-    seeds = {key: plan.seeds for key in models}
-    seeds["teacher"] += plan.seeds if world.extractor else 0
-    work = [
-        len(prompts) * (seeds[key] + 2 * plan.tangents) * model.evaluations
-        for key, model in models.items()
-    ]
-    drawn, others = {}, None
-    with tqdm(total=sum(work), unit="evaluation", unit_scale=True, disable=None) as bar:
-        for key, model in models.items():
-            images = _images(model, prompts, seeds[key], plan, bar)
-            own = images[:, : plan.seeds]
-            drawn[key] = Drawn(own, _features(world, own), _tangents(model, prompts, plan, bar))
-            if seeds[key] > plan.seeds:
-                others = _features(world, images[:, plan.seeds :])
-    rows = []
+    library, moves, wishes = None, 0, None
+    if plan.library and world.oracle and world.captions:
+        library = make_library(world, plan.library, teacher.pipeline.latent)
+        moves = min(plan.moves, plan.library) if world.layout else 0
+    sets = _sets(prompts, teacher.pipeline.latent, plan)
+    # The teacher also draws the seeds to which the distance of every row, its own too, is taken;
+    # last, so that what they share stands at the same places of the batches.
+    more = {"others": sets.pop("others")}
+    sets |= library.sets() if library else {}
+    sets = {key: sets | more if key == "teacher" and world.extractor else sets for key in models}
+    known = {} if known is None else known
+    work = 0
     for key, model in models.items():
-        metrics = row_metrics(drawn[key], drawn["teacher"], others, prompts, world)
+        if key in known:
+            continue
+        pictures = sum(len(texts) for texts, _ in sets[key].values()) + MOVE_COST * moves
+        work += (pictures + 2 * plan.tangents * len(prompts)) * model.evaluations
+
+    drawn, others, controlled = {}, None, {}
+    with tqdm(total=work, unit="evaluation", unit_scale=True, disable=None) as bar:
+        for key, model in models.items():
+            if key in known:
+                drawn[key], others, controlled[key], wishes = known[key]
+                continue
+            images = draw_sets(model, sets[key], plan.batch, bar)
+            drawn[key] = _read(images, _tangents(model, prompts, plan, bar), plan.seeds, world)
+            if "others" in images:
+                others = _features(world, _by_prompt(images["others"], plan.seeds))
+            if library:
+                controlled[key] = read_library(library, images)
+            if moves:
+                # The teacher, which comes first, decides what a move is for everyone.
+                wishes = wishes or choose_moves(library, controlled["teacher"].words_CLA, moves)
+                moved = carry_out(model, library, wishes, controlled[key], plan.batch, bar)
+                controlled[key] = replace(controlled[key], moved=moved)
+            if key != "student":
+                known[key] = drawn[key], others, controlled.get(key), wishes
+    control = Control(library, wishes, controlled) if library else None
+    return _evaluation(models, drawn, others, prompts, world, control)
+
+
+def _evaluation(
+    models: dict[str, Model],
+    drawn: dict[str, Drawn],
+    others: np.ndarray | None,
+    prompts: Sequence[str],
+    world: World,
+    control: Control | None,
+) -> Evaluation:
+    listed, rows = catalogue(world), []
+    for key, model in models.items():
+        found = row_metrics(drawn[key], drawn["teacher"], others, prompts, world)
+        found |= control_metrics(control, key) if control else {}
+        metrics = {name: found[name] for name in listed if name in found}
         label = f"{key.split('_')[0]}, {model.sampling.steps} steps"
         images = drawn[key].images_PSHWC
         rows.append(Row(key, label, model.sampling, model.evaluations, images, metrics))
-    return Evaluation(rows, absent_metrics(drawn["teacher"], world))
+    taken = {name for row in rows for name in row.metrics}
+    absent = absent_metrics(drawn["teacher"], prompts, world)
+    absent |= absent_control(control, taken, world)
+    return Evaluation(rows, listed, absent, control)
 
 
 def _check(models: dict[str, Model], prompts: Sequence[str], world: World, plan: Plan) -> None:
-    for name, least in (("seeds", 2), ("tangents", 0), ("batch", 1)):
+    for name, least in LEAST.items():
         if getattr(plan, name) < least:
             raise InputError(f"{name}: found {getattr(plan, name)}; expected {least} or more")
+    if plan.library == 1:
+        raise InputError("library: found 1 noise; expected 2 or more, or 0 for none")
     latent = models["teacher"].pipeline.latent
     for model in models.values():
         try:
@@ -121,36 +172,51 @@ def _check(models: dict[str, Model], prompts: Sequence[str], world: World, plan:
             f"world: found one of {world.size} x {world.size} pictures; expected {side} x {side}, "
             "as the teacher draws (or world none)"
         )
-    for prompt in prompts if world.read else ():
+    for prompt in prompts if world.oracle else ():
         try:
-            world.read(prompt)
+            world.oracle.read(prompt)
         except InputError as error:
             raise InputError(f"prompts: {error} (or world none)") from None
 
 
-def _images(model: Model, prompts: Sequence[str], seeds: int, plan: Plan, bar: tqdm) -> np.ndarray:
-    count, pipeline = len(prompts), model.pipeline
-    noise = np.concatenate([initial_noise(s, count, pipeline.latent) for s in range(seeds)])
-    images = draw(
-        pipeline,
-        model.params,
-        model.sampling,
-        [*prompts] * seeds,
-        noise,
-        batch=plan.batch,
-        progress=lambda done: bar.update(done * model.evaluations),
-    )
-    if not np.isfinite(images).all():
-        raise InputError(f"{model.name}: found pictures that are not finite; expected finite ones")
-    return images.reshape(seeds, count, *images.shape[1:]).swapaxes(0, 1)
+def _sets(
+    prompts: Sequence[str], latent: tuple[int, int, int], plan: Plan
+) -> dict[str, tuple[list[str], np.ndarray]]:
+    """Every prompt at its seeds and at the `others` after them, and the first prompts `near` their
+    own seeds: z -> sqrt(1 - r^2) z + r n. Seed by seed."""
+    first, count = list(prompts[:NEAR]), len(prompts)
+
+    def noises(start, count):
+        return np.concatenate([initial_noise(start + s, count, latent) for s in range(plan.seeds)])
+
+    # New noise of seeds that are neither drawn from nor directions of tangents.
+    new = noises(2 * plan.seeds + plan.tangents, len(first))
+    near = (1 - NEAR_SHARE**2) ** 0.5 * noises(0, len(first)) + NEAR_SHARE * new
+    every = [*prompts] * plan.seeds
+    return {
+        "own": (every, noises(0, count)),
+        "others": (every, noises(plan.seeds, count)),
+        "near": (first * plan.seeds, near),
+    }
+
+
+def _read(
+    images: dict[str, np.ndarray], tangents: np.ndarray | None, seeds: int, world: World
+) -> Drawn:
+    own, near = (_by_prompt(images[name], seeds) for name in ("own", "near"))
+    words = world.oracle and world.oracle.see(flat(own)).reshape(*own.shape[:2], -1)
+    return Drawn(own, _features(world, own), tangents, words, near, _features(world, near))
+
+
+def _by_prompt(images: np.ndarray, seeds: int) -> np.ndarray:
+    """[S P, ...] drawn seed by seed -> [P, S, ...]."""
+    return images.reshape(seeds, -1, *images.shape[1:]).swapaxes(0, 1)
 
 
 def _features(world: World, images_PSHWC: np.ndarray) -> np.ndarray | None:
     if world.extractor is None:
         return None
-    prompts, seeds = images_PSHWC.shape[:2]
-    features = world.extractor(images_PSHWC.reshape(-1, *images_PSHWC.shape[2:]))
-    return features.reshape(prompts, seeds, -1)
+    return world.extractor(flat(images_PSHWC)).reshape(*images_PSHWC.shape[:2], -1)
 
 
 def _tangents(model: Model, prompts: Sequence[str], plan: Plan, bar: tqdm) -> np.ndarray | None:

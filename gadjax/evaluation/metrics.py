@@ -5,69 +5,37 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gadjax.evaluation.diversity import pairwise_distance, seed_alignment, vendi
+from gadjax.evaluation.diversity import coverage, pairwise_distance, seed_alignment, vendi
 from gadjax.evaluation.frechet import frechet
 from gadjax.evaluation.sensitivity import compare_tangents
 from gadjax.evaluation.statistics import Estimate, geometric_mean, mean, ratio, wilson
 from gadjax.evaluation.worlds import World
 
+FROM_FEATURES = (
+    "frechet",
+    "vendi",
+    "vendi_ratio",
+    "distance_features",
+    "distance_features_ratio",
+    "alignment_features",
+    "identity_features",
+)
+
 
 @dataclass(frozen=True)
 class Drawn:
-    """P prompts at S seeds by one model: pictures, their features, T tangents of every prompt."""
+    """P prompts at S seeds by one model: pictures, their features, T tangents of every prompt.
+
+    words_PSA: what the world's oracle sees. near: pictures and features of the first Q prompts
+    from slightly changed noise.
+    """
 
     images_PSHWC: np.ndarray
     features_PSD: np.ndarray | None
     tangents_TPHWC: np.ndarray | None
-
-    @property
-    def pixels_PSD(self) -> np.ndarray:
-        return self.images_PSHWC.reshape(*self.images_PSHWC.shape[:2], -1)
-
-
-# Name -> title and meaning, in the order of the report.
-METRICS = {
-    "adherence": (
-        "prompt adherence",
-        "share of the pictures that show what their prompt says, by the world's oracle",
-    ),
-    "frechet": (
-        "Fréchet distance",
-        "between the features of these pictures and of the teacher's at other seeds of the same "
-        "prompts; the teacher's own value is the floor for this many pictures",
-    ),
-    "vendi": (
-        "Vendi score",
-        "effective number of different pictures among the seeds of a prompt (cosine of features), "
-        "mean over prompts: 1 = all alike, number of seeds = all different",
-    ),
-    "vendi_ratio": ("Vendi score / teacher's", "1 = as diverse as the teacher"),
-    "distance_features": (
-        "distance between seeds, features",
-        "root mean square difference of two pictures of one prompt, mean over pairs and prompts",
-    ),
-    "distance_features_ratio": ("distance, features / teacher's", "1 = as diverse as the teacher"),
-    "distance_pixels": (
-        "distance between seeds, pixels",
-        "the same of colour values in [-1, 1]",
-    ),
-    "distance_pixels_ratio": ("distance, pixels / teacher's", "1 = as diverse as the teacher"),
-    "alignment_features": (
-        "seed alignment, features",
-        "share of the pictures whose nearest among the teacher's pictures of that prompt is the "
-        "one from the same noise; chance is 1 / seeds",
-    ),
-    "alignment_pixels": ("seed alignment, pixels", "the same by colour values"),
-    "tangent_cosine": (
-        "noise sensitivity, cosine",
-        "between J v of this map from noise to x0 and of the teacher's, v a random direction, "
-        "mean: 1 = a change of noise does the same thing",
-    ),
-    "tangent_norm_ratio": (
-        "noise sensitivity, norm / teacher's",
-        "|J v| over the teacher's, geometric mean: below 1 = noise is heard less",
-    ),
-}
+    words_PSA: np.ndarray | None
+    near_QSHWC: np.ndarray
+    near_features_QSD: np.ndarray | None
 
 
 def row_metrics(
@@ -83,49 +51,63 @@ def row_metrics(
     """
     found = {}
     if world.oracle:
-        seeds, flat = row.images_PSHWC.shape[1], _flat(row.images_PSHWC)
-        hits = world.oracle(flat, [prompt for prompt in prompts for _ in range(seeds)])
-        found["adherence"] = wilson(int(np.sum(hits)), len(flat))
+        captions = [prompt for prompt in prompts for _ in range(row.words_PSA.shape[1])]
+        hits = world.oracle.adheres(flat(row.words_PSA), captions)
+        found["adherence"] = wilson(int(np.sum(hits)), len(hits))
+        open_PA = world.oracle.left_open(prompts)
+        if open_PA.any():
+            counts = coverage(row.words_PSA, open_PA)
+            found["coverage"] = mean(counts)
+            wanted = coverage(teacher.words_PSA, open_PA)
+            if row is not teacher and wanted.any():
+                found["coverage_ratio"] = ratio(counts, wanted)
     if row.features_PSD is not None:
         if others_PSD is not None and _enough(others_PSD):
-            found["frechet"] = Estimate(frechet(_flat(row.features_PSD), _flat(others_PSD)))
+            found["frechet"] = Estimate(frechet(flat(row.features_PSD), flat(others_PSD)))
         scores = vendi(row.features_PSD)
         found["vendi"] = mean(scores)
         if row is not teacher:
             found["vendi_ratio"] = ratio(scores, vendi(teacher.features_PSD))
-        found |= _seed_metrics("features", row.features_PSD, teacher.features_PSD, row is teacher)
-    found |= _seed_metrics("pixels", row.pixels_PSD, teacher.pixels_PSD, row is teacher)
+        sets = row.features_PSD, teacher.features_PSD, row.near_features_QSD
+        found |= _seed_metrics("features", *sets, row is teacher)
+    sets = (_pixels(x) for x in (row.images_PSHWC, teacher.images_PSHWC, row.near_QSHWC))
+    found |= _seed_metrics("pixels", *sets, row is teacher)
     if row.tangents_TPHWC is not None and row is not teacher:
         turns, count = row.tangents_TPHWC.shape[:2]
-        cosine, size = compare_tangents(_flat(row.tangents_TPHWC), _flat(teacher.tangents_TPHWC))
+        cosine, size = compare_tangents(flat(row.tangents_TPHWC), flat(teacher.tangents_TPHWC))
         found["tangent_cosine"] = mean(cosine.reshape(turns, count).mean(0))
         logs = np.log(np.maximum(size, np.finfo(np.float64).tiny)).reshape(turns, count)
         found["tangent_norm_ratio"] = geometric_mean(np.exp(logs.mean(0)))
-    return {name: found[name] for name in METRICS if name in found}
+    return found
 
 
-def absent_metrics(teacher: Drawn, world: World) -> dict[str, str]:
+def absent_metrics(teacher: Drawn, prompts: Sequence[str], world: World) -> dict[str, str]:
     """Metric -> why it is not there."""
     absent = {}
     if world.oracle is None:
-        absent["adherence"] = "no oracle"
+        absent |= dict.fromkeys(("adherence", "coverage", "coverage_ratio"), "no oracle")
+    elif not (open_PA := world.oracle.left_open(prompts)).any():
+        why = "no prompt leaves an attribute open"
+        absent |= dict.fromkeys(("coverage", "coverage_ratio"), why)
+    elif not coverage(teacher.words_PSA, open_PA).any():
+        absent["coverage_ratio"] = "the teacher draws no picture of the world"
     if world.extractor is None:
-        for name in METRICS:
-            if name in ("frechet", "vendi", "vendi_ratio") or "features" in name:
-                absent[name] = "no feature extractor"
+        absent |= dict.fromkeys(FROM_FEATURES, "no feature extractor")
     elif not _enough(teacher.features_PSD):
         prompts, seeds, width = teacher.features_PSD.shape
         absent["frechet"] = f"{prompts * seeds} pictures; takes more than the {width} features"
-    for kind, x_PSD in (("features", teacher.features_PSD), ("pixels", teacher.pixels_PSD)):
+    pixels_PSD = _pixels(teacher.images_PSHWC)
+    for kind, x_PSD in (("features", teacher.features_PSD), ("pixels", pixels_PSD)):
         if x_PSD is not None and not _varies(x_PSD):
             absent[f"distance_{kind}_ratio"] = "the teacher draws every seed alike"
     if teacher.tangents_TPHWC is None:
-        absent |= {name: "no tangents asked for" for name in METRICS if "tangent" in name}
+        names = ("tangent_cosine", "tangent_norm_ratio")
+        absent |= dict.fromkeys(names, "no tangents asked for")
     return absent
 
 
 def _seed_metrics(
-    kind: str, x_PSD: np.ndarray, teacher_PSD: np.ndarray, itself: bool
+    kind: str, x_PSD: np.ndarray, teacher_PSD: np.ndarray, near_QSD: np.ndarray, itself: bool
 ) -> dict[str, Estimate]:
     distance = pairwise_distance(x_PSD)
     found = {f"distance_{kind}": mean(distance)}
@@ -133,10 +115,16 @@ def _seed_metrics(
         if _varies(teacher_PSD):
             found[f"distance_{kind}_ratio"] = ratio(distance, pairwise_distance(teacher_PSD))
         found[f"alignment_{kind}"] = mean(seed_alignment(x_PSD, teacher_PSD))
+    # A model's own pictures in the teacher's place.
+    found[f"identity_{kind}"] = mean(seed_alignment(x_PSD[: len(near_QSD)], near_QSD))
     return found
 
 
-def _flat(x: np.ndarray) -> np.ndarray:
+def _pixels(images_PSHWC: np.ndarray) -> np.ndarray:
+    return images_PSHWC.reshape(*images_PSHWC.shape[:2], -1)
+
+
+def flat(x: np.ndarray) -> np.ndarray:
     """The first two axes as one."""
     return x.reshape(-1, *x.shape[2:])
 

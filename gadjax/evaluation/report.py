@@ -1,21 +1,20 @@
-"""An evaluation as report.json, report.md and samples.png."""
+"""An evaluation as report.json, report.md and pictures."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
+from gadjax.evaluation import pictures
+from gadjax.evaluation.catalogue import GROUPS, SUMMARY, Metric
 from gadjax.evaluation.evaluate import Evaluation, Row
-from gadjax.evaluation.metrics import METRICS
 from gadjax.evaluation.statistics import Estimate
-from gadjax.training.preview import grid, save_png
+from gadjax.training.preview import save_png
 
-SHEET = 4096  # pixels of width that the pictures may take
-SHOWN = 4, 4  # prompts, and seeds of each
-ENLARGED = 96  # small pictures are shown at about this side
+PICTURES = {  # of which group, by which function of its tasks
+    "control": ("control.png", pictures.moves),
+    "path": ("interpolation.png", pictures.paths),
+}
 
 
 def as_dict(evaluation: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
@@ -32,31 +31,55 @@ def as_dict(evaluation: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
             for row in evaluation.rows
         },
         "absent": evaluation.absent,
-        "meaning": {name: text for name, (_, text) in METRICS.items()},
+        "meaning": {name: metric.meaning for name, metric in evaluation.catalogue.items()},
     }
 
 
 def as_markdown(evaluation: Evaluation, settings: dict[str, Any]) -> str:
-    """The report for people."""
-    rows = evaluation.rows
-    taken = [name for name in METRICS if any(name in row.metrics for row in rows)]
+    """The report for people: a summary, and a section for each group of metrics."""
+    rows, listed = evaluation.rows, evaluation.catalogue
+    taken = [name for name in listed if any(name in row.metrics for row in rows)]
+    evaluations = [str(row.evaluations) for row in rows]
     lines = ["# A student beside its teacher", ""]
-    lines += ["| | " + " | ".join(row.label for row in rows) + " |"]
-    lines += ["|---|" + "---|" * len(rows)]
-    lines += ["| network evaluations | " + " | ".join(str(r.evaluations) for r in rows) + " |"]
-    for name in taken:
-        cells = (_cell(row.metrics.get(name)) for row in rows)
-        lines.append(f"| {METRICS[name][0]} | " + " | ".join(cells) + " |")
-    lines += ["", "In brackets: 95 % intervals. Of adherence over pictures (Wilson), of the others"]
-    lines += ["over prompts (bootstrap).", "", "## What the numbers mean", ""]
-    lines += [f"- {METRICS[name][0]}: {METRICS[name][1]}" for name in taken]
+    lines += _table(evaluation, [n for n in SUMMARY if n in taken], evaluations)
+    lines += ["", "In brackets: 95 % intervals, by bootstrap where nothing else is said. What the"]
+    lines += ["numbers mean stands below, section by section.", "", "![](samples.png)"]
+    for group, (heading, units) in GROUPS.items():
+        names = [name for name in taken if listed[name].group == group]
+        if names:
+            lines += ["", f"## {heading}", "", *_table(evaluation, names), ""]
+            lines += _meanings([listed[name] for name in names])
+            lines += ["", f"Intervals {units}."]
+        if group in _drawn(evaluation):
+            lines += ["", f"![]({PICTURES[group][0]})"]
     if evaluation.absent:
         lines += ["", "## Absent", ""]
-        lines += [f"- {METRICS[name][0]}: {why}" for name, why in evaluation.absent.items()]
+        for why in dict.fromkeys(evaluation.absent.values()):
+            titles = [listed[n].title for n, other in evaluation.absent.items() if other == why]
+            lines.append(f"- {why}: {'; '.join(titles)}")
     lines += ["", "## Settings", ""]
     lines += [f"- {name}: {value}" for name, value in settings.items()]
     lines += [f"- {row.label}: {_spelt(row)}" for row in rows]
     return "\n".join([*lines, ""])
+
+
+def _table(
+    evaluation: Evaluation, names: Sequence[str], evaluations: Sequence[str] | None = None
+) -> list[str]:
+    rows = evaluation.rows
+    lines = ["| | " + " | ".join(row.label for row in rows) + " |", "|---|" + "---|" * len(rows)]
+    if evaluations:
+        lines.append("| network evaluations | " + " | ".join(evaluations) + " |")
+    for name in names:
+        cells = (_cell(row.metrics.get(name)) for row in rows)
+        lines.append(f"| {evaluation.catalogue[name].title} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _meanings(metrics: Sequence[Metric]) -> list[str]:
+    """One line for all that mean the same."""
+    titles = {m.meaning: [n.title for n in metrics if n.meaning == m.meaning] for m in metrics}
+    return [f"- {', '.join(names)}: {meaning}" for meaning, names in titles.items()]
 
 
 def _cell(found: Estimate | None) -> str:
@@ -71,18 +94,10 @@ def _spelt(row: Row) -> str:
     return ", ".join(f"{name} {value}" for name, value in row.sampling.to_dict().items())
 
 
-def sheet(evaluation: Evaluation, prompts: Sequence[str]) -> Image.Image:
-    """Some prompts at some seeds: a line per row, the same noise down each column."""
-    side = evaluation.rows[0].images_PSHWC.shape[2]
-    scale = max(1, ENLARGED // side)
-    seeds = min(SHOWN[1], evaluation.rows[0].images_PSHWC.shape[1])
-    count = int(np.clip(SHEET // (side * scale * seeds), 1, min(SHOWN[0], len(prompts))))
-    captions = [p if s == 0 else "" for p in prompts[:count] for s in range(seeds)]
-    shown = []
-    for row in evaluation.rows:
-        images = row.images_PSHWC[:count, :seeds]
-        shown.append((row.label, images.reshape(-1, *images.shape[2:])))
-    return grid(shown, captions, scale)
+def _drawn(evaluation: Evaluation) -> list[str]:
+    """Groups that have a picture."""
+    control = evaluation.control
+    return [g for g in PICTURES if control and (g != "control" or control.moves)]
 
 
 def write_report(
@@ -91,4 +106,8 @@ def write_report(
     text = json.dumps(as_dict(evaluation, settings), indent=2, allow_nan=False) + "\n"
     (folder / "report.json").write_text(text)
     (folder / "report.md").write_text(as_markdown(evaluation, settings))
-    save_png(sheet(evaluation, prompts), folder / "samples.png")
+    save_png(pictures.samples(evaluation, prompts), folder / "samples.png")
+    labels = {row.key: row.label for row in evaluation.rows}
+    for group in _drawn(evaluation):
+        name, draw = PICTURES[group]
+        save_png(draw(evaluation.control, labels), folder / name)

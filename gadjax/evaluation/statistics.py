@@ -29,10 +29,10 @@ def wilson(hits: int, total: int) -> Estimate:
 def bootstrap(
     statistic: Callable[..., np.ndarray], *values_P: np.ndarray, seed: int = 0
 ) -> Estimate:
-    """A statistic of per-prompt values with its percentile interval (Efron and Tibshirani 1993).
+    """A statistic of P units' values with its percentile interval (Efron and Tibshirani 1993).
 
-    Prompts are drawn with replacement, the same ones for every array, so that a ratio's interval
-    knows that both its sides saw the same prompts.
+    Units (prompts, noises, paths) are drawn with replacement, the same ones for every array, so
+    that a ratio's interval knows that both its sides saw the same ones.
     statistic: arrays [..., P] -> [...].
     """
     count = len(values_P[0])

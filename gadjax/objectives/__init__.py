@@ -1,5 +1,6 @@
 """Objectives: one file each. TERMS is what a config's `objective` may name."""
 
+from gadjax.objectives.adversarial import Adversarial
 from gadjax.objectives.anchor import Anchor
 from gadjax.objectives.base import Context, Needs, TeacherMap, Term
 from gadjax.objectives.compose import Sum, as_config, build
@@ -14,6 +15,7 @@ from gadjax.objectives.sid import SiD
 from gadjax.objectives.tdm import TDM
 
 TERMS = {
+    "adversarial": Adversarial,
     "anchor": Anchor,
     "consistency": Consistency,
     "denoising": Denoising,
@@ -31,6 +33,7 @@ __all__ = [
     "DMD",
     "TDM",
     "TERMS",
+    "Adversarial",
     "Anchor",
     "Consistency",
     "Context",

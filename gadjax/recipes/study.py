@@ -18,8 +18,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from gadjax.assets import resolve
 from gadjax.errors import InputError
-from gadjax.training.config import default_config, read_config
+from gadjax.training.config import as_json, default_config, read_config
 
 BASES = {"regression": {"steps": 4}, "dmd": {}, "tdm": {}, "sid": {}}
 GAD = {"weight": 0.3, "steps": 4}
@@ -80,7 +81,8 @@ def cell_config(variant: str):
     return config
 
 
-FAMILIES = "eps", "flow"
+TEACHERS = {"eps": "asset:shapes_teacher", "flow": "asset:shapes_flow_teacher"}
+FAMILIES = tuple(TEACHERS)
 SEEDS = 0, 1, 2
 PROMPTS = "asset:shapes_test_prompts.txt"
 # Metric -> heading of the tables.
@@ -119,22 +121,18 @@ def config_of(cell: str):
     return read_config([f"--config=configs/study/{family}.py:{variant}", f"--config.seed={seed}"])
 
 
-def run_cell(cell: str, work: Path, evaluate: Callable) -> dict:
-    """Train, export and evaluate what is not done yet; the row."""
+def run_cell(cell: str, work: Path, evaluate: "Evaluator", picture: Path) -> dict:
+    """Train and evaluate what is not done yet; the row."""
     family, variant, seed = cell.split(":")
-    folder = work / cell.replace(":", "-")
-    program = [sys.executable, "-m", "gadjax"]
+    workdir = work / cell.replace(":", "-")
     config = f"--config=configs/study/{family}.py:{variant}"
-    if not (folder / "student").is_dir():
-        train = ["train", config, f"--config.seed={seed}", f"--workdir={folder / 'train'}"]
-        subprocess.run([*program, *train], check=True)
-        export = ["export", f"--workdir={folder / 'train'}", f"--out={folder / 'student'}"]
-        subprocess.run([*program, *export], check=True)
-    found = evaluate(family, folder / "student")
-    logged = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").open()]
+    train = ["train", config, f"--config.seed={seed}", f"--workdir={workdir}"]
+    subprocess.run([sys.executable, "-m", "gadjax", *train], check=True)
+    found = evaluate(family, workdir, picture)
+    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
     return {
         "cell": cell,
-        "config": config_of(cell).to_dict(),
+        "config": as_json(config_of(cell)),
         "rows": found["rows"],
         "settings": found["settings"],
         "training": {k: [(m["step"], m[k]) for m in logged if k in m] for k in CURVES},
@@ -142,6 +140,28 @@ def run_cell(cell: str, work: Path, evaluate: Callable) -> dict:
 
 
 CURVES = "loss/gad", "gad/cosine", "gad/norm_ratio", "loss/anchor", "dmd/gap", "sid/gap", "tdm/gap"
+
+
+class Evaluator:
+    """Evaluates students as `gadjax evaluate` does; what a teacher draws is kept."""
+
+    def __init__(self):
+        self.known: dict[str, dict] = {}
+
+    def __call__(self, family: str, student: Path, picture: Path) -> dict:
+        """The report; and the first prompts at their first noise, a line per row, as a picture."""
+        from gadjax.api import load
+        from gadjax.data.prompts import read_prompts
+        from gadjax.evaluation.evaluate import Plan, evaluate
+        from gadjax.evaluation.report import as_dict
+        from gadjax.evaluation.worlds import WORLDS
+        from gadjax.training.preview import grid, save_png
+
+        teacher, prompts = load(TEACHERS[family]), read_prompts(resolve(PROMPTS))
+        known = self.known.setdefault(family, {})
+        found = evaluate(teacher, load(student), prompts, WORLDS["shapes"], Plan(), known)
+        save_png(grid([(r.label, r.images_PSHWC[:24, 0]) for r in found.rows], scale=1), picture)
+        return as_dict(found, {"teacher": TEACHERS[family], "prompts": PROMPTS})
 
 
 def write_table(out: Path) -> None:
@@ -194,12 +214,12 @@ def _cells(of: list[dict]) -> str:
 
 _TEXT = """
 What GAD and the anchor do to four base objectives on the bundled world: 600 updates of 16 samples
-from the teacher's weights, 4 steps, everything else as in `gadjax/recipes/study.py`. 64 prompts x 8
-noises, a library of 64 noises for control, the same ones for every row. One seed: the value and its
-95 % interval over prompts, noises or pictures; several: mean and standard deviation over the runs.
-Every cell's numbers, config and curves are in the .json beside this page; the machine was two shared
-cores, on which cells took 3 to 6 minutes, so they are smaller than the quarter of an hour that one would wish
-for, and rows marked "not run" wait for somebody with more: `python -m gadjax.recipes.study`.
+from the teacher's weights, 4 steps, all else as in `gadjax/recipes/study.py`. 64 prompts x 8
+noises, and a library of 64 noises for control, the same ones for every row. Of one seed a cell
+shows the value and its 95 % interval over prompts, noises or pictures; of several the mean and the
+standard deviation over runs. Numbers, config and curves of every cell are in the .json beside this
+page. The machine had two slow shared cores, on which a cell took 5 to 9 minutes; rows marked "not
+run" wait for somebody with more: `python -m gadjax.recipes.study`.
 """
 
 
@@ -275,8 +295,9 @@ def main() -> None:
     evaluate = Evaluator()
     for cell in () if args.cost else args.cells or cells():
         if _read(args.out, cell) is None:
-            row = run_cell(cell, args.work, evaluate)
-            (args.out / f"{_name(cell)}.json").write_text(json.dumps(row, indent=1) + "\n")
+            path = args.out / f"{cell.replace(':', '-')}.json"
+            row = run_cell(cell, args.work, evaluate, path.with_suffix(".png"))
+            path.write_text(json.dumps(row) + "\n")
             print(f"{cell}: done", flush=True)
         write_table(args.out)
 

@@ -21,7 +21,14 @@ from gadjax.objectives import TERMS, build
 from gadjax.pipeline import Pipeline, load_pipeline, random_like
 from gadjax.sampling import sampler_and_times
 from gadjax.training.data import WITH_PICTURES, open_data
-from gadjax.training.sharding import batch_sharding, check_batch, make_mesh, replicated, shardings
+from gadjax.training.sharding import (
+    HEADS,
+    batch_sharding,
+    check_batch,
+    make_mesh,
+    replicated,
+    shardings,
+)
 from gadjax.training.state import TrainState, create, make_optimizer
 from gadjax.training.steps import CRITICS, Recipe, critic_step, student_step
 from gadjax.training.workdir import sampling_of
@@ -107,7 +114,7 @@ def prepare(config: ConfigDict) -> Run:
             raise InputError(
                 "objective: found a discriminator; expected a family whose networks show features"
             )
-        features = outline(pipeline, frozen, first, pipeline.denoiser.features)
+        features = outline(pipeline, frozen, first, pipeline.denoiser.features).out_info
     key = jax.random.key(config.seed)
 
     def start(first: Params) -> TrainState:
@@ -125,13 +132,13 @@ def prepare(config: ConfigDict) -> Run:
 
 
 def outline(pipeline: Pipeline, frozen: dict[str, Any], params: Params, f: Callable):
-    """The shapes of f(params, x_BHWC, t_B, cond) for one sample, without computing anything."""
+    """f(params, x_BHWC, t_B, cond) of one sample traced and lowered, but not compiled."""
 
     def run(params, frozen):
         cond = encode_raw(pipeline, frozen, frozen["null"])
         return f(params, jnp.zeros((1, *pipeline.latent)), jnp.zeros(1), cond)
 
-    return jax.eval_shape(run, params, frozen)
+    return jax.jit(run).lower(*jax.eval_shape(lambda *given: given, params, frozen))
 
 
 def check_tangents(pipeline: Pipeline, frozen: dict[str, Any], params: Params) -> None:
@@ -219,7 +226,7 @@ def compile_steps(run: Run) -> Steps:
     """Both updates as sharded jitted functions; the state is donated, the frozen parts are not."""
     mesh, seed = run.mesh, run.config.seed
     parts = run.pipeline.folder.components
-    rules = parts["transformer"].module.RULES
+    rules = HEADS + parts["transformer"].module.RULES
     state_sh = shardings(jax.eval_shape(run.start, run.first), rules, mesh)
     frozen_sh = {
         name: shardings(tree, parts[name].module.RULES, mesh)

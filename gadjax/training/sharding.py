@@ -12,6 +12,7 @@ from gadjax.errors import InputError
 
 AXES = ("data", "fsdp")
 SMALL = 2**16  # elements below which a leaf that no rule names is replicated
+HEADS = ((r"(^|/)discriminator/", PartitionSpec()),)  # of a training state, beside its networks
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:

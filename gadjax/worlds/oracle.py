@@ -15,6 +15,7 @@ import numpy as np
 
 from gadjax.errors import InputError
 from gadjax.worlds.shapes import (
+    ATTRIBUTES,
     BACKGROUNDS,
     CELLS,
     CONTRASTING,
@@ -225,6 +226,17 @@ def judge(images: np.ndarray) -> list[Verdict]:
         raise InputError("images: found values that are not finite; expected values in [-1, 1]")
     parts = (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
     return [verdict for part in parts for verdict in _judge(part)]
+
+
+def words(images: np.ndarray, max_residual: float = MAX_RESIDUAL) -> np.ndarray:
+    """What N pictures show: [N, A], one word for each of ATTRIBUTES in their order; "" throughout
+    where a picture is none of the world's. Raises InputError as `judge` does."""
+    none = [""] * len(ATTRIBUTES)
+    rows = [
+        [verdict.words[name] for name in ATTRIBUTES] if verdict.residual <= max_residual else none
+        for verdict in judge(images)
+    ]
+    return np.array(rows, dtype=object).astype(str).reshape(-1, len(ATTRIBUTES))
 
 
 def adheres(verdict: Verdict, wanted: dict[str, str], max_residual: float = MAX_RESIDUAL) -> bool:

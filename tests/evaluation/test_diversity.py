@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gadjax.evaluation.diversity import pairwise_distance, seed_alignment, vendi
+from gadjax.evaluation.diversity import coverage, pairwise_distance, seed_alignment, vendi
 
 
 @pytest.fixture
@@ -59,3 +59,10 @@ def test_a_collapsed_student_is_at_chance(x):
     one = np.repeat(x[:, :1], 8, axis=1)
     np.testing.assert_allclose(seed_alignment(one, x), 1 / 8)
     np.testing.assert_allclose(seed_alignment(x, one), 1 / 8)
+
+
+def test_coverage_counts_words_of_open_attributes():
+    words = np.array([[["a", "x"], ["a", "y"], ["", ""]], [["a", "x"], ["b", "x"], ["c", "x"]]])
+    both = np.ones((2, 2), bool)
+    np.testing.assert_allclose(coverage(words, both), [(1 + 2) / 2, (3 + 1) / 2])
+    np.testing.assert_allclose(coverage(words, both & [[False], [True]] & [True, False]), [3])

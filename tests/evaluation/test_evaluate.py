@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gadjax.assets import resolve
 from gadjax.cli.main import main
 from gadjax.convert.recipe import Sampling
 from gadjax.errors import InputError
+from gadjax.evaluation.catalogue import GROUPS, catalogue
 from gadjax.evaluation.evaluate import Evaluation, Model, Plan, Row, evaluate
-from gadjax.evaluation.metrics import METRICS
-from gadjax.evaluation.worlds import WORLDS, World
+from gadjax.evaluation.report import write_report
+from gadjax.evaluation.worlds import WORLDS, Layout, Oracle, World
 from gadjax.pipeline import load_pipeline
 from gadjax.sampling import draw, initial_noise
 
@@ -55,15 +57,16 @@ def test_the_command(folders, tmp_path, capsys):
     assert [row["evaluations"] for row in report["rows"].values()] == [8, 4, 2]
     assert report["rows"]["student"]["sampling"]["timesteps"] == [899.0, 449.0]
     student = report["rows"]["student"]["metrics"]
-    assert set(student) | set(report["absent"]) == set(METRICS)
+    listed = catalogue(WORLDS["none"])
+    assert set(student) | set(report["absent"]) == set(listed) == set(report["meaning"])
     for found in student.values():
         assert found["low"] <= found["value"] <= found["high"]
     assert "frechet" in report["absent"] and "alignment_pixels" in student
     assert report["settings"]["seeds"] == 2
 
     text = (out / "report.md").read_text()
-    for name in METRICS:
-        assert METRICS[name][0] in text
+    for metric in listed.values():
+        assert metric.title in text
     assert "| | teacher, 4 steps | teacher, 2 steps | student, 2 steps |" in text
     picture = Image.open(out / "samples.png")
     assert picture.size[0] > 6 * 96 and picture.size[1] > 3 * 96
@@ -77,15 +80,22 @@ def test_flags_and_overwriting(folders, tmp_path, capsys, monkeypatch):
         asked.append(args)
         images = np.zeros((3, 2, 8, 8, 3), np.float32)
         row = Row("teacher", "teacher, 2 steps", args[0].sampling, 2, images, {})
-        return Evaluation([row], {"adherence": "no oracle"})
+        return Evaluation([row], catalogue(WORLDS["none"]), {"adherence": "no oracle"})
 
     monkeypatch.setattr("gadjax.evaluation.evaluate.evaluate", answer)
-    more = ("--tangents=0", "--batch=3", "--teacher-steps=2", "--teacher-guidance=1")
+    more = (
+        "--tangents=0",
+        "--batch=3",
+        "--library=5",
+        "--moves=4",
+        "--teacher-steps=2",
+        "--teacher-guidance=1",
+    )
     assert main(arguments(folders, tmp_path / "out", *more)) == 0
     teacher, student, prompts, world, plan = asked[0]
     assert teacher.sampling == Sampling(2, None, 1.0, 6)
     assert student.sampling == Sampling(2, (899.0, 449.0), 1.0, 6)
-    assert prompts == PROMPTS and plan == Plan(2, 0, 3) and world is WORLDS["none"]
+    assert prompts == PROMPTS and plan == Plan(2, 0, 3, 5, 4) and world is WORLDS["none"]
     report = tmp_path / "out" / "report.md"
     assert capsys.readouterr().out == report.read_text()
 
@@ -105,6 +115,10 @@ def test_flags_and_overwriting(folders, tmp_path, capsys, monkeypatch):
         (("--seeds=1",), "seeds: found 1; expected 2 or more"),
         (("--tangents=-1",), "tangents: found -1"),
         (("--batch=0",), "batch: found 0"),
+        (("--library=-1",), "library: found -1; expected 0 or more"),
+        (("--library=1",), "library: found 1 noise; expected 2 or more, or 0 for none"),
+        (("--moves=-1",), "moves: found -1"),
+        (("--moves=x",), "--moves"),
         (("--dtype=int8",), "dtype: found 'int8'"),
         (("--student=/nowhere",), "/nowhere: found no such folder"),
         (("--prompts=/nowhere.txt",), "/nowhere.txt: found"),
@@ -128,29 +142,83 @@ def colours(images_NHWC):
     return images_NHWC.mean((1, 2)) - 0.1
 
 
+def see(images_NHWC):
+    """Bright pictures show something, at the side that is brighter."""
+    left, right = (x.mean((1, 2, 3)) for x in np.split(images_NHWC, 2, axis=2))
+    sides = np.where(left > right, "left", "right")
+    return np.where(images_NHWC.mean((1, 2, 3))[:, None] > -0.2, sides[:, None], "")
+
+
+def read(caption):
+    named = [word for word in caption.split() if word in SIDES.places]
+    return {"side": named[0]} if named else {}
+
+
+def brighter(image_HWC, place_2):
+    """1 less the contrast between the halves, towards the wanted one."""
+    left, right = (x.mean() for x in (image_HWC[:, :8], image_HWC[:, 8:]))
+    return (1 - (right - left) * (place_2[0] - 8) / 4) ** 2
+
+
+SIDES = Layout("side", {"left": (4.0, 8.0), "right": (12.0, 8.0)}, brighter)
+WORLD = World(Oracle(("side",), see, read), colours, None, ("red circle", "blue"), SIDES)
+
+
 @pytest.fixture(scope="module")
 def itself(teacher):
-    """A teacher evaluated as its own student."""
-
-    def bright(images_NHWC, captions):
-        assert captions == ["red circle"] * 2 + ["blue square"] * 2 + ["green"] * 2
-        return images_NHWC.mean((1, 2, 3)) > 0
-
-    world = World(bright, colours, read=str.upper)
-    return evaluate(teacher, teacher, PROMPTS, world, Plan(2, 2, 4))
+    """A teacher evaluated as its own student, all tasks included."""
+    return evaluate(teacher, teacher, PROMPTS, WORLD, Plan(2, 2, 8, 4, 3))
 
 
 def test_a_student_that_is_its_teacher(itself):
     first, few, same = itself.rows
-    for name in METRICS:
-        if name.endswith("_ratio") or "alignment" in name or name == "tangent_cosine":
-            np.testing.assert_allclose(same.metrics[name], 1, atol=1e-6)
+    assert not itself.absent
+    assert set(same.metrics) == set(itself.catalogue) == set(catalogue(WORLD))
+    for name, found in same.metrics.items():
+        if itself.catalogue[name].group in ("retrieval", "path") and name not in first.metrics:
+            assert found == (1, 1, 1)
+        elif name.endswith("_ratio") or "alignment" in name or name == "tangent_cosine":
+            np.testing.assert_allclose(found, 1, atol=1e-6)
         else:
-            assert same.metrics[name] == first.metrics[name]
-    assert first.metrics["adherence"].value == np.mean(first.images_PSHWC.mean((2, 3, 4)) > 0)
-    assert first.metrics["frechet"].value > 0 and not itself.absent
+            assert found == first.metrics[name]
+    words = see(first.images_PSHWC.reshape(6, 16, 16, 3))
+    assert first.metrics["adherence"].value == np.mean(words != "")
+    assert first.metrics["frechet"].value > 0
     # Four steps of four are no hurry.
     np.testing.assert_array_equal(few.images_PSHWC, same.images_PSHWC)
+
+
+def test_what_was_controlled(itself, teacher):
+    control = itself.control
+    row = control.rows["student"]
+    assert row.images_CLHWC.shape == (2, 4, 16, 16, 3)
+    noise, asked = control.library.noise_LHWC, control.moves
+    alone = draw(teacher.pipeline, teacher.params, teacher.sampling, ["blue"] * 4, noise)
+    np.testing.assert_allclose(row.images_CLHWC[1], alone, atol=1e-5)
+    assert row.words_CLA.tolist() == [see(images).tolist() for images in row.images_CLHWC]
+    # Every move makes its own half brighter.
+    before, after = row.moved.images_RNHWC[[0, -1]]
+    for n, word in enumerate(asked.places):
+        place = np.array(SIDES.places[word])
+        assert brighter(after[n], place) < brighter(before[n], place)
+        np.testing.assert_allclose(before[n], row.images_CLHWC[asked.captions[n], n], atol=1e-5)
+        assert row.moved.reached_RN[-1, n] == (see(after[n : n + 1])[0, 0] == word)
+    assert itself.rows[2].metrics["control"].value == row.moved.reached_RN[-1].mean()
+
+
+def test_the_report_of_all_tasks(itself, tmp_path):
+    write_report(tmp_path, itself, PROMPTS, {"seeds": 2})
+    text = (tmp_path / "report.md").read_text()
+    for heading, _ in GROUPS.values():
+        assert f"\n## {heading}\n" in text
+    # The summary and a table for each section, all of them of all rows.
+    header = "| | teacher, 4 steps | teacher, 4 steps | student, 4 steps |"
+    assert text.count(header) == 1 + len(GROUPS)
+    for name in ("samples.png", "control.png", "interpolation.png"):
+        assert f"![]({name})" in text
+        assert Image.open(tmp_path / name).width > 6 * 96
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["rows"]["student"]["metrics"]["retrieval"]["value"] == 1
 
 
 def test_a_seed_is_that_of_the_sample_command(itself, teacher):
@@ -163,8 +231,9 @@ def test_prompts_that_the_oracle_cannot_read(teacher):
     def read(caption):
         raise InputError(f"caption: found {caption!r}; expected another")
 
+    world = World(Oracle(("side",), see, read))
     with pytest.raises(InputError, match="prompts: caption: found 'red circle'"):
-        evaluate(teacher, teacher, PROMPTS, World(read=read), Plan())
+        evaluate(teacher, teacher, PROMPTS, world, Plan())
 
 
 def test_pictures_that_are_not_finite(teacher):
@@ -175,3 +244,27 @@ def test_pictures_that_are_not_finite(teacher):
     broken = replace(teacher, name="--teacher x", params=broken)
     with pytest.raises(InputError, match="--teacher x: found pictures that are not finite"):
         evaluate(broken, teacher, PROMPTS, World(), Plan(2, 0))
+
+
+@pytest.mark.parametrize("moves", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_bundled_world_from_the_command_line(tmp_path, capsys, moves):
+    """The bundled teacher as its own student, in few steps. Gradients take long to compile."""
+    student = tmp_path / "student"
+    shutil.copytree(resolve("asset:shapes_teacher"), student)
+    sampling = {"timesteps": [899, 449], "guidance": 1.0, "length": 16}
+    (student / "gadjax.json").write_text(json.dumps(sampling))
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "report"
+    prompts.write_text("a large red circle\na small shape at the left\n")
+    given = {"teacher": "asset:shapes_teacher", "student": student, "prompts": prompts, "out": out}
+    given |= {"seeds": 2, "tangents": 0, "library": 4, "moves": moves, "teacher-steps": 4}
+    assert main(["evaluate", "--json", *(f"--{k}={v}" for k, v in given.items())]) == 0
+    report = json.loads(capsys.readouterr().out)
+    student, absent = report["rows"]["student"]["metrics"], report["absent"]
+    for name in ("retrieval", "retrieval_position", "path_agreement", "coverage"):
+        assert 0 <= student[name]["low"] <= student[name]["value"] <= student[name]["high"]
+    assert {"frechet", "tangent_cosine", "tangent_norm_ratio"} <= set(absent)
+    assert (out / "interpolation.png").exists()
+    if moves:
+        assert student["control_angle"]["value"] > 1 and (out / "control.png").exists()
+    else:
+        assert absent["control"] == "no moves asked for" and not (out / "control.png").exists()

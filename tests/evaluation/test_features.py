@@ -100,7 +100,12 @@ def test_the_shipped_files_are_small():
 def test_worlds():
     images, captions, _ = shapes.sample_batch(3, range(4))
     world = WORLDS["shapes"]
-    assert world.oracle(images, captions).all()
+    words = world.oracle.see(images)
+    assert world.oracle.adheres(words, captions).all()
+    assert not world.oracle.adheres(words, ["a purple cross at the bottom right"] * 4).any()
+    assert not world.oracle.adheres(world.oracle.see(0 * images), ["a shape"] * 4).any()
+    assert world.oracle.left_open(["a small red shape"]).tolist() == [
+        [name in ("shape", "position", "background") for name in world.oracle.attributes]
+    ]
     assert world.extractor(images).shape == (4, 32)
-    assert world.read(captions[0]) == shapes.parse(captions[0])
     assert WORLDS["none"].oracle is None and WORLDS["none"].extractor is None

@@ -1,47 +1,112 @@
 """Which numbers are taken, and which are reported as absent."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from gadjax.evaluation.metrics import METRICS, Drawn, absent_metrics, row_metrics
-from gadjax.evaluation.worlds import World
+from gadjax.evaluation.catalogue import catalogue
+from gadjax.evaluation.metrics import Drawn, absent_metrics, row_metrics
+from gadjax.evaluation.worlds import Oracle, World
 
-PROMPTS = ["one", "two", "three"]
-ORACLE = World(oracle=lambda images, captions: np.array([c == "two" for c in captions]))
+BEFORE = ("prompts", "diversity", "seeds", "sensitivity")
+NAMES = [name for name, metric in catalogue(World()).items() if metric.group in BEFORE]
+
+PROMPTS = ["a dot", "a bar", "anything"]
+
+
+def read(caption):
+    words = caption.split()[1:]
+    return {"shape": words[0]} if words else {}
+
+
+ORACLE = World(Oracle(("shape", "ink"), lambda images: None, read))
 BOTH = World(ORACLE.oracle, lambda images: None)
 
 
-def drawn(seed, width=4, tangents=2):
+def drawn(seed, width=4, tangents=2, oracle=True):
     rng = np.random.default_rng(seed)
+    words = np.array([["", ""], ["dot", "red"], ["dot", "blue"], ["bar", "red"]])
     return Drawn(
         rng.uniform(-1, 1, (3, 5, 8, 8, 3)),
         rng.standard_normal((3, 5, width)) if width else None,
         rng.standard_normal((tangents, 3, 4, 4, 2)) if tangents else None,
+        words[rng.integers(0, 4, (3, 5))] if oracle else None,
+        rng.uniform(-1, 1, (2, 5, 8, 8, 3)),
+        rng.standard_normal((2, 5, width)) if width else None,
     )
 
 
 @pytest.mark.parametrize(
     ("world", "width", "tangents", "count"),
-    [(BOTH, 4, 2, 0), (BOTH, 4, 0, 2), (BOTH, 15, 2, 1), (ORACLE, 0, 2, 6), (World(), 0, 0, 9)],
+    [(BOTH, 4, 2, 0), (BOTH, 4, 0, 2), (BOTH, 15, 2, 1), (ORACLE, 0, 2, 7), (World(), 0, 0, 12)],
 )
 def test_every_metric_is_taken_or_absent_for_a_reason(world, width, tangents, count):
-    teacher, student = drawn(0, width, tangents), drawn(1, width, tangents)
+    teacher, student = (drawn(i, width, tangents, world.oracle) for i in range(2))
     others = drawn(2, width).features_PSD
     found = row_metrics(student, teacher, others, PROMPTS, world)
-    absent = absent_metrics(teacher, world)
-    assert sorted([*found, *absent]) == sorted(METRICS)
+    absent = absent_metrics(teacher, PROMPTS, world)
+    assert sorted([*found, *absent]) == sorted(NAMES)
     assert len(absent) == count and all(absent.values())
 
 
 def test_a_teacher_is_not_compared_with_itself():
     teacher = drawn(0)
     found = row_metrics(teacher, teacher, drawn(2).features_PSD, PROMPTS, BOTH)
-    assert list(found) == ["adherence", "frechet", "vendi", "distance_features", "distance_pixels"]
-    assert found["adherence"].value == pytest.approx(1 / 3)
+    assert set(found) == {
+        *("adherence", "coverage", "frechet", "vendi", "distance_features", "distance_pixels"),
+        *("identity_features", "identity_pixels"),
+    }
+
+
+def test_adherence_and_coverage_by_hand():
+    teacher = drawn(0)
+    words = np.full((3, 5, 2), "", "U4")
+    words[0, :4] = ["dot", "red"]
+    words[1, :3] = [["dot", "red"], ["bar", "red"], ["bar", "blue"]]
+    words[2, :2] = [["dot", "red"], ["bar", "blue"]]
+    row = replace(drawn(1), words_PSA=words)
+    found = row_metrics(row, teacher, None, PROMPTS, ORACLE)
+    assert found["adherence"].value == pytest.approx((4 + 2 + 2) / 15)
+    # Of ink: 1, 2 and 2 words; of the shape, which the third leaves open too: 2.
+    assert found["coverage"].value == pytest.approx((1 + 2 + 2) / 3)
+    same = row_metrics(replace(row), row, None, PROMPTS, ORACLE)
+    assert same["coverage_ratio"] == (1, 1, 1)
+
+
+def test_coverage_of_prompts_that_leave_nothing_open():
+    closed = World(Oracle(("shape",), lambda images: None, read))
+    teacher = replace(drawn(0), words_PSA=np.full((3, 5, 1), "dot"))
+    prompts = ["a dot"] * 3
+    found = row_metrics(teacher, teacher, None, prompts, closed)
+    assert found["adherence"].value == 1 and "coverage" not in found
+    assert absent_metrics(teacher, prompts, closed)["coverage"] == (
+        "no prompt leaves an attribute open"
+    )
+
+
+def test_coverage_beside_a_teacher_that_draws_nothing():
+    teacher = replace(drawn(0), words_PSA=np.full((3, 5, 2), ""))
+    found = row_metrics(drawn(1), teacher, None, PROMPTS, ORACLE)
+    assert found["coverage"].value > 0 and "coverage_ratio" not in found
+    assert absent_metrics(teacher, PROMPTS, ORACLE)["coverage_ratio"] == (
+        "the teacher draws no picture of the world"
+    )
+
+
+def test_a_seed_is_known_again_among_the_model_s_own():
+    row = drawn(0)
+    near = row.images_PSHWC[:2] + 0.01
+    kept = replace(row, near_QSHWC=near)
+    lost = replace(row, near_QSHWC=np.roll(near, 1, axis=1))
+    collapsed = replace(row, near_QSHWC=near[:, :1].repeat(5, axis=1))
+    for changed, value in ((kept, 1), (lost, 0), (collapsed, 0.2)):
+        found = row_metrics(changed, drawn(1), None, PROMPTS, World())
+        assert found["identity_pixels"].value == pytest.approx(value)
 
 
 def test_why_there_is_no_distance():
-    assert absent_metrics(drawn(0, 15), BOTH) == {
+    assert absent_metrics(drawn(0, 15), PROMPTS, BOTH) == {
         "frechet": "15 pictures; takes more than the 15 features"
     }
 
@@ -50,7 +115,7 @@ def test_a_teacher_that_draws_every_seed_alike():
     teacher, student = drawn(0), drawn(1)
     teacher.images_PSHWC[:] = teacher.images_PSHWC[:, :1]
     found = row_metrics(student, teacher, drawn(2).features_PSD, PROMPTS, BOTH)
-    assert absent_metrics(teacher, BOTH) == {
+    assert absent_metrics(teacher, PROMPTS, BOTH) == {
         "distance_pixels_ratio": "the teacher draws every seed alike"
     }
     assert "distance_pixels_ratio" not in found and "distance_features_ratio" in found

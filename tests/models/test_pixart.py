@@ -1,4 +1,5 @@
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,24 @@ def test_output_is_that_of_diffusers(name):
     for i, other in ((1, args[1][::-1]), (3, np.ones_like(args[3]))):
         changed = apply(params, *args[:i], other, *args[i + 1 :])
         assert relative(changed, expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["wide", "tall, no bias", "one output", "sized"])
+def test_features_are_the_tokens_half_way(name):
+    """After 1 of 2, 2 of 3 and 1 of 1 blocks; hooks see them in diffusers."""
+    cfg, height, width = CASES[name]
+    model, args, seen = torch_model(cfg), inputs(cfg, height, width), []
+    for block in model.transformer_blocks:
+        block.register_forward_hook(lambda block, given, tokens: seen.append(tokens.numpy()))
+    torch_call(model, *args)
+    net = functional(build(Config.from_dict(cfg)))
+    out = jax.jit(partial(net.apply, method="features"))(to_params(model, cfg), *args)
+    half = (len(seen) + 1) // 2 - 1
+    assert out.shape == seen[half].shape and out.dtype == jnp.float32
+    errors = [relative(out, tokens) for tokens in seen]
+    print(f"{name}: {errors[half]:.2e}")
+    assert errors.pop(half) <= 1e-5
+    assert all(error > 1e-3 for error in errors)
 
 
 def test_a_prompt_without_tokens_is_that_of_diffusers():

@@ -199,23 +199,37 @@ def flops(f, *given):
     return jax.jit(f).lower(*given).compile().cost_analysis()["flops"]
 
 
-def test_what_its_needs_stand_for_costs_nothing():
-    world, batch, term = WORLDS["eps"], make_batch(16), Consistency()
-    given = smooth_params(0.3), mixture_params()
+class Wide(Smooth):
+    """A student that costs far more than all else."""
 
-    def run(student, teacher, needs):
+    def student(self, params, x, t_B, alpha, sigma, told):
+        hidden = jnp.tanh(jnp.tanh(x @ params["in"] + alpha) @ params["deep"])
+        x0 = hidden @ params["in"].T
+        return Prediction(x0, (x - alpha * x0) / sigma)
+
+
+def test_a_tangent_costs_one_evaluation_and_what_needs_stand_for_none():
+    """The reverse pass is that of the plain evaluation; what the needs ask for is dropped."""
+    world, term = Wide(DDPM(), "eps", (899.0, -1.0)), Consistency()
+    batch, teacher = make_batch(16), gaussian_params()
+    student = {"in": jnp.full((D, 256), 0.1), "deep": jnp.full((256, 256), 0.1)}
+
+    def asking(needs):
+        asked = type("Asked", (), {"needs": needs})
+
         def loss(student):
-            context = world.context(replace_needs(term, needs), batch, student, None, teacher)
-            return term(context)[0].mean()
+            return term(world.context(asked, batch, student, None, teacher))[0].mean()
 
-        return jax.grad(loss)(student)
+        return jax.grad(loss)
 
-    asked, bare = (flops(lambda s, t, n=n: run(s, t, n), *given) for n in (term.needs, Needs()))
-    assert asked == bare
+    def plain(student):
+        said = world.denoiser(student, batch.noise, jnp.full(16, 500.0), batch.cond)
+        return (said.x0**2).mean()
 
-
-def replace_needs(term, needs):
-    return type("Asking", (), {"needs": needs})()
+    forward, both = flops(plain, student), flops(jax.grad(plain), student)
+    found, bare = (flops(asking(needs), student) for needs in (term.needs, Needs()))
+    assert both > 2.5 * forward
+    assert found == bare < both + 1.2 * forward
 
 
 @each_world

@@ -9,6 +9,7 @@ import pytest
 from gadjax.errors import InputError
 from gadjax.worlds import shapes
 from gadjax.worlds.oracle import MAX_RESIDUAL, adherence, adheres, judge
+from gadjax.worlds.oracle import words as seen
 from gadjax.worlds.shapes import ATTRIBUTES, BACKGROUNDS, CELLS, INKS, SIZES, Scene
 
 
@@ -59,6 +60,14 @@ def test_exact_on_every_combination_of_words():
     rng = np.random.default_rng(0)
     scenes = [shapes.sample_scene(rng, **shapes.parse(text)) for text in captions]
     assert adherence(shapes.render_batch(scenes), captions).all()
+
+
+def test_words_of_pictures_that_are_the_world_s_and_of_others(world):
+    images, scenes = world
+    found = seen(np.concatenate([images[:5], 0 * images[:2]]))
+    assert found[:5].tolist() == [list(words(scene).values()) for scene in scenes[:5]]
+    assert found[5:].tolist() == [[""] * len(ATTRIBUTES)] * 2
+    assert seen(images[:0]).shape == (0, len(ATTRIBUTES))
 
 
 def test_exact_with_slight_blur_and_noise(world):

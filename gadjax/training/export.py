@@ -1,0 +1,119 @@
+"""A run's weights as a complete diffusers pipeline folder, checked against diffusers.
+
+The check needs torch and diffusers; without them the folder says that it is not verified.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gadjax import parity
+from gadjax.convert.atomic import atomic_folder, check_apart, check_target
+from gadjax.convert.export import CARD, Export, card, read_license, read_report, recipe
+from gadjax.convert.files import fingerprint, open_weights, read_json
+from gadjax.convert.folder import INDEX, PipelineFolder, write_pipeline
+from gadjax.convert.orbax_folder import diffusers_folder, open_folder
+from gadjax.convert.recipe import FILE, Sampling, read_world
+from gadjax.errors import InputError
+from gadjax.samplers import DPM, sampler_from_config, student_scheduler_config
+from gadjax.training.workdir import Trained
+
+# Of what a scheduler returns of a single step PixArtAlphaPipeline takes the second, and DPM's
+# returns one thing only (diffusers' issue 8689); the other, of the same parts, takes the first.
+ONE_DPM_STEP = {"PixArtAlphaPipeline": "PixArtSigmaPipeline"}
+
+
+def export(
+    trained: Trained,
+    out: Path,
+    *,
+    teacher: Path | None = None,
+    dtype=None,
+    report: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
+    """Write `out`, all of it or nothing.
+
+    teacher: where the run's teacher is now, if it has moved. dtype: of the weights' files, None for
+      that of the parameters. report: report.json of `gadjax evaluate`, for the card.
+    Returns: what the comparison with diffusers gave, None where it is not installed.
+    Raises: InputError for whatever does not belong together, timesteps that diffusers could not
+      take among it; RunStopped where diffusers draws something else.
+    """
+    measured = report and read_report(report)
+    check_target(out, overwrite=overwrite, marker=INDEX)
+    source = teacher or trained.teacher
+    check_apart(out, trained.workdir, source)
+    folder = open_folder(source, components=("transformer",))
+    trained.check(folder.components["transformer"])
+    scheduler, sampling = _drawn_by(trained, folder)
+    made = _describe(out.resolve().name, trained, folder, scheduler, sampling, measured)
+
+    with atomic_folder(out, overwrite=overwrite, marker=INDEX) as new:
+        with diffusers_folder(source, out.resolve().parent) as src:
+            params = {"transformer": trained.params}
+            write_pipeline(src, new, params, scheduler=scheduler, dtype=dtype)
+        index = read_json(new / INDEX) | {"_class_name": made.pipeline}
+        (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _check_report(report, measured, new)
+        (new / FILE).write_text(recipe(made, None), encoding="utf-8")
+        verified = None if parity.missing() else parity.verify(new)
+        (new / FILE).write_text(recipe(made, verified), encoding="utf-8")
+        (new / CARD).write_text(card(made, verified), encoding="utf-8")
+    return verified
+
+
+def _drawn_by(trained: Trained, teacher: PipelineFolder) -> tuple[dict[str, Any] | None, Sampling]:
+    """A replacement for the teacher's scheduler, None to keep it, and what diffusers is told.
+
+    Raises: InputError for timesteps that diffusers could not take.
+    """
+    sampling = trained.sampling
+    if not trained.few_step:
+        return None, sampling
+    scheduler = student_scheduler_config(teacher.scheduler, sampling.timesteps)
+    sampler = sampler_from_config(scheduler)
+    sampler.times(timesteps=sampling.timesteps)
+    return scheduler, sampling if sampler.takes_timesteps else replace(sampling, timesteps=None)
+
+
+def _describe(
+    name: str, trained: Trained, teacher: PipelineFolder, scheduler, sampling: Sampling, report
+) -> Export:
+    spec, world = teacher.components["transformer"].spec, trained.config["data"]["world"]
+    bundled = world.startswith("gadjax.worlds.")
+    pipeline = teacher.model_index.get("_class_name", "DiffusionPipeline")
+    if scheduler and scheduler["_class_name"] == DPM and sampling.steps == 1:
+        pipeline = ONE_DPM_STEP.get(pipeline, pipeline)
+    return Export(
+        name=name,
+        sampling=sampling,
+        times=trained.sampling.timesteps,
+        step=trained.step,
+        part=trained.part,
+        config=trained.config,
+        teacher=_name(trained.config["teacher"]),
+        fingerprint=trained.fingerprint,
+        latent=(spec.sample_size, spec.sample_size, spec.in_channels),
+        pipeline=pipeline,
+        arguments=parity.diffusers_arguments(sampling),
+        license=read_license(teacher.path),
+        world=world.rpartition(".")[2] if bundled else read_world(teacher.path),
+        report=report,
+    )
+
+
+def _name(teacher: str) -> str:
+    """The last part of a path: where it lay is nobody's business."""
+    return Path(teacher.removeprefix("asset:")).name
+
+
+def _check_report(path: Path | None, report: dict[str, Any] | None, out: Path) -> None:
+    """Raises: InputError for a report of other weights than those in `out`."""
+    measured = report and report.get("settings", {}).get("student's transformer")
+    if measured and measured != (found := fingerprint(open_weights(out / "transformer"))):
+        raise InputError(
+            f"{path}: found a report of weights with fingerprint {measured}; expected one of "
+            f"those exported here, {found}"
+        )

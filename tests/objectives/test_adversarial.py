@@ -1,0 +1,452 @@
+"""Logits by hand, gaussians whose discriminator is known, and whole runs of `gadjax train`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from closed_form import (
+    DDPM_WORLD,
+    FLOW_WORLD,
+    SHAPE,
+    D,
+    World,
+    gaussian_params,
+    jit,
+    make_batch,
+    one_step,
+)
+from jax.sharding import PartitionSpec as P
+from PIL import Image
+
+from gadjax.cli.main import main
+from gadjax.errors import InputError
+from gadjax.models import pixart
+from gadjax.objectives import DMD, GAD, TERMS, Adversarial, build
+from gadjax.training import checkpoint
+from gadjax.training.config import read_config
+from gadjax.training.setup import compile_steps, prepare
+from gadjax.training.state import create
+from gadjax.training.steps import critic_step, make_context, student_step
+
+TOKENS, WIDTH, B = 2, 12, 8
+MIX = np.random.default_rng(9).normal(size=(2 * D + 2, TOKENS * WIDTH)) / 3
+
+
+def seeing(world: World) -> World:
+    """The same world whose networks show x, their x0, alpha and sigma, mixed into two tokens."""
+
+    def features(params, x_BHWC, t_B, cond):
+        x0 = world.denoiser(params, x_BHWC, t_B, cond).x0
+        alpha_sigma = jnp.stack(world.schedule.alpha_sigma(t_B), axis=1)
+        seen = jnp.concatenate([x_BHWC.reshape(-1, D), x0.reshape(-1, D), alpha_sigma], axis=1)
+        return (seen @ MIX.astype(seen.dtype)).reshape(-1, TOKENS, WIDTH)
+
+    world = World(world.schedule, world.kind, world.times)
+    object.__setattr__(world, "denoiser", replace(world.denoiser, features=features))
+    return world
+
+
+DDPM, FLOW, ONE = seeing(DDPM_WORLD), seeing(FLOW_WORLD), seeing(one_step(FLOW_WORLD))
+
+
+def some_head(term, dtype=jnp.float32):
+    """A head with opinions."""
+    rng = np.random.default_rng(4)
+    head = term.init_discriminator(jax.random.key(0), WIDTH)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / 4, dtype), head)
+
+
+def pictures(samples, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(5).normal(1, 0.5, (samples, *SHAPE)), dtype)
+
+
+def logits_by_hand(world, context, params, head, x0):
+    """Of the docstring, all of it differentiable."""
+    span = world.schedule.last - world.schedule.clean
+    t = jnp.floor(context.uniform("t") * span) + world.schedule.clean + 1
+    alpha, sigma = (v[:, None, None, None] for v in world.schedule.alpha_sigma(t))
+    x = alpha * x0 + sigma * context.normal("eps")
+    x = world.denoiser.features(params, x, t, context.batch.cond)
+    x = x - x.sum(2, keepdims=True) / WIDTH
+    x = x / jnp.sqrt((x**2).sum(2, keepdims=True) / WIDTH + 1)
+    x = jnp.einsum("bnd,dh->bnh", x, head["linear_1"]["kernel"]) + head["linear_1"]["bias"]
+    x = x / 2 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    each = jnp.einsum("bnh,ho->bno", x, head["linear_2"]["kernel"]) + head["linear_2"]["bias"]
+    return (each[:, 0, 0] + each[:, 1, 0]) / 2
+
+
+BY_HAND = {
+    "softplus": (
+        lambda fake: jnp.log(1 + jnp.exp(-fake)),
+        lambda fake, real: jnp.log(1 + jnp.exp(fake)) + jnp.log(1 + jnp.exp(-real)),
+    ),
+    "hinge": (
+        lambda fake: -fake,
+        lambda fake, real: jnp.maximum(1 + fake, 0) + jnp.maximum(1 - real, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "world,features,loss",
+    [(DDPM, "critic", "hinge"), (FLOW, "teacher", "softplus")],
+    ids=["critic, hinge", "teacher, softplus"],
+)
+def test_losses_and_what_they_move(world, features, loss):
+    """The student's reaches it through x0 and the features' input; the discriminator's all of the
+    head, a hundredth of it the network that shows the features, and never the student."""
+    term = Adversarial(features, loss, hidden=6)
+    with jax.enable_x64(True):
+        batch = make_batch(B, dtype=float)._replace(x0=pictures(B, float))
+        nets = {
+            "student": world.student_params(bend=0.4, dtype=float),
+            "network": gaussian_params(3, dtype=float),
+            "head": some_head(term, float),
+        }
+
+        def context(nets, other=None):
+            shown = {"critic": other, "teacher": other} | {features: nets["network"]}
+            given = nets["student"], shown["critic"], shown["teacher"], batch, nets["head"]
+            return make_context(world.recipe(term), term.needs, *given)
+
+        def ours(nets):
+            found = context(nets)
+            loss_B, metrics = term(found)
+            return jnp.stack([loss_B.mean(), term.discriminator_loss(found).mean()]), metrics
+
+        def theirs(nets):
+            found = context(nets)
+            said = world.denoiser(nets["student"], found.x_BHWC, found.t_B, batch.cond).x0
+            logits = partial(logits_by_hand, world, found, nets["network"], nets["head"])
+            fake, real = logits(said), logits(batch.x0)
+            student, discriminator = BY_HAND[loss]
+            means = student(fake).mean(), discriminator(fake, real).mean()
+            return jnp.stack(means), {"logit": fake.mean()}
+
+        def both(f):
+            return *f(nets), jax.jacrev(lambda nets: f(nets)[0])(nets)
+
+        a, b = jax.device_get((jit(lambda: both(ours))(), jit(lambda: both(theirs))()))
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
+    assert a[1].keys() == b[1].keys()
+    assert float(a[1]["logit"]) == pytest.approx(float(b[1]["logit"]), rel=1e-5)
+    share = {
+        "student": {"student": 1, "network": 1, "head": 1},
+        "discriminator": {"student": 0, "network": 0.01, "head": 1},
+    }
+    for row, shares in enumerate(share.values()):
+        for role, expected in shares.items():
+            found, full = (jax.tree.leaves(x[2][role]) for x in (a, b))
+            assert any(np.any(y[row]) for y in full), role
+            for x, y in zip(found, full, strict=True):
+                size = np.abs(y[row]).max()
+                # The times are float32 inside the step.
+                np.testing.assert_allclose(x[row], expected * y[row], rtol=1e-4, atol=1e-6 * size)
+
+
+def test_what_a_critic_step_trains():
+    """The head, and the critic where it shows the features; a frozen teacher leaves it as it is."""
+    plain = dict.fromkeys(("student", "critic", "discriminator"), optax.sgd(1.0))
+    batch, teacher = make_batch(B)._replace(x0=pictures(B)), gaussian_params()
+    old, new = {}, {}
+    for name in ("alone", "critic", "teacher"):
+        total = 1.0 * DMD()
+        old[name] = {"student": FLOW.student_params(), "critic": gaussian_params(3)}
+        if name != "alone":
+            term = Adversarial(name, hidden=6)
+            total, old[name]["discriminator"] = total + 0.3 * term, some_head(term)
+        recipe = FLOW.recipe(total, optimizers=plain)
+        state, metrics = jit(partial(critic_step, recipe))(create(old[name], plain), teacher, batch)
+        new[name] = jax.device_get(state.params)
+
+    def same(a, b):
+        a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+        return [np.allclose(x, y, rtol=1e-6, atol=1e-6) for x, y in zip(a, b, strict=True)]
+
+    for name in ("critic", "teacher"):
+        assert all(same(new[name]["student"], old[name]["student"]))
+        assert not any(same(new[name]["discriminator"], old[name]["discriminator"]))
+    assert all(same(new["teacher"]["critic"], new["alone"]["critic"]))
+    assert not any(same(new["critic"]["critic"], new["alone"]["critic"]))
+    names = {f"{r}/{m}" for r in ("critic", "discriminator") for m in ("loss", "grad_norm", "bad")}
+    assert set(metrics) == names
+
+
+def test_under_the_cut_the_first_step_is_left_out():
+    term, batch = Adversarial("teacher", hidden=6), make_batch(B)._replace(x0=pictures(B))
+    given = FLOW.student_params(), None, gaussian_params(), batch, some_head(term)
+
+    @jit
+    def both():
+        context = make_context(FLOW.recipe(term), term.needs, *given)
+        cut = replace(context, cut_first=True)
+        return [(term(c)[0], term.discriminator_loss(c)) for c in (context, cut)]
+
+    whole, cut = both()
+    for a, b in zip(whole, cut, strict=True):
+        np.testing.assert_allclose(b, a * np.tile([0, 4 / 3, 4 / 3, 4 / 3], 2), rtol=1e-5)
+
+
+def data(batch, number, mean, spread):
+    """New draws each time, of N(mean, diag spread^2), and nothing told."""
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(batch.key)
+    first, second = (
+        jax.vmap(lambda k, i=i: jax.random.normal(jax.random.fold_in(k, i), SHAPE))(keys)
+        for i in (7, 8)
+    )
+    x0 = mean.reshape(SHAPE) + spread.reshape(SHAPE) * second
+    return batch._replace(key=keys, noise=first, x0=x0)
+
+
+FAKE = np.linspace(-0.5, 0.5, D), np.linspace(0.5, 1.2, D)  # mean, standard deviation
+REAL = FAKE[0] + 0.5, FAKE[1][::-1].copy()
+AT = 0.401  # sigma, and alpha is what is left
+
+
+def test_it_tells_two_gaussians_apart_as_well_as_can_be():
+    """Its loss comes down to that of the exact log-ratio of the densities at the one t, and sigmoid
+    of its logit to the share of the real; where the two are one, its logits go to zero."""
+    term = Adversarial("teacher", low=0.4, high=0.4, hidden=64)
+    rate = optax.cosine_decay_schedule(2e-2, 400, 0.01)
+    optimizers = {"student": optax.sgd(0.0), "discriminator": optax.adam(rate)}
+    recipe = ONE.recipe(term, optimizers=optimizers)
+    # x0 = mean + spread z, exactly.
+    student = {"step0": {"matrix": jnp.diag(jnp.float32(FAKE[1])), "bias": jnp.float32(FAKE[0])}}
+    student["step0"]["bend"] = jnp.zeros(D)
+    batch, teacher = make_batch(256, told=0.0), gaussian_params()
+    head = jax.tree.map(lambda p: p / 3, some_head(term))  # equality is not where it starts
+
+    @jit
+    def trained(head, real):
+        def update(state, number):
+            state, _ = critic_step(recipe, state, teacher, data(batch, number, *real))
+            return state, None
+
+        start = create({"student": student, "discriminator": head}, optimizers)
+        state, _ = jax.lax.scan(update, start, jnp.arange(400))
+        head = state.params["discriminator"]
+        many = data(make_batch(8192, told=0.0), 1000, *real)
+        context = make_context(recipe, term.needs, student, None, teacher, many, head)
+        fake, noise = context.student[0].x0, AT * context.normal("eps")
+        seen = [(1 - AT) * x0 + noise for x0 in (fake, many.x0)]
+        return term.discriminator_loss(context).mean(), seen, jnp.exp(-term(context)[0])
+
+    def density(x, mean, spread):
+        x, variance = x.reshape(-1, D).astype(float), ((1 - AT) * spread) ** 2 + AT**2
+        return -0.5 * ((x - (1 - AT) * mean) ** 2 / variance + np.log(variance)).sum(1)
+
+    loss, seen, share = jax.device_get(trained(head, REAL))
+    ratio = [density(x, *REAL) - density(x, *FAKE) for x in seen]
+    best = np.logaddexp(0, ratio[0]).mean() + np.logaddexp(0, -ratio[1]).mean()
+    off = np.abs(share - 1 / (1 + np.exp(-ratio[0]))).mean()
+    print(f"loss {loss:.4f}, of the exact log-ratio {best:.4f}, of none {2 * np.log(2):.4f}")
+    print(f"share of the real off by {off:.4f}")
+    assert best - 0.01 < loss < best + 0.05 and off < 0.06
+
+    loss, _, share = jax.device_get(trained(head, FAKE))
+    print(f"equal: loss {loss:.4f}, share off by {np.abs(share - 0.5).mean():.4f}")
+    assert abs(loss - 2 * np.log(2)) < 0.01 and np.abs(share - 0.5).mean() < 0.03
+
+
+def test_a_student_learns_the_data_from_it_alone():
+    """Mean and covariance of its pictures come to those of the data."""
+    # At little noise, where covariances show most.
+    updates, term = 800, Adversarial("teacher", "hinge", low=0.05, high=0.3, hidden=64)
+    rates = {"student": 0.01, "discriminator": 0.04}
+    optimizers = {
+        role: optax.adam(optax.cosine_decay_schedule(rate, updates, 0.02), b1=0.0, b2=0.95)
+        for role, rate in rates.items()
+    }
+    recipe = ONE.recipe(1.0 * term, optimizers=optimizers, ema=0.98)
+    batch, teacher = make_batch(128, told=0.0), gaussian_params()
+
+    @jit
+    def run(state):
+        def update(state, number):
+            now = partial(data, batch, mean=REAL[0], spread=REAL[1])
+            state, _ = critic_step(recipe, state, teacher, now(2 * number))
+            state, metrics = student_step(recipe, state, teacher, now(2 * number + 1))
+            return state, metrics["adversarial/logit"]
+
+        return jax.lax.scan(update, state, jnp.arange(updates))
+
+    head = term.init_discriminator(jax.random.key(0), WIDTH)
+    student = ONE.student_params(scale=0.5)
+    state, logit = run(create({"student": student, "discriminator": head}, optimizers))
+
+    def apart(params):
+        own = jax.tree.map(np.asarray, params["step0"])
+        covariance = own["matrix"] @ own["matrix"].T - np.diag(REAL[1] ** 2)
+        return np.linalg.norm(own["bias"] - REAL[0]), np.linalg.norm(covariance)
+
+    before, after = apart(student), apart(state.ema)
+    print(f"mean off by {before[0]:.3f} -> {after[0]:.3f}, cov. {before[1]:.3f} -> {after[1]:.3f}")
+    assert np.isfinite(logit).all()
+    assert after[0] < 0.1 * before[0] and after[1] < 0.25 * before[1]
+
+
+def test_it_stands_beside_dmd_and_gad():
+    total = DMD() + 0.01 * Adversarial(hidden=6) + 0.5 * GAD(steps=1)
+    total.check(4)
+    optimizers = dict.fromkeys(("student", "critic", "discriminator"), optax.adam(1e-2))
+    params = {
+        "student": DDPM.student_params(),
+        "critic": gaussian_params(3),
+        "discriminator": total.init_discriminator(jax.random.key(0), WIDTH),
+    }
+    recipe = DDPM.recipe(total, optimizers=optimizers, microbatches=2)
+    teacher, batch = gaussian_params(), make_batch(B)._replace(x0=pictures(B))
+
+    @jit
+    def run(state):
+        def update(state, _):
+            state, metrics = critic_step(recipe, state, teacher, batch)
+            state, more = student_step(recipe, state, teacher, batch)
+            return state, metrics | more
+
+        return jax.lax.scan(update, state, None, 2)
+
+    state, metrics = run(create(params, optimizers))
+    expected = {"loss/dmd", "loss/adversarial", "loss/gad", "adversarial/logit", "critic/loss"}
+    assert expected | {"discriminator/loss", "discriminator/bad"} <= set(metrics)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state, metrics)))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(state.params["discriminator"]))
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ({"features": "student"}, r"adversarial.features: found 'student'; expected 'critic' or"),
+        ({"loss": "wgan"}, r"adversarial.loss: found 'wgan'; expected 'softplus' or 'hinge'"),
+        ({"high": 980}, r"found low 0.0 and high 980; expected shares"),
+        ({"low": 0.5, "high": 0.4}, r"found low 0.5 and high 0.4; expected shares"),
+        ({"hidden": 0}, r"adversarial.hidden: found 0; expected 1 or more"),
+        ({"features": "critic"}, r"found 0 terms that train the critic; expected one"),
+        ({"width": 3}, r"adversarial: found 'width'; expected weight, features"),
+    ],
+)
+def test_refusals(options, words):
+    with pytest.raises(InputError, match=words) as caught:
+        build({"adversarial": options}, TERMS, 4)
+    assert "\n" not in str(caught.value)
+
+
+CONFIG = """
+from gadjax.training.config import default_config
+
+def get_config():
+    config = default_config()
+    config.teacher = {teacher!r}
+    config.student.steps, config.student.timesteps = 2, (900, 400)
+    # A head large enough that it would need a rule of its own among the networks'.
+    adversarial = {{"weight": 0.005, "hidden": 4096}}
+    config.objective = {{"dmd": {{}}, "adversarial": adversarial, "gad": {{"steps": 1}}}}
+    config.steps, config.batch, config.remat = 2, 4, False
+    config.optim.lr = config.critic.lr = 1e-3
+    config.data.update(images={images!r}, length=8)
+    config.checkpoint.every = config.log.every = 1
+    config.preview.every = 0
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tiny_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adversarial")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("red circle", "green square", "blue circle"):
+        path = folder / "images" / f"{name}.png"
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(path)
+        path.with_suffix(".txt").write_text(name)
+    path = folder / "config.py"
+    path.write_text(CONFIG.format(teacher=str(tiny_pipeline), images=str(folder / "images")))
+    return path
+
+
+def train(config, workdir, *flags):
+    flags = (f"--config.{flag}" for flag in flags)
+    return main(["train", "--config", str(config), "--workdir", str(workdir), *flags])
+
+
+def test_the_head_lies_whole_on_every_device(config):
+    """It has no rule among its network's, which would be asked for where it is large."""
+    run = prepare(read_config(["--config", str(config)]))
+    state = compile_steps(run).state
+    shapes = jax.eval_shape(run.start, run.first).params["discriminator"]
+    assert shapes["linear_1"]["kernel"].shape == (24, 4096)
+    for tree in (state.params["discriminator"], state.opt["discriminator"]):
+        assert {leaf.spec for leaf in jax.tree.leaves(tree)} == {P()}
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_its_discriminator(config, tmp_path, monkeypatch):
+    """Bit for bit, and on two devices up to rounding."""
+    parts = ("params", "discriminator"), ("opt", "discriminator"), ("params", "student")
+    for part in parts:
+        monkeypatch.setitem(checkpoint.PARTS, "/".join(part), part)
+
+    def read(workdir, step):
+        return {
+            part: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+            for part in parts
+            for tree in [checkpoint.read_params(workdir / "checkpoints", "/".join(part), step)[1]]
+        }
+
+    def metrics(workdir):
+        return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+
+    whole, again, two = (tmp_path / name for name in ("whole", "again", "two"))
+    assert train(config, whole) == 0
+    for workdir in (again, two):
+        shutil.copytree(whole, workdir)
+        shutil.rmtree(workdir / "checkpoints" / "2")
+    assert train(config, again) == 0
+    flags = "--config.mesh.data=1", "--config.mesh.fsdp=2"
+    done = subprocess.run(
+        [sys.executable, "-m", "gadjax", "train", "--config", config, "--workdir", two, *flags],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    before, after = read(whole, 1), read(whole, 2)
+    for part, expected in after.items():
+        np.testing.assert_array_equal(read(again, 2)[part], expected)
+        way, apart = expected - before[part], read(two, 2)[part] - expected
+        print(part, f"{np.linalg.norm(apart) / np.linalg.norm(way):.1e} of the way apart")
+        assert 0 < np.linalg.norm(apart) < 0.02 * np.linalg.norm(way)
+    names = "loss/dmd", "loss/adversarial", "loss/gad", "critic/loss", "discriminator/loss"
+    for name in (*names, "adversarial/logit"):
+        assert np.isfinite(metrics(whole)[name])
+        assert metrics(two)[name] == pytest.approx(metrics(whole)[name], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (("data.images=", "data.prompts=a.txt"), "found nothing; expected a source of pictures"),
+        (("critic.updates=0",), "critic.updates: found 0; expected 1 or more, because the"),
+        ((), "found a discriminator; expected a family whose networks show features"),
+    ],
+    ids=["pictures", "updates", "features"],
+)
+def test_a_run_without_what_it_needs_is_one_line(
+    config, tmp_path, capsys, monkeypatch, flags, words
+):
+    if not flags:
+        monkeypatch.setattr(pixart, "features", lambda apply: None)
+    assert train(config, tmp_path / "run", *flags) == 2
+    line = capsys.readouterr().err
+    assert words in line and line.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,168 @@
+"""The Python interface is the commands' own work: the same students, pictures and folders."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import refused
+from PIL import Image
+from workdirs import make_workdir
+
+import gadjax
+from gadjax.cli.main import main
+from gadjax.objectives import DMD, GAD, TERMS, Regression, Sum, as_config, build
+
+PROMPTS = ["a red circle above a blue square", "green square"]
+SMALL = {"batch": 2, "remat": False, "data": {"length": 8}, "optim": {"lr": 1e-3}, "guidance": 3}
+
+
+@pytest.fixture(scope="module")
+def student(tiny_pipeline):
+    """One update of a student in two steps, in memory."""
+    teacher = gadjax.load(tiny_pipeline)
+    return gadjax.distill(teacher, Regression(steps=1), PROMPTS, steps=2, updates=1, **SMALL)
+
+
+def test_importing_is_instant():
+    """Neither JAX nor anything of the package is imported before it is asked for."""
+    code = (
+        "import gadjax, sys; assert 'jax' not in sys.modules and 'numpy' not in sys.modules; "
+        "assert 'distill' in dir(gadjax); assert gadjax.objectives.DMD and gadjax.load"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        gadjax.distil  # noqa: B018
+
+
+def test_pictures_are_those_of_the_command(tiny_pipeline, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("\n".join(PROMPTS))
+    flags = ["--model", str(tiny_pipeline), "--prompts", str(prompts), "--out", str(out)]
+    assert main(["sample", *flags, "--seed", "5", "--steps", "2", "--guidance", "3"]) == 0
+    model = gadjax.load(tiny_pipeline)
+    images = gadjax.sample(model, PROMPTS, seed=5, steps=2, guidance=3.0)
+    assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8 and images.std() > 5
+    for name, image in zip(("00000-0.png", "00001-0.png"), images, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(out / name)), image)
+    np.testing.assert_array_equal(
+        gadjax.sample(model, PROMPTS[0], seed=5, steps=2, guidance=3.0), images[:1]
+    )
+
+
+def test_a_distilled_student_is_that_of_the_command(student, tiny_pipeline, tmp_path):
+    """The same config in a workdir, by `gadjax train`, and the same weights bit for bit."""
+    config, prompts = student.trained.config, tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    assert config["student"] == {"init": "teacher", "steps": 2, "timesteps": [999.0, 500.0]}
+    assert config["objective"] == {"regression": {"steps": 1}}
+    assert (config["steps"], config["guidance"], config["optim"]["lr"]) == (1, 3.0, 1e-3)
+    config["data"]["prompts"] = str(prompts)
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({config!r})\n"
+    )
+    assert main(["train", "--config", str(path), "--workdir", str(tmp_path / "run")]) == 0
+    again = gadjax.load(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, student.trained.params, again.trained.params)
+    assert again.sampling == student.sampling
+    start = gadjax.load(tiny_pipeline).params["transformer"]
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), student.params["transformer"], start)
+    assert max(jax.tree.leaves(moved)) > 1e-5
+
+
+def test_the_students_pictures_start_from_the_teachers_noises(student, tiny_pipeline, tmp_path):
+    shown = gadjax.sample(student, PROMPTS, seed=2)
+    assert repr(student) == f"<student of {tiny_pipeline.name}: 2 steps, guidance 1>"
+    verified = gadjax.save(student, tmp_path / "student")
+    assert verified["max_difference"] <= 1e-4
+    np.testing.assert_array_equal(
+        gadjax.sample(gadjax.load(tmp_path / "student"), PROMPTS, seed=2), shown
+    )
+    refused(lambda: gadjax.save(student, tmp_path / "student"), "new or empty")
+    before = (tmp_path / "student" / "model_index.json").read_text()
+    gadjax.save(student, tmp_path / "student", overwrite=True)
+    assert (tmp_path / "student" / "model_index.json").read_text() == before
+
+
+def test_a_workdir_is_kept_and_resumed(tiny_pipeline, tmp_path, student):
+    def run(prompts=PROMPTS, updates=1, **more):
+        changes = SMALL | {"preview": {"every": 0}} | more
+        objective = {"regression": {"steps": 1}}
+        return gadjax.distill(
+            str(tiny_pipeline),
+            objective,
+            prompts,
+            timesteps=(999, 500),
+            updates=updates,
+            workdir=tmp_path / "run",
+            **changes,
+        )
+
+    first = run()
+    jax.tree.map(np.testing.assert_array_equal, first.trained.params, student.trained.params)
+    assert run(updates=2).trained.step == 2
+    refused(lambda: run(["another"], updates=2), "belongs to another config", "prompts")
+    refused(lambda: run(updates=2, seed=1), "belongs to another config", "seed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(bacth=3), ["bacth", "did you mean batch?"]),
+        (dict(optim={"lrr": 3}), ["optim.lrr", "did you mean optim.lr?"]),
+        (dict(batch="many"), ["config", "batch"]),
+        (dict(steps=0), ["steps: found 0"]),
+        (dict(timesteps=[1200, 3]), ["student.timesteps: found", "up to 999"]),
+        (dict(objective={"dmd2": {}}), ["objective: found 'dmd2'"]),
+        (dict(prompts="absent.txt"), ["absent.txt"]),
+        (dict(teacher="absent"), ["absent", "no such folder"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tiny_pipeline, tmp_path, changes, words):
+    given = {"teacher": tiny_pipeline, "objective": 1.0 * DMD(), "prompts": PROMPTS}
+    given |= {"workdir": tmp_path / "run"} | changes
+    refused(lambda: gadjax.distill(**given), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_trained_is_no_teacher_and_what_is_not_cannot_be_saved(student, tiny_pipeline):
+    refused(lambda: gadjax.distill(student, DMD(), PROMPTS), "teacher", "distilled")
+    refused(lambda: gadjax.save(gadjax.load(tiny_pipeline), "out"), tiny_pipeline.name)
+    refused(lambda: gadjax.sample(student, PROMPTS, steps=3), "steps: found 3", "999, 500")
+    refused(lambda: gadjax.sample(student, PROMPTS, guidance=float("nan")), "guidance: found nan")
+
+
+def test_a_workdir_is_read_as_the_command_reads_it(tiny_pipeline, tmp_path):
+    model = gadjax.load(make_workdir(tmp_path / "run", tiny_pipeline))
+    assert model.trained.step == 2 and model.sampling.timesteps == (899, 674, 449, 224)
+
+
+@pytest.mark.parametrize(
+    ("objective", "config"),
+    [
+        (DMD(), {"dmd": {}}),
+        (DMD() + 0.3 * GAD(steps=8), {"dmd": {}, "gad": {"weight": 0.3, "steps": 8}}),
+        (2 * GAD(step_weights=(1.0, 0.5)), {"gad": {"weight": 2.0, "step_weights": (1.0, 0.5)}}),
+        (DMD() + 0 * GAD(), {"dmd": {}}),
+    ],
+)
+def test_an_objective_is_a_config_and_back(objective, config):
+    assert as_config(objective, TERMS) == config
+    assert as_config(config, TERMS) == config
+    for stored in (config, json.loads(json.dumps(config))):
+        assert build(stored, TERMS, 2) == Sum(()) + objective
+    for name, kind in TERMS.items():
+        assert as_config(kind(), TERMS) == {name: {}}
+
+
+def test_terms_that_no_config_can_name():
+    class Mine(Regression):
+        pass
+
+    refused(lambda: as_config(DMD() + Mine(), TERMS), "found Mine", "TERMS")
+    refused(lambda: as_config(DMD() + DMD(), TERMS), "dmd twice")
+    assert as_config(0.5 * Mine(), TERMS | {"mine": Mine}) == {"mine": {"weight": 0.5}}
