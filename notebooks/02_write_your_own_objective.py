@@ -77,7 +77,7 @@ objectives = {
     "Regression": Regression(steps=16),
     "Sobolev (ours)": Sobolev(),
 }
-results = {name: bench.fit(objective, updates=500) for name, objective in objectives.items()}
+results = {name: bench.fit(objective, updates=1000) for name, objective in objectives.items()}
 print(table({name: [result] for name, result in results.items()}))
 
 # %% [markdown]

@@ -11,7 +11,7 @@ from gadjax.bench.result import Result, table
 from gadjax.bench.teachers import Gaussian, Mixture, posterior_map
 from gadjax.objectives import DMD, GAD, TDM, GADLift, Regression, Term
 
-UPDATES, SEEDS = 500, 3
+UPDATES, SEEDS = 1000, 3
 FINE = 16  # steps of the teacher's maps; the metrics' own is exact
 
 REGRESSION, TANGENTS = Regression(steps=FINE), GAD(steps=FINE)

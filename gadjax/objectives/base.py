@@ -45,6 +45,8 @@ class Needs:
     whole: the student's whole few-step map from z, with gradient through every step, no cut.
     tangent: the directions along which the tangents of these two and of the maps are wanted.
     maps: teacher maps -> whether their tangents are wanted too.
+    teacher: the term reads the teacher itself.
+    jvp: the term takes forward derivatives of a network itself.
     endpoint: where the student's whole rollout ends, cut where `cut_first` says so.
     critic: the term reads the critic, which must then be trained.
     discriminator: the term reads the discriminator, which must then be trained.
@@ -56,11 +58,18 @@ class Needs:
     whole: bool = False
     tangent: Directions | None = None
     maps: Mapping[TeacherMap, bool] = field(default_factory=dict)
+    teacher: bool = False
+    jvp: bool = False
     endpoint: bool = False
     critic: bool = False
     discriminator: bool = False
     cut_first: bool = False
     images: bool = False
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is a teacher in it at all; plain denoising has none."""
+        return bool(self.maps) or self.teacher or self.critic or self.discriminator
 
     def __or__(self, other: "Needs") -> "Needs":
         if self.tangent and other.tangent and self.tangent != other.tangent:

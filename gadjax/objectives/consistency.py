@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gadjax.errors import InputError
-from gadjax.objectives.base import Context, Needs, TeacherMap, sample_mean
+from gadjax.objectives.base import Context, Needs, sample_mean
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.matching import sg
 from gadjax.rollout import interpolate_times, rollout
@@ -48,9 +48,7 @@ class Consistency(Addable):
 
     @property
     def needs(self) -> Needs:
-        # Neither value is read, and both vanish in compilation: the first says that the student
-        # takes its grid's steps, the second that there must be a teacher.
-        return Needs(student=True, maps={TeacherMap("whole", 1): False}, images=self.images)
+        return Needs(teacher=True, jvp=True, images=self.images)
 
     def __call__(self, context: Context):
         t_B = uniform_angle(context)

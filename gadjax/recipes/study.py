@@ -3,16 +3,13 @@
     python -m gadjax.recipes.study [CELL ...] [--work runs/study] [--out docs/results/study]
 
 A cell is FAMILY:VARIANT:SEED, such as eps:dmd_both:0; without any, all of them are done in order.
-A cell with a row in --out is finished; one that was interrupted resumes. `--cost` writes what an
-update of each variant costs instead.
+A cell with a row in --out is finished; one that was interrupted resumes.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -135,6 +132,8 @@ def run_cell(cell: str, work: Path, evaluate: "Evaluator", picture: Path) -> dic
         "config": as_json(config_of(cell)),
         "rows": found["rows"],
         "settings": found["settings"],
+        "evaluations": evaluations(family, variant),
+        "seconds": float(np.median([16 / m["images_per_second"] for m in logged])),
         "training": {k: [(m["step"], m[k]) for m in logged if k in m] for k in CURVES},
     }
 
@@ -167,27 +166,45 @@ class Evaluator:
 def write_table(out: Path) -> None:
     """README.md of the results: one table for each family, a row for each variant."""
     lines = ["# The study", "", _TEXT.strip(), ""]
+    heads = ["", "seeds", *SHOWN.values(), "evaluations / update", "seconds / update"]
     for family in FAMILIES:
         rows = {cell: _read(out, cell) for cell in cells() if cell.startswith(family)}
         finished = {cell: row for cell, row in rows.items() if row}
-        lines += [f"## Teacher: {family}", ""]
-        lines += ["| | seeds | " + " | ".join(SHOWN.values()) + " |"]
-        lines += ["|---|---|" + "---|" * len(SHOWN)]
+        lines += [
+            f"## Teacher: {family}",
+            "",
+            f"| {' | '.join(heads)} |",
+            "|---" * len(heads) + "|",
+        ]
         for key in ("teacher", "teacher_few"):
             of = [row["rows"][key] for row in finished.values()][:1]
             if of:
-                lines.append(f"| {of[0]['label']} | | {_cells([of[0]['metrics']])} |")
+                texts = [of[0]["label"], "", *_cells([of[0]["metrics"]]), "", ""]
+                lines.append(f"| {' | '.join(texts)} |")
         for variant in dict.fromkeys(cell.split(":")[1] for cell in rows):
-            of = [
-                row["rows"]["student"]["metrics"]
-                for cell, row in finished.items()
-                if cell.split(":")[1] == variant
-            ]
-            name = variant.replace("_none", "").replace("_", " ")
-            text = _cells(of) if of else "not run |" + " |" * (len(SHOWN) - 2)
-            lines.append(f"| {name} | {len(of) or ''} | {text} |")
+            of = [row for cell, row in finished.items() if cell.split(":")[1] == variant]
+            texts = [variant.removesuffix("_none").replace("_", " ")]
+            if of:
+                cost, base = (_read(out, f"{family}:{v}:0") for v in (variant, _base(variant)))
+                texts += [str(len(of)), *_cells([row["rows"]["student"]["metrics"] for row in of])]
+                texts += [_times(cost, base, name) for name in ("evaluations", "seconds")]
+            else:
+                texts += ["", "not run", *[""] * (len(heads) - 3)]
+            lines.append(f"| {' | '.join(texts)} |")
         lines.append("")
     (out / "README.md").write_text("\n".join(lines))
+
+
+def _base(variant: str) -> str:
+    """What a variant adds to."""
+    base = variant.split("_")[0]
+    return f"{base if base in BASES else 'tdm' if base == 'script' else 'dmd'}_none"
+
+
+def _times(cost: dict | None, base: dict | None, name: str) -> str:
+    if cost is None:
+        return ""
+    return f"{cost[name]:.3g}" + (f" (x {cost[name] / base[name]:.2f})" if base else "")
 
 
 def _read(out: Path, cell: str) -> dict | None:
@@ -195,7 +212,7 @@ def _read(out: Path, cell: str) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _cells(of: list[dict]) -> str:
+def _cells(of: list[dict]) -> list[str]:
     """Means over seeds; of a single one the 95 % interval where there is one."""
     texts = []
     for name in SHOWN:
@@ -209,7 +226,7 @@ def _cells(of: list[dict]) -> str:
         elif len(found) > 1:
             text += f" ± {np.std([m['value'] for m in found], ddof=1):.3f}"
         texts.append(text)
-    return " | ".join(texts)
+    return texts
 
 
 _TEXT = """
@@ -223,59 +240,24 @@ run" wait for somebody with more: `python -m gadjax.recipes.study`.
 """
 
 
-def costs(family: str, variants: Iterable[str], rounds: int = 5) -> dict[str, dict[str, float]]:
-    """Of one update (the critic's own included) of each variant: its products and convolutions in
-    units of one evaluation of the network for each sample, and its seconds, the median of rounds
-    in which the variants take turns."""
+def evaluations(family: str, variant: str) -> float:
+    """What an update costs, the critic's own included, in evaluations of the network for each
+    sample: the products and convolutions of the traced program over those of one evaluation."""
     from gadjax.training.flops import flops
-    from gadjax.training.setup import compile_steps, make_batch, prepare
+    from gadjax.training.setup import make_batch, prepare
     from gadjax.training.steps import critic_step, student_step
 
-    found, turns = {}, {}
-    for variant in variants:
-        run = prepare(config_of(f"{family}:{variant}:0"))
-        config, frozen = run.config, run.frozen
-        steps, state = compile_steps(run), jax.jit(run.start)(run.first)
-        raw = run.source.batch(0, config.batch)
-        batch = jax.eval_shape(
-            lambda f, r, run=run: make_batch(run.pipeline, f, r, 0, 0), frozen, raw
-        )
-        once = flops(
-            lambda p, b, run=run: run.recipe.denoiser.raw(p, b.noise, 0.0, b.cond), run.first, batch
-        )
-        teacher = frozen.get("transformer")
-        total = flops(
-            lambda s, t, b, run=run: student_step(run.recipe, s, t, b), state, teacher, batch
-        )
-        if steps.critic:
-            own = flops(
-                lambda s, t, b, run=run: critic_step(run.recipe, s, t, b), state, teacher, batch
-            )
-            total += config.critic.updates * own
-        found[variant] = {"evaluations": total / once}
-        turns[variant] = _turn(steps, state, frozen, raw, config.critic.updates)
-    seconds = {variant: [] for variant in turns}
-    for turn in range(rounds + 1):
-        for variant, take in turns.items():
-            begun = time.perf_counter()
-            take()
-            if turn:  # the first one compiles
-                seconds[variant].append(time.perf_counter() - begun)
-    for variant, values in seconds.items():
-        found[variant]["seconds"] = float(np.median(values))
-    return found
-
-
-def _turn(steps, state, frozen, raw, critic_updates: int) -> Callable[[], None]:
-    held = [state]
-
-    def take() -> None:
-        for _ in range(critic_updates if steps.critic else 0):
-            held[0], _ = steps.critic(held[0], frozen, raw, np.uint32(0))
-        held[0], metrics = steps.student(held[0], frozen, raw, np.uint32(0))
-        jax.block_until_ready(metrics)
-
-    return take
+    run = prepare(config_of(f"{family}:{variant}:0"))
+    recipe, frozen = run.recipe, run.frozen
+    raw = run.source.batch(0, run.config.batch)
+    batch = jax.eval_shape(lambda f, r: make_batch(run.pipeline, f, r, 0, 0), frozen, raw)
+    state, teacher = jax.eval_shape(run.start, run.first), frozen.get("transformer")
+    once = flops(lambda p, b: recipe.denoiser.raw(p, b.noise, 0.0, b.cond), run.first, batch)
+    total = flops(lambda s, t, b: student_step(recipe, s, t, b), state, teacher, batch)
+    if len(recipe.optimizers) > 1:
+        own = flops(lambda s, t, b: critic_step(recipe, s, t, b), state, teacher, batch)
+        total += run.config.critic.updates * own
+    return total / once
 
 
 def main() -> None:
@@ -283,17 +265,12 @@ def main() -> None:
     parser.add_argument("cells", nargs="*", help="FAMILY:VARIANT:SEED; all of them by default")
     parser.add_argument("--work", type=Path, default=Path("runs/study"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/study"))
-    parser.add_argument("--cost", action="store_true", help="only what an update costs")
     args = parser.parse_args()
     for cell in args.cells:
         config_of(cell)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.cost:
-        variants = [cell.split(":")[1] for cell in args.cells or cells()[:18]]
-        text = json.dumps(costs("eps", variants), indent=2)
-        (args.out / "costs.json").write_text(text + "\n")
     evaluate = Evaluator()
-    for cell in () if args.cost else args.cells or cells():
+    for cell in args.cells or cells():
         if _read(args.out, cell) is None:
             path = args.out / f"{cell.replace(':', '-')}.json"
             row = run_cell(cell, args.work, evaluate, path.with_suffix(".png"))

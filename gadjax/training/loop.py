@@ -167,7 +167,7 @@ class Preview:
         many = Sampling(guidance=recipe.guidance)
         few = Sampling(len(recipe.times) - 1, recipe.times[:-1], guidance=1)
         # What is trained by plain denoising is itself sampled as a teacher is.
-        own = few if needs.student or needs.endpoint or needs.whole else many
+        own = few if needs.distils else many
         self.draw = lambda params: np.asarray(draw(params, own, frozen, raw))
         self.teacher = None
         if "transformer" in frozen:

@@ -92,11 +92,10 @@ def prepare(config: ConfigDict) -> Run:
         microbatches=microbatches,
     )
     source, null = open_data(config, pipeline)
-    needs_teacher = objective.needs.maps or objective.needs.critic or objective.needs.discriminator
     frozen = {"null": null} | {
         name: cast(params[name], dtype)
         for name, wanted in (
-            ("transformer", needs_teacher),
+            ("transformer", objective.needs.distils),
             ("text_encoder", not (config.data.embeddings or config.data.latents)),
             ("vae", objective.needs.images and not config.data.latents or config.preview.every),
         )
@@ -107,7 +106,7 @@ def prepare(config: ConfigDict) -> Run:
     if config.student.init == "random":
         first = random_like(pipeline.networks["transformer"], config.seed)
 
-    if objective.needs.tangent:
+    if objective.needs.tangent or objective.needs.jvp:
         check_tangents(pipeline, frozen, first)
     if objective.needs.discriminator:
         if pipeline.denoiser.features is None:

@@ -76,6 +76,6 @@ def sampling_of(config: dict[str, Any]) -> Sampling:
     timesteps = tuple(config["student"]["timesteps"])
     length = config["data"]["length"]
     needs = build(config["objective"], TERMS, len(timesteps)).needs
-    if needs.student or needs.endpoint or needs.whole:
+    if needs.distils:
         return Sampling(len(timesteps), timesteps, 1.0, length)
     return Sampling(guidance=config["guidance"], length=length)

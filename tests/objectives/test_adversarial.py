@@ -425,7 +425,7 @@ def test_a_run_resumes_with_its_discriminator(config, tmp_path, monkeypatch):
         np.testing.assert_array_equal(read(again, 2)[part], expected)
         way, apart = expected - before[part], read(two, 2)[part] - expected
         print(part, f"{np.linalg.norm(apart) / np.linalg.norm(way):.1e} of the way apart")
-        assert 0 < np.linalg.norm(apart) < 0.02 * np.linalg.norm(way)
+        assert np.linalg.norm(apart) < 0.005 * np.linalg.norm(way)
     names = "loss/dmd", "loss/adversarial", "loss/gad", "critic/loss", "discriminator/loss"
     for name in (*names, "adversarial/logit"):
         assert np.isfinite(metrics(whole)[name])

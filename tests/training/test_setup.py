@@ -41,7 +41,9 @@ def test_an_attention_without_a_forward_derivative(config, monkeypatch):
     text = refused(config)
     assert text.startswith("objective: found a network without a forward derivative")
     assert "expected one through which jax.jvp goes" in text
-    config.objective = {"dmd": {}}  # which takes no tangent
+    config.objective = {"consistency": {}}  # which takes one in time
+    assert refused(config) == text
+    config.objective = {"dmd": {}}  # which takes none
     setup.prepare(config)
 
 
