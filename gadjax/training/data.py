@@ -55,13 +55,18 @@ def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str,
         return LatentSource(embeddings, config.seed, data.dropout), null
     ids, mask = tokenize([""])
     null = {"ids": ids, "mask": mask}
+    sides = tuple(side * pipeline.upscale for side in pipeline.latent[:2])
     if data.world:
         world = WorldSource(data.world, tokenize, config.seed, data.dropout)
+        if (found := world.batch(0, 1)["image"].shape[1:3]) != sides:
+            raise InputError(
+                f"data.world: found pictures of {found[0]} x {found[1]} in {data.world}; expected "
+                f"{sides[0]} x {sides[1]}, as the teacher draws"
+            )
         return (cache_latents(world, pipeline, data.cache) if data.cache else world), null
     if data.images:
         pictures = open_images(assets.resolve(data.images), data.column)
-        height, width = (side * pipeline.upscale for side in pipeline.latent[:2])
-        return ImageSource(pictures, (height, width), tokenize, config.seed, data.dropout), null
+        return ImageSource(pictures, sides, tokenize, config.seed, data.dropout), null
     prompts = read_prompts(assets.resolve(data.prompts), data.column)
     return PromptSource(*tokenize(prompts), config.seed), null
 

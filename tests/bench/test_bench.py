@@ -34,9 +34,9 @@ def fitted(objective, seed=0, turned=False):
 
 
 def turned_student():
-    """The teacher's own map behind a rotation of the noise: it draws the same pictures."""
+    """The teacher's own map behind a rotation of the noise, and too narrow."""
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(4, 4)))[0]
-    return LINE.linear(LINE.reference.jacobian[0] @ rotation, LINE.teacher.mean)
+    return LINE.linear(0.6 * LINE.reference.jacobian[0] @ rotation, LINE.teacher.mean)
 
 
 @families
@@ -90,6 +90,7 @@ def test_a_linear_student_is_the_map_it_is_told_to_be(family):
     right = bench.reference.jacobian[0]
     result = bench.measure(bench.draw, bench.linear(right, bench.teacher.mean))
     assert result.jacobian_error < 1e-4 and result.modes_covered == 1
+    assert result.transport_cost < 1e-6
     with pytest.raises(InputError, match="found a student of 2 steps; expected 1"):
         Bench(Gaussian.random(4), family, 2).linear(matrix)
 
@@ -104,14 +105,16 @@ def test_regression_learns_a_gaussians_map():
 
 
 def test_gad_turns_a_rotated_map_back_and_matching_distributions_does_not():
-    """Through the training's own steps, a network for a student and a network for a critic."""
+    """Through the training's own steps, a network for a student and a network for a critic. Both
+    find the distribution, which the rotated map draws as well as the right one."""
     start = LINE.measure(LINE.draw, turned_student())
     blind = fitted(DMD() + GADLift(), turned=True)
     seeing = fitted(DMD() + 0.3 * GAD(steps=16), turned=True)
-    assert start.jacobian_error > 1.4 and start.transport_cost > 2
-    for result in (start, blind, seeing):
+    assert start.mode_spread == pytest.approx(0.6, rel=0.05) and start.sliced_wasserstein > 0.25
+    for result in (blind, seeing):
+        assert result.mode_spread == pytest.approx(1, rel=0.1)
         assert result.modes_covered == 1 and result.sliced_wasserstein < 0.15
-    assert blind.jacobian_error > 1.4 and blind.transport_cost > 1.9
+    assert blind.jacobian_error > 1.1 and blind.transport_cost > 1.2
     assert seeing.jacobian_error < 0.2 and seeing.transport_cost < 0.05
 
 

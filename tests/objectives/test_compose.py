@@ -113,7 +113,7 @@ def test_build_reads_configs():
 @pytest.mark.parametrize(
     "config,message",
     [
-        ({"dmdd": {}}, "objective: found 'dmdd'; expected one of anchor, denoising, dmd"),
+        ({"dmdd": {}}, "objective: found 'dmdd'; expected one of adversarial, anchor"),
         (
             {"gad": {"wieght": 1}},
             "objective.gad: found 'wieght'; expected weight, direction, directions, end",

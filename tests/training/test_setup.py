@@ -52,6 +52,10 @@ def test_an_attention_without_a_forward_derivative(config, monkeypatch):
     [
         ({"critic": {"updates": 0}}, "critic.updates: found 0; expected 1 or more"),
         ({"objective": {"denoising": {}}}, "expected a source of pictures for this loss"),
+        (
+            {"data": {"prompts": "", "world": "gadjax.worlds.shapes"}},
+            "found pictures of 32 x 32 in gadjax.worlds.shapes; expected 16 x 16",
+        ),
         ({"objective": {"gad": {"steps": 0}}}, "found a map of 0 steps; expected 1 or more"),
         (
             {"student": {"steps": 1, "timesteps": (899,)}, "objective": {"anchor": {}, "sid": {}}},
