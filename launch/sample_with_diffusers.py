@@ -1,6 +1,7 @@
 """Draw with a student in diffusers: python launch/sample_with_diffusers.py DIR PROMPTS OUT
 
-Needs torch and diffusers. gadjax.json beside the weights says which timesteps it was trained for.
+Needs torch and diffusers. gadjax.json beside the weights says which steps it was trained for: times
+of its own, or those of its scheduler in so many steps.
 """
 
 import json
@@ -8,16 +9,18 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import PixArtAlphaPipeline
+from diffusers import DiffusionPipeline
 
 
 def main(model: Path, prompts: Path, out: Path) -> None:
     recipe = json.loads((model / "gadjax.json").read_text())
-    pipe = PixArtAlphaPipeline.from_pretrained(model, low_cpu_mem_usage=False)
+    pipe = DiffusionPipeline.from_pretrained(model, low_cpu_mem_usage=False)
+    own = recipe.get("timesteps")
+    steps = {"timesteps": own} if own else {"num_inference_steps": recipe["steps"]}
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
         prompts.read_text().splitlines(),
-        timesteps=recipe["timesteps"],
+        **steps,
         guidance_scale=recipe["guidance"],
         use_resolution_binning=False,
         clean_caption=False,
