@@ -154,12 +154,13 @@ class Judged(Addable):
 
 
 def test_pictures_and_a_discriminator_are_there_for_a_term_that_asks():
-    """A linear one sees where the student's mean is, and sends it to the pictures'."""
+    """A linear one sees where the student's mean is, and sends it to the pictures'; it would not
+    stop there, so few updates."""
     teacher = Gaussian(np.array([2.0, -1.0]), np.eye(2), np.full(2, 0.01))
     bench = Bench(teacher, steps=2, **SMALL)
     start = bench.init(jax.random.key(0))
     start["layer2"] = start["layer2"].at[-1].set(jnp.array([-2.0, 2.0]))
-    results = bench.measure(bench.draw, start), bench.fit(Judged(), 40, start=start)
+    results = bench.measure(bench.draw, start), bench.fit(Judged(), 10, start=start)
     before, after = (teacher.mean - result.samples.mean(axis=0) for result in results)
     assert np.linalg.norm(before) > 1 and np.linalg.norm(after) < 0.8 * np.linalg.norm(before)
 
