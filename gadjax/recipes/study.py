@@ -280,4 +280,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"study: {error}", file=sys.stderr)
+        sys.exit(2)

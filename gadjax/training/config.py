@@ -106,6 +106,9 @@ def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict
 
 def _one_line(error: Exception) -> str:
     text = str(error)
+    if isinstance(error, AttributeError) and isinstance(error.args[0], KeyError):
+        key = str(error.args[0].args[0]).strip("'")
+        text = f"found no key {key!r} to change; expected one that the config file itself names"
     if isinstance(error, KeyError):
         text = f"found an unknown key or variant, {error.args[0]}"
     if "\\n" in text:  # a message that ml_collections quoted, its line breaks spelt out

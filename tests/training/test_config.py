@@ -116,6 +116,8 @@ def test_files_that_are_not_there_or_not_configs(plain, tmp_path):
         assert message in refused(f"--config={path}"), text
     assert "extra" in refused(plain, "extra")
     assert "other" in refused(plain, "--other=1")
+    text = refused(plain, "--config.objective.gad.direction=sphere")
+    assert "found no key 'direction' to change; expected one that the config file" in text
 
 
 def test_a_config_reads_back_as_it_was_saved(plain, tmp_path):
