@@ -165,6 +165,36 @@ def test_pictures_and_a_discriminator_are_there_for_a_term_that_asks():
     assert np.linalg.norm(before) > 1 and np.linalg.norm(after) < 0.8 * np.linalg.norm(before)
 
 
+def test_every_update_has_noise_of_its_own():
+    seen = []
+
+    @dataclass(frozen=True)
+    class Watching(Addable):
+        needs = Needs(student=True, critic=True)
+
+        def __call__(self, context):
+            return self.seen("student", context, context.student[0].x0), {}
+
+        def critic_loss(self, context):
+            return self.seen("critic", context, context.critic(context.x_BHWC, context.t_B).x0)
+
+        def seen(self, role, context, x0):
+            jax.debug.callback(
+                lambda z, k: seen.append((role, z.tobytes(), np.asarray(k).tolist())),
+                context.batch.noise,
+                context.step_B,
+                ordered=True,
+            )
+            return jnp.mean(x0**2, axis=(1, 2, 3))
+
+    bench = Bench(RING, steps=2, critic_updates=3, **SMALL)
+    bench.fit(Watching(), 2)
+    jax.effects_barrier()
+    assert [role for role, *_ in seen] == 2 * (3 * ["critic"] + ["student"])
+    assert len({noise for _, noise, _ in seen}) == 8
+    assert all(steps == [0, 1] * 32 for *_, steps in seen)
+
+
 @dataclass(frozen=True)
 class Spoilt(Addable):
     needs = Needs(student=True)
