@@ -235,9 +235,9 @@ from the teacher's weights, 4 steps, all else as in `gadjax/recipes/study.py`. 6
 noises, and a library of 64 noises for control, the same ones for every row. Of one seed a cell
 shows the value and its 95 % interval over prompts, noises or pictures; of several the mean and the
 standard deviation over runs. Numbers, config and curves of every cell are in the .json beside this
-page. The machine had two slow shared cores, on which a cell took 5 to 9 minutes; dmd and sid had one
-of them to themselves, regression had not, so that its seconds are not to be compared. Rows marked
-"not run" wait for somebody with more: `python -m gadjax.recipes.study`.
+page. The machine had two slow shared cores, on which a cell took 5 to 9 minutes; dmd and sid had
+one of them to themselves, regression had not, so that its seconds are not to be compared. Rows
+marked "not run" wait for somebody with more: `python -m gadjax.recipes.study`.
 """
 
 
