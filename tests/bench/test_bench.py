@@ -90,7 +90,10 @@ def test_a_linear_student_is_the_map_it_is_told_to_be(family):
     right = bench.reference.jacobian[0]
     result = bench.measure(bench.draw, bench.linear(right, bench.teacher.mean))
     assert result.jacobian_error < 1e-4 and result.modes_covered == 1
-    assert result.transport_cost < 1e-6
+    # An eps network's x0 divides float32 rounding by alpha, here 1/157, on the way in and out.
+    alpha = float(bench.schedule.alpha_sigma(bench.times[0])[0])
+    rounding = np.finfo(np.float32).eps / alpha**2 if bench.family == "ddpm" else 1e-3
+    assert result.transport_cost < rounding**2
     with pytest.raises(InputError, match="found a student of 2 steps; expected 1"):
         Bench(Gaussian.random(4), family, 2).linear(matrix)
 
