@@ -105,7 +105,7 @@ def table(rows: Mapping[str, Sequence[Result]]) -> str:
         cells = []
         for name in COLUMNS.values():
             values = [getattr(result, name) for result in results]
-            several = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+            several = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{several}")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -69,4 +69,4 @@ def test_a_table_has_means_and_ranges():
     lines = table({"one": results[:1], "two": results}).splitlines()
     assert [line.count("|") for line in lines] == [8] * 4
     assert lines[2].startswith("| one | 1.000 | ") and "(" not in lines[2]
-    assert "| 0.250 (0.00 to 0.50) |" in lines[3]
+    assert "| 0.250 (0.000 to 0.500) |" in lines[3]
