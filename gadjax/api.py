@@ -19,8 +19,7 @@ from gadjax.errors import InputError, RunStopped
 from gadjax.evaluation.model import Model as Drawn
 from gadjax.models.module import cast
 from gadjax.objectives import TERMS, Term, as_config
-from gadjax.pipeline import load_pipeline
-from gadjax.samplers import sampler_from_config
+from gadjax.pipeline import load_pipeline, make_pipeline
 from gadjax.sampling import draw, initial_noise
 from gadjax.training.config import changed_config, default_config
 from gadjax.training.export import export
@@ -55,10 +54,10 @@ def load(name: str | Path, *, dtype: str = "float32", variant: str | None = None
     trained = read_trained(source) if is_workdir(source) else None
     folder = trained.teacher if trained else source
     pipeline, params = load_pipeline(folder, dtype=compute, variant=variant)
-    sampling = trained.sampling if trained else read_sampling(source)
+    sampling = trained.sampling if trained else read_sampling(source, pipeline.sampling)
     if trained:
-        trained.check(pipeline.folder.components["transformer"])
-        params["transformer"] = trained.params
+        trained.check(pipeline.folder.components[pipeline.body])
+        params[pipeline.body] = trained.params
     return Model(str(name), pipeline, cast(params, compute), sampling, trained)
 
 
@@ -126,10 +125,10 @@ def distill(
     Raises: InputError for bad input before any training, RunStopped as `gadjax train`.
     """
     source = _source(teacher)
-    recipe = read_sampling(source)
+    pipeline = make_pipeline(open_folder(source, components=()))
+    recipe = read_sampling(source, pipeline.sampling)
     if timesteps is None:
-        scheduler = open_folder(source, components=()).scheduler
-        timesteps = sampler_from_config(scheduler).times(steps)[:-1].tolist()
+        timesteps = pipeline.sampler.times(steps)[:-1].tolist()
     config = default_config()
     config.teacher, config.steps, config.guidance = str(source), updates, recipe.guidance
     config.objective = as_config(objective, TERMS)

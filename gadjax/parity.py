@@ -187,7 +187,7 @@ def compare_pictures(folder: Path, prompts: Sequence[str]) -> float:
     Raises: RunStopped where diffusers cannot use the folder.
     """
     pipeline, params = load_pipeline(folder)
-    sampling = read_sampling(folder)
+    sampling = read_sampling(folder, pipeline.sampling)
     noise = initial_noise(0, len(prompts), pipeline.latent)
     with _EXACT():
         ours = draw(pipeline, params, sampling, prompts, noise) / 2 + 0.5

@@ -10,11 +10,11 @@ import numpy as np
 
 from gadjax.convert.folder import PipelineFolder
 from gadjax.convert.orbax_folder import open_folder
+from gadjax.convert.recipe import Sampling
 from gadjax.denoiser import Denoiser
 from gadjax.errors import InputError
 from gadjax.models.module import Functional, functional
-from gadjax.models.text.tokenizer import Tokenizer, load_tokenizer
-from gadjax.models.vae import autoencoder_kl
+from gadjax.models.text.prompts import Prompts, TextParts
 from gadjax.samplers import (
     Sampler,
     parameterization_from_config,
@@ -24,56 +24,66 @@ from gadjax.samplers import (
 )
 from gadjax.types import Cond, Params
 
-NETWORKS = ("transformer", "text_encoder", "vae")
-
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     """The networks of one folder without their parameters, and what goes between them.
 
-    latent: (H, W, C) of the denoiser at the size it was trained for.
+    latent: (H, W, C) of the denoiser, of the size it was trained for unless another is asked for.
     """
 
     folder: PipelineFolder
     networks: dict[str, Functional]
     denoiser: Denoiser
     sampler: Sampler
-    tokenizer: Tokenizer
+    prompts: Prompts
     latent: tuple[int, int, int]
 
-    def encode_text(self, params: Params, ids_BL, mask_BL) -> Cond:
-        """Token ids to what the denoiser is told. params: of the text encoder."""
-        text = self.networks["text_encoder"].apply(params, ids_BL, mask_BL)
-        return self.cond(text, mask_BL)
+    @property
+    def body(self) -> str:
+        """The name of the denoiser's network: "transformer" or "unet"."""
+        return self.folder.body
 
-    def cond(self, text_BLD, mask_BL) -> Cond:
+    @property
+    def sampling(self) -> Sampling:
+        """What the family's pipeline in diffusers draws with unless it is told."""
+        return Sampling(self.prompts.steps, None, self.prompts.guidance, self.prompts.length)
+
+    @property
+    def encoders(self) -> list[str]:
+        """The names of the networks that turn prompts into what the denoiser is told."""
+        return [name for name in self.networks if name.startswith("text_encoder")]
+
+    def encode_text(self, params: dict[str, Params], ids_BL, mask_BL) -> Cond:
+        """Token ids to what the denoiser is told. params: by network."""
+        return self.cond(*self.prompts.encode(params, ids_BL, mask_BL))
+
+    def cond(self, text_BLD, mask_BL, pooled_BP=None) -> Cond:
         """Text embeddings and the size that the pictures will have."""
-        part = self.folder.components["transformer"]
+        part = self.folder.components[self.body]
         height, width = (side * self.upscale for side in self.latent[:2])
-        extras = part.module.extras(part.spec, text_BLD.shape[0], height, width)
+        extras = part.module.extras(part.spec, text_BLD.shape[0], height, width, pooled_BP)
         return Cond(text_BLD, mask_BL, extras)
 
     @property
-    def vae(self) -> autoencoder_kl.Config:
-        return self.folder.components["vae"].spec
-
-    @property
     def upscale(self) -> int:
-        return 2 ** (len(self.vae.block_out_channels) - 1)
+        return self.folder.components["vae"].spec.upscale
 
     def encode_image(self, params: Params, image_BHWC):
         """Pictures in [-1, 1] to the denoiser's latents (the posterior's mean)."""
+        vae = self.folder.components["vae"]
         mean, _ = self.networks["vae"].apply(params, image_BHWC, method="encode")
-        return autoencoder_kl.scale(mean.astype(jnp.float32), self.vae)
+        return vae.module.scale(mean.astype(jnp.float32), vae.spec)
 
     def decode(self, params: Params, latent_BHWC):
         """The denoiser's latents to pictures in [-1, 1], clipped."""
-        raw = autoencoder_kl.unscale(latent_BHWC, self.vae)
+        vae = self.folder.components["vae"]
+        raw = vae.module.unscale(latent_BHWC, vae.spec)
         image = self.networks["vae"].apply(params, raw, method="decode")
         return jnp.clip(image.astype(jnp.float32), -1, 1)
 
     def tokens(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.tokenizer(list(prompts), length)
+        return self.prompts.tokens(list(prompts), length)
 
 
 def load_pipeline(
@@ -90,26 +100,35 @@ def load_pipeline(
     Raises: InputError for whatever is wrong with the folder.
     """
     folder = open_folder(path, variant=variant, allow_pickle=allow_pickle)
-    for name in NETWORKS:
-        if name not in folder.components:
-            raise InputError(f"{path}: found no {name}; expected {', '.join(NETWORKS)}")
-    params = {name: folder.components[name].params for name in NETWORKS}
-    return make_pipeline(folder, dtype=dtype, remat=remat), params
+    pipeline = make_pipeline(folder, dtype=dtype, remat=remat)
+    return pipeline, {name: part.params for name, part in folder.components.items()}
 
 
 def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = False) -> Pipeline:
-    """The functions of a folder that was read, or only checked."""
+    """The functions of a folder that was read, or only checked.
+
+    Raises: InputError for a folder without a denoiser, its text encoders or an autoencoder, or
+    whose parts do not go together.
+    """
+    for name in (folder.body, "vae"):
+        if name not in folder.components:
+            raise InputError(f"{folder.path}: found no {name}; expected a text-to-image pipeline")
     networks = {
         name: functional(part.module.build(part.spec, dtype=dtype, remat=remat))
         for name, part in folder.components.items()
     }
-    part = folder.components["transformer"]
+    part, vae = folder.components[folder.body], folder.components["vae"]
+    if part.spec.in_channels != vae.spec.latent_channels:
+        raise InputError(
+            f"{folder.path}: found a vae of {vae.spec.latent_channels} latent channels; expected "
+            f"{part.spec.in_channels}, as its {folder.body} takes"
+        )
     tell = told_whole if tells_whole_times(folder.scheduler) else lambda network: network
     denoiser = Denoiser(
-        tell(part.module.predictor(networks["transformer"].apply, part.spec)),
+        tell(part.module.predictor(networks[folder.body].apply, part.spec)),
         schedule_from_config(folder.scheduler),
         parameterization_from_config(folder.scheduler),
-        tell(part.module.features(networks["transformer"].apply)),
+        tell(part.module.features(networks[folder.body].apply)),
     )
     side = part.spec.sample_size
     return Pipeline(
@@ -117,8 +136,17 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
         networks=networks,
         denoiser=denoiser,
         sampler=sampler_from_config(folder.scheduler),
-        tokenizer=load_tokenizer(folder.path / "tokenizer"),
+        prompts=part.module.prompts(_text_parts(folder, networks), part.spec),
         latent=(side, side, part.spec.in_channels),
+    )
+
+
+def _text_parts(folder: PipelineFolder, networks: dict[str, Functional]) -> TextParts:
+    return TextParts(
+        folder.path,
+        folder.model_index,
+        {name: network.apply for name, network in networks.items()},
+        {name: part.spec for name, part in folder.components.items()},
     )
 
 

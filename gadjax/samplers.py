@@ -1,9 +1,9 @@
 """From a diffusers scheduler_config.json to a schedule, a parameterization and a walk.
 
-Read here are the schedulers whose steps are those of gadjax.rollout: DPM-Solver++ of order 1 and 2
-(Lu et al. 2022), DDIM (Song et al. 2021), Euler, and Euler in a flow. Their grids are those of
-diffusers 0.42, and so are the values assumed for keys that a config lacks. A key that asks for
-another walk is refused, never ignored.
+Read here are the schedulers whose steps are those of gadjax.rollout (DPM-Solver++ of order 1 and 2,
+Lu et al. 2022; DDIM, Song et al. 2021; Euler, and Euler in a flow) or of gadjax.walks (PNDM, LCM,
+SCM). Their grids are those of diffusers 0.42, and so are the values assumed for keys that a config
+lacks. A key that asks for another walk is refused, never ignored.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,17 @@ import numpy as np
 
 from gadjax.errors import InputError
 from gadjax.rollout import rollout
-from gadjax.schedules import DDPM, Flow, NoiseSchedule, shift_time
+from gadjax.schedules import DDPM, Flow, NoiseSchedule, TrigFlow, shift_time
 from gadjax.types import Prediction
+from gadjax.walks import consistency, plms
 
 DPM = "DPMSolverMultistepScheduler"
 DDIM = "DDIMScheduler"
 EULER = "EulerDiscreteScheduler"
 FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
+PNDM = "PNDMScheduler"
+LCM = "LCMScheduler"
+SCM = "SCMScheduler"
 
 PREDICTION_TYPES = {
     "epsilon": "eps",
@@ -40,6 +44,8 @@ class Sampler:
     grid: number of steps n -> times [n + 1] as diffusers sets them, in the schedule's units.
     order, last_order: as gadjax.rollout.rollout takes them.
     takes_timesteps: whether diffusers lets others than the grid's be chosen.
+    walk: (predict, schedule, z_BHWC, times) -> end where it is none of gadjax.rollout's.
+    extra: network evaluations beside one a step.
     """
 
     schedule: NoiseSchedule
@@ -47,6 +53,8 @@ class Sampler:
     order: int = 1
     last_order: int = 1
     takes_timesteps: bool = True
+    walk: Callable[..., jax.Array] | None = None
+    extra: int = 0
 
     def times(
         self, steps: int | None = None, timesteps: Sequence[float] | None = None
@@ -107,6 +115,8 @@ def sample(
 
     predict, times: as gadjax.rollout.rollout takes them.
     """
+    if sampler.walk is not None:
+        return sampler.walk(predict, sampler.schedule, z_BHWC, times)
     orders = {"order": sampler.order, "last_order": sampler.last_order}
     return rollout(predict, sampler.schedule, z_BHWC, times, **orders).end
 
@@ -119,13 +129,20 @@ def schedule_from_config(cfg: dict) -> NoiseSchedule:
     name, steps = cfg.get("_class_name"), int(_number(cfg, "num_train_timesteps", 1000))
     if _is_flow(cfg):
         return Flow(steps)
-    if name not in (DPM, DDIM, EULER) and "beta_schedule" not in cfg:
+    if name == SCM:
+        return TrigFlow()
+    if name not in (DPM, DDIM, EULER, PNDM, LCM) and "beta_schedule" not in cfg:
         raise _refused(cfg, "_class_name", name, "a scheduler with a beta_schedule, or of a flow")
     _off(cfg, "trained_betas", "rescale_betas_zero_snr")
     return DDPM(
-        beta_start=float(_number(cfg, "beta_start", 1e-4)),
-        beta_end=float(_number(cfg, "beta_end", 0.02)),
-        beta_schedule=_choice(cfg, "beta_schedule", "linear", "linear", "scaled_linear"),
+        beta_start=float(_number(cfg, "beta_start", 0.00085 if name == LCM else 1e-4)),
+        beta_end=float(_number(cfg, "beta_end", 0.012 if name == LCM else 0.02)),
+        beta_schedule=_choice(
+            cfg,
+            "beta_schedule",
+            "scaled_linear" if name == LCM else "linear",
+            *("linear", "scaled_linear"),
+        ),
         steps=steps,
     )
 
@@ -138,6 +155,9 @@ def parameterization_from_config(cfg: dict) -> str:
     """
     if cfg.get("_class_name") == FLOW_EULER:
         return "flow"
+    if cfg.get("_class_name") == SCM:
+        _choice(cfg, "prediction_type", "trigflow", "trigflow")
+        return "v"
     allowed = [k for k in PREDICTION_TYPES if (k == "flow_prediction") == _is_flow(cfg)]
     return PREDICTION_TYPES[_choice(cfg, "prediction_type", "epsilon", *allowed)]
 
@@ -148,6 +168,7 @@ def sampler_from_config(cfg: dict) -> Sampler:
     Raises InputError, naming the key, for a scheduler or an option that takes another.
     """
     readers = {DPM: _dpm, DDIM: _ddim, EULER: _euler, FLOW_EULER: _flow_euler}
+    readers |= {PNDM: _pndm, LCM: _lcm, SCM: _scm}
     name = _choice(cfg, "_class_name", None, *readers)
     parameterization_from_config(cfg)
     return readers[name](cfg, schedule_from_config(cfg))
@@ -171,6 +192,8 @@ def student_scheduler_config(cfg: dict, timesteps: Sequence[float]) -> dict:
       pipeline takes of a single step.
     """
     schedule, kind = schedule_from_config(cfg), parameterization_from_config(cfg)
+    if cfg.get("_class_name") == SCM:
+        raise _refused(cfg, "_class_name", SCM, "one with deterministic steps for the student")
     if cfg.get("_class_name") == FLOW_EULER:
         return {"_class_name": FLOW_EULER, "num_train_timesteps": schedule.steps, "shift": 1.0}
     common = {
@@ -292,6 +315,43 @@ def _flow_euler_grid(total: int, shift: float, n: int) -> np.ndarray:
     # Shifted twice: diffusers spaces n times evenly between ends that are shifted already.
     even = np.linspace(total, shift_time(1.0, shift, total), n)
     return np.append(shift_time(even, shift, total), Flow.clean)
+
+
+def _pndm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+    _choice(cfg, "skip_prk_steps", False, True)
+    # Its history is of what the network says, which is of one kind with the step in eps alone.
+    _choice(cfg, "prediction_type", "epsilon", "epsilon")
+    spacing = _choice(cfg, "timestep_spacing", "leading", "leading")
+    end = schedule.clean if cfg.get("set_alpha_to_one", False) else 0.0
+    offset = _number(cfg, "steps_offset", 0)
+    grid = partial(_ddim_grid, schedule.steps, spacing, offset, end)
+    return Sampler(schedule, grid, takes_timesteps=False, walk=plms, extra=1)
+
+
+def _lcm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+    _off(cfg, "thresholding", "clip_sample")
+    original = int(_number(cfg, "original_inference_steps", 50))
+    scaling = _number(cfg, "timestep_scaling", 10.0)
+    grid = partial(_lcm_grid, schedule.steps, original)
+    return Sampler(schedule, grid, walk=partial(consistency, scaling=scaling))
+
+
+def _lcm_grid(total: int, original: int, n: int) -> np.ndarray:
+    if n > original:
+        raise InputError(f"steps: found {n}; expected at most {original}, LCM's own")
+    origin = (np.arange(1, original + 1) * (total // original) - 1)[::-1]
+    chosen = np.floor(np.linspace(0, original, n, endpoint=False)).astype(int)
+    return np.append(origin[chosen], DDPM.clean)
+
+
+def _scm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+    return Sampler(schedule, _scm_grid, walk=consistency)
+
+
+def _scm_grid(n: int) -> np.ndarray:
+    # SanaSprintPipeline's own: of two steps the second starts at 1.3.
+    last = TrigFlow.last
+    return np.array([last, 1.3, 0.0]) if n == 2 else np.linspace(last, 0.0, n + 1)
 
 
 def _listed(times: np.ndarray) -> str:

@@ -38,7 +38,7 @@ def clean_latent(
 ) -> jax.Array:
     """The map from noise to x0 that is walked when a picture is drawn; differentiable.
 
-    params: of the transformer. null: the empty prompt, unread where guidance is 1.
+    params: of the denoiser. null: the empty prompt, unread where guidance is 1.
     """
     sampler, times = sampler_and_times(pipeline, sampling)
     return sample(
@@ -65,7 +65,7 @@ def draw(
     """
 
     def images(params, z, cond, null):
-        x0 = clean_latent(pipeline, params["transformer"], sampling, z, cond, null)
+        x0 = clean_latent(pipeline, params[pipeline.body], sampling, z, cond, null)
         return pipeline.decode(params["vae"], x0)
 
     return for_prompts(
@@ -91,15 +91,15 @@ def for_prompts(
     count = len(prompts)
     batch = min(batch, count)
     inputs = (*arrays, *pipeline.tokens(prompts, sampling.length))
-    untold = pipeline.tokens([""], sampling.length)
+    untold = pipeline.prompts.untold(sampling.negative, sampling.length)
     params = jax.device_put(params)
 
     @jax.jit
     def run(params, inputs, untold):
         *arrays, ids, mask = inputs
-        null = pipeline.encode_text(params["text_encoder"], *untold)
+        null = pipeline.encode_text(params, *untold)
         null = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), null)
-        return f(params, *arrays, pipeline.encode_text(params["text_encoder"], ids, mask), null)
+        return f(params, *arrays, pipeline.encode_text(params, ids, mask), null)
 
     parts = []
     for start in range(0, count, batch):

@@ -1,7 +1,7 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, with t in the network's own units.
 
-Both schedules span a thousand units. `clean` is the time at which x_t is x0 itself: -1 for DDPM,
-whose time 0 is already noised once, and 0 for flow.
+DDPM and Flow span a thousand units, TrigFlow a quarter of a circle. `clean` is the time at which
+x_t is x0 itself: -1 for DDPM, whose time 0 is already noised once, and 0 for the others.
 """
 
 from dataclasses import dataclass
@@ -93,6 +93,23 @@ class Flow:
     def alpha_sigma(self, t):
         sigma = (_real(t) if isinstance(t, jax.Array) else np.asarray(t, np.float64)) / self.steps
         return 1 - sigma, sigma
+
+
+@dataclass(frozen=True)
+class TrigFlow:
+    """sCM's schedule (Lu & Song, arXiv:2410.11081): alpha = cos t, sigma = sin t.
+
+    Latents are of unit variance here: diffusers' are these times its sigma_data.
+    """
+
+    clean: float = 0.0
+    last: float = 1.57080  # as SanaSprintPipeline rounds it
+
+    def alpha_sigma(self, t):
+        if isinstance(t, jax.Array):
+            return jnp.cos(_real(t)), jnp.sin(_real(t))
+        t = np.asarray(t, np.float64)
+        return np.cos(t), np.sin(t)
 
 
 def _real(t: jax.Array) -> jax.Array:

@@ -18,7 +18,8 @@ TEACHERS = [resolve(f"asset:{name}") for name in ("shapes_teacher", "shapes_flow
 
 @pytest.fixture(scope="module", params=TEACHERS, ids=lambda path: path.name)
 def teacher(request):
-    return *load_pipeline(request.param), read_sampling(request.param)
+    pipeline, params = load_pipeline(request.param)
+    return pipeline, params, read_sampling(request.param, pipeline.sampling)
 
 
 @pytest.mark.parametrize("folder", TEACHERS, ids=lambda path: path.name)

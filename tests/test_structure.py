@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "gadjax"
 MATHS = {"errors", "types", "schedules", "parameterization", "geometry", "ops"}
 MODELS = MATHS | {"models"}
 DENOISER = MATHS | {"denoiser", "rollout"}
-CONVERT = MODELS | {"convert", "samplers", "denoiser", "rollout", "assets"}
+CONVERT = MODELS | {"convert", "samplers", "walks", "denoiser", "rollout", "assets"}
 PIPELINE = CONVERT | {"pipeline"}
 BENCH = {"errors", "types", "schedules", "parameterization", "denoiser", "rollout"} | {
     "objectives",
@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "models": MODELS,
     "denoiser": MATHS,
     "rollout": MATHS,
-    "samplers": DENOISER,
+    "walks": MATHS,
+    "samplers": DENOISER | {"walks"},
     "objectives": DENOISER,
     "worlds": {"errors"},
     "data": {"errors", "types", "worlds"},

@@ -31,7 +31,7 @@ def make_workdir(
     config.data.length = LENGTH
     config.update(changes)
     part = read_pipeline(teacher, components=("transformer",)).components["transformer"]
-    identity = fingerprint(tensors_from_params(part.params, part.module.KEYMAP))
+    identity = fingerprint(tensors_from_params(part.params, part.keymap))
     folder.mkdir(parents=True)
     write_json(config, folder / "config.json")
     checkpoints = Checkpoints(folder / "checkpoints")

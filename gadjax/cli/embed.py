@@ -51,9 +51,10 @@ def run(args: argparse.Namespace) -> int:
     if args.images:
         pictures = open_images(resolve(args.images), column)
     prompts = pictures.captions if pictures else read_prompts(resolve(args.prompts), column)
-    length = args.length or read_sampling(source).length
-    needed = ("text_encoder", "vae") if pictures else ("text_encoder",)
+    pipeline = make_pipeline(open_folder(source, variant=args.variant, components=()))
+    needed = [*pipeline.encoders, *(["vae"] if pictures else [])]
     folder = open_folder(source, variant=args.variant, components=needed)
+    length = args.length or read_sampling(source, pipeline.sampling).length
     pipeline, origin = make_pipeline(folder), Origin(text_fingerprint(source, variant=args.variant))
     size = min(args.batch, len(prompts))
     encode = _text_encoder(pipeline, length, size)
@@ -67,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
             for start in range(0, len(prompts), size):
                 some = range(start, min(start + size, len(prompts)))
                 text = encode([prompts[i] for i in some])
-                yield (*text, encode_images(some)) if pictures else text
+                yield text | {"x0": encode_images(some)} if pictures else text
                 bar.update(len(some))
 
-        null = tuple(part[0] for part in encode([""]))
+        null = encode(None)
         write_embeddings(args.out, prompts, batches(), null, origin=origin, dtype=args.dtype)
     what = "pictures, and captions" if pictures else "prompts"
     print(f"{args.out}: {len(prompts)} {what} of {length} tokens")
@@ -78,13 +79,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text_encoder(pipeline: Pipeline, length: int, size: int):
-    """Up to `size` prompts -> (text_BLD, mask_BL); one size is compiled."""
-    run = jax.jit(pipeline.networks["text_encoder"].apply)
-    params = jax.device_put(pipeline.folder.components["text_encoder"].params)
+    """Up to `size` prompts -> what is written of them, one size being compiled; of None what
+    guidance leads away from, without a leading axis."""
+    run = jax.jit(pipeline.prompts.encode)
+    params = {name: pipeline.folder.components[name].params for name in pipeline.encoders}
+    params = jax.device_put(params)
 
-    def encode(prompts: list[str]) -> Encoded:
-        ids, mask = pipeline.tokens(prompts + [""] * (size - len(prompts)), length)
-        return np.asarray(run(params, ids, mask))[: len(prompts)], mask[: len(prompts)]
+    def encode(prompts: list[str] | None) -> Encoded:
+        if prompts is None:
+            tokens = pipeline.prompts.untold(None, length)
+        else:
+            tokens = pipeline.tokens(prompts + [""] * (size - len(prompts)), length)
+        told = run(params, *tokens)._asdict()
+        keep = 0 if prompts is None else slice(len(prompts))
+        return {name: np.asarray(x)[keep] for name, x in told.items() if x is not None}
 
     return encode
 

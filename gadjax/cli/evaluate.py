@@ -11,7 +11,7 @@ MARKER = "report.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", required=True, help="pipeline folder, or asset:NAME")
-    parser.add_argument("--student", required=True, help="pipeline folder, or asset:NAME")
+    parser.add_argument("--student", required=True, help="pipeline folder, workdir, or asset:NAME")
     parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--seeds", type=int, default=8, help="pictures of each prompt")
@@ -39,14 +39,13 @@ def run(args: argparse.Namespace) -> int:
     from gadjax.data.prompts import read_prompts
     from gadjax.evaluation.evaluate import Plan, evaluate
     from gadjax.evaluation.report import as_dict, as_markdown, write_report
-    from gadjax.training.setup import compute_dtype
 
     check_target(args.out, overwrite=args.overwrite, marker=MARKER)
-    prompts, dtype = read_prompts(resolve(args.prompts)), compute_dtype(args.dtype)
+    prompts = read_prompts(resolve(args.prompts))
     name, world = _world(args.world, resolve(args.teacher))
-    student = _model("--student", args.student, dtype, {})
+    student = _model("--student", args.student, args.dtype, {})
     changes = {"steps": args.teacher_steps, "guidance": args.teacher_guidance}
-    teacher = _model("--teacher", args.teacher, dtype, changes)
+    teacher = _model("--teacher", args.teacher, args.dtype, changes)
     plan = Plan(args.seeds, args.tangents, args.batch, args.library, args.moves)
     evaluation = evaluate(teacher, student, prompts, world, plan)
     settings = {
@@ -83,22 +82,16 @@ def _world(name: str | None, teacher: Path):
     return name, WORLDS[name]
 
 
-def _model(flag: str, name: str, dtype, changes: dict[str, Any]):
+def _model(flag: str, name: str, dtype: str, changes: dict[str, Any]):
     """changes: of how the folder says it is sampled, None for none."""
-    from gadjax.assets import resolve
-    from gadjax.convert.recipe import read_sampling
-    from gadjax.evaluation.evaluate import Model
-    from gadjax.models.module import cast
-    from gadjax.pipeline import load_pipeline
+    from gadjax.api import load
 
-    folder = resolve(name)
-    sampling = read_sampling(folder)
+    model = load(name, dtype=dtype)
     changes = {key: value for key, value in changes.items() if value is not None}
     if "steps" in changes:
         changes["timesteps"] = None
-    sampling = replace(sampling, **changes)
-    pipeline, params = load_pipeline(folder, dtype=dtype)
-    return Model(f"{flag} {name}", pipeline, cast(params, dtype), sampling)
+    sampling = replace(model.sampling, **changes)
+    return replace(model, name=f"{flag} {name}", sampling=sampling)
 
 
 def _made_by(teacher, student) -> dict[str, Any]:
@@ -111,9 +104,8 @@ def _made_by(teacher, student) -> dict[str, Any]:
 
     found = {}
     for name, model in (("teacher", teacher), ("student", student)):
-        part = model.pipeline.folder.components["transformer"]
-        found[f"{name}'s transformer"] = fingerprint(
-            tensors_from_params(part.params, part.module.KEYMAP)
-        )
+        body = model.pipeline.body
+        part = model.pipeline.folder.components[body]
+        found[f"{name}'s {body}"] = fingerprint(tensors_from_params(part.params, part.keymap))
     device = jax.devices()[0].device_kind
     return {**found, "gadjax": __version__, "jax": jax.__version__, "device": device}

@@ -26,15 +26,22 @@ from gadjax.convert.tensors import (
     tensors_from_params,
 )
 from gadjax.errors import InputError
-from gadjax.models.module import functional
+from gadjax.models.module import KeyMap, functional
 from gadjax.types import Params
 
 # Class in model_index.json and config.json -> the module that has its port. Imported when met.
 COMPONENTS = {
+    "UNet2DConditionModel": "gadjax.models.unet",
     "PixArtTransformer2DModel": "gadjax.models.pixart",
     "Transformer2DModel": "gadjax.models.pixart",
+    "SanaTransformer2DModel": "gadjax.models.sana",
+    "SD3Transformer2DModel": "gadjax.models.mmdit",
+    "CLIPTextModel": "gadjax.models.text.clip",
+    "CLIPTextModelWithProjection": "gadjax.models.text.clip",
     "T5EncoderModel": "gadjax.models.text.t5",
+    "Gemma2Model": "gadjax.models.text.gemma2",
     "AutoencoderKL": "gadjax.models.vae.autoencoder_kl",
+    "AutoencoderDC": "gadjax.models.vae.autoencoder_dc",
 }
 
 INDEX = "model_index.json"
@@ -62,6 +69,10 @@ class Component:
     places: Places
     params: Params | None = None
 
+    @property
+    def keymap(self) -> KeyMap:
+        return _keymap(self.module, self.spec)
+
 
 @dataclass(frozen=True)
 class PipelineFolder:
@@ -71,6 +82,11 @@ class PipelineFolder:
     model_index: dict[str, Any]
     scheduler: dict[str, Any]
     components: dict[str, Component]
+
+    @property
+    def body(self) -> str:
+        """The name of the denoiser's network: "unet", or else "transformer"."""
+        return "unet" if "unet" in self.components else "transformer"
 
 
 def check_pipeline(
@@ -157,9 +173,14 @@ def _check_component(
         ) from None
     weights = open_weights(folder, variant, allow_pickle=allow_pickle)
     where = f"{weights.files[0]} ({class_name})"
-    places = check_keys(weights.shapes, abstract, module.KEYMAP, where)
+    places = check_keys(weights.shapes, abstract, _keymap(module, spec), where)
     check_dtypes(weights.dtypes, places, where)
     return Component(folder.name, library, module, config, spec, abstract, weights, places)
+
+
+def _keymap(module: ModuleType, spec: Any) -> KeyMap:
+    """Of some networks it depends on the configuration which layers are alike."""
+    return module.KEYMAP if hasattr(module, "KEYMAP") else module.keymap(spec)
 
 
 @functools.lru_cache(maxsize=8)
@@ -232,7 +253,7 @@ def write_pipeline(
             raise InputError(f"{src}: found no network {name}; expected one to replace")
         part = pipeline.components[name]
         shapes = {key: value.shape for key, value in _tensors(part, given)}
-        check_keys(shapes, part.abstract, part.module.KEYMAP, f"{name} to be written")
+        check_keys(shapes, part.abstract, part.keymap, f"{name} to be written")
 
     model_index = dict(pipeline.model_index)
     with atomic_folder(dst, overwrite=overwrite, marker=INDEX) as out:
@@ -261,7 +282,7 @@ def write_pipeline(
 
 
 def _tensors(part: Component, params: Params):
-    return tensors_from_params(params, part.module.KEYMAP, views=True)
+    return tensors_from_params(params, part.keymap, views=True)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -15,5 +15,5 @@ def image_fingerprint(vae: Component) -> str:
     Unlike `text_fingerprint` it reads all weights, which are few, and are needed anyway.
     """
     config = np.frombuffer(repr(asdict(vae.spec)).encode(), np.uint8)
-    tensors = tensors_from_params(vae.params, vae.module.KEYMAP)
+    tensors = tensors_from_params(vae.params, vae.keymap)
     return fingerprint([("config.json", config), *tensors])

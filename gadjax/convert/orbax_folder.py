@@ -127,7 +127,7 @@ def _describe(folder: Path, name: str, entry: Any) -> Component:
 def _read(part: Component, wanted: str, dtype) -> Component:
     import orbax.checkpoint as ocp  # takes seconds, and diffusers' folders go without
 
-    path, keymap = part.weights.folder.absolute(), part.module.KEYMAP
+    path, keymap = part.weights.folder.absolute(), part.keymap
     handler = ocp.PyTreeCheckpointHandler()
     try:
         kinds = jax.tree.map(
@@ -168,7 +168,7 @@ def write_own(pipeline: PipelineFolder, out: Path, text: str) -> None:
         dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(part.params)}
         networks[name] = {
             "dtype": ", ".join(sorted(dtypes)),
-            "fingerprint": fingerprint(tensors_from_params(part.params, part.module.KEYMAP)),
+            "fingerprint": fingerprint(tensors_from_params(part.params, part.keymap)),
         }
     manifest = {"version": VERSION, "networks": networks, "text": text}
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -178,7 +178,7 @@ def write_diffusers(pipeline: PipelineFolder, out: Path) -> None:
     """Write a diffusers pipeline folder into `out`, an empty one."""
     _copy_small(pipeline, out)
     for name, part in pipeline.components.items():
-        tensors = tensors_from_params(part.params, part.module.KEYMAP, views=True)
+        tensors = tensors_from_params(part.params, part.keymap, views=True)
         write_weights(out / name, STEMS[part.library], tensors)
 
 

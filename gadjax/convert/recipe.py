@@ -21,13 +21,15 @@ class Sampling:
 
     timesteps: the times that the steps start from, noisiest first; the steps are then of order 1.
       None: the scheduler's own grid and order. guidance: 1 leaves the empty prompt out.
-    length: of the prompt in tokens.
+    length: of the prompt in tokens. negative: the prompt that guidance leads away from, None for
+      the family's own.
     """
 
     steps: int = 20
     timesteps: tuple[float, ...] | None = None
     guidance: float = 4.5
     length: int = 120
+    negative: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What `read_sampling` reads back from gadjax.json."""
@@ -35,15 +37,15 @@ class Sampling:
         return found if self.timesteps is None else {**found, "timesteps": list(self.timesteps)}
 
 
-def read_sampling(folder: Path) -> Sampling:
-    """The folder's gadjax.json; the defaults where it has none. Other keys are left alone.
+def read_sampling(folder: Path, default: Sampling) -> Sampling:
+    """The folder's gadjax.json; `default` where it has none. Other keys are left alone.
 
     Raises: InputError naming file and key for a value that makes no sense.
     """
     path = Path(folder) / FILE
     if not path.exists():
-        return Sampling()
-    cfg, default = read_json(path), Sampling()
+        return default
+    cfg = read_json(path)
     timesteps = cfg.get("timesteps")
     if timesteps is not None:
         numbers = isinstance(timesteps, list) and all(_is_number(t) for t in timesteps)

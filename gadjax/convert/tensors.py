@@ -31,6 +31,13 @@ def _from_torch(name: str, value: np.ndarray) -> np.ndarray:
     return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
 
 
+def _numbered(key: str, layer: int | None) -> str:
+    """The key of one layer of a stack, whose number '#' or '#+FIRST' stands for."""
+    if layer is None:
+        return key
+    return re.sub(r"#(?:\+(\d+))?", lambda found: str(layer + int(found[1] or 0)), key)
+
+
 def expected_shapes(abstract: Params, keymap: KeyMap) -> dict[str, tuple[str, int | None, tuple]]:
     """File key -> (path, layer or None, shape in the file), from shapes alone."""
     found = {}
@@ -41,7 +48,7 @@ def expected_shapes(abstract: Params, keymap: KeyMap) -> dict[str, tuple[str, in
         # A broadcast scalar has the shape and takes no memory.
         shape = _to_torch(name, np.broadcast_to(np.float32(0), shape)).shape
         for layer in layers:
-            found[key.replace("#", str(layer))] = (path, layer, shape)
+            found[_numbered(key, layer)] = (path, layer, shape)
     return found
 
 
@@ -189,4 +196,4 @@ def tensors_from_params(
             value = _to_torch(name, leaf[layer, ...] if stacked else leaf)
             # ascontiguousarray would give a scalar an axis.
             value = value if views or not value.ndim else np.ascontiguousarray(value)
-            yield key.replace("#", str(layer)) if stacked else key, value
+            yield _numbered(key, layer), value

@@ -3,10 +3,12 @@
 Where the prompts are captions of pictures, the pictures' latents too. A folder of
   text.npy       [N + 1, L, D] float32 or float16; the last row is the empty prompt's
   mask.npy       [N + 1, L] bool, True where a token is read
+  pooled.npy     [N + 1, P] in text.npy's dtype, of families that are told such a vector
   latents.npy    [N, H, W, C] in text.npy's dtype, where there were pictures
   prompts.jsonl  N objects {"prompt": ...}
-  manifest.json  count N, length L, width D, dtype, and the fingerprint of encoder and tokenizer;
-                 with latents their shape (H, W, C) and vae, the fingerprint of the autoencoder
+  manifest.json  count N, length L, width D, dtype, and the fingerprint of encoders and tokenizers;
+                 with pooled.npy its width, pooled; with latents their shape (H, W, C) and vae, the
+                 fingerprint of the autoencoder
 float32 keeps what the encoder said. float16 takes half the space; bfloat16 would take as much,
 keep fewer digits, and is not a dtype of .npy files.
 """
@@ -28,12 +30,13 @@ from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError, RunStopped
 
 VERSION = 1
-TEXT, MASK, LATENTS = "text.npy", "mask.npy", "latents.npy"
+TEXT, MASK, POOLED, LATENTS = "text.npy", "mask.npy", "pooled.npy", "latents.npy"
 PROMPTS, MANIFEST = "prompts.jsonl", "manifest.json"
 DTYPES = ("float32", "float16")
 
-# text [..., L, D] of any float dtype and mask [..., L], 1 = read; of pictures x0 [..., H, W, C].
-Encoded = tuple[np.ndarray, ...]
+# "text" [..., L, D] of any float dtype, "mask" [..., L], 1 = read; "pooled" [..., P] of families
+# that have it, and of pictures "x0" [..., H, W, C].
+Encoded = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,11 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Embeddings:
-    """An open folder; text_NLD, mask_NL and latent_NHWC are read-only memory maps, row i is
-    prompts[i]'s. latent_NHWC is None where there were no pictures.
+    """An open folder; text_NLD, mask_NL, pooled_NP and latent_NHWC are read-only memory maps, row i
+    is prompts[i]'s. pooled_NP is None of families without it, latent_NHWC where there were no
+    pictures.
 
-    null: text_LD and mask_L (int32, as sources give masks) of the empty prompt, in memory.
+    null: what `texts` gives, without a leading axis, of the empty prompt, in memory.
     """
 
     folder: Path
@@ -59,8 +63,14 @@ class Embeddings:
     prompts: tuple[str, ...]
     text_NLD: np.ndarray
     mask_NL: np.ndarray
+    pooled_NP: np.ndarray | None
     latent_NHWC: np.ndarray | None
     null: Encoded
+
+    def texts(self, which: np.ndarray) -> Encoded:
+        """What was written of these prompts; masks as sources give them, int32."""
+        found = {"text": self.text_NLD[which], "mask": self.mask_NL[which].astype(np.int32)}
+        return found if self.pooled_NP is None else found | {"pooled": self.pooled_NP[which]}
 
     def check(self, fingerprint: str, length: int) -> None:
         """Raises: InputError unless this encoder and tokenizer wrote them, at this length."""
@@ -97,9 +107,8 @@ def write_embeddings(
 ) -> None:
     """Write a folder that appears whole or not at all.
 
-    batches: (text_BLD, mask_BL), and x0_BHWC if `origin` has latents, of consecutive prompts, any
-    B, N rows together; null: (text_LD, mask_L) of the empty prompt. One batch is in memory at a
-    time.
+    batches: of consecutive prompts, any B, N rows together, with x0_BHWC if `origin` has latents;
+    null: of the empty prompt, without a leading axis. One batch is in memory at a time.
 
     Raises: InputError for a folder that exists, too little space, prompts or dtype that could not
     be read back, or values that are not finite in `dtype`; RunStopped when a write fails;
@@ -108,9 +117,9 @@ def write_embeddings(
     folder = Path(folder).resolve()
     if dtype not in DTYPES:
         raise InputError(f"dtype: found {dtype!r}; expected one of {', '.join(DTYPES)}")
-    length, width = null[0].shape
-    item = np.dtype(dtype).itemsize
-    size = (len(prompts) + 1) * length * (width * item + 1)
+    length, width = null["text"].shape
+    item, pooled = np.dtype(dtype).itemsize, len(null.get("pooled", ()))
+    size = (len(prompts) + 1) * (length * (width * item + 1) + pooled * item)
     size += len(prompts) * math.prod(origin.latent or (0,)) * item
     building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
@@ -136,6 +145,8 @@ def write_embeddings(
             "dtype": dtype,
             "fingerprint": origin.text,
         }
+        if pooled:
+            manifest["pooled"] = pooled
         if origin.latent:
             manifest |= {"vae": origin.vae, "latent": origin.latent}
         (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -160,35 +171,34 @@ def _write_arrays(
     latent: tuple[int, ...] | None,
     dtype: str,
 ) -> None:
-    shape = null[0].shape
-    shapes = {TEXT: (count + 1, *shape), MASK: (count + 1, shape[0])}
+    files = {"text": TEXT, "mask": MASK, "pooled": POOLED}
+    rows = {name: null[name].shape for name in files if name in null}
+    wholes = {files[name]: (count + 1, *shape) for name, shape in rows.items()}
     if latent:
-        shapes[LATENTS] = (count, *latent)
+        rows["x0"], wholes[LATENTS] = latent, (count, *latent)
     with ExitStack() as stack:
         # Plain writes: when the disk is full they raise, while a memory map kills the process.
-        files = [stack.enter_context(open(folder / name, "wb")) for name in shapes]
-        for file, (name, whole) in zip(files, shapes.items(), strict=True):
+        opened = [stack.enter_context(open(folder / name, "wb")) for name in wholes]
+        for file, (name, whole) in zip(opened, wholes.items(), strict=True):
             _write_header(file, whole, "bool" if name == MASK else dtype)
         done = 0
-        for batch in chain(batches, [(null[0][None], null[1][None])]):
-            text, mask, *x0 = map(np.asarray, batch)
-            if text.shape[1:] != shape or mask.shape != text.shape[:2]:
-                raise ValueError(f"batch of {text.shape} and {mask.shape} beside a null of {shape}")
-            expected = [(len(text), *latent)] if latent and done < count else []
-            if [x.shape for x in x0] != expected:
-                raise ValueError(f"latents of {[x.shape for x in x0]}; {expected} beside the text")
-            rows = [text, mask.astype(bool), *x0]
-            for file, array in zip(files, rows, strict=False):  # the null has no latent
-                file.write(_cast(array, dtype, done, count).tobytes())
-            done += len(text)
+        for batch in chain(batches, [{name: value[None] for name, value in null.items()}]):
+            size = len(batch["text"])
+            expected = {k: (size, *v) for k, v in rows.items() if k != "x0" or done < count}
+            found = {k: np.shape(v) for k, v in batch.items()}
+            if found != expected or rows["mask"] != rows["text"][:1]:
+                raise ValueError(f"a batch of {found}; {expected} beside the empty prompt")
+            for file, name in zip(opened, expected, strict=False):  # the null has no latent
+                array = np.asarray(batch[name])
+                array = array.astype(bool) if name == "mask" else _cast(array, dtype, done, count)
+                file.write(array.tobytes())
+            done += size
     if done != count + 1:
         raise ValueError(f"batches of {done - 1} rows for {count} prompts")
 
 
 def _cast(array: np.ndarray, dtype: str, first: int, count: int) -> np.ndarray:
     """Raises: InputError naming the prompt whose values `dtype` cannot hold."""
-    if array.dtype == bool:
-        return array
     with np.errstate(over="ignore"):
         array = array.astype(dtype)
     bad = ~np.isfinite(array).all(tuple(range(1, array.ndim)))
@@ -215,7 +225,9 @@ def open_embeddings(folder: Path) -> Embeddings:
     rows, length = manifest["count"] + 1, manifest["length"]
     text = _open_array(folder / TEXT, (rows, length, manifest["width"]), manifest["dtype"])
     mask = _open_array(folder / MASK, (rows, length), "bool")
-    origin, latent = Origin(manifest["fingerprint"]), None
+    origin, latent, pooled = Origin(manifest["fingerprint"]), None, None
+    if "pooled" in manifest:
+        pooled = _open_array(folder / POOLED, (rows, manifest["pooled"]), manifest["dtype"])
     if "latent" in manifest:
         origin = replace(origin, vae=manifest["vae"], latent=tuple(manifest["latent"]))
         latent = _open_array(folder / LATENTS, (rows - 1, *origin.latent), manifest["dtype"])
@@ -225,15 +237,11 @@ def open_embeddings(folder: Path) -> Embeddings:
             f"{folder / PROMPTS}: found {len(prompts)} prompts; "
             f"expected {manifest['count']} as in {MANIFEST}"
         )
-    return Embeddings(
-        folder=folder,
-        origin=origin,
-        prompts=tuple(prompts),
-        text_NLD=text[:-1],
-        mask_NL=mask[:-1],
-        latent_NHWC=latent,
-        null=(np.array(text[-1]), np.array(mask[-1], np.int32)),
-    )
+    null = {"text": np.array(text[-1]), "mask": np.array(mask[-1], np.int32)}
+    if pooled is not None:
+        null["pooled"], pooled = np.array(pooled[-1]), pooled[:-1]
+    parts = text[:-1], mask[:-1], pooled, latent
+    return Embeddings(folder, origin, tuple(prompts), *parts, null)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -257,6 +265,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         "dtype": (lambda value: value in DTYPES, " or ".join(DTYPES)),
         "fingerprint": text,
     }
+    if "pooled" in manifest:
+        wanted |= {"pooled": positive}
     if "latent" in manifest:
         wanted |= {"vae": text, "latent": (_is_shape, "three positive integers")}
     for key, (valid, expected) in wanted.items():

@@ -91,7 +91,8 @@ class PromptSource:
 class EmbeddingSource:
     """Shuffled prompts that were encoded ahead of time; the order is PromptSource's.
 
-    batch: text_BLD in the folder's dtype, mask_BL int32, and the prompts' numbers which_B int32.
+    batch: text_BLD in the folder's dtype, mask_BL int32, pooled_BP where there is one, and the
+    prompts' numbers which_B int32.
 
     Raises: InputError for a negative seed.
     """
@@ -108,8 +109,7 @@ class EmbeddingSource:
 
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
         which = self.order(index, size)
-        mask = self.embeddings.mask_NL[which].astype(np.int32)
-        return {"text": self.embeddings.text_NLD[which], "mask": mask, "which": which}
+        return self.embeddings.texts(which) | {"which": which}
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +169,8 @@ class LatentSource:
 
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
         batch, gone = self.texts.batch(index, size), dropped(self.seed, self.dropout, index, size)
-        batch["text"][gone], batch["mask"][gone] = self.embeddings.null
+        for name, value in self.embeddings.null.items():
+            batch[name][gone] = value
         return batch | {"x0": self.embeddings.latent_NHWC[batch["which"]].astype(np.float32)}
 
 

@@ -40,7 +40,7 @@ def move_noise(
 
     def walk(params, z, places, cond, null):
         def off(z):
-            x0 = clean_latent(pipeline, params["transformer"], model.sampling, z, cond, null)
+            x0 = clean_latent(pipeline, params[pipeline.body], model.sampling, z, cond, null)
             image = pipeline.decode(params["vae"], x0)
             found = jax.vmap(distance)(image, places)
             return found.sum(), (found, image)  # every sample's gradient at once

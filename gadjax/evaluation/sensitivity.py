@@ -29,7 +29,7 @@ def map_tangents(
 
     def moved(params, z, v, cond, null):
         def x0(z):
-            return clean_latent(pipeline, params["transformer"], sampling, z, cond, null)
+            return clean_latent(pipeline, params[pipeline.body], sampling, z, cond, null)
 
         return tangent(x0, z, v)[1]
 

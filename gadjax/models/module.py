@@ -71,7 +71,8 @@ class KeyMap:
     """How a parameter's path spells as a key of the diffusers file.
 
     renames: regex substitutions, in order, on the '/'-joined path; '#' in the result stands for
-      the layer index, and marks a leaf whose leading axis is the layer.
+      the layer index, and marks a leaf whose leading axis is the layer. '#+13' counts from 13 on,
+      for a stack of layers behind another one.
     ignored: regexes of file keys that are derived and read past; they are never written.
     aliases: regex substitutions from older spellings of a file key to the current one.
     """

@@ -45,15 +45,15 @@ def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str,
     tokenize = partial(pipeline.tokens, length=data.length)
     if data.embeddings or data.latents:
         embeddings = open_embeddings(assets.resolve(data.embeddings or data.latents))
-        embeddings.check(text_fingerprint(assets.resolve(config.teacher)), data.length)
-        text, mask = embeddings.null
-        null = {"text": text[None], "mask": mask[None]}
+        identity = text_fingerprint(assets.resolve(config.teacher))
+        embeddings.check(identity, pipeline.prompts.rows(data.length))
+        null = {name: value[None] for name, value in embeddings.null.items()}
         if data.embeddings:
             return EmbeddingSource(embeddings, config.seed), null
         vae = pipeline.folder.components["vae"]
         embeddings.check_latents(image_fingerprint(vae), pipeline.latent)
         return LatentSource(embeddings, config.seed, data.dropout), null
-    ids, mask = tokenize([""])
+    ids, mask = pipeline.prompts.untold(None, data.length)
     null = {"ids": ids, "mask": mask}
     sides = tuple(side * pipeline.upscale for side in pipeline.latent[:2])
     if data.world:

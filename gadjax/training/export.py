@@ -45,18 +45,20 @@ def export(
     check_target(out, overwrite=overwrite, marker=INDEX)
     source = teacher or trained.teacher
     check_apart(out, trained.workdir, source)
-    folder = open_folder(source, components=("transformer",))
-    trained.check(folder.components["transformer"])
+    folder = open_folder(source, components=())
+    body = folder.body
+    folder = open_folder(source, components=(body,))
+    trained.check(folder.components[body])
     scheduler, sampling = _drawn_by(trained, folder)
     made = _describe(out.resolve().name, trained, folder, scheduler, sampling, measured)
 
     with atomic_folder(out, overwrite=overwrite, marker=INDEX) as new:
         with diffusers_folder(source, out.resolve().parent) as src:
-            params = {"transformer": trained.params}
+            params = {body: trained.params}
             write_pipeline(src, new, params, scheduler=scheduler, dtype=dtype)
         index = read_json(new / INDEX) | {"_class_name": made.pipeline}
         (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _check_report(report, measured, new)
+        _check_report(report, measured, new / body)
         (new / FILE).write_text(recipe(made, None), encoding="utf-8")
         verified = None if parity.missing() else parity.verify(new)
         (new / FILE).write_text(recipe(made, verified), encoding="utf-8")
@@ -81,7 +83,7 @@ def _drawn_by(trained: Trained, teacher: PipelineFolder) -> tuple[dict[str, Any]
 def _describe(
     name: str, trained: Trained, teacher: PipelineFolder, scheduler, sampling: Sampling, report
 ) -> Export:
-    spec, world = teacher.components["transformer"].spec, trained.config["data"]["world"]
+    spec, world = teacher.components[teacher.body].spec, trained.config["data"]["world"]
     bundled = world.startswith("gadjax.worlds.")
     pipeline = teacher.model_index.get("_class_name", "DiffusionPipeline")
     if scheduler and scheduler["_class_name"] == DPM and sampling.steps == 1:
@@ -109,10 +111,10 @@ def _name(teacher: str) -> str:
     return Path(teacher.removeprefix("asset:")).name
 
 
-def _check_report(path: Path | None, report: dict[str, Any] | None, out: Path) -> None:
-    """Raises: InputError for a report of other weights than those in `out`."""
-    measured = report and report.get("settings", {}).get("student's transformer")
-    if measured and measured != (found := fingerprint(open_weights(out / "transformer"))):
+def _check_report(path: Path | None, report: dict[str, Any] | None, weights: Path) -> None:
+    """Raises: InputError for a report of other weights than those in a folder."""
+    measured = report and report.get("settings", {}).get(f"student's {weights.name}")
+    if measured and measured != (found := fingerprint(open_weights(weights))):
         raise InputError(
             f"{path}: found a report of weights with fingerprint {measured}; expected one of "
             f"those exported here, {found}"

@@ -170,8 +170,8 @@ class Preview:
         own = few if needs.distils else many
         self.draw = lambda params: np.asarray(draw(params, own, frozen, raw))
         self.teacher = None
-        if "transformer" in frozen:
-            self.teacher = np.asarray(draw(frozen["transformer"], many, frozen, raw))
+        if pipeline.body in frozen:
+            self.teacher = np.asarray(draw(frozen[pipeline.body], many, frozen, raw))
 
     def __call__(self, state: TrainState, step: int) -> np.ndarray:
         """Writes the picture of one step, and returns it: uint8 [H, W, 3]."""

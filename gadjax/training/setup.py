@@ -91,20 +91,21 @@ def prepare(config: ConfigDict) -> Run:
         ema=config.ema,
         microbatches=microbatches,
     )
+    data = config.data
     source, null = open_data(config, pipeline)
     frozen = {"null": null} | {
         name: cast(params[name], dtype)
         for name, wanted in (
-            ("transformer", objective.needs.distils),
-            ("text_encoder", not (config.data.embeddings or config.data.latents)),
-            ("vae", objective.needs.images and not config.data.latents or config.preview.every),
+            (pipeline.body, objective.needs.distils),
+            *((name, not (data.embeddings or data.latents)) for name in pipeline.encoders),
+            ("vae", objective.needs.images and not data.latents or config.preview.every),
         )
         if wanted
     }
 
-    first = params["transformer"]
+    first = params[pipeline.body]
     if config.student.init == "random":
-        first = random_like(pipeline.networks["transformer"], config.seed)
+        first = random_like(pipeline.networks[pipeline.body], config.seed)
 
     if objective.needs.tangent or objective.needs.jvp:
         check_tangents(pipeline, frozen, first)
@@ -125,8 +126,8 @@ def prepare(config: ConfigDict) -> Run:
             roles["discriminator"] = objective.init_discriminator(key, features.shape[-1])
         return create(roles, optimizers)
 
-    part = pipeline.folder.components["transformer"]
-    identity = fingerprint(tensors_from_params(part.params, part.module.KEYMAP))
+    part = pipeline.folder.components[pipeline.body]
+    identity = fingerprint(tensors_from_params(part.params, part.keymap))
     return Run(config, pipeline, recipe, mesh, source, frozen, first, start, identity)
 
 
@@ -183,8 +184,9 @@ def student_times(config: ConfigDict) -> tuple[float, ...]:
 def encode_raw(pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Array]) -> Cond:
     """Token ids, or embeddings written ahead of time, to what the denoiser is told."""
     if "text" in raw:
-        return pipeline.cond(raw["text"].astype(jnp.float32), raw["mask"])
-    return pipeline.encode_text(frozen["text_encoder"], raw["ids"], raw["mask"])
+        pooled = raw["pooled"].astype(jnp.float32) if "pooled" in raw else None
+        return pipeline.cond(raw["text"].astype(jnp.float32), raw["mask"], pooled)
+    return pipeline.encode_text(frozen, raw["ids"], raw["mask"])
 
 
 def make_batch(
@@ -225,7 +227,8 @@ def compile_steps(run: Run) -> Steps:
     """Both updates as sharded jitted functions; the state is donated, the frozen parts are not."""
     mesh, seed = run.mesh, run.config.seed
     parts = run.pipeline.folder.components
-    rules = HEADS + parts["transformer"].module.RULES
+    body = run.pipeline.body
+    rules = HEADS + parts[body].module.RULES
     state_sh = shardings(jax.eval_shape(run.start, run.first), rules, mesh)
     frozen_sh = {
         name: shardings(tree, parts[name].module.RULES, mesh)
@@ -242,12 +245,12 @@ def compile_steps(run: Run) -> Steps:
     @partial(jax.jit, **options)
     def student(state, frozen, raw, update):
         batch = make_batch(run.pipeline, frozen, raw, seed, update)
-        return student_step(run.recipe, state, frozen.get("transformer"), batch)
+        return student_step(run.recipe, state, frozen.get(body), batch)
 
     @partial(jax.jit, **options)
     def critic(state, frozen, raw, update):
         batch = make_batch(run.pipeline, frozen, raw, seed, update)
-        return critic_step(run.recipe, state, frozen.get("transformer"), batch)
+        return critic_step(run.recipe, state, frozen.get(body), batch)
 
     has_critic = len(run.recipe.optimizers) > 1
     return Steps(student, critic if has_critic else None, state_sh, frozen_sh)

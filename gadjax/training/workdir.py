@@ -41,7 +41,7 @@ class Trained:
 
     def check(self, teacher: Component) -> None:
         """Raises: InputError unless this transformer is the one the run was started with."""
-        keymap = teacher.module.KEYMAP
+        keymap = teacher.keymap
         where = teacher.weights.folder
         found = fingerprint(tensors_from_params(teacher.params, keymap))
         if found != self.fingerprint:

@@ -29,8 +29,8 @@ def test_embeddings_are_those_of_transformers(torch_pipeline, tiny_pipeline, tmp
     found.check(text_fingerprint(tiny_pipeline), LENGTH)
     for text, ours, mask in zip(
         [*texts, ""],
-        [*found.text_NLD, found.null[0]],
-        [*found.mask_NL, found.null[1]],
+        [*found.text_NLD, found.null["text"]],
+        [*found.mask_NL, found.null["mask"]],
         strict=True,
     ):
         theirs, their_mask, _, _ = torch_pipeline.encode_prompt(

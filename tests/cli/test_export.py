@@ -42,7 +42,7 @@ def test_the_weights_are_the_average(student, tiny_pipeline):
 
 def test_what_the_folder_says_of_itself(student, tiny_pipeline):
     found = json.loads((student / "gadjax.json").read_text())
-    assert read_sampling(student) == Sampling(4, TIMESTEPS, 1.0, LENGTH)
+    assert read_sampling(student, Sampling()) == Sampling(4, TIMESTEPS, 1.0, LENGTH)
     assert found["timesteps"] == list(TIMESTEPS)
     assert found["objective"] == {"dmd": {}, "gad": {"weight": 0.3, "steps": 4}}
     assert found["trained"] == {"steps": 2, "batch": 32, "weights": "ema"}
@@ -68,7 +68,8 @@ def test_diffusers_draws_the_same_by_the_line_in_the_card(student):
     exec(next(line for line in lines if line.startswith("image = pipe(")), names)
     theirs = np.asarray(names["image"], np.float32) / 255
     pipeline, params = load_pipeline(student)
-    ours = draw(pipeline, params, read_sampling(student), ["a blue circle"], noise)[0] / 2 + 0.5
+    sampling = read_sampling(student, pipeline.sampling)
+    ours = draw(pipeline, params, sampling, ["a blue circle"], noise)[0] / 2 + 0.5
     assert np.abs(ours - theirs).max() <= 2 / 255
 
 
@@ -102,7 +103,7 @@ def test_a_teacher_keeps_its_scheduler(tiny_pipeline, tmp_path, gadjax):
     gadjax("export", "--workdir", workdir, "--out", out)
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         assert json.loads((out / name).read_text()) == json.loads((teacher / name).read_text())
-    assert read_sampling(out) == Sampling(20, None, 2.5, LENGTH)
+    assert read_sampling(out, Sampling()) == Sampling(20, None, 2.5, LENGTH)
     assert "timesteps" not in json.loads((out / "gadjax.json").read_text())
     assert read_world(out) == "shapes"
     card = ModelCard.load(out / "README.md")

@@ -23,9 +23,7 @@ def test_the_report_is_of_these_weights(workdir, tmp_path, gadjax, fails, monkey
     metrics |= {"pairwise_distance": {"value": 2.0, "low": None, "high": None}}
     content = {
         "settings": {
-            "student's transformer": fingerprint(
-                tensors_from_params(part.params, part.module.KEYMAP)
-            )
+            "student's transformer": fingerprint(tensors_from_params(part.params, part.keymap))
         },
         "rows": {
             "teacher": {"label": "teacher, 20 steps", "evaluations": 40, "metrics": metrics},

@@ -9,7 +9,7 @@ from gadjax.errors import InputError
 
 
 def test_defaults_without_a_file(tmp_path):
-    assert read_sampling(tmp_path) == Sampling(20, None, 4.5, 120)
+    assert read_sampling(tmp_path, Sampling()) == Sampling(20, None, 4.5, 120)
     assert read_world(tmp_path) is None
 
 
@@ -18,13 +18,13 @@ def test_defaults_without_a_file(tmp_path):
 )
 def test_round_trip(tmp_path, sampling):
     (tmp_path / FILE).write_text(json.dumps({**sampling.to_dict(), "world": "shapes", "by": 1}))
-    assert read_sampling(tmp_path) == sampling
+    assert read_sampling(tmp_path, Sampling()) == sampling
     assert read_world(tmp_path) == "shapes"
 
 
 def test_timesteps_alone_say_how_many(tmp_path):
     (tmp_path / FILE).write_text('{"timesteps": [999, 1]}')
-    assert read_sampling(tmp_path) == Sampling(2, (999.0, 1.0))
+    assert read_sampling(tmp_path, Sampling()) == Sampling(2, (999.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_timesteps_alone_say_how_many(tmp_path):
 def test_refused(tmp_path, text, message):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(InputError) as error:
-        read_sampling(tmp_path)
+        read_sampling(tmp_path, Sampling())
     assert message in str(error.value) and FILE in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -23,11 +23,13 @@ def encoded(count, seed=0):
     return rng.normal(size=(count, L, D)).astype(np.float32), rng.integers(0, 2, (count, L))
 
 
-def write(folder, text, mask, *latent, sizes=(2, 2, 1), prompts=PROMPTS, **options):
-    """Embed PROMPTS in batches of `sizes`; the last row of text and mask is the null."""
+def write(folder, text, mask, x0=None, pooled=None, sizes=(2, 2, 1), prompts=PROMPTS, **options):
+    """Embed PROMPTS in batches of `sizes`; the last row of text, mask and pooled is the null."""
     places = [slice(a, a + n) for a, n in zip(np.cumsum((0, *sizes)), sizes, strict=False)]
-    batches = (tuple(array[some] for array in (text, mask, *latent)) for some in places)
-    null = text[-1], mask[-1]
+    texts = {"text": text, "mask": mask} | ({} if pooled is None else {"pooled": pooled})
+    arrays = texts | ({} if x0 is None else {"x0": x0})
+    batches = ({name: array[some] for name, array in arrays.items()} for some in places)
+    null = {name: array[-1] for name, array in texts.items()}
     write_embeddings(folder, prompts, batches, null, **{"origin": Origin("abc"), **options})
 
 
@@ -45,13 +47,30 @@ def test_float32_comes_back_exactly(folder):
     assert isinstance(found.text_NLD, np.memmap) and not found.text_NLD.flags.writeable
     np.testing.assert_array_equal(found.text_NLD, text[:5], strict=True)
     np.testing.assert_array_equal(found.mask_NL, mask[:5].astype(bool), strict=True)
-    np.testing.assert_array_equal(found.null[0], text[5], strict=True)
-    np.testing.assert_array_equal(found.null[1], mask[5].astype(np.int32), strict=True)
-    assert type(found.null[0]) is type(found.null[1]) is np.ndarray
+    assert list(found.null) == ["text", "mask"]
+    np.testing.assert_array_equal(found.null["text"], text[5], strict=True)
+    np.testing.assert_array_equal(found.null["mask"], mask[5].astype(np.int32), strict=True)
+    assert {type(array) for array in found.null.values()} == {np.ndarray}
     # Other tools read it as well.
     np.testing.assert_array_equal(np.load(folder / "text.npy"), text, strict=True)
     assert sorted(os.listdir(folder)) == ["manifest.json", "mask.npy", "prompts.jsonl", "text.npy"]
     assert os.listdir(folder.parent) == ["text"]
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_a_pooled_vector_comes_back(tmp_path, latent):
+    pooled = np.random.default_rng(3).normal(size=(6, 4)).astype(np.float32)
+    more = {"x0": latents(), "origin": PICTURED} if latent else {}
+    write(tmp_path / "new", *encoded(6), pooled=pooled, **more)
+    found = open_embeddings(tmp_path / "new")
+    np.testing.assert_array_equal(found.pooled_NP, pooled[:5], strict=True)
+    np.testing.assert_array_equal(found.null["pooled"], pooled[5], strict=True)
+    which = np.array([3, 0, 3])
+    texts = found.texts(which)
+    assert list(texts) == ["text", "mask", "pooled"]
+    np.testing.assert_array_equal(texts["pooled"], pooled[which], strict=True)
+    np.testing.assert_array_equal(texts["mask"], encoded(6)[1][which].astype(np.int32), strict=True)
+    assert (found.latent_NHWC is not None) == latent
 
 
 SHAPE = (4, 6, 2)
@@ -125,17 +144,22 @@ def spoilt(place, value):
         (encoded(6), {"sizes": (2, 2)}, ValueError, "4 rows for 5 prompts"),
         (encoded(8), {"sizes": (4, 4)}, ValueError, "8 rows for 5 prompts"),
         ((encoded(6)[0], encoded(7)[1]), {"sizes": (6,)}, ValueError, "6 rows for 5"),
-        ((encoded(6)[0], encoded(6)[1][:, 1:]), {}, ValueError, r"batch of \(2, 3, 4\) and \(2, 2"),
+        ((encoded(6)[0], encoded(6)[1][:, 1:]), {}, ValueError, "a batch of .*beside the empty"),
         (spoilt((3, 1, 2), np.nan), {}, InputError, "^prompt 4: found values not finite in float"),
         (spoilt((5, 0, 0), np.inf), {}, InputError, "^the empty prompt: found values not finite"),
         (spoilt((1, 0, 0), 7e4), {"dtype": "float16"}, InputError, "^prompt 2: .* in float16"),
         (encoded(6), {"dtype": "bfloat16"}, InputError, "dtype: found 'bfloat16'; expected one of"),
         (encoded(6), {"prompts": ["a", " ", "b", "c", "d"]}, InputError, "jsonl:2: found ' '"),
         (encoded(6), {"prompts": []}, InputError, "found no prompt"),
-        (encoded(6), {"origin": PICTURED}, ValueError, r"latents of \[\]; \[\(2, 4, 6, 2\)\]"),
-        ((*encoded(6), latents()), {}, ValueError, r"latents of .*; \[\] beside"),
-        ((*encoded(6), latents()[:, 1:]), {"origin": PICTURED}, ValueError, "latents of"),
-        ((*encoded(6), latents(4)), {"origin": PICTURED}, ValueError, "latents of"),
+        (encoded(6), {"origin": PICTURED}, ValueError, r"a batch of .*'x0': \(2, 4, 6, 2\)}"),
+        ((*encoded(6), latents()), {}, ValueError, "a batch of .*x0"),
+        (
+            (*encoded(6), latents()[:, 1:]),
+            {"origin": PICTURED},
+            ValueError,
+            "a batch of .*x0",
+        ),
+        ((*encoded(6), latents(4)), {"origin": PICTURED}, ValueError, "a batch of .*x0"),
         (
             (*encoded(6), np.where(np.arange(5)[:, None, None, None] == 2, np.nan, latents())),
             {"origin": PICTURED},
@@ -185,7 +209,7 @@ def test_a_write_that_fails_stops_and_leaves_nothing(tmp_path):
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path):
     def batches():
-        yield encoded(2)
+        yield dict(zip(("text", "mask"), encoded(2), strict=True))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -193,7 +217,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
             tmp_path / "out",
             PROMPTS,
             batches(),
-            (np.zeros((L, D)), np.ones(L)),
+            {"text": np.zeros((L, D)), "mask": np.ones(L)},
             origin=Origin("abc"),
         )
     assert os.listdir(tmp_path) == []

@@ -50,8 +50,8 @@ def embeddings(tmp_path_factory):
     write_embeddings(
         folder,
         [f"prompt {i}" for i in range(N)],
-        [(text[:N], mask[:N], x0)],
-        (text[N], mask[N]),
+        [{"text": text[:N], "mask": mask[:N], "x0": x0}],
+        {"text": text[N], "mask": mask[N]},
         origin=Origin("abc", "def", (2, 3, 1)),
         dtype="float16",
     )
@@ -155,10 +155,11 @@ def test_captions_are_dropped_alike_wherever_they_come_from(embeddings, pictures
     ids = ImageSource(pictures, (3, 3), tokenize, 0, dropout=0.5).batch(3, 12)["ids"]
     np.testing.assert_array_equal(ids.any(1), ~gone)
     batch = LatentSource(embeddings, 0, dropout=0.5).batch(3, 12)
-    full, (text, mask) = LatentSource(embeddings, 0).batch(3, 12), embeddings.null
-    expected = np.where(gone[:, None, None], text, full["text"])
+    full, null = LatentSource(embeddings, 0).batch(3, 12), embeddings.null
+    expected = np.where(gone[:, None, None], null["text"], full["text"])
     np.testing.assert_array_equal(batch["text"], expected)
-    np.testing.assert_array_equal(batch["mask"], np.where(gone[:, None], mask, full["mask"]))
+    expected = np.where(gone[:, None], null["mask"], full["mask"])
+    np.testing.assert_array_equal(batch["mask"], expected)
     np.testing.assert_array_equal(batch["x0"], full["x0"])
 
 

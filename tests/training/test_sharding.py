@@ -48,7 +48,8 @@ def tiny_run(mesh, microbatches):
     pipeline = SimpleNamespace(
         folder=SimpleNamespace(components={"transformer": SimpleNamespace(module=pixart)}),
         latent=(4, 4, 4),
-        cond=lambda text, mask: Cond(text, mask, None),
+        cond=lambda text, mask, pooled: Cond(text, mask),
+        body="transformer",
     )
     optimizers = {"student": OPTIMIZER, "critic": OPTIMIZER}
     recipe = Recipe(

@@ -200,7 +200,7 @@ def test_gradients_that_overflow_in_the_norm_are_left_out():
     assert int(new.bad["student"]) == 1
 
 
-PIPELINE = SimpleNamespace(latent=(2, 2, 2), cond=lambda text, mask: Cond(text, mask, None))
+PIPELINE = SimpleNamespace(latent=(2, 2, 2), cond=lambda text, mask, pooled: Cond(text, mask))
 
 
 def raw(samples):

@@ -3,6 +3,17 @@
 from gadjax.models.pixart.keymap import KEYMAP
 from gadjax.models.pixart.net import CLASS_NAMES, Config, build
 from gadjax.models.pixart.predict import extras, features, predictor
+from gadjax.models.pixart.prompts import prompts
 from gadjax.models.pixart.rules import RULES
 
-__all__ = ["CLASS_NAMES", "KEYMAP", "RULES", "Config", "build", "extras", "features", "predictor"]
+__all__ = [
+    "CLASS_NAMES",
+    "KEYMAP",
+    "RULES",
+    "Config",
+    "build",
+    "extras",
+    "features",
+    "predictor",
+    "prompts",
+]

@@ -9,8 +9,13 @@ from gadjax.models.pixart.net import Config
 from gadjax.types import Cond, Params
 
 
-def extras(config: Config, samples: int, height: int, width: int) -> dict[str, jax.Array] | None:
-    """Micro-conditioning of the 1024 models for pictures of height x width pixels, or None."""
+def extras(
+    config: Config, samples: int, height: int, width: int, pooled: jax.Array | None = None
+) -> dict[str, jax.Array] | None:
+    """Micro-conditioning of the 1024 models for pictures of height x width pixels, or None.
+
+    pooled: a vector of the text, which this family is not told.
+    """
     if not config.sized:
         return None
     return {

@@ -1,9 +1,10 @@
 """Text -> token ids, with the tokenizer files of a diffusers folder, and a vocabulary of words.
 
-transformers' T5Tokenizer does the work (it needs no torch), as in diffusers'
-PixArtAlphaPipeline.encode_prompt. Kudo, arXiv:1804.10959, is the unigram model behind it.
+transformers' tokenizers do the work (they need no torch), as in diffusers' pipelines. T5's is a
+unigram model (Kudo, arXiv:1804.10959), CLIP's and Gemma's are byte pairs.
 """
 
+import logging
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,17 @@ import numpy as np
 from gadjax.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import T5Tokenizer
+    from transformers import PreTrainedTokenizerBase, T5Tokenizer
 
-FILES = ("tokenizer.json", "spiece.model")
+# Class in model_index.json, without Fast -> files one of which must be there.
+FILES = {
+    "T5Tokenizer": ("tokenizer.json", "spiece.model"),
+    "CLIPTokenizer": ("tokenizer.json", "vocab.json"),
+    "GemmaTokenizer": ("tokenizer.json", "tokenizer.model"),
+}
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2: T5Tokenizer takes id 2 as the unknown one
 SPACE = "▁"
+log = logging.getLogger(__name__)
 
 
 def preprocess(texts: str | Sequence[str]) -> list[str]:
@@ -36,42 +43,60 @@ def preprocess(texts: str | Sequence[str]) -> list[str]:
 class Tokenizer:
     """`tokenizer(texts, length) -> (ids_BL, mask_BL)`, both int32; B texts of L = `length` tokens.
 
-    Texts are preprocessed here. Short ones are padded (mask 0), long ones are cut before the
-    closing </s>, which every text keeps.
+    clean: whether texts are preprocessed first. Short ones are padded on the right (mask 0). Long
+    ones are cut, which is logged; the tokens that close a text stay.
     """
 
-    backend: "T5Tokenizer"
+    backend: "PreTrainedTokenizerBase"
+    clean: bool = True
 
     def __call__(self, texts: str | Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        out = self.backend(
-            preprocess(texts), padding="max_length", max_length=length, truncation=True
-        )
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = preprocess(texts) if self.clean else texts
+        whole = self.backend(texts, truncation=False)["input_ids"]
+        long = [len(ids) for ids in whole if len(ids) > length]
+        if long:
+            log.warning(
+                "%d of %d prompts are longer than the %d tokens that are read (the longest has "
+                "%d): they were cut",
+                *(len(long), len(texts), length, max(long)),
+            )
+        options = {"padding": "max_length", "max_length": length, "padding_side": "right"}
+        out = self.backend(texts, truncation=True, **options)
         return np.asarray(out["input_ids"], np.int32), np.asarray(out["attention_mask"], np.int32)
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The T5 tokenizer saved in a local folder; the network is never asked.
+def load_tokenizer(
+    folder: str | Path, class_name: str = "T5Tokenizer", *, clean: bool = True
+) -> Tokenizer:
+    """The tokenizer saved in a local folder; the network is never asked.
 
-    Raises: InputError for a folder without tokenizer.json or spiece.model, or with files that
-    are not a T5 tokenizer's.
+    class_name: as model_index.json has it. clean: see Tokenizer.
+    Raises: InputError for another class, a folder without its files, or with files that are not
+    such a tokenizer's.
     """
-    folder = Path(folder)
-    expected = f"expected a T5 tokenizer ({' or '.join(FILES)})"
+    folder, kind = Path(folder), class_name.removesuffix("Fast")
+    if kind not in FILES:
+        raise InputError(f"{folder}: found a {class_name}; expected one of {', '.join(FILES)}")
+    expected = f"expected a {kind.removesuffix('Tokenizer')} tokenizer ({' or '.join(FILES[kind])})"
     # Without them transformers would make up a vocabulary of special tokens.
-    if not any((folder / name).is_file() for name in FILES):
+    if not any((folder / name).is_file() for name in FILES[kind]):
         raise InputError(f"{folder}: found no tokenizer file; {expected}")
 
-    from transformers import T5Tokenizer
+    import transformers
 
     try:
-        backend = T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        backend = getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the Rust library raises bare Exception
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{folder}: found unreadable files ({reason}); {expected}") from error
     # Of an empty or foreign vocabulary transformers still makes a tokenizer.
-    if (ids := backend.convert_tokens_to_ids(list(SPECIAL))) != [0, 1, 2]:
-        raise InputError(f"{folder}: found ids {ids} for {', '.join(SPECIAL)}; {expected}")
-    return Tokenizer(backend)
+    if kind == "T5Tokenizer":
+        if (ids := backend.convert_tokens_to_ids(list(SPECIAL))) != [0, 1, 2]:
+            raise InputError(f"{folder}: found ids {ids} for {', '.join(SPECIAL)}; {expected}")
+    elif backend.pad_token_id is None or len(backend) < 3:
+        raise InputError(f"{folder}: found {len(backend)} tokens and no padding; {expected}")
+    return Tokenizer(backend, clean)
 
 
 def build_word_tokenizer(words: Sequence[str]) -> "T5Tokenizer":

@@ -58,6 +58,11 @@ class Config:
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
 
+    @property
+    def upscale(self) -> int:
+        """Pixels of a latent, per side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
     @classmethod
     def from_dict(cls, cfg: dict[str, Any]) -> "Config":
         """Read a config.json. Raises InputError naming the key of an unsupported option."""

@@ -1,0 +1,38 @@
+"""PixArt's prompts: T5's last states and their mask (diffusers' PixArtAlphaPipeline)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gadjax.models.pixart.net import Config
+from gadjax.models.text.prompts import TextParts, Told, check_width
+from gadjax.models.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class T5Prompts:
+    """In lower case. The pipeline's own length is 120 tokens, 300 that of PixArt-Sigma."""
+
+    tokenizer: Tokenizer
+    apply: Callable
+    length: int = 120
+    steps: int = 20
+    guidance: float = 4.5
+
+    def tokens(self, prompts, length):
+        return self.tokenizer(prompts, length)
+
+    def untold(self, negative, length):
+        return self.tokenizer([negative or ""], length)
+
+    def rows(self, length):
+        return length
+
+    def encode(self, params, ids_BL, mask_BL):
+        return Told(self.apply(params["text_encoder"], ids_BL, mask_BL), mask_BL)
+
+
+def prompts(parts: TextParts, config: Config) -> T5Prompts:
+    parts.need("text_encoder")
+    width = parts.specs["text_encoder"].d_model
+    check_width(parts.path, width, config.caption_channels, "caption_channels")
+    return T5Prompts(parts.tokenizer(clean=True), parts.apply["text_encoder"])

@@ -1,0 +1,229 @@
+"""CLIP text encoders (transformers' CLIPTextModel and CLIPTextModelWithProjection).
+
+Radford et al., arXiv:2103.00020; the larger ones are OpenCLIP's, arXiv:2212.07143. Shapes: B
+batch, L tokens, D width, N heads, H width of a head, P width of the pooled vector.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from gadjax.errors import InputError
+from gadjax.models.module import KeyMap, scan_blocks, stack
+from gadjax.ops.attention import attention
+
+CLASS_NAMES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+# Training, the tokenizer and the file itself: nothing that changes the network.
+COSMETIC = ("attention_dropout", "dropout", "initializer_factor", "initializer_range")
+COSMETIC += ("bos_token_id", "pad_token_id", "torch_dtype", "dtype", "transformers_version")
+# Files from before 2023 say 2, which is no token of theirs: the end is then the highest id.
+LEGACY_EOS = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fields and defaults of transformers' CLIPTextConfig that change the encoder's numbers."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    projection_dim: int = 512
+    eos_token_id: int = 49407
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+    projected: bool = False  # CLIPTextModelWithProjection; `architectures` in the file
+
+    @classmethod
+    def from_dict(cls, cfg: Mapping[str, Any]) -> "Config":
+        """Read a config.json. Raises: InputError naming the key that is absent or unsupported."""
+        classes = cfg.get("architectures")
+        if classes not in ([name] for name in CLASS_NAMES):
+            _refuse("architectures", classes, f"one of {', '.join(CLASS_NAMES)}")
+        if (kind := cfg.get("model_type", "clip_text_model")) != "clip_text_model":
+            _refuse("model_type", kind, "'clip_text_model'")
+        values = {"projected": classes[0] == CLASS_NAMES[1]}
+        used = {f.name: f for f in fields(cls) if f.name != "projected"}
+        for key, value in cfg.items():
+            if key in COSMETIC or key in ("architectures", "model_type") or key.startswith("_"):
+                continue
+            if key not in used:
+                _refuse(key, value, "an option of CLIP")
+            if key == "hidden_act":
+                valid, expected = value in ACTIVATIONS, " or ".join(ACTIVATIONS)
+            elif key == "layer_norm_eps":
+                valid, expected = type(value) is float and value > 0, "a positive number"
+            else:
+                valid, expected = type(value) is int and value > 0, "a positive integer"
+            # Of no interest without the projection, where it may be null.
+            if not valid and (key != "projection_dim" or values["projected"]):
+                _refuse(key, value, expected)
+            values[key] = value
+        config = cls(**values)
+        if config.hidden_size % config.num_attention_heads:
+            _refuse(
+                "num_attention_heads",
+                config.num_attention_heads,
+                f"a divisor of hidden_size {config.hidden_size}",
+            )
+        return config
+
+
+def _refuse(key: str, found: Any, expected: str):
+    raise InputError(f"{key}: found {found!r}; expected {expected}")
+
+
+class Encoded(NamedTuple):
+    """What pipelines take from a prompt.
+
+    last: [B, L, D] after the final norm.
+    penultimate: [B, L, D] before the last block, without a norm.
+    pooled: [B, P] the final state at the end token, projected where the class does.
+    """
+
+    last: jax.Array
+    penultimate: jax.Array
+    pooled: jax.Array
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, c: Config, dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.token_embedding = nnx.Embed(
+            c.vocab_size, c.hidden_size, embedding_init=init, dtype=dtype, rngs=rngs
+        )
+        self.position_embedding = nnx.Embed(
+            c.max_position_embeddings, c.hidden_size, embedding_init=init, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, ids_BL):
+        return self.token_embedding(ids_BL) + self.position_embedding(jnp.arange(ids_BL.shape[1]))
+
+
+def _norm(c: Config, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # Statistics are in float32 at least; the fast variance would lose digits.
+    return nnx.LayerNorm(
+        c.hidden_size, epsilon=c.layer_norm_eps, use_fast_variance=False, dtype=dtype, rngs=rngs
+    )
+
+
+class Attention(nnx.Module):
+    def __init__(self, c: Config, dtype, rngs: nnx.Rngs):
+        d = c.hidden_size
+        self.q_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
+        self.k_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
+        self.v_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
+        self.out_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
+        self.heads = c.num_attention_heads
+
+    def __call__(self, x_BLD, bias):
+        q, k, v = (
+            proj(x_BLD).reshape(*x_BLD.shape[:2], self.heads, -1)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(attention(q, k, v, bias).reshape(x_BLD.shape))
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, c: Config, dtype, rngs: nnx.Rngs):
+        self.fc1 = nnx.Linear(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(c.intermediate_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.activation = ACTIVATIONS[c.hidden_act]
+
+    def __call__(self, x_BLD):
+        return self.fc2(self.activation(self.fc1(x_BLD)))
+
+
+class Block(nnx.Module):
+    def __init__(self, c: Config, dtype, rngs: nnx.Rngs):
+        self.layer_norm1 = _norm(c, dtype, rngs)
+        self.self_attn = Attention(c, dtype, rngs)
+        self.layer_norm2 = _norm(c, dtype, rngs)
+        self.mlp = FeedForward(c, dtype, rngs)
+
+    def __call__(self, x_BLD, bias):
+        x_BLD = x_BLD + self.self_attn(self.layer_norm1(x_BLD), bias)
+        return x_BLD + self.mlp(self.layer_norm2(x_BLD))
+
+
+class TextModel(nnx.Module):
+    """`net(ids_BL int32, mask_BL=None) -> Encoded`, causal, without dropout.
+
+    mask_BL is 1 (or True) at tokens and 0 at padding that is not attended to; pipelines give
+    none. An id outside the vocabulary gives NaN.
+    Raises: InputError for a sequence longer than the table of positions.
+    """
+
+    def __init__(self, config: Config, dtype, remat: bool, rngs: nnx.Rngs):
+        c = config
+        self.config, self.remat = config, remat
+        self.embeddings = Embeddings(c, dtype, rngs)
+        self.blocks = stack(lambda r: Block(c, dtype, r), c.num_hidden_layers, rngs)
+        self.final_layer_norm = _norm(c, dtype, rngs)
+        if c.projected:
+            self.text_projection = nnx.Linear(
+                c.hidden_size, c.projection_dim, use_bias=False, dtype=dtype, rngs=rngs
+            )
+
+    def __call__(self, ids_BL: jax.Array, mask_BL: jax.Array | None = None) -> Encoded:
+        length, most = ids_BL.shape[1], self.config.max_position_embeddings
+        if length > most:
+            raise InputError(f"ids: found {length} tokens; expected at most {most}")
+        seen = jnp.tri(length, dtype=bool)[None, None]
+        if mask_BL is not None:
+            seen = seen & (mask_BL[:, None, None, :] > 0)
+        bias = jnp.where(seen, 0, jnp.finfo(jnp.float32).min)
+
+        embedded_BLD = self.embeddings(ids_BL)
+        final_BLD, penultimate_BLD = scan_blocks(
+            self.blocks,
+            (embedded_BLD, embedded_BLD),
+            lambda block, states: (block(states[0], bias), states[0]),
+            self.remat,
+        )
+        last_BLD = self.final_layer_norm(final_BLD)
+        eos = self.config.eos_token_id
+        # The first of the highest, since padding may repeat the end.
+        end_B = jnp.argmax(ids_BL if eos == LEGACY_EOS else ids_BL == eos, axis=1)
+        pooled_BP = jnp.take_along_axis(last_BLD, end_B[:, None, None], axis=1)[:, 0]
+        if self.config.projected:
+            pooled_BP = self.text_projection(pooled_BP)
+        return Encoded(last_BLD, penultimate_BLD, pooled_BP)
+
+
+def build(
+    config: Config, *, dtype=jnp.float32, remat: bool = True
+) -> Callable[[nnx.Rngs], nnx.Module]:
+    """Constructor of the encoder; `dtype` computes, parameters are made in float32."""
+    return lambda rngs: TextModel(config, dtype, remat, rngs)
+
+
+KEYMAP = KeyMap(
+    renames=((r"^blocks/", "encoder/layers/#/"), (r"^(?!text_projection/)", "text_model/")),
+    # Older files keep the numbers 0, 1, ... of the positions.
+    ignored=(r"^(text_model\.)?embeddings\.position_ids$",),
+    # transformers 5 writes CLIPTextModel, of the two classes, without the prefix.
+    aliases=((r"^(?=(embeddings|encoder|final_layer_norm)\.)", "text_model."),),
+)
+
+RULES = (
+    (r"^embeddings/token_embedding/embedding$", P("tensor", "fsdp")),
+    (r"^embeddings/position_embedding/embedding$", P(None, "fsdp")),
+    (r"^blocks/.*/(q_proj|k_proj|v_proj|fc1)/kernel$", P(None, "fsdp", "tensor")),
+    (r"^blocks/.*/(out_proj|fc2)/kernel$", P(None, "tensor", "fsdp")),
+    (r"^blocks/.*/(bias|scale)$", P(None, "fsdp")),
+    (r"^final_layer_norm/(bias|scale)$", P("fsdp")),
+    (r"^text_projection/kernel$", P("fsdp", "tensor")),
+)
