@@ -19,16 +19,21 @@ class Denoiser:
       float32 (float64 where x is), because x0 = (x - sigma eps) / alpha magnifies rounding.
     features: the same arguments -> [B, N, D], what the network makes of them half-way: what a
       discriminator reads. None where the family has none.
+    embedded: whether guidance is told to the network, as cond.extras["guidance"], and not applied
+      to what it says.
     """
 
     apply: Callable[[Params, jax.Array, jax.Array, Cond], jax.Array]
     schedule: NoiseSchedule
     parameterization: str
     features: Callable[[Params, jax.Array, jax.Array, Cond], jax.Array] | None = None
+    embedded: bool = False
 
     def raw(self, params: Params, x_BHWC, t_B, cond: Cond):
         """The network's own output, float32. t_B: [B] or a scalar, in the network's units."""
         t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
+        if self.embedded and "guidance" not in (cond.extras or {}):
+            cond = self._told(cond, 1.0, t_B)
         return self.apply(params, x_BHWC, t_B, cond).astype(x_BHWC.dtype)
 
     def read(self, raw_BHWC, x_BHWC, t_B) -> Prediction:
@@ -44,8 +49,11 @@ class Denoiser:
     def guided_raw(self, params: Params, x_BHWC, t_B, cond: Cond, null: Cond, scale):
         """Classifier-free guidance null + scale (cond - null), both in one call of the network.
 
-        scale: a float or [B]. The Python numbers 1 and 0 leave the other half out.
+        scale: a float or [B]. The Python numbers 1 and 0 leave the other half out. Where guidance
+        is embedded the network is told the scale, and the other half is not there.
         """
+        if self.embedded:
+            return self.raw(params, x_BHWC, t_B, self._told(cond, scale, x_BHWC[:, 0, 0, 0]))
         if isinstance(scale, int | float) and scale in (0, 1):
             return self.raw(params, x_BHWC, t_B, cond if scale else null)
         t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
@@ -54,6 +62,10 @@ class Denoiser:
         told, untold = jnp.split(self.raw(params, twice, jnp.tile(t_B, 2), both), 2)
         scale = expand(jnp.asarray(scale, x_BHWC.dtype), x_BHWC)
         return untold + scale * (told - untold)
+
+    def _told(self, cond: Cond, scale, like_B: jax.Array) -> Cond:
+        scale_B = jnp.broadcast_to(jnp.asarray(scale, like_B.dtype), like_B.shape)
+        return cond._replace(extras={**(cond.extras or {}), "guidance": scale_B})
 
     def guided(self, params: Params, x_BHWC, t_B, cond: Cond, null: Cond, scale) -> Prediction:
         """guided_raw as x0 and eps."""

@@ -1,6 +1,8 @@
 """What diffusers and transformers make of the same weights. Needs torch, imported when asked."""
 
+import importlib
 import importlib.metadata
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +20,8 @@ from gadjax.errors import InputError, RunStopped
 from gadjax.models.module import functional
 from gadjax.pipeline import load_pipeline
 from gadjax.sampling import draw, initial_noise
+from gadjax.types import Cond
+from gadjax.walks import keys_of, renoise
 
 NETWORK_BOUND = 1e-4  # of the largest value, in float32
 PICTURE_BOUND = 2 / 255
@@ -48,7 +52,6 @@ def compare_networks(ours: PipelineFolder, theirs: PipelineFolder, dtype=None) -
     """
     import torch
 
-    cases = {"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae}
     found = {}
     for name, part in ours.components.items():
         with _blamed(), torch.no_grad(), _EXACT():
@@ -59,7 +62,9 @@ def compare_networks(ours: PipelineFolder, theirs: PipelineFolder, dtype=None) -
             apply = jax.jit(
                 functional(part.module.build(part.spec)).apply, static_argnames="method"
             )
-            for label, mine, other in cases[name](part, apply, network):
+            kind = name.rstrip("_0123456789")
+            compare = {"text_encoder": _text_encoder, "vae": _vae}.get(kind, _denoiser)
+            for label, mine, other in compare(part, apply, network):
                 mine, other = np.asarray(mine), other.numpy()
                 error = np.abs(mine - other).max() / np.abs(other).max()
                 found[label] = float(error) if np.isfinite(error) else np.inf
@@ -103,26 +108,39 @@ def _nhwc(image):
     return image.permute(0, 2, 3, 1)
 
 
-def _transformer(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]:
+def _denoiser(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]:
+    """Both are told the same by the names of their own arguments."""
     import torch
 
-    spec, side = part.spec, min(part.spec.sample_size, SIDE)
+    spec, kind = part.spec, type(network).__name__
+    side = min(spec.sample_size, SIDE)
     x, x_torch = _normal(0, 2, side, side, spec.in_channels)
-    text, text_torch = _normal(1, 2, TOKENS, spec.caption_channels)
+    widths = ("caption_channels", "cross_attention_dim", "joint_attention_dim")
+    width = next(getattr(spec, name) for name in widths if hasattr(spec, name))
+    text, text_torch = _normal(1, 2, TOKENS, width)
     mask = np.array([[1] * TOKENS, [1] * 5 + [0] * (TOKENS - 5)], np.int32)
-    times = np.array([999, 7])
-    extras = part.module.extras(spec, 2, 8 * side, 8 * side)
-    told = {"resolution": None, "aspect_ratio": None}
-    if extras is not None:
-        told = {name: torch.from_numpy(np.array(value)) for name, value in extras.items()}
-    theirs = network(
-        x_torch,
-        encoder_hidden_states=text_torch,
-        timestep=torch.from_numpy(times),
-        added_cond_kwargs=told,
-        encoder_attention_mask=torch.from_numpy(mask),
-    ).sample
-    ours = apply(part.params, x, times.astype(np.float32), text, mask, extras)
+    pooled = getattr(spec, "pooled_dim", None) or getattr(spec, "pooled_projection_dim", None)
+    pooled = np.random.default_rng(5).standard_normal((2, pooled or 1), np.float32)
+    # Sprint's times are from 0 to 1.
+    embedded = getattr(spec, "guidance_embeds", False)
+    times = np.array([0.9, 0.2] if embedded else [999, 7], np.float32)
+    extras = {"guidance": np.array([4.5, 1], np.float32)} if embedded else None
+    extras = extras or part.module.extras(spec, 2, 8 * side, 8 * side, pooled)
+    told = {name: torch.from_numpy(np.array(value)) for name, value in (extras or {}).items()}
+    arguments = {"encoder_hidden_states": text_torch, "timestep": torch.from_numpy(times)}
+    if kind == "SD3Transformer2DModel":
+        arguments["pooled_projections"] = told["pooled"]
+    elif kind == "UNet2DConditionModel":
+        arguments["added_cond_kwargs"] = told
+    else:
+        arguments["encoder_attention_mask"] = torch.from_numpy(mask)
+    if kind == "PixArtTransformer2DModel":
+        names = ("resolution", "aspect_ratio")
+        arguments["added_cond_kwargs"] = {name: told.get(name) for name in names}
+    if embedded:
+        arguments["guidance"] = told["guidance"] * spec.guidance_embeds_scale
+    theirs = network(x_torch, **arguments).sample[:, : spec.in_channels]
+    ours = part.module.predictor(apply, spec)(part.params, x, times, Cond(text, mask, extras))
     yield part.name, ours, _nhwc(theirs)
 
 
@@ -130,8 +148,17 @@ def _text_encoder(part: Component, apply, network) -> Iterator[tuple[str, Any, A
     import torch
 
     ids = np.random.default_rng(2).integers(0, part.spec.vocab_size, (2, TOKENS), np.int32)
+    ids_torch = torch.from_numpy(ids).long()
+    if type(network).__name__.startswith("CLIP"):
+        theirs = network(ids_torch, output_hidden_states=True)
+        ours = apply(part.params, ids)
+        yield f"{part.name} last", ours.last, theirs.last_hidden_state
+        yield f"{part.name} last but one", ours.penultimate, theirs.hidden_states[-2]
+        pooled = theirs.text_embeds if part.spec.projected else theirs.pooler_output
+        yield f"{part.name} pooled", ours.pooled, pooled
+        return
     mask = np.array([[1] * TOKENS, [1] * 5 + [0] * (TOKENS - 5)], np.int32)
-    theirs = network(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
+    theirs = network(ids_torch, attention_mask=torch.from_numpy(mask))
     yield part.name, apply(part.params, ids, mask), theirs.last_hidden_state
 
 
@@ -141,23 +168,34 @@ def _vae(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]:
     yield f"{part.name} decode", ours, _nhwc(theirs)
     image, image_torch = _normal(4, *ours.shape)
     ours, _ = apply(part.params, image, method="encode")
-    yield f"{part.name} encode", ours, _nhwc(network.encode(image_torch).latent_dist.mean)
+    theirs = network.encode(image_torch)
+    theirs = theirs.latent_dist.mean if hasattr(theirs, "latent_dist") else theirs.latent
+    yield f"{part.name} encode", ours, _nhwc(theirs)
 
 
-def diffusers_arguments(sampling: Sampling) -> dict[str, Any]:
-    """PixArtAlphaPipeline's arguments, beside prompt and latents, with which it draws the same."""
+# Class of the pipeline, up to its number -> what it is told beside what all are.
+_CLEANED = {"use_resolution_binning": False, "clean_caption": False}
+_OWN = {"PixArt": _CLEANED, "Sana": _CLEANED}
+_LENGTH = ("PixArt", "Sana", "StableDiffusion3")
+
+
+def diffusers_arguments(pipeline: str, sampling: Sampling) -> dict[str, Any]:
+    """Arguments of a pipeline's class, beside prompt and latents, with which it draws the same."""
     if sampling.timesteps is None:
-        steps = {"num_inference_steps": sampling.steps}
+        found = {"num_inference_steps": sampling.steps}
+        if pipeline.startswith("SanaSprint") and sampling.steps != 2:
+            found["intermediate_timesteps"] = None
     else:
         whole = (int(t) if t == int(t) else t for t in sampling.timesteps)
-        steps = {"timesteps": list(whole)}
-    return {
-        **steps,
-        "guidance_scale": sampling.guidance,
-        "max_sequence_length": sampling.length,
-        "use_resolution_binning": False,
-        "clean_caption": False,
-    }
+        found = {"timesteps": list(whole), "num_inference_steps": sampling.steps}
+        if pipeline.startswith("PixArt"):  # which counts them itself
+            del found["num_inference_steps"]
+    found["guidance_scale"] = sampling.guidance
+    if sampling.negative is not None:
+        found["negative_prompt"] = sampling.negative
+    if pipeline.startswith(_LENGTH):
+        found["max_sequence_length"] = sampling.length
+    return found | next((own for name, own in _OWN.items() if pipeline.startswith(name)), {})
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -199,6 +237,7 @@ def compare_pictures(folder: Path, prompts: Sequence[str]) -> float:
 def _pictures(
     folder: Path, sampling: Sampling, prompts: Sequence[str], noise_BHWC: np.ndarray
 ) -> np.ndarray:
+    """What diffusers draws. Schedulers that add noise are given the one that gadjax adds."""
     import torch
 
     diffusers, _ = _quiet()
@@ -206,12 +245,34 @@ def _pictures(
         folder, local_files_only=True, dtype=torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        list(prompts),
-        latents=torch.from_numpy(noise_BHWC.transpose(0, 3, 1, 2).copy()),
-        output_type="np",
-        **diffusers_arguments(sampling),
-    ).images
+    arguments = diffusers_arguments(type(pipeline).__name__, sampling)
+    if "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [sampling.negative] * len(prompts)
+    noise_BHWC = sampling.scale * noise_BHWC
+    latents = torch.from_numpy(noise_BHWC.transpose(0, 3, 1, 2).copy())
+    with _same_noise(pipeline.scheduler, noise_BHWC):
+        return pipeline(list(prompts), latents=latents, output_type="np", **arguments).images
+
+
+@contextmanager
+def _same_noise(scheduler, noise_BHWC: np.ndarray) -> Iterator[None]:
+    module, step = importlib.import_module(type(scheduler).__module__), itertools.count()
+    if not hasattr(module, "randn_tensor"):
+        yield
+        return
+    import torch
+
+    x = jax.numpy.asarray(noise_BHWC)
+
+    def draw(shape, **ignored):
+        noise = np.asarray(renoise(keys_of(x), next(step), x))
+        return torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+
+    before, module.randn_tensor = module.randn_tensor, draw
+    try:
+        yield
+    finally:
+        module.randn_tensor = before
 
 
 @contextmanager

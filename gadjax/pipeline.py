@@ -22,6 +22,7 @@ from gadjax.samplers import (
     schedule_from_config,
     tells_whole_times,
 )
+from gadjax.schedules import TrigFlow, expand
 from gadjax.types import Cond, Params
 
 
@@ -123,12 +124,19 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
             f"{folder.path}: found a vae of {vae.spec.latent_channels} latent channels; expected "
             f"{part.spec.in_channels}, as its {folder.body} takes"
         )
-    tell = told_whole if tells_whole_times(folder.scheduler) else lambda network: network
+    schedule = schedule_from_config(folder.scheduler)
+    predictor = part.module.predictor(networks[folder.body].apply, part.spec)
+    features = part.module.features(networks[folder.body].apply)
+    if tells_whole_times(folder.scheduler):
+        predictor, features = told_whole(predictor), told_whole(features)
+    if isinstance(schedule, TrigFlow):
+        predictor, features = trigflow(predictor), None
     denoiser = Denoiser(
-        tell(part.module.predictor(networks[folder.body].apply, part.spec)),
-        schedule_from_config(folder.scheduler),
+        predictor,
+        schedule,
         parameterization_from_config(folder.scheduler),
-        tell(part.module.features(networks[folder.body].apply)),
+        features,
+        embedded=getattr(part.spec, "guidance_embeds", False),
     )
     side = part.spec.sample_size
     return Pipeline(
@@ -158,6 +166,23 @@ def told_whole(network: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     def call(params: Params, x_BHWC, t_B, cond: Cond):
         return network(params, x_BHWC, t_B + jax.lax.stop_gradient(jnp.floor(t_B) - t_B), cond)
+
+    return call
+
+
+def trigflow(network: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A flow network that is asked in TrigFlow's terms, of unit variance.
+
+    SANA-Sprint (Chen et al., arXiv:2503.09641, section 3.1): a flow's time s = sin t / (sin t +
+    cos t), its x scaled to the flow's variance, and v in place of its velocity.
+    """
+
+    def call(params: Params, x_BHWC, t_B, cond: Cond):
+        s = jnp.sin(t_B) / (jnp.sin(t_B) + jnp.cos(t_B))
+        wide = expand(s, x_BHWC)
+        size = jnp.sqrt(wide**2 + (1 - wide) ** 2)
+        said = network(params, x_BHWC * size, s, cond)
+        return ((1 - 2 * wide) * (x_BHWC * size) + size**2 * said) / size
 
     return call
 

@@ -45,7 +45,7 @@ class Sampler:
     order, last_order: as gadjax.rollout.rollout takes them.
     takes_timesteps: whether diffusers lets others than the grid's be chosen.
     walk: (predict, schedule, z_BHWC, times) -> end where it is none of gadjax.rollout's.
-    extra: network evaluations beside one a step.
+    extra: network evaluations beside one a step. renoises: whether steps add new noise.
     """
 
     schedule: NoiseSchedule
@@ -55,6 +55,7 @@ class Sampler:
     takes_timesteps: bool = True
     walk: Callable[..., jax.Array] | None = None
     extra: int = 0
+    renoises: bool = False
 
     def times(
         self, steps: int | None = None, timesteps: Sequence[float] | None = None
@@ -192,8 +193,8 @@ def student_scheduler_config(cfg: dict, timesteps: Sequence[float]) -> dict:
       pipeline takes of a single step.
     """
     schedule, kind = schedule_from_config(cfg), parameterization_from_config(cfg)
-    if cfg.get("_class_name") == SCM:
-        raise _refused(cfg, "_class_name", SCM, "one with deterministic steps for the student")
+    if (name := cfg.get("_class_name")) in (LCM, SCM):
+        raise _refused(cfg, "_class_name", name, "one with deterministic steps for the student")
     if cfg.get("_class_name") == FLOW_EULER:
         return {"_class_name": FLOW_EULER, "num_train_timesteps": schedule.steps, "shift": 1.0}
     common = {
@@ -333,7 +334,7 @@ def _lcm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
     original = int(_number(cfg, "original_inference_steps", 50))
     scaling = _number(cfg, "timestep_scaling", 10.0)
     grid = partial(_lcm_grid, schedule.steps, original)
-    return Sampler(schedule, grid, walk=partial(consistency, scaling=scaling))
+    return Sampler(schedule, grid, walk=partial(consistency, scaling=scaling), renoises=True)
 
 
 def _lcm_grid(total: int, original: int, n: int) -> np.ndarray:
@@ -345,7 +346,7 @@ def _lcm_grid(total: int, original: int, n: int) -> np.ndarray:
 
 
 def _scm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
-    return Sampler(schedule, _scm_grid, walk=consistency)
+    return Sampler(schedule, _scm_grid, walk=consistency, renoises=True)
 
 
 def _scm_grid(n: int) -> np.ndarray:

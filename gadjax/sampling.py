@@ -26,10 +26,12 @@ def sampler_and_times(pipeline: Pipeline, sampling: Sampling) -> tuple[Sampler, 
 
     Raises: InputError for steps or timesteps that the folder's scheduler cannot take.
     """
+    sampler = pipeline.sampler
     if sampling.timesteps is None:
-        return pipeline.sampler, pipeline.sampler.times(sampling.steps)
-    config = student_scheduler_config(pipeline.folder.scheduler, sampling.timesteps)
-    sampler = sampler_from_config(config)
+        return sampler, sampler.times(sampling.steps)
+    if not sampler.renoises:
+        config = student_scheduler_config(pipeline.folder.scheduler, sampling.timesteps)
+        sampler = sampler_from_config(config)
     return sampler, sampler.times(timesteps=sampling.timesteps)
 
 
@@ -41,6 +43,8 @@ def clean_latent(
     params: of the denoiser. null: the empty prompt, unread where guidance is 1.
     """
     sampler, times = sampler_and_times(pipeline, sampling)
+    if sampling.scale != 1:
+        z_BHWC = sampling.scale * z_BHWC
     return sample(
         lambda x, t: pipeline.denoiser.guided(params, x, t, cond, null, sampling.guidance),
         sampler,

@@ -150,5 +150,7 @@ def test_what_they_cannot_take_is_refused():
         sampler_from_config(CONFIGS["pndm-sd"]).times(timesteps=[899, 449])
     with pytest.raises(InputError, match="steps: found 51; expected at most 50"):
         sampler_from_config(LCM).times(51)
-    with pytest.raises(InputError, match="deterministic steps"):
-        student_scheduler_config(SCM, [1.5])
+    for config in (SCM, LCM):
+        assert sampler_from_config(config).renoises
+        with pytest.raises(InputError, match="deterministic steps"):
+            student_scheduler_config(config, [999])

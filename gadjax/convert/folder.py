@@ -46,7 +46,8 @@ COMPONENTS = {
 
 INDEX = "model_index.json"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
-CARRIED = re.compile(r"scheduler|tokenizer(_\d+)?")  # parts without weights
+# Parts that no network here is made of: they are copied as they are.
+CARRIED = re.compile(r"scheduler|tokenizer(_\d+)?|feature_extractor|safety_checker")
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 

@@ -22,7 +22,8 @@ class Sampling:
     timesteps: the times that the steps start from, noisiest first; the steps are then of order 1.
       None: the scheduler's own grid and order. guidance: 1 leaves the empty prompt out.
     length: of the prompt in tokens. negative: the prompt that guidance leads away from, None for
-      the family's own.
+      the family's own. scale: of the initial noise (SiD's one-step students start from
+      sigma(625) z).
     """
 
     steps: int = 20
@@ -30,10 +31,13 @@ class Sampling:
     guidance: float = 4.5
     length: int = 120
     negative: str | None = None
+    scale: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """What `read_sampling` reads back from gadjax.json."""
         found = {"steps": self.steps, "guidance": self.guidance, "length": self.length}
+        if self.scale != 1:
+            found["scale"] = self.scale
         return found if self.timesteps is None else {**found, "timesteps": list(self.timesteps)}
 
 
@@ -62,7 +66,11 @@ def read_sampling(folder: Path, default: Sampling) -> Sampling:
     guidance = cfg.get("guidance", default.guidance)
     if not _is_number(guidance):
         raise InputError(f"{path}, guidance: found {guidance!r}; expected a number")
-    return Sampling(steps, timesteps, float(guidance), _whole(path, cfg, "length", default.length))
+    scale = cfg.get("scale", default.scale)
+    if not _is_number(scale) or scale <= 0:
+        raise InputError(f"{path}, scale: found {scale!r}; expected a positive number")
+    length = _whole(path, cfg, "length", default.length)
+    return Sampling(steps, timesteps, float(guidance), length, scale=float(scale))
 
 
 def read_world(folder: Path) -> str | None:

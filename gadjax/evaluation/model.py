@@ -25,7 +25,11 @@ class Model:
     @property
     def evaluations(self) -> int:
         """Of the network, for one picture."""
-        return self.sampling.steps * (1 if self.sampling.guidance == 1 else 2)
+        steps = self.sampling.steps
+        if self.sampling.timesteps is None:
+            steps += self.pipeline.sampler.extra if steps > 1 else 0
+        alone = self.sampling.guidance == 1 or self.pipeline.denoiser.embedded
+        return steps * (1 if alone else 2)
 
 
 def draw_sets(

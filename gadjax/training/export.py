@@ -99,7 +99,7 @@ def _describe(
         fingerprint=trained.fingerprint,
         latent=(spec.sample_size, spec.sample_size, spec.in_channels),
         pipeline=pipeline,
-        arguments=parity.diffusers_arguments(sampling),
+        arguments=parity.diffusers_arguments(pipeline, sampling),
         license=read_license(teacher.path),
         world=world.rpartition(".")[2] if bundled else read_world(teacher.path),
         report=report,

@@ -66,6 +66,11 @@ def prepare(config: ConfigDict) -> Run:
         assets.resolve(config.teacher), dtype=dtype, remat=config.remat
     )
     sampling = sampling_of(config)
+    if pipeline.sampler.renoises:
+        raise InputError(
+            f"teacher: found the scheduler {pipeline.folder.scheduler['_class_name']}, whose steps "
+            "add noise; expected one with deterministic steps"
+        )
     if sampling.timesteps is not None:  # it is None where plain denoising trains a teacher
         try:
             *times, _ = sampler_and_times(pipeline, sampling)[1].tolist()

@@ -42,7 +42,7 @@ def difference(folder, sampling=None):
         PROMPTS,
         latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
         output_type="np",
-        **diffusers_arguments(sampling),
+        **diffusers_arguments(type(pipe).__name__, sampling),
     ).images
     assert theirs.std() > 0.05
     return np.abs(ours - theirs).max()

@@ -1,0 +1,21 @@
+"""MMDiT parameter paths as diffusers spells them."""
+
+from gadjax.models.mmdit.config import Config
+from gadjax.models.module import KeyMap
+
+
+def keymap(config: Config) -> KeyMap:
+    """One list of layers in the file holds both stacks and the last block."""
+    return KeyMap(
+        renames=(
+            (r"^dual_blocks/", "transformer_blocks/#/"),
+            (r"^blocks/", f"transformer_blocks/#+{config.dual_layers}/"),
+            (r"^last_block/", f"transformer_blocks/{config.num_layers - 1}/"),
+            (r"/attn_context/to_([qkv])/", r"/attn/add_\1_proj/"),
+            (r"/attn_context/to_out/", "/attn/to_add_out/"),
+            (r"/attn_context/norm_([qk])/", r"/attn/norm_added_\1/"),
+            (r"/to_out/", "/to_out/0/"),
+            (r"/(ff|ff_context)/linear_1/", r"/\1/net/0/proj/"),
+            (r"/(ff|ff_context)/linear_2/", r"/\1/net/2/"),
+        ),
+    )

@@ -1,0 +1,77 @@
+"""SD3's prompts: two CLIPs side by side, then T5 behind them (diffusers' StableDiffusion3Pipeline).
+
+No encoder is told the mask, so that it says nothing to the network; it is all ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from gadjax.models.mmdit.config import Config
+from gadjax.models.text.prompts import TextParts, Told, check_width, side_by_side
+from gadjax.models.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class SD3Prompts:
+    """clip: the tokens that both CLIPs take. t5: None where the pipeline goes without it, whose
+    states are then zeros. width: of the text. `length` is T5's."""
+
+    tokenizers: tuple[Tokenizer, ...]
+    clips: tuple[Callable, Callable]
+    t5: Callable | None
+    clip: int
+    width: int
+    length: int = 256
+    steps: int = 28
+    guidance: float = 7.0
+
+    def tokens(self, prompts, length):
+        lengths = (self.clip, self.clip, length)
+        ids, mask = side_by_side(self.tokenizers, prompts, lengths[: len(self.tokenizers)])
+        room = ((0, 0), (0, sum(lengths) - ids.shape[1]))
+        return np.pad(ids, room), np.pad(mask, room)
+
+    def untold(self, negative, length):
+        return self.tokens([negative or ""], length)
+
+    def rows(self, length):
+        return self.clip + length
+
+    def encode(self, params, ids_BL, mask_BL):
+        ends = self.clip, 2 * self.clip
+        one, two, three = jnp.split(ids_BL, ends, axis=1)
+        first = self.clips[0](params["text_encoder"], one)
+        second = self.clips[1](params["text_encoder_2"], two)
+        text_BLD = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
+        room = self.width - text_BLD.shape[-1]
+        text_BLD = jnp.pad(text_BLD, ((0, 0), (0, 0), (0, room)))
+        if self.t5 is None:
+            rest = jnp.zeros((*three.shape, self.width))
+        else:
+            rest = self.t5(params["text_encoder_3"], three, jnp.ones_like(three))
+        text_BLD = jnp.concatenate([text_BLD, rest.astype(text_BLD.dtype)], axis=1)
+        pooled = jnp.concatenate([first.pooled, second.pooled], axis=-1)
+        return Told(text_BLD, jnp.ones(text_BLD.shape[:2], mask_BL.dtype), pooled)
+
+
+def prompts(parts: TextParts, config: Config) -> SD3Prompts:
+    parts.need("text_encoder", "text_encoder_2")
+    specs = [parts.specs[name] for name in ("text_encoder", "text_encoder_2")]
+    names = ["tokenizer", "tokenizer_2"]
+    t5 = parts.apply.get("text_encoder_3")
+    if t5 is not None:
+        names.append("tokenizer_3")
+        width = parts.specs["text_encoder_3"].d_model
+        check_width(parts.path, width, config.joint_attention_dim, "joint_attention_dim")
+    pooled = sum(spec.projection_dim for spec in specs)
+    check_width(parts.path, pooled, config.pooled_projection_dim, "pooled_projection_dim")
+    return SD3Prompts(
+        tuple(parts.tokenizer(name) for name in names),
+        tuple(parts.apply[name] for name in ("text_encoder", "text_encoder_2")),
+        t5,
+        min(spec.max_position_embeddings for spec in specs),
+        config.joint_attention_dim,
+    )

@@ -1,0 +1,105 @@
+"""Sana's layers, which its autoencoder shares: linear attention, RMS norm, gated convolutions."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gadjax.models import layers
+from gadjax.ops.attention import attention
+
+RMS_EPS = 1e-5
+ATTENTION_EPS = 1e-15
+
+
+def relu_linear_attention(q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHV: jax.Array) -> jax.Array:
+    """Attention with weights relu(q) . relu(k), normalised to sum 1, in time linear in N and M.
+
+    Returns: [B, N, H, V] in the dtype of the values; computed in at least float32, products too.
+    A query that no key answers gets zeros. Katharopoulos et al., arXiv:2006.16236.
+    """
+    wide = jnp.promote_types(v_BMHV.dtype, jnp.float32)
+    einsum = partial(jnp.einsum, precision="highest")
+    q, k = jax.nn.relu(q_BNHK.astype(wide)), jax.nn.relu(k_BMHK.astype(wide))
+    memory_BHKV = einsum("bmhk,bmhv->bhkv", k, v_BMHV.astype(wide))
+    total_BNH = einsum("bnhk,bhk->bnh", q, k.sum(1))
+    # Where no key answers the numerator is zero too, so any divisor does; only 1 keeps the
+    # derivatives of the quotient from overflowing.
+    total_BNH = jnp.where(total_BNH > 0, total_BNH, 1) + ATTENTION_EPS
+    out_BNHV = einsum("bnhk,bhkv->bnhv", q, memory_BHKV) / total_BNH[..., None]
+    return out_BNHV.astype(v_BMHV.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) over the last axis, times a scale, plus a bias if there is one."""
+
+    def __init__(self, features: int, *, use_bias: bool = False):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features)) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + RMS_EPS)
+        normed = normed * self.scale[...].astype(wide.dtype)
+        if self.bias is not None:
+            normed = normed + self.bias[...].astype(wide.dtype)
+        return normed.astype(x.dtype)
+
+
+class GLUMBConv(nnx.Module):
+    """Widen, mix 3x3 neighbours channel by channel, gate one half by the other, narrow; and a norm
+    with `normed`. [B, H, W, C] -> [B, H, W, C], without the input added.
+    """
+
+    def __init__(self, channels: int, hidden: int, *, normed: bool = False, dtype, rngs: nnx.Rngs):
+        def conv(inputs, outputs, size=1, **more):
+            pad = ((size // 2,) * 2,) * 2
+            return nnx.Conv(
+                inputs, outputs, (size, size), padding=pad, dtype=dtype, rngs=rngs, **more
+            )
+
+        self.conv_inverted = conv(channels, 2 * hidden)
+        self.conv_depth = conv(2 * hidden, 2 * hidden, 3, feature_group_count=2 * hidden)
+        self.conv_point = conv(hidden, channels, use_bias=False)
+        self.norm = RMSNorm(channels, use_bias=True) if normed else None
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        wide_BHWE = self.conv_depth(jax.nn.silu(self.conv_inverted(x_BHWC)))
+        value_BHWF, gate_BHWF = jnp.split(wide_BHWE, 2, axis=-1)
+        x_BHWC = self.conv_point(value_BHWF * jax.nn.silu(gate_BHWF))
+        return x_BHWC if self.norm is None else self.norm(x_BHWC)
+
+
+class Attention(layers.Attention):
+    """Softmax attention to a context, or with `linear` ReLU attention of tokens to themselves.
+
+    `normed` puts queries and keys through a norm over all heads at once.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        *,
+        bias: bool,
+        normed: bool,
+        linear: bool,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(dim, heads, head_dim, bias=bias, dtype=dtype, rngs=rngs)
+        self.norm_q = RMSNorm(heads * head_dim) if normed else None
+        self.norm_k = RMSNorm(heads * head_dim) if normed else None
+        self.linear = linear
+
+    def __call__(self, x_BND, context_BMD=None, bias=None) -> jax.Array:
+        """[B, N, D] -> [B, N, D]; `bias` (softmax only) broadcasts to logits [B, heads, N, M]."""
+        context_BMD = x_BND if context_BMD is None else context_BMD
+        q, k, v = self.to_q(x_BND), self.to_k(context_BMD), self.to_v(context_BMD)
+        if self.norm_q is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
+        out = relu_linear_attention(q, k, v) if self.linear else attention(q, k, v, bias)
+        return self.to_out(out.reshape(*out.shape[:2], -1))

@@ -1,0 +1,11 @@
+"""Sana parameter paths as diffusers spells them."""
+
+from gadjax.models.module import KeyMap
+
+KEYMAP = KeyMap(
+    renames=(
+        (r"^blocks/", "transformer_blocks/#/"),
+        (r"/to_out/", "/to_out/0/"),
+        (r"^patch_embed/", "patch_embed/proj/"),
+    ),
+)

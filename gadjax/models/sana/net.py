@@ -1,0 +1,238 @@
+"""Sana's denoiser: linear self-attention, and convolutions that tell where a token is.
+
+Follows diffusers' SanaTransformer2DModel and what its pipelines do to t and the guidance scale.
+Parameters are cast to the compute dtype at use.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gadjax.errors import InputError
+from gadjax.models import layers
+from gadjax.models.module import scan_blocks, stack
+from gadjax.models.sana.blocks import Attention, GLUMBConv, RMSNorm
+
+CLASS_NAMES = ("SanaTransformer2DModel",)
+TIME_CHANNELS = 256
+OUT_EPS = 1e-6  # the last norm does not follow norm_eps
+
+# Options of the file's config with one supported value (the default, where the file has none).
+FIXED = {"norm_elementwise_affine": False, "dropout": 0.0}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of a diffusers config.json that shape the network, under their names there."""
+
+    in_channels: int = 32
+    out_channels: int = 32
+    num_attention_heads: int = 70
+    attention_head_dim: int = 32
+    num_layers: int = 20
+    num_cross_attention_heads: int = 20
+    cross_attention_head_dim: int = 112
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    attention_bias: bool = False
+    sample_size: int = 32
+    patch_size: int = 1
+    norm_eps: float = 1e-6
+    interpolation_scale: float | None = None
+    guidance_embeds: bool = False
+    guidance_embeds_scale: float = 0.1
+    qk_norm: str | None = None
+    timestep_scale: float = 1.0
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, cfg: dict) -> "Config":
+        """Read a diffusers config.json. Raises: InputError naming the first unsupported key."""
+        names = {f.name for f in fields(cls)}
+        for key, value in cfg.items():
+            if key in FIXED and value != FIXED[key]:
+                raise InputError(f"{key}: found {value!r}; expected {FIXED[key]!r}")
+            known = key in names or key in FIXED or key == "cross_attention_dim"
+            if not (known or key.startswith("_")):
+                raise InputError(f"{key}: found {value!r}; expected an option of Sana")
+        given = {k: v for k, v in cfg.items() if k in names and v is not None}
+        if cfg.get("out_channels", 32) is None:
+            given["out_channels"] = given.get("in_channels", 32)
+        config = cls(**given)
+        if config.qk_norm not in (None, "rms_norm_across_heads"):
+            raise InputError(
+                f"qk_norm: found {config.qk_norm!r}; expected null or 'rms_norm_across_heads'"
+            )
+        cross = cfg.get("cross_attention_dim", 2240)
+        if cross != config.dim:
+            raise InputError(
+                f"cross_attention_dim: found {cross}; expected {config.dim}, the model's width"
+            )
+        if config.interpolation_scale is not None and config.dim % 4:
+            raise InputError(
+                f"interpolation_scale: found {config.interpolation_scale} at a width of "
+                f"{config.dim}; expected a width that is a multiple of 4"
+            )
+        return config
+
+
+def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
+    """A maker of the network, to be called with nnx.Rngs; `remat` recomputes blocks in reverse."""
+    return lambda rngs: Sana(config, dtype=dtype, remat=remat, rngs=rngs)
+
+
+def _table(rngs: nnx.Rngs, rows: int, dim: int) -> nnx.Param:
+    return nnx.Param(jax.random.normal(rngs.params(), (rows, dim)) / dim**0.5)
+
+
+class TimeEmbedding(nnx.Module):
+    """Time, and in Sprint the guidance scale, as one vector and its six projections.
+
+    The scales of diffusers' pipelines are applied here: t by timestep_scale (SanaPipeline), the
+    guidance scale by guidance_embeds_scale, and then t is left alone (SanaSprintPipeline).
+    """
+
+    def __init__(self, c: Config, *, dtype, rngs: nnx.Rngs):
+        def mlp():
+            return layers.Mlp(TIME_CHANNELS, c.dim, c.dim, jax.nn.silu, dtype=dtype, rngs=rngs)
+
+        self.guided = c.guidance_embeds
+        if self.guided:
+            self.timestep_embedder, self.guidance_embedder = mlp(), mlp()
+        else:
+            self.emb = nnx.Dict(timestep_embedder=mlp())  # one level deeper in the files too
+        self.linear = nnx.Linear(c.dim, 6 * c.dim, dtype=dtype, rngs=rngs)
+        self.scale = c.guidance_embeds_scale if self.guided else c.timestep_scale
+
+    def __call__(self, t_B, guidance_B) -> tuple[jax.Array, jax.Array]:
+        """-> modulation [B, 6, D] and the embedding [B, D] that it comes from."""
+        shape = None if guidance_B is None else jnp.shape(guidance_B)
+        expected = t_B.shape if self.guided else None
+        if shape != expected:
+            found, wanted = ("nothing" if s is None else f"an array {s}" for s in (shape, expected))
+            raise InputError(f"guidance: found {found}; expected {wanted}")
+        if self.guided:
+            embedded_BD = self.timestep_embedder(layers.timestep_sinusoid(t_B, TIME_CHANNELS))
+            embedded_BD += self.guidance_embedder(
+                layers.timestep_sinusoid(guidance_B * self.scale, TIME_CHANNELS)
+            )
+        else:
+            embedded_BD = self.emb["timestep_embedder"](
+                layers.timestep_sinusoid(t_B * self.scale, TIME_CHANNELS)
+            )
+        modulation_BE = self.linear(jax.nn.silu(embedded_BD))
+        return modulation_BE.reshape(t_B.shape[0], 6, -1), embedded_BD
+
+
+class Block(nnx.Module):
+    """Modulated linear self-attention, plain cross-attention, modulated convolutions."""
+
+    def __init__(self, c: Config, *, dtype, rngs: nnx.Rngs):
+        more = {"normed": c.qk_norm is not None, "dtype": dtype, "rngs": rngs}
+        heads, cross = c.num_attention_heads, c.num_cross_attention_heads
+        self.attn1 = Attention(
+            c.dim, heads, c.attention_head_dim, bias=c.attention_bias, linear=True, **more
+        )
+        self.attn2 = Attention(
+            c.dim, cross, c.cross_attention_head_dim, bias=True, linear=False, **more
+        )
+        self.ff = GLUMBConv(c.dim, int(c.mlp_ratio * c.dim), dtype=dtype, rngs=rngs)
+        self.scale_shift_table = _table(rngs, 6, c.dim)
+        self.eps = c.norm_eps
+
+    def __call__(self, x_BND, grid, modulation_B6D, text_BLD, bias) -> jax.Array:
+        """[B, N, D] -> [B, N, D]; grid: the H and W whose product is N."""
+        table = self.scale_shift_table[...].astype(x_BND.dtype) + modulation_B6D
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
+        normed = layers.layer_norm(x_BND, self.eps) * (1 + scale1) + shift1
+        x_BND = x_BND + gate1 * self.attn1(normed)
+        # No norm and no gate here: the weights were trained so.
+        x_BND = x_BND + self.attn2(x_BND, text_BLD, bias)
+        normed = layers.layer_norm(x_BND, self.eps) * (1 + scale2) + shift2
+        out_BHWD = self.ff(normed.reshape(len(normed), *grid, -1))
+        return x_BND + gate2 * out_BHWD.reshape(x_BND.shape)
+
+
+class Sana(nnx.Module):
+    """The denoiser; see `__call__`."""
+
+    def __init__(self, config: Config, *, dtype, remat: bool, rngs: nnx.Rngs):
+        c, dim = config, config.dim
+        self.patch_embed = layers.PatchProjection(
+            c.in_channels, dim, c.patch_size, dtype=dtype, rngs=rngs
+        )
+        self.time_embed = TimeEmbedding(c, dtype=dtype, rngs=rngs)
+        self.caption_projection = layers.Mlp(
+            c.caption_channels, dim, dim, layers.gelu_tanh, dtype=dtype, rngs=rngs
+        )
+        self.caption_norm = RMSNorm(dim)
+        self.blocks = stack(lambda r: Block(c, dtype=dtype, rngs=r), c.num_layers, rngs)
+        self.scale_shift_table = _table(rngs, 2, dim)
+        self.proj_out = nnx.Linear(dim, c.patch_size**2 * c.out_channels, dtype=dtype, rngs=rngs)
+        self.config, self.remat = c, remat
+
+    def __call__(
+        self,
+        x_BHWC: jax.Array,
+        t_B: jax.Array,
+        text_BLD: jax.Array,
+        mask_BL: jax.Array,
+        guidance_B: jax.Array | None = None,
+    ) -> jax.Array:
+        """Prediction for noisy latents.
+
+        Args:
+          x_BHWC: latents; H and W multiples of the patch size, otherwise free.
+          t_B: times as the scheduler has them, in [0, 1000); of Sprint in [0, 1].
+          text_BLD: the text encoder's states.
+          mask_BL: 1 for the tokens of the prompt, 0 for padding.
+          guidance_B: the guidance scale as a user gives it (4.5, say); of Sprint alone.
+
+        Returns: [B, H, W, out_channels] in the compute dtype.
+        Raises: InputError for a size the patch does not divide, for Sprint without guidance, and
+          for any other with it.
+        """
+        x_BND, embedded_BD = self._walk(self.blocks, x_BHWC, t_B, text_BLD, mask_BL, guidance_B)
+        table = self.scale_shift_table[...].astype(x_BND.dtype) + embedded_BD[:, None]
+        shift, scale = jnp.split(table, 2, axis=1)
+        x_BND = self.proj_out(layers.layer_norm(x_BND, OUT_EPS) * (1 + scale) + shift)
+        return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.config.patch_size)
+
+    def features(self, x_BHWC, t_B, text_BLD, mask_BL, guidance_B=None) -> jax.Array:
+        """The tokens [B, N, D] after the first half of the blocks; arguments as `__call__`."""
+        first = jax.tree.map(lambda leaf: leaf[: (len(leaf) + 1) // 2], self.blocks)
+        return self._walk(first, x_BHWC, t_B, text_BLD, mask_BL, guidance_B)[0]
+
+    def _walk(self, blocks, x_BHWC, t_B, text_BLD, mask_BL, guidance_B):
+        modulation_B6D, embedded_BD = self.time_embed(t_B, guidance_B)
+        text_BLD = self.caption_norm(self.caption_projection(text_BLD))
+        bias, grid = layers.mask_bias(mask_BL), self._grid(x_BHWC)
+        x_BND = scan_blocks(
+            blocks,
+            self._tokens(x_BHWC),
+            lambda block, x: block(x, grid, modulation_B6D, text_BLD, bias),
+            self.remat,
+        )
+        return x_BND, embedded_BD
+
+    def _grid(self, x_BHWC) -> tuple[int, int]:
+        """How many patches down and across."""
+        return tuple(n // self.config.patch_size for n in x_BHWC.shape[1:3])
+
+    def _tokens(self, x_BHWC) -> jax.Array:
+        """Patch tokens; only the models beyond 1024 pixels add a table of positions."""
+        c, tokens_BND = self.config, self.patch_embed(x_BHWC)
+        if c.interpolation_scale is None:
+            return tokens_BND
+        # The sum is in float32 and then rounded once.
+        wide = jnp.promote_types(tokens_BND.dtype, jnp.float32)
+        base = c.sample_size // c.patch_size
+        scale = c.interpolation_scale
+        table = layers.sincos_positions(*self._grid(x_BHWC), c.dim, base, scale, wide)
+        return (tokens_BND + table).astype(tokens_BND.dtype)

@@ -1,0 +1,113 @@
+"""The latent U-Net with cross-attention to a text: Stable Diffusion 1.5, 2 and XL.
+
+Rombach et al., arXiv:2112.10752; Podell et al., arXiv:2307.01952. Follows diffusers'
+UNet2DConditionModel. Parameters are cast to the compute dtype at use.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gadjax.errors import InputError
+from gadjax.models import layers
+from gadjax.models.unet.blocks import DownBlock, Keys, Maker, MidBlock, UpBlock, numbered
+from gadjax.models.unet.config import TIME_IDS, Config
+
+
+def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
+    """A maker of the network, to be called with nnx.Rngs.
+
+    `remat` recomputes every residual block and every transformer block in reverse mode.
+    """
+    return lambda rngs: UNet(config, dtype=dtype, remat=remat, rngs=rngs)
+
+
+class UNet(nnx.Module):
+    """The denoiser; see `__call__`."""
+
+    def __init__(self, config: Config, *, dtype, remat: bool, rngs: nnx.Rngs):
+        make = Maker(config, remat, {"dtype": dtype, "rngs": Keys(rngs)})
+        widths, count, time = config.block_out_channels, config.layers_per_block, make.time_dim
+
+        def mlp(features):
+            return layers.Mlp(features, time, time, jax.nn.silu, **make.options)
+
+        self.conv_in = make.conv(config.in_channels, widths[0])
+        self.time_embedding = mlp(widths[0])
+        if config.pooled_dim is not None:
+            self.add_embedding = mlp(config.projection_class_embeddings_input_dim)
+        down, skips = [], [widths[0]]  # the width of every result on the way down
+        for place, width in enumerate(widths):
+            down.append(DownBlock(place, skips[-1], make))
+            skips += [width] * len(down[-1].resnets) + [width] * len(down[-1].downsamplers)
+        self.down_blocks = numbered(down)
+        self.mid_block = MidBlock(make)
+        up, inputs = [], widths[-1]
+        for place, kind in zip(reversed(range(len(widths))), config.up_block_types, strict=True):
+            taken = [skips.pop() for _ in range(count + 1)]
+            up.append(UpBlock(place, inputs, taken, kind.startswith("Cross"), make))
+            inputs = widths[place]
+        self.up_blocks = numbered(up)
+        self.conv_norm_out = make.norm(widths[0])
+        self.conv_out = make.conv(widths[0], config.out_channels)
+        self.config = config
+
+    def __call__(
+        self,
+        x_BHWC: jax.Array,
+        t_B: jax.Array,
+        text_BLD: jax.Array,
+        added: dict[str, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Prediction for noisy latents.
+
+        Args:
+          x_BHWC: latents; H and W multiples of `Config.multiple`, otherwise free.
+          t_B: times in [0, 1000), integer or fractional.
+          text_BLD: the text encoder's states, padding included.
+          added: {"text_embeds": [B, Config.pooled_dim], "time_ids": [B, 6]}; read only by a
+            network with a `pooled_dim` (SDXL), which needs it.
+
+        Returns: [B, H, W, out_channels] in the compute dtype.
+        Raises: InputError for another size, or without a needed `added`.
+        """
+        x_BHWC, skips, temb_BE = self._descend(x_BHWC, t_B, text_BLD, added)
+        for i in range(len(self.up_blocks)):
+            block = self.up_blocks[str(i)]
+            taken = [skips.pop() for _ in range(len(block.resnets))]
+            x_BHWC = block(x_BHWC, taken, temb_BE, text_BLD)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x_BHWC)))
+
+    def features(self, x_BHWC, t_B, text_BLD, added=None) -> jax.Array:
+        """The middle block's output, row by row: [B, N, D]; arguments as `__call__`."""
+        x_BHWC = self._descend(x_BHWC, t_B, text_BLD, added)[0]
+        return x_BHWC.reshape(len(x_BHWC), -1, x_BHWC.shape[-1])
+
+    def _descend(self, x_BHWC, t_B, text_BLD, added):
+        """The middle block's output, all results before it, and the time as a vector."""
+        height, width = x_BHWC.shape[1:3]
+        multiple = self.config.multiple
+        if height % multiple or width % multiple:
+            raise InputError(f"latents: found {height} x {width}; expected multiples of {multiple}")
+        temb_BE = self._embed(t_B, added)
+        skips = [self.conv_in(x_BHWC)]
+        for i in range(len(self.down_blocks)):
+            skips += self.down_blocks[str(i)](skips[-1], temb_BE, text_BLD)
+        return self.mid_block(skips[-1], temb_BE, text_BLD), skips, temb_BE
+
+    def _embed(self, t_B, added):
+        c = self.config
+        temb_BE = self.time_embedding(layers.timestep_sinusoid(t_B, c.block_out_channels[0]))
+        if c.pooled_dim is None:
+            return temb_BE
+        added = added or {}
+        for name, count in (("text_embeds", c.pooled_dim), ("time_ids", TIME_IDS)):
+            value, shape = added.get(name), (t_B.shape[0], count)
+            if value is None or value.shape != shape:
+                found = "nothing" if value is None else f"shape {value.shape}"
+                raise InputError(f"added[{name!r}]: found {found}; expected an array {shape}")
+        ids = layers.timestep_sinusoid(added["time_ids"].reshape(-1), c.addition_time_embed_dim)
+        both = jnp.concatenate([added["text_embeds"], ids.reshape(len(t_B), -1)], axis=-1)
+        return temb_BE + self.add_embedding(both)

@@ -1,0 +1,322 @@
+"""Small pipelines of every family, made by diffusers itself, with every parameter random."""
+
+import string
+from pathlib import Path
+
+import torch
+
+SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+WORDS = ("red", "green", "blue", "circle", "square", "above", "a", "the")
+
+
+def clip_tokenizer(pad: str):
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    vocab = ["!", *(x for x in letters if x != "!"), *(f"{x}</w>" for x in letters)]
+    merges = []
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts = ["".join(parts[:2]), *parts[2:]]
+            vocab.append(parts[0])
+    # The end has the highest id, as pooling wants it.
+    vocab = [*dict.fromkeys(vocab), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(vocab)},
+        merges=list(dict.fromkeys(merges)),
+        pad_token=pad,
+        model_max_length=77,
+    )
+    return tokenizer
+
+
+def clip(tokenizer, width: int, act: str, projected: int | None = None, eos: int = 2):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        hidden_act=act,
+        projection_dim=projected or width,
+        eos_token_id=eos,
+        bos_token_id=0,
+        pad_token_id=1,
+    )
+    return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
+
+
+def t5(width: int):
+    from transformers import T5Config, T5EncoderModel
+
+    from gadjax.models.text.tokenizer import build_word_tokenizer
+
+    tokenizer = build_word_tokenizer([word for word in WORDS if len(word) > 1])
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=6,
+        d_ff=28,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=16,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    return tokenizer, T5EncoderModel(config)
+
+
+def gemma(width: int):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    vocab = [*pieces, "▁", *string.ascii_lowercase]
+    tokenizer = GemmaTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=[])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        query_pre_attn_scalar=12,
+        attn_implementation="eager",
+    )
+    return tokenizer, Gemma2Model(config)
+
+
+def vae_kl(channels: int = 4, **more):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 12),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=16,
+        **more,
+    )
+
+
+def unet(cross: int, **more):
+    from diffusers import UNet2DConditionModel
+
+    options = dict(
+        sample_size=8,
+        block_out_channels=(16, 24),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=cross,
+        norm_num_groups=4,
+        attention_head_dim=2,
+    )
+    return UNet2DConditionModel(**options | more)
+
+
+def sd15():
+    import diffusers
+
+    tokenizer = clip_tokenizer("<|endoftext|>")
+    return diffusers.StableDiffusionPipeline(
+        tokenizer=tokenizer,
+        text_encoder=clip(tokenizer, 20, "quick_gelu"),
+        unet=unet(20),
+        vae=vae_kl(),
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **SD),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sd2_v():
+    import diffusers
+
+    tokenizer = clip_tokenizer("!")
+    return diffusers.StableDiffusionPipeline(
+        tokenizer=tokenizer,
+        text_encoder=clip(tokenizer, 24, "gelu"),
+        unet=unet(24, use_linear_projection=True, attention_head_dim=[2, 4]),
+        vae=vae_kl(),
+        scheduler=diffusers.DDIMScheduler(
+            prediction_type="v_prediction",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            **SD,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl():
+    import diffusers
+
+    one, two = clip_tokenizer("<|endoftext|>"), clip_tokenizer("!")
+    return diffusers.StableDiffusionXLPipeline(
+        tokenizer=one,
+        tokenizer_2=two,
+        text_encoder=clip(one, 20, "quick_gelu"),
+        text_encoder_2=clip(two, 28, "gelu", 12),
+        unet=unet(
+            48,
+            use_linear_projection=True,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=[1, 2],
+            attention_head_dim=[2, 4],
+            addition_embed_type="text_time",
+            addition_time_embed_dim=6,
+            projection_class_embeddings_input_dim=12 + 6 * 6,
+        ),
+        vae=vae_kl(scaling_factor=0.13025),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            timestep_spacing="leading", steps_offset=1, **SD
+        ),
+    )
+
+
+def vae_dc():
+    from diffusers import AutoencoderDC
+
+    return AutoencoderDC(
+        in_channels=3,
+        latent_channels=8,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        upsample_block_type="interpolate",
+        downsample_block_type="Conv",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+
+
+def sana_net(**more):
+    from diffusers import SanaTransformer2DModel
+
+    options = dict(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=6,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=18,
+        sample_size=16,
+        patch_size=1,
+    )
+    return SanaTransformer2DModel(**options | more)
+
+
+def sana():
+    import diffusers
+
+    tokenizer, encoder = gemma(18)
+    return diffusers.SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae_dc(),
+        transformer=sana_net(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+        ),
+    )
+
+
+def sana_sprint():
+    import diffusers
+
+    tokenizer, encoder = gemma(18)
+    net = sana_net(guidance_embeds=True, qk_norm="rms_norm_across_heads")
+    return diffusers.SanaSprintPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae_dc(),
+        transformer=net,
+        scheduler=diffusers.SCMScheduler(prediction_type="trigflow", sigma_data=0.5),
+    )
+
+
+def sd3(**more):
+    import diffusers
+
+    one, two = clip_tokenizer("<|endoftext|>"), clip_tokenizer("!")
+    tokenizer, encoder = t5(56)
+    net = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=3,
+        attention_head_dim=6,
+        num_attention_heads=4,
+        joint_attention_dim=56,
+        caption_projection_dim=24,
+        pooled_projection_dim=14 + 10,
+        pos_embed_max_size=12,
+        **more,
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        tokenizer=one,
+        tokenizer_2=two,
+        tokenizer_3=tokenizer,
+        text_encoder=clip(one, 20, "quick_gelu", 14),
+        text_encoder_2=clip(two, 28, "gelu", 10),
+        text_encoder_3=encoder,
+        vae=vae_kl(
+            8,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        transformer=net,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def sd35():
+    return sd3(qk_norm="rms_norm", dual_attention_layers=(0,))
+
+
+MAKERS = {f.__name__: f for f in (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd35)}
+
+
+def make(family: str, folder: Path) -> Path:
+    """Save one of MAKERS, every parameter of it moved at random."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    pipeline = MAKERS[family]()
+    with torch.no_grad():
+        for part in pipeline.components.values():
+            for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
+                parameter += 0.1 * torch.randn(parameter.shape)
+    pipeline.save_pretrained(folder)
+    return folder
