@@ -19,8 +19,9 @@ from gadjax.errors import InputError, RunStopped
 from gadjax.evaluation.model import Model as Drawn
 from gadjax.models.module import cast
 from gadjax.objectives import TERMS, Term, as_config
-from gadjax.pipeline import load_pipeline, make_pipeline
+from gadjax.pipeline import load_pipeline, make_pipeline, resized
 from gadjax.sampling import draw, initial_noise
+from gadjax.students import known_student
 from gadjax.training.config import changed_config, default_config
 from gadjax.training.export import export
 from gadjax.training.loop import train
@@ -43,11 +44,18 @@ class Model(Drawn):
         return f"<{self.name}: {sampling.steps} steps, guidance {sampling.guidance:g}>"
 
 
-def load(name: str | Path, *, dtype: str = "float32", variant: str | None = None) -> Model:
+def load(
+    name: str | Path,
+    *,
+    dtype: str = "float32",
+    variant: str | None = None,
+    recipe: str | None = None,
+) -> Model:
     """Read a pipeline folder (diffusers' or gadjax's own), a workdir of `gadjax train` (its moving
     average), or "asset:NAME" of what is bundled.
 
-    dtype: that networks compute in. variant: of the weights' files, such as fp16.
+    dtype: that networks compute in. variant: of the weights' files, such as fp16. recipe: how it is
+    sampled, by a name of gadjax.students.KNOWN, where the folder does not say so itself.
     Raises: InputError for whatever is wrong with it.
     """
     source, compute = resolve(str(name)), compute_dtype(dtype)
@@ -56,15 +64,24 @@ def load(name: str | Path, *, dtype: str = "float32", variant: str | None = None
     pipeline, params = load_pipeline(folder, dtype=compute, variant=variant)
     sampling = trained.sampling if trained else read_sampling(source, pipeline.sampling)
     if trained:
-        trained.check(pipeline.folder.components[pipeline.body])
-        params[pipeline.body] = trained.params
+        params[pipeline.body] = trained.complete(pipeline.folder.components[pipeline.body])
+    if recipe is not None:
+        pipeline, sampling = known_student(recipe, pipeline)
     return Model(str(name), pipeline, cast(params, compute), sampling, trained)
 
 
-def drawn_with(model: Model, steps: int | None = None, guidance: float | None = None) -> Model:
-    """The model with other steps or guidance, None for its own.
+def drawn_with(
+    model: Model,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative: str | None = None,
+    size: tuple[int, int] | None = None,
+) -> Model:
+    """The model with other steps, guidance, negative prompt or size of pictures (height, width in
+    pixels); None for its own.
 
-    Raises: InputError for steps of a student that has timesteps, and guidance that is no number.
+    Raises: InputError for steps of a student that has timesteps, guidance that is no number, a
+    negative prompt where there is no guidance, and a size that the networks cannot take.
     """
     sampling = model.sampling
     if steps is not None and sampling.timesteps is not None:
@@ -74,9 +91,16 @@ def drawn_with(model: Model, steps: int | None = None, guidance: float | None = 
         )
     if guidance is not None and not math.isfinite(guidance):
         raise InputError(f"guidance: found {guidance}; expected a finite number")
-    asked = {"steps": steps, "guidance": guidance}
+    asked = {"steps": steps, "guidance": guidance, "negative": negative}
     asked = {key: value for key, value in asked.items() if value is not None}
-    return replace(model, sampling=replace(sampling, **asked))
+    sampling = replace(sampling, **asked)
+    if negative is not None and (sampling.guidance == 1 or model.pipeline.denoiser.embedded):
+        raise InputError(
+            f"negative: found {negative!r}; expected none, because this model draws without "
+            "classifier-free guidance"
+        )
+    pipeline = model.pipeline if size is None else resized(model.pipeline, size)
+    return replace(model, pipeline=pipeline, sampling=sampling)
 
 
 def sample(
@@ -85,16 +109,19 @@ def sample(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
+    negative: str | None = None,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """One picture for each prompt: uint8 [N, H, W, 3].
 
     Picture i starts from noise i of the seed, whatever the model: those of a student and of its
-    teacher are comparable one by one. steps, guidance: the model's own where None.
+    teacher are comparable one by one. steps, guidance, negative, size (height, width in pixels):
+    the model's own where None.
     Raises: InputError for steps that the model cannot take, RunStopped for pictures that are not
     finite.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    model = drawn_with(model, steps, guidance)
+    model = drawn_with(model, steps, guidance, negative, size)
     noise = initial_noise(seed, len(prompts), model.pipeline.latent)
     images = draw(model.pipeline, model.params, model.sampling, prompts, noise)
     if not np.isfinite(images).all():

@@ -20,6 +20,7 @@ from gadjax.errors import InputError, RunStopped
 from gadjax.models.module import functional
 from gadjax.pipeline import load_pipeline
 from gadjax.sampling import draw, initial_noise
+from gadjax.schedules import Flow
 from gadjax.types import Cond
 from gadjax.walks import keys_of, renoise
 
@@ -185,6 +186,9 @@ def diffusers_arguments(pipeline: str, sampling: Sampling) -> dict[str, Any]:
         found = {"num_inference_steps": sampling.steps}
         if pipeline.startswith("SanaSprint") and sampling.steps != 2:
             found["intermediate_timesteps"] = None
+    elif pipeline.startswith("StableDiffusion3"):  # which takes no timesteps
+        sigmas = [t / Flow().steps for t in sampling.timesteps]
+        found = {"sigmas": sigmas, "num_inference_steps": sampling.steps}
     else:
         whole = (int(t) if t == int(t) else t for t in sampling.timesteps)
         found = {"timesteps": list(whole), "num_inference_steps": sampling.steps}

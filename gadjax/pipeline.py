@@ -1,15 +1,16 @@
 """A diffusers pipeline folder as functions of parameters: text -> cond, latents <-> pictures."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gadjax.convert.folder import PipelineFolder
-from gadjax.convert.orbax_folder import open_folder
+from gadjax.convert.orbax_folder import open_folder, outline_folder
 from gadjax.convert.recipe import Sampling
 from gadjax.denoiser import Denoiser
 from gadjax.errors import InputError
@@ -105,6 +106,14 @@ def load_pipeline(
     return pipeline, {name: part.params for name, part in folder.components.items()}
 
 
+def outline_pipeline(
+    path: Path, *, dtype=jnp.float32, remat: bool = False
+) -> tuple[Pipeline, dict[str, Params]]:
+    """load_pipeline from configurations alone: the parameters are shapes."""
+    pipeline = make_pipeline(outline_folder(path), dtype=dtype, remat=remat)
+    return pipeline, {name: network.abstract for name, network in pipeline.networks.items()}
+
+
 def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = False) -> Pipeline:
     """The functions of a folder that was read, or only checked.
 
@@ -124,28 +133,65 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
             f"{folder.path}: found a vae of {vae.spec.latent_channels} latent channels; expected "
             f"{part.spec.in_channels}, as its {folder.body} takes"
         )
+    side = part.spec.sample_size
+    return Pipeline(
+        folder=folder,
+        networks=networks,
+        denoiser=_denoiser(folder, networks[folder.body]),
+        sampler=sampler_from_config(folder.scheduler),
+        prompts=part.module.prompts(_text_parts(folder, networks), part.spec),
+        latent=(side, side, part.spec.in_channels),
+    )
+
+
+def resized(pipeline: Pipeline, size: tuple[int, int]) -> Pipeline:
+    """The pipeline for pictures of another size (height, width) in pixels.
+
+    Raises: InputError for a size that the networks cannot take.
+    """
+    height, width = size
+    if min(size) < 1 or height % pipeline.upscale or width % pipeline.upscale:
+        raise InputError(
+            f"size: found {height}x{width}; expected multiples of {pipeline.upscale} pixels"
+        )
+    latent = (height // pipeline.upscale, width // pipeline.upscale, pipeline.latent[2])
+    pipeline = replace(pipeline, latent=latent)
+    text = jax.eval_shape(
+        pipeline.encode_text,
+        {name: network.abstract for name, network in pipeline.networks.items()},
+        *pipeline.prompts.untold(None, pipeline.prompts.length),
+    )
+    network = pipeline.networks[pipeline.body]
+    try:
+        jax.eval_shape(pipeline.denoiser.raw, network.abstract, jnp.zeros((1, *latent)), 1.0, text)
+    except InputError as error:
+        raise InputError(f"size: found {height}x{width} pixels; {error}") from None
+    return pipeline
+
+
+def with_scheduler(pipeline: Pipeline, scheduler: dict[str, Any]) -> Pipeline:
+    """The same networks under another scheduler_config.json."""
+    folder = replace(pipeline.folder, scheduler=scheduler)
+    denoiser = _denoiser(folder, pipeline.networks[folder.body])
+    sampler = sampler_from_config(scheduler)
+    return replace(pipeline, folder=folder, denoiser=denoiser, sampler=sampler)
+
+
+def _denoiser(folder: PipelineFolder, network: Functional) -> Denoiser:
+    part = folder.components[folder.body]
     schedule = schedule_from_config(folder.scheduler)
-    predictor = part.module.predictor(networks[folder.body].apply, part.spec)
-    features = part.module.features(networks[folder.body].apply)
+    predictor = part.module.predictor(network.apply, part.spec)
+    features = part.module.features(network.apply)
     if tells_whole_times(folder.scheduler):
         predictor, features = told_whole(predictor), told_whole(features)
     if isinstance(schedule, TrigFlow):
         predictor, features = trigflow(predictor), None
-    denoiser = Denoiser(
+    return Denoiser(
         predictor,
         schedule,
         parameterization_from_config(folder.scheduler),
         features,
         embedded=getattr(part.spec, "guidance_embeds", False),
-    )
-    side = part.spec.sample_size
-    return Pipeline(
-        folder=folder,
-        networks=networks,
-        denoiser=denoiser,
-        sampler=sampler_from_config(folder.scheduler),
-        prompts=part.module.prompts(_text_parts(folder, networks), part.spec),
-        latent=(side, side, part.spec.in_channels),
     )
 
 

@@ -228,7 +228,7 @@ def sana_net(**more):
         num_cross_attention_heads=2,
         cross_attention_head_dim=12,
         cross_attention_dim=24,
-        caption_channels=18,
+        caption_channels=20,
         sample_size=16,
         patch_size=1,
     )
@@ -238,7 +238,7 @@ def sana_net(**more):
 def sana():
     import diffusers
 
-    tokenizer, encoder = gemma(18)
+    tokenizer, encoder = gemma(20)
     return diffusers.SanaPipeline(
         tokenizer=tokenizer,
         text_encoder=encoder,
@@ -253,7 +253,7 @@ def sana():
 def sana_sprint():
     import diffusers
 
-    tokenizer, encoder = gemma(18)
+    tokenizer, encoder = gemma(20)
     net = sana_net(guidance_embeds=True, qk_norm="rms_norm_across_heads")
     return diffusers.SanaSprintPipeline(
         tokenizer=tokenizer,

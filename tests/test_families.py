@@ -1,18 +1,24 @@
 """Every family as a whole: networks, pictures and weights both ways, against diffusers."""
 
 import json
+import shutil
 
+import diffusers
 import families
 import jax
 import numpy as np
 import pytest
-from checkpoints import same, state
+import torch
+from checkpoints import edit, same, state
+from workdirs import make_workdir
 
 from gadjax import parity
 from gadjax.cli.main import main
 from gadjax.convert.folder import read_pipeline
 from gadjax.convert.recipe import FILE
-from gadjax.pipeline import load_pipeline
+from gadjax.errors import InputError
+from gadjax.pipeline import load_pipeline, make_pipeline
+from gadjax.students import KNOWN, known_student
 
 PROMPTS = ("a red circle above the blue square", "")
 
@@ -59,13 +65,32 @@ def test_pictures_are_diffusers_own(folders, family, tmp_path):
     assert parity.compare_pictures(folder, PROMPTS) <= 1e-4
 
 
-@pytest.mark.parametrize("family", families.MAKERS)
+# Family -> how its files are written.
+STORED = {
+    "sd15": {"variant": "fp16", "dtype": "float16"},
+    "sd2_v": {},
+    "sdxl": {"dtype": "bfloat16"},
+    "sana": {"dtype": "bfloat16", "max_shard_size": "60KB"},
+    "sana_sprint": {},
+    "sd3": {"variant": "fp16", "dtype": "float16", "max_shard_size": "150KB"},
+    "sd35": {},
+}
+
+
+@pytest.mark.parametrize("family", STORED)
 def test_weights_go_there_and_back(folders, family, tmp_path):
-    folder = folders(family)
+    options = dict(STORED[family])
+    folder, variant = folders(family), options.get("variant")
+    if options:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+        pipeline.to(dtype=getattr(torch, options.pop("dtype")))
+        folder = tmp_path / "stored"
+        pipeline.save_pretrained(folder, **options)
     own, back = tmp_path / "own", tmp_path / "back"
-    for arguments in ((folder, own), (own, back)):
-        assert main(["convert", *map(str, arguments)]) == 0
-    for name in read_pipeline(folder).components:
+    flags = ["--variant", variant] if variant else []
+    assert main(["convert", str(folder), str(own), *flags]) == 0
+    assert main(["convert", str(own), str(back)]) == 0
+    for name in read_pipeline(folder, variant=variant).components:
         before, after = state(folder, name), state(back, name)
         if name.startswith("text_encoder"):  # both spellings are read, one is written
             after = {key: after[prefixed(key, after)] for key in before}
@@ -93,3 +118,140 @@ def test_a_map_of_the_noise_has_a_tangent(folders, family):
 
     _, tangent = jax.jit(lambda z, v: jax.jvp(walk, (z,), (v,)))(z, v)
     assert np.isfinite(tangent).all() and np.abs(tangent).max() > 1e-3
+
+
+STUDENTS = {
+    "sd15": (899, 674, 449, 224),
+    "sd2_v": (999,),
+    "sdxl": (999, 500),
+    "sana": (999.67, 749.62),
+    "sd3": (1000.0,),
+    "sd35": (1000.0, 857.69, 602.15, 8.93),
+}
+
+
+@pytest.mark.parametrize("family", STUDENTS)
+def test_a_student_goes_back_to_diffusers(folders, family, tmp_path):
+    """`gadjax export` draws with both and refuses what differs; and the weights are the average."""
+    folder, timesteps = folders(family), STUDENTS[family]
+    run, out = tmp_path / "run", tmp_path / "out"
+    data = {"length": LENGTH.get(family, 77)}
+    make_workdir(run, folder, timesteps=timesteps, **{"student.steps": len(timesteps)}, data=data)
+    assert main(["export", "--workdir", str(run), "--out", str(out)]) == 0
+    assert json.loads((out / FILE).read_text())["verified"]["max_difference"] <= 1e-4
+    body = "unet" if (folder / "unet").is_dir() else "transformer"
+    for key, tensor in state(out, body).items():
+        moved = 1 if key == "pos_embed.pos_embed" else 1 - 0.02 * 2
+        torch.testing.assert_close(tensor, state(folder, body)[key] * moved, rtol=1e-6, atol=0)
+
+
+RECIPES = {
+    "dp-dmd-sd3.5": "sd35",
+    "dmd2-sdxl": "sdxl",
+    "dmd2-sdxl-one-step": "sdxl",
+    "sid-sd": "sd2_v",
+    "sana-sprint": "sana_sprint",
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_known_students_are_drawn_as_their_authors_do(folders, recipe, tmp_path):
+    """Under the scheduler and arguments that their authors give diffusers."""
+    folder = folders(RECIPES[recipe])
+    pipeline, sampling = known_student(recipe, load_pipeline(folder)[0])
+    written = {"steps": sampling.steps, "guidance": sampling.guidance, "scale": sampling.scale}
+    if sampling.timesteps:
+        written["timesteps"] = list(sampling.timesteps)
+    path = told(folder, tmp_path, length=LENGTH.get(RECIPES[recipe], 77), **written)
+    if KNOWN[recipe].scheduler:
+        theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
+        made = getattr(diffusers, KNOWN[recipe].scheduler).from_config(theirs.scheduler.config)
+        (path / "scheduler").unlink()
+        made.save_pretrained(path / "scheduler")
+        index = json.loads((path / "model_index.json").read_text())
+        (path / "model_index.json").unlink()
+        index["scheduler"] = ["diffusers", KNOWN[recipe].scheduler]
+        (path / "model_index.json").write_text(json.dumps(index))
+        stored = load_pipeline(path)[0]
+        assert stored.denoiser.schedule == pipeline.denoiser.schedule
+        assert stored.denoiser.parameterization == pipeline.denoiser.parameterization
+    assert parity.compare_pictures(path, PROMPTS) <= 1e-4
+    assert sampling.scale == pytest.approx(0.9285640 if recipe == "sid-sd" else 1, rel=1e-6)
+
+
+def test_a_recipe_of_another_family_is_refused(folders):
+    pipeline, _ = load_pipeline(folders("sd15"))
+    with pytest.raises(InputError, match="expected a StableDiffusionXLPipeline for dmd2-sdxl"):
+        known_student("dmd2-sdxl", pipeline)
+    with pytest.raises(InputError, match="recipe: found 'x'; expected one of tdm-pixart"):
+        known_student("x", pipeline)
+
+
+def broken(folder, path, part, **changes):
+    """A copy with another configuration of one part."""
+    shutil.copytree(folder, path)
+    edit(path / part, **changes)
+    return path
+
+
+def test_text_encoders_of_another_width_are_refused(folders, tmp_path):
+    folder = read_pipeline(folders("sdxl"))
+    part = folder.components["text_encoder"]
+    wide = part.__class__(**{**vars(part), "spec": part.spec.__class__(hidden_size=24)})
+    folder.components["text_encoder"] = wide
+    with pytest.raises(InputError, match="text encoders of width 52; expected 48, the network's"):
+        make_pipeline(folder)
+
+
+def test_a_missing_text_encoder_is_named(folders, tmp_path):
+    folder = broken(folders("sd3"), tmp_path / "x", "model_index.json", text_encoder_2=[None, None])
+    with pytest.raises(InputError, match="found no text_encoder_2; expected the text encoder"):
+        load_pipeline(folder)
+
+
+def test_sd3_goes_without_its_t5(folders, tmp_path):
+    gone = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    folder = broken(folders("sd3"), tmp_path / "x", "model_index.json", **gone)
+    shutil.rmtree(folder / "text_encoder_3")
+    (folder / FILE).write_text(json.dumps({"steps": 2, "guidance": 2.0, "length": 9}))
+    assert parity.compare_pictures(folder, PROMPTS) <= 1e-4
+
+
+def test_other_lengths_than_clips_are_refused(folders):
+    pipeline, _ = load_pipeline(folders("sd15"))
+    with pytest.raises(InputError, match="length: found 12 tokens; expected 77"):
+        pipeline.tokens(PROMPTS, 12)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sana", "sd3"])
+def test_a_negative_prompt_and_another_size(folders, family, tmp_path):
+    """Through the command; diffusers draws the same."""
+    length = LENGTH.get(family, 77)
+    folder = told(folders(family), tmp_path, steps=2, guidance=3.0, length=length)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    size = {"sana": (32, 64)}.get(family, (16, 24))
+    flags = ["--negative", "blue square", "--size", f"{size[0]}x{size[1]}"]
+    arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "o"]
+    assert main(["sample", *map(str, arguments), *flags]) == 0
+    from PIL import Image
+
+    from gadjax.sampling import initial_noise
+
+    ours = np.asarray(Image.open(tmp_path / "o" / "00000-0.png"), np.float32) / 255
+    assert ours.shape == (*size, 3)
+    pipeline, _ = load_pipeline(folder)
+    latent = (size[0] // pipeline.upscale, size[1] // pipeline.upscale, pipeline.latent[2])
+    noise = initial_noise(0, 1, latent).transpose(0, 3, 1, 2).copy()
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    sampling = pipeline.sampling.__class__(2, None, 3.0, length)
+    image = theirs(
+        "a red circle",
+        negative_prompt="blue square",
+        height=size[0],
+        width=size[1],
+        latents=torch.from_numpy(noise),
+        output_type="np",
+        **parity.diffusers_arguments(type(theirs).__name__, sampling),
+    ).images[0]
+    assert np.abs(ours - image).max() <= 1 / 255

@@ -10,6 +10,7 @@ import optax
 from gadjax.convert.files import fingerprint
 from gadjax.convert.folder import read_pipeline
 from gadjax.convert.tensors import tensors_from_params
+from gadjax.models.module import kept_of
 from gadjax.training.checkpoint import Checkpoints
 from gadjax.training.config import as_json, default_config, write_json
 from gadjax.training.state import create
@@ -30,17 +31,19 @@ def make_workdir(
     config.student.timesteps = timesteps
     config.data.length = LENGTH
     config.update(changes)
-    part = read_pipeline(teacher, components=("transformer",)).components["transformer"]
+    pipeline = read_pipeline(teacher)
+    part = pipeline.components[pipeline.body]
     identity = fingerprint(tensors_from_params(part.params, part.keymap))
     folder.mkdir(parents=True)
     write_json(config, folder / "config.json")
     checkpoints = Checkpoints(folder / "checkpoints")
+    first, _ = kept_of(part.params, part.frozen)
     for step in (1, 2):
         state = create(
-            {"student": jax.tree.map(lambda x, s=step: jnp.asarray(x) + 0.01 * s, part.params)},
+            {"student": jax.tree.map(lambda x, s=step: jnp.asarray(x) + 0.01 * s, first)},
             {"student": optax.sgd(1e-3)},
         )
-        ema = jax.tree.map(lambda x, s=step: jnp.asarray(x) * (1 - 0.02 * s), part.params)
+        ema = jax.tree.map(lambda x, s=step: jnp.asarray(x) * (1 - 0.02 * s), first)
         state = state._replace(step=jnp.int32(step), ema=ema)
         checkpoints.save(step, state, {"config": as_json(config), "teacher": identity})
     checkpoints.close()

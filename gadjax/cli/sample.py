@@ -5,6 +5,7 @@ Picture n of prompt p starts from noise p of seed SEED + n, whatever else is dra
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gadjax.convert.atomic import atomic_folder, check_apart, check_target
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError, RunStopped
 from gadjax.sampling import BATCH, draw, initial_noise, sampler_and_times
+from gadjax.students import KNOWN
 from gadjax.training.preview import grid, save_png, to_uint8
 
 MARKER = "prompts.jsonl"
@@ -32,8 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="by default what the model says, else 20")
-    parser.add_argument("--guidance", type=float, help="by default what the model says, else 4.5")
+    parser.add_argument("--steps", type=int, help="by default what the model or its family says")
+    parser.add_argument(
+        "--guidance", type=float, help="by default what the model or its family says"
+    )
+    parser.add_argument("--negative", help="prompt that guidance leads away from")
+    parser.add_argument("--size", help="of pictures, HEIGHTxWIDTH in pixels")
+    parser.add_argument(
+        "--recipe", help=f"of a known student, where the folder has none: {', '.join(KNOWN)}"
+    )
     parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt")
     parser.add_argument("--batch", type=int, default=BATCH, help="pictures at a time")
     parser.add_argument("--dtype", default="float32", help="of the networks: float32 or bfloat16")
@@ -49,9 +58,10 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("steps", "per_prompt", "batch"):
         check_least(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
     prompts = read_prompts(resolve(args.prompts))
-    model = load(args.model, dtype=args.dtype, variant=args.variant)
+    size = _size(args.size)
+    model = load(args.model, dtype=args.dtype, variant=args.variant, recipe=args.recipe)
     try:
-        model = drawn_with(model, args.steps, args.guidance)
+        model = drawn_with(model, args.steps, args.guidance, args.negative, size)
     except InputError as error:
         raise InputError(f"--{error}") from error
     sampler_and_times(model.pipeline, model.sampling)  # refuses steps that cannot be taken
@@ -75,6 +85,15 @@ def run(args: argparse.Namespace) -> int:
         save_png(grid(rows, prompts[:SHOWN], scale), out / "grid.png")
     print(f"{args.out}: {len(jobs)} pictures in {model.sampling.steps} steps each")
     return 0
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if not found:
+        raise InputError(f"--size: found {text!r}; expected HEIGHTxWIDTH, such as 512x768")
+    return int(found[1]), int(found[2])
 
 
 def _draw(

@@ -5,6 +5,7 @@ scheduler and tokenizers are files without weights.
 """
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import json
@@ -74,6 +75,11 @@ class Component:
     def keymap(self) -> KeyMap:
         return _keymap(self.module, self.spec)
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Regexes of the paths of parameters that no training changes."""
+        return getattr(self.module, "FROZEN", ())
+
 
 @dataclass(frozen=True)
 class PipelineFolder:
@@ -136,9 +142,10 @@ def _parts(path: Path, model_index: Mapping[str, Any]) -> dict[str, tuple[str, s
         if Path(name).name != name:
             raise InputError(f"{path}: found a part named {name!r}; expected a folder's name")
         if not CARRIED.fullmatch(name) and (value[1] not in COMPONENTS or value[0] not in STEMS):
+            near = difflib.get_close_matches(value[1], COMPONENTS, 1, cutoff=0)[0]
             raise InputError(
-                f"{path}: found {name} of class {'.'.join(value)}; expected a supported class: "
-                + ", ".join(COMPONENTS)
+                f"{path}: found {name} of class {'.'.join(value)}; expected a supported class "
+                f"({near} is the nearest of {', '.join(COMPONENTS)})"
             )
         parts[name] = tuple(value)
     if all(CARRIED.fullmatch(name) for name in parts):

@@ -22,6 +22,7 @@ import numpy as np
 
 from gadjax.convert.files import WEIGHTS_NAME, Weights, fingerprint, read_json, write_weights
 from gadjax.convert.folder import (
+    CARRIED,
     COMPONENTS,
     INDEX,
     SCHEDULER,
@@ -83,7 +84,7 @@ def read_own(
         raise InputError(f"{folder}: found no {', '.join(absent)}; expected a network of that name")
     parts = {}
     for name, entry in networks.items():
-        part = _describe(folder, name, model_index.get(name))
+        part = describe(folder, name, model_index.get(name))
         parts[name] = _read(part, entry["fingerprint"], dtype) if name in wanted else part
     scheduler = read_json(folder / SCHEDULER) if (folder / SCHEDULER).is_file() else {}
     return PipelineFolder(folder, model_index, scheduler, parts)
@@ -108,7 +109,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _describe(folder: Path, name: str, entry: Any) -> Component:
+def outline_folder(folder: Path) -> PipelineFolder:
+    """A pipeline folder from its configurations alone; it need not have weights.
+
+    Raises: InputError for whatever is absent or unsupported.
+    """
+    folder = Path(folder)
+    model_index = read_json(folder / INDEX)
+    names = [name for name in _parts(folder, model_index) if not CARRIED.fullmatch(name)]
+    parts = {name: describe(folder, name, model_index[name]) for name in names}
+    return PipelineFolder(folder, model_index, read_json(folder / SCHEDULER), parts)
+
+
+def describe(folder: Path, name: str, entry: Any) -> Component:
     """A network without its parameters; its weights are empty, as there are no weight files."""
     where = folder / name / "config.json"
     if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in COMPONENTS:

@@ -1,7 +1,7 @@
 """From an nnx module to pure functions of a nested dict, and from its paths to a file's keys."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,11 +59,30 @@ def unflatten(flat: dict[str, Any]) -> Params:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def kept_of(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
+    """What is trained of a network's parameters, and what is not: the leaves whose path one of the
+    patterns is found in."""
+    flat = flatten(params)
+    kept = {path for path in flat if any(re.search(pattern, path) for pattern in patterns)}
+    parts = ({k: v for k, v in flat.items() if (k in kept) == side} for side in (False, True))
+    return tuple(unflatten(part) for part in parts)
+
+
+def overlay(params: Params, kept: Params | None) -> Params:
+    """A network's parameters from what `kept_of` parted; leaves of `params` come first."""
+    return unflatten({**flatten(kept), **flatten(params)}) if kept else params
+
+
 def cast(params: Params, dtype) -> Params:
-    """Every floating leaf in `dtype`."""
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
-    )
+    """Every floating leaf in `dtype`; of shapes alone, shapes."""
+
+    def change(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        abstract = isinstance(x, jax.ShapeDtypeStruct)
+        return jax.ShapeDtypeStruct(x.shape, dtype) if abstract else x.astype(dtype)
+
+    return jax.tree.map(change, params)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def default_config() -> ConfigDict:
             "steps": 1000,  # student updates
             "batch": 32,  # global
             "microbatch": 0,  # global too; 0: the whole batch at once
-            "mesh": {"data": -1, "fsdp": 1},  # -1: the devices that the other leaves
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that others leave
             "dtype": "float32",  # what networks compute in; parameters are float32
             "remat": True,  # recompute each block in reverse mode
             "teacher": "",  # diffusers pipeline folder, or asset:NAME

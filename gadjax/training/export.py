@@ -48,13 +48,13 @@ def export(
     folder = open_folder(source, components=())
     body = folder.body
     folder = open_folder(source, components=(body,))
-    trained.check(folder.components[body])
+    weights = trained.complete(folder.components[body])
     scheduler, sampling = _drawn_by(trained, folder)
     made = _describe(out.resolve().name, trained, folder, scheduler, sampling, measured)
 
     with atomic_folder(out, overwrite=overwrite, marker=INDEX) as new:
         with diffusers_folder(source, out.resolve().parent) as src:
-            params = {body: trained.params}
+            params = {body: weights}
             write_pipeline(src, new, params, scheduler=scheduler, dtype=dtype)
         index = read_json(new / INDEX) | {"_class_name": made.pipeline}
         (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

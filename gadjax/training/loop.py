@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from gadjax.convert.recipe import Sampling
 from gadjax.data.source import prefetch
 from gadjax.errors import InputError, RunStopped
+from gadjax.models.module import overlay
 from gadjax.sampling import clean_latent, initial_noise
 from gadjax.training.checkpoint import Checkpoints
 from gadjax.training.config import as_json, check_resume, write_json
@@ -161,6 +162,7 @@ class Preview:
             cond = encode_raw(pipeline, frozen, raw)
             null = encode_raw(pipeline, frozen, frozen["null"])
             null = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), null)
+            params = overlay(params, frozen.get("kept"))
             x0 = clean_latent(pipeline, params, sampling, noise, cond, null)
             return pipeline.decode(frozen["vae"], x0)
 

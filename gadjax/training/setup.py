@@ -1,7 +1,7 @@
 """What a config means: networks, recipe, data, and the two compiled updates."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,9 @@ from gadjax.convert.tensors import tensors_from_params
 from gadjax.data.source import Source
 from gadjax.errors import InputError
 from gadjax.geometry import tangent
-from gadjax.models.module import cast
+from gadjax.models.module import cast, kept_of, overlay
 from gadjax.objectives import TERMS, build
-from gadjax.pipeline import Pipeline, load_pipeline, random_like
+from gadjax.pipeline import Pipeline, load_pipeline, outline_pipeline, random_like
 from gadjax.sampling import sampler_and_times
 from gadjax.training.data import WITH_PICTURES, open_data
 from gadjax.training.sharding import (
@@ -50,8 +50,12 @@ class Run:
     fingerprint: str  # of the teacher's transformer
 
 
-def prepare(config: ConfigDict) -> Run:
-    """Check everything that can be checked, then load. Raises: InputError before device work."""
+def prepare(config: ConfigDict, *, abstract: bool = False) -> Run:
+    """Check everything that can be checked, then load. Raises: InputError before device work.
+
+    abstract: from the teacher's configurations alone; parameters are then shapes, and the run can
+      be traced and compiled but not carried out.
+    """
     times = student_times(config)
     objective = build(config.objective, TERMS, len(times))
     mesh = make_mesh(config.mesh)
@@ -62,9 +66,8 @@ def prepare(config: ConfigDict) -> Run:
     if not config.teacher:
         raise InputError("teacher: found nothing; expected a diffusers pipeline folder")
     dtype = compute_dtype(config.dtype)
-    pipeline, params = load_pipeline(
-        assets.resolve(config.teacher), dtype=dtype, remat=config.remat
-    )
+    read = outline_pipeline if abstract else load_pipeline
+    pipeline, params = read(assets.resolve(config.teacher), dtype=dtype, remat=config.remat)
     sampling = sampling_of(config)
     if pipeline.sampler.renoises:
         raise InputError(
@@ -108,9 +111,14 @@ def prepare(config: ConfigDict) -> Run:
         if wanted
     }
 
-    first = params[pipeline.body]
+    part = pipeline.folder.components[pipeline.body]
+    first, kept = kept_of(params[pipeline.body], part.frozen)
     if config.student.init == "random":
-        first = random_like(pipeline.networks[pipeline.body], config.seed)
+        network = pipeline.networks[pipeline.body]
+        fresh = network.abstract if abstract else random_like(network, config.seed)
+        first, _ = kept_of(fresh, part.frozen)
+    if kept:
+        frozen["kept"] = kept
 
     if objective.needs.tangent or objective.needs.jvp:
         check_tangents(pipeline, frozen, first)
@@ -131,8 +139,7 @@ def prepare(config: ConfigDict) -> Run:
             roles["discriminator"] = objective.init_discriminator(key, features.shape[-1])
         return create(roles, optimizers)
 
-    part = pipeline.folder.components[pipeline.body]
-    identity = fingerprint(tensors_from_params(part.params, part.keymap))
+    identity = "" if abstract else fingerprint(tensors_from_params(part.params, part.keymap))
     return Run(config, pipeline, recipe, mesh, source, frozen, first, start, identity)
 
 
@@ -140,6 +147,7 @@ def outline(pipeline: Pipeline, frozen: dict[str, Any], params: Params, f: Calla
     """f(params, x_BHWC, t_B, cond) of one sample traced and lowered, but not compiled."""
 
     def run(params, frozen):
+        params = overlay(params, frozen.get("kept"))
         cond = encode_raw(pipeline, frozen, frozen["null"])
         return f(params, jnp.zeros((1, *pipeline.latent)), jnp.zeros(1), cond)
 
@@ -218,6 +226,19 @@ def make_batch(
     return Batch(cond, null, noise, keys, (places + offset).astype(jnp.int32), x0)
 
 
+def keeping(recipe: Recipe, frozen: dict[str, Any]) -> Recipe:
+    """The recipe for states without the parameters that are never trained."""
+    if "kept" not in frozen:
+        return recipe
+    denoiser, kept = recipe.denoiser, frozen["kept"]
+
+    def whole(f):
+        return f and (lambda params, *arguments: f(overlay(params, kept), *arguments))
+
+    changed = {name: whole(getattr(denoiser, name)) for name in ("apply", "features")}
+    return replace(recipe, denoiser=replace(denoiser, **changed))
+
+
 @dataclass(frozen=True)
 class Steps:
     """The compiled updates and where the state lives."""
@@ -236,8 +257,8 @@ def compile_steps(run: Run) -> Steps:
     rules = HEADS + parts[body].module.RULES
     state_sh = shardings(jax.eval_shape(run.start, run.first), rules, mesh)
     frozen_sh = {
-        name: shardings(tree, parts[name].module.RULES, mesh)
-        if name in parts
+        name: shardings(tree, parts[body if name == "kept" else name].module.RULES, mesh)
+        if name in parts or name == "kept"
         else jax.tree.map(lambda _: replicated(mesh), tree)
         for name, tree in run.frozen.items()
     }
@@ -250,12 +271,12 @@ def compile_steps(run: Run) -> Steps:
     @partial(jax.jit, **options)
     def student(state, frozen, raw, update):
         batch = make_batch(run.pipeline, frozen, raw, seed, update)
-        return student_step(run.recipe, state, frozen.get(body), batch)
+        return student_step(keeping(run.recipe, frozen), state, frozen.get(body), batch)
 
     @partial(jax.jit, **options)
     def critic(state, frozen, raw, update):
         batch = make_batch(run.pipeline, frozen, raw, seed, update)
-        return critic_step(run.recipe, state, frozen.get(body), batch)
+        return critic_step(keeping(run.recipe, frozen), state, frozen.get(body), batch)
 
     has_critic = len(run.recipe.optimizers) > 1
     return Steps(student, critic if has_critic else None, state_sh, frozen_sh)

@@ -10,18 +10,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gadjax.errors import InputError
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor")
+SAMPLES = ("data", "fsdp")  # the axes over which a batch is split
 SMALL = 2**16  # elements below which a leaf that no rule names is replicated
 HEADS = ((r"(^|/)discriminator/", PartitionSpec()),)  # of a training state, beside its networks
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp) mesh; a size of -1 takes what the other leaves.
+    """A (data, fsdp, tensor) mesh; a size of -1 takes what the others leave.
 
     Raises: InputError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    wanted = [int(sizes[axis]) for axis in AXES]
+    wanted = [int(sizes.get(axis, 1)) for axis in AXES]
     if wanted.count(-1) == 1:
         rest = math.prod(n for n in wanted if n != -1)
         wanted = [len(devices) // max(rest, 1) if n == -1 else n for n in wanted]
@@ -70,8 +71,8 @@ def shardings(tree: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over every device."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    """The leading axis over all devices but those that share samples."""
+    return NamedSharding(mesh, PartitionSpec(SAMPLES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -82,8 +83,10 @@ def check_batch(batch: int, microbatch: int, mesh: Mesh) -> int:
     """The number of microbatches. Raises: InputError where the mesh does not divide one."""
     if microbatch <= 0 or batch % microbatch:
         raise InputError(f"microbatch: found {microbatch}; expected a divisor of batch ({batch})")
-    if microbatch % mesh.size:
+    shares = math.prod(mesh.shape[axis] for axis in SAMPLES)
+    if microbatch % shares:
         raise InputError(
-            f"microbatch: found {microbatch}; expected a multiple of the mesh's {mesh.size} devices"
+            f"microbatch: found {microbatch}; expected a multiple of the mesh's {shares} shares "
+            f"({' x '.join(SAMPLES)})"
         )
     return batch // microbatch

@@ -10,6 +10,7 @@ from gadjax.convert.folder import Component
 from gadjax.convert.recipe import Sampling
 from gadjax.convert.tensors import check_keys, tensors_from_params
 from gadjax.errors import InputError
+from gadjax.models.module import kept_of, overlay
 from gadjax.objectives import TERMS, build
 from gadjax.training.checkpoint import read_params
 from gadjax.types import Params
@@ -39,8 +40,11 @@ class Trained:
         """Whether it is a student with timesteps of its own, rather than a teacher."""
         return self.sampling.timesteps is not None
 
-    def check(self, teacher: Component) -> None:
-        """Raises: InputError unless this transformer is the one the run was started with."""
+    def complete(self, teacher: Component) -> Params:
+        """All parameters of the network: those that were trained, and those that never are.
+
+        teacher: the network that the run was started with. Raises: InputError for another one.
+        """
         keymap = teacher.keymap
         where = teacher.weights.folder
         found = fingerprint(tensors_from_params(teacher.params, keymap))
@@ -49,8 +53,10 @@ class Trained:
                 f"{where}: found weights with fingerprint {found}; expected {self.fingerprint}, "
                 f"the teacher of {self.workdir}"
             )
-        shapes = {k: v.shape for k, v in tensors_from_params(self.params, keymap, views=True)}
+        params = overlay(self.params, kept_of(teacher.params, teacher.frozen)[1])
+        shapes = {k: v.shape for k, v in tensors_from_params(params, keymap, views=True)}
         check_keys(shapes, teacher.abstract, keymap, f"{self.workdir}, step {self.step}")
+        return params
 
 
 def is_workdir(path: Path) -> bool:

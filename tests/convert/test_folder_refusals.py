@@ -57,11 +57,11 @@ def no_networks(source):
 
 
 def unsupported(source):
-    edit(source / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"])
+    edit(source / "model_index.json", transformer_2=["diffusers", "SD3TransformerModel"])
     return (
         source / "model_index.json",
-        "text_encoder_2 of class transformers.CLIPTextModel",
-        ", ".join(folder.COMPONENTS),
+        "transformer_2 of class diffusers.SD3TransformerModel",
+        f"(SD3Transformer2DModel is the nearest of {', '.join(folder.COMPONENTS)})",
     )
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from gadjax.errors import InputError
 from gadjax.models import pixart
 from gadjax.models.module import flatten, functional
-from gadjax.training.sharding import check_batch, make_mesh, path_name, shardings
+from gadjax.training.sharding import AXES, check_batch, make_mesh, path_name, shardings
 from gadjax.training.state import create
 
 B, LENGTH, TEXT = 32, 5, 8
@@ -83,11 +84,12 @@ def prompts(update):
     return {"text": text, "mask": np.ones((B, LENGTH), np.float32)}
 
 
-# Mesh -> data, fsdp, microbatches, roles (one is enough for the last, for compilation's sake).
+# Mesh (data x fsdp x tensor) -> microbatches, roles (one is enough for the last, for compilation's
+# sake).
 MESHES = {
-    "1x1": (1, 1, 1, ("student", "critic")),
-    "2x4": (2, 4, 1, ("student", "critic")),
-    "8x1": (8, 1, 2, ("student",)),
+    "1x1x1": (1, ("student", "critic")),
+    "2x2x2": (1, ("student", "critic")),
+    "8x1x1": (2, ("student",)),
 }
 
 
@@ -97,8 +99,9 @@ def worker(out: Path) -> None:
     from gadjax.training.sharding import batch_sharding
 
     assert len(jax.devices()) == 8
-    for name, (data, fsdp, microbatches, roles) in MESHES.items():
-        mesh = make_mesh({"data": data, "fsdp": fsdp}, jax.devices()[: data * fsdp])
+    for name, (microbatches, roles) in MESHES.items():
+        sizes = dict(zip(AXES, map(int, name.split("x")), strict=True))
+        mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
         run = tiny_run(mesh, microbatches)
         steps = compile_steps(run)
         state = jax.device_put(run.start(run.first), steps.state)
@@ -148,15 +151,15 @@ def trained(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", ["2x4", "8x1"])
+@pytest.mark.parametrize("name", ["2x2x2", "8x1x1"])
 def test_eight_devices_do_what_one_does(trained, name):
-    (one, metrics, _, _), (eight, same, _, _) = trained["1x1"], trained[name]
+    (one, metrics, _, _), (eight, same, _, _) = trained["1x1x1"], trained[name]
     net = functional(pixart.build(CONFIG, remat=False))
     assert len(one) == len(eight) > 7 * len(flatten(net.abstract))
     largest = max(float(np.abs(v).max()) for k, v in one.items() if "/mu/" in k)
     checked = 0
     for key, a in one.items():
-        if name == "8x1" and "critic" in key:
+        if name == "8x1x1" and "critic" in key:
             continue
         size = np.abs(a).max()
         if "/mu/" in key or "/nu/" in key:
@@ -173,9 +176,9 @@ def test_eight_devices_do_what_one_does(trained, name):
 
 
 def test_the_state_stays_where_the_rules_put_it(trained):
-    specs = trained["2x4"][2]
+    specs = trained["2x2x2"][2]
     kernel = "blocks/attn1/to_q/kernel"
-    assert specs[f"params/student/{kernel}"] == str(P(None, "fsdp", None))
+    assert specs[f"params/student/{kernel}"] == str(P(None, "fsdp", "tensor"))
     assert specs[f"params/student/{kernel}"] == specs[f"ema/{kernel}"]
     assert sum("fsdp" in spec for spec in specs.values()) > 50
 
@@ -183,10 +186,10 @@ def test_the_state_stays_where_the_rules_put_it(trained):
 def test_devices_share_the_work(trained):
     """An eighth of the operations each, up to what is done once per parameter; with microbatches
     (whose loop is counted once) an eighth of a microbatch's."""
-    alone = trained["1x1"][3]
+    alone = trained["1x1x1"][3]
     for role in ("student", "critic"):
-        assert trained["2x4"][3][role] < 1.3 * alone[role] / 8
-    assert trained["8x1"][3]["student"] < 1.6 * alone["student"] / 16
+        assert trained["2x2x2"][3][role] < 1.3 * alone[role] / 8
+    assert trained["8x1x1"][3]["student"] < 1.6 * alone["student"] / 16
 
 
 MESH = AbstractMesh((2, 4), ("data", "fsdp"))
@@ -265,7 +268,7 @@ def test_a_mesh_of_other_than_the_devices_is_refused(sizes):
 
 def test_one_size_may_be_left_to_the_mesh():
     mesh = make_mesh({"data": 1, "fsdp": -1}, jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 def test_batches_that_do_not_divide_are_refused():
@@ -274,7 +277,7 @@ def test_batches_that_do_not_divide_are_refused():
         check_batch(64, 24, MESH)
     with pytest.raises(InputError, match="found 0; expected a divisor"):
         check_batch(64, 0, MESH)
-    with pytest.raises(InputError, match="found 4; expected a multiple of the mesh's 8 devices"):
+    with pytest.raises(InputError, match="found 4; expected a multiple of the mesh's 8 shares"):
         check_batch(64, 4, MESH)
 
 

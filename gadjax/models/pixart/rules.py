@@ -1,13 +1,15 @@
-"""How PixArt's parameters are split over the devices of the "fsdp" axis."""
+"""How PixArt's parameters are split over the devices of the axes "fsdp" and "tensor"."""
 
 from jax.sharding import PartitionSpec as P
 
-# The axis named is the one with the most factors of two: at width 1152 up to 128 devices.
+# The dimension that fsdp cuts is the one with the most factors of two: at width 1152 up to 128
+# devices, or 64 beside two of "tensor".
 RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)bias$", P()),
-    (r"^blocks/attn[12]/to_(q|k|v|out)/kernel$", P(None, "fsdp", None)),
-    (r"^blocks/ff/linear_1/kernel$", P(None, None, "fsdp")),
-    (r"^blocks/ff/linear_2/kernel$", P(None, "fsdp", None)),
+    (r"^blocks/attn[12]/to_(q|k|v)/kernel$", P(None, "fsdp", "tensor")),
+    (r"^blocks/attn[12]/to_out/kernel$", P(None, "tensor", "fsdp")),
+    (r"^blocks/ff/linear_1/kernel$", P(None, "fsdp", "tensor")),
+    (r"^blocks/ff/linear_2/kernel$", P(None, "tensor", "fsdp")),
     (r"^blocks/scale_shift_table$", P(None, None, "fsdp")),
     (r"^adaln_single/linear/kernel$", P(None, "fsdp")),
     (r"^adaln_single/emb/\w+_embedder/linear_[12]/kernel$", P("fsdp", None)),

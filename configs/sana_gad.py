@@ -1,0 +1,44 @@
+"""SANA to 4 steps with SiD + GAD, at 512 pixels.
+
+Reproduces: the kind of run that GAD's paper has on SANA (score identity). Its code is not public:
+          SiD's settings are those of SiD-DiT on flow models (guidance 4.5 for teacher and critic,
+          alpha 1, rate 5e-6, 256 samples, 4 steps), the weight of GAD is the public PixArt code's.
+Command:  gadjax train --config configs/sana_gad.py --workdir DIR
+              --config.teacher=PATH/Sana_600M_512px_diffusers --config.data.prompts=PROMPTS.txt
+          (the language model is the larger half: gadjax embed first, then data.embeddings)
+Variants: gad (default); sid (the base alone); both (with the diversity anchor)
+Hardware: meant for 16 TPU v5e chips or 8 GPUs of 80 GB.
+Result:   not yet run.
+
+The student's times are the 4-step grid of the teacher's own DPM-Solver, which takes no others.
+"""
+
+from gadjax.errors import InputError
+from gadjax.training.config import default_config
+
+SID = {"sid": {"guidance": "lsg"}}
+GAD = {"gad": {"weight": 1.0, "steps": 4}}
+VARIANTS = {
+    "gad": SID | GAD,
+    "sid": SID,
+    "both": SID | GAD | {"anchor": {"weight": 0.05, "target": "v", "steps": 4}},
+}
+
+
+def get_config(variant: str = "gad"):
+    if variant not in VARIANTS:
+        raise InputError(
+            f"--config: found the variant {variant!r}; expected one of {', '.join(VARIANTS)}"
+        )
+    config = default_config()
+    config.teacher = ""  # --config.teacher=PATH/Sana_600M_512px_diffusers
+    config.guidance = 4.5
+    config.objective = VARIANTS[variant]
+    config.student.timesteps = (999.67, 899.64, 749.62, 499.67)
+    config.steps = 10_000
+    config.batch = 256
+    config.dtype = "bfloat16"
+    config.data.length = 300
+    config.optim.update(lr=5e-6, b1=0.0, b2=0.999)
+    config.critic.update(updates=1, lr=5e-6)
+    return config

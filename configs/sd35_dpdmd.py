@@ -1,0 +1,43 @@
+"""Stable Diffusion 3.5-medium to 4 steps with DP-DMD, at 1024 pixels.
+
+Reproduces: DP-DMD (arXiv 2602.03139) with its code's settings: the 4 times of its scheduler,
+          guidance 3.5, 5 critic updates for one of the student's, rate 1e-5 for both, 32 samples,
+          an anchor of weight 0.05 at the teacher's 10th of 30 steps (sigma 0.851).
+Command:  gadjax train --config configs/sd35_dpdmd.py --workdir DIR
+              --config.teacher=PATH/stable-diffusion-3.5-medium --config.data.prompts=PROMPTS.txt
+Variants: dpdmd (default); dpdmd_k5 (the anchor at the 5th step, sigma 0.935); gad (dpdmd + GAD);
+          dmd (without the anchor)
+Hardware: meant for 32 TPU v5e chips or 8 GPUs of 80 GB.
+Result:   not yet run.
+"""
+
+from gadjax.errors import InputError
+from gadjax.training.config import default_config
+
+DMD = {"dmd": {"backprop": "all"}}
+ANCHOR = {"weight": 0.05, "target": "v", "steps": 10, "until": 851.3}
+VARIANTS = {
+    "dpdmd": DMD | {"anchor": ANCHOR},
+    "dpdmd_k5": DMD | {"anchor": ANCHOR | {"steps": 5, "until": 935.3}},
+    "gad": DMD | {"anchor": ANCHOR, "gad": {"weight": 1.0, "steps": 4}},
+    "dmd": DMD,
+}
+
+
+def get_config(variant: str = "dpdmd"):
+    if variant not in VARIANTS:
+        raise InputError(
+            f"--config: found the variant {variant!r}; expected one of {', '.join(VARIANTS)}"
+        )
+    config = default_config()
+    config.teacher = ""  # --config.teacher=PATH/stable-diffusion-3.5-medium
+    config.guidance = 3.5
+    config.objective = VARIANTS[variant]
+    config.student.timesteps = (1000.0, 857.69, 602.15, 8.93)
+    config.steps = 6_000
+    config.batch = 32
+    config.dtype = "bfloat16"
+    config.data.length = 256
+    config.optim.update(lr=1e-5)
+    config.critic.update(updates=5, lr=1e-5, b1=0.9)
+    return config

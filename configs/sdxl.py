@@ -1,0 +1,45 @@
+"""SDXL to 4 steps with DMD2, or with DP-DMD in its x0 form, at 1024 pixels.
+
+Reproduces: dmd2 and dmd2_gan: DMD2 (arXiv 2405.14867), 4 steps: times 999/749/499/249, guidance 8,
+          rate 5e-7 for both, 5 critic updates for one of the student's, 128 samples, a
+          discriminator of weight 0.005. Its student adds noise between its steps; gadjax's walks
+          the deterministic path, which is what GAD differentiates.
+          dpdmd: DP-DMD's form for diffusion models (the anchor's target is x0). Its settings for
+          SDXL are not public; weight and K (a third of the teacher's steps) are SD3.5's.
+Command:  gadjax train --config configs/sdxl.py:dmd2 --workdir DIR
+              --config.teacher=PATH/stable-diffusion-xl-base-1.0 --config.data.prompts=PROMPTS.txt
+Variants: dpdmd (default); dpdmd_gad (with GAD); dmd2; dmd2_gan (wants pictures:
+          --config.data.latents=DIR of gadjax embed --images)
+Hardware: meant for 64 TPU v5e chips or 16 GPUs of 80 GB.
+Result:   not yet run.
+"""
+
+from gadjax.errors import InputError
+from gadjax.training.config import default_config
+
+ANCHOR = {"anchor": {"weight": 0.05, "target": "x0", "steps": 10, "until": 666.0}}
+VARIANTS = {
+    "dpdmd": {"dmd": {"backprop": "all"}} | ANCHOR,
+    "dpdmd_gad": {"dmd": {"backprop": "all"}, "gad": {"weight": 1.0, "steps": 4}} | ANCHOR,
+    "dmd2": {"dmd": {}},
+    "dmd2_gan": {"dmd": {}, "adversarial": {"weight": 0.005}},
+}
+
+
+def get_config(variant: str = "dpdmd"):
+    if variant not in VARIANTS:
+        raise InputError(
+            f"--config: found the variant {variant!r}; expected one of {', '.join(VARIANTS)}"
+        )
+    config = default_config()
+    config.teacher = ""  # --config.teacher=PATH/stable-diffusion-xl-base-1.0
+    config.guidance = 8.0
+    config.objective = VARIANTS[variant]
+    config.student.timesteps = (999, 749, 499, 249)
+    config.steps = 10_000
+    config.batch = 128
+    config.dtype = "bfloat16"
+    config.data.length = 77
+    config.optim.update(lr=5e-7, warmup=500, weight_decay=1e-2, clip=10.0)
+    config.critic.update(updates=5, lr=5e-7, b1=0.9)
+    return config

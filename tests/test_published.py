@@ -1,0 +1,202 @@
+"""The published repositories, from their configurations alone: nothing is downloaded, and no
+parameter takes memory."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import families
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+
+from gadjax.convert.orbax_folder import outline_folder
+from gadjax.convert.tensors import expected_shapes
+from gadjax.errors import InputError
+from gadjax.pipeline import outline_pipeline
+from gadjax.training.config import read_config
+from gadjax.training.setup import keeping, make_batch, prepare
+from gadjax.training.sharding import AXES, path_name, shardings
+from gadjax.training.steps import critic_step, student_step
+
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
+# Tensors in the files, and numbers in them, of every part.
+KL4, KL16, DC = (248, 83_653_863), (244, 83_819_683), (375, 312_250_275)
+CLIP_L, CLIP_H = (196, 123_060_480), (372, 340_387_840)
+CLIP_LP, BIG_G = (197, 123_650_304), (517, 694_659_840)
+T5, GEMMA = (219, 4_762_310_656), (288, 2_614_341_888)
+SD2 = {"unet": (686, 865_910_724), "text_encoder": CLIP_H, "vae": KL4}
+SD3 = {"text_encoder": CLIP_LP, "text_encoder_2": BIG_G, "text_encoder_3": T5, "vae": KL16}
+SANA = {"text_encoder": GEMMA, "vae": DC}
+PIXART = {"text_encoder": T5, "vae": KL4}
+INVENTORY = {
+    "stable-diffusion-v1-5": {"unet": (686, 859_520_964), "text_encoder": CLIP_L, "vae": KL4},
+    "stable-diffusion-2-base": SD2,
+    "stable-diffusion-2-1-base": SD2,
+    "stable-diffusion-2-1": SD2,
+    "stable-diffusion-xl-base-1.0": {
+        "unet": (1680, 2_567_463_684),
+        "text_encoder": CLIP_L,
+        "text_encoder_2": BIG_G,
+        "vae": KL4,
+    },
+    "PixArt-XL-2-512x512": PIXART | {"transformer": (603, 610_856_096)},
+    "PixArt-XL-2-1024-MS": PIXART | {"transformer": (611, 611_349_152)},
+    "Sana_600M_512px": SANA | {"transformer": (548, 591_747_872)},
+    "Sana_1600M_512px": SANA | {"transformer": (396, 1_604_462_752)},
+    "Sana_1600M_1024px": SANA | {"transformer": (396, 1_604_462_752)},
+    "SANA1.5_1.6B_1024px": SANA | {"transformer": (476, 1_604_641_952)},
+    "Sana_Sprint_0.6B_1024px": SANA | {"transformer": (664, 593_501_216)},
+    "Sana_Sprint_1.6B_1024px": SANA | {"transformer": (480, 1_610_237_472)},
+    # With the table of positions, which the files hold.
+    "stable-diffusion-3-medium": SD3 | {"transformer": (683, 2_028_328_000 + 192**2 * 1536)},
+    "stable-diffusion-3.5-medium": SD3 | {"transformer": (909, 2_243_171_520 + 384**2 * 1536)},
+}
+
+
+@pytest.fixture(scope="session")
+def repositories(tmp_path_factory):
+    """Repository -> a folder of its configurations, with small tokenizers in place of its own."""
+    made, words = {}, {}
+
+    def tokenizer(class_name):
+        kind = class_name.removesuffix("Fast")
+        if kind not in words:
+            makers = {
+                "CLIPTokenizer": partial(families.clip_tokenizer, "!"),
+                "T5Tokenizer": lambda: families.t5(16)[0],
+                "GemmaTokenizer": lambda: families.gemma(20)[0],
+            }
+            words[kind] = makers[kind]()
+        return words[kind]
+
+    def get(name):
+        if name not in made:
+            made[name] = folder = tmp_path_factory.mktemp("published") / name
+            for path, content in PUBLISHED[name].items():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_text(json.dumps(content))
+            for part, value in PUBLISHED[name]["model_index.json"].items():
+                if part.startswith("tokenizer"):
+                    tokenizer(value[1]).save_pretrained(folder / part)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", INVENTORY)
+def test_every_tensor_is_accounted_for(repositories, name):
+    folder = outline_folder(repositories(name))
+    found = {}
+    for part in folder.components.values():
+        shapes = [shape for *_, shape in expected_shapes(part.abstract, part.keymap).values()]
+        found[part.name] = len(shapes), sum(map(math.prod, shapes))
+    assert found == INVENTORY[name]
+
+
+# Devices -> sizes of (data, fsdp, tensor).
+MESHES = {8: (1, 8, 1), 16: (1, 8, 2), 64: (4, 16, 1), 256: (8, 32, 1), 512: (8, 32, 2)}
+LARGE = 1 << 20
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-xl-base-1.0", "stable-diffusion-3.5-medium"])
+def test_no_large_parameter_is_whole_on_every_device(repositories, name):
+    check_spread(outline_folder(repositories(name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INVENTORY)
+def test_no_large_parameter_of_any_is_whole_on_every_device(repositories, name):
+    check_spread(outline_folder(repositories(name)))
+
+
+def check_spread(folder):
+    for part in folder.components.values():
+        for sizes in MESHES.values():
+            mesh = AbstractMesh(sizes, AXES)
+            placed = shardings(part.abstract, part.module.RULES, mesh)
+            leaves = jax.tree_util.tree_leaves_with_path(part.abstract)
+            for (path, leaf), sharding in zip(leaves, jax.tree.leaves(placed), strict=True):
+                split = math.prod(mesh.shape[axis] for axis in sharding.spec if axis)
+                if math.prod(leaf.shape) >= LARGE:
+                    assert split >= sizes[1], (part.name, path_name(path), sizes)
+
+
+# Config file and variant -> the repository that it distils. Those with pictures need a folder.
+CONFIGS = {
+    "pixart_gad.py": "PixArt-XL-2-512x512",
+    "sd2_gad.py": "stable-diffusion-2-base",
+    "sd2_gad.py:one_gad": "stable-diffusion-2-base",
+    "sana_gad.py:both": "Sana_600M_512px",
+    "sd35_dpdmd.py:gad": "stable-diffusion-3.5-medium",
+    "sdxl.py": "stable-diffusion-xl-base-1.0",
+    "sdxl.py:dmd2": "stable-diffusion-xl-base-1.0",
+}
+
+
+@pytest.fixture
+def traced(repositories, tmp_path):
+    """The shapes of a config's state before and after both updates."""
+
+    def call(name):
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("a red circle\na blue square\n")
+        file, _, variant = name.partition(":")
+        path = Path(__file__).parents[1] / "configs" / file
+        config = read_config(
+            [
+                f"--config={path}{':' + variant if variant else ''}",
+                f"--config.teacher={repositories(CONFIGS[name])}",
+                f"--config.data.prompts={prompts}",
+                "--config.batch=2",
+                "--config.microbatch=0",
+            ]
+        )
+        run = prepare(config, abstract=True)
+        return run, jax.eval_shape(run.start, run.first)
+
+    return call
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_paper_s_config_makes_a_state(traced, name):
+    run, state = traced(name)
+    part = run.pipeline.folder.components[run.pipeline.body]
+    student = sum(leaf.size for leaf in jax.tree.leaves(state.params["student"]))
+    kept = sum(leaf.size for leaf in jax.tree.leaves(run.frozen.get("kept", {})))
+    assert student + kept == INVENTORY[CONFIGS[name]][part.name][1]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(run.frozen[part.name])} == {"bfloat16"}
+    mesh = AbstractMesh((8, 32, 1), AXES)
+    shardings(state, part.module.RULES, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_paper_s_config_makes_both_updates(traced, name):
+    run, state = traced(name)
+    raw = run.source.batch(0, 2)
+    kept = run.frozen.get("kept")
+    assert kept is None or "sd3" in name
+
+    def batch(frozen, raw):
+        return make_batch(run.pipeline, frozen, raw, 0, 0)
+
+    made = jax.eval_shape(batch, run.frozen, raw)
+    teacher, recipe = run.frozen[run.pipeline.body], keeping(run.recipe, run.frozen)
+    for step in [student_step] + [critic_step] * (len(run.recipe.optimizers) > 1):
+        after, _ = jax.eval_shape(partial(step, recipe), state, teacher, made)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), state
+        )
+
+
+def test_a_config_without_its_part_is_named(repositories, tmp_path):
+    folder = repositories("stable-diffusion-2-base")
+    pipeline, params = outline_pipeline(folder)
+    assert pipeline.latent == (64, 64, 4) and pipeline.upscale == 8
+    assert pipeline.sampling.length == 77 and params["unet"] is pipeline.networks["unet"].abstract
+    (tmp_path / "x").mkdir()
+    with pytest.raises(InputError, match="model_index.json"):
+        outline_folder(tmp_path / "x")

@@ -1,0 +1,148 @@
+"""Every denoiser's loss of a tangent, and its gradient: eight devices against one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gadjax.models import mmdit, pixart, sana, unet
+from gadjax.models.module import flatten, functional
+from gadjax.training.sharding import AXES, make_mesh, shardings
+from gadjax.types import Cond
+
+TEXT, SIDE, SAMPLES = 12, 8, 4
+# Every sharded dimension divides by two, and leaves are as small as that lets them be.
+FAMILIES = {
+    "unet": (
+        unet,
+        {
+            "sample_size": SIDE,
+            "block_out_channels": [16, 24],
+            "layers_per_block": 1,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "attention_head_dim": [2, 2],
+            "transformer_layers_per_block": [1, 2],
+            "cross_attention_dim": TEXT,
+            "norm_num_groups": 4,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 6,
+            "projection_class_embeddings_input_dim": 10 + 36,
+        },
+    ),
+    "sana": (
+        sana,
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 4,
+            "attention_head_dim": 6,
+            "num_layers": 2,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 12,
+            "cross_attention_dim": 24,
+            "caption_channels": TEXT,
+            "sample_size": SIDE,
+            "patch_size": 1,
+            "qk_norm": "rms_norm_across_heads",
+        },
+    ),
+    "mmdit": (
+        mmdit,
+        {
+            "sample_size": SIDE,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 3,
+            "attention_head_dim": 6,
+            "num_attention_heads": 4,
+            "joint_attention_dim": TEXT,
+            "caption_projection_dim": 24,
+            "pooled_projection_dim": 10,
+            "pos_embed_max_size": 6,
+            "dual_attention_layers": [0],
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "pixart": (
+        pixart,
+        {
+            "num_attention_heads": 4,
+            "attention_head_dim": 6,
+            "num_layers": 2,
+            "cross_attention_dim": 24,
+            "sample_size": SIDE,
+            "caption_channels": TEXT,
+            "norm_type": "ada_norm_single",
+        },
+    ),
+}
+
+
+def worker(out: Path) -> None:
+    assert len(jax.devices()) == 8
+    for name, (module, cfg) in FAMILIES.items():
+        config = module.Config.from_dict(cfg)
+        net = functional(module.build(config))
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(
+            lambda p, r=rng: np.float32(0.2 * r.normal(size=p.shape)), net.abstract
+        )
+        extras = module.extras(config, SAMPLES, 64, 64, np.float32(rng.normal(size=(SAMPLES, 10))))
+        x, v = np.float32(rng.normal(size=(2, SAMPLES, SIDE, SIDE, 4)))
+        text = np.float32(rng.normal(size=(SAMPLES, 5, TEXT)))
+        cond = Cond(text, np.ones((SAMPLES, 5), np.int32), extras)
+        predict = module.predictor(net.apply, config)
+
+        def loss(params, x, v, cond, predict=predict):
+            t_B = jnp.full(len(x), 500.0)
+            value, moved = jax.jvp(lambda x: predict(params, x, t_B, cond), (x,), (v,))
+            return jnp.mean(value**2) + jnp.mean(moved**2)
+
+        found = {}
+        for sizes in ((1, 1, 1), (2, 2, 2)):
+            count = int(np.prod(sizes))
+            mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:count])
+            placed = shardings(params, module.RULES, mesh)
+            given = jax.device_put(params, placed)
+            # The rules leave small leaves whole where they do not divide; most are split.
+            whole = [s.is_fully_replicated for s in jax.tree.leaves(placed)]
+            found[f"{count}/split"] = len(whole) - sum(whole)
+            value, grads = jax.jit(jax.value_and_grad(loss))(given, x, v, cond)
+            found[count] = float(value), {k: np.asarray(g) for k, g in flatten(grads).items()}
+        (one, alone), (eight, shared) = found[1], found[8]
+        size = max(np.abs(g).max() for g in alone.values())
+        error = max(np.abs(alone[k] - shared[k]).max() for k in alone) / size
+        result = {"value": abs(one / eight - 1), "gradient": float(error)}
+        result["split"] = found["8/split"]
+        (out / f"{name}.json").write_text(json.dumps(result))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sharded")
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, __file__, str(out)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in FAMILIES}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_eight_devices_equal_one(results, name):
+    found = results[name]
+    assert found["value"] <= 1e-6 and found["gradient"] <= 1e-5, found
+    assert found["split"] >= 10
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
