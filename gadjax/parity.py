@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from gadjax import __version__
-from gadjax.convert.folder import Component, PipelineFolder
+from gadjax.convert.files import read_json
+from gadjax.convert.folder import INDEX, Component, PipelineFolder
 from gadjax.convert.recipe import Sampling, read_sampling
 from gadjax.errors import InputError, RunStopped
 from gadjax.models.module import functional
@@ -245,8 +246,10 @@ def _pictures(
     import torch
 
     diffusers, _ = _quiet()
+    # Of parts that a folder goes without some pipelines want to be told again.
+    absent = {name: None for name, part in read_json(folder / INDEX).items() if part == [None] * 2}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32
+        folder, local_files_only=True, dtype=torch.float32, **absent
     )
     pipeline.set_progress_bar_config(disable=True)
     arguments = diffusers_arguments(type(pipeline).__name__, sampling)

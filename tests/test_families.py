@@ -136,7 +136,7 @@ def test_a_student_goes_back_to_diffusers(folders, family, tmp_path):
     folder, timesteps = folders(family), STUDENTS[family]
     run, out = tmp_path / "run", tmp_path / "out"
     data = {"length": LENGTH.get(family, 77)}
-    make_workdir(run, folder, timesteps=timesteps, **{"student.steps": len(timesteps)}, data=data)
+    make_workdir(run, folder, timesteps=timesteps, data=data)
     assert main(["export", "--workdir", str(run), "--out", str(out)]) == 0
     assert json.loads((out / FILE).read_text())["verified"]["max_difference"] <= 1e-4
     body = "unet" if (folder / "unet").is_dir() else "transformer"

@@ -244,13 +244,14 @@ def _cells(of: list[dict]) -> list[str]:
 
 _TEXT = """
 What GAD and the anchor do to four base objectives on the bundled world: 600 updates of 16 samples
-from the teacher's weights, 4 steps, all else as in `gadjax/recipes/study.py`. 64 prompts x 8
-noises, and a library of 64 noises for control, the same ones for every row. Of one seed a cell
-shows the value and its 95 % interval over prompts, noises or pictures; of several the mean and the
-standard deviation over runs. Numbers, config and curves of every cell are in the .json beside this
-page. The machine had two slow shared cores, on which a cell took 5 to 9 minutes; dmd and sid had
-one of them to themselves, regression had not, so that its seconds are not to be compared. Rows
-marked "not run" wait for somebody with more: `python -m gadjax.recipes.study`.
+from the teacher's weights, 4 steps (one in the last table), all else as in
+`gadjax/recipes/study.py`. 64 prompts x 8 noises with 4 tangents each, and a library of 128 noises
+and 128 moves for control, the same ones for every row. Of one seed a cell shows the value and its
+95 % interval over prompts, noises or pictures; of several the mean and the standard deviation over
+runs. Numbers, config and curves of every cell are in the .json beside this page. The machine had
+two slow cores that share one's worth of time, with other work on the second: seconds compare
+roughly, evaluations exactly. Rows marked "not run" wait for somebody with more:
+`python -m gadjax.recipes.study`.
 """
 
 

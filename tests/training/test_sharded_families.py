@@ -1,4 +1,8 @@
-"""Every denoiser's loss of a tangent, and its gradient: eight devices against one."""
+"""Every denoiser's loss of a tangent, and its gradient: eight devices against one.
+
+In float64: SANA's linear attention divides by sums of rectified products, and a sum taken in
+another order moves its float32 gradients by 1e-4 of the largest.
+"""
 
 import json
 import os
@@ -88,16 +92,15 @@ FAMILIES = {
 
 def worker(out: Path) -> None:
     assert len(jax.devices()) == 8
+    jax.config.update("jax_enable_x64", True)
     for name, (module, cfg) in FAMILIES.items():
         config = module.Config.from_dict(cfg)
-        net = functional(module.build(config))
+        net = functional(module.build(config, dtype=jnp.float64))
         rng = np.random.default_rng(0)
-        params = jax.tree.map(
-            lambda p, r=rng: np.float32(0.2 * r.normal(size=p.shape)), net.abstract
-        )
-        extras = module.extras(config, SAMPLES, 64, 64, np.float32(rng.normal(size=(SAMPLES, 10))))
-        x, v = np.float32(rng.normal(size=(2, SAMPLES, SIDE, SIDE, 4)))
-        text = np.float32(rng.normal(size=(SAMPLES, 5, TEXT)))
+        params = jax.tree.map(lambda p, r=rng: 0.2 * r.normal(size=p.shape), net.abstract)
+        extras = module.extras(config, SAMPLES, 64, 64, rng.normal(size=(SAMPLES, 10)))
+        x, v = rng.normal(size=(2, SAMPLES, SIDE, SIDE, 4))
+        text = rng.normal(size=(SAMPLES, 5, TEXT))
         cond = Cond(text, np.ones((SAMPLES, 5), np.int32), extras)
         predict = module.predictor(net.apply, config)
 
@@ -140,7 +143,7 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_eight_devices_equal_one(results, name):
     found = results[name]
-    assert found["value"] <= 1e-6 and found["gradient"] <= 1e-5, found
+    assert found["value"] <= 1e-12 and found["gradient"] <= 1e-11, found
     assert found["split"] >= 10
 
 

@@ -184,11 +184,12 @@ def test_the_state_stays_where_the_rules_put_it(trained):
 
 
 def test_devices_share_the_work(trained):
-    """An eighth of the operations each, up to what is done once per parameter; with microbatches
-    (whose loop is counted once) an eighth of a microbatch's."""
+    """An eighth of the operations each, up to what is done once per parameter and what both devices
+    of "tensor" do (norms, modulation; a third of so small a network's other work); with
+    microbatches (whose loop is counted once) an eighth of a microbatch's."""
     alone = trained["1x1x1"][3]
     for role in ("student", "critic"):
-        assert trained["2x2x2"][3][role] < 1.3 * alone[role] / 8
+        assert trained["2x2x2"][3][role] < 1.5 * alone[role] / 8
     assert trained["8x1x1"][3]["student"] < 1.6 * alone["student"] / 16
 
 
