@@ -26,6 +26,7 @@ FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
 PNDM = "PNDMScheduler"
 LCM = "LCMScheduler"
 SCM = "SCMScheduler"
+PIXART = "PixArtAlphaPipeline"
 
 PREDICTION_TYPES = {
     "epsilon": "eps",
@@ -180,17 +181,17 @@ def tells_whole_times(cfg: dict) -> bool:
     return cfg.get("_class_name") == DPM and _is_flow(cfg)
 
 
-def student_scheduler_config(cfg: dict, timesteps: Sequence[float]) -> dict:
+def student_scheduler_config(cfg: dict, timesteps: Sequence[float], pipeline: str = "") -> dict:
     """scheduler_config.json of a deterministic student that steps from `timesteps` on to x0, of
-    the teacher whose config is `cfg`.
+    the teacher whose config is `cfg`, for a pipeline of diffusers' class `pipeline`.
 
     Where the sampler of what is returned takes_timesteps, diffusers is to be called with them;
     elsewhere with their number alone:
     - a teacher of DPM-Solver++ in a flow hands on its own grid. With flow sigmas
       DPMSolverMultistepScheduler takes no timesteps, and a pipeline that was made for it (PixArt's)
       cannot carry FlowMatchEulerDiscreteScheduler, which has no scale_model_input;
-    - a single step is DDIM's. It returns x0 beside the next latent, and x0 is what PixArt's
-      pipeline takes of a single step.
+    - a single step of PixArtAlphaPipeline is DDIM's. It returns x0 beside the next latent, and x0
+      is what that pipeline takes of a single step.
     """
     schedule, kind = schedule_from_config(cfg), parameterization_from_config(cfg)
     if (name := cfg.get("_class_name")) in (LCM, SCM):
@@ -211,7 +212,7 @@ def student_scheduler_config(cfg: dict, timesteps: Sequence[float]) -> dict:
         "beta_end": schedule.beta_end,
         "beta_schedule": schedule.beta_schedule,
     }
-    if len(timesteps) > 1:
+    if len(timesteps) > 1 or pipeline != PIXART:
         return {"_class_name": DPM, **common, **solver}
     (start,) = timesteps
     return {

@@ -198,9 +198,10 @@ STUDENTS = {
 }
 
 
+@pytest.mark.parametrize("pipeline", ["PixArtAlphaPipeline", "StableDiffusionPipeline"])
 @pytest.mark.parametrize("teacher,timesteps", STUDENTS.values(), ids=STUDENTS)
-def test_diffusers_takes_our_steps_with_a_students_config(teacher, timesteps):
-    config = student_scheduler_config(teacher, timesteps)
+def test_diffusers_takes_our_steps_with_a_students_config(teacher, timesteps, pipeline):
+    config = student_scheduler_config(teacher, timesteps, pipeline)
     assert schedule_from_config(config) == schedule_from_config(teacher)
     assert parameterization_from_config(config) == parameterization_from_config(teacher)
     sampler = sampler_from_config(config)
@@ -293,7 +294,7 @@ SWITCHES = [
         (EULER, "timestep_type", "continuous", "'discrete'"),
         (EULER, "interpolation_type", "log_linear", "'linear'"),
         (EULER, "final_sigmas_type", "sigma_min", "'zero'"),
-        (DPM, "_class_name", "LCMScheduler", "'DPMSolverMultistepScheduler' or 'DDIMScheduler'"),
+        (DPM, "_class_name", "HeunDiscreteScheduler", "'DPMSolverMultistepScheduler' or 'DDIMS"),
     ],
 )
 def test_what_is_not_taken_is_refused(base, key, value, expected):

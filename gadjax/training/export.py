@@ -16,12 +16,12 @@ from gadjax.convert.folder import INDEX, PipelineFolder, write_pipeline
 from gadjax.convert.orbax_folder import diffusers_folder, open_folder
 from gadjax.convert.recipe import FILE, Sampling, read_world
 from gadjax.errors import InputError
-from gadjax.samplers import DPM, sampler_from_config, student_scheduler_config
+from gadjax.samplers import DPM, PIXART, sampler_from_config, student_scheduler_config
 from gadjax.training.workdir import Trained
 
 # Of what a scheduler returns of a single step PixArtAlphaPipeline takes the second, and DPM's
 # returns one thing only (diffusers' issue 8689); the other, of the same parts, takes the first.
-ONE_DPM_STEP = {"PixArtAlphaPipeline": "PixArtSigmaPipeline"}
+ONE_DPM_STEP = {PIXART: "PixArtSigmaPipeline"}
 
 
 def export(
@@ -74,7 +74,8 @@ def _drawn_by(trained: Trained, teacher: PipelineFolder) -> tuple[dict[str, Any]
     sampling = trained.sampling
     if not trained.few_step:
         return None, sampling
-    scheduler = student_scheduler_config(teacher.scheduler, sampling.timesteps)
+    pipeline = teacher.model_index.get("_class_name", "")
+    scheduler = student_scheduler_config(teacher.scheduler, sampling.timesteps, pipeline)
     sampler = sampler_from_config(scheduler)
     sampler.times(timesteps=sampling.timesteps)
     return scheduler, sampling if sampler.takes_timesteps else replace(sampling, timesteps=None)
