@@ -311,10 +311,12 @@ def test_assumed_values_are_refused_too():
         sampler_from_config({"_class_name": "DDIMScheduler"})
     with pytest.raises(InputError, match="_class_name: found None"):
         sampler_from_config({})
-    with pytest.raises(InputError, match="_class_name: found 'SCMScheduler'"):
-        schedule_from_config({"_class_name": "SCMScheduler", "prediction_type": "trigflow"})
+    with pytest.raises(InputError, match="_class_name: found 'KarrasVeScheduler'"):
+        schedule_from_config({"_class_name": "KarrasVeScheduler", "sigma_min": 0.02})
     with pytest.raises(InputError, match="prediction_type: found 'trigflow'"):
-        parameterization_from_config({"_class_name": "SCMScheduler", "prediction_type": "trigflow"})
+        parameterization_from_config(
+            {"_class_name": DPM["_class_name"], "prediction_type": "trigflow"}
+        )
 
 
 @pytest.mark.parametrize(

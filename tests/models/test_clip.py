@@ -247,12 +247,16 @@ def test_longer_than_the_positions_is_named():
         ("num_attention_heads", 5),
         ("eos_token_id", [2, 49]),
         ("layer_norm_eps", None),
-        ("rope_theta", 1e4),
     ],
 )
 def test_unsupported_config_is_named(key, value):
     with pytest.raises(InputError, match=f"^{key}: found "):
         clip.Config.from_dict(tiny(**{key: value}))
+
+
+def test_what_older_versions_wrote_beside_it_is_read_past():
+    old = {"return_dict": True, "id2label": {"0": "LABEL_0"}, "torchscript": False}
+    assert clip.Config.from_dict(tiny(**old)) == clip.Config.from_dict(tiny())
 
 
 def test_projection_dim_matters_only_where_there_is_a_projection():

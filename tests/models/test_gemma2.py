@@ -247,7 +247,6 @@ def test_longer_than_the_window_is_named():
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
         ("rope_parameters", {"rope_theta": 1e4, "factor": 2.0}),
-        ("qk_norm", True),
     ],
 )
 def test_unsupported_config_is_named(key, value):

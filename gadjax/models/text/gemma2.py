@@ -20,7 +20,8 @@ from gadjax.models.module import KeyMap, scan_blocks, stack
 
 CLASS_NAMES = ("Gemma2Model",)
 
-# Options with the values that are supported.
+# Options with the values that are supported; those that are not named here are of training,
+# generation, the tokenizer or the file itself.
 FIXED = {
     "model_type": ("gemma2",),
     "architectures": (list(CLASS_NAMES),),
@@ -30,11 +31,6 @@ FIXED = {
     "use_bidirectional_attention": (None, False),
     "rope_scaling": (None,),
 }
-# Training, generation, the tokenizer and the file itself: nothing that changes the states.
-COSMETIC = ("attention_dropout", "initializer_range", "max_position_embeddings", "use_cache")
-COSMETIC += ("final_logit_softcapping", "cache_implementation", "tie_word_embeddings")
-COSMETIC += ("bos_token_id", "eos_token_id", "pad_token_id")
-COSMETIC += ("torch_dtype", "dtype", "transformers_version")
 # Both see everything before them in a sequence that fits into the window.
 LAYER_TYPES = {"sliding_attention", "full_attention"}
 
@@ -73,8 +69,6 @@ class Config:
                     number = "a positive integer" if kinds[key] == (int,) else "a positive number"
                     _refuse(key, value, number)
                 values[key] = value
-            elif key not in COSMETIC and not key.startswith("_"):
-                _refuse(key, value, "an option of Gemma 2")
         config = cls(**values)
         if config.num_attention_heads % config.num_key_value_heads:
             _refuse(
