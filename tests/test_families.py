@@ -255,3 +255,38 @@ def test_a_negative_prompt_and_another_size(folders, family, tmp_path):
         **parity.diffusers_arguments(type(theirs).__name__, sampling),
     ).images[0]
     assert np.abs(ours - image).max() <= 1 / 255
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "sd2_v", "sdxl", "sana", "sd35"])
+def test_training_ends_in_a_folder_that_diffusers_draws_with(folders, family, tmp_path):
+    """From embeddings written ahead for one family, from prompts for the others; bfloat16."""
+    import gadjax
+    from gadjax.objectives import DMD, GAD, Anchor
+
+    teacher, changes = folders(family), {"length": LENGTH.get(family, 77)}
+    prompts = ["a red circle", "the blue square", "green", "above"]
+    if family == "sdxl":
+        texts = tmp_path / "prompts.txt"
+        texts.write_text("\n".join(prompts))
+        flags = ["--model", teacher, "--prompts", texts, "--out", tmp_path / "text"]
+        assert main(["embed", *map(str, flags)]) == 0
+        prompts, changes["embeddings"] = None, str(tmp_path / "text")
+    timesteps = STUDENTS["sana"] if family == "sana" else None
+    student = gadjax.distill(
+        teacher,
+        DMD() + 0.3 * GAD(steps=2) + 0.05 * Anchor(steps=2),
+        prompts,
+        steps=2,
+        timesteps=timesteps,
+        updates=2,
+        workdir=tmp_path / "run",
+        batch=4,
+        guidance=2.0,
+        dtype="bfloat16",
+        data=changes,
+        preview={"every": 2, "prompts": 2},
+    )
+    assert sorted(path.name for path in (tmp_path / "run" / "previews").iterdir())
+    verified = gadjax.save(student, tmp_path / "out")
+    assert verified["max_difference"] <= 1e-3

@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("steps", "per_prompt", "batch"):
         check_least(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
     prompts = read_prompts(resolve(args.prompts))
+    if args.recipe not in (None, *KNOWN):
+        raise InputError(f"--recipe: found {args.recipe!r}; expected one of {', '.join(KNOWN)}")
     size = _size(args.size)
     model = load(args.model, dtype=args.dtype, variant=args.variant, recipe=args.recipe)
     try:

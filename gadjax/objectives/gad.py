@@ -23,6 +23,10 @@ class GAD(Addable):
     to x0 and S is all the student's steps, differentiated through. Both tangents are exact
     (jax.jvp), taken at the same point; the teacher's is stop-gradiented, and so is the norm that
     makes the loss relative; normalize=False leaves the plain mean square.
+    loss: "square" as above, whose least value over maps that meet the teacher's tangents at a
+      cosine c at best is at a norm of c times the teacher's: what cannot be matched is flattened.
+      "polar", 2 (1 - cos) + log(norm ratio)^2, is the same to second order where they meet, and
+      asks for the teacher's norm wherever they do not; relative in any case.
     direction, directions: kind and number J of the v (gadjax.geometry.Directions); the mean is
       taken over them.
     step_weights: one weight for each step of the student's grid, () for 1 everywhere. Not with
@@ -36,7 +40,12 @@ class GAD(Addable):
     direction: str = "gaussian"
     directions: int = 1
     normalize: bool = True
+    loss: str = "square"
     step_weights: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.loss not in ("square", "polar"):
+            raise InputError(f"objective.gad.loss: found {self.loss!r}; expected square or polar")
 
     @property
     def needs(self) -> Needs:
@@ -60,14 +69,17 @@ class GAD(Addable):
         wanted = sg(context.maps[TeacherMap(self.end, self.steps)][1])
         found = context.whole[1] if self.end == "whole" else student_tangents(context, self.end)
         mean = jax.vmap(sample_mean)
-        square_JB, size_JB = mean((found - wanted) ** 2), mean(wanted**2)
-        loss_B = jnp.mean(square_JB / size_JB if self.normalize else square_JB, axis=0)
+        size_JB, own_JB = mean(wanted**2), mean(found**2)
+        cosine_JB = mean(found * wanted) * jax.lax.rsqrt(size_JB * own_JB)
+        if self.loss == "polar":
+            loss_JB = 2 * (1 - cosine_JB) + (0.5 * jnp.log(own_JB / size_JB)) ** 2
+        else:
+            loss_JB = mean((found - wanted) ** 2) / (size_JB if self.normalize else 1)
+        loss_B = jnp.mean(loss_JB, axis=0)
         if self.step_weights:
             loss_B = loss_B * jnp.asarray(self.step_weights, jnp.float32)[context.step_B]
-        found = sg(found)
-        cosine = mean(found * wanted) / jnp.sqrt(size_JB * mean(found**2))
-        ratio = jnp.sqrt(mean(found**2) / size_JB)
-        return loss_B, {"cosine": jnp.mean(cosine), "norm_ratio": jnp.mean(ratio)}
+        ratio = jnp.sqrt(own_JB / size_JB)
+        return loss_B, {"cosine": jnp.mean(sg(cosine_JB)), "norm_ratio": jnp.mean(sg(ratio))}
 
 
 def student_map(context: Context, end: str):

@@ -32,7 +32,9 @@ CHANGES = {
     "low_frequency": {"gad": GAD | {"direction": "low_frequency"}},
     "control": {"gad": GAD | {"direction": "control"}},
     "clean": {"gad": GAD | {"end": "clean"}},
+    "polar": {"gad": GAD | {"loss": "polar"}},
     "whole": {"gad": GAD | {"end": "whole", "steps": 8}},
+    "whole_polar": {"gad": GAD | {"end": "whole", "steps": 8, "loss": "polar"}},
     "first_step": {"gad": GAD | {"step_weights": (4.0, 0.0, 0.0, 0.0)}},
     "later_steps": {"gad": GAD | {"step_weights": (0.0, 4 / 3, 4 / 3, 4 / 3)}},
     "anchor_early": {"anchor": ANCHOR | {"until": 787.0}},
@@ -48,6 +50,7 @@ def objectives() -> dict[str, dict]:
         for base, options in BASES.items()
         for name, added in ADDED.items()
     }
+    found["dmd_polar"] = {"dmd": {}, "gad": GAD | {"loss": "polar"}}
     found["script"] = {"tdm": {}, "gad_script": {}}
     found["script_half"] = {"tdm": {}, "gad_script": {"half": True}}
     for name, changed in CHANGES.items():
@@ -106,7 +109,8 @@ def cells() -> list[str]:
     variants = {
         "eps": [*grid, "script", "script_half", *CHANGES],
         "flow": grid,
-        "one_step": [f"{base}_{name}" for base in BASES for name in ("none", "gad")],
+        "one_step": [f"{base}_{name}" for base in BASES for name in ("none", "gad")]
+        + ["dmd_polar"],
     }
     return [
         f"{family}:{variant}:{seed}"

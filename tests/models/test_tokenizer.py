@@ -195,3 +195,36 @@ def test_files_of_something_else_are_refused_in_one_line(tmp_path, name, text):
 def test_unusable_words_are_refused(words):
     with pytest.raises(InputError, match="words: found"):
         build_word_tokenizer(words)
+
+
+def test_a_prompt_that_is_cut_is_said(word_folder, caplog):
+    tokenizer = load_tokenizer(word_folder)
+    tokenizer([CAPTION], 20)
+    assert not caplog.records
+    ids, mask = tokenizer([CAPTION, "a red circle"], 6)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith("1 of 2 prompts are longer than the 6 tokens") and "has 13" in said
+    assert ids[0, -1] == 1 and mask[0].all()  # the closing token stays
+
+
+@pytest.mark.parametrize("kind", ["CLIPTokenizer", "GemmaTokenizerFast"])
+def test_tokenizers_of_other_families(kind, tmp_path):
+    import families
+
+    made = families.clip_tokenizer("!") if kind[0] == "C" else families.gemma(20)[0]
+    made.save_pretrained(tmp_path / "tokenizer")
+    texts, length = ["a red circle above", "", "x " * 40], 12
+    ids, mask = load_tokenizer(tmp_path / "tokenizer", kind, clean=False)(texts, length)
+    made.padding_side = "right"
+    theirs = made(texts, padding="max_length", max_length=length, truncation=True)
+    np.testing.assert_array_equal(ids, theirs["input_ids"])
+    np.testing.assert_array_equal(mask, theirs["attention_mask"])
+    assert ids.dtype == np.int32 and mask[2].all() and not mask[1].all()
+
+
+def test_another_class_of_tokenizer_is_refused(word_folder):
+    with pytest.raises(InputError, match="found a BertTokenizer; expected one of T5Tokenizer"):
+        load_tokenizer(word_folder, "BertTokenizer")
+    with pytest.raises(InputError, match="found no tokenizer file; expected a CLIP tokenizer"):
+        load_tokenizer(word_folder.parent, "CLIPTokenizer")

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,7 @@ from gadjax.objectives.base import stream_keys
 from gadjax.objectives.gad import student_map, student_tangents
 from gadjax.rollout import interpolate_times, rollout
 
+POLAR = {"loss": "polar"}
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 ends = pytest.mark.parametrize("end", ["next", "clean"])
 
@@ -247,15 +250,18 @@ def test_the_relative_loss_is_the_plain_one_over_the_targets_square():
     def run(student):
         context = world.context(GAD(), batch, student, None, teacher)
         wanted, found = context.maps[TeacherMap()][1][0], student_tangents(context, "next")[0]
-        return GAD()(context), GAD(normalize=False)(context)[0], wanted, found
+        plain, polar = (GAD(**more)(context)[0] for more in ({"normalize": False}, POLAR))
+        return GAD()(context), plain, polar, wanted, found
 
-    (relative, metrics), plain, wanted, found = run(student)
+    (relative, metrics), plain, polar, wanted, found = run(student)
     size = (wanted**2).mean((1, 2, 3))
     np.testing.assert_allclose(plain, ((found - wanted) ** 2).mean((1, 2, 3)), rtol=1e-4)
     np.testing.assert_allclose(relative * size, plain, rtol=1e-5)
     a, b = flat(found), flat(wanted)
     lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(1) / lengths[0] / lengths[1]
+    expected = 2 * (1 - cosine) + np.log(lengths[0] / lengths[1]) ** 2
+    np.testing.assert_allclose(polar, expected, rtol=1e-4)
     assert float(metrics["cosine"]) == pytest.approx(cosine.mean(), rel=1e-4)
     assert float(metrics["norm_ratio"]) == pytest.approx((lengths[0] / lengths[1]).mean(), rel=1e-4)
 
@@ -358,20 +364,55 @@ def test_control_directions_are_the_teachers_gradient():
     np.testing.assert_allclose(flat(v), expected, rtol=2e-4, atol=2e-5)
 
 
-def test_reverse_over_forward_is_the_gradient_of_the_loss():
+def test_what_cannot_be_matched_is_flattened_by_the_square_and_not_by_the_polar_loss():
+    """Of all multiples of tangents that meet the teacher's at cosine c, the square prefers the one
+    of c times their norm and the polar loss the one of their norm; both agree where they meet."""
+    rng = np.random.default_rng(0)
+    wanted = rng.normal(size=(1, 1, 2, 3, 4))
+    other = rng.normal(size=wanted.shape)
+    other -= wanted * (other * wanted).sum() / (wanted**2).sum()
+    other *= np.linalg.norm(wanted) / np.linalg.norm(other)
+    for c in (0.3, 0.8):
+        found = c * wanted + (1 - c**2) ** 0.5 * other
+        scales = np.linspace(0.05, 1.5, 146)
+        square, polar = (at(scales, found, wanted, **more) for more in ({}, POLAR))
+        assert scales[square.argmin()] == pytest.approx(c, abs=0.006)
+        assert scales[polar.argmin()] == pytest.approx(1, abs=0.006)
+    near = wanted + 1e-3 * other
+    for scale in (0.999, 1.001):
+        square, polar = (at([scale], near, wanted, **more)[0] for more in ({}, POLAR))
+        assert polar == pytest.approx(square, rel=3e-3)
+
+
+def at(scales, found, wanted, **options):
+    """The loss of multiples of given tangents."""
+    term = GAD(end="whole", **options)
+    values = []
+    with jax.enable_x64(True):
+        for scale in scales:
+            context = SimpleNamespace(
+                maps={TeacherMap("whole", term.steps): (None, jnp.asarray(wanted))},
+                whole=(None, jnp.asarray(scale * found)),
+            )
+            values.append(float(term(context)[0][0]))
+    return np.array(values)
+
+
+@pytest.mark.parametrize("options", [{}, POLAR], ids=["square", "polar"])
+def test_reverse_over_forward_is_the_gradient_of_the_loss(options):
     """Against central differences in float64, along one way through every parameter.
 
     The student's own latents move with its parameters and are held by a stop-gradient, so that the
     comparison is made where there is one step, whose latent is z.
     """
-    world = one_step(DDPM_WORLD)
+    world, term = one_step(DDPM_WORLD), GAD(**options)
     with jax.enable_x64(True):
         batch = make_batch(4, dtype=float)
         student = world.student_params(bend=0.5, dtype=float)
         way = world.student_params(seed=9, bend=0.5, dtype=float)
         teacher = mixture_params(dtype=float)
         run = jit(
-            lambda student: GAD()(world.context(GAD(), batch, student, None, teacher))[0].mean()
+            lambda student: term(world.context(term, batch, student, None, teacher))[0].mean()
         )
 
         def at(h):
@@ -385,6 +426,8 @@ def test_reverse_over_forward_is_the_gradient_of_the_loss():
 
 
 def test_bad_options():
+    with pytest.raises(InputError, match="objective.gad.loss: found 'l1'; expected square or"):
+        GAD(loss="l1")
     with pytest.raises(InputError, match="found end 'x0'; expected 'next', 'clean' or 'whole'"):
         _ = GAD(end="x0").needs
     with pytest.raises(InputError, match="step_weights: found 2 of them; expected 0 or 4"):
