@@ -1,7 +1,7 @@
 """Layers that several backbones share. Parameter names follow diffusers where a module has any."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,16 @@ from gadjax.errors import InputError
 from gadjax.ops.attention import attention
 
 MASKED = -10_000.0  # finite, so that a prompt without any token attends evenly instead of to NaN
+
+
+def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
+    """Modules under "0", "1", ..., as diffusers' files number them, in the order of making."""
+    return nnx.Dict({str(i): module for i, module in enumerate(modules)})
+
+
+def modulation_table(rngs: nnx.Rngs, rows: int, dim: int) -> nnx.Param:
+    """What adaptive norms add to the time's projections: [rows, dim]."""
+    return nnx.Param(jax.random.normal(rngs.params(), (rows, dim)) / dim**0.5)
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:

@@ -105,10 +105,6 @@ def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
     return lambda rngs: PixArt(config, dtype=dtype, remat=remat, rngs=rngs)
 
 
-def _table(rngs: nnx.Rngs, rows: int, dim: int) -> nnx.Param:
-    return nnx.Param(jax.random.normal(rngs.params(), (rows, dim)) / dim**0.5)
-
-
 class PatchEmbed(nnx.Module):
     """Latents -> patch tokens with their positions, for any size."""
 
@@ -185,7 +181,7 @@ class Block(nnx.Module):
 
         self.attn1, self.attn2 = attn(), attn()
         self.ff = layers.Mlp(c.dim, 4 * c.dim, c.dim, layers.gelu_tanh, dtype=dtype, rngs=rngs)
-        self.scale_shift_table = _table(rngs, 6, c.dim)
+        self.scale_shift_table = layers.modulation_table(rngs, 6, c.dim)
         self.eps = c.norm_eps
 
     def __call__(self, x_BND, modulation_B6D, text_BLD, bias) -> jax.Array:
@@ -210,7 +206,7 @@ class PixArt(nnx.Module):
             c.caption_channels, dim, dim, layers.gelu_tanh, dtype=dtype, rngs=rngs
         )
         self.blocks = stack(lambda r: Block(c, dtype=dtype, rngs=r), c.num_layers, rngs)
-        self.scale_shift_table = _table(rngs, 2, dim)
+        self.scale_shift_table = layers.modulation_table(rngs, 2, dim)
         self.proj_out = nnx.Linear(dim, c.patch_size**2 * c.out_channels, dtype=dtype, rngs=rngs)
         self.patch, self.remat = c.patch_size, remat
 

@@ -87,10 +87,6 @@ def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
     return lambda rngs: Sana(config, dtype=dtype, remat=remat, rngs=rngs)
 
 
-def _table(rngs: nnx.Rngs, rows: int, dim: int) -> nnx.Param:
-    return nnx.Param(jax.random.normal(rngs.params(), (rows, dim)) / dim**0.5)
-
-
 class TimeEmbedding(nnx.Module):
     """Time, and in Sprint the guidance scale, as one vector and its six projections.
 
@@ -143,7 +139,7 @@ class Block(nnx.Module):
             c.dim, cross, c.cross_attention_head_dim, bias=True, linear=False, **more
         )
         self.ff = GLUMBConv(c.dim, int(c.mlp_ratio * c.dim), dtype=dtype, rngs=rngs)
-        self.scale_shift_table = _table(rngs, 6, c.dim)
+        self.scale_shift_table = layers.modulation_table(rngs, 6, c.dim)
         self.eps = c.norm_eps
 
     def __call__(self, x_BND, grid, modulation_B6D, text_BLD, bias) -> jax.Array:
@@ -173,7 +169,7 @@ class Sana(nnx.Module):
         )
         self.caption_norm = RMSNorm(dim)
         self.blocks = stack(lambda r: Block(c, dtype=dtype, rngs=r), c.num_layers, rngs)
-        self.scale_shift_table = _table(rngs, 2, dim)
+        self.scale_shift_table = layers.modulation_table(rngs, 2, dim)
         self.proj_out = nnx.Linear(dim, c.patch_size**2 * c.out_channels, dtype=dtype, rngs=rngs)
         self.config, self.remat = c, remat
 

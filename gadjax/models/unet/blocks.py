@@ -4,7 +4,6 @@ Shapes: x_BHWC pictures, x_BND tokens (positions row by row), temb_BE the time, 
 text encoder's states. Modules that a file numbers are nnx.Dict with those numbers.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gadjax.models import layers
+from gadjax.models.layers import numbered
 from gadjax.models.module import scan_blocks, stack
 from gadjax.models.unet.config import Config
 
 TRANSFORMER_NORM_EPS = 1e-6  # of the group norm, which does not follow norm_eps
 LAYER_NORM_EPS = 1e-5
-
-
-def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
-    """Modules under "0", "1", ..., in the order in which they are made."""
-    return nnx.Dict({str(i): module for i, module in enumerate(modules)})
 
 
 class Keys:

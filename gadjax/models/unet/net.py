@@ -12,7 +12,8 @@ from flax import nnx
 
 from gadjax.errors import InputError
 from gadjax.models import layers
-from gadjax.models.unet.blocks import DownBlock, Keys, Maker, MidBlock, UpBlock, numbered
+from gadjax.models.layers import numbered
+from gadjax.models.unet.blocks import DownBlock, Keys, Maker, MidBlock, UpBlock
 from gadjax.models.unet.config import TIME_IDS, Config
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models.layers import numbered
 from gadjax.models.module import KeyMap
 from gadjax.models.sana.blocks import RMSNorm
 from gadjax.models.vae.dc_blocks import (
@@ -24,7 +25,6 @@ from gadjax.models.vae.dc_blocks import (
     Upsample,
     averaged,
     conv,
-    numbered,
     ordered,
     repeated,
 )

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models.layers import numbered
 from gadjax.models.module import KeyMap
 from gadjax.ops.attention import attention
 
@@ -129,10 +130,6 @@ class _Layers:
         )
 
 
-def _numbered(modules) -> nnx.Dict:
-    return nnx.Dict({str(i): module for i, module in enumerate(modules)})
-
-
 def _run(modules: nnx.Dict, x_BHWC):
     for i in range(len(modules)):
         x_BHWC = modules[str(i)](x_BHWC)
@@ -183,8 +180,8 @@ class MidBlock(nnx.Module):
     """Residual block, attention (optional), residual block."""
 
     def __init__(self, channels: int, attention: bool, layers: _Layers):
-        self.resnets = _numbered(ResnetBlock2D(channels, channels, layers) for _ in range(2))
-        self.attentions = _numbered([Attention(channels, layers)] if attention else [])
+        self.resnets = numbered(ResnetBlock2D(channels, channels, layers) for _ in range(2))
+        self.attentions = numbered([Attention(channels, layers)] if attention else [])
 
     def __call__(self, x_BHWC):
         x_BHWC = self.resnets["0"](x_BHWC)
@@ -212,7 +209,7 @@ class Upsample2D(nnx.Module):
 
 
 def _resnets(inputs: int, outputs: int, count: int, layers: _Layers) -> nnx.Dict:
-    return _numbered(ResnetBlock2D(outputs if i else inputs, outputs, layers) for i in range(count))
+    return numbered(ResnetBlock2D(outputs if i else inputs, outputs, layers) for i in range(count))
 
 
 class DownBlock(nnx.Module):
@@ -220,7 +217,7 @@ class DownBlock(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, count: int, last: bool, layers: _Layers):
         self.resnets = _resnets(inputs, outputs, count, layers)
-        self.downsamplers = _numbered([] if last else [Downsample2D(outputs, layers)])
+        self.downsamplers = numbered([] if last else [Downsample2D(outputs, layers)])
 
     def __call__(self, x_BHWC):
         return _run(self.downsamplers, _run(self.resnets, x_BHWC))
@@ -231,14 +228,14 @@ class UpBlock(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, count: int, last: bool, layers: _Layers):
         self.resnets = _resnets(inputs, outputs, count, layers)
-        self.upsamplers = _numbered([] if last else [Upsample2D(outputs, layers)])
+        self.upsamplers = numbered([] if last else [Upsample2D(outputs, layers)])
 
     def __call__(self, x_BHWC):
         return _run(self.upsamplers, _run(self.resnets, x_BHWC))
 
 
 def _blocks(make, widths: tuple[int, ...], count: int, layers: _Layers) -> nnx.Dict:
-    return _numbered(
+    return numbered(
         make(widths[max(i - 1, 0)], width, count, i == len(widths) - 1, layers)
         for i, width in enumerate(widths)
     )

@@ -1,6 +1,5 @@
 """What AutoencoderDC is made of; source: diffusers, models/autoencoders/autoencoder_dc.py."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gadjax.models.layers import numbered
 from gadjax.models.sana.blocks import GLUMBConv, RMSNorm, relu_linear_attention
 
 EXPANSION = 4  # of the gated convolutions
@@ -27,11 +27,6 @@ def conv(inputs: int, outputs: int, size: int = 3, **options) -> nnx.Conv:
     """A convolution that keeps the size, if its stride is 1."""
     pad = (size // 2, size // 2)
     return nnx.Conv(inputs, outputs, (size, size), padding=(pad, pad), **options)
-
-
-def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
-    """Modules under "0", "1", ... as files number them."""
-    return nnx.Dict({str(i): module for i, module in enumerate(modules)})
 
 
 def ordered(modules: nnx.Dict) -> list[nnx.Module]:
