@@ -259,7 +259,7 @@ def test_a_negative_prompt_and_another_size(folders, family, tmp_path):
     assert np.abs(ours - image).max() <= 1 / 255
 
 
-# The U-Net is not a stack of like blocks, so that every call of it is compiled: minutes for the sum.
+# A U-Net is no stack of like blocks: compiling the whole sum for it takes minutes.
 SUMS = {
     "sdxl": Regression(steps=1),
     "sana": DMD() + 0.3 * GAD(steps=2) + 0.05 * Anchor(steps=2),
