@@ -103,6 +103,7 @@ def prefixed(key, tensors):
     return key if key in tensors else f"text_model.{key}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", families.MAKERS)
 def test_a_map_of_the_noise_has_a_tangent(folders, family):
     from gadjax.convert.recipe import Sampling
@@ -132,7 +133,12 @@ STUDENTS = {
 }
 
 
-@pytest.mark.parametrize("family", STUDENTS)
+def some(names, quick):
+    """The others are for the slow tier."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("family", some(STUDENTS, ("sd2_v", "sana", "sd35")))
 def test_a_student_goes_back_to_diffusers(folders, family, tmp_path):
     """`gadjax export` draws with both and refuses what differs; and the weights are the average."""
     folder, timesteps = folders(family), STUDENTS[family]
@@ -156,7 +162,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", some(RECIPES, ("dmd2-sdxl", "sid-sd")))
 def test_known_students_are_drawn_as_their_authors_do(folders, recipe, tmp_path):
     """Under the scheduler and arguments that their authors give diffusers."""
     folder = folders(RECIPES[recipe])
@@ -225,7 +231,7 @@ def test_other_lengths_than_clips_are_refused(folders):
         pipeline.tokens(PROMPTS, 12)
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sana", "sd3"])
+@pytest.mark.parametrize("family", some(("sdxl", "sana", "sd3"), ("sdxl",)))
 def test_a_negative_prompt_and_another_size(folders, family, tmp_path):
     """Through the command; diffusers draws the same."""
     length = LENGTH.get(family, 77)

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "data": {"errors", "types", "worlds"},
     "pipeline": CONVERT,
     "sampling": PIPELINE,
+    "students": PIPELINE,
     "bench": BENCH,
 }
 

@@ -20,6 +20,7 @@ from gadjax.models.module import flatten, functional
 from gadjax.training.sharding import AXES, make_mesh, shardings
 from gadjax.types import Cond
 
+pytestmark = pytest.mark.slow  # compiles every loss twice in float64
 TEXT, SIDE, SAMPLES = 12, 8, 4
 # Every sharded dimension divides by two, and leaves are as small as that lets them be.
 FAMILIES = {
