@@ -103,11 +103,11 @@ def at_noise(model, prompt):
 
     @jax.jit
     def run(params, z, directions):
-        cond = pipeline.encode_text(params["text_encoder"], *told)
-        null = pipeline.encode_text(params["text_encoder"], *untold)
+        cond = pipeline.encode_text(params, *told)
+        null = pipeline.encode_text(params, *untold)
 
         def x0(z):
-            return clean_latent(pipeline, params["transformer"], sampling, z[None], cond, null)[0]
+            return clean_latent(pipeline, params[pipeline.body], sampling, z[None], cond, null)[0]
 
         return singular_directions(x0, z, directions)
 

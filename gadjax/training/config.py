@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,15 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     config_flags.DEFINE_config_file(
         "config", None, "FILE[:variant]", flag_values=values, sys_argv=argv
     )
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder is the user's
     try:
         rest = values(argv)
         config = values.config
         found = None if config is None else config.to_dict()  # a file that is missing raises here
     except Exception as error:  # config files are Python: whatever they raise is the user's input
         raise InputError(_one_line(error)) from error
+    finally:
+        sys.dont_write_bytecode = writes
     if config is None:
         raise InputError("--config: found nothing; expected FILE[:variant]")
     if len(rest) > 1:

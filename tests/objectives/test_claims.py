@@ -118,7 +118,7 @@ def bench():
     encode = jit(pipeline.encode_text)
 
     def told(prompts):
-        text = encode(params["text_encoder"], *pipeline.tokens(prompts, 16))
+        text = encode(params, *pipeline.tokens(prompts, 16))
         return Cond(text.text, text.mask)
 
     batch = Batch(

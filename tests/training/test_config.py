@@ -48,6 +48,12 @@ def refused(*arguments):
     return text
 
 
+def test_reading_leaves_nothing_beside_the_file(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    read_config([plain])
+    assert [path.name for path in tmp_path.iterdir()] == ["plain.py"]
+
+
 def test_a_file_its_variant_and_overrides(plain):
     config = read_config([plain])
     assert (config.batch, config.ema, config.optim.lr) == (8, 0.999, 1e-5)
