@@ -51,11 +51,6 @@ class Pipeline:
         """What the family's pipeline in diffusers draws with unless it is told."""
         return Sampling(self.prompts.steps, None, self.prompts.guidance, self.prompts.length)
 
-    @property
-    def encoders(self) -> list[str]:
-        """The names of the networks that turn prompts into what the denoiser is told."""
-        return [name for name in self.networks if name.startswith("text_encoder")]
-
     def encode_text(self, params: dict[str, Params], ids_BL, mask_BL) -> Cond:
         """Token ids to what the denoiser is told. params: by network."""
         return self.cond(*self.prompts.encode(params, ids_BL, mask_BL))

@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
     if args.images:
         pictures = open_images(resolve(args.images), column)
     prompts = pictures.captions if pictures else read_prompts(resolve(args.prompts), column)
-    pipeline = make_pipeline(open_folder(source, variant=args.variant, components=()))
-    needed = [*pipeline.encoders, *(["vae"] if pictures else [])]
+    folder = open_folder(source, variant=args.variant, components=())
+    needed = [*folder.encoders, *(["vae"] if pictures else [])]
     folder = open_folder(source, variant=args.variant, components=needed)
-    length = args.length or read_sampling(source, pipeline.sampling).length
     pipeline, origin = make_pipeline(folder), Origin(text_fingerprint(source, variant=args.variant))
+    length = args.length or read_sampling(source, pipeline.sampling).length
     size = min(args.batch, len(prompts))
     encode = _text_encoder(pipeline, length, size)
     if pictures:
@@ -82,7 +82,7 @@ def _text_encoder(pipeline: Pipeline, length: int, size: int):
     """Up to `size` prompts -> what is written of them, one size being compiled; of None what
     guidance leads away from, without a leading axis."""
     run = jax.jit(pipeline.prompts.encode)
-    params = {name: pipeline.folder.components[name].params for name in pipeline.encoders}
+    params = {name: pipeline.folder.components[name].params for name in pipeline.folder.encoders}
     params = jax.device_put(params)
 
     def encode(prompts: list[str] | None) -> Encoded:

@@ -95,6 +95,11 @@ class PipelineFolder:
         """The name of the denoiser's network: "unet", or else "transformer"."""
         return "unet" if "unet" in self.components else "transformer"
 
+    @property
+    def encoders(self) -> list[str]:
+        """The names of the networks that turn prompts into what the denoiser is told."""
+        return [name for name in self.components if name.startswith("text_encoder")]
+
 
 def check_pipeline(
     folder: Path, *, variant: str | None = None, allow_pickle: bool = False

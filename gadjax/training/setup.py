@@ -105,7 +105,7 @@ def prepare(config: ConfigDict, *, abstract: bool = False) -> Run:
         name: cast(params[name], dtype)
         for name, wanted in (
             (pipeline.body, objective.needs.distils),
-            *((name, not (data.embeddings or data.latents)) for name in pipeline.encoders),
+            *((name, not (data.embeddings or data.latents)) for name in pipeline.folder.encoders),
             ("vae", objective.needs.images and not data.latents or config.preview.every),
         )
         if wanted
