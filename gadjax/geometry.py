@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gadjax.errors import InputError
+from gadjax.ops.attention import tangent_pass
 
 CELLS = 4  # a side of the grid on which low-frequency noise is constant
 
@@ -73,8 +74,13 @@ def control_directions(f: Callable, x: jax.Array, keys_B: jax.Array, count: int)
 
 
 def tangent(f: Callable, x: jax.Array, v: jax.Array):
-    """f(x) and J_f(x) v in one forward pass; reverse mode goes through both."""
-    return jax.jvp(f, (x,), (v,))
+    """f(x) and J_f(x) v in one forward pass; reverse mode goes through both.
+
+    Attention inside is the one that has an efficient tangent (gadjax.ops.attention); an f that
+    itself takes gradients of a network needs jax.jvp instead.
+    """
+    with tangent_pass(True):
+        return jax.jvp(f, (x,), (v,))
 
 
 def tangents(f: Callable, x: jax.Array, v_J: jax.Array):

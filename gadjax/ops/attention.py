@@ -1,7 +1,20 @@
-"""Softmax attention: the one place where every network computes it."""
+"""Softmax attention: the one place where every network computes it.
+
+Two programs, chosen by what the pass is for. A pass for values alone may take whatever computes
+values fastest. A pass whose tangents are wanted (`tangent_pass`, which `gadjax.geometry` sets)
+takes `dual_attention`: value and tangent together, with a transpose of its own, so that reverse
+mode through jax.jvp keeps nothing of size N x M.
+"""
+
+from functools import partial
 
 import jax
-import jax.numpy as jnp
+
+from gadjax.ops.dual_attention import dual_attention, mix, over_blocks, query_blocks, softmax
+
+# A part of what jax.jit caches by, so that a function traced for one kind of pass is traced anew
+# for the other.
+tangent_pass = jax.make_user_context(False)
 
 
 def attention(
@@ -12,14 +25,39 @@ def attention(
     Args:
       q_BNHK: queries, N positions of H heads of K channels.
       k_BMHK, v_BMHK: keys and values, M positions.
-      bias: added to the logits; broadcasts to [B, H, N, M].
+      bias: added to the logits; broadcasts to [B, H, N, M]. In a tangent pass it takes no
+        derivative.
 
-    Returns: [B, N, H, K] in the dtype of the values. Differentiable in both modes, repeatedly.
+    Returns: [B, N, H, K] in the dtype of the values. Outside a tangent pass it is differentiable
+      in both modes, repeatedly; inside one, by jax.jvp and by reverse mode through that, which is
+      what the pass is for.
     """
-    wide = jnp.promote_types(q_BNHK.dtype, jnp.float32)
-    logits_BHNM = jnp.einsum("bnhk,bmhk->bhnm", q_BNHK, k_BMHK, preferred_element_type=wide)
-    logits_BHNM = logits_BHNM * q_BNHK.shape[-1] ** -0.5
-    if bias is not None:
-        logits_BHNM = logits_BHNM + bias.astype(wide)
-    weights_BHNM = jax.nn.softmax(logits_BHNM, axis=-1).astype(v_BMHK.dtype)
-    return jnp.einsum("bhnm,bmhk->bnhk", weights_BHNM, v_BMHK)
+    f = _moving if tangent_pass.value else value_attention
+    return f(q_BNHK, k_BMHK, v_BMHK, bias)
+
+
+def value_attention(q, k, v, bias=None):
+    """`attention` for values; what reverse mode needs of a block of queries it computes again."""
+
+    def block(queries, bias):
+        return mix(softmax(queries[0], k, bias), v).astype(v.dtype), ()
+
+    if query_blocks(q.shape[1], k.shape[1]) > 1:
+        block = jax.checkpoint(block, prevent_cse=False)
+    return over_blocks(block, (q,), bias, k.shape[1])[0]
+
+
+_moving = jax.custom_jvp(value_attention)
+
+
+@partial(_moving.defjvp, symbolic_zeros=True)
+def _jvp(primals, tangents):
+    q, k, v, bias = primals
+    zero = [type(t) is jax.custom_derivatives.SymbolicZero for t in tangents[:3]]
+    tq, tk, tv = (
+        jax.numpy.zeros_like(x) if no else t
+        for x, t, no in zip(primals, tangents, zero, strict=False)
+    )
+    if zero[1] and zero[2]:
+        tk = tv = None
+    return dual_attention(q, k, v, bias, tq, tk, tv)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gadjax import geometry
 from gadjax.models import mmdit, pixart, sana, unet
 from gadjax.models.module import flatten, functional
 from gadjax.training.sharding import AXES, make_mesh, shardings
@@ -107,7 +108,7 @@ def worker(out: Path) -> None:
 
         def loss(params, x, v, cond, predict=predict):
             t_B = jnp.full(len(x), 500.0)
-            value, moved = jax.jvp(lambda x: predict(params, x, t_B, cond), (x,), (v,))
+            value, moved = geometry.tangent(lambda x: predict(params, x, t_B, cond), x, v)
             return jnp.mean(value**2) + jnp.mean(moved**2)
 
         found = {}
