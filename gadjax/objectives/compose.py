@@ -1,6 +1,6 @@
 """Sums of weighted terms, and the one dict of names that a config may use."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import reduce
 from operator import or_
@@ -74,6 +74,11 @@ class Sum:
         for _, term in self.parts:
             if hasattr(term, "check"):
                 term.check(steps)
+
+    def needs_of(self, roles: Iterable[str]) -> Needs:
+        """What the terms that train these networks need, under the cut of the whole sum."""
+        found = (term.needs for role in roles for term in self._trainers(role))
+        return reduce(or_, found, Needs(cut_first=self.needs.cut_first))
 
     def _trainers(self, role: str) -> list[Term]:
         return [term for _, term in self.parts if hasattr(term, f"{role}_loss")]

@@ -71,6 +71,7 @@ def make_context(
         step_B=batch.stratum % n,
         cut_first=needs.cut_first,
     )
+    walk = None
     if needs.endpoint and (needs.cut_first or not needs.whole):
         walk = rollout(
             student_at, schedule, batch.noise, jnp.asarray(times), cut_first=needs.cut_first
@@ -80,7 +81,11 @@ def make_context(
         return context
 
     if needs.student or any(spec.end != "whole" for spec in needs.maps):
-        x = own_latents(recipe, jax.lax.stop_gradient(student), batch, context.step_B)
+        if walk is None:
+            states = own_latents(recipe, jax.lax.stop_gradient(student), batch)
+        else:  # the rollout to the end has been there
+            states = jax.lax.stop_gradient(walk.x)
+        x = states[context.step_B, jnp.arange(len(context.step_B))]
         context = replace(context, x_BHWC=x)
     maps = {spec: teacher_map(context, teacher_at, spec) for spec in needs.maps}
     v = None
@@ -96,10 +101,10 @@ def make_context(
         context = replace(context, student=said)
     if needs.whole:
 
-        def walk(z):
+        def whole(z):
             return rollout(student_at, schedule, z, jnp.asarray(times)).end
 
-        context = replace(context, whole=pair(walk, batch.noise, needs.tangent))
+        context = replace(context, whole=pair(whole, batch.noise, needs.tangent))
         if not needs.cut_first:
             context = replace(context, endpoint=context.whole[0])
     found = {spec: pair(*maps[spec], wanted) for spec, wanted in needs.maps.items()}
@@ -125,18 +130,17 @@ def draw_directions(needs: Needs, context: Context, maps):
     return jax.lax.stop_gradient(control_directions(f, x, keys, needs.tangent.count))
 
 
-def own_latents(recipe: Recipe, student: Params, batch: Batch, step_B):
-    """The latent at which each sample's own rollout from z starts its drawn step."""
+def own_latents(recipe: Recipe, student: Params, batch: Batch):
+    """The latents [n, B, H, W, C] at which every sample's own rollout from z starts its n steps."""
     if len(recipe.times) == 2:
-        return batch.noise
+        return batch.noise[None]
     walk = rollout(
         lambda x, t: recipe.denoiser(student, x, t, batch.cond),
         recipe.denoiser.schedule,
         batch.noise,
         jnp.asarray(recipe.times[:-1]),
     )
-    states = jnp.concatenate([walk.x, walk.end[None]])
-    return states[step_B, jnp.arange(len(step_B))]
+    return jnp.concatenate([walk.x, walk.end[None]])
 
 
 def accumulate(loss: Callable, params: Params, batch: Batch, microbatches: int):
@@ -208,10 +212,10 @@ def critic_step(recipe: Recipe, state: TrainState, teacher: Params | None, batch
 
     teacher: read only by a discriminator of the teacher's features.
     """
-    wanted = recipe.objective.needs
+    roles = [role for role in CRITICS if getattr(recipe.objective.needs, role)]
+    wanted = recipe.objective.needs_of(roles)
     needs = Needs(student=wanted.student, endpoint=wanted.endpoint, cut_first=wanted.cut_first)
     student = jax.lax.stop_gradient(state.params["student"])
-    roles = [role for role in CRITICS if getattr(wanted, role)]
 
     def loss(params, batch):
         critic, discriminator = (params.get(role) for role in CRITICS)
