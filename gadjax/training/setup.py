@@ -1,6 +1,6 @@
 """What a config means: networks, recipe, data, and the two compiled updates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from gadjax.errors import InputError
 from gadjax.geometry import tangent
 from gadjax.models.module import cast, kept_of, overlay
 from gadjax.objectives import TERMS, build
+from gadjax.ops.attention import placed
 from gadjax.pipeline import Pipeline, load_pipeline, outline_pipeline, random_like
 from gadjax.sampling import sampler_and_times
 from gadjax.training.data import WITH_PICTURES, open_data
@@ -33,6 +34,8 @@ from gadjax.training.state import TrainState, create, make_optimizer
 from gadjax.training.steps import CRITICS, Recipe, critic_step, student_step
 from gadjax.training.workdir import sampling_of
 from gadjax.types import Batch, Cond, Params
+
+OFFLOAD = "teacher", "optimizer", "ema"
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,17 @@ class Run:
     fingerprint: str  # of the teacher's transformer
 
 
-def prepare(config: ConfigDict, *, abstract: bool = False) -> Run:
+def prepare(
+    config: ConfigDict, *, abstract: bool = False, devices: Sequence[jax.Device] | None = None
+) -> Run:
     """Check everything that can be checked, then load. Raises: InputError before device work.
 
     abstract: from the teacher's configurations alone; parameters are then shapes, and the run can
-      be traced and compiled but not carried out.
+      be traced and compiled but not carried out. devices: of the mesh; all there are by default.
     """
     times = student_times(config)
     objective = build(config.objective, TERMS, len(times))
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
     if objective.needs.images and not any(config.data[name] for name in WITH_PICTURES):
         names = ", ".join(f"data.{name}" for name in WITH_PICTURES)
@@ -66,6 +71,7 @@ def prepare(config: ConfigDict, *, abstract: bool = False) -> Run:
     if not config.teacher:
         raise InputError("teacher: found nothing; expected a diffusers pipeline folder")
     dtype = compute_dtype(config.dtype)
+    check_offload(config.offload, objective.needs.distils)
     read = outline_pipeline if abstract else load_pipeline
     pipeline, params = read(assets.resolve(config.teacher), dtype=dtype, remat=config.remat)
     sampling = sampling_of(config)
@@ -249,8 +255,11 @@ class Steps:
     frozen: Any
 
 
-def compile_steps(run: Run) -> Steps:
-    """Both updates as sharded jitted functions; the state is donated, the frozen parts are not."""
+def compile_steps(run: Run, *, keep_unused: bool = False) -> Steps:
+    """Both updates as sharded jitted functions; the state is donated, the frozen parts are not.
+
+    keep_unused: whether an update keeps what it does not read among its arguments.
+    """
     mesh, seed = run.mesh, run.config.seed
     parts = run.pipeline.folder.components
     body = run.pipeline.body
@@ -262,21 +271,50 @@ def compile_steps(run: Run) -> Steps:
         else jax.tree.map(lambda _: replicated(mesh), tree)
         for name, tree in run.frozen.items()
     }
+    away = run.config.offload
+    state_home, frozen_home = state_sh, frozen_sh
+    if "teacher" in away:
+        frozen_home = frozen_sh | {body: on_host(frozen_sh[body])}
+    if "optimizer" in away:
+        state_home = state_home._replace(opt=on_host(state_sh.opt))
+    if "ema" in away:
+        state_home = state_home._replace(ema=on_host(state_sh.ema))
     options = {
-        "in_shardings": (state_sh, frozen_sh, batch_sharding(mesh), replicated(mesh)),
-        "out_shardings": (state_sh, replicated(mesh)),
+        "in_shardings": (state_home, frozen_home, batch_sharding(mesh), replicated(mesh)),
+        "out_shardings": (state_home, replicated(mesh)),
         "donate_argnums": 0,
+        "keep_unused": keep_unused,
     }
 
-    @partial(jax.jit, **options)
-    def student(state, frozen, raw, update):
-        batch = make_batch(run.pipeline, frozen, raw, seed, update)
-        return student_step(keeping(run.recipe, frozen), state, frozen.get(body), batch)
+    def compiled(step):
+        def update(state, frozen, raw, number):
+            near = state
+            if away:
+                near, frozen = jax.device_put((state, frozen), (state_sh, frozen_sh))
+            with placed(mesh):
+                batch = make_batch(run.pipeline, frozen, raw, seed, number)
+                recipe = keeping(run.recipe, frozen)
+                after, metrics = step(recipe, near, frozen.get(body), batch)
+            # What a step leaves as it is has not been anywhere.
+            after = jax.tree.map(lambda x, y, z: z if x is y else x, after, near, state)
+            return after, metrics
 
-    @partial(jax.jit, **options)
-    def critic(state, frozen, raw, update):
-        batch = make_batch(run.pipeline, frozen, raw, seed, update)
-        return critic_step(keeping(run.recipe, frozen), state, frozen.get(body), batch)
+        update.__name__ = step.__name__  # as profiles call it
+        return jax.jit(update, **options)
 
-    has_critic = len(run.recipe.optimizers) > 1
-    return Steps(student, critic if has_critic else None, state_sh, frozen_sh)
+    critic = compiled(critic_step) if len(run.recipe.optimizers) > 1 else None
+    return Steps(compiled(student_step), critic, state_home, frozen_home)
+
+
+def on_host(tree: Any) -> Any:
+    """The same shardings in the host's memory."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), tree)
+
+
+def check_offload(names: Sequence[str], distils: bool) -> None:
+    """Raises: InputError for what cannot wait in the host's memory."""
+    for name in names:
+        if name not in OFFLOAD:
+            raise InputError(f"offload: found {name!r}; expected some of {', '.join(OFFLOAD)}")
+    if "teacher" in names and not distils:
+        raise InputError("offload: found 'teacher' in a run without one; expected it left out")

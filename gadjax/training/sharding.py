@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gadjax.errors import InputError
@@ -19,7 +20,8 @@ HEADS = ((r"(^|/)discriminator/", PartitionSpec()),)  # of a training state, bes
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh; a size of -1 takes what the others leave.
 
-    Raises: InputError where the sizes do not multiply to the number of devices.
+    Raises: InputError where the sizes do not multiply to the number of devices, with a size that
+    would.
     """
     devices = jax.devices() if devices is None else list(devices)
     wanted = [int(sizes.get(axis, 1)) for axis in AXES]
@@ -29,9 +31,37 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if min(wanted) < 1 or math.prod(wanted) != len(devices):
         raise InputError(
             f"mesh: found {dict(sizes)}; expected sizes that multiply to {len(devices)} devices"
+            f"{_nearest_size(sizes, len(devices))}"
         )
     # Auto: the default (Explicit) wants every operation annotated.
-    return jax.make_mesh(tuple(wanted), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(tuple(wanted), AXES, types, devices=devices)
+    except NotImplementedError:  # an axis would have to take a part of a TPU topology's side
+        placed = create_device_mesh(wanted, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
+
+
+def _nearest_size(sizes: Mapping[str, int], count: int) -> str:
+    """What to change of sizes that do not multiply to `count`: one axis, if that is enough."""
+    wanted = {axis: int(sizes.get(axis, 1)) for axis in AXES}
+    if list(wanted.values()).count(-1) > 1:
+        return ", of which one at most is -1"
+    found = []
+    for axis, size in wanted.items():
+        rest = math.prod(n for other, n in wanted.items() if other != axis and n != -1)
+        if size == -1 or rest < 1 or count % rest:
+            continue
+        exact = [count // rest] if -1 not in wanted.values() else divisors(count // rest)
+        found += [(abs(math.log(n / max(size, 0.5))), axis, n) for n in exact]
+    if not found:
+        return ""
+    _, axis, n = min(found)
+    return f" (mesh.{axis}={n} would, where {wanted[axis]} does not)"
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def path_name(path) -> str:
@@ -48,6 +78,7 @@ def shardings(tree: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh)
 
     # A rule's ^ is the start of a network's own path, which stands deeper in a training state.
     anchored = [(re.sub(r"^\^", "(?:^|/)", pattern), spec) for pattern, spec in rules]
+    cut: list[tuple[str, int, str]] = []  # axis, size and path of what is split and not small
 
     def place(path, leaf):
         name = path_name(path)
@@ -57,17 +88,23 @@ def shardings(tree: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh)
                 raise InputError(f"sharding: found no rule for {name} {tuple(leaf.shape)}")
             spec = PartitionSpec()
         spec = PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in spec))
-        for size, axis in zip(leaf.shape, spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
-                if math.prod(leaf.shape) < SMALL:
-                    spec = PartitionSpec()
-                    break
-                raise InputError(
-                    f"mesh.{axis}: found {mesh.shape[axis]}; expected a divisor of {size} ({name})"
-                )
+        sides = [(a, n) for n, a in zip(leaf.shape, spec, strict=False) if a is not None]
+        if math.prod(leaf.shape) >= SMALL:
+            cut.extend((axis, size, name) for axis, size in sides)
+        elif any(size % mesh.shape[axis] for axis, size in sides):
+            spec = PartitionSpec()
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    placed = jax.tree_util.tree_map_with_path(place, tree)
+    for axis, size, name in cut:
+        if size % (found := mesh.shape[axis]):
+            fit = math.gcd(mesh.size, *(n for other, n, _ in cut if other == axis))
+            nearest = min(divisors(fit), key=lambda n: abs(math.log(n / found)))
+            raise InputError(
+                f"mesh.{axis}: found {found}; expected a divisor of {size} ({name}), the nearest "
+                f"that suits all being {nearest}"
+            )
+    return placed
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

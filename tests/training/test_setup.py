@@ -73,3 +73,19 @@ def test_objectives_without_what_they_need(config, changes, message):
     if objective:
         config.objective = objective
     assert message in refused(config)
+
+
+@pytest.mark.parametrize(
+    "offload,objective,words",
+    [
+        (("critic",), {"dmd": {}}, ("offload: found 'critic'", "teacher, optimizer, ema")),
+        (("teacher",), {"denoising": {}}, ("offload: found 'teacher'", "without one")),
+    ],
+)
+def test_an_offload_of_what_there_is_not(config, offload, objective, words):
+    config.offload, config.objective = offload, objective
+    config.data.update(
+        prompts="", world="gadjax.worlds.shapes"
+    ) if "denoising" in objective else None
+    text = refused(config)
+    assert all(word in text for word in words)

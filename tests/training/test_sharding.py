@@ -32,7 +32,7 @@ CONFIG = pixart.Config(
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, eps=1e-3))
 
 
-def tiny_run(mesh, microbatches):
+def tiny_run(mesh, microbatches, offload=()):
     """Teacher, student and critic as PixArts of two blocks; prompts as random embeddings."""
     from gadjax.denoiser import Denoiser
     from gadjax.objectives import DMD, GAD, Anchor
@@ -66,7 +66,7 @@ def tiny_run(mesh, microbatches):
     frozen = {"null": jax.tree.map(np.float32, null), "transformer": teacher}
     # What compile_steps reads of a Run.
     return SimpleNamespace(
-        config=SimpleNamespace(seed=3),
+        config=SimpleNamespace(seed=3, offload=offload),
         pipeline=pipeline,
         recipe=recipe,
         mesh=mesh,
@@ -85,11 +85,11 @@ def prompts(update):
 
 
 # Mesh (data x fsdp x tensor) -> microbatches, roles (one is enough for the last, for compilation's
-# sake).
+# sake), what waits in the host's memory.
 MESHES = {
-    "1x1x1": (1, ("student", "critic")),
-    "2x2x2": (1, ("student", "critic")),
-    "8x1x1": (2, ("student",)),
+    "1x1x1": (1, ("student", "critic"), ()),
+    "2x2x2": (1, ("student", "critic"), ()),
+    "8x1x1": (2, ("student",), ("teacher", "optimizer", "ema")),
 }
 
 
@@ -99,10 +99,10 @@ def worker(out: Path) -> None:
     from gadjax.training.sharding import batch_sharding
 
     assert len(jax.devices()) == 8
-    for name, (microbatches, roles) in MESHES.items():
+    for name, (microbatches, roles, offload) in MESHES.items():
         sizes = dict(zip(AXES, map(int, name.split("x")), strict=True))
         mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-        run = tiny_run(mesh, microbatches)
+        run = tiny_run(mesh, microbatches, offload)
         steps = compile_steps(run)
         state = jax.device_put(run.start(run.first), steps.state)
         frozen = jax.device_put(run.frozen, steps.frozen)
@@ -119,7 +119,8 @@ def worker(out: Path) -> None:
         specs = {path_name(p): str(v.sharding.spec) for p, v in leaves(state)}
         found = {path_name(p): np.asarray(v) for p, v in leaves(state)}
         np.savez(out / f"{name}.npz", **{k.replace("/", "|"): v for k, v in found.items()})
-        (out / f"{name}.json").write_text(json.dumps([metrics, specs, flops]))
+        kinds = {path_name(p): v.sharding.memory_kind for p, v in leaves(state)}
+        (out / f"{name}.json").write_text(json.dumps([metrics, specs, flops, kinds]))
 
 
 def leaves(tree):
@@ -153,7 +154,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["2x2x2", "8x1x1"])
 def test_eight_devices_do_what_one_does(trained, name):
-    (one, metrics, _, _), (eight, same, _, _) = trained["1x1x1"], trained[name]
+    (one, metrics, *_), (eight, same, *_) = trained["1x1x1"], trained[name]
     net = functional(pixart.build(CONFIG, remat=False))
     assert len(one) == len(eight) > 7 * len(flatten(net.abstract))
     largest = max(float(np.abs(v).max()) for k, v in one.items() if "/mu/" in k)
@@ -181,6 +182,12 @@ def test_the_state_stays_where_the_rules_put_it(trained):
     assert specs[f"params/student/{kernel}"] == str(P(None, "fsdp", "tensor"))
     assert specs[f"params/student/{kernel}"] == specs[f"ema/{kernel}"]
     assert sum("fsdp" in spec for spec in specs.values()) > 50
+
+
+def test_what_is_offloaded_waits_in_the_hosts_memory(trained):
+    for key, kind in trained["8x1x1"][4].items():
+        assert (kind == "pinned_host") == key.startswith(("opt/", "ema/")), key
+    assert set(trained["2x2x2"][4].values()) == {"device"}
 
 
 def test_devices_share_the_work(trained):
