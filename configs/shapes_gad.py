@@ -40,7 +40,7 @@ def get_config(variant: str = "gad"):
     config.student.timesteps = (899, 674, 449, 224)
     config.steps = 2000
     config.batch = 32
-    config.remat = False
+    config.remat = "none"
     config.optim.update(lr=2e-4, warmup=20, decay=2000, b1=0.0, b2=0.95)
     config.critic.update(updates=2, lr=4e-4)
     config.ema = 0.995

@@ -34,7 +34,7 @@ def get_config(variant: str = "eps"):
     config.objective = {"denoising": {"balance": 0.02}}
     config.steps = 24_000
     config.batch = 64
-    config.remat = False
+    config.remat = "none"
     config.optim.update(lr=1e-3, warmup=500, decay=24_000, b2=0.99, weight_decay=1e-3)
     config.ema = 0.999
     config.data.update(world="gadjax.worlds.shapes", cache=49_152, dropout=0.1, length=16)

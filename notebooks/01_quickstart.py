@@ -77,7 +77,7 @@ student = gadjax.distill(
     optim={"lr": 2e-4, "b1": 0.0, "b2": 0.95},
     critic={"updates": 2, "lr": 4e-4},
     ema=0.98,
-    remat=False,
+    remat="none",
 )
 print(student)
 

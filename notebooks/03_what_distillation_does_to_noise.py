@@ -56,7 +56,7 @@ def distil(objective):
         optim={"lr": 4e-4, "b1": 0.0, "b2": 0.95},
         critic={"updates": 1, "lr": 8e-4},
         ema=0.95,
-        remat=False,
+        remat="none",
     )
 
 

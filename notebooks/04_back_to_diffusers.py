@@ -49,7 +49,7 @@ student = gadjax.distill(
     updates=UPDATES,
     optim={"lr": 2e-4, "b1": 0.0, "b2": 0.95},
     ema=0.9,
-    remat=False,
+    remat="none",
 )
 
 # %% [markdown]

@@ -16,7 +16,7 @@ from gadjax.cli.main import main
 from gadjax.objectives import DMD, GAD, TERMS, Regression, Sum, as_config, build
 
 PROMPTS = ["a red circle above a blue square", "green square"]
-SMALL = {"batch": 2, "remat": False, "data": {"length": 8}, "optim": {"lr": 1e-3}, "guidance": 3}
+SMALL = {"batch": 2, "remat": "none", "data": {"length": 8}, "optim": {"lr": 1e-3}, "guidance": 3}
 
 
 @pytest.fixture(scope="module")

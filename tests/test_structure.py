@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "assets": set(),
     "schedules": {"errors"},
     "parameterization": {"errors", "schedules", "types"},
-    "geometry": {"errors"},
+    "geometry": {"errors", "ops"},
     "ops": {"errors"},
     "models": MODELS,
     "denoiser": MATHS,

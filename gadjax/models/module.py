@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
+from gadjax.ops.dual_attention import KEPT
 from gadjax.types import Params
 
 
@@ -39,14 +40,21 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 
 
-def scan_blocks(blocks: nnx.Module, x, call: Callable[[nnx.Module, Any], Any], remat: bool):
-    """Run stacked blocks in order: `x = call(block, x)`; `remat` recomputes each in reverse."""
+def scan_blocks(blocks: nnx.Module, x, call: Callable[[nnx.Module, Any], Any], remat: bool | str):
+    """Run stacked blocks in order: `x = call(block, x)`.
+
+    remat: whether each is computed again in reverse; "attention": all of it but its attention,
+      whose results are kept.
+    """
 
     def body(x, block):
         return call(block, x), None
 
     # prevent_cse is for code outside scan; inside, it only blocks fusion.
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, blocks)[0]
+    if remat:
+        keep = {"attention": jax.checkpoint_policies.save_only_these_names(KEPT)}
+        body = jax.checkpoint(body, prevent_cse=False, policy=keep.get(remat))
+    return jax.lax.scan(body, x, blocks)[0]
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import partial
 
 import jax
 
-from gadjax.ops.dual_attention import dual_attention, mix, over_blocks, query_blocks, softmax
+from gadjax.ops.dual_attention import dual_attention, kept, mix, over_blocks, query_blocks, softmax
 
 # A part of what jax.jit caches by, so that a function traced for one kind of pass is traced anew
 # for the other.
@@ -48,7 +48,7 @@ def value_attention(q, k, v, bias=None):
 
     if query_blocks(q.shape[1], k.shape[1]) > 1:
         block = jax.checkpoint(block, prevent_cse=False)
-    return over_blocks(block, (q,), bias, k.shape[1])[0]
+    return kept(over_blocks(block, (q,), bias, k.shape[1])[0])
 
 
 _moving = jax.custom_jvp(value_attention)

@@ -23,7 +23,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+KEPT = "attention"  # as checkpoint policies call what reverse mode keeps of an attention
 CELLS = 2**19  # logits of one head that exist at once; more are computed a block of queries a time
 
 
@@ -143,8 +145,13 @@ def dual_attention(q, k, v, bias, tq, tk, tv):
     return over_blocks(block, (q, tq), bias, k.shape[1])[0]
 
 
+def kept(results):
+    """The results, by the name under which a checkpoint policy may keep them."""
+    return jax.tree.map(lambda x: checkpoint_name(x, KEPT), results)
+
+
 def _forward(*given):
-    return dual_attention(*given), given
+    return kept(dual_attention(*given)), given
 
 
 def shared(f: Callable) -> Callable:

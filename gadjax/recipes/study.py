@@ -70,7 +70,7 @@ def cell_config(variant: str):
     config.objective = known[variant]
     config.steps = 600
     config.batch = 16
-    config.remat = False
+    config.remat = "none"
     config.optim.update(lr=2e-4, warmup=20, decay=600, b1=0.0, b2=0.95)
     config.critic.update(updates=2, lr=4e-4)
     config.ema = 0.98

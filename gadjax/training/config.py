@@ -26,7 +26,7 @@ def default_config() -> ConfigDict:
             "microbatch": 0,  # global too; 0: the whole batch at once
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that others leave
             "dtype": "float32",  # what networks compute in; parameters are float32
-            "remat": True,  # recompute each block in reverse mode
+            "remat": "block",  # computed again in reverse: none, attention (all but that), block
             "offload": (),  # some of teacher, optimizer, ema: in the host's memory between uses
             "teacher": "",  # diffusers pipeline folder, or asset:NAME
             "guidance": 4.5,  # of the teacher

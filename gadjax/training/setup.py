@@ -36,6 +36,7 @@ from gadjax.training.workdir import sampling_of
 from gadjax.types import Batch, Cond, Params
 
 OFFLOAD = "teacher", "optimizer", "ema"
+REMAT = {"none": False, "attention": "attention", "block": True}  # as networks are told
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,12 @@ def prepare(
     if not config.teacher:
         raise InputError("teacher: found nothing; expected a diffusers pipeline folder")
     dtype = compute_dtype(config.dtype)
+    if config.remat not in REMAT:
+        raise InputError(f"remat: found {config.remat!r}; expected one of {', '.join(REMAT)}")
+    remat = REMAT[config.remat]
     check_offload(config.offload, objective.needs.distils)
     read = outline_pipeline if abstract else load_pipeline
-    pipeline, params = read(assets.resolve(config.teacher), dtype=dtype, remat=config.remat)
+    pipeline, params = read(assets.resolve(config.teacher), dtype=dtype, remat=remat)
     sampling = sampling_of(config)
     if pipeline.sampler.renoises:
         raise InputError(

@@ -90,7 +90,7 @@ def config_file(folder, teacher, prompts, timesteps, objective):
         f"    config.teacher, config.data.prompts = {str(teacher)!r}, {str(prompts)!r}\n"
         f"    config.objective, config.student.timesteps = {objective!r}, {timesteps!r}\n"
         f"    config.student.steps = {len(timesteps)}\n"
-        "    config.steps, config.batch, config.remat = 1, 2, False\n"
+        "    config.steps, config.batch, config.remat = 1, 2, 'none'\n"
         f"    config.data.length, config.preview.every, config.optim.lr = {LENGTH}, 0, 1e-3\n"
         "    return config\n"
     )

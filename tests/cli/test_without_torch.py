@@ -39,7 +39,7 @@ def get_config():
     config.teacher, config.data.prompts = {teacher!r}, {prompts!r}
     config.objective = {{"regression": {{"steps": 1}}}}
     config.student.steps, config.student.timesteps = 2, (900, 400)
-    config.steps, config.batch, config.data.length, config.remat = 1, 2, 8, False
+    config.steps, config.batch, config.data.length, config.remat = 1, 2, 8, "none"
     return config
 """
 

@@ -350,7 +350,7 @@ def get_config():
     # A head large enough that it would need a rule of its own among the networks'.
     adversarial = {{"weight": 0.005, "hidden": 4096}}
     config.objective = {{"dmd": {{}}, "adversarial": adversarial, "gad": {{"steps": 1}}}}
-    config.steps, config.batch, config.remat = 2, 4, False
+    config.steps, config.batch, config.remat = 2, 4, "none"
     config.optim.lr = config.critic.lr = 1e-3
     config.data.update(images={images!r}, length=8)
     config.checkpoint.every = config.log.every = 1

@@ -211,3 +211,25 @@ def test_values_in_blocks_differentiate_in_every_way(blocks):
             worst(jax.jit(lambda: twice(value_attention))(), jax.jit(lambda: twice(plain))())
             < 1e-12
         )
+
+
+def test_reverse_mode_may_keep_the_results_and_then_does_not_compute_them_again():
+    """Of the six products of value and tangent, only those that the transpose itself needs."""
+    from gadjax.models.module import scan_blocks
+    from gadjax.training.flops import flops
+
+    x = jax.ShapeDtypeStruct((1, 64, 1, 16), jnp.float32)
+    layers = jax.ShapeDtypeStruct((3, 16, 16), jnp.float32)
+
+    def cost(remat, moving):
+        def loss(layers, x):
+            def net(x):
+                return scan_blocks(layers, x, lambda w, x: attention(x, x, x) @ w, remat)
+
+            return sum(map(jnp.sum, tangent(net, x, x) if moving else (net(x),)))
+
+        return flops(jax.grad(loss), layers, x) / (3 * 2 * 64 * 64 * 16)
+
+    assert cost(True, False) - cost("attention", False) == pytest.approx(1, abs=0.01)
+    assert cost(True, True) - cost("attention", True) == pytest.approx(6, abs=0.01)
+    assert cost("attention", True) - cost(False, True) < 1

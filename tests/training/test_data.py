@@ -107,7 +107,7 @@ def get_config():
     config.teacher = {teacher!r}
     config.student.steps, config.student.timesteps = 1, (900,)
     config.objective = {{"denoising": {{}}}}
-    config.steps, config.batch, config.remat = 2, 4, False
+    config.steps, config.batch, config.remat = 2, 4, "none"
     config.optim.lr = 1e-3
     config.data.update(length=8, dropout=0.2)
     config.checkpoint.every = 1

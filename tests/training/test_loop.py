@@ -26,7 +26,7 @@ def get_config():
     config.student.steps, config.student.timesteps = 2, (900, 400)
     config.objective = {{"dmd": {{}}, "gad": {{"steps": 1}}, "anchor": {{"steps": 1}}}}
     config.steps, config.batch = 4, 8
-    config.remat = False
+    config.remat = "none"
     config.optim.lr = 1e-3
     config.critic.lr = 1e-3
     config.data.update(prompts={prompts!r}, length=8)

@@ -89,3 +89,8 @@ def test_an_offload_of_what_there_is_not(config, offload, objective, words):
     ) if "denoising" in objective else None
     text = refused(config)
     assert all(word in text for word in words)
+
+
+def test_a_remat_that_is_none(config):
+    config.remat = "blocks"
+    assert refused(config) == "remat: found 'blocks'; expected one of none, attention, block"
