@@ -57,9 +57,13 @@ class Denoiser:
         if isinstance(scale, int | float) and scale in (0, 1):
             return self.raw(params, x_BHWC, t_B, cond if scale else null)
         t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
-        twice = jnp.concatenate([x_BHWC, x_BHWC])
-        told, untold = jnp.split(self.raw(params, twice, jnp.tile(t_B, 2), both), 2)
+        # Side by side, so that both of a sample are where the sample is.
+        pairs = (x_BHWC, t_B, cond), (x_BHWC, t_B, null)
+        twice, t_2B, both = jax.tree.map(
+            lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]), *pairs
+        )
+        raw_BPHWC = self.raw(params, twice, t_2B, both).reshape(-1, 2, *x_BHWC.shape[1:])
+        told, untold = raw_BPHWC[:, 0], raw_BPHWC[:, 1]
         scale = expand(jnp.asarray(scale, x_BHWC.dtype), x_BHWC)
         return untold + scale * (told - untold)
 

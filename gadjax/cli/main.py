@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from gadjax.errors import InputError, RunStopped
 
 COMMANDS = {
     "train": "distil a student, or train a teacher",
+    "plan": "what a run needs of which hardware, before there is any",
     "sample": "draw pictures with a pipeline folder or a workdir",
     "evaluate": "compare a student with its teacher",
     "convert": "diffusers pipeline folder -> gadjax's own folder, and back",
@@ -16,6 +18,7 @@ COMMANDS = {
     "embed": "text embeddings, and latents of pictures, ahead of time",
     "doctor": "versions, devices, what is missing",
 }
+CONFIGURED = ("train", "plan")  # whose --config.a.b=v are for the config's own parser
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,9 +26,18 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}")
 
 
+def _keep_compiled() -> None:
+    """Compiled programs are kept for the next start, in a folder of the user's; JAX's own variable
+    says another one, or none where it is empty. Does nothing in a program that has JAX already."""
+    if "jax" not in sys.modules:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "gadjax", "compiled"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, 2 for bad input (one line on stderr), or 3 where the run stopped itself."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    _keep_compiled()
     parser = _Parser(prog="gadjax", description=__doc__)
     names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
@@ -35,11 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"gadjax.cli.{command}")
         own = _Parser(prog=f"gadjax {command}", description=module.__doc__)
         module.add_arguments(own)
-        # train's --config.a.b=v are for the config's own parser.
         args, rest = own.parse_known_args(arguments[1:])
-        if rest and command != "train":
+        if command in CONFIGURED:
+            return module.run(args, rest)
+        if rest:
             raise InputError(f"gadjax {command}: found {rest[0]!r}; expected only known flags")
-        return module.run(args, rest) if command == "train" else module.run(args)
+        return module.run(args)
     except InputError as error:
         print(f"gadjax: {error}", file=sys.stderr)
         return 2

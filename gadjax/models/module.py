@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from gadjax.ops.dual_attention import KEPT
+from gadjax.ops.placement import by_sample
 from gadjax.types import Params
 
 
@@ -48,7 +49,7 @@ def scan_blocks(blocks: nnx.Module, x, call: Callable[[nnx.Module, Any], Any], r
     """
 
     def body(x, block):
-        return call(block, x), None
+        return by_sample(call(block, by_sample(x))), None
 
     # prevent_cse is for code outside scan; inside, it only blocks fusion.
     if remat:

@@ -16,10 +16,6 @@ from gadjax.ops.dual_attention import dual_attention, kept, mix, over_blocks, qu
 # for the other.
 tangent_pass = jax.make_user_context(False)
 
-# The mesh that a program is traced for, where it is known: its devices choose the kernels, which
-# cannot be cut by the compiler and are placed on it.
-placed = jax.make_user_context(None)
-
 
 def attention(
     q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bias: jax.Array | None = None

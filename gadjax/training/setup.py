@@ -18,7 +18,7 @@ from gadjax.errors import InputError
 from gadjax.geometry import tangent
 from gadjax.models.module import cast, kept_of, overlay
 from gadjax.objectives import TERMS, build
-from gadjax.ops.attention import placed
+from gadjax.ops.placement import by_sample, placed
 from gadjax.pipeline import Pipeline, load_pipeline, outline_pipeline, random_like
 from gadjax.sampling import sampler_and_times
 from gadjax.training.data import WITH_PICTURES, open_data
@@ -296,7 +296,7 @@ def compile_steps(run: Run, *, keep_unused: bool = False) -> Steps:
             if away:
                 near, frozen = jax.device_put((state, frozen), (state_sh, frozen_sh))
             with placed(mesh):
-                batch = make_batch(run.pipeline, frozen, raw, seed, number)
+                batch = by_sample(make_batch(run.pipeline, frozen, raw, seed, number))
                 recipe = keeping(run.recipe, frozen)
                 after, metrics = step(recipe, near, frozen.get(body), batch)
             # What a step leaves as it is has not been anywhere.

@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gadjax.errors import InputError
+from gadjax.ops.placement import SAMPLES
 
 AXES = ("data", "fsdp", "tensor")
-SAMPLES = ("data", "fsdp")  # the axes over which a batch is split
 SMALL = 2**16  # elements below which a leaf that no rule names is replicated
 HEADS = ((r"(^|/)discriminator/", PartitionSpec()),)  # of a training state, beside its networks
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh; a size of -1 takes what the others leave.
+    """A (data, fsdp, tensor) mesh; a size of -1 takes what the others leave. Of several TPU slices
+    each holds whole shares of `data`, so that only the sum of gradients goes from slice to slice.
 
     Raises: InputError where the sizes do not multiply to the number of devices, with a size that
     would.
@@ -35,6 +36,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         )
     # Auto: the default (Explicit) wants every operation annotated.
     types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if wanted[0] % slices:
+        raise InputError(
+            f"mesh.data: found {wanted[0]}; expected a multiple of the {slices} slices, between "
+            "which the network is slow"
+        )
+    if slices > 1:
+        inner, outer = (wanted[0] // slices, *wanted[1:]), (slices, 1, 1)
+        placed = create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
     try:
         return jax.make_mesh(tuple(wanted), AXES, types, devices=devices)
     except NotImplementedError:  # an axis would have to take a part of a TPU topology's side

@@ -300,3 +300,15 @@ def test_embeddings_of_the_empty_prompt_need_no_rule():
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
+
+
+def test_slices_hold_whole_shares_of_data():
+    pytest.importorskip("libtpu")
+    from gadjax.training.hardware import find_topology
+
+    devices = find_topology("2*v5e:2x2").devices()
+    mesh = make_mesh({"data": -1, "fsdp": 2}, devices)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert [{d.slice_index for d in share.flat} for share in mesh.devices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(InputError, match="mesh.data: found 1; expected a multiple of the 2 slices"):
+        make_mesh({"data": 1, "fsdp": 8}, devices)

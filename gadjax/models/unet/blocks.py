@@ -15,6 +15,7 @@ from gadjax.models import layers
 from gadjax.models.layers import numbered
 from gadjax.models.module import scan_blocks, stack
 from gadjax.models.unet.config import Config
+from gadjax.ops.placement import by_sample
 
 TRANSFORMER_NORM_EPS = 1e-6  # of the group norm, which does not follow norm_eps
 LAYER_NORM_EPS = 1e-5
@@ -79,7 +80,8 @@ class ResnetBlock2D(nnx.Module):
 
     def __call__(self, x_BHWC, temb_BE):
         body = type(self).body
-        return (jax.checkpoint(body) if self.remat else body)(self, x_BHWC, temb_BE)
+        body = jax.checkpoint(body) if self.remat else body
+        return by_sample(body(self, by_sample(x_BHWC), temb_BE))
 
     def body(self, x_BHWC, temb_BE):
         h_BHWC = self.conv1(nnx.silu(self.norm1(x_BHWC)))

@@ -1,0 +1,41 @@
+"""What a run needs, before there is hardware: both updates compiled for chips that are not here."""
+
+import argparse
+import json
+import os
+import sys
+
+from gadjax.training.config import read_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="TPUs such as v5e:4x4; or GPUs as an estimate, such as h100:8 or gpu:8",
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="share of the chip's bfloat16 peak that the ceiling assumes",
+    )
+    parser.add_argument("--largest", action="store_true", help="search the largest batch that fits")
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
+    parser.epilog = "--config FILE[:variant] and --config.a.b=value choose and change the config"
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    config = read_config(rest)
+    # Before JAX starts: chips that are here belong to somebody's run.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from gadjax.training.plan import plan
+    from gadjax.training.plan_table import table
+
+    def say(text: str) -> None:
+        print(f"gadjax plan: {text}", file=sys.stderr, flush=True)
+
+    found = plan(config, args.topology, utilisation=args.utilisation, largest=args.largest, say=say)
+    print(json.dumps(found) if args.json else table(found))
+    return 0

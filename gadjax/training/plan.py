@@ -1,0 +1,213 @@
+"""What a run needs of a chip, from its compiled updates, before there is one.
+
+Memory and traffic are read from programs that XLA compiles ahead of time, operations from the
+traced ones; no parameter takes memory and nothing is computed.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from gadjax.errors import InputError
+from gadjax.training.data import SOURCES
+from gadjax.training.flops import flops
+from gadjax.training.hardware import GIB, Topology, find_topology
+from gadjax.training.programs import BATCHES, Compiled, Programs, Say, programs_of, share
+from gadjax.training.setup import Run, keeping, make_batch, prepare
+from gadjax.training.sharding import SAMPLES, path_name
+from gadjax.training.steps import critic_step, student_step
+from gadjax.training.traffic import traffic
+
+TRIES = 4  # programs compiled in search of the largest batch
+
+
+def plan(
+    config: ConfigDict,
+    topology: str,
+    *,
+    utilisation: float = 0.4,
+    largest: bool = False,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Everything that `gadjax plan` prints, by name; bytes are a chip's.
+
+    utilisation: the share of the chip's peak that the ceiling assumes. largest: search for the
+    largest batch that fits. say: told what is being compiled.
+    Raises: InputError before anything is compiled, also where the state alone does not fit.
+    """
+    if not 0 < utilisation <= 1:
+        raise InputError(
+            f"--utilisation: found {utilisation}; expected a share above 0 and up to 1"
+        )
+    where = find_topology(topology)
+    config = ConfigDict(config)
+    if not any(config.data[name] for name in SOURCES):
+        config.data.prompts = "asset:shapes_demo_prompts.txt"  # tokens of any prompts are alike
+    run = prepare(config, abstract=True, devices=where.devices())
+    programs = programs_of(run, where)
+    batch = config.batch
+    held = _held(programs, batch)
+    _check_state(held, where, run)
+    count = {"critic": config.critic.updates, "student": 1}
+    count = {name: count[name] for name in programs.steps}
+    work = {name: _operations(programs, name, batch) for name in programs.steps}
+    done = {name: programs.compile(name, batch, say) for name in programs.steps}
+    shapes, update = dict(run.mesh.shape), sum(work[name] * count[name] for name in work)
+    speed = utilisation * where.chip.peak / update * batch
+    peak = max(step.peak or math.inf for step in done.values())
+    fits = all(step.fits for step in done.values())
+    found = {
+        "topology": topology,
+        "chip": where.chip.name,
+        "chips": where.count,
+        "estimate": where.estimate,
+        "teacher": config.teacher,
+        "objective": list(config.objective),
+        "mesh": shapes,
+        "batch": batch,
+        "microbatches": run.recipe.microbatches,
+        "memory": {
+            "capacity": where.chip.memory,
+            "held": held,
+            "padding": _padding(held, done),
+            "temporary": {name: step.temporary for name, step in done.items()},
+            "step_peak": {name: step.peak for name, step in done.items()},
+            "peak": peak if math.isfinite(peak) else None,
+            "spare": where.chip.memory - peak if math.isfinite(peak) else None,
+            "fits": fits,
+            "said": [step.text for step in done.values() if step.temporary is None],
+        },
+        "updates": count,
+        "flops": {"step": work, "update": update, "image": update / batch},
+        "utilisation": utilisation,
+        "images_per_second_per_chip": speed,
+        "images_per_second": speed * where.count,
+        "traffic": _traffic(done, count, where.count),
+        "replicated": _replicated(programs),
+        "seconds": {name: step.seconds for name, step in done.items()},
+    }
+    if largest:
+        found["largest"] = _largest(programs, batch, done, say)
+    return found
+
+
+def _operations(programs: Programs, name: str, batch: int) -> float:
+    """Of the whole batch. Traced for no mesh: a kernel placed on one shows a chip's part."""
+    run, step = programs.run, {"critic": critic_step, "student": student_step}[name]
+
+    def update(state, frozen, raw):
+        made = make_batch(run.pipeline, frozen, raw, run.config.seed, 0)
+        return step(keeping(run.recipe, frozen), state, frozen.get(run.pipeline.body), made)
+
+    return flops(update, *programs.held, programs.raw(batch))
+
+
+def _held(programs: Programs, batch: int) -> dict[str, int]:
+    """Bytes that a chip holds between updates, by what they are, from shapes alone."""
+    state, frozen = programs.held
+    pipeline = programs.run.pipeline
+    texts = list(pipeline.folder.encoders)
+    other = {k: v for k, v in frozen.items() if k not in (pipeline.body, "vae", *texts)}
+    parts = {f"{role} parameters": tree for role, tree in state.params.items()} | {
+        "optimizer moments": state.opt,
+        "EMA": state.ema,
+        "teacher": frozen.get(pipeline.body),
+        "text encoders": [frozen.get(name) for name in texts],
+        "vae": frozen.get("vae"),
+        "other frozen": other,
+        "counters": [state.step, state.bad],
+    }
+    found = {name: sum(map(share, jax.tree.leaves(tree))) for name, tree in parts.items()}
+    found["batches"] = BATCHES * sum(map(share, programs.raw(batch).values()))
+    return found
+
+
+def _check_state(held: dict[str, int], where: Topology, run: Run) -> None:
+    total = sum(held.values())
+    if total <= where.chip.memory:
+        return
+    most = ", ".join(
+        f"{name} {held[name] / GIB:.1f}" for name in sorted(held, key=held.get)[:-4:-1]
+    )
+    raise InputError(
+        f"{where.name}: found {total / GIB:.1f} GiB that every chip has to hold ({most}); expected "
+        f"less than the {where.chip.memory / GIB:.1f} GiB of a {where.chip.name} (raise mesh.fsdp, "
+        f"now {run.mesh.shape['fsdp']}, or offload, or take more or larger chips)"
+    )
+
+
+def _padding(held: dict[str, int], done: dict[str, Compiled]) -> float | None:
+    """What the arguments of a program take beyond their numbers."""
+    found = [step.arguments for step in done.values() if step.arguments is not None]
+    return max(found) - sum(held.values()) + held["batches"] * (1 - 1 / BATCHES) if found else None
+
+
+def _traffic(done: dict[str, Compiled], count: dict[str, int], chips: int) -> dict[str, Any] | None:
+    """Bytes that a chip sends for one student update."""
+    if any(step.temporary is None for step in done.values()):
+        return None
+    found = {name: traffic(step.text, chips) for name, step in done.items()}
+    return {
+        "step": {name: one.sent for name, one in found.items()},
+        "update": sum(sum(one.sent.values()) * count[name] for name, one in found.items()),
+        "unknown_loops": sum(one.unknown for one in found.values()),
+    }
+
+
+def _named(programs: Programs) -> Iterator[tuple[str, Any]]:
+    """The leaves of all networks."""
+    state, frozen = programs.held
+    networks = {k: v for k, v in frozen.items() if k != "null"}
+    yield from jax.tree_util.tree_leaves_with_path(state.params | networks)
+
+
+def _replicated(programs: Programs) -> dict[str, Any] | None:
+    """The largest parameter that every chip holds whole."""
+    if programs.run.mesh.size == 1:
+        return None
+    whole = [(x.size, path) for path, x in _named(programs) if x.sharding.is_fully_replicated]
+    size, path = max(whole, key=lambda pair: pair[0], default=(0, ()))
+    return {"name": path_name(path), "elements": size} if size else None
+
+
+def _largest(programs: Programs, batch: int, done: dict[str, Compiled], say: Say) -> dict[str, Any]:
+    """The largest batch with which the dearer update fits: a line through two, and a check."""
+    run = programs.run
+    unit = math.prod(run.mesh.shape[axis] for axis in SAMPLES) * run.recipe.microbatches
+    name = max(done, key=lambda name: done[name].peak or math.inf)
+    first = batch // unit
+    known = {first: done[name]}
+    if known[first].fits or first > 1:
+        second = 2 * first if known[first].fits else 1
+        known[second] = programs.compile(name, second * unit, say)
+    for _ in range(TRIES):
+        low = max((n for n, one in known.items() if one.fits), default=0)
+        beyond = min((n for n, one in known.items() if not one.fits), default=math.inf)
+        wanted = _predicted(known, programs.where.chip.memory)
+        if not low or wanted <= low or low + 1 == beyond:
+            break
+        wanted = min(wanted, beyond - 1)
+        known[wanted] = programs.compile(name, wanted * unit, say)
+        if known[wanted].fits:
+            break
+    best = max((n for n, one in known.items() if one.fits), default=0)
+    return {
+        "batch": best * unit,
+        "step": name,
+        "peak": known[best].peak if best else None,
+        "tried": {str(n * unit): one.peak for n, one in sorted(known.items())},
+    }
+
+
+def _predicted(known: dict[int, Compiled], memory: float) -> int:
+    """Where a line through the two programs that are nearest to the memory reaches it; half-way to
+    what does not fit where the compiler said no sizes."""
+    points = sorted((abs(one.peak - memory), n, one.peak) for n, one in known.items() if one.peak)
+    if len(points) < 2:
+        return sum(known) // 2
+    (_, a, at_a), (_, b, at_b) = points[:2]
+    slope = (at_b - at_a) / (b - a)
+    return math.floor(a + (memory - at_a) / slope) if slope > 0 else 2 * max(a, b)

@@ -1,0 +1,118 @@
+"""The two updates of a run, compiled ahead of time for chips that need not be there."""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gadjax.training.hardware import GIB, Topology
+from gadjax.training.setup import Run, compile_steps
+from gadjax.training.sharding import batch_sharding, replicated
+
+# What shortens compiling: by whether CPUs stand in, whose machine code nobody runs.
+HURRIED = {
+    False: {"exec_time_optimization_effort": -1.0},
+    True: {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+}
+# As in the host's loop: one batch in use and two that are put on the chips ahead of it.
+BATCHES = 3
+HOST = "pinned_host"  # JAX's name for the memory of what a config offloads
+UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available|Used ([\d.]+)([KMGT]) of")
+Say = Callable[[str], None]
+
+
+class Compiled(NamedTuple):
+    """An update for one batch. Bytes of a chip; peak is None where the compiler gave up and did not
+    say at how much."""
+
+    fits: bool
+    peak: float | None
+    arguments: float | None
+    temporary: float | None
+    text: str  # HLO, or what the compiler said of memory
+    seconds: float
+
+
+class Programs(NamedTuple):
+    """The two updates of a run for any batch."""
+
+    run: Run
+    steps: dict[str, Any]  # jitted functions by name
+    held: tuple[Any, Any]  # state and frozen networks as shapes with their places
+    raw: Callable[[int], dict[str, Any]]  # a batch of so many samples, likewise
+    where: Topology
+
+    def arguments(self, batch: int) -> tuple:
+        update = jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated(self.run.mesh))
+        return *self.held, self.raw(batch), update
+
+    def compile(self, name: str, batch: int, say: Say) -> Compiled:
+        say(f"compiling the {name} step, {batch} samples ...")
+        start = time.perf_counter()
+        try:
+            lowered = self.steps[name].lower(*self.arguments(batch))
+            done = lowered.compile(compiler_options=HURRIED[self.where.estimate])
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            seconds = time.perf_counter() - start
+            said = str(error).strip().splitlines()[0]
+            found = NEEDED.search(str(error))
+            number, unit = [x for x in found.groups() if x] if found else ("", "")
+            say(f"the {name} step does not fit ({seconds:.0f} s)")
+            peak = float(number) * UNITS[unit] if found else None
+            return Compiled(False, peak, None, None, said, seconds)
+        seconds = time.perf_counter() - start
+        found = done.memory_analysis()
+        arguments = found.argument_size_in_bytes
+        rest = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        peak = arguments + rest + (BATCHES - 1) * sum(map(share, self.raw(batch).values()))
+        say(f"compiled the {name} step in {seconds:.0f} s")
+        return Compiled(
+            peak <= self.where.chip.memory,
+            peak,
+            arguments,
+            found.temp_size_in_bytes,
+            done.as_text(),
+            seconds,
+        )
+
+
+def programs_of(run: Run, where: Topology) -> Programs:
+    # What one update does not read lies on the chip all the same: hence keep_unused.
+    compiled = compile_steps(run, keep_unused=True)
+
+    def placed(tree, sharding):
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, sharding
+        )
+
+    sample = run.source.batch(0, 1)
+    place = batch_sharding(run.mesh)
+
+    def raw(batch: int):
+        shapes = {
+            name: np.broadcast_to(value, (batch, *value.shape[1:]))
+            for name, value in sample.items()
+        }
+        return placed(shapes, dict.fromkeys(shapes, place))
+
+    steps = {"critic": compiled.critic, "student": compiled.student}
+    held = (
+        placed(jax.eval_shape(run.start, run.first), compiled.state),
+        placed(run.frozen, compiled.frozen),
+    )
+    return Programs(run, {k: v for k, v in steps.items() if v}, held, raw, where)
+
+
+def share(leaf) -> int:
+    """Bytes of a leaf in one chip's own memory."""
+    if leaf.sharding.memory_kind == HOST:
+        return 0
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

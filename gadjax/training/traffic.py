@@ -1,0 +1,157 @@
+"""What a compiled program sends between chips, read from its HLO text."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+BITS = {"pred": 8, "bf16": 16, "u4": 4, "s4": 4, "c64": 64, "c128": 128}
+HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
+LINE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*)$")
+ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
+CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|\b(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
+# A TPU spreads one collective over several fusions, each of which names it, so that others hide it.
+CHAIN = re.compile(r'chain_id="(\w+)"')
+
+
+class Traffic(NamedTuple):
+    """sent: bytes by kind that a chip sends each time the program runs. unknown: loops with traffic
+    in them that were counted once, because their length could not be read."""
+
+    sent: dict[str, float]
+    unknown: int
+
+
+def traffic(text: str, devices: int) -> Traffic:
+    """text: of a compiled program for `devices` chips.
+
+    On a ring of n chips a chip sends (n - 1)/n of what all-gather collects, reduce-scatter sums or
+    all-to-all exchanges, twice that for all-reduce, and the whole for collective-permute. A loop's
+    body counts as often as it runs; of an asynchronous pair the start counts and the end does not.
+    """
+    blocks, entry = _blocks(text)
+    seen: dict[str, tuple[Counter, int]] = {}
+
+    def count(name: str) -> tuple[Counter, int]:
+        if name in seen:
+            return seen[name]
+        total, unknown, chains = Counter(), 0, {}
+        for shape, op, rest in blocks.get(name, ()):
+            kind = op.removesuffix("-start")
+            if kind in KINDS:
+                total[kind] += _sent(kind, shape, op != kind, rest, devices)
+            elif op == "fusion":
+                for inner in _called(rest):
+                    for place, (shape, op, rest) in enumerate(blocks.get(inner, ())):
+                        if op in KINDS:
+                            chain = CHAIN.search(rest)
+                            key = chain[1] if chain else (inner, place)
+                            chains[key] = op, _sent(op, shape, False, rest, devices)
+            elif not op.endswith(("-done", "-update")):
+                times = _trips(rest, blocks) if op == "while" else 1
+                for inner in _called(rest):
+                    more, lost = count(inner)
+                    for key, value in more.items():
+                        total[key] += value * (times or 1)
+                    unknown += lost + (times is None and bool(more))
+        for kind, sent in chains.values():
+            total[kind] += sent
+        seen[name] = total, unknown
+        return seen[name]
+
+    total, unknown = count(entry)
+    return Traffic({kind: float(total[kind]) for kind in KINDS if total[kind]}, unknown)
+
+
+def _blocks(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
+    """Computation -> (shape, operation, what follows its name), and which is the entry."""
+    blocks, entry, current = {}, "", None
+    for line in text.splitlines():
+        if head := HEAD.match(line):
+            current = blocks.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif current is not None and (found := LINE.match(line)):
+            shape, rest = _shape(found[1])
+            op, bracket, _ = rest.partition("(")
+            if bracket:
+                current.append((shape, op, rest[len(op) :]))
+    return blocks, entry
+
+
+def _shape(text: str) -> tuple[str, str]:
+    """'(f32[2]{0}, u32[]) op(...)' -> the shape and the rest."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter in "({[") - (letter in ")}]")
+        if letter == " " and not depth:
+            return text[:place], text[place + 1 :]
+    return text, ""
+
+
+def _parts(shape: str) -> list[str]:
+    """The elements of a tuple's shape, or the shape itself."""
+    if not shape.startswith("("):
+        return [shape]
+    parts, depth, start = [], 0, 1
+    for place, letter in enumerate(shape):
+        depth += (letter in "({[") - (letter in ")}]")
+        if depth == 1 and letter == "," or depth == 0:
+            parts.append(shape[start:place])
+            start = place + 1
+    return parts
+
+
+def _bytes(shape: str) -> float:
+    def size(kind: str, sides: str) -> float:
+        bits = BITS.get(kind) or int(kind[1:])
+        return bits / 8 * math.prod(int(side) for side in sides.split(",") if side)
+
+    return sum(size(*found) for found in ARRAY.findall(shape))
+
+
+def _sent(kind: str, shape: str, started: bool, rest: str, devices: int) -> float:
+    parts = _parts(shape)
+    # A start gives what it reads, then what it makes; all-reduce gives the latter alone.
+    result = _bytes(parts[1] if started and kind != "all-reduce" and len(parts) > 1 else shape)
+    n = _group(rest, devices)
+    share = (n - 1) / n
+    scale = {"all-reduce": 2 * share, "reduce-scatter": n - 1, "collective-permute": 1}
+    return result * scale.get(kind, share)
+
+
+def _group(rest: str, devices: int) -> int:
+    """How many chips take part together."""
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        # An axis, or a part of one: 'a' or 'a':(before)size.
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(found[1].split(","))
+    return devices
+
+
+def _called(rest: str) -> Iterator[str]:
+    for one, several in CALLED.findall(rest):
+        yield from [one] if one else re.findall(r"[\w.\-]+", several)
+
+
+def _trips(rest: str, blocks) -> int | None:
+    """How often a while loop runs; its condition counts up to a constant where nothing says it."""
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
+        return int(found[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", rest)
+    lines = blocks.get(condition[1], ()) if condition else ()
+    limits = [
+        int(found[1])
+        for shape, op, line in lines
+        if op == "constant" and (found := re.match(r"\((\d+)\)", line))
+    ]
+    return limits[0] if len(limits) == 1 else None

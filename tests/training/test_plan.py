@@ -1,0 +1,321 @@
+"""What a plan says, against sums of its own and a real compilation for chips that are not there."""
+
+import json
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import families
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gadjax.errors import InputError
+from gadjax.training import plan as planning
+from gadjax.training.config import read_config
+from gadjax.training.flops import flops
+from gadjax.training.hardware import CHIPS, GIB, TOPOLOGIES, Chip, Topology, find_topology
+from gadjax.training.plan import plan
+from gadjax.training.plan_table import table
+from gadjax.training.programs import Compiled, Programs
+from gadjax.training.setup import make_batch, prepare
+from gadjax.training.steps import critic_step, student_step
+from gadjax.training.traffic import traffic
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = (
+    "--config.batch=16",
+    "--config.mesh.data=1",
+    "--config.student.steps=2",
+    "--config.student.timesteps=(899,449)",
+)
+
+
+def shapes_config(*more, variant="dmd", fsdp=4):
+    mesh = f"--config.mesh.fsdp={fsdp}"
+    return read_config([f"--config={CONFIGS}/shapes_gad.py:{variant}", *SMALL, mesh, *more])
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A plan of the bundled teacher for four chips of a v5e, and what was said on the way."""
+    pytest.importorskip("libtpu")
+    said = []
+    return plan(shapes_config(), "v5e:2x2", utilisation=0.5, say=said.append), said
+
+
+@pytest.fixture(scope="module")
+def run():
+    return prepare(shapes_config(fsdp=1), abstract=True, devices=jax.devices()[:1])
+
+
+def test_what_a_chip_holds(made, run):
+    held = made[0]["memory"]["held"]
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(run.first))
+    state = ("student parameters", "critic parameters", "optimizer moments", "EMA")
+    # Student and critic, two moments of each, and the average; every chip has all of the biases,
+    # which are 1 % of so small a network.
+    assert sum(held[name] for name in state) == pytest.approx(4 * 7 * numbers / 4, rel=0.03)
+    assert held["teacher"] == pytest.approx(4 * numbers / 4, rel=0.03)
+    memory = made[0]["memory"]
+    assert memory["peak"] == max(memory["step_peak"].values())
+    for name in ("critic", "student"):
+        assert memory["step_peak"][name] >= sum(held.values()) + memory["temporary"][name]
+    assert 0 <= memory["padding"] < 0.1 * GIB
+    assert memory["fits"] and memory["spare"] == memory["capacity"] - memory["peak"]
+
+
+def test_operations_are_those_of_the_steps(made, run):
+    state = jax.eval_shape(run.start, run.first)
+    raw = run.source.batch(0, 16)
+    found = made[0]["flops"]
+    for name, step in {"critic": critic_step, "student": student_step}.items():
+
+        def whole(state, frozen, raw, step=step):
+            batch = make_batch(run.pipeline, frozen, raw, 0, 0)
+            return step(run.recipe, state, frozen["transformer"], batch)
+
+        assert found["step"][name] == flops(whole, state, run.frozen, raw)
+    assert made[0]["updates"] == {"critic": 2, "student": 1}
+    assert found["update"] == 2 * found["step"]["critic"] + found["step"]["student"]
+    assert found["image"] == found["update"] / 16
+    speed = 0.5 * 197e12 / found["image"]
+    assert made[0]["images_per_second_per_chip"] == pytest.approx(speed)
+    assert made[0]["images_per_second"] == pytest.approx(4 * speed)
+
+
+def test_what_is_sent(made, run):
+    sent = made[0]["traffic"]
+    assert sent["unknown_loops"] == 0
+    for step in sent["step"].values():
+        assert step["all-gather"] > 0 and step["all-reduce"] > 0
+    per_step = {name: sum(step.values()) for name, step in sent["step"].items()}
+    assert sent["update"] == 2 * per_step["critic"] + per_step["student"]
+    whole = made[0]["replicated"]
+    assert 0 < whole["elements"] < 2**16 and "/" in whole["name"]
+
+
+def test_the_table_and_json_say_the_same(made):
+    found, said = made
+    assert json.loads(json.dumps(found)) == found
+    text = table(found)
+    for words in ("at 50% of its peak", "fits, with", "GiB sent", "EMA", "largest parameter"):
+        assert words in text
+    assert "ESTIMATE" not in text and not found["estimate"]
+    assert [line.split()[0] for line in said] == ["compiling", "compiled"] * 2
+
+
+def test_topologies_have_as_many_chips_as_their_table_says():
+    pytest.importorskip("libtpu")
+    for chip, sizes in TOPOLOGIES.items():
+        for size in sizes:
+            where = find_topology(f"{chip}:{size}")
+            assert len(where.devices()) == where.count, where
+            assert where.chip == CHIPS[chip] and not where.estimate
+
+
+def test_cards_are_an_estimate():
+    assert find_topology("gpu:8") == Topology("gpu:8", CHIPS["h100"], 8, True)
+    assert len(jax.devices()) < 4096
+    with pytest.raises(InputError, match="expected 4096, one for each card"):
+        find_topology("a100-80:4096").devices()
+
+
+def refused(config, topology, **options) -> str:
+    with pytest.raises(InputError) as error:
+        plan(config, topology, say=lambda text: pytest.fail(text), **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["v5e:3x3", "v5e", "gpu:0", "gpu", "h200:x", "tpu:2x2", ""])
+def test_an_unknown_topology(name):
+    text = refused(shapes_config(), name)
+    assert f"--topology: found {name!r}; expected" in text and "8x16" in text and "b200" in text
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.01, 40, math.nan])
+def test_a_share_of_the_peak_that_is_none(share):
+    assert "--utilisation: found" in refused(shapes_config(), "v5e:2x2", utilisation=share)
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "(pip install libtpu)" in refused(shapes_config(), "v5e:2x2")
+
+
+def test_a_mesh_that_does_not_divide():
+    pytest.importorskip("libtpu")
+    assert "(mesh.fsdp=4 would, where 3 does not)" in refused(shapes_config(fsdp=3), "v5e:2x2")
+
+
+def test_a_state_larger_than_the_chip(monkeypatch):
+    monkeypatch.setitem(CHIPS, "h100", Chip("h100", 2**20, 1e12))
+    text = refused(shapes_config(fsdp=1), "gpu:1")
+    assert "that every chip has to hold (optimizer moments" in text and "raise mesh.fsdp" in text
+
+
+class Pretended:
+    """Programs of which a chip of 100 bytes takes `a + c * batch / 8`, from 4 shares."""
+
+    def __init__(self, run, a, c, says=True):
+        self.run, self.a, self.c, self.says = run, a, c, says
+        self.where = Topology("", Chip("", 100, 1), 8, False)
+        self.compiled = []
+
+    def compile(self, name, batch, say):
+        self.compiled.append(batch)
+        peak = self.a + self.c * batch / 8
+        return Compiled(peak <= 100, peak if peak <= 100 or self.says else None, 1, 1, "", 0.0)
+
+
+@pytest.mark.parametrize("says", [True, False])
+@pytest.mark.parametrize("first", [8, 24, 800])
+def test_the_largest_batch(first, says):
+    mesh = jax.sharding.AbstractMesh((2, 4, 1), ("data", "fsdp", "tensor"))
+    run = SimpleNamespace(mesh=mesh, recipe=SimpleNamespace(microbatches=1))
+    programs = Pretended(run, 20.5, 7, says)
+    done = {"critic": programs.compile("critic", 8, None)._replace(peak=1.0)}
+    done["student"] = programs.compile("student", first, None)
+    found = planning._largest(programs, first, done, None)
+    assert found["step"] == "student" and found["batch"] % 8 == 0
+    if says:
+        assert found["batch"] == 88  # 20.5 + 7 * 11 = 97.5
+    assert 8 <= found["batch"] <= 88 and found["peak"] == 20.5 + 7 * found["batch"] / 8
+    assert len(programs.compiled) <= 3 + planning.TRIES
+    if first == 24:  # two for the line, and one that the line says
+        assert programs.compiled == [8, 24, 48, 88]
+
+
+def test_nothing_fits():
+    mesh = jax.sharding.AbstractMesh((1, 4, 1), ("data", "fsdp", "tensor"))
+    run = SimpleNamespace(mesh=mesh, recipe=SimpleNamespace(microbatches=2))
+    programs = Pretended(run, 200, 7)
+    found = planning._largest(programs, 16, {"student": programs.compile("", 16, None)}, None)
+    assert found["batch"] == 0 and found["peak"] is None
+
+
+@pytest.mark.parametrize(
+    "text,size",
+    [
+        ("required for HLO temporaries (600.50G) exceeds available HBM (15.75G).", 600.5),
+        ("Ran out of memory in memory space hbm. Used 22.0G of 15.75G hbm. Exceeded", 22.0),
+        ("Ran out of memory", None),
+    ],
+)
+def test_a_program_that_the_compiler_refuses(text, size):
+    """An answer, not an error: what it said, and how much it wanted."""
+
+    class Step:
+        def lower(self, *arguments):
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}\nmore")
+
+    run = SimpleNamespace(mesh=jax.make_mesh((1,), ("data",)))
+    where = Topology("", Chip("", 100, 1), 1, False)
+    programs = Programs(run, {"student": Step()}, (None, None), lambda batch: {}, where)
+    found = programs.compile("student", 8, lambda text: None)
+    assert not found.fits and found.text == f"RESOURCE_EXHAUSTED: {text}"
+    assert found.peak == (size and size * GIB)
+
+
+PROGRAM = """\
+HloModule jit_f, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%x, %y)
+}
+
+%deep (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %r = f32[8]{0:T(128)} all-reduce(%x), replica_groups=mesh['a'=2,'b'=2] {'a'}, to_apply=%add
+  ROOT %t = (s32[], f32[8]) tuple(%i, %r)
+}
+
+%deep_condition (p: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+%hidden.1 (p: bf16[4]) -> (bf16[4], bf16[16]) {
+  %a = bf16[16]{0} all-gather(%p), replica_groups=[1,4]<=[4], frontend_attributes={chain_id="0"}
+  ROOT %t = (bf16[4], bf16[16]) custom-call(%p, %a), custom_call_target="AsyncCollectiveStart"
+}
+
+%hidden.2 (p: bf16[4]) -> bf16[16] {
+  ROOT %a = bf16[16] all-gather(%p), replica_groups=[1,4]<=[4], frontend_attributes={chain_id="0"}
+}
+
+%body (p: (s32[], f32[8], /*index=2*/f32[2])) -> (s32[], f32[8], f32[2]) {
+  %start = (bf16[4], bf16[16]) fusion(%w), kind=kCustom, calls=%hidden.1
+  %end = bf16[16] fusion(%start), kind=kCustom, calls=%hidden.2
+  %inner = (s32[], f32[8]) while(%t), condition=%deep_condition, body=%deep
+  ROOT %t = (s32[], f32[8], f32[2]) tuple(%i, %x, %y)
+}
+
+%condition (p: (s32[], f32[8], f32[2])) -> pred[] {
+  ROOT %c = pred[] compare(%i, %j), direction=LT
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8], f32[2]) while(%t), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"28"},"flag_configs":[]}
+  %g = (f32[2]{0}, f32[8]{0}) all-gather-start(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+  %h = f32[8]{0} all-gather-done(%g)
+  %s = f32[2,3]{1,0} reduce-scatter(%q), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %m = (f32[8]{0}, bf16[8]{0}) all-reduce(%p, %b), replica_groups={{0,1,2,3}}, to_apply=%add
+  %x = (f32[5], f32[5], u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}
+  %y = f32[5] collective-permute-done(%x)
+  ROOT %o = f32[8] add(%h, %h)
+}
+"""
+
+
+def test_what_a_program_sends():
+    found = traffic(PROGRAM, 4)
+    assert found.unknown == 0
+    assert found.sent == {
+        "all-gather": 28 * 16 * 2 * 3 / 4 + 8 * 4 * 3 / 4,
+        "reduce-scatter": 6 * 4 * 1,
+        # Five times in each of the 28, on rings of two; then on one of four.
+        "all-reduce": 28 * 5 * (2 * 8 * 4 / 2) + 2 * (8 * 4 + 8 * 2) * 3 / 4,
+        "collective-permute": 5 * 4,
+    }
+    unknown = traffic(PROGRAM.replace('"known_trip_count":{"n":"28"},', ""), 4)
+    assert unknown.unknown == 1
+    assert unknown.sent["all-gather"] == 16 * 2 * 3 / 4 + 8 * 4 * 3 / 4
+
+
+def test_a_program_of_this_machine_sends_nothing():
+    done = jax.jit(lambda x: jnp.sum(x @ x)).lower(jnp.ones((8, 8))).compile()
+    assert traffic(done.as_text(), 1) == ({}, 0)
+
+
+@pytest.mark.slow
+def test_a_published_network_within_minutes(tmp_path):
+    """PixArt-XL-2-512x512 from its configurations, on sixteen chips."""
+    pytest.importorskip("libtpu")
+    published = json.loads((Path(__file__).parents[1] / "published.json").read_text())
+    folder = tmp_path / "PixArt-XL-2-512x512"
+    for path, content in published[folder.name].items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps(content))
+    families.t5(16)[0].save_pretrained(folder / "tokenizer")
+    config = read_config(
+        [
+            f"--config={CONFIGS}/pixart_gad.py",
+            f"--config.teacher={folder}",
+            "--config.batch=16",
+            "--config.microbatch=16",
+            "--config.mesh.data=1",
+            "--config.mesh.fsdp=16",
+        ]
+    )
+    start = time.perf_counter()
+    found = plan(config, "v5e:4x4", say=print)
+    print(table(found))
+    print(f"{time.perf_counter() - start:.0f} s")
+    held = found["memory"]["held"]
+    assert held["student parameters"] == pytest.approx(4 * 610_856_096 / 16, rel=0.02)
+    assert held["teacher"] == pytest.approx(2 * 610_856_096 / 16, rel=0.02)
+    assert found["memory"]["fits"]
+    assert found["replicated"]["elements"] < 2**20
