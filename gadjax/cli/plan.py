@@ -30,6 +30,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     config = read_config(rest)
     # Before JAX starts: chips that are here belong to somebody's run.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # What is compiled for others cannot be read back here.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     from gadjax.training.plan import plan
     from gadjax.training.plan_table import table
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from gadjax.errors import InputError
+from gadjax.models.module import flatten
 from gadjax.training import plan as planning
 from gadjax.training.config import read_config
 from gadjax.training.flops import flops
@@ -54,10 +55,11 @@ def test_what_a_chip_holds(made, run):
     held = made[0]["memory"]["held"]
     numbers = sum(leaf.size for leaf in jax.tree.leaves(run.first))
     state = ("student parameters", "critic parameters", "optimizer moments", "EMA")
-    # Student and critic, two moments of each, and the average; every chip has all of the biases,
-    # which are 1 % of so small a network.
-    assert sum(held[name] for name in state) == pytest.approx(4 * 7 * numbers / 4, rel=0.03)
-    assert held["teacher"] == pytest.approx(4 * numbers / 4, rel=0.03)
+    biases = sum(v.size for k, v in flatten(run.first).items() if k.endswith("bias"))
+    assert biases < 0.02 * numbers
+    # Student and critic, two moments of each, and the average. Every chip has all of the biases.
+    assert numbers / 4 < sum(held[name] for name in state) / (4 * 7) < numbers / 4 + biases
+    assert numbers / 4 < held["teacher"] / 4 < numbers / 4 + biases
     memory = made[0]["memory"]
     assert memory["peak"] == max(memory["step_peak"].values())
     for name in ("critic", "student"):
@@ -86,10 +88,12 @@ def test_operations_are_those_of_the_steps(made, run):
 
 
 def test_what_is_sent(made, run):
-    sent = made[0]["traffic"]
+    sent, numbers = made[0]["traffic"], sum(leaf.size for leaf in jax.tree.leaves(run.first))
     assert sent["unknown_loops"] == 0
     for step in sent["step"].values():
         assert step["all-gather"] > 0 and step["all-reduce"] > 0
+        # Gradients, but no partial sums of activations: 1.5 numbers for each of theirs.
+        assert step["all-reduce"] < 2 * 4 * numbers
     per_step = {name: sum(step.values()) for name, step in sent["step"].items()}
     assert sent["update"] == 2 * per_step["critic"] + per_step["student"]
     whole = made[0]["replicated"]
