@@ -2,8 +2,9 @@
 
 Two programs, chosen by what the pass is for. A pass for values alone may take whatever computes
 values fastest. A pass whose tangents are wanted (`tangent_pass`, which `gadjax.geometry` sets)
-takes `dual_attention`: value and tangent together, with a transpose of its own, so that reverse
-mode through jax.jvp keeps nothing of size N x M.
+takes value and tangent together, with a transpose of its own, so that reverse mode through jax.jvp
+keeps nothing of size N x M. Both by Pallas kernels where the program is placed on devices that
+have them (`gadjax.ops.kernels`), and in blocks of queries elsewhere.
 """
 
 from functools import partial
@@ -11,6 +12,7 @@ from functools import partial
 import jax
 
 from gadjax.ops.dual_attention import dual_attention, kept, mix, over_blocks, query_blocks, softmax
+from gadjax.ops.kernels import dual_by, kernels_for, value_by
 
 # A part of what jax.jit caches by, so that a function traced for one kind of pass is traced anew
 # for the other.
@@ -29,11 +31,16 @@ def attention(
         derivative.
 
     Returns: [B, N, H, K] in the dtype of the values. Outside a tangent pass it is differentiable
-      in both modes, repeatedly; inside one, by jax.jvp and by reverse mode through that, which is
-      what the pass is for.
+      in both modes, repeatedly (with kernels in reverse mode, once); inside one, by jax.jvp and by
+      reverse mode through that, which is what the pass is for.
     """
-    f = _moving if tangent_pass.value else value_attention
+    f = _moving if tangent_pass.value else _still
     return f(q_BNHK, k_BMHK, v_BMHK, bias)
+
+
+def _still(q, k, v, bias):
+    kernels = kernels_for(q, k, bias)
+    return value_attention(q, k, v, bias) if kernels is None else value_by(kernels, q, k, v, bias)
 
 
 def value_attention(q, k, v, bias=None):
@@ -47,7 +54,7 @@ def value_attention(q, k, v, bias=None):
     return kept(over_blocks(block, (q,), bias, k.shape[1])[0])
 
 
-_moving = jax.custom_jvp(value_attention)
+_moving = jax.custom_jvp(_still)
 
 
 @partial(_moving.defjvp, symbolic_zeros=True)
@@ -60,4 +67,6 @@ def _jvp(primals, tangents):
     )
     if zero[1] and zero[2]:
         tk = tv = None
-    return dual_attention(q, k, v, bias, tq, tk, tv)
+    kernels = kernels_for(q, k, bias)
+    dual = dual_attention if kernels is None else partial(dual_by, kernels)
+    return dual(q, k, v, bias, tq, tk, tv)

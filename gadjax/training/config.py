@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 from gadjax.errors import InputError
 
 # What may change when a run is resumed; any other difference is another run.
-MAY_CHANGE = ("mesh", "offload", "steps", "log", "preview", "checkpoint")
+MAY_CHANGE = ("mesh", "attention", "offload", "steps", "log", "preview", "checkpoint")
 
 
 def default_config() -> ConfigDict:
@@ -27,6 +27,7 @@ def default_config() -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that others leave
             "dtype": "float32",  # what networks compute in; parameters are float32
             "remat": "block",  # computed again in reverse: none, attention (all but that), block
+            "attention": "auto",  # Pallas kernels on TPUs; jnp: never; pallas: on GPUs as well
             "offload": (),  # some of teacher, optimizer, ema: in the host's memory between uses
             "teacher": "",  # diffusers pipeline folder, or asset:NAME
             "guidance": 4.5,  # of the teacher

@@ -18,7 +18,8 @@ from gadjax.errors import InputError
 from gadjax.geometry import tangent
 from gadjax.models.module import cast, kept_of, overlay
 from gadjax.objectives import TERMS, build
-from gadjax.ops.placement import by_sample, placed
+from gadjax.ops.kernels import MODULES
+from gadjax.ops.placement import Placement, by_sample, placed
 from gadjax.pipeline import Pipeline, load_pipeline, outline_pipeline, random_like
 from gadjax.sampling import sampler_and_times
 from gadjax.training.data import WITH_PICTURES, open_data
@@ -36,6 +37,7 @@ from gadjax.training.workdir import sampling_of
 from gadjax.types import Batch, Cond, Params
 
 OFFLOAD = "teacher", "optimizer", "ema"
+ATTENTION = "auto", "jnp", "pallas"
 REMAT = {"none": False, "attention": "attention", "block": True}  # as networks are told
 
 
@@ -75,6 +77,7 @@ def prepare(
     if config.remat not in REMAT:
         raise InputError(f"remat: found {config.remat!r}; expected one of {', '.join(REMAT)}")
     remat = REMAT[config.remat]
+    kernels_of(config.attention, mesh)
     check_offload(config.offload, objective.needs.distils)
     read = outline_pipeline if abstract else load_pipeline
     pipeline, params = read(assets.resolve(config.teacher), dtype=dtype, remat=remat)
@@ -275,6 +278,7 @@ def compile_steps(run: Run, *, keep_unused: bool = False) -> Steps:
         else jax.tree.map(lambda _: replicated(mesh), tree)
         for name, tree in run.frozen.items()
     }
+    kernels = kernels_of(run.config.attention, mesh)
     away = run.config.offload
     state_home, frozen_home = state_sh, frozen_sh
     if "teacher" in away:
@@ -295,7 +299,7 @@ def compile_steps(run: Run, *, keep_unused: bool = False) -> Steps:
             near = state
             if away:
                 near, frozen = jax.device_put((state, frozen), (state_sh, frozen_sh))
-            with placed(mesh):
+            with placed(Placement(mesh, kernels)):
                 batch = by_sample(make_batch(run.pipeline, frozen, raw, seed, number))
                 recipe = keeping(run.recipe, frozen)
                 after, metrics = step(recipe, near, frozen.get(body), batch)
@@ -308,6 +312,19 @@ def compile_steps(run: Run, *, keep_unused: bool = False) -> Steps:
 
     critic = compiled(critic_step) if len(run.recipe.optimizers) > 1 else None
     return Steps(compiled(student_step), critic, state_home, frozen_home)
+
+
+def kernels_of(choice: str, mesh: Mesh) -> str:
+    """Whose attention kernels a run takes. Raises: InputError for what its devices do not have."""
+    if choice not in ATTENTION:
+        raise InputError(f"attention: found {choice!r}; expected one of {', '.join(ATTENTION)}")
+    platform = mesh.devices.flat[0].platform
+    if choice == "pallas" and platform not in MODULES:
+        raise InputError(
+            f"attention: found 'pallas' on a {platform}; expected one of {', '.join(MODULES)}"
+        )
+    # Those for GPUs have not been run on one.
+    return platform if choice == "pallas" or choice == "auto" and platform == "tpu" else ""
 
 
 def on_host(tree: Any) -> Any:

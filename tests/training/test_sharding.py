@@ -66,7 +66,7 @@ def tiny_run(mesh, microbatches, offload=()):
     frozen = {"null": jax.tree.map(np.float32, null), "transformer": teacher}
     # What compile_steps reads of a Run.
     return SimpleNamespace(
-        config=SimpleNamespace(seed=3, offload=offload),
+        config=SimpleNamespace(seed=3, offload=offload, attention="auto"),
         pipeline=pipeline,
         recipe=recipe,
         mesh=mesh,

@@ -1,0 +1,200 @@
+"""Attention and its tangent at once in Pallas kernels for GPUs, by way of Triton.
+
+The functions of `gadjax.ops.pallas_tpu`, of the same arithmetic (`gadjax.ops.tiles`): forward a
+program for each block of queries, which goes through the keys; reverse one for each block of
+queries (dq and dtq) and one for each block of keys (dk, dv, dtk, dtv). Loads and stores are masked,
+so that nothing is padded or moved in memory; a tile's channels are the next power of two.
+
+Not yet run on a GPU: checked by Pallas' interpreter, and as far as Triton's code. Block sizes,
+warps and stages are guesses. Products of float32 follow `jax.default_matmul_precision`.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from gadjax.ops import tiles
+
+
+def supported(q, k, bias) -> bool:
+    """Whether the kernels take these queries, keys and bias, and shorten anything."""
+    return (
+        q.dtype == k.dtype
+        and q.dtype in (jnp.bfloat16, jnp.float32)
+        and (bias is None or bias.shape[2] == 1)
+        and min(q.shape[1], k.shape[1]) >= 64
+        and q.shape[3] <= 256
+    )
+
+
+def dual(q, k, v, bias, tq, tk, tv, *, interpret=False):
+    """(o, o., lse, mu), as `gadjax.ops.pallas_tpu.dual`."""
+    (o, to), (lse, mu) = _forward((q, tq), (k, v, tk, tv), bias, interpret)
+    return o, to, lse, mu
+
+
+def dual_transpose(do, eo, q, k, v, bias, tq, tk, tv, o, to, lse, mu, *, interpret=False):
+    """(dq, dk, dv, dtq, dtk, dtv), as `gadjax.ops.pallas_tpu.dual_transpose`."""
+    rows = tiles.row_sums(do, eo, o, to, lse, mu)
+    (dq, dtq), (dk, dv, dtk, dtv) = _reverse((q, tq, do, eo), (k, v, tk, tv), bias, rows, interpret)
+    return dq, dk, dv, dtq, dtk, dtv
+
+
+def _width(channels: int) -> int:
+    """A tile's channels."""
+    return max(16, pl.next_power_of_2(channels))
+
+
+def _block(channels: int) -> int:
+    """A tile's positions."""
+    return 64 if channels <= 64 else 32
+
+
+def _one_head(block, heads, x):
+    """All positions of one head of x: [N, K] of [B, N, H, K], or [N] of [B|1, H|1, N].
+
+    N and K are rounded up to what tiles cover; beyond x nothing is read or written.
+    """
+
+    def index(_, program):
+        return jax.lax.div(program, heads), jax.lax.rem(program, heads)
+
+    if x.ndim == 4:
+        shape = None, pl.cdiv(x.shape[1], block) * block, None, _width(x.shape[3])
+        return pl.BlockSpec(shape, lambda *i: (index(*i)[0], 0, index(*i)[1], 0))
+    batch, many, size = x.shape
+    return pl.BlockSpec(
+        (None, None, pl.cdiv(size, block) * block),
+        lambda *i: (0 if batch == 1 else index(*i)[0], 0 if many == 1 else index(*i)[1], 0),
+    )
+
+
+def _call(kernel, positions, operands, results, interpret):
+    """kernel(*operands, *results), trees of arrays and shapes, for each block of positions."""
+    batch, _, heads, channels = operands[0][0].shape
+    block = _block(channels)
+    spec = partial(_one_head, block, heads)
+    return pl.pallas_call(
+        partial(kernel, operands[0][0].shape[1], operands[1][0].shape[1], channels),
+        grid=(pl.cdiv(positions, block), batch * heads),
+        in_specs=jax.tree.map(spec, operands),
+        out_specs=jax.tree.map(spec, results),
+        out_shape=results,
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+    )(*operands)
+
+
+def _row(bias, k):
+    """A bias over keys as the kernels take it: [B|1, H|1, M], M rounded up to tiles."""
+    keys, block = k.shape[1], _block(k.shape[3])
+    bias = tiles.key_bias(bias, keys, pl.cdiv(keys, block) * block)
+    return bias if bias is None else bias[:, :, 0]
+
+
+def _like(tree, dtype=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), tree)
+
+
+def _forward(queries, keys, bias, interpret):
+    """(o, o.) and (lse, mu), the second of each None where queries are (q, None)."""
+    batch, positions, heads, _ = queries[0].shape
+    row = jax.ShapeDtypeStruct((batch, heads, positions), jnp.float32)
+    results = _like(queries, jnp.float32), jax.tree.map(lambda _: row, queries)
+    operands = queries, keys, _row(bias, keys[0])
+    return _call(_forward_kernel, positions, operands, results, interpret)
+
+
+def _reverse(queries, keys, bias, rows, interpret):
+    """(dq, dtq) and (dk, dv, dtk, dtv) of queries = (q, tq, do, eo); None where an operand is."""
+    operands = queries, keys, _row(bias, keys[0]), rows
+    dq = _call(_query_kernel, queries[0].shape[1], operands, (_like(queries[:2]),), interpret)
+    dk = _call(_key_kernel, keys[0].shape[1], operands, (_like(keys),), interpret)
+    return dq[0], dk[0]
+
+
+def _window(ref, step, positions, channels):
+    """The part of ref [N] or [N, K] that is a tile's, and where it holds anything."""
+    block = _block(channels)
+    at = pl.ds(step * block, block)
+    inside = step * block + jnp.arange(block) < positions
+    if len(ref.shape) == 1:
+        return ref.at[at], inside
+    real = jnp.arange(_width(channels)) < channels
+    return ref.at[at, :], inside[:, None] & real[None, :]
+
+
+def _read(refs, step, positions, channels):
+    """Tiles, zero where there is nothing."""
+
+    def tile(ref):
+        part, mask = _window(ref, step, positions, channels)
+        return plgpu.load(part, mask=mask, other=0.0)
+
+    return jax.tree.map(tile, refs)
+
+
+def _write(refs, values, step, positions, channels):
+    for ref, x in zip(jax.tree.leaves(refs), jax.tree.leaves(values), strict=True):
+        part, mask = _window(ref, step, positions, channels)
+        plgpu.store(part, x.astype(ref.dtype), mask=mask)
+
+
+def _bias(ref, step, channels, axis):
+    """A tile's bias, [1, m] or [m, 1], with the new axis given."""
+    if ref is None:
+        return None
+    return jnp.expand_dims(_read(ref, step, ref.shape[0], channels), axis)
+
+
+def _sum(tile, steps):
+    """The sum of tile(i) over the steps, in its first result's shapes."""
+    return jax.lax.fori_loop(1, steps, lambda i, acc: jax.tree.map(jnp.add, acc, tile(i)), tile(0))
+
+
+def _forward_kernel(n, m, channels, queries, keys, bias, out, rows):
+    mine, scale = pl.program_id(0), channels**-0.5
+    q = _read(queries, mine, n, channels)
+
+    def step(i, state):
+        k = _read(keys, i, m, channels)
+        row = _bias(bias, i, channels, 0)
+        return tiles.absorb(state, *tiles.logits(q, k, row, scale), k[1], k[3])
+
+    state = tiles.empty(*q[0].shape, q[1] is not None)
+    state = jax.lax.fori_loop(0, pl.cdiv(m, _block(channels)), step, state)
+    found, columns = tiles.finish(state)
+    _write(out, found, mine, n, channels)
+    _write(rows, jax.tree.map(lambda x: x.sum(-1), columns), mine, n, channels)
+
+
+def _query_kernel(n, m, channels, queries, keys, bias, rows, out):
+    mine, scale = pl.program_id(0), channels**-0.5
+    q = _read(queries, mine, n, channels)
+    columns = [x[:, None] for x in jax.tree.leaves(_read(rows, mine, n, channels))]
+
+    def tile(i):
+        row = _bias(bias, i, channels, 0)
+        return tiles.query_sums(q, _read(keys, i, m, channels), row, columns, scale)
+
+    found = _sum(tile, pl.cdiv(m, _block(channels)))
+    _write(out, jax.tree.map(lambda x: x * scale, found), mine, n, channels)
+
+
+def _key_kernel(n, m, channels, queries, keys, bias, rows, out):
+    mine, scale = pl.program_id(0), channels**-0.5
+    k, column = _read(keys, mine, m, channels), _bias(bias, mine, channels, 1)
+
+    def tile(i):
+        along = [x[None, :] for x in jax.tree.leaves(_read(rows, i, n, channels))]
+        return tiles.key_sums(_read(queries, i, n, channels), k, column, along, scale)
+
+    dk, dv, dtk, dtv = _sum(tile, pl.cdiv(n, _block(channels)))
+    dk, dtk = jax.tree.map(lambda x: x * scale, (dk, dtk))
+    _write(out, (dk, dv, dtk, dtv), mine, m, channels)
+
+
+value = tiles.value_of(_forward, _reverse)

@@ -1,0 +1,123 @@
+"""Attention where a program is placed on devices with kernels, beside the same without."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gadjax.geometry import tangents
+from gadjax.ops import kernels, pallas_tpu
+from gadjax.ops.attention import attention
+from gadjax.ops.placement import Placement, placed
+from gadjax.training.sharding import SAMPLES, make_mesh
+
+B, N, H, K = 2, 40, 2, 8
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """One device of this machine as if it were a TPU, its kernels interpreted."""
+    calls = []
+
+    def interpreted(name):
+        def call(*given):
+            calls.append(name)
+            return getattr(pallas_tpu, name)(*given, interpret=True)
+
+        return call
+
+    module = SimpleNamespace(
+        supported=lambda q, k, bias: True,
+        **{name: interpreted(name) for name in ("value", "dual", "dual_transpose")},
+    )
+    monkeypatch.setitem(kernels.MODULES, "tpu", module)
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    return SimpleNamespace(on=Placement(mesh, "tpu"), off=Placement(mesh), calls=calls)
+
+
+def arrays(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def close(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_tangents_and_gradients_through_them(place, count):
+    x, text, *v = arrays((B, N, H, K), (B, 11, H, K), *[(B, N, H, K)] * count)
+    bias = jnp.zeros((B, 1, 1, 11)).at[0, ..., 5:].set(-10_000.0)
+
+    @partial(jax.jit, static_argnums=2)
+    def run(x, text, place):
+        def net(x):
+            return attention(x + attention(x, text, text + 1, bias), x, 2 * x)
+
+        def loss(x, text):
+            value, moved = tangents(net, x, jnp.stack(v))
+            return jnp.sum(value**2) + jnp.sum(moved**3), (value, moved)
+
+        with placed(place):
+            return jax.grad(lambda x, text: loss(x, text)[0], (0, 1))(x, text), loss(x, text)[1]
+
+    found = run(x, text, place.on)
+    assert {"dual", "dual_transpose"} <= set(place.calls) and "value" not in place.calls
+    close(found, run(x, text, place.off))
+
+
+def test_values(place):
+    q, k, v = arrays((B, N, H, K), (B, 11, H, K), (B, 11, H, K))
+
+    def run(place):
+        with placed(place):
+            return jax.value_and_grad(lambda *x: jnp.sum(attention(*x) ** 2), (0, 1, 2))(q, k, v)
+
+    found = run(place.on)
+    assert set(place.calls) == {"value"}
+    close(found, run(place.off))
+
+
+def test_what_kernels_do_not_take_goes_without(place, monkeypatch):
+    (x,) = arrays((B, N, H, K))
+    monkeypatch.setattr(kernels.MODULES["tpu"], "supported", lambda q, k, bias: False)
+    with placed(place.on):
+        close(attention(x, x, x), attention(x, x, x))
+    assert not place.calls
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_of_four_tpus_compiles_with_them(count):
+    """Through scan, recomputation and jax.shard_map, for chips that are not here."""
+    pytest.importorskip("libtpu")
+    from gadjax.models.module import scan_blocks
+    from gadjax.training.hardware import find_topology
+
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, find_topology("v5e:2x2").devices())
+    shape = jax.ShapeDtypeStruct(
+        (2, 256, 2, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(SAMPLES))
+    )
+    layers = jax.ShapeDtypeStruct(
+        (2, 64, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    )
+
+    @jax.jit
+    def step(layers, x):
+        def loss(layers):
+            def net(x):
+                return scan_blocks(layers, x, lambda w, x: attention(x @ w, x, x), "attention")
+
+            value, moved = tangents(net, x, jnp.stack([x] * count))
+            return jnp.sum(value.astype(jnp.float32)) + jnp.sum(moved.astype(jnp.float32))
+
+        with placed(Placement(mesh, "tpu")):
+            return jax.grad(loss)(layers)
+
+    text = step.lower(layers, shape).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= 3
