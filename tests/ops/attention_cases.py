@@ -1,0 +1,99 @@
+"""Cases of attention with its tangent, and what the kernels of a backend have to give for them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gadjax.ops.attention import value_attention
+from gadjax.ops.dual_attention import dual_attention
+
+# Compiling takes nearly all of the time.
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def case(queries, keys, *, channels=72, moving=True, masked=False, dtype=np.float32, shared=0):
+    """q, k, v, bias, tq, tk, tv and do, eo for a batch of two and two heads.
+
+    masked: half of the first sample's keys, and all of the second's. shared: added to keys and
+    values.
+    """
+    r = np.random.default_rng(0)
+
+    def normal(n, mean=0):
+        return jnp.asarray(mean + r.standard_normal((2, n, 2, channels)), dtype)
+
+    q, tq, do, eo = (normal(queries) for _ in range(4))
+    k, v, tk, tv = (normal(keys, mean) for mean in (shared, shared, 0, 0))
+    bias = np.zeros((2, 1, 1, keys), np.float32)
+    bias[0, ..., keys // 2 :] = bias[1] = -10_000.0
+    tk, tv = (tk, tv) if moving else (None, None)
+    return (q, k, v, jnp.asarray(bias) if masked else None, tq, tk, tv), (do, eo)
+
+
+def both(module, **options):
+    """f(args, cotangents) -> (o, o.) and the six results of the transpose."""
+
+    def f(args, cotangents):
+        found = module.dual(*args, **options)
+        return found[:2], module.dual_transpose(*cotangents, *args, *found, **options)
+
+    return f
+
+
+@jax.jit
+def _op(args, cotangents):
+    found, transpose = jax.vjp(dual_attention, *args)
+    dq, dk, dv, _, *moving = transpose(cotangents)
+    return found, (dq, dk, dv, *moving)
+
+
+def truth(args, cotangents):
+    """The same of the op in float64."""
+    with jax.enable_x64(True):
+        return _op(*jax.tree.map(lambda x: x.astype(jnp.float64), (args, cotangents)))
+
+
+def worst(found, expected):
+    """The largest error of any result, relative to that result's largest."""
+    found, expected = (
+        [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)] for tree in (found, expected)
+    )
+    errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, expected, strict=True)]
+    assert np.isfinite(errors).all()
+    return max(errors)
+
+
+def error(module, args, cotangents):
+    """`worst` of a module's kernels in Pallas' interpreter."""
+    found = quick(both(module, interpret=True))(args, cotangents)
+    for x, like in zip(found[1], (*args[:3], *args[4:]), strict=True):
+        assert x is like is None or (x.shape, x.dtype) == (like.shape, like.dtype)
+    return worst(found, truth(args, cotangents))
+
+
+def error_of_directions(module, args, cotangents):
+    """`worst` for two directions of one value by jax.vmap."""
+    twice = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), (args[4:], cotangents))
+
+    def run(f):
+        return lambda moving: f((*args[:4], *moving[0]), moving[1])
+
+    found = quick(jax.vmap(run(both(module, interpret=True))))(twice)
+    each = [run(truth)(jax.tree.map(lambda x, i=i: x[i], twice)) for i in range(2)]
+    return worst(found, jax.tree.map(lambda *x: np.stack(x), *each))
+
+
+def error_of_value(module, args, cotangents):
+    """`worst` of `value` and its gradient."""
+    q, k, v, bias = args[:4]
+
+    def run(f):
+        return quick(lambda q, k, v: (lambda o, t: (o, t(cotangents[0])))(*jax.vjp(f, q, k, v)))
+
+    found = run(lambda *x: module.value(*x, bias, interpret=True))(q, k, v)
+    with jax.enable_x64(True):
+        q, k, v = (x.astype(jnp.float64) for x in (q, k, v))
+        cotangents = [cotangents[0].astype(jnp.float64)]
+        return worst(found, run(lambda *x: value_attention(*x, bias))(q, k, v))

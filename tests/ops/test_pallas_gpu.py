@@ -1,0 +1,41 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from attention_cases import both, case, error, error_of_directions, error_of_value
+
+from gadjax.ops import pallas_gpu
+
+CASES = {
+    "cross": (dict(queries=70, keys=77, moving=False, masked=True, channels=40), 1e-5),
+    "bfloat16": (dict(queries=70, keys=130, channels=64, dtype=jnp.bfloat16, shared=3), 2e-2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_the_op_and_its_transpose(name):
+    options, tolerance = CASES[name]
+    assert error(pallas_gpu, *case(**options)) <= tolerance
+
+
+def test_directions_of_one_value():
+    assert error_of_directions(pallas_gpu, *case(40, 77, masked=True)) <= 1e-5
+
+
+def test_value_and_gradient():
+    assert error_of_value(pallas_gpu, *case(70, 77, masked=True)) <= 1e-5
+
+
+def test_takes_what_it_can():
+    (q, k, _, bias, *_), _ = case(100, 77, masked=True)
+    assert pallas_gpu.supported(q, k, None) and pallas_gpu.supported(q, k, bias)
+    assert not pallas_gpu.supported(q, k, jnp.zeros((2, 1, 100, 77)))
+    assert not pallas_gpu.supported(q[:, :8], k, None)
+    assert not pallas_gpu.supported(q.astype(jnp.float16), k.astype(jnp.float16), None)
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_lowers_for_cuda(moving):
+    args, cotangents = case(200, 77, masked=True, moving=moving, dtype=jnp.bfloat16)
+    traced = jax.jit(both(pallas_gpu)).trace(args, cotangents)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 3
