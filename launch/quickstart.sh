@@ -15,7 +15,7 @@ if [ -f "$run/report/report.md" ]; then
 else
     echo "1/5 convert the teacher to Flax parameters, checked against diffusers"
     [ -d "$run/teacher" ] || gadjax convert "$teacher" "$run/teacher" --check
-    echo "2/5 distil: distribution matching + GAD + the diversity anchor"
+    echo "2/5 distil: regression + GAD + the diversity anchor"
     gadjax train --config configs/shapes_gad.py:quickstart --workdir "$run/train" \
         --config.teacher="$run/teacher"
     echo "3/5 export a diffusers pipeline, checked against diffusers"
@@ -27,7 +27,7 @@ else
         "$run/student" gadjax/assets/shapes_demo_prompts.txt "$run/samples_diffusers"
     echo "5/5 evaluate"
     gadjax evaluate --teacher "$teacher" --student "$run/student" --prompts "$prompts" \
-        --library 32 --moves 16 --out "$run/report"
+        --library 32 --moves 0 --out "$run/report"
 fi
 echo "picture: $run/report/samples.png"
 echo "report:  $run/report/report.md"

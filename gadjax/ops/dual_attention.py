@@ -29,19 +29,20 @@ KEPT = "attention"  # as checkpoint policies call what reverse mode keeps of an 
 CELLS = 2**19  # logits of one head that exist at once; more are computed a block of queries a time
 
 
-def query_blocks(queries: int, keys: int) -> int:
-    """In how many blocks of queries an attention is computed."""
-    return min(queries, -(-queries * keys // CELLS))
+def query_blocks(queries: int, keys: int, arrays: int = 1) -> int:
+    """In how many blocks of queries an attention is computed that holds that many arrays of logits
+    for every one that attention alone holds."""
+    return min(queries, -(-arrays * queries * keys // CELLS))
 
 
-def over_blocks(f: Callable, queries: tuple[jax.Array | None, ...], bias, keys: int):
+def over_blocks(f: Callable, queries: tuple[jax.Array | None, ...], bias, keys: int, arrays=1):
     """f(queries, bias) with its first result [B, N, ...] from blocks, the others summed over them.
 
     queries: arrays [B, N, ...] (or None), which are cut along N. bias: cut where it has N rows.
     f returns (a tree of [B, N, ...], a tree to be summed).
     """
     positions = next(q for q in queries if q is not None).shape[1]
-    count = query_blocks(positions, keys)
+    count = query_blocks(positions, keys, arrays)
     if count == 1:
         return f(queries, bias)
     size = math.ceil(positions / count)
@@ -142,7 +143,7 @@ def dual_attention(q, k, v, bias, tq, tk, tv):
         to = to if tv is None else to + mix(p, tv)
         return (o.astype(v.dtype), to.astype(v.dtype)), ()
 
-    return over_blocks(block, (q, tq), bias, k.shape[1])[0]
+    return over_blocks(block, (q, tq), bias, k.shape[1], arrays=2)[0]
 
 
 def kept(results):
@@ -194,7 +195,7 @@ def _transpose(do, eo, q, k, v, bias, tq, tk, tv):
         moving = None if tk is None else (unmix(es, q), unmix(p, eo))
         return (dq.astype(q.dtype), dtq.astype(q.dtype)), (dk, dv, moving)
 
-    (dq, dtq), (dk, dv, moving) = over_blocks(block, (q, tq, do, eo), bias, k.shape[1])
+    (dq, dtq), (dk, dv, moving) = over_blocks(block, (q, tq, do, eo), bias, k.shape[1], arrays=2)
     dtk, dtv = (None, None) if moving is None else moving
     dk, dv, dtk, dtv = jax.tree.map(lambda x: x.astype(k.dtype), (dk, dv, dtk, dtv))
     return dq, dk, dv, dtq, dtk, dtv
