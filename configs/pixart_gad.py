@@ -32,7 +32,7 @@ def get_config(variant: str = "gad"):
     config.steps = 10_000
     config.batch = 128
     config.microbatch = 128
-    config.mesh.update(data=-1, fsdp=1)
+    config.mesh.update(data=1, fsdp=-1)  # beyond 128 devices: fsdp=128, data=-1
     config.dtype = "bfloat16"
     config.optim.update(lr=4e-6, warmup=50, b1=0.0, b2=0.95, weight_decay=1e-2)
     config.critic.update(updates=5 if variant == "dpdmd" else 1, lr=2e-5)

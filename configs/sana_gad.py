@@ -38,6 +38,7 @@ def get_config(variant: str = "gad"):
     config.steps = 10_000
     config.batch = 256
     config.dtype = "bfloat16"
+    config.mesh.update(data=1, fsdp=-1)
     config.data.length = 300
     config.optim.update(lr=5e-6, b1=0.0, b2=0.999)
     config.critic.update(updates=1, lr=5e-6)

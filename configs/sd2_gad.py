@@ -42,6 +42,7 @@ def get_config(variant: str = "gad"):
     config.steps = 10_000
     config.batch = 128
     config.dtype = "bfloat16"
+    config.mesh.update(data=1, fsdp=-1)
     config.data.length = 77
     config.optim.update(lr=4e-6, warmup=50, b1=0.0, b2=0.95, weight_decay=1e-2)
     config.critic.update(updates=1, lr=2e-5)

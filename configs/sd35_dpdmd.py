@@ -37,6 +37,7 @@ def get_config(variant: str = "dpdmd"):
     config.steps = 6_000
     config.batch = 32
     config.dtype = "bfloat16"
+    config.mesh.update(data=1, fsdp=-1)
     config.data.length = 256
     config.optim.update(lr=1e-5)
     config.critic.update(updates=5, lr=1e-5, b1=0.9)

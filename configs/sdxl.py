@@ -39,6 +39,7 @@ def get_config(variant: str = "dpdmd"):
     config.steps = 10_000
     config.batch = 128
     config.dtype = "bfloat16"
+    config.mesh.update(data=1, fsdp=-1)
     config.data.length = 77
     config.optim.update(lr=5e-7, warmup=500, weight_decay=1e-2, clip=10.0)
     config.critic.update(updates=5, lr=5e-7, b1=0.9)

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "bf16": 16, "u4": 4, "s4": 4, "c64": 64, "c128": 128}
@@ -15,8 +15,9 @@ CALLED = re.compile(
     r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)"
     r"|\b(?:branch_computations|called_computations)=\{([^}]*)\}"
 )
-# A TPU spreads one collective over several fusions, each of which names it, so that others hide it.
-CHAIN = re.compile(r'chain_id="(\w+)"')
+# A TPU spreads one collective over several fusions, so that others hide it, and over the loops
+# between its start and its end; all have its number.
+PART = re.compile(r"channel_id=\d+")
 
 
 class Traffic(NamedTuple):
@@ -35,36 +36,41 @@ def traffic(text: str, devices: int) -> Traffic:
     body counts as often as it runs; of an asynchronous pair the start counts and the end does not.
     """
     blocks, entry = _blocks(text)
-    seen: dict[str, tuple[Counter, int]] = {}
+    total: Counter = Counter()
+    spread: dict[Any, tuple[float, str, float]] = {}  # collective -> times, kind, bytes
+    unknown = 0
 
-    def count(name: str) -> tuple[Counter, int]:
-        if name in seen:
-            return seen[name]
-        total, unknown, chains = Counter(), 0, {}
+    def walk(name: str, times: int) -> bool:
+        """Whether anything is sent in a computation that runs so often."""
+        nonlocal unknown
+        sends = False
         for shape, op, rest in blocks.get(name, ()):
             kind = op.removesuffix("-start")
             if kind in KINDS:
-                total[kind] += _sent(kind, shape, op != kind, rest, devices)
+                total[kind] += times * _sent(kind, shape, op != kind, rest, devices)
+                sends = True
             elif op == "fusion":
                 for inner in _called(rest):
                     for place, (shape, op, rest) in enumerate(blocks.get(inner, ())):
-                        if op in KINDS:
-                            chain = CHAIN.search(rest)
-                            key = chain[1] if chain else (inner, place)
-                            chains[key] = op, _sent(op, shape, False, rest, devices)
+                        if op not in KINDS:
+                            continue
+                        part = PART.findall(rest)
+                        key = part[0] if part else (inner, place)
+                        # Where it is spread into a loop beside it, it still runs but once.
+                        fewest = min(times, spread[key][0]) if key in spread else times
+                        spread[key] = fewest, op, _sent(op, shape, False, rest, devices)
+                        sends = True
             elif not op.endswith(("-done", "-update")):
-                times = _trips(rest, blocks) if op == "while" else 1
+                trips = _trips(rest, blocks) if op == "while" else 1
                 for inner in _called(rest):
-                    more, lost = count(inner)
-                    for key, value in more.items():
-                        total[key] += value * (times or 1)
-                    unknown += lost + (times is None and bool(more))
-        for kind, sent in chains.values():
-            total[kind] += sent
-        seen[name] = total, unknown
-        return seen[name]
+                    found = walk(inner, times * (trips or 1))
+                    unknown += found and trips is None
+                    sends |= found
+        return sends
 
-    total, unknown = count(entry)
+    walk(entry, 1)
+    for times, kind, sent in spread.values():
+        total[kind] += times * sent
     return Traffic({kind: float(total[kind]) for kind in KINDS if total[kind]}, unknown)
 
 

@@ -231,6 +231,7 @@ HloModule jit_f, is_scheduled=true
 }
 
 %deep (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %middle = bf16[16] fusion(%start), kind=kCustom, calls=%hidden.2
   %r = f32[8]{0:T(128)} all-reduce(%x), replica_groups=mesh['a'=2,'b'=2] {'a'}, to_apply=%add
   ROOT %t = (s32[], f32[8]) tuple(%i, %r)
 }
@@ -241,12 +242,12 @@ HloModule jit_f, is_scheduled=true
 }
 
 %hidden.1 (p: bf16[4]) -> (bf16[4], bf16[16]) {
-  %a = bf16[16]{0} all-gather(%p), replica_groups=[1,4]<=[4], frontend_attributes={chain_id="0"}
+  %a = bf16[16]{0} all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4]
   ROOT %t = (bf16[4], bf16[16]) custom-call(%p, %a), custom_call_target="AsyncCollectiveStart"
 }
 
 %hidden.2 (p: bf16[4]) -> bf16[16] {
-  ROOT %a = bf16[16] all-gather(%p), replica_groups=[1,4]<=[4], frontend_attributes={chain_id="0"}
+  ROOT %a = bf16[16] all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4]
 }
 
 %body (p: (s32[], f32[8], /*index=2*/f32[2])) -> (s32[], f32[8], f32[2]) {
