@@ -54,14 +54,13 @@ def worst(found, expected):
     return max(jax.tree.leaves(errors))
 
 
-@pytest.mark.parametrize("dtype,bound", [(np.float64, 1e-13), (np.float32, 1e-5)])
 @pytest.mark.parametrize(
-    "keys,moving,bias",
+    "keys,moving,bias,dtype,bound",
     [
-        (N, "qkv", None),
-        (29, "qkv", (B, 1, 1, 29)),
-        (29, "qkv", (1, H, N, 29)),
-        (11, "q", (B, 1, 1, 11)),
+        (N, "qkv", None, np.float32, 1e-5),
+        (29, "qkv", (B, 1, 1, 29), np.float64, 1e-13),
+        (29, "qkv", (1, H, N, 29), np.float64, 1e-13),
+        (11, "q", (B, 1, 1, 11), np.float64, 1e-13),
     ],
     ids=["self", "mask", "full bias", "cross"],
 )

@@ -28,8 +28,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = (
     "--config.batch=16",
     "--config.mesh.data=1",
-    "--config.student.steps=2",
-    "--config.student.timesteps=(899,449)",
+    "--config.student.steps=1",
+    "--config.student.timesteps=(899,)",
 )
 
 

@@ -1,0 +1,85 @@
+"""What the host adds to a training step: waiting for data, and for checkpoints."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from benchmarks.common import Figure
+from benchmarks.step import Bench
+
+from gadjax.data.source import prefetch
+from gadjax.training.checkpoint import Checkpoints
+from gadjax.training.config import as_json, read_config
+from gadjax.training.setup import prepare
+from gadjax.training.sharding import batch_sharding
+
+
+def host(batch: int, steps: int, saves: int) -> Iterator[Figure]:
+    """Of `steps` iterations of configs/shapes_gad.py:dmd, the cheapest, by the wall: how long
+    `next(batches)` and `save` keep the loop waiting. A checkpoint is written beside later
+    iterations; all of its time is what it could cost where nothing is free to do so."""
+    overrides = [f"--config.batch={batch}", f"--config.steps={steps}"]
+    bench = Bench(prepare(read_config(["--config=configs/shapes_gad.py:dmd", *overrides])))
+    run, sharding = bench.run, batch_sharding(bench.run.mesh)
+    each = bench.critics + 1
+
+    def fetch(update: int):
+        return jax.device_put(run.source.batch(update * batch, batch), sharding)
+
+    jax.block_until_ready(bench.iterate())
+    alone = timed(lambda: bench.iterate(), steps)
+    waiting = Waiting(prefetch(fetch, 0, steps * each))
+    fed = timed(lambda: bench.iterate(waiting), steps)
+    begin = time.perf_counter()
+    for update in range(steps):
+        fetch(update)
+    making = (time.perf_counter() - begin) / steps
+    note = f"bundled teacher, batch {batch}, {each} updates an iteration, {steps} iterations"
+    yield Figure("seconds an iteration: one batch reused", alone, note=note)
+    yield Figure("seconds an iteration: fed by the source", fed, note=note)
+    yield Figure("ms to make a batch", 1e3 * making, note=note)
+    yield Figure("waiting for data / iteration", waiting.seconds / steps / fed, note=note)
+
+    stalls, writes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder) / "checkpoints", keep=2)
+        meta = {"config": as_json(run.config), "teacher": run.fingerprint}
+        for step in range(1, saves + 1):
+            jax.block_until_ready(bench.iterate())
+            begin = time.perf_counter()
+            checkpoints.save(step, bench.state, meta)
+            stalls.append(time.perf_counter() - begin)
+            checkpoints.wait()
+            writes.append(time.perf_counter() - begin)
+        checkpoints.close()
+    every = run.config.checkpoint.every
+    for name, times in (("save() keeps the loop", stalls), ("a checkpoint is written in", writes)):
+        taken = sum(times) / saves
+        yield Figure(f"seconds {name}", taken, note=f"mean of {saves}")
+        note = f"one every {every} iterations"
+        yield Figure(f"of training, {name}", taken / (taken + every * alone), note=note)
+
+
+def timed(f, count: int) -> float:
+    """Seconds of the wall that one of `count` calls takes."""
+    begin = time.perf_counter()
+    for _ in range(count):
+        last = f()
+    jax.block_until_ready(last)
+    return (time.perf_counter() - begin) / count
+
+
+class Waiting:
+    """An iterator that knows how long it kept others waiting."""
+
+    def __init__(self, iterator):
+        self.iterator, self.seconds = iterator, 0.0
+
+    def __next__(self):
+        begin = time.perf_counter()
+        try:
+            return next(self.iterator)
+        finally:
+            self.seconds += time.perf_counter() - begin

@@ -1,0 +1,165 @@
+"""What a step costs: in evaluations of the network by the program, and in seconds of small runs."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from benchmarks.common import Figure, Size, make_batch, make_network, seconds
+from ml_collections import ConfigDict
+
+from gadjax.geometry import tangent
+from gadjax.models.module import cast
+from gadjax.objectives import GAD, TDM, Term
+from gadjax.recipes import study
+from gadjax.training.flops import flops
+from gadjax.training.setup import Run, compile_steps, prepare
+from gadjax.training.state import create, make_optimizer
+from gadjax.training.steps import Recipe, critic_step, student_step
+
+GRID = (899.0, 674.0, 449.0, 224.0, -1.0)
+T = 500.0
+VARIANTS = (*(f"{base}_{added}" for base in study.BASES for added in study.ADDED), "script")
+TIMED = "dmd_none", "dmd_both"
+OPTIM = {"lr": 1e-5, "warmup": 0, "decay": 0, "b1": 0.0, "b2": 0.95, "weight_decay": 0, "clip": 1}
+
+
+def make_recipe(size: Size, objective: Term, times=GRID, dtype=jnp.float32, remat=True) -> Recipe:
+    roles = ("student", "critic") if objective.needs.critic else ("student",)
+    return Recipe(
+        denoiser=make_network(size, dtype, remat)[1],
+        objective=objective,
+        times=times,
+        guidance=4.5,
+        optimizers={role: make_optimizer(ConfigDict(OPTIM)) for role in roles},
+        ema=0.999,
+    )
+
+
+def start(size: Size, recipe: Recipe, dtype=jnp.float32):
+    """(state, teacher in `dtype`, batch), all of whose networks are one random network."""
+    params = make_network(size)[0].init(jax.random.key(0))
+    state = create(
+        {role: jax.tree.map(jnp.copy, params) for role in recipe.optimizers}, recipe.optimizers
+    )
+    return state, cast(params, dtype), make_batch(size)
+
+
+def evaluations(size: Size) -> Iterator[Figure]:
+    """Of the generator step, without optimizer, in units u: the products of one forward pass.
+
+    "as planned": the student's value and tangent with their gradient, and value and tangent of
+    the teacher (guided: two evaluations) and of the critic. This is the released script's step with
+    exact derivatives in the place of its differences. `student_step` is gadjax's own.
+    """
+    batch = jax.eval_shape(lambda: make_batch(size))
+    params = jax.eval_shape(lambda: make_network(size)[0].init(jax.random.key(0)))
+    cost, u = parts(size, params, batch, remat=False)
+    yield Figure("u in TFLOP an image", u / size.batch / 1e12, note=str(size))
+    planned = sum(cost["pair"].values())
+    name = "generator step as planned: exact tangents, u"
+    yield Figure(name, planned, note=f"{size}; nothing recomputed")
+
+    cost, _ = parts(size, params, batch, remat=True)
+    base, planned = (sum(cost[kind].values()) for kind in ("value", "pair"))
+    note = f"{size}; each block recomputed in reverse"
+    aim = 17.0 if size.tokens >= 4096 else 15.0
+    yield Figure("generator step as planned: without GAD, u", base, note=note)
+    yield Figure("generator step as planned: finite differences, u", 2 * base, note=note)
+    yield Figure(name, planned, aim, note=note)
+    for who, amount in cost["pair"].items():
+        yield Figure(f"of these: {who}, u", amount, note=note)
+
+    def spent(step, objective, times):
+        recipe = make_recipe(size, objective, times)
+        state = jax.eval_shape(lambda: start(size, recipe)[0])
+        return flops(partial(step, recipe), state, params, batch) / u
+
+    one, base, gad = (899.0, -1.0), 1.0 * TDM(), 1.0 * GAD(steps=1)
+    for name, objective, times, most in (
+        ("from a given latent: TDM", base, one, None),
+        ("from a given latent: GAD, map of 1 step", gad, one, aim),
+        ("from a given latent: TDM + GAD, map of 1 step", base + gad, one, aim),
+        ("with its own walk: TDM + GAD, map of 1 step", base + gad, GRID, None),
+        ("with its own walk: TDM + GAD, map of 4 steps", base + GAD(steps=4), GRID, None),
+    ):
+        yield Figure(
+            f"student_step {name}, u", spent(student_step, objective, times), most, note=note
+        )
+    yield Figure("critic_step with its own walk: TDM, u", spent(critic_step, base, GRID), note=note)
+
+
+def parts(size: Size, params, batch, remat: bool):
+    """kind -> who -> evaluations: of values alone, and of values and tangents ("pair"); and u."""
+    _, denoiser = make_network(size, remat=remat)
+
+    def raw(params, x, batch):
+        return denoiser.raw(params, x, T, batch.cond)
+
+    def guided(params, x, batch):
+        return denoiser.guided_raw(params, x, T, batch.cond, batch.null, 4.5)
+
+    def grad(f):
+        return jax.grad(lambda params, batch: sum(map(jnp.sum, f(params, batch))))
+
+    def value(f):
+        return lambda params, batch: (f(params, batch.noise, batch),)
+
+    def pair(f):
+        return lambda params, batch: tangent(
+            lambda x: f(params, x, batch), batch.noise, batch.noise
+        )
+
+    u = flops(value(raw), params, batch)
+    who = {"student": lambda of: grad(of(raw))}
+    who |= {"teacher": lambda of: of(guided), "critic": lambda of: of(raw)}
+    return {
+        kind: {name: flops(make(of), params, batch) / u for name, make in who.items()}
+        for kind, of in (("value", value), ("pair", pair))
+    }, u
+
+
+def iterations(variants: tuple[str, ...], timed: tuple[str, ...], rounds: int) -> Iterator[Figure]:
+    """Whole iterations of the study's objectives on the bundled eps teacher (batch 16, 4 steps of
+    the student, 2 critic updates where there is a critic), beside the same base alone."""
+    cost = {name: study.evaluations("eps", name) for name in variants}
+    for name in variants:
+        base = f"{'tdm' if name == 'script' else name.split('_')[0]}_none"
+        yield Figure(f"evaluations an iteration: {name}", cost[name])
+        if name != base:
+            yield Figure(f"evaluations / base: {name}", cost[name] / cost[base])
+    taken = seconds({name: iteration(study.config_of(f"eps:{name}:0")) for name in timed}, rounds)
+    for name in timed:
+        base = f"{'tdm' if name == 'script' else name.split('_')[0]}_none"
+        yield Figure(f"seconds an iteration: {name}", taken[name])
+        if name != base:
+            yield Figure(f"seconds / base: {name}", taken[name] / taken[base])
+
+
+def iteration(config) -> Callable[[], object]:
+    """One student update with its critic updates, each time from where the last one ended."""
+    bench = Bench(prepare(config))
+    return bench.iterate
+
+
+class Bench:
+    """A run's compiled updates and a state that they change."""
+
+    def __init__(self, run: Run):
+        self.run, self.steps = run, compile_steps(run)
+        first = jax.device_put(run.first, self.steps.state.params["student"])
+        self.state = jax.jit(run.start, out_shardings=self.steps.state)(first)
+        self.frozen = jax.device_put(run.frozen, self.steps.frozen)
+        self.critics = run.config.critic.updates if self.steps.critic else 0
+        self.update = 0
+        self.raw = run.source.batch(0, run.config.batch)
+
+    def iterate(self, raws=None):
+        """raws: an iterator of host batches, of which each update takes one; else one is reused."""
+        for place in range(self.critics + 1):
+            step = self.steps.student if place == self.critics else self.steps.critic
+            raw = self.raw if raws is None else next(raws)
+            update = jnp.uint32(self.update)
+            self.state, metrics = step(self.state, self.frozen, raw, update)
+            self.update += 1
+        return metrics

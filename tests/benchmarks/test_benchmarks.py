@@ -1,0 +1,55 @@
+"""That the benchmarks run, and the figures that are about being right. None about being quick."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+from benchmarks import accuracy, attention, run
+from benchmarks.common import Figure, Size
+
+
+def test_a_figure_is_held_to_its_aim():
+    assert Figure("x", 1.0, most=1.0).holds and Figure("x", 1.0, least=1.0).holds
+    assert Figure("x", 2.0, most=1.0).holds is False
+    assert Figure("x", math.nan, most=1.0).holds is False
+    assert Figure("x", 2.0).holds is None and Figure("x", None, most=1.0).holds is None
+
+
+def test_a_set_is_printed_and_written(monkeypatch, tmp_path, capsys):
+    figures = partial(attention.exactness, ((96, 2, 12),))
+    monkeypatch.setattr(run, "benchmarks", lambda kind, tiny: {"attention": figures})
+    path = tmp_path / "found.json"
+    assert run.main(["cpu", "--tiny", "--only", "attention", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["set"] == "cpu" and found["versions"]["jax"] and found["device"] and found["date"]
+    names = [figure["name"] for figure in found["figures"]["attention"]]
+    assert len(names) == 3 and all(figure["holds"] for figure in found["figures"]["attention"])
+    assert names[0] in capsys.readouterr().out
+
+
+def test_another_device_or_name_is_refused(monkeypatch):
+    with pytest.raises(SystemExit, match="gpu: found cpu; expected"):
+        run.main(["gpu"])
+    with pytest.raises(SystemExit):
+        run.main(["cpu", "--tiny", "--only", "nothing"])
+
+
+@pytest.mark.slow
+def test_a_tangent_in_bfloat16_is_true():
+    found = {f.name: f for f in accuracy.accuracy(Size(6, 6, 64, 32), ("bfloat16",))}
+    held = [name for name, figure in found.items() if figure.aim]
+    assert len(held) == 2 and all(found[name].holds for name in held)
+    # What the finite differences of the released script make of it.
+    assert found["error of J v: difference h=0.01, bfloat16"].value > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, name", [(kind, name) for kind in ("cpu", "gpu") for name in run.benchmarks(kind, True)]
+)
+def test_every_benchmark_runs_in_tiny_sizes(kind, name, tmp_path):
+    path = tmp_path / "found.json"
+    assert run.main([kind, "--tiny", "--only", name, "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())["figures"][name]
+    assert figures and all(math.isfinite(figure["value"]) for figure in figures)
