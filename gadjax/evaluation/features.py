@@ -18,7 +18,7 @@ from gadjax.convert.files import read_json
 from gadjax.convert.layout import read_header, write_file
 from gadjax.convert.tensors import params_from_tensors, tensors_from_params
 from gadjax.errors import InputError
-from gadjax.models.module import Functional, KeyMap, functional
+from gadjax.models.module import Functional, KeyMap, Keys, functional
 from gadjax.types import Params
 
 KEYMAP = KeyMap()
@@ -39,7 +39,7 @@ class Config:
 class FeatureNet(nnx.Module):
     """Pictures [N, size, size, 3] in [-1, 1] -> features [N, D]."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
+    def __init__(self, config: Config, rngs: Keys):
         inputs = (3, *config.widths)
         self.depth = len(config.widths)
         for i in range(self.depth):

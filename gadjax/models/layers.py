@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from gadjax.errors import InputError
+from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
 
 MASKED = -10_000.0  # finite, so that a prompt without any token attends evenly instead of to NaN
@@ -19,7 +20,7 @@ def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
     return nnx.Dict({str(i): module for i, module in enumerate(modules)})
 
 
-def modulation_table(rngs: nnx.Rngs, rows: int, dim: int) -> nnx.Param:
+def modulation_table(rngs: Keys, rows: int, dim: int) -> nnx.Param:
     """What adaptive norms add to the time's projections: [rows, dim]."""
     return nnx.Param(jax.random.normal(rngs.params(), (rows, dim)) / dim**0.5)
 
@@ -97,7 +98,7 @@ def unpatchify(tokens_BND: jax.Array, height: int, width: int, patch: int) -> ja
 class PatchProjection(nnx.Module):
     """A convolution whose stride is its size, as one product: [B, H, W, C] -> [B, N, D]."""
 
-    def __init__(self, channels: int, dim: int, patch: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, dim: int, patch: int, *, dtype, rngs: Keys):
         init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2))
         self.kernel = nnx.Param(init(rngs.params(), (patch, patch, channels, dim)))
         self.bias = nnx.Param(jnp.zeros(dim))
@@ -123,7 +124,7 @@ class Mlp(nnx.Module):
         activation: Callable[[jax.Array], jax.Array],
         *,
         dtype,
-        rngs: nnx.Rngs,
+        rngs: Keys,
     ):
         self.linear_1 = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs)
         self.linear_2 = nnx.Linear(hidden, out, dtype=dtype, rngs=rngs)
@@ -146,7 +147,7 @@ class Attention(nnx.Module):
         bias: bool = True,
         out_bias: bool = True,
         dtype,
-        rngs: nnx.Rngs,
+        rngs: Keys,
     ):
         inner, context_dim = heads * head_dim, dim if context_dim is None else context_dim
         self.to_q = nnx.Linear(dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)

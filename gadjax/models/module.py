@@ -22,23 +22,38 @@ class Functional(NamedTuple):
     abstract: Params
 
 
-def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
+class Keys:
+    """The part of nnx.Rngs that layers use, counting in Python.
+
+    Every draw from nnx.Rngs under eval_shape looks through the whole program so far: with many
+    layers, minutes.
+    """
+
+    def __init__(self, key: jax.Array):
+        self.key, self.count = key, 0
+
+    def params(self) -> jax.Array:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count)
+
+
+def functional(make: Callable[[Keys], nnx.Module]) -> Functional:
     """Leave nnx: `apply(params, *args, method="name")`, `init(key) -> params`, `abstract`."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(Keys(jax.random.key(0)))))
     abstract = nnx.to_pure_dict(state)
 
     def apply(params, *args, method="__call__", **kwargs):
         return getattr(nnx.merge(graphdef, params), method)(*args, **kwargs)
 
     def init(key):
-        return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)))[1])
+        return nnx.to_pure_dict(nnx.split(make(Keys(key)))[1])
 
     return Functional(apply, init, abstract)
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack(make: Callable[[Keys], nnx.Module], count: int, rngs: Keys) -> nnx.Module:
     """One module whose every leaf has a leading axis of `count` layers."""
-    return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
+    return jax.vmap(lambda key: make(Keys(key)))(jax.random.split(rngs.params(), count))
 
 
 def scan_blocks(blocks: nnx.Module, x, call: Callable[[nnx.Module, Any], Any], remat: bool | str):

@@ -11,6 +11,7 @@ import optax
 from gadjax.denoiser import Denoiser
 from gadjax.geometry import control_directions, directions, tangents
 from gadjax.objectives.base import Context, Needs, TeacherMap, Term, stream_keys
+from gadjax.objectives.compose import Sum
 from gadjax.rollout import interpolate_times, rollout
 from gadjax.training.state import TrainState
 from gadjax.types import Batch, Params
@@ -213,7 +214,7 @@ def critic_step(recipe: Recipe, state: TrainState, teacher: Params | None, batch
     teacher: read only by a discriminator of the teacher's features.
     """
     roles = [role for role in CRITICS if getattr(recipe.objective.needs, role)]
-    wanted = recipe.objective.needs_of(roles)
+    wanted = (Sum(()) + recipe.objective).needs_of(roles)
     needs = Needs(student=wanted.student, endpoint=wanted.endpoint, cut_first=wanted.cut_first)
     student = jax.lax.stop_gradient(state.params["student"])
 

@@ -134,6 +134,7 @@ def losses(workdir):
     return [json.loads(line)["loss/denoising"] for line in (workdir / "metrics.jsonl").open()]
 
 
+@pytest.mark.slow
 def test_pictures_and_their_latents_train_the_same(train, images, latents, tmp_path):
     assert train("images", f"data.images={images}") == 0
     assert train("latents", f"data.latents={latents}") == 0

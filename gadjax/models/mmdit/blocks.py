@@ -6,6 +6,7 @@ from flax import nnx
 
 from gadjax.models import layers
 from gadjax.models.mmdit.config import Config
+from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
 
 EPS = 1e-6  # of every norm
@@ -14,7 +15,7 @@ EPS = 1e-6  # of every norm
 class Modulation(nnx.Module):
     """What a norm is followed by, read from the time and text vector: [B, 1, D] each."""
 
-    def __init__(self, dim: int, count: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, dim: int, count: int, *, dtype, rngs: Keys):
         self.linear = nnx.Linear(dim, count * dim, dtype=dtype, rngs=rngs)
         self.count = count
 
@@ -30,7 +31,7 @@ def modulate(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> ja
 class Stream(nnx.Module):
     """One stream's side of an attention: its heads, and the way back from them."""
 
-    def __init__(self, c: Config, *, back: bool = True, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, *, back: bool = True, dtype, rngs: Keys):
         def linear():
             return nnx.Linear(c.dim, c.dim, dtype=dtype, rngs=rngs)
 
@@ -62,7 +63,7 @@ class Block(nnx.Module):
     dual: the picture also attends to itself alone. last: the text is read and not written.
     """
 
-    def __init__(self, c: Config, *, dual: bool, last: bool = False, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, *, dual: bool, last: bool = False, dtype, rngs: Keys):
         def ff():
             return layers.Mlp(c.dim, 4 * c.dim, c.dim, layers.gelu_tanh, dtype=dtype, rngs=rngs)
 

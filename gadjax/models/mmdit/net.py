@@ -14,21 +14,21 @@ from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.models.mmdit.blocks import EPS, Block, Modulation, modulate
 from gadjax.models.mmdit.config import CLASS_NAMES, Config
-from gadjax.models.module import scan_blocks, stack
+from gadjax.models.module import Keys, scan_blocks, stack
 
 __all__ = ["CLASS_NAMES", "Config", "build"]
 TIME_CHANNELS = 256
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
-    """A maker of the network, to be called with nnx.Rngs; `remat` recomputes blocks in reverse."""
+    """A maker of the network, to be called with Keys; `remat` recomputes blocks in reverse."""
     return lambda rngs: MMDiT(config, dtype=dtype, remat=remat, rngs=rngs)
 
 
 class PatchEmbed(nnx.Module):
     """Latents -> patch tokens with the positions of the middle of a stored table."""
 
-    def __init__(self, c: Config, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, *, dtype, rngs: Keys):
         side = c.pos_embed_max_size
         self.proj = layers.PatchProjection(
             c.in_channels, c.dim, c.patch_size, dtype=dtype, rngs=rngs
@@ -57,7 +57,7 @@ class PatchEmbed(nnx.Module):
 class TimeTextEmbedding(nnx.Module):
     """Time and the pooled text as one vector."""
 
-    def __init__(self, c: Config, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, *, dtype, rngs: Keys):
         def mlp(features):
             return layers.Mlp(features, c.dim, c.dim, jax.nn.silu, dtype=dtype, rngs=rngs)
 
@@ -72,7 +72,7 @@ class TimeTextEmbedding(nnx.Module):
 class MMDiT(nnx.Module):
     """The denoiser; see `__call__`."""
 
-    def __init__(self, config: Config, *, dtype, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, dtype, remat: bool, rngs: Keys):
         c, dim = config, config.dim
         self.pos_embed = PatchEmbed(c, dtype=dtype, rngs=rngs)
         self.time_text_embed = TimeTextEmbedding(c, dtype=dtype, rngs=rngs)

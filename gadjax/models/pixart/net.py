@@ -12,7 +12,7 @@ from flax import nnx
 
 from gadjax.errors import InputError
 from gadjax.models import layers
-from gadjax.models.module import scan_blocks, stack
+from gadjax.models.module import Keys, scan_blocks, stack
 
 # The second is what the published repositories still say.
 CLASS_NAMES = ("PixArtTransformer2DModel", "Transformer2DModel")
@@ -101,14 +101,14 @@ class Config:
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
-    """A maker of the network, to be called with nnx.Rngs; `remat` recomputes blocks in reverse."""
+    """A maker of the network, to be called with Keys; `remat` recomputes blocks in reverse."""
     return lambda rngs: PixArt(config, dtype=dtype, remat=remat, rngs=rngs)
 
 
 class PatchEmbed(nnx.Module):
     """Latents -> patch tokens with their positions, for any size."""
 
-    def __init__(self, c: Config, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, *, dtype, rngs: Keys):
         self.proj = layers.PatchProjection(
             c.in_channels, c.dim, c.patch_size, dtype=dtype, rngs=rngs
         )
@@ -126,7 +126,7 @@ class PatchEmbed(nnx.Module):
 class TimeSizeEmbedding(nnx.Module):
     """Time, and with `sized` the original resolution and aspect ratio, as one vector."""
 
-    def __init__(self, dim: int, sized: bool, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, dim: int, sized: bool, *, dtype, rngs: Keys):
         def mlp(out):
             return layers.Mlp(TIME_CHANNELS, out, out, jax.nn.silu, dtype=dtype, rngs=rngs)
 
@@ -155,7 +155,7 @@ class TimeSizeEmbedding(nnx.Module):
 class AdaLayerNormSingle(nnx.Module):
     """The modulation that all blocks share: its input vector and its six projections."""
 
-    def __init__(self, dim: int, sized: bool, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, dim: int, sized: bool, *, dtype, rngs: Keys):
         self.emb = TimeSizeEmbedding(dim, sized, dtype=dtype, rngs=rngs)
         self.linear = nnx.Linear(dim, 6 * dim, dtype=dtype, rngs=rngs)
 
@@ -168,7 +168,7 @@ class AdaLayerNormSingle(nnx.Module):
 class Block(nnx.Module):
     """Modulated self-attention, plain cross-attention, modulated feed-forward."""
 
-    def __init__(self, c: Config, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, *, dtype, rngs: Keys):
         def attn():
             return layers.Attention(
                 c.dim,
@@ -198,7 +198,7 @@ class Block(nnx.Module):
 class PixArt(nnx.Module):
     """The denoiser; see `__call__`."""
 
-    def __init__(self, config: Config, *, dtype, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, dtype, remat: bool, rngs: Keys):
         c, dim = config, config.dim
         self.pos_embed = PatchEmbed(c, dtype=dtype, rngs=rngs)
         self.adaln_single = AdaLayerNormSingle(dim, c.sized, dtype=dtype, rngs=rngs)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gadjax.models import layers
+from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
 
 RMS_EPS = 1e-5
@@ -52,7 +53,7 @@ class GLUMBConv(nnx.Module):
     with `normed`. [B, H, W, C] -> [B, H, W, C], without the input added.
     """
 
-    def __init__(self, channels: int, hidden: int, *, normed: bool = False, dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, hidden: int, *, normed: bool = False, dtype, rngs: Keys):
         def conv(inputs, outputs, size=1, **more):
             pad = ((size // 2,) * 2,) * 2
             return nnx.Conv(
@@ -87,7 +88,7 @@ class Attention(layers.Attention):
         normed: bool,
         linear: bool,
         dtype,
-        rngs: nnx.Rngs,
+        rngs: Keys,
     ):
         super().__init__(dim, heads, head_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.norm_q = RMSNorm(heads * head_dim) if normed else None

@@ -13,7 +13,7 @@ from flax import nnx
 
 from gadjax.errors import InputError
 from gadjax.models import layers
-from gadjax.models.module import scan_blocks, stack
+from gadjax.models.module import Keys, scan_blocks, stack
 from gadjax.models.sana.blocks import Attention, GLUMBConv, RMSNorm
 
 CLASS_NAMES = ("SanaTransformer2DModel",)
@@ -83,7 +83,7 @@ class Config:
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
-    """A maker of the network, to be called with nnx.Rngs; `remat` recomputes blocks in reverse."""
+    """A maker of the network, to be called with Keys; `remat` recomputes blocks in reverse."""
     return lambda rngs: Sana(config, dtype=dtype, remat=remat, rngs=rngs)
 
 
@@ -94,7 +94,7 @@ class TimeEmbedding(nnx.Module):
     guidance scale by guidance_embeds_scale, and then t is left alone (SanaSprintPipeline).
     """
 
-    def __init__(self, c: Config, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, *, dtype, rngs: Keys):
         def mlp():
             return layers.Mlp(TIME_CHANNELS, c.dim, c.dim, jax.nn.silu, dtype=dtype, rngs=rngs)
 
@@ -129,7 +129,7 @@ class TimeEmbedding(nnx.Module):
 class Block(nnx.Module):
     """Modulated linear self-attention, plain cross-attention, modulated convolutions."""
 
-    def __init__(self, c: Config, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, *, dtype, rngs: Keys):
         more = {"normed": c.qk_norm is not None, "dtype": dtype, "rngs": rngs}
         heads, cross = c.num_attention_heads, c.num_cross_attention_heads
         self.attn1 = Attention(
@@ -158,7 +158,7 @@ class Block(nnx.Module):
 class Sana(nnx.Module):
     """The denoiser; see `__call__`."""
 
-    def __init__(self, config: Config, *, dtype, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, dtype, remat: bool, rngs: Keys):
         c, dim = config, config.dim
         self.patch_embed = layers.PatchProjection(
             c.in_channels, dim, c.patch_size, dtype=dtype, rngs=rngs

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
-from gadjax.models.module import KeyMap, scan_blocks, stack
+from gadjax.models.module import KeyMap, Keys, scan_blocks, stack
 from gadjax.ops.attention import attention
 
 CLASS_NAMES = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -95,7 +95,7 @@ class Encoded(NamedTuple):
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, c: Config, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, dtype, rngs: Keys):
         init = nnx.initializers.normal(0.02)
         self.token_embedding = nnx.Embed(
             c.vocab_size, c.hidden_size, embedding_init=init, dtype=dtype, rngs=rngs
@@ -108,7 +108,7 @@ class Embeddings(nnx.Module):
         return self.token_embedding(ids_BL) + self.position_embedding(jnp.arange(ids_BL.shape[1]))
 
 
-def _norm(c: Config, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def _norm(c: Config, dtype, rngs: Keys) -> nnx.LayerNorm:
     # Statistics are in float32 at least; the fast variance would lose digits.
     return nnx.LayerNorm(
         c.hidden_size, epsilon=c.layer_norm_eps, use_fast_variance=False, dtype=dtype, rngs=rngs
@@ -116,7 +116,7 @@ def _norm(c: Config, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 class Attention(nnx.Module):
-    def __init__(self, c: Config, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, dtype, rngs: Keys):
         d = c.hidden_size
         self.q_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
         self.k_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
@@ -133,7 +133,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, c: Config, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, dtype, rngs: Keys):
         self.fc1 = nnx.Linear(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(c.intermediate_size, c.hidden_size, dtype=dtype, rngs=rngs)
         self.activation = ACTIVATIONS[c.hidden_act]
@@ -143,7 +143,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, c: Config, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, dtype, rngs: Keys):
         self.layer_norm1 = _norm(c, dtype, rngs)
         self.self_attn = Attention(c, dtype, rngs)
         self.layer_norm2 = _norm(c, dtype, rngs)
@@ -162,7 +162,7 @@ class TextModel(nnx.Module):
     Raises: InputError for a sequence longer than the table of positions.
     """
 
-    def __init__(self, config: Config, dtype, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Config, dtype, remat: bool, rngs: Keys):
         c = config
         self.config, self.remat = config, remat
         self.embeddings = Embeddings(c, dtype, rngs)
@@ -199,9 +199,7 @@ class TextModel(nnx.Module):
         return Encoded(last_BLD, penultimate_BLD, pooled_BP)
 
 
-def build(
-    config: Config, *, dtype=jnp.float32, remat: bool = True
-) -> Callable[[nnx.Rngs], nnx.Module]:
+def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[[Keys], nnx.Module]:
     """Constructor of the encoder; `dtype` computes, parameters are made in float32."""
     return lambda rngs: TextModel(config, dtype, remat, rngs)
 

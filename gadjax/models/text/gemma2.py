@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
 from gadjax.models.layers import gelu_tanh
-from gadjax.models.module import KeyMap, scan_blocks, stack
+from gadjax.models.module import KeyMap, Keys, scan_blocks, stack
 
 CLASS_NAMES = ("Gemma2Model",)
 
@@ -125,14 +125,14 @@ class RMSNorm(nnx.Module):
         return (normed * (1 + self.scale[...].astype(wide.dtype))).astype(x_BLD.dtype)
 
 
-def _linear(n_in: int, n_out: int, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+def _linear(n_in: int, n_out: int, dtype, rngs: Keys) -> nnx.Linear:
     return nnx.Linear(n_in, n_out, use_bias=False, dtype=dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):
     """Grouped queries, rotated positions, and logits that saturate at the soft cap."""
 
-    def __init__(self, c: Config, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, dtype, rngs: Keys):
         queries, keys = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
         self.q_proj = _linear(c.hidden_size, queries, dtype, rngs)
         self.k_proj = _linear(c.hidden_size, keys, dtype, rngs)
@@ -162,7 +162,7 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """down(gelu(gate) * up)."""
 
-    def __init__(self, c: Config, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, dtype, rngs: Keys):
         self.gate_proj = _linear(c.hidden_size, c.intermediate_size, dtype, rngs)
         self.up_proj = _linear(c.hidden_size, c.intermediate_size, dtype, rngs)
         self.down_proj = _linear(c.intermediate_size, c.hidden_size, dtype, rngs)
@@ -174,7 +174,7 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """Both branches are normed before and after, the latter ahead of the sum."""
 
-    def __init__(self, c: Config, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, dtype, rngs: Keys):
         self.input_layernorm = RMSNorm(c)
         self.self_attn = Attention(c, dtype, rngs)
         self.post_attention_layernorm = RMSNorm(c)
@@ -197,7 +197,7 @@ class Encoder(nnx.Module):
     Raises: InputError for a sequence longer than the sliding window of every other layer.
     """
 
-    def __init__(self, config: Config, dtype, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Config, dtype, remat: bool, rngs: Keys):
         c = config
         self.config, self.dtype, self.remat = config, dtype, remat
         self.embed_tokens = nnx.Embed(
@@ -231,9 +231,7 @@ class Encoder(nnx.Module):
         return self.norm(hidden_BLD)
 
 
-def build(
-    config: Config, *, dtype=jnp.float32, remat: bool = True
-) -> Callable[[nnx.Rngs], nnx.Module]:
+def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[[Keys], nnx.Module]:
     """Constructor of the encoder; `dtype` computes, parameters are made in float32."""
     return lambda rngs: Encoder(config, dtype, remat, rngs)
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
-from gadjax.models.module import KeyMap, scan_blocks, stack
+from gadjax.models.module import KeyMap, Keys, scan_blocks, stack
 
 CLASS_NAMES = ("T5EncoderModel",)
 
@@ -104,7 +104,7 @@ def position_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
     return (relative > 0) * half + np.where(distance < exact, distance, far)
 
 
-def _linear(n_in: int, n_out: int, std: float, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+def _linear(n_in: int, n_out: int, std: float, dtype, rngs: Keys) -> nnx.Linear:
     return nnx.Linear(
         n_in,
         n_out,
@@ -115,14 +115,14 @@ def _linear(n_in: int, n_out: int, std: float, dtype, rngs: nnx.Rngs) -> nnx.Lin
     )
 
 
-def _norm(config: Config, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def _norm(config: Config, dtype, rngs: Keys) -> nnx.RMSNorm:
     return nnx.RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):
     """Pre-norm self-attention. T5 folds 1/sqrt(H) into the scale of `q`, so none is applied."""
 
-    def __init__(self, config: Config, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: Config, dtype, rngs: Keys):
         d, h, n = config.d_model, config.d_kv, config.num_heads
         self.layer_norm = _norm(config, dtype, rngs)
         self.q = _linear(d, n * h, (d * h) ** -0.5, dtype, rngs)
@@ -146,7 +146,7 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """Pre-norm relu(wi) or gelu(wi_0) * wi_1, then wo."""
 
-    def __init__(self, config: Config, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: Config, dtype, rngs: Keys):
         d, f = config.d_model, config.d_ff
         self.layer_norm = _norm(config, dtype, rngs)
         self.gated = config.gated
@@ -167,7 +167,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: Config, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: Config, dtype, rngs: Keys):
         self.attention = Attention(config, dtype, rngs)
         self.feed_forward = FeedForward(config, dtype, rngs)
 
@@ -182,7 +182,7 @@ class Encoder(nnx.Module):
     positions still come out. An id outside the vocabulary gives NaN.
     """
 
-    def __init__(self, config: Config, dtype, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Config, dtype, remat: bool, rngs: Keys):
         self.config, self.dtype, self.remat = config, dtype, remat
         self.shared = nnx.Embed(
             config.vocab_size,
@@ -220,9 +220,7 @@ class Encoder(nnx.Module):
         return self.final_layer_norm(hidden_BLD)
 
 
-def build(
-    config: Config, *, dtype=jnp.float32, remat: bool = True
-) -> Callable[[nnx.Rngs], nnx.Module]:
+def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[[Keys], nnx.Module]:
     """Constructor of the encoder; `dtype` computes, parameters are made in float32."""
     return lambda rngs: Encoder(config, dtype, remat, rngs)
 

@@ -13,27 +13,12 @@ from flax import nnx
 
 from gadjax.models import layers
 from gadjax.models.layers import numbered
-from gadjax.models.module import scan_blocks, stack
+from gadjax.models.module import Keys, scan_blocks, stack
 from gadjax.models.unet.config import Config
 from gadjax.ops.placement import by_sample
 
 TRANSFORMER_NORM_EPS = 1e-6  # of the group norm, which does not follow norm_eps
 LAYER_NORM_EPS = 1e-5
-
-
-class Keys:
-    """The part of nnx.Rngs that layers use, counting in Python.
-
-    Every draw from nnx.Rngs under eval_shape looks through the whole program so far: with as many
-    layers as here, minutes.
-    """
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.key, self.count = rngs.params(), 0
-
-    def params(self) -> jax.Array:
-        self.count += 1
-        return jax.random.fold_in(self.key, self.count)
 
 
 @dataclass(frozen=True)
@@ -147,7 +132,7 @@ class Transformer2D(nnx.Module):
             self.proj_in_1x1 = make.conv(channels, channels, 1)
             self.proj_out_1x1 = make.conv(channels, channels, 1)
         self.transformer_blocks = stack(
-            lambda r: TransformerBlock(channels, heads, text_dim, dtype=dtype, rngs=Keys(r)),
+            lambda r: TransformerBlock(channels, heads, text_dim, dtype=dtype, rngs=r),
             depth,
             make.options["rngs"],
         )

@@ -13,12 +13,13 @@ from flax import nnx
 from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.models.layers import numbered
-from gadjax.models.unet.blocks import DownBlock, Keys, Maker, MidBlock, UpBlock
+from gadjax.models.module import Keys
+from gadjax.models.unet.blocks import DownBlock, Maker, MidBlock, UpBlock
 from gadjax.models.unet.config import TIME_IDS, Config
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
-    """A maker of the network, to be called with nnx.Rngs.
+    """A maker of the network, to be called with Keys.
 
     `remat` recomputes every residual block and every transformer block in reverse mode.
     """
@@ -28,8 +29,8 @@ def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
 class UNet(nnx.Module):
     """The denoiser; see `__call__`."""
 
-    def __init__(self, config: Config, *, dtype, remat: bool, rngs: nnx.Rngs):
-        make = Maker(config, remat, {"dtype": dtype, "rngs": Keys(rngs)})
+    def __init__(self, config: Config, *, dtype, remat: bool, rngs: Keys):
+        make = Maker(config, remat, {"dtype": dtype, "rngs": rngs})
         widths, count, time = config.block_out_channels, config.layers_per_block, make.time_dim
 
         def mlp(features):

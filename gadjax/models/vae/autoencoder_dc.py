@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
 from gadjax.models.layers import numbered
-from gadjax.models.module import KeyMap
+from gadjax.models.module import KeyMap, Keys
 from gadjax.models.sana.blocks import RMSNorm
 from gadjax.models.vae.dc_blocks import (
     Downsample,
@@ -152,7 +152,7 @@ def unscale(latent_BHWC: jax.Array, config: Config) -> jax.Array:
 
 def build(
     config: Config, *, dtype: jnp.dtype = jnp.float32, remat: bool = True
-) -> Callable[[nnx.Rngs], nnx.Module]:
+) -> Callable[[Keys], nnx.Module]:
     """A maker for `functional`, whose methods are "encode" and "decode".
 
     `dtype` is what convolutions compute in; `remat` recomputes every block in reverse mode.

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
 from gadjax.models.layers import numbered
-from gadjax.models.module import KeyMap
+from gadjax.models.module import KeyMap, Keys
 from gadjax.ops.attention import attention
 
 CLASS_NAMES = ("AutoencoderKL",)
@@ -99,7 +99,7 @@ def unscale(latent_BHWC: jax.Array, config: Config) -> jax.Array:
 
 def build(
     config: Config, *, dtype: jnp.dtype = jnp.float32, remat: bool = True
-) -> Callable[[nnx.Rngs], nnx.Module]:
+) -> Callable[[Keys], nnx.Module]:
     """A maker for `functional`, whose methods are "encode" and "decode".
 
     `dtype` is what convolutions compute in; `remat` recomputes every residual block and the
