@@ -79,7 +79,7 @@ XL_512 = Size(28, 16, 72, 64, text=120, caption=4096)
 XL_1024 = Size(28, 16, 72, 128, text=120, caption=4096)
 
 
-def make_network(size: Size, dtype=jnp.float32, remat: bool = True):
+def make_network(size: Size, dtype=jnp.float32, remat: bool | str = True):
     """The network as functions and as a denoiser."""
     network = functional(pixart.build(size.config, dtype=dtype, remat=remat))
     return network, Denoiser(pixart.predictor(network.apply, size.config), DDPM(), "eps")

@@ -60,6 +60,10 @@ def evaluations(size: Size) -> Iterator[Figure]:
     name = "generator step as planned: exact tangents, u"
     yield Figure(name, planned, note=f"{size}; nothing recomputed")
 
+    cost, _ = parts(size, params, batch, remat="attention")
+    planned = sum(cost["pair"].values())
+    yield Figure(name, planned, note=f"{size}; each block recomputed but its attention")
+
     cost, _ = parts(size, params, batch, remat=True)
     base, planned = (sum(cost[kind].values()) for kind in ("value", "pair"))
     note = f"{size}; each block recomputed in reverse"
@@ -89,7 +93,7 @@ def evaluations(size: Size) -> Iterator[Figure]:
     yield Figure("critic_step with its own walk: TDM, u", spent(critic_step, base, GRID), note=note)
 
 
-def parts(size: Size, params, batch, remat: bool):
+def parts(size: Size, params, batch, remat: bool | str):
     """kind -> who -> evaluations: of values alone, and of values and tangents ("pair"); and u."""
     _, denoiser = make_network(size, remat=remat)
 
