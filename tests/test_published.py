@@ -15,8 +15,9 @@ from gadjax.convert.orbax_folder import outline_folder
 from gadjax.convert.tensors import expected_shapes
 from gadjax.errors import InputError
 from gadjax.pipeline import outline_pipeline
+from gadjax.training.compiled import keeping
 from gadjax.training.config import read_config
-from gadjax.training.setup import keeping, make_batch, prepare
+from gadjax.training.setup import make_batch, prepare
 from gadjax.training.sharding import AXES, path_name, shardings
 from gadjax.training.steps import critic_step, student_step
 

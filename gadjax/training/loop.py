@@ -18,10 +18,11 @@ from gadjax.errors import InputError, RunStopped
 from gadjax.models.module import overlay
 from gadjax.sampling import clean_latent, initial_noise
 from gadjax.training.checkpoint import Checkpoints
+from gadjax.training.compiled import Steps, compile_steps
 from gadjax.training.config import as_json, check_resume, write_json
 from gadjax.training.preview import grid, save_png
 from gadjax.training.progress import Progress, overview
-from gadjax.training.setup import Run, Steps, compile_steps, encode_raw, prepare
+from gadjax.training.setup import Run, encode_raw, prepare
 from gadjax.training.sharding import batch_sharding
 from gadjax.training.state import TrainState
 

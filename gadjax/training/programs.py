@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gadjax.training.compiled import compile_steps
 from gadjax.training.hardware import GIB, Topology
-from gadjax.training.setup import Run, compile_steps
+from gadjax.training.setup import Run
 from gadjax.training.sharding import batch_sharding, replicated
 
 # What shortens compiling: by whether CPUs stand in, whose machine code nobody runs.

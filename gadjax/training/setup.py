@@ -1,7 +1,7 @@
-"""What a config means: networks, recipe, data, and the two compiled updates."""
+"""What a config means: networks, recipe and data."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,20 +19,12 @@ from gadjax.geometry import tangent
 from gadjax.models.module import cast, kept_of, overlay
 from gadjax.objectives import TERMS, build
 from gadjax.ops.kernels import MODULES
-from gadjax.ops.placement import Placement, by_sample, placed
 from gadjax.pipeline import Pipeline, load_pipeline, outline_pipeline, random_like
 from gadjax.sampling import sampler_and_times
 from gadjax.training.data import WITH_PICTURES, open_data
-from gadjax.training.sharding import (
-    HEADS,
-    batch_sharding,
-    check_batch,
-    make_mesh,
-    replicated,
-    shardings,
-)
+from gadjax.training.sharding import check_batch, make_mesh
 from gadjax.training.state import TrainState, create, make_optimizer
-from gadjax.training.steps import CRITICS, Recipe, critic_step, student_step
+from gadjax.training.steps import CRITICS, Recipe
 from gadjax.training.workdir import sampling_of
 from gadjax.types import Batch, Cond, Params
 
@@ -239,81 +231,6 @@ def make_batch(
     return Batch(cond, null, noise, keys, (places + offset).astype(jnp.int32), x0)
 
 
-def keeping(recipe: Recipe, frozen: dict[str, Any]) -> Recipe:
-    """The recipe for states without the parameters that are never trained."""
-    if "kept" not in frozen:
-        return recipe
-    denoiser, kept = recipe.denoiser, frozen["kept"]
-
-    def whole(f):
-        return f and (lambda params, *arguments: f(overlay(params, kept), *arguments))
-
-    changed = {name: whole(getattr(denoiser, name)) for name in ("apply", "features")}
-    return replace(recipe, denoiser=replace(denoiser, **changed))
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The compiled updates and where the state lives."""
-
-    student: Callable
-    critic: Callable | None
-    state: Any  # shardings
-    frozen: Any
-
-
-def compile_steps(run: Run, *, keep_unused: bool = False) -> Steps:
-    """Both updates as sharded jitted functions; the state is donated, the frozen parts are not.
-
-    keep_unused: whether an update keeps what it does not read among its arguments.
-    """
-    mesh, seed = run.mesh, run.config.seed
-    parts = run.pipeline.folder.components
-    body = run.pipeline.body
-    rules = HEADS + parts[body].module.RULES
-    state_sh = shardings(jax.eval_shape(run.start, run.first), rules, mesh)
-    frozen_sh = {
-        name: shardings(tree, parts[body if name == "kept" else name].module.RULES, mesh)
-        if name in parts or name == "kept"
-        else jax.tree.map(lambda _: replicated(mesh), tree)
-        for name, tree in run.frozen.items()
-    }
-    kernels = kernels_of(run.config.attention, mesh)
-    away = run.config.offload
-    state_home, frozen_home = state_sh, frozen_sh
-    if "teacher" in away:
-        frozen_home = frozen_sh | {body: on_host(frozen_sh[body])}
-    if "optimizer" in away:
-        state_home = state_home._replace(opt=on_host(state_sh.opt))
-    if "ema" in away:
-        state_home = state_home._replace(ema=on_host(state_sh.ema))
-    options = {
-        "in_shardings": (state_home, frozen_home, batch_sharding(mesh), replicated(mesh)),
-        "out_shardings": (state_home, replicated(mesh)),
-        "donate_argnums": 0,
-        "keep_unused": keep_unused,
-    }
-
-    def compiled(step):
-        def update(state, frozen, raw, number):
-            near = state
-            if away:
-                near, frozen = jax.device_put((state, frozen), (state_sh, frozen_sh))
-            with placed(Placement(mesh, kernels)):
-                batch = by_sample(make_batch(run.pipeline, frozen, raw, seed, number))
-                recipe = keeping(run.recipe, frozen)
-                after, metrics = step(recipe, near, frozen.get(body), batch)
-            # What a step leaves as it is has not been anywhere.
-            after = jax.tree.map(lambda x, y, z: z if x is y else x, after, near, state)
-            return after, metrics
-
-        update.__name__ = step.__name__  # as profiles call it
-        return jax.jit(update, **options)
-
-    critic = compiled(critic_step) if len(run.recipe.optimizers) > 1 else None
-    return Steps(compiled(student_step), critic, state_home, frozen_home)
-
-
 def kernels_of(choice: str, mesh: Mesh) -> str:
     """Whose attention kernels a run takes. Raises: InputError for what its devices do not have."""
     if choice not in ATTENTION:
@@ -325,11 +242,6 @@ def kernels_of(choice: str, mesh: Mesh) -> str:
         )
     # Those for GPUs have not been run on one.
     return platform if choice == "pallas" or choice == "auto" and platform == "tpu" else ""
-
-
-def on_host(tree: Any) -> Any:
-    """The same shardings in the host's memory."""
-    return jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), tree)
 
 
 def check_offload(names: Sequence[str], distils: bool) -> None:

@@ -32,8 +32,9 @@ from gadjax.errors import InputError
 from gadjax.models import pixart
 from gadjax.objectives import DMD, GAD, TERMS, Adversarial, build
 from gadjax.training import checkpoint
+from gadjax.training.compiled import compile_steps
 from gadjax.training.config import read_config
-from gadjax.training.setup import compile_steps, prepare
+from gadjax.training.setup import prepare
 from gadjax.training.state import create
 from gadjax.training.steps import critic_step, make_context, student_step
 

@@ -95,7 +95,7 @@ MESHES = {
 
 def worker(out: Path) -> None:
     """Two student updates, then two of the critic, in every arrangement."""
-    from gadjax.training.setup import compile_steps
+    from gadjax.training.compiled import compile_steps
     from gadjax.training.sharding import batch_sharding
 
     assert len(jax.devices()) == 8
@@ -291,7 +291,7 @@ def test_batches_that_do_not_divide_are_refused():
 
 def test_embeddings_of_the_empty_prompt_need_no_rule():
     """T5-XXL's are half a million numbers, but no parameters."""
-    from gadjax.training.setup import compile_steps
+    from gadjax.training.compiled import compile_steps
 
     run = tiny_run(make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1]), 1)
     run.frozen["null"]["text"] = np.zeros((1, 120, 4096), np.float32)
