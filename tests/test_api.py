@@ -88,6 +88,7 @@ def test_the_students_pictures_start_from_the_teachers_noises(student, tiny_pipe
     assert (tmp_path / "student" / "model_index.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_workdir_is_kept_and_resumed(tiny_pipeline, tmp_path, student):
     def run(prompts=PROMPTS, updates=1, **more):
         changes = SMALL | {"preview": {"every": 0}} | more

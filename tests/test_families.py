@@ -60,7 +60,12 @@ LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12}
 SPRINT = {"guidance": 4.5, "steps": 2}
 
 
-@pytest.mark.parametrize("family", families.MAKERS)
+def some(names, quick):
+    """The others are for the slow tier."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("family", some(families.MAKERS, ("sdxl", "sana", "sana_sprint", "sd35")))
 def test_pictures_are_diffusers_own(folders, family, tmp_path):
     sampling = {"steps": 4, "guidance": 3.0, "length": LENGTH.get(family, 77)}
     folder = told(folders(family), tmp_path, **sampling | (SPRINT if "sprint" in family else {}))
@@ -133,11 +138,6 @@ STUDENTS = {
 }
 
 
-def some(names, quick):
-    """The others are for the slow tier."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
 @pytest.mark.parametrize("family", some(STUDENTS, ("sana",)))
 def test_a_student_goes_back_to_diffusers(folders, family, tmp_path):
     """`gadjax export` draws with both and refuses what differs; and the weights are the average."""
@@ -162,7 +162,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("recipe", some(RECIPES, ("dmd2-sdxl", "sid-sd")))
+@pytest.mark.parametrize("recipe", some(RECIPES, ("sid-sd",)))
 def test_known_students_are_drawn_as_their_authors_do(folders, recipe, tmp_path):
     """Under the scheduler and arguments that their authors give diffusers."""
     folder = folders(RECIPES[recipe])
@@ -231,7 +231,7 @@ def test_other_lengths_than_clips_are_refused(folders):
         pipeline.tokens(PROMPTS, 12)
 
 
-@pytest.mark.parametrize("family", some(("sdxl", "sana", "sd3"), ("sdxl",)))
+@pytest.mark.parametrize("family", some(("sdxl", "sana", "sd3"), ("sana",)))
 def test_a_negative_prompt_and_another_size(folders, family, tmp_path):
     """Through the command; diffusers draws the same."""
     length = LENGTH.get(family, 77)

@@ -84,7 +84,9 @@ def assert_close(found, expected):
     assert np.abs(np.asarray(found) - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8, 20])
+@pytest.mark.parametrize(
+    "steps", [1, 2, 3, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8, 20))]
+)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_ends_equal_diffusers(config, steps, monkeypatch):
     end, told, noises = theirs(config, monkeypatch, num_inference_steps=steps)

@@ -97,7 +97,7 @@ def config_file(folder, teacher, prompts, timesteps, objective):
     return path
 
 
-@pytest.mark.parametrize("kind", ["eps", "flow"])
+@pytest.mark.parametrize("kind", [pytest.param("eps", marks=pytest.mark.slow), "flow"])
 def test_a_student_of_one_step_from_training_to_diffusers(
     tiny_pipeline, flow_pipeline, prompts, tmp_path, gadjax, kind
 ):

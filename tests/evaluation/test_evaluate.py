@@ -43,6 +43,7 @@ def arguments(folders, out, *more):
     return ["evaluate", *(f"--{key}={value}" for key, value in given.items()), *more]
 
 
+@pytest.mark.slow
 def test_the_command(folders, tmp_path, capsys):
     out = tmp_path / "deep" / "report"
     assert main(arguments(folders, out, "--json")) == 0

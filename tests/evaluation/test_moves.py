@@ -51,6 +51,7 @@ def brightness(image_HWC, place_2):
     return (100 * (image_HWC.mean() - place_2[0])) ** 2
 
 
+@pytest.mark.slow
 def test_the_whole_walk_against_steps_taken_by_hand(tiny_pipeline):
     """A random network and a batch that has to be padded; gradients with no rematerialisation."""
     pipeline, params = load_pipeline(tiny_pipeline)

@@ -146,6 +146,7 @@ def bench():
     return Bench(networks, student, batch, *places, v)
 
 
+@pytest.mark.slow
 def test_a_the_scripts_student_difference_is_not_along_d(bench):
     """S(x_tau + d, tau) - S(x_k, t_k) against S(x_tau + d, tau) - S(x_tau, tau) and J_S d."""
     print("\n(a) t_k, |script's| / |same point's|, cosine of each with J_S d")
@@ -183,6 +184,7 @@ def test_b_the_perturbation_is_below_the_resolution_of_half_precision():
     assert found["float32"][0] > 0.999 and found["float32"][1] > 0.999
 
 
+@pytest.mark.slow
 def test_c_rounding_of_the_networks_output_against_exact_tangents(bench):
     """(S(round(x + h v)) - S(round(x))) / h of a network in half precision, x0 in float32."""
     b = bench.first(bench.t == 449)
@@ -213,6 +215,7 @@ def test_c_rounding_of_the_networks_output_against_exact_tangents(bench):
     assert cosine["float16", 1000] > 0.9
 
 
+@pytest.mark.slow
 def test_d_the_gradient_of_the_script(bench):
     """What descent on its derivative term does to m = S(x_k, t_k), against (J_T - J_F) d.
 

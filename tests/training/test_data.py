@@ -143,6 +143,7 @@ def test_pictures_and_their_latents_train_the_same(train, images, latents, tmp_p
     np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_damaged_picture_stops_the_run_with_its_name(train, opened, images, tmp_path, capsys):
     source, _ = opened(images=images)
     # Seed 3; the first picture that the first batch does not show.

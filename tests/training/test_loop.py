@@ -200,6 +200,7 @@ def test_a_foreign_folder_is_refused(config, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
 
 
+@pytest.mark.slow
 def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(config, tmp_path, capsys):
     # An infinite weight makes every loss infinite from the first step on.
     assert train(config, tmp_path / "run", "--config.guidance=1e38", "--config.steps=9") == 3
