@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,8 @@ def control_directions(f: Callable, x: jax.Array, keys_B: jax.Array, count: int)
     return v * jax.lax.rsqrt(jnp.mean(v**2, axis=axes, keepdims=True) + jnp.finfo(v.dtype).tiny)
 
 
-def tangent(f: Callable, x: jax.Array, v: jax.Array):
-    """f(x) and J_f(x) v in one forward pass; reverse mode goes through both.
+def tangent(f: Callable, x: Any, v: Any):
+    """f(x) and J_f(x) v in one forward pass, of arrays or trees; reverse mode goes through both.
 
     Attention inside is the one that has an efficient tangent (gadjax.ops.attention); an f that
     itself takes gradients of a network needs jax.jvp instead.

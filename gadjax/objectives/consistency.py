@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gadjax.errors import InputError
+from gadjax.geometry import tangent
 from gadjax.objectives.base import Context, Needs, sample_mean
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.matching import sg
@@ -96,7 +97,7 @@ def along(student: Callable, real: Prediction, schedule: NoiseSchedule, x, t_B):
     def here(x, t_B):
         return velocity(student(x, t_B), *schedule.alpha_sigma(t_B))
 
-    said, ds = jax.jvp(here, (x, t_B), (dx, pace))
+    said, ds = tangent(lambda at: here(*at), (x, t_B), (dx, pace))
     square = alpha**2 + sigma**2
     cos_cos, cos_sin = expand(alpha**2 / square, x), expand(alpha * sigma / square, x)
     g = -cos_cos * (said - velocity(real, alpha, sigma))

@@ -24,6 +24,7 @@ from gadjax.errors import InputError
 from gadjax.objectives import DMD, GAD, TERMS, Consistency, Needs, build
 from gadjax.objectives.base import sample_mean
 from gadjax.objectives.consistency import along, uniform_angle, velocity
+from gadjax.ops.attention import tangent_pass
 from gadjax.schedules import DDPM, Flow, add_noise
 from gadjax.types import Prediction
 
@@ -374,3 +375,16 @@ def test_refusals():
     with pytest.raises(InputError, match="objective.consistency: found 'warmup'; expected weight"):
         build({"consistency": {"warmup": 1}}, TERMS, 1)
     assert build({"consistency": {"images": True}}, TERMS, 1).needs.images
+
+
+def test_its_tangent_in_time_is_taken_where_attention_has_one():
+    """By kernels a network has no tangent outside of such a pass."""
+    seen = []
+
+    def student(x, t_B):
+        seen.append(tangent_pass.value)
+        return Prediction(x, x)
+
+    x = jnp.ones((2, 4, 4, 1))
+    along(student, Prediction(x, x), DDPM(), x, jnp.full(2, 500.0))
+    assert seen == [True]
