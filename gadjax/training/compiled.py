@@ -9,7 +9,7 @@ import jax
 from gadjax.models.module import overlay
 from gadjax.ops.placement import Placement, by_sample, placed
 from gadjax.training.setup import Run, kernels_of, make_batch
-from gadjax.training.sharding import HEADS, batch_sharding, replicated, shardings
+from gadjax.training.sharding import HEADS, batch_sharding, on_host, replicated, shardings
 from gadjax.training.steps import Recipe, critic_step, student_step
 
 
@@ -86,8 +86,3 @@ def compile_steps(run: Run, *, keep_unused: bool = False) -> Steps:
 
     critic = compiled(critic_step) if len(run.recipe.optimizers) > 1 else None
     return Steps(compiled(student_step), critic, state_home, frozen_home)
-
-
-def on_host(tree: Any) -> Any:
-    """The same shardings in the host's memory."""
-    return jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), tree)

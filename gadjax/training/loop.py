@@ -23,7 +23,7 @@ from gadjax.training.config import as_json, check_resume, write_json
 from gadjax.training.preview import grid, save_png
 from gadjax.training.progress import Progress, overview
 from gadjax.training.setup import Run, encode_raw, prepare
-from gadjax.training.sharding import batch_sharding
+from gadjax.training.sharding import batch_sharding, shapes_at
 from gadjax.training.state import TrainState
 
 
@@ -73,11 +73,7 @@ class _Signals:
 def _loop(run: Run, steps: Steps, checkpoints: Checkpoints, workdir: Path, signals) -> int:
     """Returns the number of steps done."""
     config = run.config
-    abstract = jax.tree.map(
-        lambda x, sh: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sh),
-        jax.eval_shape(run.start, run.first),
-        steps.state,
-    )
+    abstract = shapes_at(jax.eval_shape(run.start, run.first), steps.state)
     found = checkpoints.restore(abstract)
     if found and found[2]["teacher"] != run.fingerprint:
         raise InputError(
@@ -100,7 +96,7 @@ def _loop(run: Run, steps: Steps, checkpoints: Checkpoints, workdir: Path, signa
         progress.note(f"resumed at step {done}" if found else overview(state.params["student"]))
         if show and not found:
             progress.image(0, "preview", show(state, 0))
-        batches = _host_batches(run, done * each, config.steps * each)
+        batches = host_batches(run, done * each, config.steps * each)
         while done < config.steps and not signals.asked:
             metrics: dict[str, Any] = {}
             for place in range(each):
@@ -136,7 +132,7 @@ def _stop_if_bad(metrics: dict[str, Any], most: int, step: int) -> None:
             )
 
 
-def _host_batches(run: Run, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
+def host_batches(run: Run, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
     """The global batches of updates start .. stop - 1, put on the mesh ahead of their use."""
     size, sharding = run.config.batch, batch_sharding(run.mesh)
 

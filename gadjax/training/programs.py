@@ -13,7 +13,7 @@ import numpy as np
 from gadjax.training.compiled import compile_steps
 from gadjax.training.hardware import GIB, Topology
 from gadjax.training.setup import Run
-from gadjax.training.sharding import batch_sharding, replicated
+from gadjax.training.sharding import HOST, batch_sharding, replicated, shapes_at
 
 # What shortens compiling: by whether CPUs stand in, whose machine code nobody runs.
 HURRIED = {
@@ -22,7 +22,6 @@ HURRIED = {
 }
 # As in the host's loop: one batch in use and two that are put on the chips ahead of it.
 BATCHES = 3
-HOST = "pinned_host"  # JAX's name for the memory of what a config offloads
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available|Used ([\d.]+)([KMGT]) of")
 Say = Callable[[str], None]
@@ -89,11 +88,6 @@ def programs_of(run: Run, where: Topology) -> Programs:
     # What one update does not read lies on the chip all the same: hence keep_unused.
     compiled = compile_steps(run, keep_unused=True)
 
-    def placed(tree, sharding):
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, sharding
-        )
-
     sample = run.source.batch(0, 1)
     place = batch_sharding(run.mesh)
 
@@ -102,12 +96,12 @@ def programs_of(run: Run, where: Topology) -> Programs:
             name: np.broadcast_to(value, (batch, *value.shape[1:]))
             for name, value in sample.items()
         }
-        return placed(shapes, dict.fromkeys(shapes, place))
+        return shapes_at(shapes, dict.fromkeys(shapes, place))
 
     steps = {"critic": compiled.critic, "student": compiled.student}
     held = (
-        placed(jax.eval_shape(run.start, run.first), compiled.state),
-        placed(run.frozen, compiled.frozen),
+        shapes_at(jax.eval_shape(run.start, run.first), compiled.state),
+        shapes_at(run.frozen, compiled.frozen),
     )
     return Programs(run, {k: v for k, v in steps.items() if v}, held, raw, where)
 

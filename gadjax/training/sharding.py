@@ -14,6 +14,7 @@ from gadjax.ops.placement import SAMPLES
 
 AXES = ("data", "fsdp", "tensor")
 SMALL = 2**16  # elements below which a leaf that no rule names is replicated
+HOST = "pinned_host"  # JAX's name for the host's memory
 HEADS = ((r"(^|/)discriminator/", PartitionSpec()),)  # of a training state, beside its networks
 
 
@@ -34,9 +35,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"mesh: found {dict(sizes)}; expected sizes that multiply to {len(devices)} devices"
             f"{_nearest_size(sizes, len(devices))}"
         )
-    # Auto: the default (Explicit) wants every operation annotated.
-    types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # GPUs count a node as a slice; between those fsdp is usual.
+    slices = len({getattr(d, "slice_index", 0) if d.platform == "tpu" else 0 for d in devices})
     if wanted[0] % slices:
         raise InputError(
             f"mesh.data: found {wanted[0]}; expected a multiple of the {slices} slices, between "
@@ -45,12 +45,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if slices > 1:
         inner, outer = (wanted[0] // slices, *wanted[1:]), (slices, 1, 1)
         placed = create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-        return Mesh(placed, AXES, axis_types=types)
-    try:
-        return jax.make_mesh(tuple(wanted), AXES, types, devices=devices)
-    except NotImplementedError:  # an axis would have to take a part of a TPU topology's side
+    else:
         placed = create_device_mesh(wanted, devices, allow_split_physical_axes=True)
-        return Mesh(placed, AXES, axis_types=types)
+    # Auto: the default (Explicit) wants every operation annotated.
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _nearest_size(sizes: Mapping[str, int], count: int) -> str:
@@ -116,6 +114,18 @@ def shardings(tree: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh)
                 f"that suits all being {nearest}"
             )
     return placed
+
+
+def shapes_at(tree: Any, places: Any) -> Any:
+    """Arrays or their shapes as shapes that know their shardings."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+    )
+
+
+def on_host(tree: Any) -> Any:
+    """The same shardings in the host's memory."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST), tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

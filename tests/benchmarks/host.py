@@ -9,11 +9,10 @@ import jax
 from benchmarks.common import Figure
 from benchmarks.step import Bench
 
-from gadjax.data.source import prefetch
 from gadjax.training.checkpoint import Checkpoints
 from gadjax.training.config import as_json, read_config
+from gadjax.training.loop import host_batches
 from gadjax.training.setup import prepare
-from gadjax.training.sharding import batch_sharding
 
 
 def host(batch: int, steps: int, saves: int) -> Iterator[Figure]:
@@ -22,19 +21,15 @@ def host(batch: int, steps: int, saves: int) -> Iterator[Figure]:
     iterations; all of its time is what it could cost where nothing is free to do so."""
     overrides = [f"--config.batch={batch}", f"--config.steps={steps}"]
     bench = Bench(prepare(read_config(["--config=configs/shapes_gad.py:dmd", *overrides])))
-    run, sharding = bench.run, batch_sharding(bench.run.mesh)
-    each = bench.critics + 1
-
-    def fetch(update: int):
-        return jax.device_put(run.source.batch(update * batch, batch), sharding)
+    run, each = bench.run, bench.critics + 1
 
     jax.block_until_ready(bench.iterate())
     alone = timed(lambda: bench.iterate(), steps)
-    waiting = Waiting(prefetch(fetch, 0, steps * each))
+    waiting = Waiting(host_batches(run, 0, steps * each))
     fed = timed(lambda: bench.iterate(waiting), steps)
     begin = time.perf_counter()
     for update in range(steps):
-        fetch(update)
+        run.source.batch(update * batch, batch)
     making = (time.perf_counter() - begin) / steps
     note = f"bundled teacher, batch {batch}, {each} updates an iteration, {steps} iterations"
     yield Figure("seconds an iteration: one batch reused", alone, note=note)
