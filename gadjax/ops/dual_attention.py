@@ -35,13 +35,13 @@ def query_blocks(queries: int, keys: int, arrays: int = 1) -> int:
     return min(queries, -(-arrays * queries * keys // CELLS))
 
 
-def over_blocks(f: Callable, queries: tuple[jax.Array | None, ...], bias, keys: int, arrays=1):
+def over_blocks(f: Callable, queries: tuple[jax.Array, ...], bias, keys: int, arrays=1):
     """f(queries, bias) with its first result [B, N, ...] from blocks, the others summed over them.
 
-    queries: arrays [B, N, ...] (or None), which are cut along N. bias: cut where it has N rows.
+    queries: arrays [B, N, ...], which are cut along N. bias: cut where it has N rows.
     f returns (a tree of [B, N, ...], a tree to be summed).
     """
-    positions = next(q for q in queries if q is not None).shape[1]
+    positions = queries[0].shape[1]
     count = query_blocks(positions, keys, arrays)
     if count == 1:
         return f(queries, bias)
@@ -52,19 +52,20 @@ def over_blocks(f: Callable, queries: tuple[jax.Array | None, ...], bias, keys: 
         shape = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
-    whole = bias if bias is None or bias.shape[2] == 1 else None
     parts = jax.tree.map(partial(cut, axis=1), queries)
-    rows = cut(bias, 2) if bias is not None and whole is None else None
+    rows = None if bias is None or bias.shape[2] == 1 else cut(bias, 2)
+
+    def one(part):
+        queries, row = part
+        return f(queries, bias if row is None else row)
 
     def step(total, part):
-        queries, row = part
-        each, summed = f(queries, whole if row is None else row)
+        each, summed = one(part)
         return jax.tree.map(jnp.add, total, summed), each
 
     first = jax.tree.map(lambda x: x[0], (parts, rows))
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(lambda q, row: f(q, whole if row is None else row)[1], *first),
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda part: one(part)[1], first)
     )
     total, each = jax.lax.scan(step, zeros, (parts, rows))
 
@@ -75,34 +76,15 @@ def over_blocks(f: Callable, queries: tuple[jax.Array | None, ...], bias, keys: 
     return jax.tree.map(join, each), total
 
 
-def wide(dtype):
-    """What sums, logits and softmax are computed in."""
-    return jnp.promote_types(dtype, jnp.float32)
+def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum summed in at least float32, its first operand rounded to the second's dtype."""
+    wide = jnp.promote_types(b.dtype, jnp.float32)
+    return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide)
 
 
-def logits(q_BNHK: jax.Array, k_BMHK: jax.Array) -> jax.Array:
-    """q k^T [B, H, N, M], in at least float32."""
-    return jnp.einsum("bnhk,bmhk->bhnm", q_BNHK, k_BMHK, preferred_element_type=wide(q_BNHK.dtype))
-
-
-def mix(weights_BHNM: jax.Array, v_BMHK: jax.Array) -> jax.Array:
-    """weights v [B, N, H, K] for operands of the values' dtype, summed in at least float32."""
-    return jnp.einsum(
-        "bhnm,bmhk->bnhk",
-        weights_BHNM.astype(v_BMHK.dtype),
-        v_BMHK,
-        preferred_element_type=wide(v_BMHK.dtype),
-    )
-
-
-def unmix(weights_BHNM: jax.Array, x_BNHK: jax.Array) -> jax.Array:
-    """weights^T x [B, M, H, K], as `mix`."""
-    return jnp.einsum(
-        "bhnm,bnhk->bmhk",
-        weights_BHNM.astype(x_BNHK.dtype),
-        x_BNHK,
-        preferred_element_type=wide(x_BNHK.dtype),
-    )
+logits = partial(product, "bnhk,bmhk->bhnm")  # q k^T, without its scale
+mix = partial(product, "bhnm,bmhk->bnhk")  # P v
+unmix = partial(product, "bhnm,bnhk->bmhk")  # P^T x
 
 
 def softmax(q, k, bias):
