@@ -7,7 +7,7 @@ Variants: --config configs/shapes_gad.py:VARIANT with
   anchor         dmd + anchor (DP-DMD)
   tdm            tdm + gad + anchor
   regression     regression to the teacher's own next latent
-  quickstart     regression + gad + anchor, the study's best row in this world, for
+  quickstart     regression + gad + anchor, one of the study's two best rows, for
                  launch/quickstart.sh: fewer and smaller updates
 Hardware: 2 CPU cores.
 Result:   docs/results/shapes_gad/report.md
