@@ -38,10 +38,10 @@ class Anchor(Addable):
 
     @property
     def needs(self) -> Needs:
-        return Needs(student=True, cut_first=True, maps={self.map: False})
+        return Needs(first=True, cut_first=True, maps={self.map: False})
 
     def __call__(self, context: Context):
-        said, _ = context.student
+        said = context.first
         arrived = sg(context.maps[self.map][0])
         end_B = context.map_end(self.map)
         if self.target == "x0":

@@ -42,6 +42,7 @@ class Needs:
     """What a term asks of the training step; the step meets each need once, whoever asks.
 
     student: the student at its drawn step, with gradient.
+    first: the same of the samples whose drawn step is the first; `first_B` weighs them.
     whole: the student's whole few-step map from z, with gradient through every step, no cut.
     tangent: the directions along which the tangents of these two and of the maps are wanted.
     maps: teacher maps -> whether their tangents are wanted too.
@@ -55,6 +56,7 @@ class Needs:
     """
 
     student: bool = False
+    first: bool = False
     whole: bool = False
     tangent: Directions | None = None
     maps: Mapping[TeacherMap, bool] = field(default_factory=dict)
@@ -100,7 +102,8 @@ class Context:
     student's grid, x_BHWC the student's own (gradient-free) latent there, t_B and next_B the
     times it goes from and to. `student`, `whole` and `maps` are what Needs asked for, each a
     (value, tangents) pair where the tangents [J, B, ...] are None unless they were asked for;
-    `endpoint` is the x0 at which the student's whole rollout ends.
+    `first` is a value, anything finite where the drawn step is another; `endpoint` is the x0 at
+    which the student's whole rollout ends.
     teacher and critic: (x_BHWC, t_B, scale) -> Prediction; the scale is the run's `guidance` for
     the teacher and 1 for the critic unless it is given. Gradients pass their inputs.
     """
@@ -119,6 +122,7 @@ class Context:
     x_BHWC: jax.Array | None = None
     direction_JBHWC: jax.Array | None = None
     student: tuple[Prediction, Prediction | None] | None = None
+    first: Prediction | None = None
     whole: tuple[jax.Array, jax.Array | None] | None = None
     maps: Mapping[TeacherMap, tuple[jax.Array, jax.Array | None]] = field(default_factory=dict)
     endpoint: jax.Array | None = None

@@ -78,6 +78,11 @@ def make_context(
             student_at, schedule, batch.noise, jnp.asarray(times), cut_first=needs.cut_first
         )
         context = replace(context, endpoint=walk.end)
+    if needs.first:
+        if walk is None:
+            needs = replace(needs, student=True)
+        else:
+            context = replace(context, first=jax.tree.map(lambda said: said[0], walk.prediction))
     if not (needs.student or needs.whole or needs.maps):
         return context
 
@@ -99,7 +104,7 @@ def make_context(
 
     if needs.student:
         said = pair(lambda x: student_at(x, context.t_B), x, needs.tangent)
-        context = replace(context, student=said)
+        context = replace(context, student=said, first=context.first or said[0])
     if needs.whole:
 
         def whole(z):

@@ -1,3 +1,6 @@
+from dataclasses import dataclass, replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +21,11 @@ from closed_form import (
 )
 
 from gadjax.errors import InputError
-from gadjax.objectives import TERMS, Anchor, TeacherMap, build
+from gadjax.objectives import TERMS, Anchor, Needs, TeacherMap, build
 from gadjax.objectives.anchor import secant
+from gadjax.objectives.base import sample_mean
+from gadjax.objectives.compose import Addable
+from gadjax.training.steps import make_context
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 12
@@ -117,6 +123,44 @@ def test_it_trains_the_first_step_alone_and_towards_the_teacher(world, target):
         student = jax.tree.map(lambda p, g: p - 0.1 * g, student, slope)
         after, (slope, _) = run(student, teacher)
     assert float(after) < 0.7 * float(before)
+
+
+@dataclass(frozen=True)
+class End(Addable):
+    """Asks for the student's rollout to the end, as DMD through the whole of it does."""
+
+    needs = Needs(endpoint=True)
+
+    def __call__(self, context):
+        return 0 * sample_mean(context.endpoint), {}
+
+
+@each_world
+def test_where_the_student_walks_to_the_end_its_first_step_is_taken_from_there(world):
+    batch, teacher, student = make_batch(B), gaussian_params(), world.student_params(bend=0.2)
+
+    def loss(term, student):
+        return term(world.context(term, batch, student, None, teacher))[0].mean()
+
+    def calls(term):
+        asked = []
+        seen = replace(
+            world.denoiser, apply=lambda *given: asked.append(0) or world.denoiser.apply(*given)
+        )
+        counting = replace(world.recipe(term), denoiser=seen)
+
+        def loss(student):
+            return term(make_context(counting, term.needs, student, None, teacher, batch))[0]
+
+        jax.eval_shape(loss, student)
+        return len(asked)
+
+    alone, total = Anchor(steps=2), Anchor(steps=2) + End()
+    found = [jit(jax.value_and_grad(partial(loss, term)))(student) for term in (alone, total)]
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    # The walk to the drawn step, that step, and the teacher's map with and without the caption.
+    assert calls(total) == calls(alone) - 1
 
 
 def test_a_first_step_on_the_teachers_trajectory_has_no_loss():
