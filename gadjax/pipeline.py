@@ -16,13 +16,13 @@ from gadjax.denoiser import Denoiser
 from gadjax.errors import InputError
 from gadjax.models.module import Functional, functional
 from gadjax.models.text.prompts import Prompts, TextParts
-from gadjax.samplers import (
-    Sampler,
+from gadjax.samplers import Sampler
+from gadjax.scheduler_config import (
     parameterization_from_config,
-    sampler_from_config,
     schedule_from_config,
     tells_whole_times,
 )
+from gadjax.schedulers import sampler_from_config
 from gadjax.schedules import TrigFlow, expand
 from gadjax.types import Cond, Params
 

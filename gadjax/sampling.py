@@ -8,7 +8,9 @@ import numpy as np
 
 from gadjax.convert.recipe import Sampling
 from gadjax.pipeline import Pipeline
-from gadjax.samplers import Sampler, sample, sampler_from_config, student_scheduler_config
+from gadjax.samplers import Sampler, sample
+from gadjax.scheduler_config import student_scheduler_config
+from gadjax.schedulers import sampler_from_config
 from gadjax.types import Cond, Params
 
 BATCH = 64

@@ -11,7 +11,7 @@ from typing import Any
 from gadjax.convert.recipe import Sampling
 from gadjax.errors import InputError
 from gadjax.pipeline import Pipeline, with_scheduler
-from gadjax.samplers import LCM, schedule_from_config
+from gadjax.scheduler_config import LCM, schedule_from_config
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def test_the_teacher_draws_as_diffusers_does(torch_pipeline, loaded):
 def test_a_student_draws_as_diffusers_does(torch_pipeline, loaded):
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
-    from gadjax.samplers import student_scheduler_config
+    from gadjax.scheduler_config import student_scheduler_config
 
     pipeline, params = loaded
     config = student_scheduler_config(pipeline.folder.scheduler, (899, 674, 300))

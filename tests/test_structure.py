@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "gadjax"
 MATHS = {"errors", "types", "schedules", "parameterization", "geometry", "ops"}
 MODELS = MATHS | {"models"}
 DENOISER = MATHS | {"denoiser", "rollout"}
-CONVERT = MODELS | {"convert", "samplers", "walks", "denoiser", "rollout", "assets"}
+CONVERT = MODELS | {"convert", "denoiser", "rollout", "assets"}
+CONVERT |= {"samplers", "scheduler_config", "schedulers", "walks"}
 PIPELINE = CONVERT | {"pipeline"}
 BENCH = {"errors", "types", "schedules", "parameterization", "denoiser", "rollout"} | {
     "objectives",
@@ -29,13 +30,17 @@ MAY_IMPORT = {
     "denoiser": MATHS,
     "rollout": MATHS,
     "walks": MATHS,
-    "samplers": DENOISER | {"walks"},
+    "samplers": DENOISER,
+    "scheduler_config": MATHS,
+    "schedulers": DENOISER | {"samplers", "scheduler_config", "walks"},
     "objectives": DENOISER,
     "worlds": {"errors"},
     "data": {"errors", "types", "worlds"},
     "pipeline": CONVERT,
     "sampling": PIPELINE,
     "students": PIPELINE,
+    "supervised": set(),
+    "supervisor": {"supervised"},
     "bench": BENCH,
 }
 

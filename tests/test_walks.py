@@ -9,13 +9,13 @@ import torch
 
 from gadjax.denoiser import Denoiser
 from gadjax.errors import InputError
-from gadjax.samplers import (
+from gadjax.samplers import sample
+from gadjax.scheduler_config import (
     parameterization_from_config,
-    sample,
-    sampler_from_config,
     schedule_from_config,
     student_scheduler_config,
 )
+from gadjax.schedulers import sampler_from_config
 from gadjax.types import Cond
 from gadjax.walks import keys_of, renoise
 

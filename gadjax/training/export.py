@@ -16,7 +16,8 @@ from gadjax.convert.folder import INDEX, PipelineFolder, write_pipeline
 from gadjax.convert.orbax_folder import diffusers_folder, open_folder
 from gadjax.convert.recipe import FILE, Sampling, read_world
 from gadjax.errors import InputError
-from gadjax.samplers import DPM, PIXART, sampler_from_config, student_scheduler_config
+from gadjax.scheduler_config import DPM, PIXART, student_scheduler_config
+from gadjax.schedulers import sampler_from_config
 from gadjax.training.workdir import Trained
 
 # Of what a scheduler returns of a single step PixArtAlphaPipeline takes the second, and DPM's

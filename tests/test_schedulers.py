@@ -11,14 +11,14 @@ from gadjax.denoiser import Denoiser
 from gadjax.errors import InputError
 from gadjax.pipeline import told_whole
 from gadjax.rollout import rollout
-from gadjax.samplers import (
+from gadjax.samplers import sample
+from gadjax.scheduler_config import (
     parameterization_from_config,
-    sample,
-    sampler_from_config,
     schedule_from_config,
     student_scheduler_config,
     tells_whole_times,
 )
+from gadjax.schedulers import sampler_from_config
 from gadjax.schedules import DDPM, Flow
 from gadjax.types import Cond
 
