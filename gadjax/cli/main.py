@@ -11,6 +11,8 @@ from gadjax.errors import InputError, RunStopped
 COMMANDS = {
     "train": "distil a student, or train a teacher",
     "plan": "what a run needs of which hardware, before there is any",
+    "launch": "start a run's processes and watch over them",
+    "status": "where a run stands",
     "sample": "draw pictures with a pipeline folder or a workdir",
     "evaluate": "compare a student with its teacher",
     "convert": "diffusers pipeline folder -> gadjax's own folder, and back",
@@ -18,7 +20,8 @@ COMMANDS = {
     "embed": "text embeddings, and latents of pictures, ahead of time",
     "doctor": "versions, devices, what is missing",
 }
-CONFIGURED = ("train", "plan")  # whose --config.a.b=v are for the config's own parser
+# Those whose --config.a.b=v are for the config's own parser, and the one that hands on the rest.
+CONFIGURED = ("train", "plan", "launch")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"gadjax.cli.{command}")
         own = _Parser(prog=f"gadjax {command}", description=module.__doc__)
         module.add_arguments(own)
-        args, rest = own.parse_known_args(arguments[1:])
+        given = arguments[1:]
+        cut = given.index("--") if command == "launch" and "--" in given else len(given)
+        args, rest = own.parse_known_args(given[:cut])
+        rest += given[cut:]
         if command in CONFIGURED:
             return module.run(args, rest)
         if rest:

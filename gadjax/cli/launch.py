@@ -1,0 +1,69 @@
+"""Start a run's processes on this machine and watch over them: which one died, which one hangs."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from gadjax.errors import InputError
+from gadjax.supervisor import Limits, supervise
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [options] -- train ARGS..."
+    parser.add_argument(
+        "--processes", type=int, default=1, help="on this machine; 1 joins what its cluster names"
+    )
+    parser.add_argument(
+        "--hang",
+        type=float,
+        default=Limits.hang,
+        metavar="SECONDS",
+        help="without a step until the run is ended, an hour more for the first one; more than "
+        "the slowest step with its checkpoint and preview; 0: never (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=Limits.grace,
+        metavar="SECONDS",
+        help="for the others to end when one has failed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--logs", type=Path, help="folder; of several processes WORKDIR/logs unless given"
+    )
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    if args.processes < 1:
+        raise InputError(f"--processes: found {args.processes}; expected 1 or more")
+    for name in ("hang", "grace"):
+        seconds = getattr(args, name)
+        if not seconds >= 0:
+            raise InputError(f"--{name}: found {seconds:g}; expected 0 or more seconds")
+    if rest[:2] != ["--", "train"]:
+        found = " ".join(rest[:2]) or "nothing"
+        raise InputError(f"gadjax launch: found {found!r}; expected -- train ARGS...")
+    train = rest[1:]
+    workdir = _workdir(train)
+    logs = args.logs
+    if args.processes > 1 and logs is None:
+        logs = workdir / "logs" if workdir else Path(tempfile.mkdtemp(prefix="gadjax-logs-"))
+    if logs:
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{logs}: found {error.strerror}; expected a folder for logs"
+            ) from None
+        print(f"gadjax launch: logs in {logs}", file=sys.stderr)
+    commands = [[sys.executable, "-m", "gadjax", *train]] * args.processes
+    return supervise(commands, Limits(args.hang, args.grace), logs, workdir)
+
+
+def _workdir(arguments: list[str]) -> Path | None:
+    """What train will take for --workdir, where that is on this machine."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--workdir", nargs="?")
+    workdir = parser.parse_known_args(arguments)[0].workdir
+    return Path(workdir) if workdir and "://" not in workdir else None
