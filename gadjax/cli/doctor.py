@@ -28,6 +28,8 @@ OPTIONAL = {
     "diffusers": "convert --check, and the check of what export writes",
     "tensorflow": "TensorBoard files while training",
     "tensorboard": "looking at them",
+    "wandb": "log.trackers=('wandb',)",
+    "trackio": "log.trackers=('trackio',)",
 }
 # What shows that the machine has an accelerator, and the JAX that drives it.
 ACCELERATORS = {

@@ -8,12 +8,20 @@ from gadjax.training.config import read_config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--devices", type=int, help="how many all processes must have together")
+    parser.add_argument(
+        "--profile", metavar="START:N", help="trace N steps after START into WORKDIR/profile"
+    )
     parser.epilog = "--config FILE[:variant] and --config.a.b=value choose and change the config"
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     config = read_config(rest)  # before anything heavy is imported
     from gadjax.training.loop import train
+    from gadjax.training.processes import join
+    from gadjax.training.profile import parse_profile
 
-    train(config, args.workdir)
+    profile = parse_profile(args.profile, config.steps) if args.profile is not None else None
+    join()
+    train(config, args.workdir, args.devices, profile)
     return 0

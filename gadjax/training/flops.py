@@ -14,10 +14,12 @@ def flops(f: Callable, *args) -> float:
     unknown length count once, and of branches the dearest. Work whose result nobody uses is left
     out by the compiler and counted here.
     """
-    return _count(jax.make_jaxpr(f)(*args).jaxpr)
+    return count(jax.make_jaxpr(f)(*args).jaxpr)
 
 
-def _count(jaxpr: Jaxpr) -> float:
+def count(jaxpr: Jaxpr) -> float:
+    """The same of a program that is traced already. What is cut over a mesh counts on every device,
+    a kernel as often as its grid has places."""
     return sum(_cost(eqn) for eqn in jaxpr.eqns)
 
 
@@ -31,10 +33,20 @@ def _cost(eqn) -> float:
         kernel = eqn.invars[1].aval.shape
         outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / outputs
-    inner = [_count(jaxpr) for value in eqn.params.values() for jaxpr in _jaxprs(value)]
+    inner = [count(jaxpr) for value in eqn.params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner)
-    return sum(inner) * (eqn.params["length"] if name == "scan" else 1)
+    return sum(inner) * _times(name, eqn.params)
+
+
+def _times(name: str, params: dict) -> int:
+    if name == "scan":
+        return params["length"]
+    if name == "shard_map":
+        return params["mesh"].size
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return 1
 
 
 def _jaxprs(value):

@@ -41,6 +41,22 @@ CHIPS = {
         Chip("b200", 178 * GIB, 2250e12),
     )
 }
+# As devices name themselves to JAX. Cards of another form, with other clocks, are not among them.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
 FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
 SOLID = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
 # Chip -> the sizes in which it is known to load.
@@ -98,6 +114,11 @@ def find_topology(name: str) -> Topology:
         f"--topology: found {name!r}; expected CHIP:SIZE ({known}), several slices of one as "
         f"2*CHIP:SIZE, or CARD:COUNT with one of {', '.join(CARDS)}, or gpu:COUNT"
     )
+
+
+def peak_of(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s of a device by `jax.Device.device_kind`; None where it is not known."""
+    return CHIPS[KINDS[device_kind]].peak if device_kind in KINDS else None
 
 
 def _tpus(name: str) -> list[Any]:

@@ -1,11 +1,10 @@
 """The host's side of training: data in, updates, checkpoints, and something to look at."""
 
 import json
-import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,61 +17,86 @@ from gadjax.errors import InputError, RunStopped
 from gadjax.models.module import overlay
 from gadjax.sampling import clean_latent, initial_noise
 from gadjax.training.checkpoint import Checkpoints
+from gadjax.training.claim import LOCK, Claim
 from gadjax.training.compiled import Steps, compile_steps
 from gadjax.training.config import as_json, check_resume, write_json
+from gadjax.training.goodput import Clock
 from gadjax.training.preview import grid, save_png
+from gadjax.training.processes import Leaving, agree, beat, check_devices, together
+from gadjax.training.profile import Profile
 from gadjax.training.progress import Progress, overview
+from gadjax.training.record import write_record
 from gadjax.training.setup import Run, encode_raw, prepare
-from gadjax.training.sharding import batch_sharding, shapes_at
+from gadjax.training.sharding import batch_sharding, put, replicated, rows_here, shapes_at
 from gadjax.training.state import TrainState
+from gadjax.training.trackers import check_trackers
+
+BEFORE = LOCK, "logs"  # what may lie in a workdir that no run has begun in
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
-    """Train until `steps`, resuming what the workdir holds.
+class Watch(NamedTuple):
+    """How a start is looked at: where its time goes, and (step, count) of what is profiled."""
 
-    `status.json` says how it ended: "done", or "saved" on SIGTERM or SIGINT.
-    Raises: InputError for a bad config or a workdir of another config, RunStopped where updates
-    stay non-finite or nothing can be saved.
+    clock: Clock
+    profile: tuple[int, int] | None
+
+
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    devices: int | None = None,
+    profile: tuple[int, int] | None = None,
+) -> None:
+    """Train until `steps`, resuming what the workdir holds; every process of the run calls it.
+
+    devices: how many there have to be in all processes together. profile: (step, count) to trace
+    so many steps after that one. `status.json` says how it stands (`gadjax.training.claim`).
+    Raises: InputError for a bad config, a workdir of another config or another run, processes that
+    run different things; RunStopped where updates stay non-finite or nothing can be saved.
     """
+    watch = Watch(Clock(), profile)
+    if devices is not None:
+        check_devices(devices)
+    agree(as_json(config), workdir)
+    together(lambda: check_trackers(config.log.trackers))
+    together(lambda: _check_workdir(config, workdir))
+    run = together(lambda: prepare(config))
+    steps = compile_steps(run)
+    with together(lambda: _claim(config, workdir)) as claim:
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+        try:
+            with Leaving() as leaving:
+                step = _loop(run, steps, checkpoints, claim, leaving, watch)
+        finally:
+            checkpoints.close()
+        claim.say("done" if step == config.steps else "preempted", step)
+
+
+def _check_workdir(config: ConfigDict, workdir: Path) -> None:
     saved = workdir / "config.json"
     if saved.exists():
         check_resume(json.loads(saved.read_text()), config, workdir)
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and any(path.name not in BEFORE for path in workdir.iterdir()):
         raise InputError(f"{workdir}: found files but no config.json; expected an empty folder")
-    run = prepare(config)
-    steps = compile_steps(run)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(config, saved)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    try:
-        with _Signals() as signals:
-            step = _loop(run, steps, checkpoints, workdir, signals)
-    finally:
-        checkpoints.close()
-    status = {"status": "done" if step == config.steps else "saved", "step": step}
-    (workdir / "status.json").write_text(json.dumps(status) + "\n")
 
 
-class _Signals:
-    """Turns the first SIGTERM or SIGINT into a request to save and leave."""
-
-    def __enter__(self):
-        self.asked = False
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _ask(self, number, frame):
-        self.asked = True
-        signal.signal(number, self.before[number])  # a second one ends the process as usual
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+def _claim(config: ConfigDict, workdir: Path) -> Claim:
+    claim = Claim(workdir, config.steps, mine=jax.process_index() == 0)
+    if claim.mine:
+        write_json(config, workdir / "config.json")
+    return claim
 
 
-def _loop(run: Run, steps: Steps, checkpoints: Checkpoints, workdir: Path, signals) -> int:
+def _loop(
+    run: Run,
+    steps: Steps,
+    checkpoints: Checkpoints,
+    claim: Claim,
+    leaving: Leaving,
+    watch: Watch,
+) -> int:
     """Returns the number of steps done."""
-    config = run.config
+    config, workdir, clock = run.config, claim.workdir, watch.clock
     abstract = shapes_at(jax.eval_shape(run.start, run.first), steps.state)
     found = checkpoints.restore(abstract)
     if found and found[2]["teacher"] != run.fingerprint:
@@ -81,40 +105,55 @@ def _loop(run: Run, steps: Steps, checkpoints: Checkpoints, workdir: Path, signa
             f"{found[2]['teacher']}, with which {workdir} was begun"
         )
     done = found[0] if found else 0
+    claim.say("running", done)
     if found:
         state = found[1]
     else:
-        first = jax.device_put(run.first, steps.state.params["student"])
+        first = put(run.first, steps.state.params["student"])
         state = jax.jit(run.start, out_shardings=steps.state)(first)
-    frozen = jax.device_put(run.frozen, steps.frozen)
+    frozen = put(run.frozen, steps.frozen)
     meta = {"config": as_json(config), "teacher": run.fingerprint}
     show = Preview(run, frozen, workdir) if config.preview.every else None
     critic_updates = config.critic.updates if steps.critic else 0
     each = critic_updates + 1  # data and keys are numbered by update, the critic's included
     before: dict[str, Any] = {}
-    with Progress(workdir, config.steps, done, config.batch, config.log.every) as progress:
+    with Progress(workdir, config, done, clock) as progress:
         progress.note(f"resumed at step {done}" if found else overview(state.params["student"]))
         if show and not found:
             progress.image(0, "preview", show(state, 0))
         batches = host_batches(run, done * each, config.steps * each)
-        while done < config.steps and not signals.asked:
+        profile = Profile(watch.profile, workdir, progress.note)
+        leave = False
+        while done < config.steps and not leave:
+            beat(done)
+            profile.at(done, state)
             metrics: dict[str, Any] = {}
             for place in range(each):
                 step = steps.student if place == critic_updates else steps.critic
-                update = jnp.uint32(done * each + place)
-                state, more = step(state, frozen, next(batches), update)
+                update = np.uint32(done * each + place)
+                with clock("data"):
+                    batch = next(batches)
+                state, more = step(state, frozen, batch, update)
                 metrics |= more
             done += 1
+            leave = leaving.asked(done)
             progress.update(done, metrics)
+            if progress.enabled and not before:  # the first step of this start
+                write_record(run, steps, workdir, state, frozen, batch, update)
             _stop_if_bad(before, config.stop_after_bad, done - 1)
             before = metrics
             last = done == config.steps
-            if done % config.checkpoint.every == 0 or last or signals.asked:
-                checkpoints.save(done, state, meta)
+            if done % config.checkpoint.every == 0 or last or leave:
+                with clock("checkpoint"):
+                    checkpoints.save(done, state, meta)
+                claim.say("running", done)
             if show and (done % config.preview.every == 0 or last):
-                progress.image(done, "preview", show(state, done))
+                with clock("preview"):
+                    progress.image(done, "preview", show(state, done))
         _stop_if_bad(before, config.stop_after_bad, done)
-        checkpoints.wait()
+        profile.close(done, state)
+        with clock("checkpoint"):
+            checkpoints.wait()
     return done
 
 
@@ -133,11 +172,22 @@ def _stop_if_bad(metrics: dict[str, Any], most: int, step: int) -> None:
 
 
 def host_batches(run: Run, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
-    """The global batches of updates start .. stop - 1, put on the mesh ahead of their use."""
+    """The global batches of updates start .. stop - 1, put on the mesh ahead of their use; every
+    process makes the samples of its own devices."""
     size, sharding = run.config.batch, batch_sharding(run.mesh)
+    low, high = rows_here(sharding, size)
 
     def fetch(update: int):
-        return jax.device_put(run.source.batch(update * size, size), sharding)
+        rows = run.source.batch(update * size + low, high - low)
+
+        def place(x):
+            def part(index):
+                begin, end, _ = index[0].indices(size)
+                return x[begin - low : end - low]
+
+            return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+
+        return jax.tree.map(place, rows)
 
     return prefetch(fetch, start, stop)
 
@@ -154,7 +204,7 @@ class Preview:
         raw = {name: value for name, value in raw.items() if name not in ("image", "x0")}
         noise = initial_noise(run.config.seed, count, pipeline.latent)
 
-        @partial(jax.jit, static_argnums=1)
+        @partial(jax.jit, static_argnums=1, out_shardings=replicated(run.mesh))
         def draw(params, sampling, frozen, raw):
             cond = encode_raw(pipeline, frozen, raw)
             null = encode_raw(pipeline, frozen, frozen["null"])
@@ -178,5 +228,6 @@ class Preview:
         if self.teacher is not None:
             rows.insert(0, ("teacher", self.teacher))
         picture = grid(rows, None, self.scale)
-        save_png(picture, self.folder / f"{step:07d}.png")
+        if jax.process_index() == 0:
+            save_png(picture, self.folder / f"{step:07d}.png")
         return np.asarray(picture)

@@ -1,4 +1,4 @@
-"""What a run says while it goes: a bar, log lines, metrics.jsonl, TensorBoard."""
+"""What a run says while it goes: a bar, log lines, metrics.jsonl, and what trackers are told."""
 
 import json
 import math
@@ -11,44 +11,46 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from gadjax.errors import RunStopped
+from gadjax.training.atomic import write_whole
+from gadjax.training.goodput import Clock
+from gadjax.training.trackers import Trackers
 from gadjax.types import Params
-
-TENSORBOARD = "tensorboard"  # folder of its events in the workdir
 
 
 class Progress:
-    """Reports to the terminal and into the workdir: train.log, metrics.jsonl, tensorboard/.
+    """Reports to the terminal, into the workdir (train.log, metrics.jsonl, goodput.json) and to the
+    config's trackers.
 
     Metrics are read one step late: when `update` is told of step n, it waits for step n - 1 at
     most, so the device always has work queued. The terminal shows a bar where it is one, and a
-    line every `every` steps where it is not. A resumed run appends, after dropping the metrics of
-    steps that it will do again.
+    line every `log.every` steps where it is not. A resumed run appends, after dropping the metrics
+    of steps that it will do again.
     """
 
     def __init__(
         self,
         workdir: Path,
-        total: int,
+        config: ConfigDict,
         start: int = 0,
-        batch: int = 1,
-        every: int = 10,
-        name: str = "train",
+        clock: Clock | None = None,
         enabled: bool | None = None,
     ):
-        """total, start: steps at the end and now. batch: images a step. enabled: by default on
-        process 0; elsewhere every method does nothing.
+        """start: steps done so far. clock: of this start, told of every step. enabled: by default
+        on process 0; elsewhere every method does nothing.
 
         Raises: RunStopped, here and in every method, where the workdir cannot be written.
         """
         self.enabled = jax.process_index() == 0 if enabled is None else enabled
-        self.total, self.batch, self.every = total, batch, max(every, 1)
+        self.total, self.batch, self.every = config.steps, config.batch, max(config.log.every, 1)
         self.pending: tuple[int, dict[str, Any]] | None = None
         self.mark: tuple[int, float] | None = None  # step and time that the rate counts from
         self.files: dict[str, TextIO] = {}
-        self.board = self.bar = None
+        self.clock = clock or Clock()
+        self.bar = None
         if not self.enabled:
             return
         self.workdir = Path(workdir)
@@ -59,11 +61,12 @@ class Progress:
                 self.files[file] = (self.workdir / file).open("a", encoding="utf-8")
         except OSError as error:
             raise _stopped(self.workdir, error) from error
+        self.clock.resume(self.workdir, start)
         if sys.stderr.isatty():
             self.bar = tqdm(
-                total=total, initial=start, desc=name, unit="step", dynamic_ncols=True, leave=True
+                total=self.total, initial=start, unit="step", dynamic_ncols=True, leave=True
             )
-        self._start_board()
+        self.trackers = Trackers(self.workdir, config, self.note)
 
     def __enter__(self) -> "Progress":
         return self
@@ -80,6 +83,7 @@ class Progress:
         """Tell of a step that was started; metrics are scalars, still on the device."""
         if not self.enabled:
             return
+        self.clock.stepped(step)
         before, self.pending = self.pending, (step, metrics)
         if before is not None:
             self._report(*before)
@@ -87,12 +91,10 @@ class Progress:
             self.bar.update(step - self.bar.n)
 
     def image(self, step: int, name: str, array: np.ndarray) -> None:
-        """A picture [H, W, 3] or pictures [N, H, W, 3] in uint8, for TensorBoard only."""
-        if self.board is not None:
+        """A picture [H, W, 3] or pictures [N, H, W, 3] in uint8, for the trackers."""
+        if self.enabled:
             array = np.asarray(array)
-            self._tell_board(
-                "write_images", step, {name: array if array.ndim == 4 else array[None]}
-            )
+            self.trackers.write_images(step, {name: array if array.ndim == 4 else array[None]})
 
     def note(self, text: str) -> None:
         """Print lines above the bar, and log them."""
@@ -112,10 +114,11 @@ class Progress:
             if self.pending is not None:
                 self._report(*self.pending)
                 self.pending = None
+            self._write_clock()
         finally:
             if self.bar is not None:
                 self.bar.close()
-            self._tell_board("close")
+            self.trackers.close()
             for file in self.files.values():
                 file.close()
             self.files, self.enabled = {}, False
@@ -136,8 +139,10 @@ class Progress:
             return
         images = None if rate is None else round(rate * self.batch, 3)
         row = {"step": step, "time": round(now, 3), "images_per_second": images}
+        row["goodput"] = round(self.clock.share(), 4)
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._write("metrics.jsonl", json.dumps(row))
+        self._write_clock()
         parts = [f"step {step}/{self.total}"]
         parts += [f"{name} {value:.4g}" for name, value in values.items()]
         if rate is not None:
@@ -150,7 +155,7 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
         else:
             self.bar.set_postfix_str("  ".join(parts[1:]), refresh=False)
-        self._tell_board("write_scalars", step, values)
+        self.trackers.write_scalars(step, values | {"goodput": row["goodput"]})
 
     def _log(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -164,28 +169,11 @@ class Progress:
         except OSError as error:
             raise _stopped(self.workdir / name, error) from error
 
-    def _start_board(self) -> None:
+    def _write_clock(self) -> None:
         try:
-            import tensorflow  # clu's writers need it; seconds to import, so only here
-
-            tensorflow.config.set_visible_devices([], "GPU")  # or it takes the memory
-            from clu.metric_writers import SummaryWriter
-
-            self.board = SummaryWriter(str(self.workdir / TENSORBOARD))
-        except ImportError as error:
-            self._log(f"TensorBoard is not written: {error} (pip install 'gadjax[tensorboard]')")
-
-    def _tell_board(self, method: str, *args: Any) -> None:
-        """A fault of TensorBoard's is noted once and ends it, not the run."""
-        board, self.board = self.board, None
-        if board is None:
-            return
-        try:
-            getattr(board, method)(*args)
-        except Exception as error:
-            self.note(f"TensorBoard stopped: {type(error).__name__}: {error}")
-        else:
-            self.board = None if method == "close" else board
+            self.clock.write()
+        except OSError as error:
+            raise _stopped(self.workdir, error) from error
 
 
 def overview(params: Params) -> str:
@@ -202,9 +190,7 @@ def _keep_until(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if (done := _step(line)) is not None and done <= step]
     if kept != lines:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 def _step(line: str) -> int | None:

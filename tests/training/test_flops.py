@@ -1,6 +1,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec as P
 
 from gadjax.training.flops import flops
 
@@ -39,3 +41,23 @@ def test_convolutions(stride):
 def test_shapes_are_enough():
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (A, B)]
     assert flops(jnp.matmul, *shapes) == ONE
+
+
+def test_what_every_device_and_every_place_of_a_grid_does():
+    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    each = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    assert flops(each, jnp.zeros((12, 5)), B) == 4 * ONE
+
+    def kernel(a, b, out):
+        out[...] = a[...] @ b[...]
+
+    blocks = pl.BlockSpec((3, 5), lambda i: (i, 0)), pl.BlockSpec((5, 7), lambda i: (0, 0))
+    made = pl.pallas_call(
+        kernel,
+        grid=(4,),
+        in_specs=blocks,
+        out_specs=pl.BlockSpec((3, 7), lambda i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((12, 7), jnp.float32),
+        interpret=True,
+    )
+    assert flops(made, jnp.zeros((12, 5)), B) == 4 * ONE

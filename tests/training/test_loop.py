@@ -16,35 +16,6 @@ from gadjax.cli.main import main
 from gadjax.training.checkpoint import read_params
 
 ROOT = Path(__file__).parents[2]
-CONFIG = """
-from gadjax.training.config import default_config
-
-def get_config():
-    config = default_config()
-    config.teacher = {teacher!r}
-    config.guidance = 2.0
-    config.student.steps, config.student.timesteps = 2, (900, 400)
-    config.objective = {{"dmd": {{}}, "gad": {{"steps": 1}}, "anchor": {{"steps": 1}}}}
-    config.steps, config.batch = 4, 8
-    config.remat = "none"
-    config.optim.lr = 1e-3
-    config.critic.lr = 1e-3
-    config.data.update(prompts={prompts!r}, length=8)
-    config.checkpoint.every = 2
-    config.log.every = 1
-    config.preview.every = 0
-    return config
-"""
-
-
-@pytest.fixture(scope="session")
-def config(tiny_pipeline, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    prompts = folder / "prompts.txt"
-    prompts.write_text("red circle\ngreen square\nblue circle above red square\n")
-    path = folder / "tiny.py"
-    path.write_text(CONFIG.format(teacher=str(tiny_pipeline), prompts=str(prompts)))
-    return path
 
 
 def train(config: Path, workdir: Path, *more: str) -> int:
@@ -82,7 +53,7 @@ def assert_same(one: Path, other: Path):
 @pytest.fixture(scope="session")
 def uninterrupted(config, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert train(config, workdir) == 0
+    assert train(config, workdir, "--profile=2:1") == 0
     return workdir
 
 
@@ -91,8 +62,25 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for name in ("loss/dmd", "loss/gad", "loss/anchor", "gad/cosine", "critic/loss"):
         assert np.isfinite(lines[-1][name])
-    assert json.loads((uninterrupted / "status.json").read_text()) == {"status": "done", "step": 4}
+    status = json.loads((uninterrupted / "status.json").read_text())
+    assert (status["text"], status["step"], status["steps"]) == ("done", 4, 4)
     assert json.loads((uninterrupted / "config.json").read_text())["student"]["steps"] == 2
+
+
+def test_a_run_can_be_seen_from_outside(uninterrupted, capsys):
+    assert main(["status", str(uninterrupted), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["state"] == "done" and found["step"] == found["checkpoint"]["step"] == 4
+    assert found["devices"] == 1 and found["utilisation"] is None  # of a CPU nobody knows the peak
+    run = json.loads((uninterrupted / "run.json").read_text())
+    assert run["flops_per_step"] > 1e6 and run["versions"]["jax"] == jax.__version__
+    seconds = found["seconds"]
+    assert all(seconds[kind] > 0 for kind in ("compile", "step", "data", "checkpoint"))
+    assert seconds["lost"] == seconds["preview"] == 0
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").open()]
+    since = seconds["step"] + seconds["data"] + seconds["checkpoint"]
+    assert lines[-1]["time"] - lines[0]["time"] < since < sum(seconds.values())
+    assert list((uninterrupted / "profile").rglob("*.xplane.pb"))
 
 
 def test_resume_is_bit_identical(config, uninterrupted, tmp_path):
@@ -139,7 +127,7 @@ def test_sigterm_saves_and_leaves_with_zero(config, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     status = json.loads((workdir / "status.json").read_text())
-    assert status["status"] == "saved"
+    assert status["text"] == f"preempted at step {status['step']}"
     assert read_params(workdir / "checkpoints", "ema")[0] == status["step"]
 
 

@@ -4,14 +4,21 @@ import io
 import json
 import sys
 import time
-import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gadjax.errors import RunStopped
+from gadjax.training.config import default_config
+from gadjax.training.goodput import Clock
 from gadjax.training.progress import Progress, overview
+
+
+def report(workdir, steps, start=0, batch=1, every=1, **more):
+    config = default_config()
+    config.steps, config.batch, config.log.every = steps, batch, every
+    return Progress(workdir, config, start, **more)
 
 
 def rows(workdir):
@@ -24,7 +31,7 @@ def no_tensorflow(monkeypatch):
 
 
 def test_metrics_and_lines_without_a_terminal(tmp_path, capsys):
-    with Progress(tmp_path, 7, batch=4, every=3) as progress:
+    with report(tmp_path, 7, batch=4, every=3) as progress:
         progress.note("first\nsecond")
         for step in range(1, 8):
             progress.update(step, {"loss": jnp.float32(step / 2), "bad": jnp.int32(0)})
@@ -39,12 +46,11 @@ def test_metrics_and_lines_without_a_terminal(tmp_path, capsys):
     assert "images/s" in lines[2] and "ETA 0:00:" in lines[2]
     logged = (tmp_path / "train.log").read_text()
     assert all(line in logged for line in lines)
-    assert logged.count("TensorBoard is not written") == 1
 
 
 def test_rate_leaves_out_the_first_step(tmp_path, monkeypatch):
     clock = iter([100.0, 102.0, 104.0])
-    progress = Progress(tmp_path, 3, batch=8, every=1)
+    progress = report(tmp_path, 3, batch=8, every=1)
     monkeypatch.setattr(time, "time", lambda: next(clock))
     for step in (1, 2, 3):
         progress.update(step, {"loss": 1.0})
@@ -68,7 +74,7 @@ class Running:
 
 def test_never_waits_for_the_newest_step(tmp_path, monkeypatch):
     monkeypatch.setattr("jax.device_get", lambda tree: tree)
-    progress = Progress(tmp_path, 6, every=1)
+    progress = report(tmp_path, 6, every=1)
     for step in range(1, 7):
         Running.done = step - 1
         progress.update(step, {"loss": Running(step)})
@@ -79,12 +85,12 @@ def test_never_waits_for_the_newest_step(tmp_path, monkeypatch):
 
 def test_resume_appends_and_repeats_no_step(tmp_path):
     for start, stop in ((0, 5), (3, 8)):
-        with Progress(tmp_path, 10, start, every=1) as progress:
+        with report(tmp_path, 10, start, every=1) as progress:
             for step in range(start + 1, stop + 1):
                 progress.update(step, {"run": float(start)})
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 2, "lo')  # a kill in the middle of a line
-    with Progress(tmp_path, 10, 8, every=1):
+    with report(tmp_path, 10, 8, every=1):
         pass
     assert [(row["step"], row["run"]) for row in rows(tmp_path)] == [
         (step, 0.0 if step <= 3 else 3.0) for step in range(1, 9)
@@ -92,7 +98,7 @@ def test_resume_appends_and_repeats_no_step(tmp_path):
 
 
 def test_what_is_not_finite_stays_json(tmp_path, capsys):
-    with Progress(tmp_path, 2, every=1) as progress:
+    with report(tmp_path, 2, every=1) as progress:
         progress.update(1, {"loss": jnp.float32(np.nan)})
         progress.update(2, {"loss": jnp.float32(np.inf)})
 
@@ -108,61 +114,69 @@ def test_bar_on_a_terminal(tmp_path, monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
-    with Progress(tmp_path, 4, 1, every=2, name="shapes") as progress:
+    with report(tmp_path, 4, 1, every=2) as progress:
         for step in (2, 3):
             progress.update(step, {"loss": 0.25})
         progress.note("a preview was written")
         progress.update(4, {"loss": 0.125})
     text = screen.getvalue()
-    assert "shapes:" in text and "4/4" in text and "loss 0.125" in text
+    assert "4/4" in text and "loss 0.125" in text
     assert "a preview was written\n" in text
     assert "step 2/4" not in text and "step 2/4" in (tmp_path / "train.log").read_text()
 
 
 def test_other_processes_say_nothing(tmp_path, capsys):
-    with Progress(tmp_path / "w", 2, every=1, enabled=False) as progress:
+    with report(tmp_path / "w", 2, every=1, enabled=False) as progress:
         progress.note("hello")
         progress.update(1, {"loss": 1.0})
         progress.image(1, "x", np.zeros((2, 2, 3), np.uint8))
     assert not (tmp_path / "w").exists() and capsys.readouterr().err == ""
 
 
-def test_tensorboard(tmp_path, monkeypatch, capsys):
+def test_goodput_is_in_every_row_and_in_the_record(tmp_path):
+    now = iter(range(100))  # every look at the clock takes a second
+    with report(tmp_path, 4, clock=Clock(lambda: float(next(now)))) as progress:
+        for step in (1, 2, 3, 4):
+            progress.update(step, {"loss": 1.0})
+    shares = [row["goodput"] for row in rows(tmp_path)]
+    assert shares == sorted(shares) and 0 < shares[0] < shares[-1] < 1
+    record = json.loads((tmp_path / "goodput.json").read_text())
+    assert record["step"] == 4 and record["starts"] == 1
+    total = sum(record["seconds"].values())
+    assert total == next(now) - 1 and record["seconds"]["step"] / total >= shares[-1]
+
+
+def test_trackers_hear_of_numbers_and_pictures_and_may_fail(tmp_path, monkeypatch, capsys):
     told = []
 
-    class Writer:
-        def __init__(self, folder):
-            told.append(folder)
+    class Fake:
+        def __init__(self, workdir, config, note):
+            note("wandb stopped: it could not")
 
-        def write_scalars(self, step, scalars):
-            told.append((step, dict(scalars)))
+        def write_scalars(self, *args):
+            told.append(args)
 
         def write_images(self, step, images):
-            if step > 5:
-                raise RuntimeError("full")
-            told.append((step, {name: image.shape for name, image in images.items()}))
+            told.append((step, {name: array.shape for name, array in images.items()}))
 
-    config = types.SimpleNamespace(set_visible_devices=lambda devices, kind: told.append(kind))
-    writers = types.SimpleNamespace(SummaryWriter=Writer)
-    monkeypatch.setitem(sys.modules, "tensorflow", types.SimpleNamespace(config=config))
-    monkeypatch.setitem(sys.modules, "clu.metric_writers", writers)
-    with Progress(tmp_path, 9, every=4) as progress:
+        def close(self):
+            told.append("close")
+
+    monkeypatch.setattr("gadjax.training.progress.Trackers", Fake)
+    with report(tmp_path, 9, every=4) as progress:
         progress.update(4, {"loss": 2.0})
         progress.image(4, "preview", np.zeros((2, 3, 3), np.uint8))
         progress.update(5, {"loss": 3.0})
-        progress.image(6, "preview", np.zeros((2, 3, 3), np.uint8))
-        progress.image(7, "preview", np.zeros((2, 3, 3), np.uint8))
-        progress.update(9, {"loss": 3.0})
-    preview = (4, {"preview": (1, 2, 3, 3)})
-    assert told == ["GPU", str(tmp_path / "tensorboard"), preview, (4, {"loss": 2.0})]
-    assert capsys.readouterr().err.count("TensorBoard stopped: RuntimeError: full") == 1
-    assert [row["step"] for row in rows(tmp_path)] == [4, 9]
+    goodput = rows(tmp_path)[0]["goodput"]
+    scalars = (4, {"loss": 2.0, "goodput": goodput})
+    assert told == [(4, {"preview": (1, 2, 3, 3)}), scalars, "close"]
+    assert "wandb stopped: it could not" in capsys.readouterr().err
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunStopped, match="file/work: cannot be written: Not a directory"):
-        Progress(tmp_path / "file" / "work", 1)
+        report(tmp_path / "file" / "work", 1)
 
 
 def test_overview():

@@ -1,0 +1,46 @@
+"""What a run computes and on what: run.json for whoever looks at its workdir."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+from gadjax.errors import RunStopped
+from gadjax.training.atomic import write_whole
+from gadjax.training.compiled import Steps
+from gadjax.training.flops import count
+from gadjax.training.hardware import peak_of
+from gadjax.training.setup import Run
+
+RUN = "run.json"
+PACKAGES = "gadjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
+
+
+def write_record(run: Run, steps: Steps, workdir: Path, *arguments) -> None:
+    """Devices, versions, and the FLOPs of one step: a student's update and its critic's.
+
+    arguments: what an update was called with (state, frozen, batch, number), so that the programs
+    traced for it are the ones counted and nothing is traced twice.
+    Raises: RunStopped where it cannot be written.
+    """
+    times = {steps.student: 1}
+    if steps.critic:
+        times[steps.critic] = run.config.critic.updates
+    work = sum(n * count(step.trace(*arguments).jaxpr.jaxpr) for step, n in times.items())
+    kind = jax.devices()[0].device_kind
+    record = {
+        "devices": jax.device_count(),
+        "device": kind,
+        "processes": jax.process_count(),
+        "flops_per_step": work,
+        "peak_flops": peak_of(kind),  # of one device
+        "images_per_step": run.config.batch,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    try:
+        write_whole(workdir / RUN, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise RunStopped(
+            f"{workdir / RUN}: cannot be written: {error.strerror or error}"
+        ) from error

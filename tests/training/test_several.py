@@ -1,0 +1,136 @@
+"""Two processes of one run: what one of eight devices does, dying, leaving, and going on."""
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from several import free_port, start
+
+from gadjax.training.checkpoint import read_params
+
+pytestmark = pytest.mark.slow  # compiles the updates for eight devices
+PARTS = "student", "critic", "ema"
+MESH = "--config.mesh.data=2", "--config.mesh.fsdp=4"
+
+
+@pytest.fixture(scope="session")
+def run(config):
+    """(workdir, count, steps, mesh) -> the processes of a run on eight devices in all."""
+
+    def begin(workdir, count, *more, mesh=MESH, devices=8):
+        command = ["-m", "gadjax", "train", "--config", str(config), "--workdir", str(workdir)]
+        command += [f"--devices={devices}", *mesh, *more]
+        port = free_port()
+        return [
+            start(command, i, count, port, devices // count, GADJAX_PEER_TIMEOUT="10")
+            for i in range(count)
+        ]
+
+    return begin
+
+
+def end(processes, timeout=400) -> list[int]:
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    print(*outputs, sep="\n")
+    return codes
+
+
+def read(workdir, part, step=None):
+    _, params, _ = read_params(workdir / "checkpoints", part, step)
+    return np.concatenate([x.ravel() for x in jax.tree.leaves(params)])
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    return {line["step"]: line["student/loss"] for line in lines}
+
+
+@pytest.fixture(scope="session")
+def two(run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("several") / "two"
+    assert end(run(workdir, 2)) == [0, 0]
+    return workdir
+
+
+def test_two_processes_do_what_one_does(run, two, tmp_path):
+    assert end(run(tmp_path / "one", 1)) == [0]
+    found, wanted = losses(two), losses(tmp_path / "one")
+    assert found.keys() == wanted.keys() == {1, 2, 3, 4}
+    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-5)
+    # Sums in another order: Adam turns rounding into steps where a gradient is all rounding.
+    for part in PARTS:
+        way = read(tmp_path / "one", part) - read(tmp_path / "one", part, 2)
+        apart = read(tmp_path / "one", part) - read(two, part)
+        assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(way)
+
+
+def wait_for(path, processes, timeout=300):
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert all(p.poll() is None for p in processes) and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_process_ends_the_other_and_both_go_on_to_the_bit(run, two, tmp_path):
+    workdir = tmp_path / "killed"
+    processes = run(workdir, 2, "--config.steps=4000")
+    wait_for(workdir / "checkpoints" / "2", processes)
+    processes[1].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    codes = end(processes)
+    assert codes[1] == -signal.SIGKILL and codes[0] != 0 and time.monotonic() - begin < 60
+    newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    goal = f"--config.steps={newest + 2}"
+    assert end(run(workdir, 2, goal)) == [0, 0]
+    assert end(run(tmp_path / "whole", 2, goal)) == [0, 0]
+    for part in PARTS:
+        np.testing.assert_array_equal(read(workdir, part), read(tmp_path / "whole", part))
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1])
+def test_both_save_and_leave_when_one_is_told(run, two, tmp_path, kind):
+    workdir = tmp_path / "told"
+    processes = run(workdir, 2, "--config.steps=4000", "--config.checkpoint.every=1000")
+    wait_for(workdir / "run.json", processes)  # after the first step
+    processes[1].send_signal(kind)
+    begin = time.monotonic()
+    assert end(processes) == [0, 0]
+    assert time.monotonic() - begin < 10
+    status = json.loads((workdir / "status.json").read_text())
+    assert status["text"] == f"preempted at step {status['step']}"
+    assert read_params(workdir / "checkpoints", "ema")[0] == status["step"]
+
+
+# Processes, devices and mesh that go on with what two processes of eight devices began.
+OTHERS = {
+    "8": (1, 8, MESH),
+    "4": (1, 4, ("--config.mesh.data=1", "--config.mesh.fsdp=4")),
+    "1": (1, 1, ("--config.mesh.data=1", "--config.mesh.fsdp=1")),
+    "2 x 4": (2, 8, ("--config.mesh.data=4", "--config.mesh.fsdp=2")),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_go_on_with_the_same_prompts_and_noises(run, two, tmp_path, name):
+    count, devices, mesh = OTHERS[name]
+    workdir = tmp_path / "moved"
+    assert end(run(workdir, 2, "--config.steps=2")) == [0, 0]
+    assert end(run(workdir, count, mesh=mesh, devices=devices)) == [0] * count
+    found, wanted = losses(workdir), losses(two)
+    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-4)
+
+
+def test_two_runs_in_one_workdir(run, two, tmp_path):
+    workdir = tmp_path / "shared"
+    first = run(workdir, 2, "--config.steps=4000")
+    wait_for(workdir / "run.json", first)
+    second = run(workdir, 1, "--config.steps=4000")
+    output = second[0].communicate(timeout=300)[0]
+    assert second[0].returncode == 2 and "another run that writes to it" in output
+    for process in first:
+        process.send_signal(signal.SIGTERM)
+    assert end(first) == [0, 0]
