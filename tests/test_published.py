@@ -96,8 +96,14 @@ def test_every_tensor_is_accounted_for(repositories, name):
     assert found == INVENTORY[name]
 
 
-# Devices -> sizes of (data, fsdp, tensor).
-MESHES = {8: (1, 8, 1), 16: (1, 8, 2), 64: (4, 16, 1), 256: (8, 32, 1), 512: (8, 32, 2)}
+# Devices -> sizes of (data, fsdp, tensor, sequence).
+MESHES = {
+    8: (1, 8, 1, 1),
+    16: (1, 8, 2, 1),
+    64: (4, 16, 1, 1),
+    256: (8, 32, 1, 1),
+    512: (8, 32, 2, 1),
+}
 LARGE = 1 << 20
 
 
@@ -169,7 +175,7 @@ def test_a_paper_s_config_makes_a_state(traced, name):
     assert student + kept == INVENTORY[CONFIGS[name]][part.name][1]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(run.frozen[part.name])} == {"bfloat16"}
-    mesh = AbstractMesh((8, 32, 1), AXES)
+    mesh = AbstractMesh((8, 32, 1, 1), AXES)
     shardings(state, part.module.RULES, mesh)
 
 

@@ -64,7 +64,7 @@ def scan_blocks(blocks: nnx.Module, x, call: Callable[[nnx.Module, Any], Any], r
     """
 
     def body(x, block):
-        return by_sample(call(block, by_sample(x))), None
+        return by_sample(call(block, by_sample(x, tokens=True)), tokens=True), None
 
     # prevent_cse is for code outside scan; inside, it only blocks fusion.
     if remat:

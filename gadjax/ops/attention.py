@@ -11,7 +11,7 @@ from functools import partial
 
 import jax
 
-from gadjax.ops.dual_attention import dual_attention, kept, mix, over_blocks, query_blocks, softmax
+from gadjax.ops.dual_attention import dual_attention, kept, mix, over_blocks, softmax
 from gadjax.ops.kernels import dual_by, kernels_for, value_by
 
 # A part of what jax.jit caches by, so that a function traced for one kind of pass is traced anew
@@ -46,12 +46,11 @@ def _still(q, k, v, bias):
 def value_attention(q, k, v, bias=None):
     """`attention` for values; what reverse mode needs of a block of queries it computes again."""
 
-    def block(queries, bias):
-        return mix(softmax(queries[0], k, bias), v).astype(v.dtype), ()
+    def block(queries, keys, bias):
+        (q,), (k, v) = queries, keys
+        return mix(softmax(q, k, bias), v).astype(v.dtype), ()
 
-    if query_blocks(q.shape[1], k.shape[1]) > 1:
-        block = jax.checkpoint(block, prevent_cse=False)
-    return kept(over_blocks(block, (q,), bias, k.shape[1])[0])
+    return kept(over_blocks(block, (q,), (k, v), bias)[0])
 
 
 _moving = jax.custom_jvp(_still)

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from gadjax.ops.spread import splitting, spread
+
 KEPT = "attention"  # as checkpoint policies call what reverse mode keeps of an attention
 CELLS = 2**19  # logits of one head that exist at once; more are computed a block of queries a time
 
@@ -35,16 +37,26 @@ def query_blocks(queries: int, keys: int, arrays: int = 1) -> int:
     return min(queries, -(-arrays * queries * keys // CELLS))
 
 
-def over_blocks(f: Callable, queries: tuple[jax.Array, ...], bias, keys: int, arrays=1):
-    """f(queries, bias) with its first result [B, N, ...] from blocks, the others summed over them.
+def over_blocks(f: Callable, queries: tuple, keys: tuple, bias, arrays: int = 1):
+    """f(queries, keys, bias) with its first result [B, N, ...] from blocks, the others summed over
+    them; every device has blocks of its own where a sample's queries are split over devices.
 
-    queries: arrays [B, N, ...], which are cut along N. bias: cut where it has N rows.
-    f returns (a tree of [B, N, ...], a tree to be summed).
+    queries: arrays [B, N, H, K], which are cut along N. keys: arrays [B, M, H, K]. bias: cut where
+    it has N rows. f returns (a tree like the queries, a tree like the keys, to be summed). What
+    plain reverse mode needs of one of several blocks it computes again.
     """
+    run, mesh = partial(_in_blocks, f, arrays), splitting(queries[0])
+    if mesh is None:
+        return run(queries, keys, bias)
+    return spread(run, mesh, queries, keys, bias)
+
+
+def _in_blocks(f, arrays, queries, keys, bias):
     positions = queries[0].shape[1]
-    count = query_blocks(positions, keys, arrays)
+    count = query_blocks(positions, keys[0].shape[1], arrays)
     if count == 1:
-        return f(queries, bias)
+        return f(queries, keys, bias)
+    f = jax.checkpoint(f, prevent_cse=False)
     size = math.ceil(positions / count)
 
     def cut(x, axis):
@@ -57,7 +69,7 @@ def over_blocks(f: Callable, queries: tuple[jax.Array, ...], bias, keys: int, ar
 
     def one(part):
         queries, row = part
-        return f(queries, bias if row is None else row)
+        return f(queries, keys, bias if row is None else row)
 
     def step(total, part):
         each, summed = one(part)
@@ -117,15 +129,15 @@ def dual_attention(q, k, v, bias, tq, tk, tv):
     derivative, or forward mode over this, fails.
     """
 
-    def block(queries, bias):
-        q, tq = queries
+    def block(queries, keys, bias):
+        (q, tq), (k, v, tk, tv) = queries, keys
         p = softmax(q, k, bias)
         ts = _moved(q, k, tq, tk)
         o, to = mix(p, v), mix(p * (ts - _rowsum(p * ts)), v)
         to = to if tv is None else to + mix(p, tv)
         return (o.astype(v.dtype), to.astype(v.dtype)), ()
 
-    return over_blocks(block, (q, tq), bias, k.shape[1], arrays=2)[0]
+    return over_blocks(block, (q, tq), (k, v, tk, tv), bias, arrays=2)[0]
 
 
 def kept(results):
@@ -158,8 +170,8 @@ def shared(f: Callable) -> Callable:
 def _transpose(do, eo, q, k, v, bias, tq, tk, tv):
     scale = q.shape[-1] ** -0.5
 
-    def block(queries, bias):
-        q, tq, do, eo = queries
+    def block(queries, keys, bias):
+        (q, tq, do, eo), (k, v, tk, tv) = queries, keys
         p = softmax(q, k, bias)
         ts = _moved(q, k, tq, tk)
         centred = ts - _rowsum(p * ts)
@@ -174,12 +186,12 @@ def _transpose(do, eo, q, k, v, bias, tq, tk, tv):
         dv = unmix(p, do) + unmix(p * centred, eo)
         if tk is not None:
             dq = dq + mix(es, tk)
-        moving = None if tk is None else (unmix(es, q), unmix(p, eo))
-        return (dq.astype(q.dtype), dtq.astype(q.dtype)), (dk, dv, moving)
+        dtk, dtv = (None, None) if tk is None else (unmix(es, q), unmix(p, eo))
+        return (dq.astype(q.dtype), dtq.astype(q.dtype)), (dk, dv, dtk, dtv)
 
-    (dq, dtq), (dk, dv, moving) = over_blocks(block, (q, tq, do, eo), bias, k.shape[1], arrays=2)
-    dtk, dtv = (None, None) if moving is None else moving
-    dk, dv, dtk, dtv = jax.tree.map(lambda x: x.astype(k.dtype), (dk, dv, dtk, dtv))
+    queries, keys = (q, tq, do, eo), (k, v, tk, tv)
+    (dq, dtq), summed = over_blocks(block, queries, keys, bias, arrays=2)
+    dk, dv, dtk, dtv = jax.tree.map(lambda x: x.astype(k.dtype), summed)
     return dq, dk, dv, dtq, dtk, dtv
 
 

@@ -1,16 +1,16 @@
 """Attention by Pallas kernels, on the mesh for which a program is traced."""
 
-import math
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from gadjax.ops import pallas_gpu, pallas_tpu
 from gadjax.ops.dual_attention import kept, shared
-from gadjax.ops.placement import SAMPLES, placed
+from gadjax.ops.placement import parts, placed, shares
+from gadjax.ops.spread import spread
 
 MODULES = {"tpu": pallas_tpu, "gpu": pallas_gpu}
 
@@ -21,43 +21,27 @@ class Kernels(NamedTuple):
     module: ModuleType
     mesh: Mesh
 
-    def spread(self, f, bias, *given):
-        """f(bias, *given) of arrays [B, N, H, K] and [B, H, N], on every device for its own samples
-        and heads: the compiler cannot cut a kernel."""
-        heads = given[0].shape[2]
-        split = "tensor" if heads % self.mesh.shape["tensor"] == 0 else None
-
-        def place(x):
-            return PartitionSpec(SAMPLES, *((None, split) if x.ndim == 4 else (split,)))
-
-        def row(x):  # broadcasts to [B, H, N, M]
-            batch, heads, *_ = x.shape
-            return PartitionSpec(SAMPLES if batch > 1 else None, split if heads > 1 else None)
-
-        inside = jax.tree.map(row, bias), *jax.tree.map(place, given)
-        outside = jax.tree.map(place, jax.eval_shape(f, bias, *given))
-        on_each = jax.shard_map(
-            f, mesh=self.mesh, in_specs=inside, out_specs=outside, check_vma=False
-        )
-        return on_each(bias, *given)
-
 
 def kernels_for(q, k, bias) -> Kernels | None:
     """Those that take these queries, keys and bias, where the program's devices have any."""
     place = placed.value
     if place is None or not place.kernels:
         return None
-    shares = math.prod(place.mesh.shape[axis] for axis in SAMPLES)
-    module = MODULES[place.kernels]
-    if q.shape[0] % shares or not module.supported(q, k, bias):
+    module, mesh = MODULES[place.kernels], place.mesh
+    batch, positions, *rest = q.shape
+    part = jax.ShapeDtypeStruct((batch, positions // parts(mesh, positions), *rest), q.dtype)
+    if batch % shares(mesh) or not module.supported(part, k, bias):
         return None
-    return Kernels(module, place.mesh)
+    return Kernels(module, mesh)
 
 
 def value_by(kernels: Kernels, q, k, v, bias):
     """Attention [B, N, H, K]; for reverse mode alone, once."""
-    found = kernels.spread(lambda bias, q, k, v: kernels.module.value(q, k, v, bias), bias, q, k, v)
-    return kept(found)
+
+    def run(queries, keys, bias):
+        return kernels.module.value(*queries, *keys, bias), ()
+
+    return kept(spread(run, kernels.mesh, (q,), (k, v), bias)[0])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -84,26 +68,31 @@ def one_value(f):
 
 
 def _forward(kernels, q, k, v, bias, tq, tk, tv):
-    def run(bias, q, k, v, tq, tk, tv):
-        return kernels.module.dual(q, k, v, bias, tq, tk, tv)
+    def run(queries, keys, bias):
+        (q, tq), (k, v, tk, tv) = queries, keys
+        return kernels.module.dual(q, k, v, bias, tq, tk, tv), ()
 
     @one_value
     def dual(operands, tangents):
-        q, k, v, bias = operands
-        return kernels.spread(run, bias, q, k, v, *tangents)
+        (q, k, v, bias), (tq, tk, tv) = operands, tangents
+        return spread(run, kernels.mesh, (q, tq), (k, v, tk, tv), bias)[0]
 
     saved = kept(dual((q, k, v, bias), (tq, tk, tv)))
     return tuple(x.astype(v.dtype) for x in saved[:2]), (q, k, v, bias, tq, tk, tv, saved)
 
 
 def _backward(kernels, given, cotangents):
-    def run(bias, *others):
-        do, eo, q, k, v, *rest = others
-        return kernels.module.dual_transpose(do, eo, q, k, v, bias, *rest)
+    def run(queries, keys, bias):
+        (do, eo, q, tq, *saved), (k, v, tk, tv) = queries, keys
+        found = kernels.module.dual_transpose(do, eo, q, k, v, bias, tq, tk, tv, *saved)
+        dq, dk, dv, dtq, dtk, dtv = found
+        return (dq, dtq), (dk, dv, dtk, dtv)
 
     @shared
-    def transpose(do, eo, q, k, v, bias, *rest):
-        return kernels.spread(run, bias, do, eo, q, k, v, *rest)
+    def transpose(do, eo, q, k, v, bias, tq, tk, tv, *saved):
+        queries, keys = (do, eo, q, tq, *saved), (k, v, tk, tv)
+        (dq, dtq), (dk, dv, dtk, dtv) = spread(run, kernels.mesh, queries, keys, bias)
+        return dq, dk, dv, dtq, dtk, dtv
 
     *operands, saved = given
     dq, dk, dv, *moving = transpose(*cotangents, *operands, *saved)

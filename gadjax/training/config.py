@@ -24,7 +24,8 @@ def default_config() -> ConfigDict:
             "steps": 1000,  # student updates
             "batch": 32,  # global
             "microbatch": 0,  # global too; 0: the whole batch at once
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that others leave
+            # -1: the devices that others leave. sequence: that share the positions of a sample
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1},
             "dtype": "float32",  # what networks compute in; parameters are float32
             "remat": "block",  # computed again in reverse: none, attention (all but that), block
             "attention": "auto",  # Pallas kernels on TPUs; jnp: never; pallas: on GPUs as well
@@ -61,7 +62,8 @@ def default_config() -> ConfigDict:
                 "length": 120,  # text tokens
             },
             "checkpoint": {"every": 500, "keep": 3},
-            "log": {"every": 10},
+            # trackers: some of wandb, trackio; TensorBoard is written where tensorflow is there
+            "log": {"every": 10, "trackers": (), "project": "gadjax"},
             "preview": {"every": 500, "prompts": 8, "scale": 3},
             "stop_after_bad": 3,  # non-finite updates in a row
         }

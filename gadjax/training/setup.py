@@ -19,6 +19,7 @@ from gadjax.geometry import tangent
 from gadjax.models.module import cast, kept_of, overlay
 from gadjax.objectives import TERMS, build
 from gadjax.ops.kernels import MODULES
+from gadjax.ops.placement import POSITIONS
 from gadjax.pipeline import Pipeline, load_pipeline, outline_pipeline, random_like
 from gadjax.sampling import sampler_and_times
 from gadjax.training.data import WITH_PICTURES, open_data
@@ -73,6 +74,7 @@ def prepare(
     check_offload(config.offload, objective.needs.distils)
     read = outline_pipeline if abstract else load_pipeline
     pipeline, params = read(assets.resolve(config.teacher), dtype=dtype, remat=remat)
+    check_sequence(pipeline, mesh)
     sampling = sampling_of(config)
     if pipeline.sampler.renoises:
         raise InputError(
@@ -242,6 +244,16 @@ def kernels_of(choice: str, mesh: Mesh) -> str:
         )
     # Those for GPUs have not been run on one.
     return platform if choice == "pallas" or choice == "auto" and platform == "tpu" else ""
+
+
+def check_sequence(pipeline: Pipeline, mesh: Mesh) -> None:
+    """Raises: InputError for a network that does not take a sample on several devices."""
+    module = pipeline.folder.components[pipeline.body].module
+    if mesh.shape[POSITIONS] > 1 and (why := getattr(module, "WHOLE", "")):
+        raise InputError(
+            f"mesh.sequence: found {mesh.shape[POSITIONS]}; expected 1 for a "
+            f"{module.CLASS_NAMES[0]}, {why}"
+        )
 
 
 def check_offload(names: Sequence[str], distils: bool) -> None:

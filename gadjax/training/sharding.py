@@ -6,21 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gadjax.errors import InputError
-from gadjax.ops.placement import SAMPLES
+from gadjax.ops.placement import POSITIONS, SAMPLES, shares
 
-AXES = ("data", "fsdp", "tensor")
+AXES = (*SAMPLES, "tensor", POSITIONS)
 SMALL = 2**16  # elements below which a leaf that no rule names is replicated
 HOST = "pinned_host"  # JAX's name for the host's memory
 HEADS = ((r"(^|/)discriminator/", PartitionSpec()),)  # of a training state, beside its networks
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh; a size of -1 takes what the others leave. Of several TPU slices
-    each holds whole shares of `data`, so that only the sum of gradients goes from slice to slice.
+    """A (data, fsdp, tensor, sequence) mesh; a size of -1 takes what the others leave. Of several
+    TPU slices each holds whole shares of `data`, so that only the sum of gradients goes from slice
+    to slice.
 
     Raises: InputError where the sizes do not multiply to the number of devices, with a size that
     would.
@@ -43,7 +45,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             "which the network is slow"
         )
     if slices > 1:
-        inner, outer = (wanted[0] // slices, *wanted[1:]), (slices, 1, 1)
+        inner, outer = (wanted[0] // slices, *wanted[1:]), (slices, 1, 1, 1)
         placed = create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     else:
         placed = create_device_mesh(wanted, devices, allow_split_physical_axes=True)
@@ -128,9 +130,28 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST), tree)
 
 
+def put(tree: Any, places: Any) -> Any:
+    """Arrays that every process has whole, on their places of the mesh."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places)
+
+    def one(x, place):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+    return jax.tree.map(one, tree, places)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis over all devices but those that share samples."""
     return NamedSharding(mesh, PartitionSpec(SAMPLES))
+
+
+def rows_here(sharding: NamedSharding, size: int) -> tuple[int, int]:
+    """From and to which row of a batch the devices of this process hold samples."""
+    parts = sharding.addressable_devices_indices_map((size,)).values()
+    begins, ends, _ = zip(*(part[0].indices(size) for part in parts), strict=True)
+    return min(begins), max(ends)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -141,10 +162,9 @@ def check_batch(batch: int, microbatch: int, mesh: Mesh) -> int:
     """The number of microbatches. Raises: InputError where the mesh does not divide one."""
     if microbatch <= 0 or batch % microbatch:
         raise InputError(f"microbatch: found {microbatch}; expected a divisor of batch ({batch})")
-    shares = math.prod(mesh.shape[axis] for axis in SAMPLES)
-    if microbatch % shares:
+    if microbatch % (count := shares(mesh)):
         raise InputError(
-            f"microbatch: found {microbatch}; expected a multiple of the mesh's {shares} shares "
+            f"microbatch: found {microbatch}; expected a multiple of the mesh's {count} shares "
             f"({' x '.join(SAMPLES)})"
         )
     return batch // microbatch

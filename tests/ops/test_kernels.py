@@ -92,16 +92,16 @@ def test_what_kernels_do_not_take_goes_without(place, monkeypatch):
     assert not place.calls
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_step_of_four_tpus_compiles_with_them(count):
+@pytest.mark.parametrize("count,axis", [(1, "tensor"), (2, "tensor"), (2, "sequence")])
+def test_a_step_of_four_tpus_compiles_with_them(count, axis):
     """Through scan, recomputation and jax.shard_map, for chips that are not here."""
     pytest.importorskip("libtpu")
     from gadjax.models.module import scan_blocks
     from gadjax.training.hardware import find_topology
 
-    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, find_topology("v5e:2x2").devices())
+    mesh = make_mesh({"data": 1, "fsdp": 2, axis: 2}, find_topology("v5e:2x2").devices())
     shape = jax.ShapeDtypeStruct(
-        (2, 256, 2, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(SAMPLES))
+        (2, 512, 2, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(SAMPLES))
     )
     layers = jax.ShapeDtypeStruct(
         (2, 64, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp"))

@@ -8,6 +8,7 @@ from gadjax.models import layers
 from gadjax.models.mmdit.config import Config
 from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
+from gadjax.ops.placement import whole
 
 EPS = 1e-6  # of every norm
 
@@ -91,14 +92,12 @@ class Block(nnx.Module):
             shift_text, scale_text, *rest = self.norm1_context(emb_B1D)
         normed = layers.layer_norm(x_BND, EPS)
         normed_text = layers.layer_norm(text_BLD, EPS)
-        pairs = zip(
-            self.attn(modulate(normed, shift, scale)),
-            self.attn_context(modulate(normed_text, shift_text, scale_text)),
-            strict=True,
-        )
-        mixed = attention(*(jnp.concatenate(pair, axis=1) for pair in pairs))
-        count = x_BND.shape[1]
-        x_BND = x_BND + gate * self.attn.back(mixed[:, :count])
+        q, *own = self.attn(modulate(normed, shift, scale))
+        q_text, *others = self.attn_context(modulate(normed_text, shift_text, scale_text))
+        # Each stream's queries by themselves: together no mesh would divide their positions. Keys
+        # come to every device before they are joined, or all would change places.
+        k, v = (jnp.concatenate(whole(pair), axis=1) for pair in zip(own, others, strict=True))
+        x_BND = x_BND + gate * self.attn.back(attention(q, k, v))
         if self.dual:
             shift, scale, gate = again
             alone = attention(*self.attn2(modulate(normed, shift, scale)))
@@ -108,6 +107,6 @@ class Block(nnx.Module):
         if self.last:
             return x_BND, text_BLD
         gate, shift_ff, scale_ff, gate_ff = rest
-        text_BLD = text_BLD + gate * self.attn_context.back(mixed[:, count:])
+        text_BLD = text_BLD + gate * self.attn_context.back(attention(q_text, k, v))
         normed = modulate(layers.layer_norm(text_BLD, EPS), shift_ff, scale_ff)
         return x_BND, text_BLD + gate_ff * self.ff_context(normed)

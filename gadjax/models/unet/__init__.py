@@ -5,12 +5,13 @@ from gadjax.models.unet.keymap import KEYMAP
 from gadjax.models.unet.net import build
 from gadjax.models.unet.predict import extras, features, predictor
 from gadjax.models.unet.prompts import prompts
-from gadjax.models.unet.rules import RULES
+from gadjax.models.unet.rules import RULES, WHOLE
 
 __all__ = [
     "CLASS_NAMES",
     "KEYMAP",
     "RULES",
+    "WHOLE",
     "Config",
     "build",
     "extras",

@@ -1,0 +1,120 @@
+"""A mesh with an axis of positions: what its devices exchange, and who refuses it."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+
+from gadjax.errors import InputError
+from gadjax.geometry import tangent
+from gadjax.models import pixart, unet
+from gadjax.models.module import functional
+from gadjax.ops.placement import Placement, placed
+from gadjax.training.sharding import AXES, batch_sharding, make_mesh, shapes_at, shardings
+
+LENGTH, TEXT, LATENT = 5, 8, 32
+CONFIG = pixart.Config(
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=2,
+    sample_size=LATENT,
+    caption_channels=TEXT,
+)
+
+
+def tangent_program():
+    """A loss of a tangent and its gradient where four devices share every sample's positions."""
+    net = functional(pixart.build(CONFIG))
+    mesh = make_mesh({"sequence": 4}, jax.devices()[:4])
+
+    def loss(params, x, v, text):
+        def call(x):
+            return net.apply(params, x, jnp.full(len(x), 500.0), text, jnp.ones(text.shape[:2]))
+
+        return sum(jnp.mean(y**2) for y in tangent(call, x, v))
+
+    shapes = (2, LATENT, LATENT, 4), (2, LATENT, LATENT, 4), (2, LENGTH, TEXT)
+    arrays = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=batch_sharding(mesh)) for s in shapes]
+    params = shapes_at(net.abstract, shardings(net.abstract, pixart.RULES, mesh))
+    with placed(Placement(mesh)):
+        return jax.jit(jax.grad(loss)).lower(params, *arrays).compile()
+
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)\("
+)
+
+
+def test_only_keys_and_values_leave_a_share_of_positions(tmp_path):
+    """And what is summed over positions: gradients of parameters and of what a sample is told."""
+    flags = (
+        "--xla_force_host_platform_device_count=4",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+    env = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    out = tmp_path / "program.hlo"
+    command = [sys.executable, __file__, str(out)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = out.read_text()
+    tokens, found = (LATENT // 2) ** 2, COLLECTIVE.findall(text)
+    gathered = [shape for shape, kind in found if kind == "all-gather"]
+    keys = f"f32[2,{tokens},2,8]"
+    # Keys, values and their tangents, once forward and once in reverse, in a loop over blocks.
+    assert len(gathered) == 8 and all(shape.startswith(keys) for shape in gathered)
+    assert sum(kind == "reduce-scatter" for _, kind in found) == 4
+    others = " ".join(shape for shape, kind in found if kind != "all-gather")
+    assert {kind for _, kind in found} == {"all-gather", "all-reduce", "reduce-scatter"}
+    sizes = [math.prod(map(int, x.split(","))) for x in re.findall(r"\[([\d,]+)\]", others)]
+    assert max(sizes) <= 2 * tokens * 16 / 4
+    # Nothing but keys and values has all positions of a sample.
+    whole = set(re.findall(rf"\w+\[2,{tokens},[\d,]*\]", text))
+    assert whole <= {keys}, whole
+
+
+UNET = "mesh.sequence: found 2; expected 1 for a UNet2DConditionModel, whose convolutions"
+
+
+def test_a_unet_has_a_sample_on_one_device():
+    from gadjax.training.setup import check_sequence
+
+    def pipeline(module):
+        components = {"body": SimpleNamespace(module=module)}
+        return SimpleNamespace(body="body", folder=SimpleNamespace(components=components))
+
+    one, two = (AbstractMesh((1, 1, 1, n), AXES) for n in (1, 2))
+    check_sequence(pipeline(unet), one)
+    check_sequence(pipeline(pixart), two)
+    with pytest.raises(InputError, match=UNET):
+        check_sequence(pipeline(unet), two)
+
+
+@pytest.mark.slow  # has diffusers make a pipeline
+def test_a_run_of_a_unet_is_refused_before_it_begins(tmp_path):
+    from families import make
+
+    from gadjax.training.config import default_config
+    from gadjax.training.setup import prepare
+
+    (tmp_path / "prompts.txt").write_text("red circle\n")
+    config = default_config()
+    config.teacher = str(make("sd15", tmp_path / "sd15"))
+    config.data.prompts = str(tmp_path / "prompts.txt")
+    config.objective = {"dmd": {}}
+    config.mesh.sequence = 2
+    with pytest.raises(InputError, match=UNET):
+        prepare(config, devices=jax.devices()[:1] * 2)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(tangent_program().as_text())
