@@ -10,6 +10,7 @@ WORKER = """
 import os, signal, sys
 from pathlib import Path
 from gadjax.errors import InputError, RunStopped
+from gadjax.training import processes
 from gadjax.training.processes import Leaving, agree, check_devices, join, together
 
 join()
@@ -32,6 +33,8 @@ show("asked", lambda: check_devices(16))
 show("same", lambda: agree({"lr": 1}, Path("run")))
 show("config", lambda: agree({"lr": number}, Path("run")))
 show("workdir", lambda: agree({"lr": 1}, Path(f"run{number}")))
+processes._code = lambda: f"print({number})"
+show("code", lambda: agree({"lr": 1}, Path("run")))
 show("all", lambda: together(lambda: "fine"))
 show("one", lambda: together(fail))
 with Leaving() as leaving:
@@ -72,11 +75,18 @@ def test_processes_that_run_the_same_agree(said):
     assert [words["same"] for words in said] == ["None"] * 2
 
 
-@pytest.mark.parametrize("name", ["config", "workdir"])
-def test_processes_that_differ_all_end(said, name):
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("config", "another config"),
+        ("workdir", "another workdir"),
+        ("code", "other code of gadjax"),
+    ],
+)
+def test_processes_that_differ_all_end(said, name, what):
     for number, words in enumerate(said):
         assert words[name].startswith(
-            f"InputError: process {1 - number}: found another {name} than on process {number}"
+            f"InputError: process {1 - number}: found {what} than on process {number}"
         )
 
 

@@ -45,7 +45,8 @@ def read(workdir, part, step=None):
 
 
 def losses(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    file = workdir / "metrics.jsonl"
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
     return {line["step"]: line["student/loss"] for line in lines}
 
 
@@ -68,9 +69,9 @@ def test_two_processes_do_what_one_does(run, two, tmp_path):
         assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(way)
 
 
-def wait_for(path, processes, timeout=300):
+def wait_for(there, processes, timeout=300):
     deadline = time.monotonic() + timeout
-    while not path.exists():
+    while not there():
         assert all(p.poll() is None for p in processes) and time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -78,7 +79,7 @@ def wait_for(path, processes, timeout=300):
 def test_a_killed_process_ends_the_other_and_both_go_on_to_the_bit(run, two, tmp_path):
     workdir = tmp_path / "killed"
     processes = run(workdir, 2, "--config.steps=4000")
-    wait_for(workdir / "checkpoints" / "2", processes)
+    wait_for((workdir / "checkpoints" / "2").exists, processes)
     processes[1].send_signal(signal.SIGKILL)
     begin = time.monotonic()
     codes = end(processes)
@@ -95,7 +96,7 @@ def test_a_killed_process_ends_the_other_and_both_go_on_to_the_bit(run, two, tmp
 def test_both_save_and_leave_when_one_is_told(run, two, tmp_path, kind):
     workdir = tmp_path / "told"
     processes = run(workdir, 2, "--config.steps=4000", "--config.checkpoint.every=1000")
-    wait_for(workdir / "run.json", processes)  # after the first step
+    wait_for(lambda: len(losses(workdir)) > 1, processes)  # all have compiled
     processes[1].send_signal(kind)
     begin = time.monotonic()
     assert end(processes) == [0, 0]
@@ -127,7 +128,7 @@ def test_others_go_on_with_the_same_prompts_and_noises(run, two, tmp_path, name)
 def test_two_runs_in_one_workdir(run, two, tmp_path):
     workdir = tmp_path / "shared"
     first = run(workdir, 2, "--config.steps=4000")
-    wait_for(workdir / "run.json", first)
+    wait_for((workdir / "run.json").exists, first)
     second = run(workdir, 1, "--config.steps=4000")
     output = second[0].communicate(timeout=300)[0]
     assert second[0].returncode == 2 and "another run that writes to it" in output
