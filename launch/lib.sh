@@ -134,16 +134,24 @@ agree_on_devices() {
         fail "DEVICES: found $DEVICES; expected $devices, as many as $1 has"
 }
 
-# shared_folder: WORKDIR as the hosts see it, gs://BUCKET/DIR being mounted at MOUNT.
-shared_folder() {
+# check_shared: WORKDIR is one that all hosts reach: a bucket, or a folder below MOUNT.
+check_shared() {
+    WORKDIR=${WORKDIR%/}
     case $WORKDIR in
-        gs://*/?*)
-            local inside=${WORKDIR#gs://*/}
-            printf '%s\n' "$MOUNT/${inside%/}"
-            ;;
-        "$MOUNT"/?*) printf '%s\n' "${WORKDIR%/}" ;;
+        gs://*/?* | "$MOUNT"/?*) ;;
         *) fail "WORKDIR: found $WORKDIR; expected gs://BUCKET/DIR, or a folder below $MOUNT" ;;
     esac
+}
+
+# on_share MOUNT WORKDIR: this host reaches it, and keeps what it compiles beside it.
+on_share() {
+    if [[ $2 == gs://* ]]; then
+        python -c 'import gcsfs' 2> /dev/null || fail "gcsfs: found nothing of this name on" \
+            "$HOSTNAME; expected it, for $2 (pip install 'gadjax[gcs]')"
+    else
+        need_mount "$1"
+    fi
+    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-${2%/*}/compiled}
 }
 
 # need_mount FOLDER: it is one that this host shares, and not its own disk.
@@ -176,7 +184,13 @@ gpu_environment() {
 
 # said WORKDIR: its status.json, if there is one.
 said() {
-    [ ! -r "$1/status.json" ] || cat "$1/status.json"
+    if [[ $1 == gs://* ]]; then
+        python -c 'import sys; from gadjax.storage import as_path
+path = as_path(sys.argv[1]) / "status.json"
+print(path.read_text() if path.exists() else "", end="")' "$1"
+    elif [ -r "$1/status.json" ]; then
+        cat "$1/status.json"
+    fi
 }
 
 # word STATUS.JSON: running, done, preempted or stopped.

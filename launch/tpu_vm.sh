@@ -14,15 +14,15 @@
 # PROJECT ZONE NAME     where, and the name of the queued resource and of its nodes
 # TPU_TYPE, NUM_SLICES  what, and how many of it (1)
 # RUNTIME               software of the VMs (by TPU_TYPE)
+# WORKDIR               gs://BUCKET/DIR, or a folder below MOUNT
 # MOUNT                 what all hosts have mounted, by you (/gcs): Filestore, or a bucket
-# WORKDIR               a folder below MOUNT, or gs://BUCKET/DIR where the bucket is mounted there
 # CONFIG                FILE[:variant]
 # LOGS                  folder here for what gcloud and the hosts say (runs/NAME.logs)
 # GRACE                 seconds that stop waits for the run to save (180)
 #
 # --dry-run prints the commands. A run goes on when this machine does not; each host keeps its logs
-# in WORKDIR.logs, by its name, and its exit code for status. A spot TPU that was taken away:
-# delete, create, install, train; the run resumes.
+# in WORKDIR.logs, by its name (of a bucket: in its own ~/gadjax.logs), and its exit code for
+# status. A spot TPU that was taken away: delete, create, install, train; the run resumes.
 # Tested: the commands and their quoting, refusals, what a host does with train, status and stop.
 # Needs hardware: gcloud, TPUs, install.
 set -euo pipefail
@@ -40,17 +40,17 @@ host_install() {
     python3 -m pip install --quiet --user uv
     local uv=$HOME/.local/bin/uv
     "$uv" venv --quiet --allow-existing --python 3.11 .venv
-    "$uv" pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+    "$uv" pip install --quiet --python .venv/bin/python --editable '.[tpu,gcs]'
     echo "$HOSTNAME: installed"
 }
 
 # host train MOUNT WORKDIR train ...: starts it and returns.
 host_train() {
     local logs=$2.logs/$HOSTNAME
+    [[ $2 != gs://* ]] || logs=$HOME/gadjax.logs/$HOSTNAME # a log is added to, which no bucket can
     ! alive || fail "$HOSTNAME: found a run that goes on (process $pid); expected none (stop it)"
     need_tool gadjax "tpu_vm.sh install"
-    need_mount "$1"
-    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$1/compiled}
+    on_share "$1" "$2"
     mkdir -p "$state" "$logs"
     rm -f "$state/code"
     setsid bash launch/tpu_vm.sh host watch gadjax launch --logs "$logs" -- "${@:3}" \
@@ -156,16 +156,16 @@ gadjax.tgz -C gadjax && bash gadjax/launch/tpu_vm.sh host install"
         ;;
     train)
         check_type
-        folder=$(shared_folder)
-        train_arguments "$folder" "$devices"
-        on_hosts train "$MOUNT" "$folder" "${train[@]}"
+        check_shared
+        train_arguments "$WORKDIR" "$devices"
+        on_hosts train "$MOUNT" "$WORKDIR" "${train[@]}"
         ;;
     status)
-        folder=$(shared_folder)
+        check_shared
         resources describe "$NAME" --format='value(state.state)'
         on_hosts status
         resources ssh "$NAME" --node=0 --worker=0 \
-            --command="gadjax/.venv/bin/gadjax status $(printf %q "$folder")"
+            --command="gadjax/.venv/bin/gadjax status $(printf %q "$WORKDIR")"
         ;;
     stop) on_hosts stop "$GRACE" ;;
     delete) resources delete "$NAME" --force --quiet ;;

@@ -54,9 +54,9 @@ def test_gke_prints_the_workload_and_runs_nothing(bench):
         "termination-grace-period-seconds": "180",
     }
     assert command[:5] == ["exec", "bash", "launch/tpu_gke.sh", "pod", "/gcs"]
-    expected = train("/gcs/runs/pixart", 32, HOSTILE, "--config.a=")
+    expected = train("gs://bucket/runs/pixart", 32, HOSTILE, "--config.a=")
     expected[2] += ":tdm"
-    assert command[5:] == ["/gcs/runs/pixart", *expected]
+    assert command[5:] == ["gs://bucket/runs/pixart", *expected]
     assert bench.calls == [] and not bench.logs.exists()
 
 

@@ -1,6 +1,7 @@
 """What happens on TPU hosts, in pods and on one machine of GPUs."""
 
 import shlex
+import shutil
 import signal
 import subprocess
 
@@ -114,6 +115,27 @@ def test_a_pod_says_whether_to_start_again(bench, before, after, code, told):
     bench.run("tpu_gke.sh", "pod", "/proc", str(workdir), *train("w", 4, HOSTILE), code=told)
     assert bench.calls[0][:3] == ["gadjax", "launch", "--logs"]
     assert bench.calls[0][5:] == train("w", 4, HOSTILE)
+
+
+def test_a_pod_asks_a_bucket_how_the_run_stands(bench):
+    store = "gs://bucket/runs/pixart"
+    bench.programs("gadjax", code=1)
+    asked = bench.folder / "asked"
+    read = f"""if [ "$2" != 'import gcsfs' ]; then
+    echo "status of $3" >> {asked}
+    printf '{{"status": "running", "time": %s}}' $(wc -l < {asked})
+fi"""
+    bench.program("python", read, "exit 0")
+    (bench.bin / "wc").symlink_to(shutil.which("wc"))
+    bench.run("tpu_gke.sh", "pod", "/nowhere", store, *train(store, 4), code=143)
+    assert asked.read_text() == f"status of {store}\n" * 2  # before the run and after it
+
+
+def test_a_bucket_wants_its_client(bench):
+    bench.programs("gadjax")
+    bench.programs("python", code=1)
+    _, err = bench.run("tpu_gke.sh", "pod", "/nowhere", "gs://bucket/run", "train", code=2)
+    assert "gadjax[gcs]" in err and "gadjax" not in [call[0] for call in bench.calls]
 
 
 def test_a_pod_hands_term_on_and_waits(bench):
