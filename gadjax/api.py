@@ -21,6 +21,7 @@ from gadjax.models.module import cast
 from gadjax.objectives import TERMS, Term, as_config
 from gadjax.pipeline import load_pipeline, make_pipeline, resized
 from gadjax.sampling import draw, initial_noise
+from gadjax.storage import as_path, is_remote
 from gadjax.students import known_student
 from gadjax.training.config import changed_config, default_config
 from gadjax.training.export import export
@@ -52,14 +53,15 @@ def load(
     recipe: str | None = None,
 ) -> Model:
     """Read a pipeline folder (diffusers' or gadjax's own), a workdir of `gadjax train` (its moving
-    average), or "asset:NAME" of what is bundled.
+    average; gs:// as well), or "asset:NAME" of what is bundled.
 
     dtype: that networks compute in. variant: of the weights' files, such as fp16. recipe: how it is
     sampled, by a name of gadjax.students.KNOWN, where the folder does not say so itself.
     Raises: InputError for whatever is wrong with it.
     """
-    source, compute = resolve(str(name)), compute_dtype(dtype)
-    trained = read_trained(source) if is_workdir(source) else None
+    compute, remote = compute_dtype(dtype), is_remote(name)
+    source = as_path(name, "model") if remote else resolve(str(name))
+    trained = read_trained(source) if remote or is_workdir(source) else None
     folder = trained.teacher if trained else source
     pipeline, params = load_pipeline(folder, dtype=compute, variant=variant)
     sampling = trained.sampling if trained else read_sampling(source, pipeline.sampling)
@@ -199,7 +201,7 @@ def _source(teacher: Model | str | Path) -> Path:
 @contextmanager
 def _folder(workdir: str | Path | None):
     if workdir is not None:
-        yield Path(workdir)
+        yield as_path(workdir, "workdir")
         return
     with tempfile.TemporaryDirectory(prefix="gadjax-") as folder:
         yield Path(folder) / "run"
@@ -210,6 +212,8 @@ def _prompts(prompts: str | Path | Sequence[str], run: Path) -> str:
     is resumed with others is refused."""
     if isinstance(prompts, str | Path):
         return str(prompts)
+    if is_remote(run):
+        raise InputError(f"prompts: found texts; expected a file of them beside {run}")
     text = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
     path = run.with_name(f"{run.name}-prompts-{zlib.crc32(text.encode()):08x}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "assets": set(),
+    "storage": {"errors"},
     "schedules": {"errors"},
     "parameterization": {"errors", "schedules", "types"},
     "geometry": {"errors", "ops"},

@@ -13,12 +13,13 @@ from gadjax.cli.output import check_least, storage, storage_dtype
 from gadjax.convert.export import note_verified, verified_text
 from gadjax.convert.recipe import FILE
 from gadjax.errors import InputError
+from gadjax.storage import as_path
 from gadjax.training.export import export
 from gadjax.training.workdir import read_trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=Path, help="of gadjax train")
+    parser.add_argument("--workdir", help="of gadjax train")
     parser.add_argument("--out", type=Path, help="new folder")
     parser.add_argument(
         "--ema",
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{flag}: found nothing; expected a folder")
     check_least("--step", args.step, 0)
     dtype, part = storage_dtype(args.dtype), "ema" if args.ema else "student"
-    trained = read_trained(args.workdir, part, args.step)
+    trained = read_trained(as_path(args.workdir), part, args.step)
     with storage(args.out):
         verified = export(
             trained,

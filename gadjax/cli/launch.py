@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from gadjax.errors import InputError
+from gadjax.storage import as_path, is_remote
 from gadjax.supervisor import Limits, supervise
 
 
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     workdir = _workdir(train)
     logs = args.logs
     if args.processes > 1 and logs is None:
-        logs = workdir / "logs" if workdir else Path(tempfile.mkdtemp(prefix="gadjax-logs-"))
+        local = workdir and not is_remote(workdir)
+        logs = workdir / "logs" if local else Path(tempfile.mkdtemp(prefix="gadjax-logs-"))
     if logs:
         try:
             logs.mkdir(parents=True, exist_ok=True)
@@ -62,8 +64,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _workdir(arguments: list[str]) -> Path | None:
-    """What train will take for --workdir, where that is on this machine."""
+    """What train will take for --workdir."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--workdir", nargs="?")
     workdir = parser.parse_known_args(arguments)[0].workdir
-    return Path(workdir) if workdir and "://" not in workdir else None
+    return as_path(workdir) if workdir else None

@@ -2,11 +2,10 @@
 
 import argparse
 import json
-from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("workdir", type=Path, metavar="WORKDIR")
+    parser.add_argument("workdir", metavar="WORKDIR", help="folder, or gs://BUCKET/...")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the block")
 
 

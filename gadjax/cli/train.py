@@ -1,13 +1,13 @@
 """Distil a student (or train a teacher) until the config's steps; run again to resume."""
 
 import argparse
-from pathlib import Path
 
+from gadjax.storage import as_path, reach
 from gadjax.training.config import read_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", required=True, help="folder, or gs://BUCKET/...")
     parser.add_argument("--devices", type=int, help="how many all processes must have together")
     parser.add_argument(
         "--profile", metavar="START:N", help="trace N steps after START into WORKDIR/profile"
@@ -17,11 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     config = read_config(rest)  # before anything heavy is imported
+    workdir = as_path(args.workdir)
+    reach(workdir, write=True)
     from gadjax.training.loop import train
     from gadjax.training.processes import join
     from gadjax.training.profile import parse_profile
 
     profile = parse_profile(args.profile, config.steps) if args.profile is not None else None
     join()
-    train(config, args.workdir, args.devices, profile)
+    train(config, workdir, args.devices, profile)
     return 0

@@ -32,7 +32,7 @@ def check_target(dst: Path, *, overwrite: bool = False, marker: str | None = Non
 def check_apart(out: Path, *sources: Path) -> None:
     """Raises: InputError where writing `out` would replace what is read."""
     target = out.resolve()
-    for source in map(Path.resolve, sources):
+    for source in (source.resolve() for source in sources):
         if target in (source, *source.parents):
             raise InputError(f"{out}: found {source} in it; expected a folder elsewhere")
 

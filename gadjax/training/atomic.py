@@ -3,16 +3,14 @@
 import io
 from pathlib import Path
 
-from gadjax.storage import is_remote, store_errors
+from gadjax.storage import is_remote, put, store_errors
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file that is the old one or the new one at any instant. Raises: OSError."""
     data = data.encode() if isinstance(data, str) else data
     if is_remote(path):
-        with store_errors(path):
-            path.write_bytes(data)  # an object appears when all of it is there
-        return
+        return put(path, data)
     new = path.with_name(f"{path.name}.new")
     new.write_bytes(data)
     new.replace(path)
@@ -34,7 +32,7 @@ class Growing:
         self.file = io.StringIO()
         with store_errors(path):
             try:
-                self.file.write(path.read_text())
+                self.file.write(path.read_bytes().decode())
             except FileNotFoundError:
                 pass
 

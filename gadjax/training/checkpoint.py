@@ -1,8 +1,8 @@
 """Checkpoints: written in the background, sealed against bit rot, restored onto any mesh.
 
-A step is a folder that Orbax commits by a rename. Orbax itself notices no flipped bit, so every
-step carries a seal: the size and the CRC-32 of its files, written just before the rename, so that
-a committed step is a sealed one.
+A step is a folder that Orbax commits by a rename; on an object store, by a last file in it. Orbax
+itself notices no flipped bit, so every step carries a seal: the size and a checksum of its files,
+written just before the commit, so that a committed step is a sealed one.
 """
 
 import logging
@@ -16,7 +16,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from gadjax.errors import InputError, RunStopped
-from gadjax.training.seal import SEAL, find_fault, write_seal
+from gadjax.storage import absolute, faults, is_remote, listing, move
+from gadjax.training.seal import COMMIT, SEAL, find_fault, write_seal
 from gadjax.training.sharding import path_name
 from gadjax.training.state import TrainState
 from gadjax.types import Params
@@ -33,7 +34,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int = 3, keep_every: int | None = None):
         """keep: how many of the newest steps stay; keep_every: steps that stay for good."""
         logging.getLogger("absl").addFilter(_not_orbax_error)
-        self.folder = Path(folder).absolute()
+        self.folder, self.faults = absolute(folder), faults(folder)
         self.saving: int | None = None
         policies = ocp.checkpoint_managers
         kept: list[Any] = [policies.LatestN(keep)]
@@ -68,7 +69,7 @@ class Checkpoints:
         )
         try:
             saved = self.manager.save(step, args=args)
-        except (OSError, ValueError, RuntimeError) as error:
+        except self.faults as error:
             raise self._failed(error) from error
         if not saved:  # Orbax's way of refusing a step older than the newest
             newest = self.manager.latest_step()
@@ -85,7 +86,7 @@ class Checkpoints:
         dtype (Orbax would cast); RunStopped where there are checkpoints but no valid one.
         """
         self.wait()
-        skipped: list[str] = []
+        skipped: list[Path] = []
         first = jax.process_index() == 0  # which reads for the seals; the others follow it
         candidates = _candidates(self.folder, skipped) if first else iter(())
         while (step := _from_first(next(candidates, -1))) >= 0:
@@ -107,19 +108,18 @@ class Checkpoints:
         """Until the last save is committed. Raises: RunStopped where it could not be written."""
         try:
             self.manager.wait_until_finished()
-        except (OSError, ValueError, RuntimeError) as error:
+        except self.faults as error:
             raise self._failed(error) from error
 
     def close(self) -> None:
         """`wait`, and give up the threads."""
         try:
             self.manager.close()
-        except (OSError, ValueError, RuntimeError) as error:
+        except self.faults as error:
             raise self._failed(error) from error
 
     def _seal(self) -> None:
-        """Orbax calls it in the background on process 0, when all files lie in the step's
-        temporary folder (or, on storage that cannot rename, in the final one)."""
+        """Orbax calls it in the background on process 0, after the files, before the commit."""
         temporary = sorted(self.folder.glob(f"{self.saving}.orbax-checkpoint-tmp*"))
         for path in temporary or [self.folder / str(self.saving)]:
             write_seal(path)
@@ -134,16 +134,18 @@ class Checkpoints:
         state = jax.tree_util.tree_map_with_path(lambda p, _: names[path_name(p)], abstract)
         return state, found["meta"]
 
-    def _set_aside(self, skipped: list[str]) -> None:
+    def _set_aside(self, skipped: list[Path]) -> None:
         if not _from_first(len(skipped)):
             return
         if jax.process_index() == 0:
-            (self.folder / ASIDE).mkdir(exist_ok=True)
-            for path in map(Path, skipped):
-                place, copy = self.folder / ASIDE / path.name, 1
+            remote = is_remote(self.folder)  # where Orbax removes what is not a committed step
+            aside = (self.folder.parent if remote else self.folder) / ASIDE
+            aside.mkdir(exist_ok=True)
+            for path in skipped:
+                place, copy = aside / path.name, 1
                 while place.exists():
                     place, copy = place.with_name(f"{path.name}.{copy}"), copy + 1
-                path.rename(place)
+                move(path, place)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("gadjax set aside")
         self.manager.reload()
@@ -162,7 +164,7 @@ def read_params(
     Raises: InputError where there is no such checkpoint or part, or where `step` is damaged;
     RunStopped where there are checkpoints but no valid one.
     """
-    folder = Path(folder).absolute()
+    folder = absolute(folder)
     if part not in PARTS:
         raise InputError(f"part: found {part!r}; expected one of {', '.join(PARTS)}")
     steps = _steps(folder)
@@ -171,7 +173,7 @@ def read_params(
         raise InputError(f"{folder}: found {found}; expected {'one' if step is None else step}")
     if step is not None and (fault := find_fault(folder / str(step))):
         raise InputError(f"{folder / str(step)}: found a damaged checkpoint ({fault})")
-    skipped: list[str] = []
+    skipped: list[Path] = []
     for candidate in [step] if step is not None else _candidates(folder, skipped):
         path = folder / str(candidate)
         try:
@@ -240,12 +242,14 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 def _steps(folder: Path) -> list[int]:
     """Committed steps, newest first."""
-    if not folder.is_dir():
-        return []
-    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
+    if is_remote(folder):
+        names = [name.removesuffix(f"/{COMMIT}") for name in listing(folder) if COMMIT in name]
+    else:
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
-def _candidates(folder: Path, skipped: list[str]) -> Iterator[int]:
+def _candidates(folder: Path, skipped: list[Path]) -> Iterator[int]:
     """Steps that do not contradict their seal, newest first; the others go into `skipped`."""
     for step in _steps(folder):
         path = folder / str(step)
@@ -256,12 +260,12 @@ def _candidates(folder: Path, skipped: list[str]) -> Iterator[int]:
             _skip(path, fault, skipped)
 
 
-def _skip(path: Path, fault: str, skipped: list[str]) -> None:
+def _skip(path: Path, fault: str, skipped: list[Path]) -> None:
     log.warning("%s: damaged checkpoint skipped: %s", path, fault)
-    skipped.append(str(path))
+    skipped.append(path)
 
 
-def _skip_unsealed(path: Path, error: Exception, skipped: list[str]) -> None:
+def _skip_unsealed(path: Path, error: Exception, skipped: list[Path]) -> None:
     """A failed restore is damage where there is no seal to say otherwise.
 
     Raises: RunStopped where there is one: the bytes are right, so memory or storage is at fault.
@@ -271,8 +275,8 @@ def _skip_unsealed(path: Path, error: Exception, skipped: list[str]) -> None:
     _skip(path, _line(error), skipped)
 
 
-def _none_valid(folder: Path, skipped: list[str]) -> str:
-    steps = ", ".join(Path(path).name for path in skipped) or "only damaged ones"
+def _none_valid(folder: Path, skipped: list[Path]) -> str:
+    steps = ", ".join(path.name for path in skipped) or "only damaged ones"
     return f"{folder}: found damaged checkpoints ({steps}); expected a valid one"
 
 

@@ -16,6 +16,7 @@ from gadjax.data.source import prefetch
 from gadjax.errors import InputError, RunStopped
 from gadjax.models.module import overlay
 from gadjax.sampling import clean_latent, initial_noise
+from gadjax.storage import tolerant
 from gadjax.training.checkpoint import Checkpoints
 from gadjax.training.claim import LOCK, Claim
 from gadjax.training.compiled import Steps, compile_steps
@@ -147,6 +148,7 @@ def _loop(
                 with clock("checkpoint"):
                     checkpoints.save(done, state, meta)
                 claim.say("running", done)
+                progress.sync()
             if show and (done % config.preview.every == 0 or last):
                 with clock("preview"):
                     progress.image(done, "preview", show(state, done))
@@ -229,5 +231,6 @@ class Preview:
             rows.insert(0, ("teacher", self.teacher))
         picture = grid(rows, None, self.scale)
         if jax.process_index() == 0:
-            save_png(picture, self.folder / f"{step:07d}.png")
+            with tolerant(self.folder):
+                save_png(picture, self.folder / f"{step:07d}.png")
         return np.asarray(picture)

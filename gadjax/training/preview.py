@@ -1,12 +1,13 @@
 """Pictures to look at while training: labelled rows, one column per prompt and noise."""
 
-import os
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from gadjax.errors import InputError
+from gadjax.training.atomic import write_whole
 
 GAP, MARGIN, LINES = 4, 12, 4  # pixels between pictures and around all; lines of a caption
 INK, PALE = (32, 32, 32), (96, 96, 96)
@@ -85,6 +86,6 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a whole file or none."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    write_whole(path, data.getvalue())

@@ -1,6 +1,8 @@
 """Profiles of a few steps, where they are asked for."""
 
 import re
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import jax
 
 from gadjax.errors import InputError
+from gadjax.storage import client, is_remote
 
 PROFILE = "profile"  # folder in the workdir; TensorBoard and xprof open it
 
@@ -35,6 +38,7 @@ class Profile:
     def __init__(self, asked: tuple[int, int] | None, workdir: Path, note: Callable[[str], None]):
         self.steps = None if asked is None else (asked[0], sum(asked))
         self.folder, self.note, self.running = workdir / PROFILE, note, False
+        self.local: Any = self.folder  # the profiler writes on disks only
 
     def at(self, done: int, state: Any) -> None:
         """To be told before every step how many are done, and of the newest state."""
@@ -46,7 +50,9 @@ class Profile:
                 self._stop(done, state)
             elif not self.running and done == start:
                 jax.block_until_ready(state)
-                jax.profiler.start_trace(self.folder)
+                if is_remote(self.folder):
+                    self.local = tempfile.mkdtemp(prefix="gadjax-profile-")
+                jax.profiler.start_trace(self.local)
                 self.running = True
             elif not self.running and done > start:
                 self.steps = None
@@ -64,5 +70,8 @@ class Profile:
     def _stop(self, done: int, state: Any) -> None:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
+        if self.local != self.folder:
+            client().put(f"{self.local}/", f"{self.folder}/", recursive=True)
+            shutil.rmtree(self.local)
         self.note(f"profile of steps {self.steps[0] + 1} to {done}: {self.folder}")
         self.steps, self.running = None, False

@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,10 +15,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from gadjax.errors import RunStopped
-from gadjax.training.atomic import write_whole
-from gadjax.training.goodput import Clock
+from gadjax.storage import is_remote, tolerant
+from gadjax.training.atomic import Growing, write_whole
+from gadjax.training.goodput import GOODPUT, Clock
 from gadjax.training.trackers import Trackers
 from gadjax.types import Params
+
+# An object store is written to at most so often, and for at most this part of the time: a file that
+# grows is uploaded whole, and one that is refused for being busy is asked for again and again.
+PAUSE, PART = 30, 1 / 20
 
 
 class Progress:
@@ -28,7 +33,7 @@ class Progress:
     Metrics are read one step late: when `update` is told of step n, it waits for step n - 1 at
     most, so the device always has work queued. The terminal shows a bar where it is one, and a
     line every `log.every` steps where it is not. A resumed run appends, after dropping the metrics
-    of steps that it will do again.
+    of steps that it will do again. On an object store the files follow with a delay (`sync`).
     """
 
     def __init__(
@@ -48,17 +53,18 @@ class Progress:
         self.total, self.batch, self.every = config.steps, config.batch, max(config.log.every, 1)
         self.pending: tuple[int, dict[str, Any]] | None = None
         self.mark: tuple[int, float] | None = None  # step and time that the rate counts from
-        self.files: dict[str, TextIO] = {}
+        self.files: dict[str, Growing] = {}
+        self.due = 0.0  # when a store is written to again
         self.clock = clock or Clock()
         self.bar = None
         if not self.enabled:
             return
-        self.workdir = Path(workdir)
+        self.workdir = workdir
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             _keep_until(self.workdir / "metrics.jsonl", start)
             for file in ("train.log", "metrics.jsonl"):
-                self.files[file] = (self.workdir / file).open("a", encoding="utf-8")
+                self.files[file] = Growing(self.workdir / file)
         except OSError as error:
             raise _stopped(self.workdir, error) from error
         self.clock.resume(self.workdir, start)
@@ -106,6 +112,25 @@ class Progress:
         else:
             self.bar.write(text, file=sys.stderr)
 
+    def sync(self) -> None:
+        """Bring goodput.json up to date, and in an object store all that was said so far.
+
+        A store that fails is asked again when the next lines are due.
+        """
+        if not self.files:
+            return
+        began = time.monotonic()
+        for file in self.files.values():
+            with tolerant(file.path):
+                file.upload()
+        try:
+            with tolerant(self.workdir / GOODPUT):
+                self.clock.write()
+        except OSError as error:
+            raise _stopped(self.workdir, error) from error
+        now = time.monotonic()
+        self.due = now + max(PAUSE, (now - began) / PART) if is_remote(self.workdir) else 0.0
+
     def close(self) -> None:
         """Report the last step and close the files. A second call does nothing."""
         if not self.files:
@@ -114,7 +139,7 @@ class Progress:
             if self.pending is not None:
                 self._report(*self.pending)
                 self.pending = None
-            self._write_clock()
+            self.sync()
         finally:
             if self.bar is not None:
                 self.bar.close()
@@ -142,7 +167,8 @@ class Progress:
         row["goodput"] = round(self.clock.share(), 4)
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._write("metrics.jsonl", json.dumps(row))
-        self._write_clock()
+        if time.monotonic() >= self.due:
+            self.sync()
         parts = [f"step {step}/{self.total}"]
         parts += [f"{name} {value:.4g}" for name, value in values.items()]
         if rate is not None:
@@ -164,16 +190,9 @@ class Progress:
 
     def _write(self, name: str, line: str) -> None:
         try:
-            self.files[name].write(line + "\n")
-            self.files[name].flush()  # a killed run leaves whole lines
+            self.files[name].add(line)
         except OSError as error:
             raise _stopped(self.workdir / name, error) from error
-
-    def _write_clock(self) -> None:
-        try:
-            self.clock.write()
-        except OSError as error:
-            raise _stopped(self.workdir, error) from error
 
 
 def overview(params: Params) -> str:

@@ -1,17 +1,28 @@
-"""A manifest of a folder's files, against bit rot and truncation."""
+"""A manifest of a folder's files, against bit rot and truncation.
+
+Files of a disk are read for it. An object store sums up its objects itself, and its sums are what
+a seal there holds; a folder that moved from one to the other keeps its sizes to compare.
+"""
 
 import json
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from gadjax.storage import is_remote, listing, put
+
 SEAL = "seal.json"
+COMMIT = "commit_success.txt"  # Orbax's, in a step that was written where nothing is renamed
 # Orbax rewrites these when it commits a folder, and restores without reading them.
-UNSEALED = ("_CHECKPOINT_METADATA", "commit_success.txt", SEAL)
+UNSEALED = ("_CHECKPOINT_METADATA", COMMIT, SEAL)
 
 
 def write_seal(folder: Path) -> None:
     """Write `seal.json`: {file: {size, crc32}} of every file below `folder`."""
+    if is_remote(folder):
+        found = sorted(listing(folder).items())
+        seal = {name: entry for name, entry in found if name.rpartition("/")[2] not in UNSEALED}
+        return put(folder / SEAL, (json.dumps(seal, indent=1) + "\n").encode())
     files = sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
@@ -25,7 +36,7 @@ def write_seal(folder: Path) -> None:
 
 def find_fault(folder: Path) -> str | None:
     """The first file that contradicts the seal, and how; None where all agree or none is there."""
-    seal = folder / SEAL
+    seal, objects = folder / SEAL, listing(folder) if is_remote(folder) else None
     if not seal.exists():
         return None
     try:
@@ -33,9 +44,10 @@ def find_fault(folder: Path) -> str | None:
     except (ValueError, TypeError, AttributeError):
         return f"{SEAL} cannot be read"
     with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda name: _sum(folder / name), wanted)
-        for name, sums in zip(wanted, found, strict=True):
-            if sums != wanted[name]:
+        one = objects.get if objects is not None else lambda name: _sum(folder / name)
+        for name, sums in zip(wanted, pool.map(one, wanted), strict=True):
+            both = {"size", *wanted[name]} & {"size", *(sums or ())}
+            if sums is None or any(sums.get(key) != wanted[name].get(key) for key in both):
                 return f"{name}: {_difference(sums, wanted[name])}"
     return None
 
@@ -55,4 +67,4 @@ def _difference(found: dict | None, wanted: dict) -> str:
         return "missing"
     if found["size"] != wanted.get("size"):
         return f"found {found['size']} bytes, expected {wanted.get('size')}"
-    return "CRC-32 differs"
+    return "its checksum differs" if "crc32c" in found else "CRC-32 differs"

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import netrc
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gadjax.errors import InputError
+from gadjax.storage import is_remote
 from gadjax.training.atomic import write_whole
 
 IDS = "trackers.json"  # under which name each knows the run, in the workdir
@@ -44,7 +46,7 @@ class WandB:
             project=config.log.project,
             id=_name_of(workdir, "wandb"),
             name=workdir.name,
-            dir=str(workdir),
+            dir=tempfile.gettempdir() if is_remote(workdir) else str(workdir),
             config=config.to_dict(),
             resume="allow",
             mode=mode,
@@ -110,7 +112,10 @@ class Trackers:
         self.note, self.open = note, {}
         makers = {name: ASKED[name] for name in config.log.trackers}
         if importlib.util.find_spec("tensorflow") is not None:
-            makers["tensorboard"] = tensorboard
+            if is_remote(workdir):
+                note("no TensorBoard: its files would be appended to, which an object store cannot")
+            else:
+                makers["tensorboard"] = tensorboard
         for name, make in makers.items():
             with self._surviving(name):
                 self.open[name] = make(workdir, config)

@@ -12,6 +12,7 @@ from gadjax.convert.tensors import check_keys, tensors_from_params
 from gadjax.errors import InputError
 from gadjax.models.module import kept_of, overlay
 from gadjax.objectives import TERMS, build
+from gadjax.storage import reach
 from gadjax.training.checkpoint import read_params
 from gadjax.types import Params
 
@@ -68,6 +69,7 @@ def read_trained(workdir: Path, part: str = "ema", step: int | None = None) -> T
 
     Raises: InputError for a folder that is no workdir, and as `read_params`.
     """
+    reach(workdir)
     if not is_workdir(workdir):
         found = "no such folder" if not workdir.is_dir() else "no config.json and checkpoints"
         raise InputError(f"{workdir}: found {found}; expected a workdir of gadjax train")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gadjax.cli.main import main
+from gadjax.storage import as_path
 from gadjax.supervisor import Limits
 
 
@@ -43,7 +44,7 @@ def test_the_command_starts_train_and_names_its_logs(monkeypatch, tmp_path, caps
     assert calls == [([command, command], Limits(5, 30), logs, tmp_path / "run")]
     assert logs.is_dir() and str(logs) in capsys.readouterr().err
     assert main(["launch", "--", "train", "--workdir", "gs://bucket/run"]) == 0
-    assert calls[1][1:] == (Limits(), None, None)
+    assert calls[1][1:] == (Limits(), None, as_path("gs://bucket/run"))
 
 
 def test_it_needs_no_jax():
