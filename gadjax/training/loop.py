@@ -98,20 +98,9 @@ def _loop(
 ) -> int:
     """Returns the number of steps done."""
     config, workdir, clock = run.config, claim.workdir, watch.clock
-    abstract = shapes_at(jax.eval_shape(run.start, run.first), steps.state)
-    found = checkpoints.restore(abstract)
-    if found and found[2]["teacher"] != run.fingerprint:
-        raise InputError(
-            f"{config.teacher}: found weights of fingerprint {run.fingerprint}; expected "
-            f"{found[2]['teacher']}, with which {workdir} was begun"
-        )
-    done = found[0] if found else 0
+    done, state = _newest(run, steps, checkpoints)
+    resumed = done > 0
     claim.say("running", done)
-    if found:
-        state = found[1]
-    else:
-        first = put(run.first, steps.state.params["student"])
-        state = jax.jit(run.start, out_shardings=steps.state)(first)
     frozen = put(run.frozen, steps.frozen)
     meta = {"config": as_json(config), "teacher": run.fingerprint}
     show = Preview(run, frozen, workdir) if config.preview.every else None
@@ -119,8 +108,8 @@ def _loop(
     each = critic_updates + 1  # data and keys are numbered by update, the critic's included
     before: dict[str, Any] = {}
     with Progress(workdir, config, done, clock) as progress:
-        progress.note(f"resumed at step {done}" if found else overview(state.params["student"]))
-        if show and not found:
+        progress.note(f"resumed at step {done}" if resumed else overview(state.params["student"]))
+        if show and not resumed:
             progress.image(0, "preview", show(state, 0))
         batches = host_batches(run, done * each, config.steps * each)
         profile = Profile(watch.profile, workdir, progress.note)
@@ -157,6 +146,21 @@ def _loop(
         with clock("checkpoint"):
             checkpoints.wait()
     return done
+
+
+def _newest(run: Run, steps: Steps, checkpoints: Checkpoints) -> tuple[int, TrainState]:
+    """The newest checkpoint's step and state, or step 0 and what a run starts from."""
+    found = checkpoints.restore(shapes_at(jax.eval_shape(run.start, run.first), steps.state))
+    if found is None:
+        first = put(run.first, steps.state.params["student"])
+        return 0, jax.jit(run.start, out_shardings=steps.state)(first)
+    step, state, meta = found
+    if meta["teacher"] != run.fingerprint:
+        raise InputError(
+            f"{run.config.teacher}: found weights of fingerprint {run.fingerprint}; expected "
+            f"{meta['teacher']}, with which {checkpoints.folder.parent} was begun"
+        )
+    return step, state
 
 
 def _stop_if_bad(metrics: dict[str, Any], most: int, step: int) -> None:

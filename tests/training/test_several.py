@@ -53,8 +53,17 @@ def losses(workdir):
 @pytest.fixture(scope="session")
 def two(run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("several") / "two"
-    assert end(run(workdir, 2)) == [0, 0]
+    assert end(run(workdir, 2, "--config.preview.every=4")) == [0, 0]
     return workdir
+
+
+def test_one_of_them_writes_what_is_looked_at(two):
+    assert [path.name for path in sorted((two / "previews").iterdir())] == [
+        "0000000.png",
+        "0000004.png",
+    ]
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    assert (two / "train.log").read_text().count("step 4/4") == 1
 
 
 def test_two_processes_do_what_one_does(run, two, tmp_path):
