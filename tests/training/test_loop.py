@@ -115,20 +115,46 @@ def test_a_killed_process_resumes_bit_identically(config, uninterrupted, tmp_pat
     assert_same(workdir, whole)
 
 
-@pytest.mark.slow
-def test_sigterm_saves_and_leaves_with_zero(config, tmp_path):
-    workdir = tmp_path / "asked"
+def running(config, workdir) -> subprocess.Popen:
+    """A long run, after its first step."""
     process = command(config, workdir, "--config.steps=4000", "--config.checkpoint.every=1000")
     deadline = time.monotonic() + 240
     while not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_zero(config, tmp_path, kind):
+    workdir = tmp_path / "asked"
+    process = running(config, workdir)
+    process.send_signal(kind)
+    begin = time.monotonic()
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    assert process.returncode == 0 and time.monotonic() - begin < 10, output
     status = json.loads((workdir / "status.json").read_text())
     assert status["text"] == f"preempted at step {status['step']}"
     assert read_params(workdir / "checkpoints", "ema")[0] == status["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [0.0, 0.1, 0.3])
+def test_a_second_signal_corrupts_nothing(config, tmp_path, wait):
+    """It may come before, while or after the first one's checkpoint is written."""
+    workdir = tmp_path / "asked twice"
+    process = running(config, workdir)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(wait)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode in (0, -signal.SIGTERM)
+    steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    goal = f"--config.steps={max(steps, default=0) + 2}"
+    assert train(config, workdir, goal) == 0
+    assert train(config, tmp_path / "whole", goal) == 0
+    assert_same(workdir, tmp_path / "whole")
 
 
 @pytest.mark.slow
