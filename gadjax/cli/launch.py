@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for the others to end when one has failed (default: %(default)s)",
     )
     parser.add_argument(
-        "--logs", type=Path, help="folder; of several processes WORKDIR/logs unless given"
+        "--logs", type=Path, help="folder; of several processes WORKDIR.logs unless given"
     )
 
 
@@ -49,8 +49,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     workdir = _workdir(train)
     logs = args.logs
     if args.processes > 1 and logs is None:
-        local = workdir and not is_remote(workdir)
-        logs = workdir / "logs" if local else Path(tempfile.mkdtemp(prefix="gadjax-logs-"))
+        if workdir and not is_remote(workdir):  # beside it, as a new workdir has to be empty
+            logs = workdir.with_name(f"{workdir.name}.logs")
+        else:
+            logs = Path(tempfile.mkdtemp(prefix="gadjax-logs-"))
     if logs:
         try:
             logs.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,6 @@ from gadjax.training.sharding import batch_sharding, put, replicated, rows_here,
 from gadjax.training.state import TrainState
 from gadjax.training.trackers import check_trackers
 
-BEFORE = LOCK, "logs"  # what may lie in a workdir that no run has begun in
-
 
 class Watch(NamedTuple):
     """How a start is looked at: where its time goes, and (step, count) of what is profiled."""
@@ -77,7 +75,7 @@ def _check_workdir(config: ConfigDict, workdir: Path) -> None:
     saved = workdir / "config.json"
     if saved.exists():
         check_resume(json.loads(saved.read_text()), config, workdir)
-    elif workdir.exists() and any(path.name not in BEFORE for path in workdir.iterdir()):
+    elif workdir.exists() and any(path.name != LOCK for path in workdir.iterdir()):
         raise InputError(f"{workdir}: found files but no config.json; expected an empty folder")
 
 

@@ -40,7 +40,7 @@ def test_the_command_starts_train_and_names_its_logs(monkeypatch, tmp_path, caps
     train = ["train", "--config", "c.py", f"--workdir={tmp_path / 'run'}", "--config.a=1"]
     assert main(["launch", "--processes", "2", "--hang", "5", "--", *train]) == 0
     command = [sys.executable, "-m", "gadjax", *train]
-    logs = tmp_path / "run" / "logs"
+    logs = tmp_path / "run.logs"
     assert calls == [([command, command], Limits(5, 30), logs, tmp_path / "run")]
     assert logs.is_dir() and str(logs) in capsys.readouterr().err
     assert main(["launch", "--", "train", "--workdir", "gs://bucket/run"]) == 0
