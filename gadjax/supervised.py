@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# What JAX writes before it aborts, the most telling first.
+# What is written before an abort, the most telling first; all but one by JAX.
 PEER_LOST = (
+    r"(?<=gadjax: a peer was lost: )[^\n]*",
     r"The following tasks are unhealthy[^\n]*\n[^\n]*",
     r"Failed to send RPC to coordination service[^\n]*",
     r"JAX distributed service detected fatal errors",

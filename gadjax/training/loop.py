@@ -23,7 +23,14 @@ from gadjax.training.compiled import Steps, compile_steps
 from gadjax.training.config import as_json, check_resume, write_json
 from gadjax.training.goodput import Clock
 from gadjax.training.preview import grid, save_png
-from gadjax.training.processes import Leaving, agree, beat, check_devices, together
+from gadjax.training.processes import (
+    Leaving,
+    agree,
+    beat,
+    check_devices,
+    losing_peers,
+    together,
+)
 from gadjax.training.profile import Profile
 from gadjax.training.progress import Progress, overview
 from gadjax.training.record import write_record
@@ -64,7 +71,7 @@ def train(
     with together(lambda: _claim(config, workdir)) as claim:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         try:
-            with Leaving() as leaving:
+            with losing_peers(), Leaving() as leaving:
                 step = _loop(run, steps, checkpoints, claim, leaving, watch)
         finally:
             checkpoints.close()

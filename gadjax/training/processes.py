@@ -7,7 +7,8 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,8 @@ HEARTBEAT = "GADJAX_HEARTBEAT"  # a file that the supervisor reads
 PATIENCE = "GADJAX_PEER_TIMEOUT"  # seconds without a word until a peer counts as lost
 # What JAX says where there is no cluster, and in a program that has used its devices already.
 ALONE = "coordinator_address should be defined", "must be called before"
+# What JAX says of an update that another process was to take part in.
+LOST = "Gloo", "NCCL", "heartbeat", "Connection reset", "UNAVAILABLE"
 PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"
 T = TypeVar("T")
 
@@ -142,6 +145,21 @@ def together(f: Callable[[], T]) -> T:
         number = int(np.argmax(codes > 0))
         raise kinds[codes[number] - 1](f"process {number} ended before training; its log says why")
     return found
+
+
+@contextmanager
+def losing_peers() -> Iterator[None]:
+    """Where an update fails because another process is gone, this one says so and aborts, as JAX
+    makes it do where the loss is noticed between updates: whatever else it began would wait for
+    the others. status.json stays as it is, so that launchers start the run again."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = " ".join(str(error).split())
+        if alone() or not any(name in text for name in LOST):
+            raise
+        print(f"gadjax: a peer was lost: {text[:200]}", file=sys.stderr, flush=True)
+        os.abort()
 
 
 class Leaving:

@@ -92,7 +92,9 @@ def test_a_killed_process_ends_the_other_and_both_go_on_to_the_bit(run, two, tmp
     processes[1].send_signal(signal.SIGKILL)
     begin = time.monotonic()
     codes = end(processes)
-    assert codes[1] == -signal.SIGKILL and codes[0] != 0 and time.monotonic() - begin < 60
+    assert codes == [-signal.SIGABRT, -signal.SIGKILL] and time.monotonic() - begin < 60
+    # Not "stopped", so that launchers start it again.
+    assert json.loads((workdir / "status.json").read_text())["text"] == "running"
     newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     goal = f"--config.steps={newest + 2}"
     assert end(run(workdir, 2, goal)) == [0, 0]
@@ -107,12 +109,13 @@ def test_both_save_and_leave_when_one_is_told(run, two, tmp_path, kind):
     processes = run(workdir, 2, "--config.steps=4000", "--config.checkpoint.every=1000")
     wait_for(lambda: len(losses(workdir)) > 1, processes)  # all have compiled
     processes[1].send_signal(kind)
-    begin = time.monotonic()
+    told, begin = max(losses(workdir)), time.monotonic()
     assert end(processes) == [0, 0]
-    assert time.monotonic() - begin < 10
+    print(f"{kind.name}: left {time.monotonic() - begin:.1f} s later")
+    # Its row is told one step late, and they leave after the step that none has begun.
     status = json.loads((workdir / "status.json").read_text())
     assert status["text"] == f"preempted at step {status['step']}"
-    assert read_params(workdir / "checkpoints", "ema")[0] == status["step"]
+    assert read_params(workdir / "checkpoints", "ema")[0] == status["step"] <= told + 3
 
 
 # Processes, devices and mesh that go on with what two processes of eight devices began.
