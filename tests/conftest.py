@@ -86,12 +86,14 @@ def tiny_pipeline(torch_pipeline, tmp_path_factory) -> Path:
 CONFIG = """
 from gadjax.training.config import default_config
 
-def get_config():
+def get_config(variant="all"):
     config = default_config()
     config.teacher = {teacher!r}
     config.guidance = 2.0
     config.student.steps, config.student.timesteps = 2, (900, 400)
-    config.objective = {{"dmd": {{}}, "gad": {{"steps": 1}}, "anchor": {{"steps": 1}}}}
+    config.objective = {{"tdm": {{}}}}  # compiles in a third of the time
+    if variant == "all":
+        config.objective = {{"dmd": {{}}, "gad": {{"steps": 1}}, "anchor": {{"steps": 1}}}}
     config.steps, config.batch = 4, 8
     config.remat = "none"
     config.optim.lr = 1e-3

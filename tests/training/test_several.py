@@ -21,7 +21,7 @@ def run(config):
     """(workdir, count, steps, mesh) -> the processes of a run on eight devices in all."""
 
     def begin(workdir, count, *more, mesh=MESH, devices=8):
-        command = ["-m", "gadjax", "train", "--config", str(config), "--workdir", str(workdir)]
+        command = ["-m", "gadjax", "train", "--config", f"{config}:tdm", "--workdir", str(workdir)]
         command += [f"--devices={devices}", *mesh, *more]
         port = free_port()
         return [
