@@ -25,8 +25,8 @@ HEARTBEAT = "GADJAX_HEARTBEAT"  # a file that the supervisor reads
 PATIENCE = "GADJAX_PEER_TIMEOUT"  # seconds without a word until a peer counts as lost
 # What JAX says where there is no cluster, and in a program that has used its devices already.
 ALONE = "coordinator_address should be defined", "must be called before"
-# What JAX says of an update that another process was to take part in.
-LOST = "Gloo", "NCCL", "heartbeat", "Connection reset", "UNAVAILABLE"
+# What JAX says of what another process was to take part in.
+LOST = "Gloo", "NCCL", "heartbeat timeout", "coordination service"
 PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"
 T = TypeVar("T")
 
@@ -149,13 +149,13 @@ def together(f: Callable[[], T]) -> T:
 
 @contextmanager
 def losing_peers() -> Iterator[None]:
-    """Where an update fails because another process is gone, this one says so and aborts, as JAX
-    makes it do where the loss is noticed between updates: whatever else it began would wait for
-    the others. status.json stays as it is, so that launchers start the run again."""
+    """Where an update or a save fails because another process is gone, this one says so and aborts,
+    as JAX makes it do where the loss is noticed between updates: whatever else it began would wait
+    for the others. status.json stays as it is, so that launchers start the run again."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        text = " ".join(str(error).split())
+    except (jax.errors.JaxRuntimeError, RunStopped) as error:
+        text = " ".join(str(error.__cause__ or error).split())
         if alone() or not any(name in text for name in LOST):
             raise
         print(f"gadjax: a peer was lost: {text[:200]}", file=sys.stderr, flush=True)

@@ -39,7 +39,7 @@ def job(bench, config):
     def start(workdir, tasks, *arguments):
         given = {"SLURM_NTASKS": tasks, "SLURM_NTASKS_PER_NODE": tasks, "DEVICES": 8}
         given |= {"SLURM_JOB_ID": free_job_id(), "FAKE_SRUN_PID": bench.folder / "srun.pid"}
-        given |= {"CONFIG": config, "WORKDIR": workdir, "LOGS": bench.folder / "logs"}
+        given |= {"CONFIG": f"{config}:tdm", "WORKDIR": workdir, "LOGS": bench.folder / "logs"}
         flags = f"--xla_force_host_platform_device_count={8 // tasks}"
         given |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "GADJAX_PEER_TIMEOUT": 10}
         given |= {key: os.environ[key] for key in os.environ if key.startswith(("JAX_", "OMP_"))}

@@ -1,5 +1,7 @@
 """Several real processes on one machine: they find each other, agree, and leave together."""
 
+import signal
+
 import pytest
 from several import free_port, start
 
@@ -99,6 +101,34 @@ def test_what_fails_on_one_ends_all_as_it_does(said):
 def test_all_leave_after_the_same_step_whoever_was_told(said):
     steps = [int(words["left"]) for words in said]
     assert steps[0] == steps[1] and 5 <= steps[0] < 9_999
+
+
+LOSES = """
+import jax
+from gadjax.errors import RunStopped
+from gadjax.training import processes
+
+processes.alone = lambda: False
+for error in (RunStopped("no room"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: memory")):
+    try:
+        with processes.losing_peers():
+            raise error
+    except Exception as found:
+        print(found is error)
+with processes.losing_peers():
+    raise RunStopped("checkpoints/8: cannot be written") from RuntimeError("Gloo AllGather failed")
+"""
+
+
+def test_a_lost_peer_is_not_a_fault_of_this_run():
+    process = start(["-c", LOSES], 0, 1, 0, 1)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == -signal.SIGABRT
+    assert output.splitlines()[:3] == [
+        "True",
+        "True",
+        "gadjax: a peer was lost: Gloo AllGather failed",
+    ]
 
 
 @pytest.mark.parametrize(
