@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gadjax.supervised import NAMES, Child
+from gadjax.training.atomic import write_whole
 
 POLL = 0.1  # seconds between looks
 STACKS = 2.0  # seconds in which processes print their stacks
@@ -81,7 +82,7 @@ class _Supervisor:
         self.asked.append(number)
 
     def start(self, commands: list[list[str]], folder: Path, logs: Path | None) -> None:
-        count, port = len(commands), _free_port()
+        count, port = len(commands), free_port()
         for i, command in enumerate(commands):
             environment = {"GADJAX_HEARTBEAT": str(folder / str(i))}
             if logs:
@@ -217,9 +218,7 @@ def _say_stopped(path: Path, reason: str) -> None:
             return
         status |= {"status": "stopped", "time": time.time(), "reason": reason}
         status["text"] = f"stopped: {reason}"
-        new = path.with_name(f"{path.name}.{os.getpid()}")
-        new.write_text(json.dumps(status) + "\n")
-        new.replace(path)
+        write_whole(path, json.dumps(status) + "\n")
     except FileNotFoundError:
         pass  # it had not come so far
     except Exception as error:  # a store's clients raise anything
@@ -231,7 +230,7 @@ def _own_number() -> int:
     return int(next((text for text in texts if text.isdecimal()), "0"))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

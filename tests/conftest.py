@@ -91,7 +91,7 @@ def get_config(variant="all"):
     config.teacher = {teacher!r}
     config.guidance = 2.0
     config.student.steps, config.student.timesteps = 2, (900, 400)
-    config.objective = {{"tdm": {{}}}}  # compiles in a third of the time
+    config.objective = {{"tdm": {{}}}}
     if variant == "all":
         config.objective = {{"dmd": {{}}, "gad": {{"steps": 1}}, "anchor": {{"steps": 1}}}}
     config.steps, config.batch = 4, 8

@@ -1,7 +1,6 @@
 """Several processes of one run on this machine, over loopback."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +8,6 @@ from pathlib import Path
 from gadjax.training import processes
 
 ROOT = Path(__file__).parents[1]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def start(command: list[str], number: int, count: int, port: int, devices: int, **more: str):

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "sampling": PIPELINE,
     "students": PIPELINE,
     "supervised": set(),
-    "supervisor": {"supervised"},
+    "supervisor": {"supervised", "training"},
     "bench": BENCH,
 }
 

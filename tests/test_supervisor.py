@@ -255,7 +255,10 @@ def test_a_third_signal_kills(commands, logs, workdir, supervised):
     assert all(map(gone, pids)) and status(workdir)["status"] == "running"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own notice is Linux's")
+@pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="PR_SET_PDEATHSIG is Linux's alone",
+)
 def test_no_process_outlives_a_killed_supervisor(commands, logs, workdir, supervised):
     process, pids = supervised(commands(STAYS, STAYS), logs, workdir)
     process.kill()

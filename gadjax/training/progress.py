@@ -6,7 +6,6 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -77,12 +76,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def update(self, step: int, metrics: dict[str, jax.Array | float]) -> None:

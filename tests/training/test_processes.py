@@ -3,9 +3,10 @@
 import signal
 
 import pytest
-from several import free_port, start
+from several import start
 
 from gadjax.errors import InputError
+from gadjax.supervisor import free_port
 from gadjax.training import processes
 
 WORKER = """

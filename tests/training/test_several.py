@@ -7,8 +7,9 @@ import time
 import jax
 import numpy as np
 import pytest
-from several import free_port, start
+from several import start
 
+from gadjax.supervisor import free_port
 from gadjax.training.checkpoint import read_params
 
 pytestmark = pytest.mark.slow  # compiles the updates for eight devices
