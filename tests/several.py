@@ -1,4 +1,4 @@
-"""Several processes of one run on this machine, over loopback."""
+"""Several devices, and several processes of one run, on this machine."""
 
 import os
 import subprocess
@@ -22,3 +22,17 @@ def start(command: list[str], number: int, count: int, port: int, devices: int, 
         }
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipe)
+
+
+def run_on_devices(count: int, file: str, *arguments: object) -> None:
+    """A test's own file as a program on so many devices; what it compiles, it compiles in haste."""
+    flags = (
+        f"--xla_force_host_platform_device_count={count}",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+    env = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    command = [sys.executable, file, *map(str, arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

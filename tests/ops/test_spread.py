@@ -1,8 +1,6 @@
 """Attention whose queries lie on several devices, against the same on one."""
 
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from several import run_on_devices
 
 from gadjax.geometry import tangents
 from gadjax.ops import dual_attention, kernels, pallas_tpu
@@ -117,16 +116,7 @@ def worker(out: Path) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("spread") / "found.json"
-    flags = (
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
-    env = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = str(Path(__file__).parents[2])
-    command = [sys.executable, __file__, str(out)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_devices(8, __file__, out)
     return json.loads(out.read_text())
 
 

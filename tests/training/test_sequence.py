@@ -1,9 +1,7 @@
 """A mesh with an axis of positions: what its devices exchange, and who refuses it."""
 
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
+from several import run_on_devices
 
 from gadjax.errors import InputError
 from gadjax.geometry import tangent
@@ -55,17 +54,8 @@ COLLECTIVE = re.compile(
 
 def test_only_keys_and_values_leave_a_share_of_positions(tmp_path):
     """And what is summed over positions: gradients of parameters and of what a sample is told."""
-    flags = (
-        "--xla_force_host_platform_device_count=4",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
-    env = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = str(Path(__file__).parents[2])
     out = tmp_path / "program.hlo"
-    command = [sys.executable, __file__, str(out)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_devices(4, __file__, out)
     text = out.read_text()
     tokens, found = (LATENT // 2) ** 2, COLLECTIVE.findall(text)
     gathered = [shape for shape, kind in found if kind == "all-gather"]

@@ -7,8 +7,6 @@ another order moves its float32 gradients by 1e-4 of the largest.
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from several import run_on_devices
 
 from gadjax import geometry
 from gadjax.models import mmdit, pixart, sana, unet
@@ -147,19 +146,10 @@ def worker(out: Path, name: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded")
-    flags = (
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
-    env = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = str(Path(__file__).parents[2])
 
     def get(name):
         if not (out / f"{name}.json").exists():
-            command = [sys.executable, __file__, str(out), name]
-            done = subprocess.run(command, env=env, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
+            run_on_devices(8, __file__, out, name)
         return json.loads((out / f"{name}.json").read_text())
 
     return get
