@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from gadjax.errors import InputError
 from gadjax.schedules import DDPM, Flow, NoiseSchedule, TrigFlow
+from gadjax.shown import shown
 
 DPM = "DPMSolverMultistepScheduler"
 DDIM = "DDIMScheduler"
@@ -16,6 +17,7 @@ PNDM = "PNDMScheduler"
 LCM = "LCMScheduler"
 SCM = "SCMScheduler"
 PIXART = "PixArtAlphaPipeline"
+MOST_STEPS, LARGEST = 100_000, 1e9
 
 PREDICTION_TYPES = {
     "epsilon": "eps",
@@ -30,7 +32,9 @@ def schedule_from_config(cfg: dict) -> NoiseSchedule:
 
     Raises InputError for betas that are neither linear nor scaled_linear, or are rescaled.
     """
-    name, steps = cfg.get("_class_name"), int(number(cfg, "num_train_timesteps", 1000))
+    name, steps = cfg.get("_class_name"), number(cfg, "num_train_timesteps", 1000)
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        raise refused(cfg, "num_train_timesteps", steps, f"a whole number from 1 to {MOST_STEPS}")
     if is_flow(cfg):
         return Flow(steps)
     if name == SCM:
@@ -39,8 +43,8 @@ def schedule_from_config(cfg: dict) -> NoiseSchedule:
         raise refused(cfg, "_class_name", name, "a scheduler with a beta_schedule, or of a flow")
     off(cfg, "trained_betas", "rescale_betas_zero_snr")
     return DDPM(
-        beta_start=float(number(cfg, "beta_start", 0.00085 if name == LCM else 1e-4)),
-        beta_end=float(number(cfg, "beta_end", 0.012 if name == LCM else 0.02)),
+        beta_start=_beta(cfg, "beta_start", 0.00085 if name == LCM else 1e-4),
+        beta_end=_beta(cfg, "beta_end", 0.012 if name == LCM else 0.02),
         beta_schedule=choice(
             cfg,
             "beta_schedule",
@@ -94,7 +98,7 @@ def student_scheduler_config(cfg: dict, timesteps: Sequence[float], pipeline: st
     }
     solver = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
     if isinstance(schedule, Flow):
-        shift = number(cfg, "flow_shift", 1.0)
+        shift = positive(cfg, "flow_shift", 1.0)
         flow = {"use_flow_sigmas": True, "flow_shift": shift}
         return {"_class_name": DPM, **common, **flow, **solver}
     common |= {
@@ -121,14 +125,15 @@ def is_flow(cfg: dict) -> bool:
 
 def refused(cfg: dict, key: str, found, expected: str) -> InputError:
     absent = "" if key in cfg else " (assumed, the key is absent)"
-    return InputError(f"scheduler_config.json, {key}: found {found!r}{absent}; expected {expected}")
+    found = f"{shown(found)}{absent}"
+    return InputError(f"scheduler_config.json, {key}: found {found}; expected {expected}")
 
 
 def choice(cfg: dict, key: str, default, *allowed):
     found = cfg.get(key, default)
     if found not in allowed:
         raise refused(cfg, key, found, " or ".join(repr(a) for a in allowed))
-    return found
+    return allowed[allowed.index(found)]  # not true for 1
 
 
 def off(cfg: dict, *keys: str) -> None:
@@ -139,6 +144,19 @@ def off(cfg: dict, *keys: str) -> None:
 
 def number(cfg: dict, key: str, default: float) -> float:
     found = cfg.get(key, default)
-    if isinstance(found, bool) or not isinstance(found, int | float):
+    if type(found) not in (int, float) or not abs(found) <= LARGEST:
         raise refused(cfg, key, found, "a number")
     return found
+
+
+def positive(cfg: dict, key: str, default: float) -> float:
+    """Of a factor. Raises InputError for a number by which nothing can be multiplied and back."""
+    if not (found := number(cfg, key, default)) > 0:
+        raise refused(cfg, key, found, "a positive number")
+    return found
+
+
+def _beta(cfg: dict, key: str, default: float) -> float:
+    if not 0 < (found := number(cfg, key, default)) < 1:
+        raise refused(cfg, key, found, "a number between 0 and 1")
+    return float(found)

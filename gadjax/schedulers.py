@@ -24,6 +24,7 @@ from gadjax.scheduler_config import (
     number,
     off,
     parameterization_from_config,
+    positive,
     schedule_from_config,
 )
 from gadjax.schedules import DDPM, Flow, NoiseSchedule, TrigFlow, shift_time
@@ -56,7 +57,7 @@ def _dpm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
     if order == 2:
         choice(cfg, "solver_type", "midpoint", "midpoint")
     if isinstance(schedule, Flow):
-        grid = partial(_dpm_flow_grid, schedule.steps, number(cfg, "flow_shift", 1.0))
+        grid = partial(_dpm_flow_grid, schedule.steps, positive(cfg, "flow_shift", 1.0))
         return Sampler(schedule, grid, order, takes_timesteps=False)
     spacing = choice(cfg, "timestep_spacing", "linspace", "linspace", "leading", "trailing")
     grid = partial(_dpm_grid, schedule.steps, spacing, number(cfg, "steps_offset", 0))
@@ -128,7 +129,7 @@ def _euler_grid(total: int, offset: int, n: int) -> np.ndarray:
 def _flow_euler(cfg: dict, schedule: NoiseSchedule) -> Sampler:
     off(cfg, *_RESPACINGS, "use_dynamic_shifting", "invert_sigmas", "shift_terminal")
     off(cfg, "stochastic_sampling")
-    grid = partial(_flow_euler_grid, schedule.steps, number(cfg, "shift", 1.0))
+    grid = partial(_flow_euler_grid, schedule.steps, positive(cfg, "shift", 1.0))
     return Sampler(schedule, grid)
 
 

@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "gadjax"
 
 # Each may import from itself and from what its row names (modules and packages of gadjax).
 MATHS = {"errors", "types", "schedules", "parameterization", "geometry", "ops"}
-MODELS = MATHS | {"models"}
+MODELS = MATHS | {"models", "reading"}
 DENOISER = MATHS | {"denoiser", "rollout"}
-CONVERT = MODELS | {"convert", "denoiser", "rollout", "assets"}
+CONVERT = MODELS | {"convert", "denoiser", "rollout", "assets", "shown"}
 CONVERT |= {"samplers", "scheduler_config", "schedulers", "walks"}
 PIPELINE = CONVERT | {"pipeline"}
 BENCH = {"errors", "types", "schedules", "parameterization", "denoiser", "rollout"} | {
@@ -19,10 +19,12 @@ BENCH = {"errors", "types", "schedules", "parameterization", "denoiser", "rollou
     "training",
 }
 MAY_IMPORT = {
-    "errors": set(),
+    "errors": {"shown"},
+    "shown": set(),
     "types": set(),
     "assets": set(),
     "storage": {"errors"},
+    "reading": {"errors", "storage"},
     "schedules": {"errors"},
     "parameterization": {"errors", "schedules", "types"},
     "geometry": {"errors", "ops"},
@@ -32,11 +34,11 @@ MAY_IMPORT = {
     "rollout": MATHS,
     "walks": MATHS,
     "samplers": DENOISER,
-    "scheduler_config": MATHS,
+    "scheduler_config": MATHS | {"shown"},
     "schedulers": DENOISER | {"samplers", "scheduler_config", "walks"},
     "objectives": DENOISER,
     "worlds": {"errors"},
-    "data": {"errors", "types", "worlds"},
+    "data": {"errors", "reading", "shown", "types", "worlds"},
     "pipeline": CONVERT,
     "sampling": PIPELINE,
     "students": PIPELINE,

@@ -1,19 +1,23 @@
 """What an exported folder says about itself: gadjax.json for programs, README.md for people."""
 
 import json
+import math
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gadjax import __version__
-from gadjax.convert.files import read_json
 from gadjax.convert.recipe import FILE, Sampling
 from gadjax.errors import InputError
+from gadjax.reading import read_json
+from gadjax.shown import in_markdown, printable
 
 CARD, FORMAT = "README.md", 1
 HEADING = "## Verification"
+LARGEST = 1 << 20  # bytes of a model card that are read
 
 
 @dataclass(frozen=True)
@@ -63,21 +67,26 @@ def card(export: Export, verified: Mapping[str, Any] | None) -> str:
     lines = [*_front(export), *_origin(export), *_use(export)]
     if export.report is not None:
         lines += ["## Measured", "", *report_lines(export.report), ""]
-    return "\n".join([*lines, HEADING, "", verified_text(export.name, verified), ""])
+    return "\n".join([*lines, HEADING, "", verified_text("FOLDER", verified), ""])
 
 
 def _front(export: Export) -> list[str]:
     tags = ["text-to-image", "gadjax", *(["distillation"] if export.times else [])]
     return [
         "---",
-        f"license: {json.dumps(export.license)}",
+        f"license: {_yaml(export.license)}",
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        f"base_model: {json.dumps(export.teacher)}",
+        f"base_model: {_yaml(export.teacher)}",
         "tags:",
         *(f"- {tag}" for tag in tags),
         "---",
     ]
+
+
+def _yaml(text: str) -> str:
+    """YAML reads JSON's strings, but not its pairs of escapes for a character beyond 16 bits."""
+    return json.dumps(printable(text), ensure_ascii=False)
 
 
 def _origin(export: Export) -> list[str]:
@@ -93,17 +102,17 @@ def _origin(export: Export) -> list[str]:
         drawn = f"{sampling.steps} step{many}, from the time{many} {times}, without guidance"
         guidance = [f"| guidance of the teacher | {config['guidance']:g} |"]
     return [
-        f"# {export.name}",
+        f"# {in_markdown(export.name)}",
         "",
-        f"{made} `{export.teacher}` by gadjax {__version__}. It draws in {drawn}.",
+        f"{made} {in_markdown(export.teacher)} by gadjax {__version__}. It draws in {drawn}.",
         "",
         "| | |",
         "|---|---|",
-        f"| objective | {objective_text(config['objective'])} |",
+        f"| objective | {in_markdown(objective_text(config['objective']))} |",
         f"| updates | {export.step}, of {config['batch']} samples each |",
         f"| weights | {'moving average' if export.part == 'ema' else 'as last updated'} |",
         *guidance,
-        f"| teacher's transformer | {export.fingerprint} |",
+        f"| teacher's transformer | {in_markdown(export.fingerprint)} |",
         f"| length of a prompt | {sampling.length} tokens |",
         "",
     ]
@@ -111,6 +120,7 @@ def _origin(export: Export) -> list[str]:
 
 def _use(export: Export) -> list[str]:
     height, width, channels = export.latent
+    name = shlex.quote(printable(export.name))
     called = ", ".join(f"{key}={value!r}" for key, value in export.arguments.items())
     return [
         "## Use",
@@ -121,13 +131,13 @@ def _use(export: Export) -> list[str]:
         "import torch",
         f"from diffusers import {export.pipeline}",
         "",
-        f'pipe = {export.pipeline}.from_pretrained("{export.name}")',
+        f"pipe = {export.pipeline}.from_pretrained({export.name!r})",
         f"latents = torch.randn(1, {channels}, {height}, {width})",
         f"image = pipe(prompt, latents=latents, {called}).images[0]",
         "```",
         "",
         "```bash",
-        f"gadjax sample --model {export.name} --prompts prompts.txt --out pictures",
+        f"gadjax sample --model {name} --prompts prompts.txt --out pictures",
         "```",
         "",
     ]
@@ -143,11 +153,12 @@ def objective_text(objective: Mapping[str, Mapping[str, Any]]) -> str:
     return " + ".join(terms)
 
 
-def verified_text(name: str, verified: Mapping[str, Any] | None) -> str:
+def verified_text(folder: str, verified: Mapping[str, Any] | None) -> str:
+    """folder: as it is called in this sentence."""
     if verified is None:
         return (
             "Not verified: torch and diffusers were not installed. "
-            f"`gadjax export --verify {name}` compares what both draw and notes it here."
+            f"`gadjax export --verify {folder}` compares what both draw and notes it here."
         )
     return (
         f"diffusers {verified['diffusers']} and gadjax {verified['gadjax']} drew the same from the "
@@ -164,7 +175,7 @@ def note_verified(folder: Path, verified: Mapping[str, Any]) -> None:
     path = folder / CARD
     if path.is_file():
         text = path.read_text(encoding="utf-8")
-        said = verified_text(folder.name, verified)
+        said = verified_text("FOLDER", verified)
         pattern = rf"({HEADING}\n\n)[^\n]*"
         _replace(path, re.sub(pattern, lambda match: match[1] + said, text))
 
@@ -179,9 +190,12 @@ def read_license(folder: Path) -> str:
     """What the front matter of a folder's model card says, "unknown" where it says nothing."""
     from huggingface_hub.repocard import metadata_load
 
+    card = folder / CARD
+    if not card.is_file() or card.stat().st_size > LARGEST:
+        return "unknown"
     try:
-        stated = (metadata_load(folder / CARD) or {}).get("license")
-    except Exception:  # no card, or one that is no YAML
+        stated = (metadata_load(card) or {}).get("license")
+    except Exception:  # no YAML
         return "unknown"
     return stated if isinstance(stated, str) and stated else "unknown"
 
@@ -190,10 +204,26 @@ def read_report(path: Path) -> dict[str, Any]:
     """report.json of `gadjax evaluate`. Raises: InputError for anything else."""
     report = read_json(path)
     try:
-        report_lines(report)
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise InputError(f"{path}: found no rows with metrics; expected a report.json") from None
+        rows = list(report["rows"].values())
+        whole = all(isinstance(row["label"], str) and _is_count(row["evaluations"]) for row in rows)
+        estimates = [estimate for row in rows for estimate in row["metrics"].values()]
+        whole &= all(map(_is_estimate, estimates)) and isinstance(report.get("settings", {}), dict)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path}: found no rows with metrics; expected a report.json")
     return report
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_estimate(metric: Mapping[str, Any]) -> bool:
+    """Whether it is what a metric's Estimate is in a report: numbers, and intervals or None."""
+    numbers = [metric[key] for key in ("value", "low", "high")]
+    numbers = [x for i, x in enumerate(numbers) if x is not None or i == 0]
+    return all(isinstance(x, float) and math.isfinite(x) or _is_count(x) for x in numbers)
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
@@ -201,7 +231,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     rows = list(report["rows"].values())
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     lines = [
-        "| | " + " | ".join(row["label"] for row in rows) + " |",
+        "| | " + " | ".join(in_markdown(row["label"]) for row in rows) + " |",
         "|---" * (len(rows) + 1) + "|",
     ]
     lines.append(
@@ -209,7 +239,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     )
     for name in names:
         cells = (_cell(row["metrics"].get(name)) for row in rows)
-        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+        lines.append(f"| {in_markdown(name.replace('_', ' '))} | " + " | ".join(cells) + " |")
     return lines
 
 

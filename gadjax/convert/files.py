@@ -2,12 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from gadjax.convert.layout import Tensor, read_header, target_dtype, write_file
 from gadjax.convert.pickles import PickledTensor, read_pickle
 from gadjax.convert.tensors import LISTED, all_finite
 from gadjax.errors import InputError
+from gadjax.reading import INDEX_LIMIT, is_name, read_json
 
 MAX_SHARD_BYTES = 10 * 10**9  # as diffusers splits
 
@@ -63,19 +64,6 @@ class Weights:
             yield key, value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises: InputError when it is absent, unreadable or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: found {error.strerror}; expected a JSON file") from None
-    except ValueError as error:
-        raise InputError(f"{path}: corrupt: found {error}; expected JSON") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: found a {type(value).__name__}; expected a JSON object")
-    return value
-
-
 def open_weights(
     folder: Path, variant: str | None = None, *, allow_pickle: bool = False
 ) -> Weights:
@@ -117,7 +105,10 @@ def _some(names: list[str]) -> str:
 def _choose(folder: Path, variant: str | None) -> tuple[Path, str, str | None]:
     """The file or index to read, its kind and its variant. A whole file goes before an index."""
     found: dict[str, dict[str | None, Path]] = {"safetensors": {}, "bin": {}}
-    names = sorted(path.name for path in folder.iterdir())
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"{folder}: found {error.strerror}; expected a folder to read") from None
     for name in names:
         if match := WEIGHTS_NAME.fullmatch(name):
             of = match["variant"] or match["index_variant"]
@@ -141,10 +132,8 @@ def _choose(folder: Path, variant: str | None) -> tuple[Path, str, str | None]:
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
     """Shard -> the keys that an index places in it; all shards are there."""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-    ):
+    weight_map = read_json(path, INDEX_LIMIT).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(is_name, weight_map.values())):
         raise InputError(f"{path}: found no usable weight_map; expected tensor -> file beside it")
     shards: dict[Path, set[str]] = {}
     for key, name in weight_map.items():
@@ -206,7 +195,7 @@ def copy_weights(weights: Weights, folder: Path) -> None:
         if path.suffix != ".json":
             shutil.copyfile(path, target)
             continue
-        index = read_json(path)
+        index = read_json(path, INDEX_LIMIT)
         index["weight_map"] = {
             key: _plain(name, weights.variant) for key, name in index["weight_map"].items()
         }

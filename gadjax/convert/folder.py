@@ -6,19 +6,18 @@ scheduler and tokenizers are files without weights.
 
 import dataclasses
 import difflib
-import functools
-import importlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from gadjax.convert.atomic import atomic_folder, check_target
-from gadjax.convert.files import Weights, copy_weights, open_weights, read_json, write_weights
+from gadjax.convert.files import Weights, copy_weights, open_weights, write_weights
+from gadjax.convert.network import COMPONENTS, keymap_of, read_network
 from gadjax.convert.tensors import (
     Places,
     check_dtypes,
@@ -27,23 +26,9 @@ from gadjax.convert.tensors import (
     tensors_from_params,
 )
 from gadjax.errors import InputError
-from gadjax.models.module import KeyMap, functional
+from gadjax.models.module import KeyMap
+from gadjax.reading import check_files, check_inside, is_name, read_json
 from gadjax.types import Params
-
-# Class in model_index.json and config.json -> the module that has its port. Imported when met.
-COMPONENTS = {
-    "UNet2DConditionModel": "gadjax.models.unet",
-    "PixArtTransformer2DModel": "gadjax.models.pixart",
-    "Transformer2DModel": "gadjax.models.pixart",
-    "SanaTransformer2DModel": "gadjax.models.sana",
-    "SD3Transformer2DModel": "gadjax.models.mmdit",
-    "CLIPTextModel": "gadjax.models.text.clip",
-    "CLIPTextModelWithProjection": "gadjax.models.text.clip",
-    "T5EncoderModel": "gadjax.models.text.t5",
-    "Gemma2Model": "gadjax.models.text.gemma2",
-    "AutoencoderKL": "gadjax.models.vae.autoencoder_kl",
-    "AutoencoderDC": "gadjax.models.vae.autoencoder_dc",
-}
 
 INDEX = "model_index.json"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
@@ -73,7 +58,7 @@ class Component:
 
     @property
     def keymap(self) -> KeyMap:
-        return _keymap(self.module, self.spec)
+        return keymap_of(self.module, self.spec)
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -119,6 +104,7 @@ def check_pipeline(
         raise InputError(f"{folder}: found no {INDEX}; expected a diffusers pipeline folder")
     model_index = read_json(folder / INDEX)
     parts = _parts(folder / INDEX, model_index)
+    check_parts(folder, parts)
     scheduler = read_json(folder / SCHEDULER) if "scheduler" in parts else {}
     for name in parts:
         if CARRIED.fullmatch(name) and not _has_files(folder / name):
@@ -135,6 +121,13 @@ def check_pipeline(
     )
 
 
+def check_parts(folder: Path, parts: Iterable[str]) -> None:
+    """Raises: InputError where a file of a pipeline folder leads out of it, or is none."""
+    check_files(folder, folder)
+    for name in parts:
+        check_inside(folder / name, folder)
+
+
 def _parts(path: Path, model_index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Name -> (library, class) of the parts that are there; refuses a network without a port."""
     parts = {}
@@ -144,7 +137,7 @@ def _parts(path: Path, model_index: Mapping[str, Any]) -> dict[str, tuple[str, s
             continue
         if len(value) != 2 or not all(isinstance(word, str) for word in value):
             raise InputError(f"{path}: found {name}: {value}; expected [library, class]")
-        if Path(name).name != name:
+        if not is_name(name):
             raise InputError(f"{path}: found a part named {name!r}; expected a folder's name")
         if not CARRIED.fullmatch(name) and (value[1] not in COMPONENTS or value[0] not in STEMS):
             near = difflib.get_close_matches(value[1], COMPONENTS, 1, cutoff=0)[0]
@@ -166,40 +159,19 @@ def _check_component(
     folder: Path, library: str, class_name: str, variant: str | None, allow_pickle: bool
 ) -> Component:
     config = read_json(folder / "config.json")
-    architectures = config.get("architectures") or [class_name]
-    found = config.get("_class_name", architectures[0])
-    if COMPONENTS.get(found) != COMPONENTS[class_name]:
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else class_name
+    found = config.get("_class_name", first)
+    if not isinstance(found, str) or COMPONENTS.get(found) != COMPONENTS[class_name]:
         raise InputError(
             f"{folder / 'config.json'}: found class {found}; expected {class_name}, as {INDEX} says"
         )
-    module = importlib.import_module(COMPONENTS[class_name])
-    try:
-        spec = module.Config.from_dict(config)
-        abstract = _abstract(module, spec)
-    except InputError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{folder / 'config.json'}: found values that make no {class_name} ({reason}); "
-            "expected its configuration"
-        ) from None
+    module, spec, abstract = read_network(folder / "config.json", class_name, config)
     weights = open_weights(folder, variant, allow_pickle=allow_pickle)
     where = f"{weights.files[0]} ({class_name})"
-    places = check_keys(weights.shapes, abstract, _keymap(module, spec), where)
+    places = check_keys(weights.shapes, abstract, keymap_of(module, spec), where)
     check_dtypes(weights.dtypes, places, where)
     return Component(folder.name, library, module, config, spec, abstract, weights, places)
-
-
-def _keymap(module: ModuleType, spec: Any) -> KeyMap:
-    """Of some networks it depends on the configuration which layers are alike."""
-    return module.KEYMAP if hasattr(module, "KEYMAP") else module.keymap(spec)
-
-
-@functools.lru_cache(maxsize=8)
-def _abstract(module: ModuleType, spec: Any) -> Params:
-    """Tracing a network takes as long as all other checks, and a command checks more than once."""
-    return functional(module.build(spec)).abstract
 
 
 def read_pipeline(

@@ -19,6 +19,7 @@ import numpy as np
 
 from gadjax.convert.tensors import all_finite, fill
 from gadjax.errors import InputError
+from gadjax.reading import open_file, parse_json
 
 # In the library's order: a file holds its tensors from the last type to the first, by name.
 TYPES = {
@@ -39,6 +40,7 @@ TYPES = {
 RANKS = {dtype: rank for rank, dtype in enumerate(TYPES.values())}
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 MAX_HEADER = 100_000_000  # the library's own limit
+MAX_AXES, MAX_SIZE = 32, 1 << 48
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,22 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises: InputError for a file that is cut short, that is something else, or whose header does
     not account for every byte of it.
     """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            raw = b"" if length > min(MAX_HEADER, size - 8) else file.read(length)
-    except OSError as error:
-        raise InputError(f"{path}: found {error.strerror}; expected a safetensors file") from None
+    with open_file(path, "a safetensors file") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        raw = b"" if length > min(MAX_HEADER, size - 8) else file.read(length)
     if not raw:
         raise InputError(
             f"{path}: truncated or corrupt: found {size} bytes with a header of {length}; "
             "expected a safetensors file"
         )
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
         header.pop("__metadata__", None)
         tensors = {key: _tensor(path, key, entry, 8 + length) for key, entry in header.items()}
     except InputError:
         raise
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         raise InputError(
             f"{path}: truncated or corrupt: found a header that does not parse; "
             "expected a safetensors file"
@@ -112,6 +111,9 @@ def _tensor(path: Path, key: str, entry: Mapping[str, Any], data: int) -> Tensor
         )
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(key)
+    # Numpy has no others, not even where another side is 0.
+    if len(shape) > MAX_AXES or math.prod(n or 1 for n in shape) > MAX_SIZE:
         raise ValueError(key)
     tensor = Tensor(path, shape, TYPES[entry["dtype"]], data + begin)
     if tensor.nbytes != end - begin:

@@ -7,33 +7,35 @@
 Orbax notices no flipped bit, so fingerprints are compared whenever parameters are read.
 """
 
-import importlib
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
 import numpy as np
 
-from gadjax.convert.files import WEIGHTS_NAME, Weights, fingerprint, read_json, write_weights
+from gadjax.convert.atomic import partial_folder, put_back
+from gadjax.convert.files import WEIGHTS_NAME, Weights, fingerprint, write_weights
 from gadjax.convert.folder import (
     CARRIED,
-    COMPONENTS,
     INDEX,
     SCHEDULER,
     STEMS,
     Component,
     PipelineFolder,
+    check_parts,
     read_pipeline,
 )
+from gadjax.convert.network import COMPONENTS, read_network
 from gadjax.convert.tensors import check_keys, place_tensors, tensors_from_params
 from gadjax.errors import InputError, RunStopped
-from gadjax.models.module import functional
+from gadjax.models.module import flatten
+from gadjax.reading import is_name, read_json
+from gadjax.types import Params
 
 MANIFEST, PARAMS, VERSION = "gadjax_folder.json", "params", 1
 SMALL = ("*.json", "*.md", "LICENSE*", "NOTICE*")  # of the files at the root and beside weights
@@ -52,6 +54,7 @@ def open_folder(
     components: Collection[str] | None = None,
 ) -> PipelineFolder:
     """Read a pipeline folder of either kind, as `read_pipeline` does."""
+    put_back(Path(folder))
     if not is_own(folder):
         return read_pipeline(
             folder,
@@ -76,9 +79,11 @@ def read_own(
     folder = Path(folder)
     manifest, model_index = read_manifest(folder), read_json(folder / INDEX)
     networks = manifest["networks"]
-    for name in _parts(folder, model_index):
+    names = _parts(folder, model_index)
+    for name in names:
         if not (folder / name).is_dir():
             raise InputError(f"{folder / name}: found no such folder; expected the {name}'s files")
+    check_parts(folder, [*names, PARAMS])
     wanted = networks if components is None else components
     if absent := sorted(set(wanted) - set(networks)):
         raise InputError(f"{folder}: found no {', '.join(absent)}; expected a network of that name")
@@ -102,7 +107,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         not isinstance(manifest.get("text"), str)
         or not isinstance(networks, dict)
         or not all(
-            isinstance(entry, dict) and "fingerprint" in entry for entry in networks.values()
+            is_name(name) and isinstance(entry, dict) and isinstance(entry.get("fingerprint"), str)
+            for name, entry in networks.items()
         )
     ):
         raise InputError(f"{path}: found no networks with fingerprints; expected gadjax's manifest")
@@ -116,23 +122,21 @@ def outline_folder(folder: Path) -> PipelineFolder:
     """
     folder = Path(folder)
     model_index = read_json(folder / INDEX)
-    names = [name for name in _parts(folder, model_index) if not CARRIED.fullmatch(name)]
-    parts = {name: describe(folder, name, model_index[name]) for name in names}
+    names = _parts(folder, model_index)
+    check_parts(folder, names)
+    networks = [name for name in names if not CARRIED.fullmatch(name)]
+    parts = {name: describe(folder, name, model_index[name]) for name in networks}
     return PipelineFolder(folder, model_index, read_json(folder / SCHEDULER), parts)
 
 
 def describe(folder: Path, name: str, entry: Any) -> Component:
     """A network without its parameters; its weights are empty, as there are no weight files."""
     where = folder / name / "config.json"
-    if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in COMPONENTS:
+    strings = isinstance(entry, list) and all(isinstance(word, str) for word in entry)
+    if not strings or len(entry) != 2 or entry[1] not in COMPONENTS or entry[0] not in STEMS:
         raise InputError(f"{folder / INDEX}: found {name}: {entry}; expected [library, class]")
-    config, module = read_json(where), importlib.import_module(COMPONENTS[entry[1]])
-    try:
-        spec = module.Config.from_dict(config)
-        abstract = functional(module.build(spec)).abstract
-    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{where}: found values that make no {entry[1]} ({reason})") from None
+    config = read_json(where)
+    module, spec, abstract = read_network(where, entry[1], config)
     weights = Weights(folder / PARAMS / name, None, (), {})
     return Component(name, entry[0], module, config, spec, abstract, weights, {})
 
@@ -143,10 +147,12 @@ def _read(part: Component, wanted: str, dtype) -> Component:
     path, keymap = part.weights.folder.absolute(), part.keymap
     handler = ocp.PyTreeCheckpointHandler()
     try:
-        kinds = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree
-        )
+        held = handler.metadata(path).tree
+        _check_shapes(path, held, part.abstract)  # or what is claimed would be allocated
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), held)
         params = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=kinds))
+    except InputError:
+        raise
     except Exception as error:  # a damaged checkpoint fails in many ways
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -160,6 +166,16 @@ def _read(part: Component, wanted: str, dtype) -> Component:
     if dtype is not None:
         params = place_tensors(tensors.items(), places, part.abstract, dtype, str(path))
     return replace(part, params=params)
+
+
+def _check_shapes(path: Path, held: Any, abstract: Params) -> None:
+    found = {key: tuple(leaf.shape) for key, leaf in flatten(held).items()}
+    wanted = {key: tuple(leaf.shape) for key, leaf in flatten(abstract).items()}
+    if wrong := sorted(set(found.items()) ^ set(wanted.items())):
+        raise InputError(
+            f"{path}: corrupt: found {len(found)} parameters; expected {len(wanted)}, and "
+            f"{wrong[0][0]} differs"
+        )
 
 
 def write_own(pipeline: PipelineFolder, out: Path, text: str) -> None:
@@ -199,14 +215,14 @@ def write_diffusers(pipeline: PipelineFolder, out: Path) -> None:
 def diffusers_folder(folder: Path, beside: Path) -> Iterator[Path]:
     """`folder` itself, or where it is gadjax's own, a diffusers folder made of it for a while.
 
-    beside: a folder on the disk to use.
+    beside: what it is made for; it is made beside that, and a kill leaves it to the next writer.
     """
     if not is_own(folder):
         yield folder
         return
-    with TemporaryDirectory(dir=beside, prefix=".gadjax-") as made:
-        write_diffusers(read_own(folder), Path(made))
-        yield Path(made)
+    with partial_folder(beside.resolve()) as made:
+        write_diffusers(read_own(folder), made)
+        yield made
 
 
 def _copy_small(pipeline: PipelineFolder, out: Path) -> None:
@@ -230,6 +246,6 @@ def _copy_files(src: Path, out: Path) -> None:
 def _parts(folder: Path, model_index: Mapping[str, Any]) -> list[str]:
     names = [k for k, v in model_index.items() if isinstance(v, list) and v != [None, None]]
     for name in names:
-        if Path(name).name != name:
+        if not is_name(name):
             raise InputError(f"{folder / INDEX}: found a part named {name!r}; expected a folder's")
     return names

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from gadjax.errors import InputError
+from gadjax.reading import open_file
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def read_pickle(path: Path) -> dict[str, PickledTensor]:
             f"{path}: found a pickle, which only torch reads and torch is not installed; "
             "expected safetensors"
         ) from None
+    with open_file(path, "a dict of tensors"):  # neither a pipe nor a device
+        pass
     try:
         mapped = zipfile.is_zipfile(path)  # torch's older format cannot be mapped
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -52,13 +55,25 @@ def read_pickle(path: Path) -> dict[str, PickledTensor]:
             "expected a dict of tensors"
         ) from None
     if not isinstance(tensors, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
+        isinstance(key, str) and _is_plain(value) for key, value in tensors.items()
     ):
         raise InputError(f"{path}: found something else; expected a flat dict of named tensors")
     return {
         key: PickledTensor(path, tuple(value.shape), _dtype(path, key, value), value)
         for key, value in tensors.items()
     }
+
+
+def _is_plain(value: Any) -> bool:
+    """Of numbers in memory: not sparse, quantized or of a shape alone."""
+    import torch
+
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
 
 
 def _dtype(path: Path, key: str, value) -> np.dtype:

@@ -4,15 +4,17 @@ A diffusers folder names its scheduler, but not the number of steps, the timeste
 that its weights are meant for. diffusers ignores the file.
 """
 
-import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gadjax.convert.files import read_json
 from gadjax.errors import InputError
+from gadjax.reading import read_json
+from gadjax.shown import shown
 
 FILE = "gadjax.json"
+LARGEST, MOST = 1e9, 10_000  # of any number; of steps, and of the tokens of a prompt
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def read_sampling(folder: Path, default: Sampling) -> Sampling:
     Raises: InputError naming file and key for a value that makes no sense.
     """
     path = Path(folder) / FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return default
     cfg = read_json(path)
     timesteps = cfg.get("timesteps")
@@ -55,7 +57,7 @@ def read_sampling(folder: Path, default: Sampling) -> Sampling:
         numbers = isinstance(timesteps, list) and all(_is_number(t) for t in timesteps)
         if not numbers or not timesteps or sorted(set(timesteps), reverse=True) != timesteps:
             raise InputError(
-                f"{path}, timesteps: found {timesteps!r}; expected numbers in falling order"
+                f"{path}, timesteps: found {shown(timesteps)}; expected numbers in falling order"
             )
         timesteps = tuple(float(t) for t in timesteps)
     steps = _whole(path, cfg, "steps", len(timesteps) if timesteps else default.steps)
@@ -65,10 +67,10 @@ def read_sampling(folder: Path, default: Sampling) -> Sampling:
         )
     guidance = cfg.get("guidance", default.guidance)
     if not _is_number(guidance):
-        raise InputError(f"{path}, guidance: found {guidance!r}; expected a number")
+        raise InputError(f"{path}, guidance: found {shown(guidance)}; expected a number")
     scale = cfg.get("scale", default.scale)
     if not _is_number(scale) or scale <= 0:
-        raise InputError(f"{path}, scale: found {scale!r}; expected a positive number")
+        raise InputError(f"{path}, scale: found {shown(scale)}; expected a positive number")
     length = _whole(path, cfg, "length", default.length)
     return Sampling(steps, timesteps, float(guidance), length, scale=float(scale))
 
@@ -76,18 +78,20 @@ def read_sampling(folder: Path, default: Sampling) -> Sampling:
 def read_world(folder: Path) -> str | None:
     """The name of the world that the folder's gadjax.json says it was trained on, if any."""
     path = Path(folder) / FILE
-    world = read_json(path).get("world") if path.exists() else None
+    world = read_json(path).get("world") if os.path.lexists(path) else None
     if world is not None and not isinstance(world, str):
-        raise InputError(f"{path}, world: found {world!r}; expected a name")
+        raise InputError(f"{path}, world: found {shown(world)}; expected a name")
     return world
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= LARGEST  # of NaN this is false
 
 
 def _whole(path: Path, cfg: dict[str, Any], key: str, default: int) -> int:
     value = cfg.get(key, default)
-    if type(value) is not int or value < 1:
-        raise InputError(f"{path}, {key}: found {value!r}; expected a whole number from 1 on")
+    if type(value) is not int or not 1 <= value <= MOST:
+        raise InputError(
+            f"{path}, {key}: found {shown(value)}; expected a whole number from 1 to {MOST}"
+        )
     return value

@@ -9,6 +9,7 @@ from gadjax.convert.files import open_weights
 from gadjax.convert.layout import Tensor
 from gadjax.convert.orbax_folder import is_own, read_manifest
 from gadjax.errors import InputError
+from gadjax.reading import check_inside, open_file
 
 LOOKED_AT = 64  # bytes of each tensor
 
@@ -31,6 +32,8 @@ def text_fingerprint(
     numbers = [path.name.removeprefix("text_encoder") for path in folder.glob("text_encoder*")]
     for number in sorted({"", *numbers}):
         encoder, tokenizer = folder / f"text_encoder{number}", folder / f"tokenizer{number}"
+        for part in (encoder, tokenizer):
+            check_inside(part, folder)
         files = sorted(path for path in tokenizer.glob("*") if path.is_file())
         if not files:
             raise InputError(f"{tokenizer}: found no files; expected those of a tokenizer")
@@ -48,7 +51,5 @@ def text_fingerprint(
 
 
 def _bytes(path: Path) -> bytes:
-    try:
-        return hashlib.blake2b(path.read_bytes()).digest()
-    except OSError as error:
-        raise InputError(f"{path}: found {error.strerror}; expected a file to read") from error
+    with open_file(path, "a file to read") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).digest()

@@ -41,9 +41,9 @@ def test_some_networks_in_another_dtype(own, tiny_pipeline):
 
 
 def test_a_diffusers_folder_for_a_while(own, tiny_pipeline, tmp_path):
-    with diffusers_folder(tiny_pipeline, tmp_path) as folder:
+    with diffusers_folder(tiny_pipeline, tmp_path / "out") as folder:
         assert folder == tiny_pipeline
-    with diffusers_folder(own, tmp_path) as folder:
+    with diffusers_folder(own, tmp_path / "out") as folder:
         assert_same(params_of(read_pipeline(folder)), params_of(read_pipeline(tiny_pipeline)))
     assert not any(tmp_path.iterdir())
 

@@ -5,15 +5,18 @@ unigram model (Kudo, arXiv:1804.10959), CLIP's and Gemma's are byte pairs.
 """
 
 import logging
+import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gadjax.errors import InputError
+from gadjax.reading import MIB, check_inside, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5Tokenizer
@@ -26,6 +29,11 @@ FILES = {
 }
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2: T5Tokenizer takes id 2 as the unknown one
 SPACE = "▁"
+LIMIT = 256 * MIB  # of a file; the largest published ones have some 30 MiB
+# Settings by which transformers would open other files, or build the class from other things.
+STEERING = ("vocab", "merges", "fast_tokenizer_files", "init_inputs", "tokenizer_object")
+PANIC = "PanicException"
+TRIED = ("a red circle", "", "Ä 1<\u2028>")
 log = logging.getLogger(__name__)
 
 
@@ -85,18 +93,65 @@ def load_tokenizer(
 
     import transformers
 
-    try:
-        backend = getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the Rust library raises bare Exception
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{folder}: found unreadable files ({reason}); {expected}") from error
+    with _refusing(folder, expected):
+        _check_files(folder)
+        loader = getattr(transformers, kind)
+        backend = loader.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     # Of an empty or foreign vocabulary transformers still makes a tokenizer.
     if kind == "T5Tokenizer":
         if (ids := backend.convert_tokens_to_ids(list(SPECIAL))) != [0, 1, 2]:
             raise InputError(f"{folder}: found ids {ids} for {', '.join(SPECIAL)}; {expected}")
     elif backend.pad_token_id is None or len(backend) < 3:
         raise InputError(f"{folder}: found {len(backend)} tokens and no padding; {expected}")
-    return Tokenizer(backend, clean)
+    tokenizer = Tokenizer(backend, clean)
+    with _refusing(folder, expected):  # what is wrong in it may show only now
+        ids, _ = tokenizer(TRIED, 64)
+        if ids.min() < 0:
+            raise ValueError(f"id {ids.min()}")
+    return tokenizer
+
+
+@contextmanager
+def _refusing(folder: Path, expected: str) -> Iterator[None]:
+    """What tokenizers raise: anything, and of a panic in the Rust library no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{folder}: found unreadable files ({reason}); {expected}") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raises: InputError for files that transformers would not survive, or that would have it open
+    others: what a settings file names beside tokens is handed to its class as it stands there."""
+    check_inside(folder, folder.parent)
+    for path in folder.iterdir():
+        if path.is_file() and path.stat().st_size > LIMIT:
+            raise InputError(f"{path}: found more than {LIMIT} bytes; expected a tokenizer's file")
+        if path.suffix == ".json":
+            _check_settings(path, read_json(path, LIMIT))
+
+
+def _check_settings(path: Path, held: dict[str, Any]) -> None:
+    if path.name == "tokenizer_config.json":
+        wrong = [key for key in STEERING if held.get(key)]
+    elif path.name == "special_tokens_map.json":
+        wrong = [key for key in held if not key.endswith(("_token", "_tokens"))]
+    else:
+        return
+    if wrong:
+        raise InputError(f"{path}: found {wrong[0]}; expected settings that name no files")
+    added = held.get("added_tokens_decoder")
+    for number in added if isinstance(added, dict) else ():
+        # transformers fills up to the largest.
+        if not re.fullmatch(r"\d{1,7}", number):
+            raise InputError(f"{path}, added_tokens_decoder: found {number}; expected ids")
 
 
 def build_word_tokenizer(words: Sequence[str]) -> "T5Tokenizer":
