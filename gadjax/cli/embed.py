@@ -13,8 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from gadjax.assets import resolve
-from gadjax.cli.output import check_least
-from gadjax.convert.atomic import check_target
+from gadjax.cli.output import check_least, storage
+from gadjax.convert.atomic import atomic_folder, check_target
 from gadjax.convert.image import image_fingerprint
 from gadjax.convert.orbax_folder import open_folder
 from gadjax.convert.recipe import read_sampling
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
                 bar.update(len(some))
 
         null = encode(None)
-        write_embeddings(args.out, prompts, batches(), null, origin=origin, dtype=args.dtype)
+        with storage(args.out), atomic_folder(args.out) as out:
+            write_embeddings(out, prompts, batches(), null, origin=origin, dtype=args.dtype)
     what = "pictures, and captions" if pictures else "prompts"
     print(f"{args.out}: {len(prompts)} {what} of {length} tokens")
     return 0

@@ -5,11 +5,14 @@ The check needs torch and diffusers; without them the folder says that it is not
 """
 
 import argparse
+import os
+import shutil
 from pathlib import Path
 
 from gadjax import parity
 from gadjax.assets import resolve
 from gadjax.cli.output import check_least, storage, storage_dtype
+from gadjax.convert.atomic import atomic_folder
 from gadjax.convert.export import note_verified, verified_text
 from gadjax.convert.recipe import FILE
 from gadjax.errors import InputError
@@ -63,7 +66,17 @@ def _verify_only(folder: Path) -> int:
     if not (folder / FILE).is_file():
         raise InputError(f"{folder}: found no {FILE}; expected a folder written by gadjax export")
     verified = parity.verify(folder)
-    with storage(folder):
-        note_verified(folder, verified)
+    with storage(folder), atomic_folder(folder, overwrite=True, marker=FILE) as new:
+        shutil.copytree(folder, new, copy_function=_link, dirs_exist_ok=True)
+        note_verified(new, verified)
     print(verified_text(str(folder), verified))
     return 0
+
+
+def _link(src: str, dst: str) -> None:
+    """A second name for a file; a copy where there are none. What replaces either leaves the other
+    as it is."""
+    try:
+        os.link(src, dst)
+    except OSError:
+        shutil.copy2(src, dst)

@@ -1,7 +1,9 @@
 """`gadjax COMMAND ...`: one module per command, imported when it is asked for."""
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, 2 for bad input (one line on stderr), or 3 where the run stopped itself."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     _keep_compiled()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _Parser(prog="gadjax", description=__doc__)
     names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
@@ -65,3 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunStopped as error:
         print(f"gadjax: stopped: {error}", file=sys.stderr)
         return 3
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # which every call on such a path says
+            raise
+        said = InputError(f"{error.filename}: found {error.strerror}; expected a shorter name")
+        print(f"gadjax: {said}", file=sys.stderr)
+        return 2

@@ -17,7 +17,7 @@ from gadjax.api import Model, drawn_with, load
 from gadjax.assets import resolve
 from gadjax.cli.output import check_least, storage
 from gadjax.convert.atomic import atomic_folder, check_apart, check_target
-from gadjax.data.prompts import read_prompts
+from gadjax.data.prompts import check_prompt, read_prompts
 from gadjax.errors import InputError, RunStopped
 from gadjax.sampling import BATCH, draw, initial_noise, sampler_and_times
 from gadjax.students import KNOWN
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     check_least("--seed", args.seed, 0)
     for flag in ("steps", "per_prompt", "batch"):
         check_least(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
+    check_prompt(args.negative or "", "--negative")
     prompts = read_prompts(resolve(args.prompts))
     if args.recipe not in (None, *KNOWN):
         raise InputError(f"--recipe: found {args.recipe!r}; expected one of {', '.join(KNOWN)}")

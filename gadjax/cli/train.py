@@ -2,6 +2,7 @@
 
 import argparse
 
+from gadjax.errors import InputError
 from gadjax.storage import as_path, reach
 from gadjax.training.config import read_config
 
@@ -12,17 +13,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", metavar="START:N", help="trace N steps after START into WORKDIR/profile"
     )
+    parser.add_argument(
+        "--reproduce-step",
+        metavar="N",
+        help="do step N of WORKDIR's run again and look at it; writes nothing there",
+    )
     parser.epilog = "--config FILE[:variant] and --config.a.b=value choose and change the config"
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     config = read_config(rest)  # before anything heavy is imported
     workdir = as_path(args.workdir)
-    reach(workdir, write=True)
+    again = args.reproduce_step is not None
+    if again and args.profile is not None:
+        raise InputError("--profile: found it beside --reproduce-step; expected one of the two")
+    reach(workdir, write=not again)
     from gadjax.training.loop import train
     from gadjax.training.processes import join
     from gadjax.training.profile import parse_profile
+    from gadjax.training.reproduce import parse_step, reproduce
 
+    if again:
+        step = parse_step(args.reproduce_step)
+        join()
+        reproduce(config, workdir, step, args.devices)
+        return 0
     profile = parse_profile(args.profile, config.steps) if args.profile is not None else None
     join()
     train(config, workdir, args.devices, profile)

@@ -15,7 +15,6 @@ keep fewer digits, and is not a dtype of .npy files.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -27,7 +26,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gadjax.data.prompts import read_prompts
-from gadjax.errors import InputError, RunStopped
+from gadjax.errors import InputError
+from gadjax.reading import read_json
+from gadjax.shown import shown
 
 VERSION = 1
 TEXT, MASK, POOLED, LATENTS = "text.npy", "mask.npy", "pooled.npy", "latents.npy"
@@ -92,7 +93,8 @@ class Embeddings:
     def _same(self, key: str, found: Any, expected: Any, what: str) -> None:
         if found != expected:
             raise InputError(
-                f"{self.folder / MANIFEST}: found {key} {found!r}; expected {expected!r} ({what})"
+                f"{self.folder / MANIFEST}: found {key} {shown(found)}; expected {expected!r} "
+                f"({what})"
             )
 
 
@@ -105,56 +107,39 @@ def write_embeddings(
     origin: Origin,
     dtype: str = "float32",
 ) -> None:
-    """Write a folder that appears whole or not at all.
+    """Write into `folder`, an empty one.
 
     batches: of consecutive prompts, any B, N rows together, with x0_BHWC if `origin` has latents;
     null: of the empty prompt, without a leading axis. One batch is in memory at a time.
 
-    Raises: InputError for a folder that exists, too little space, prompts or dtype that could not
-    be read back, or values that are not finite in `dtype`; RunStopped when a write fails;
-    ValueError for batches that do not fit the prompts or `null`.
+    Raises: InputError for too little space, prompts or dtype that could not be read back, or values
+    that are not finite in `dtype`; OSError when a write fails; ValueError for batches that do not
+    fit the prompts or `null`.
     """
-    folder = Path(folder).resolve()
     if dtype not in DTYPES:
         raise InputError(f"dtype: found {dtype!r}; expected one of {', '.join(DTYPES)}")
     length, width = null["text"].shape
     item, pooled = np.dtype(dtype).itemsize, len(null.get("pooled", ()))
     size = (len(prompts) + 1) * (length * (width * item + 1) + pooled * item)
     size += len(prompts) * math.prod(origin.latent or (0,)) * item
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        if folder.exists():
-            raise InputError(f"{folder}: found an existing path; expected a new folder")
-        building.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(
-            f"{folder}: found {error.strerror}; expected a place to write to"
-        ) from error
-    try:
-        if (free := shutil.disk_usage(building).free) < size:
-            raise InputError(
-                f"{folder}: found {free / 1e9:.3f} GB of free space; expected {size / 1e9:.3f} GB"
-            )
-        _write_prompts(building / PROMPTS, prompts)
-        _write_arrays(building, len(prompts), batches, null, origin.latent, dtype)
-        manifest = {
-            "version": VERSION,
-            "count": len(prompts),
-            "length": length,
-            "width": width,
-            "dtype": dtype,
-            "fingerprint": origin.text,
-        }
-        if pooled:
-            manifest["pooled"] = pooled
-        if origin.latent:
-            manifest |= {"vae": origin.vae, "latent": origin.latent}
-        (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        building.rename(folder)
-    except OSError as error:
-        raise RunStopped(f"{folder}: found {error.strerror or error}; nothing was kept") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    if (free := shutil.disk_usage(folder).free) < size:
+        found = f"found {free / 1e9:.3f} GB of free space"
+        raise InputError(f"{folder.parent}: {found}; expected {size / 1e9:.3f} GB")
+    _write_prompts(folder / PROMPTS, prompts)
+    _write_arrays(folder, len(prompts), batches, null, origin.latent, dtype)
+    manifest = {
+        "version": VERSION,
+        "count": len(prompts),
+        "length": length,
+        "width": width,
+        "dtype": dtype,
+        "fingerprint": origin.text,
+    }
+    if pooled:
+        manifest["pooled"] = pooled
+    if origin.latent:
+        manifest |= {"vae": origin.vae, "latent": origin.latent}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def _write_prompts(path: Path, prompts: Sequence[str]) -> None:
@@ -245,16 +230,9 @@ def open_embeddings(folder: Path) -> Embeddings:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: found {error.strerror}; expected a folder written by gadjax embed"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: found broken JSON; expected a manifest") from error
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path}: found no object; expected a manifest")
+    if not path.is_file():
+        raise InputError(f"{path}: found no such file; expected a folder written by gadjax embed")
+    manifest = read_json(path)
     text = (lambda value: isinstance(value, str), "text")
     positive = (_positive, "a positive integer")
     wanted = {
@@ -271,12 +249,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         wanted |= {"vae": text, "latent": (_is_shape, "three positive integers")}
     for key, (valid, expected) in wanted.items():
         if not valid(value := manifest.get(key)):
-            raise InputError(f"{path}: found {key} {value!r}; expected {expected}")
+            raise InputError(f"{path}: found {key} {shown(value)}; expected {expected}")
     return manifest
 
 
 def _positive(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**31  # NumPy's shapes are products of these
 
 
 def _is_shape(value: Any) -> bool:
@@ -285,6 +263,8 @@ def _is_shape(value: Any) -> bool:
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     expected = f"expected {dtype} {shape} as in {MANIFEST}"
+    if not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path}: found no such file; {expected}")
     try:
         array = np.lib.format.open_memmap(path, mode="r")
         size = path.stat().st_size

@@ -8,6 +8,7 @@ and a picture may have several captions. Folders are searched to any depth; hidd
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +17,16 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageOps
 
-from gadjax.data.prompts import read_prompts, read_records
+from gadjax.data.prompts import check_prompt, read_prompts, read_records
 from gadjax.errors import InputError
+from gadjax.reading import open_file
+from gadjax.shown import shown
 
+# Pillow would also run Ghostscript on a .png that is PostScript, and tries dozens of readers.
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST = 100_000_000  # pixels of a picture, 400 MB when decoded: a small file can claim any number
+# What is wrong with a picture is an error here, or nothing.
+warnings.filterwarnings("ignore", module="PIL")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = ("metadata.jsonl", "metadata.csv")
 NAME = "file_name"
@@ -61,7 +69,8 @@ def open_images(folder: Path, column: str = "prompt") -> Pictures:
         for name, _ in pairs:
             if name not in names:
                 raise InputError(
-                    f"{found[0]}: found {NAME} {name!r}; expected one of the pictures in {folder}"
+                    f"{found[0]}: found {NAME} {shown(name)}; expected one of the pictures in "
+                    f"{folder}"
                 )
         pairs.sort(key=lambda pair: pair[0])
     names, captions = zip(*pairs, strict=True)
@@ -95,7 +104,9 @@ def _caption(folder: Path, name: str) -> str:
             f"{folder / name}: found no {path.name} beside it; expected its caption there, or "
             f"{' or '.join(METADATA)} in {folder}"
         )
-    return " ".join(read_prompts(path))
+    caption = " ".join(read_prompts(path))
+    check_prompt(caption, str(path))
+    return caption
 
 
 def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -103,18 +114,22 @@ def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
 
     It is turned as its camera says, made RGB, scaled (Lanczos) until it just covers `size`, and
     what is over is cut off evenly on both sides.
-    Raises: InputError naming a file that cannot be decoded whole.
+    Raises: InputError naming a file that cannot be decoded whole, is none of PNG, JPEG and WebP,
+    or has more than 100 million pixels.
     """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":  # Pillow would clip them to 8 bits instead of scaling
-                raise ValueError(f"pixels of mode {image.mode}")
-            image = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.LANCZOS)
-    except Exception as error:  # a damaged file fails in many ways
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"{path}: found a picture that cannot be read ({reason}); expected a whole one of "
-            "8 bits a channel"
-        ) from error
+    with open_file(path, "a picture") as file:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MOST:
+                    raise ValueError(f"{image.width} x {image.height} pixels; at most {MOST}")
+                image = ImageOps.exif_transpose(image)
+                if image.mode[0] in "IF":  # Pillow would clip them to 8 bits instead of scaling
+                    raise ValueError(f"pixels of mode {image.mode}")
+                image = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.LANCZOS)
+        except Exception as error:  # a damaged file fails in many ways
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(
+                f"{path}: found a picture that cannot be read ({reason}); expected a whole one of "
+                "8 bits a channel"
+            ) from error
     return np.asarray(image, np.float32) / 127.5 - 1

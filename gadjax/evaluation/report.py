@@ -9,6 +9,7 @@ from gadjax.evaluation import pictures
 from gadjax.evaluation.catalogue import GROUPS, SUMMARY, Metric
 from gadjax.evaluation.evaluate import Evaluation, Row
 from gadjax.evaluation.statistics import Estimate
+from gadjax.shown import in_markdown
 from gadjax.training.preview import save_png
 
 PICTURES = {  # of which group, by which function of its tasks
@@ -56,10 +57,10 @@ def as_markdown(evaluation: Evaluation, settings: dict[str, Any]) -> str:
         lines += ["", "## Absent", ""]
         for why in dict.fromkeys(evaluation.absent.values()):
             titles = [listed[n].title for n, other in evaluation.absent.items() if other == why]
-            lines.append(f"- {why}: {'; '.join(titles)}")
+            lines.append(f"- {in_markdown(why)}: {'; '.join(titles)}")
     lines += ["", "## Settings", ""]
-    lines += [f"- {name}: {value}" for name, value in settings.items()]
-    lines += [f"- {row.label}: {_spelt(row)}" for row in rows]
+    lines += [f"- {in_markdown(name)}: {in_markdown(value)}" for name, value in settings.items()]
+    lines += [f"- {in_markdown(row.label)}: {in_markdown(_spelt(row))}" for row in rows]
     return "\n".join([*lines, ""])
 
 
@@ -67,7 +68,8 @@ def _table(
     evaluation: Evaluation, names: Sequence[str], evaluations: Sequence[str] | None = None
 ) -> list[str]:
     rows = evaluation.rows
-    lines = ["| | " + " | ".join(row.label for row in rows) + " |", "|---|" + "---|" * len(rows)]
+    labels = (in_markdown(row.label) for row in rows)
+    lines = ["| | " + " | ".join(labels) + " |", "|---|" + "---|" * len(rows)]
     if evaluations:
         lines.append("| network evaluations | " + " | ".join(evaluations) + " |")
     for name in names:
@@ -104,8 +106,8 @@ def write_report(
     folder: Path, evaluation: Evaluation, prompts: Sequence[str], settings: dict[str, Any]
 ) -> None:
     text = json.dumps(as_dict(evaluation, settings), indent=2, allow_nan=False) + "\n"
-    (folder / "report.json").write_text(text)
-    (folder / "report.md").write_text(as_markdown(evaluation, settings))
+    (folder / "report.json").write_text(text, encoding="utf-8")
+    (folder / "report.md").write_text(as_markdown(evaluation, settings), encoding="utf-8")
     save_png(pictures.samples(evaluation, prompts), folder / "samples.png")
     labels = {row.key: row.label for row in evaluation.rows}
     for group in _drawn(evaluation):

@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from gadjax.cli.output import storage
+from gadjax.convert.atomic import atomic_folder
 from gadjax.data import embeddings
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
 from gadjax.errors import InputError, RunStopped
@@ -30,7 +32,8 @@ def write(folder, text, mask, x0=None, pooled=None, sizes=(2, 2, 1), prompts=PRO
     arrays = texts | ({} if x0 is None else {"x0": x0})
     batches = ({name: array[some] for name, array in arrays.items()} for some in places)
     null = {name: array[-1] for name, array in texts.items()}
-    write_embeddings(folder, prompts, batches, null, **{"origin": Origin("abc"), **options})
+    with storage(folder), atomic_folder(folder) as out:  # as gadjax embed does
+        write_embeddings(out, prompts, batches, null, **{"origin": Origin("abc"), **options})
 
 
 @pytest.fixture
@@ -176,10 +179,10 @@ def test_what_does_not_fit_leaves_nothing(tmp_path, text_mask, options, error, m
 
 def test_an_existing_path_is_never_touched(folder):
     before = (folder / "manifest.json").stat()
-    with pytest.raises(InputError, match="found an existing path; expected a new folder"):
+    with pytest.raises(InputError, match="found a folder with files in it; expected a new"):
         write(folder, *encoded(6))
     assert (folder / "manifest.json").stat() == before
-    with pytest.raises(InputError, match="found Not a directory; expected a place to write to"):
+    with pytest.raises(InputError, match="found File exists for .*; expected a folder"):
         write(folder / "manifest.json" / "out", *encoded(6))
 
 
@@ -200,7 +203,7 @@ def test_a_write_that_fails_stops_and_leaves_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
     try:
-        with pytest.raises(RunStopped, match="out: found File too large; nothing was kept"):
+        with pytest.raises(RunStopped, match="out: cannot be written: File too large"):
             write(tmp_path / "out", *encoded(6))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -212,14 +215,9 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
         yield dict(zip(("text", "mask"), encoded(2), strict=True))
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write_embeddings(
-            tmp_path / "out",
-            PROMPTS,
-            batches(),
-            {"text": np.zeros((L, D)), "mask": np.ones(L)},
-            origin=Origin("abc"),
-        )
+    null = {"text": np.zeros((L, D)), "mask": np.ones(L)}
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out") as out:
+        write_embeddings(out, PROMPTS, batches(), null, origin=Origin("abc"))
     assert os.listdir(tmp_path) == []
 
 
@@ -247,10 +245,10 @@ def save(name, array):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (shutil.rmtree, "manifest.json: found No such file or directory; expected a folder writt"),
-        (put("manifest.json", b"{"), "manifest.json: found broken JSON"),
-        (put("manifest.json", b"\xff"), "manifest.json: found broken JSON"),
-        (put("manifest.json", b"[]"), "manifest.json: found no object"),
+        (shutil.rmtree, "manifest.json: found no such file; expected a folder written by"),
+        (put("manifest.json", b"{"), "manifest.json: corrupt: found "),
+        (put("manifest.json", b"\xff"), "manifest.json: corrupt: found "),
+        (put("manifest.json", b"[]"), "manifest.json: found a list; expected a JSON object"),
         (edit("version", 2), "manifest.json: found version 2; expected 1"),
         (edit("count", "5"), "manifest.json: found count '5'; expected a positive integer"),
         (edit("width", True), "manifest.json: found width True"),
@@ -260,7 +258,7 @@ def save(name, array):
         (edit("count", 4), r"text.npy: found float32 \(6, 3, 4\); expected float32 \(5, 3, 4\)"),
         (edit("width", 5), r"text.npy: found float32 \(6, 3, 4\); expected float32 \(6, 3, 5\)"),
         (edit("dtype", "float16"), r"text.npy: found float32 .*; expected float16"),
-        (lambda folder: (folder / "text.npy").unlink(), "text.npy: found No such file"),
+        (lambda folder: (folder / "text.npy").unlink(), "text.npy: found no such file"),
         (cut("text.npy", 0), "text.npy: found a truncated or corrupt file"),
         (cut("text.npy", 50), "text.npy: found a truncated or corrupt file"),
         (cut("text.npy", 200), "text.npy: found a truncated or corrupt file"),
@@ -286,7 +284,7 @@ def test_a_damaged_folder_is_refused_in_one_line(folder, damage, message):
     [
         (cut("latents.npy", 500), "latents.npy: found a truncated or corrupt file; expected float"),
         (lambda folder: os.truncate(folder / "latents.npy", 1999), "latents.npy: found 1999 bytes"),
-        (lambda folder: (folder / "latents.npy").unlink(), "latents.npy: found No such file"),
+        (lambda folder: (folder / "latents.npy").unlink(), "latents.npy: found no such file"),
         (edit("latent", [4, 6]), r"found latent \[4, 6\]; expected three positive integers"),
         (edit("latent", [4, 6, "2"]), "expected three positive integers"),
         (edit("latent", [6, 4, 2]), r"latents.npy: found float32 \(5, 4, 6, 2\); expected float32"),

@@ -43,7 +43,7 @@ def prompt_source(seed=0, count=N):
 @pytest.fixture(scope="module")
 def embeddings(tmp_path_factory):
     """With latents, each filled with its number."""
-    folder = tmp_path_factory.mktemp("data") / "text"
+    folder = tmp_path_factory.mktemp("text")
     text = np.random.default_rng(0).normal(size=(N + 1, L, 2)).astype(np.float16)
     mask = np.arange((N + 1) * L).reshape(N + 1, L) % 2
     x0 = np.broadcast_to(np.arange(N)[:, None, None, None], (N, 2, 3, 1))
