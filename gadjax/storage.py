@@ -18,6 +18,7 @@ from gadjax.errors import InputError, RunStopped
 GS = "gs://"
 
 log = logging.getLogger(__name__)
+_failing: set[str] = set()  # paths that were said to fail, until they can be written again
 
 
 def as_path(text: str | PurePath, flag: str = "--workdir") -> Any:
@@ -137,11 +138,19 @@ def store_errors(path: Any) -> Iterator[None]:
 
 
 @contextmanager
-def tolerant(path: Any) -> Iterator[None]:
-    """For what is written again soon: a store that fails once is no reason to stop a run."""
+def tolerant(path: Any, patient: bool = False) -> Iterator[None]:
+    """For a file that is written again soon: a store that fails once is no reason to stop a run,
+    nor is a folder where the run is to bear that (patient). It is said once per failure.
+
+    Raises: RunStopped where a folder cannot be written and that is not to be borne.
+    """
     try:
         yield
+        _failing.discard(str(path))
     except OSError as error:
-        if not is_remote(path):
-            raise
-        log.warning("%s: cannot be written now: %s", path, error.strerror or error)
+        text = error.strerror or error
+        if not (patient or is_remote(path)):
+            raise RunStopped(f"{path}: cannot be written: {text}") from error
+        if str(path) not in _failing:
+            log.warning("%s: cannot be written now: %s", path, text)
+        _failing.add(str(path))

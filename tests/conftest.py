@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tiny_run import build_pipeline, write_config
 
 # Tests compile the same programs again and again, also in processes of their own.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/jax").absolute()))
@@ -11,67 +12,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 @pytest.fixture(scope="session")
 def torch_pipeline():
     """A PixArtAlphaPipeline of diffusers with every parameter random, in float32."""
-    import torch
-    from diffusers import (
-        AutoencoderKL,
-        DPMSolverMultistepScheduler,
-        PixArtAlphaPipeline,
-        PixArtTransformer2DModel,
-    )
-    from transformers import T5Config, T5EncoderModel
-
-    from gadjax.models.text.tokenizer import build_word_tokenizer
-
-    torch.set_num_threads(1)
-    tokenizer = build_word_tokenizer(["red", "green", "blue", "circle", "square", "above"])
-    text_encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=20,
-            d_kv=6,
-            d_ff=28,
-            num_layers=2,
-            num_heads=4,
-            relative_attention_num_buckets=8,
-            relative_attention_max_distance=16,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-        )
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 12),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        cross_attention_dim=24,
-        sample_size=8,
-        caption_channels=20,
-        use_additional_conditions=False,
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for network in (text_encoder, vae, transformer):
-            for parameter in network.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return PixArtAlphaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder.eval(),
-        vae=vae.eval(),
-        transformer=transformer.eval(),
-        scheduler=DPMSolverMultistepScheduler(
-            beta_schedule="linear", beta_start=1e-4, beta_end=0.02
-        ),
-    )
+    return build_pipeline()
 
 
 @pytest.fixture(scope="session")
@@ -82,35 +23,7 @@ def tiny_pipeline(torch_pipeline, tmp_path_factory) -> Path:
     return folder
 
 
-# A run of seconds, on `tiny_pipeline`.
-CONFIG = """
-from gadjax.training.config import default_config
-
-def get_config(variant="all"):
-    config = default_config()
-    config.teacher = {teacher!r}
-    config.guidance = 2.0
-    config.student.steps, config.student.timesteps = 2, (900, 400)
-    config.objective = {{"tdm": {{}}}}
-    if variant == "all":
-        config.objective = {{"dmd": {{}}, "gad": {{"steps": 1}}, "anchor": {{"steps": 1}}}}
-    config.steps, config.batch = 4, 8
-    config.remat = "none"
-    config.optim.lr = 1e-3
-    config.critic.lr = 1e-3
-    config.data.update(prompts={prompts!r}, length=8)
-    config.checkpoint.every = 2
-    config.log.every = 1
-    config.preview.every = 0
-    return config
-"""
-
-
 @pytest.fixture(scope="session")
 def config(tiny_pipeline, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    prompts = folder / "prompts.txt"
-    prompts.write_text("red circle\ngreen square\nblue circle above red square\n")
-    path = folder / "tiny.py"
-    path.write_text(CONFIG.format(teacher=str(tiny_pipeline), prompts=str(prompts)))
-    return path
+    """Of a run of seconds, on `tiny_pipeline`."""
+    return write_config(tmp_path_factory.mktemp("config"), tiny_pipeline)

@@ -112,10 +112,23 @@ def test_checkpoints(store, workdir, caplog):
     assert checkpoints.restore(shapes(state)) is None
     for step in (2, 4, 6):
         checkpoints.save(step, state, {"seed": step})
-    checkpoints.close()
+    checkpoints.manager.wait_until_finished()
     assert {name.split("/")[0] for name in listing(folder)} == {"4", "6"}
     made = store.generations
     assert made[f"{root}/6/seal.json"] < made[f"{root}/6/commit_success.txt"]
+    assert find_fault(folder / "6") is None
+    checkpoints.close()  # completes the seal
+    sealed = json.loads((folder / "6" / "seal.json").read_text())
+    assert sealed.keys() == listing(folder / "6").keys() and find_fault(folder / "6") is None
+    for name in ("_CHECKPOINT_METADATA", "seal.json", "stray"):
+        before = store.objects.get(f"{root}/6/{name}", b"")
+        store.put(f"{root}/6/{name}", before + b" ")
+        assert name in find_fault(folder / "6")
+        if before:
+            store.put(f"{root}/6/{name}", before)
+        else:
+            store.remove(f"{root}/6/{name}")
+    assert find_fault(folder / "6") is None
 
     step, same, meta = restore(folder, state)
     assert (step, meta) == (6, {"seed": 6})

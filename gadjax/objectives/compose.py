@@ -1,15 +1,16 @@
 """Sums of weighted terms, and the one dict of names that a config may use."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import reduce
 from operator import or_
 
+import jax
 import jax.numpy as jnp
 
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, Term
-from gadjax.types import Params
+from gadjax.types import Metrics, Params
 
 
 class Addable:
@@ -42,11 +43,15 @@ class Sum:
     def needs(self) -> Needs:
         return reduce(or_, (term.needs for _, term in self.parts), Needs())
 
-    def __call__(self, context: Context):
-        total_B, metrics = 0.0, {}
+    def each(self, context: Context) -> Iterator[tuple[str, float, jax.Array, Metrics]]:
+        """Name, weight, per-sample loss [B] and scalars of every term."""
         for weight, term in self.parts:
             name = type(term).__name__.lower()  # also the name of its random stream
-            loss_B, extra = term(context.named(name))
+            yield name, weight, *term(context.named(name))
+
+    def __call__(self, context: Context):
+        total_B, metrics = 0.0, {}
+        for name, weight, loss_B, extra in self.each(context):
             metrics |= {f"loss/{name}": jnp.mean(loss_B)}
             metrics |= {f"{name}/{key}": value for key, value in extra.items()}
             total_B = total_B + (loss_B if weight == 1 else weight * loss_B)

@@ -1,9 +1,12 @@
 """Small files that are read while they are written."""
 
-import io
+import logging
+from contextlib import suppress
 from pathlib import Path
 
 from gadjax.storage import is_remote, put, store_errors
+
+log = logging.getLogger(__name__)
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
@@ -12,40 +15,47 @@ def write_whole(path: Path, data: str | bytes) -> None:
     if is_remote(path):
         return put(path, data)
     new = path.with_name(f"{path.name}.new")
-    new.write_bytes(data)
-    new.replace(path)
+    try:
+        new.write_bytes(data)
+        new.replace(path)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()  # half a file, where there may be no room for it
+        raise
 
 
 class Growing:
     """A text file that lines are added to, after those it has.
 
-    In a folder every line is there at once. An object cannot be added to: there the lines are held
-    in memory, and `upload` writes all of them.
+    In a folder every line is there at once; what a full disk does not take is held, and written
+    before the next line. An object cannot be added to: there all lines are held, and `upload`
+    writes them.
     """
 
     def __init__(self, path: Path):
         """Raises: OSError, here and in `add` and `upload`."""
-        self.path, self.late = path, False
+        self.path, self.late, self.held, self.file = path, False, bytearray(), None
         if not is_remote(path):
-            self.file = path.open("a", encoding="utf-8")
+            self.file = path.open("ab", buffering=0)  # a killed run leaves whole lines
             return
-        self.file = io.StringIO()
-        with store_errors(path):
-            try:
-                self.file.write(path.read_bytes().decode())
-            except FileNotFoundError:
-                pass
+        with store_errors(path), suppress(FileNotFoundError):
+            self.held += path.read_bytes()
 
     def add(self, line: str) -> None:
-        self.file.write(line + "\n")
-        self.file.flush()  # a killed run leaves whole lines
+        self.held += f"{line}\n".encode()
         self.late = True
+        while self.file and self.held:
+            del self.held[: self.file.write(self.held)]
 
     def upload(self) -> None:
-        """Does nothing in a folder."""
-        if self.late and isinstance(self.file, io.StringIO):
-            write_whole(self.path, self.file.getvalue())
+        """Of all lines, to a store."""
+        if self.late:
+            write_whole(self.path, bytes(self.held))
             self.late = False
 
     def close(self) -> None:
+        if self.file is None:
+            return
+        if self.held:
+            log.warning("%s: %d lines could not be written", self.path, self.held.count(b"\n"))
         self.file.close()

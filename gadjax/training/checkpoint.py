@@ -2,11 +2,14 @@
 
 A step is a folder that Orbax commits by a rename; on an object store, by a last file in it. Orbax
 itself notices no flipped bit, so every step carries a seal: the size and a checksum of its files,
-written just before the commit, so that a committed step is a sealed one.
+written just before the commit, so that a committed step is a sealed one, and completed after it by
+the files of the commit itself.
 """
 
+import errno
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from gadjax.errors import InputError, RunStopped
-from gadjax.storage import absolute, faults, is_remote, listing, move
-from gadjax.training.seal import COMMIT, SEAL, find_fault, write_seal
+from gadjax.storage import absolute, faults, is_remote, move
+from gadjax.training.leaves import check_leaves, names_of, nested
+from gadjax.training.processes import anywhere, from_first, lost
+from gadjax.training.seal import committed, complete_seal, find_fault, newest_sound, write_seal
 from gadjax.training.sharding import path_name
 from gadjax.training.state import TrainState
 from gadjax.types import Params
@@ -28,11 +33,21 @@ PARTS = {"ema": ("ema",), "student": ("params", "student"), "critic": ("params",
 log = logging.getLogger(__name__)
 
 
+class SaveFailed(RunStopped):
+    """A checkpoint could not be written; the ones before are as they were."""
+
+
 class Checkpoints:
-    """The checkpoints of one run. Every process calls every method, in the same order."""
+    """The checkpoints of one run. Every process calls every method, in the same order.
+
+    saving: the step that is being written, until `wait` or the next save has seen the end of it.
+    """
 
     def __init__(self, folder: Path, *, keep: int = 3, keep_every: int | None = None):
-        """keep: how many of the newest steps stay; keep_every: steps that stay for good."""
+        """keep: how many of the newest steps stay; keep_every: steps that stay for good.
+
+        Raises: RunStopped where the folder cannot be made.
+        """
         logging.getLogger("absl").addFilter(_not_orbax_error)
         self.folder, self.faults = absolute(folder), faults(folder)
         self.saving: int | None = None
@@ -40,10 +55,17 @@ class Checkpoints:
         kept: list[Any] = [policies.LatestN(keep)]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
-        self.manager = ocp.CheckpointManager(
+        self.kept, self.broken = policies.AnyPreservationPolicy(kept), False
+        try:
+            self.manager = self._open()
+        except self.faults as error:
+            raise RunStopped(f"{self.folder}: cannot be written: {_line(error)}") from error
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept),
+                preservation_policy=self.kept,
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,  # a damaged step must not stop the others' listing
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -58,65 +80,101 @@ class Checkpoints:
         """Write in the background, after the save before has ended. A step already there stays.
 
         Returns once `state` may be donated. meta: anything JSON holds.
-        Raises: RunStopped where this save, or the one before, cannot be written.
+        Raises: SaveFailed where this save, or the one before, cannot be written; the next may go
+        well again.
         """
         self.wait()
         if step in self.manager.all_steps():
             return
-        self.saving = step
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_nested(state)), meta=ocp.args.JsonSave(meta)
+            state=ocp.args.StandardSave(nested(state)), meta=ocp.args.JsonSave(meta)
         )
-        try:
+        self.saving = step
+        with self._failing():
+            self._mend()
             saved = self.manager.save(step, args=args)
-        except self.faults as error:
-            raise self._failed(error) from error
         if not saved:  # Orbax's way of refusing a step older than the newest
-            newest = self.manager.latest_step()
+            self.saving, newest = None, self.manager.latest_step()
             raise RunStopped(f"{self.folder}: found step {newest}; expected none after {step}")
 
     def restore(self, abstract: TrainState) -> tuple[int, TrainState, dict] | None:
-        """The newest valid step as (step, state, meta), or None where there are no checkpoints.
+        """The newest sound step as (step, state, meta), or None where there are no checkpoints.
 
         abstract: ShapeDtypeStruct leaves, each with its sharding on the mesh to restore onto. A
-        step that contradicts its seal is logged by path and file, skipped, and moved to
-        `damaged/` once another one was restored, since training will write that step again. A
-        step without a seal is valid if Orbax restores it: its commit was atomic.
+        step without a seal, or that contradicts it, is logged by path and file, skipped, and moved
+        to `damaged/` once another one was restored, since training will write that step again.
         Raises: InputError naming a leaf that the checkpoint has not, or has in another shape or
-        dtype (Orbax would cast); RunStopped where there are checkpoints but no valid one.
+        dtype (Orbax would cast); RunStopped where there are checkpoints but no sound one.
         """
         self.wait()
-        skipped: list[Path] = []
-        first = jax.process_index() == 0  # which reads for the seals; the others follow it
-        candidates = _candidates(self.folder, skipped) if first else iter(())
-        while (step := _from_first(next(candidates, -1))) >= 0:
-            path = self.folder / str(step)
-            try:
-                state, meta = self._read(path, step, abstract)
-            except InputError:
-                raise
-            except Exception as error:
-                _skip_unsealed(path, error, skipped)
-                continue
-            self._set_aside(skipped)
-            return step, state, meta
-        if _from_first(len(skipped)):
-            raise RunStopped(_none_valid(self.folder, skipped))
-        return None
+        step, skipped = None, []
+        if jax.process_index() == 0:  # which reads for the seals; the others follow it
+            step, skipped = newest_sound(self.folder)
+        step = from_first(-1 if step is None else step)
+        if step < 0:
+            if from_first(len(skipped)):
+                raise RunStopped(_none_sound(self.folder, skipped))
+            return None
+        path = self.folder / str(step)
+        state, meta = read_state(path, abstract)
+        self._set_aside(skipped)
+        return step, state, meta
 
     def wait(self) -> None:
-        """Until the last save is committed. Raises: RunStopped where it could not be written."""
-        try:
-            self.manager.wait_until_finished()
-        except self.faults as error:
-            raise self._failed(error) from error
+        """Until the last save is committed. Raises: SaveFailed where it could not be written."""
+        if self.saving is None:
+            return
+        with self._failing():
+            self._finish()
+        self.saving = None
 
     def close(self) -> None:
-        """`wait`, and give up the threads."""
+        """`wait` without the other processes, and give up the threads."""
         try:
+            self._finish()
             self.manager.close()
         except self.faults as error:
             raise self._failed(error) from error
+
+    def _finish(self) -> None:
+        self.manager.wait_until_finished()
+        if self.saving is not None and jax.process_index() == 0:
+            complete_seal(self.folder / str(self.saving))
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What fails inside on one process is a failed save on every one.
+
+        Orbax's manager is replaced after it: it has forgotten steps that it was about to delete,
+        and a new one removes what the save has left, which fills a full disk.
+        """
+        error = None
+        try:
+            yield
+        except self.faults as found:
+            error = found
+            if lost(error):
+                raise self._failed(error) from error
+        if not anywhere(error is not None):
+            return
+        failed = self._failed(error or OSError(errno.EIO, "it failed in another process"))
+        self.saving, self.broken = None, True
+        with suppress(*self.faults):
+            self._mend()
+        raise failed from error
+
+    def _mend(self) -> None:
+        """Raises: OSError where the folder is gone, which Orbax would make anew: beneath the mount
+        that was lost."""
+        if not is_remote(self.folder) and not self.folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the folder is gone")
+        if self.broken:
+            with suppress(*self.faults):
+                self.manager.close()
+            self.manager, self.broken = self._open(), False
+
+    def _failed(self, error: Exception) -> SaveFailed:
+        return SaveFailed(f"{self.folder}/{self.saving}: cannot be written: {_line(error)}")
 
     def _seal(self) -> None:
         """Orbax calls it in the background on process 0, after the files, before the commit."""
@@ -124,18 +182,8 @@ class Checkpoints:
         for path in temporary or [self.folder / str(self.saving)]:
             write_seal(path)
 
-    def _read(self, path: Path, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
-        check_leaves(path, _names(_metadata(path)), _names(abstract))
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_nested(abstract)), meta=ocp.args.JsonRestore()
-        )
-        found = self.manager.restore(step, args=args)
-        names = _names(found["state"])
-        state = jax.tree_util.tree_map_with_path(lambda p, _: names[path_name(p)], abstract)
-        return state, found["meta"]
-
     def _set_aside(self, skipped: list[Path]) -> None:
-        if not _from_first(len(skipped)):
+        if not from_first(len(skipped)):
             return
         if jax.process_index() == 0:
             remote = is_remote(self.folder)  # where Orbax removes what is not a committed step
@@ -150,8 +198,15 @@ class Checkpoints:
             multihost_utils.sync_global_devices("gadjax set aside")
         self.manager.reload()
 
-    def _failed(self, error: Exception) -> RunStopped:
-        return RunStopped(f"{self.folder}/{self.saving}: cannot be written: {_line(error)}")
+
+def read_state(path: Path, abstract: TrainState) -> tuple[TrainState, dict]:
+    """State and meta of the step in `path`, a sound one. abstract, raises: as `restore` has it."""
+    with _restoring(path):
+        check_leaves(path, names_of(_metadata(path)), names_of(abstract))
+        args = ocp.args.StandardRestore(nested(abstract))
+        leaves = names_of(ocp.StandardCheckpointHandler().restore(path / "state", args=args))
+        state = jax.tree_util.tree_map_with_path(lambda p, _: leaves[path_name(p)], abstract)
+        return state, _read_meta(path)
 
 
 def read_params(
@@ -160,29 +215,26 @@ def read_params(
     """One network out of a run's checkpoints: (step, nested dict of numpy arrays, meta).
 
     Needs no mesh and no model, and reads no other arrays (though every file, for the seal).
-    part: ema, student or critic. step: by default the newest valid one.
+    part: ema, student or critic. step: by default the newest sound one.
     Raises: InputError where there is no such checkpoint or part, or where `step` is damaged;
-    RunStopped where there are checkpoints but no valid one.
+    RunStopped where there are checkpoints but no sound one.
     """
     folder = absolute(folder)
     if part not in PARTS:
         raise InputError(f"part: found {part!r}; expected one of {', '.join(PARTS)}")
-    steps = _steps(folder)
+    steps = committed(folder)
     if not steps or step is not None and step not in steps:
         found = ", ".join(map(str, steps)) or "no checkpoint"
         raise InputError(f"{folder}: found {found}; expected {'one' if step is None else step}")
     if step is not None and (fault := find_fault(folder / str(step))):
         raise InputError(f"{folder / str(step)}: found a damaged checkpoint ({fault})")
-    skipped: list[Path] = []
-    for candidate in [step] if step is not None else _candidates(folder, skipped):
-        path = folder / str(candidate)
-        try:
-            return candidate, _read_part(path, part), _read_meta(path)
-        except InputError:
-            raise
-        except Exception as error:
-            _skip_unsealed(path, error, skipped)
-    raise RunStopped(_none_valid(folder, skipped))
+    if step is None:
+        step, skipped = newest_sound(folder)
+    if step is None:
+        raise RunStopped(_none_sound(folder, skipped))
+    path = folder / str(step)
+    with _restoring(path):
+        return step, _read_part(path, part), _read_meta(path)
 
 
 def _read_part(path: Path, part: str) -> Params:
@@ -207,88 +259,29 @@ def _read_meta(path: Path) -> dict:
     return ocp.JsonCheckpointHandler().restore(path / "meta", args=ocp.args.JsonRestore())
 
 
-def check_leaves(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Compare name -> (something with shape and dtype). Raises: InputError naming one leaf."""
-    for name in [*wanted, *found]:
-        a, b = _kind(found.get(name)), _kind(wanted.get(name))
-        if a != b:
-            raise InputError(f"{path}: {name}: found {a}; expected {b}")
-
-
-def _kind(leaf: Any) -> str:
-    return "nothing" if leaf is None else f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
-
-
-def _names(tree: Any) -> dict[str, Any]:
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _nested(tree: Any) -> dict[str, Any]:
-    """The same leaves in plain dicts with string keys, which is what Orbax's metadata can hold."""
-    nested: dict[str, Any] = {}
-    for name, leaf in _names(tree).items():
-        *folders, last = name.split("/")
-        place = nested
-        for key in folders:
-            place = place.setdefault(key, {})
-        place[last] = leaf
-    return nested
-
-
 def _metadata(path: Path) -> dict[str, Any]:
     """Shapes and dtypes of a step, nested."""
     return ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
 
 
-def _steps(folder: Path) -> list[int]:
-    """Committed steps, newest first."""
-    if is_remote(folder):
-        names = [name.removesuffix(f"/{COMMIT}") for name in listing(folder) if COMMIT in name]
-    else:
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
-
-
-def _candidates(folder: Path, skipped: list[Path]) -> Iterator[int]:
-    """Steps that do not contradict their seal, newest first; the others go into `skipped`."""
-    for step in _steps(folder):
-        path = folder / str(step)
-        fault = find_fault(path)
-        if fault is None:
-            yield step
-        else:
-            _skip(path, fault, skipped)
-
-
-def _skip(path: Path, fault: str, skipped: list[Path]) -> None:
-    log.warning("%s: damaged checkpoint skipped: %s", path, fault)
-    skipped.append(path)
-
-
-def _skip_unsealed(path: Path, error: Exception, skipped: list[Path]) -> None:
-    """A failed restore is damage where there is no seal to say otherwise.
-
-    Raises: RunStopped where there is one: the bytes are right, so memory or storage is at fault.
-    """
-    if (path / SEAL).exists():
+@contextmanager
+def _restoring(path: Path) -> Iterator[None]:
+    """The seal says that the bytes are right: memory or storage is at fault, or the caller."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
         raise RunStopped(f"{path}: cannot be restored: {_line(error)}") from error
-    _skip(path, _line(error), skipped)
 
 
-def _none_valid(folder: Path, skipped: list[Path]) -> str:
+def _none_sound(folder: Path, skipped: list[Path]) -> str:
     steps = ", ".join(path.name for path in skipped) or "only damaged ones"
-    return f"{folder}: found damaged checkpoints ({steps}); expected a valid one"
-
-
-def _from_first(value: int) -> int:
-    """Process 0's value, on every process."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    return f"{folder}: found damaged checkpoints ({steps}); expected a sound one"
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
     for reason in ("No space left on device", "Disk quota exceeded", "Permission denied"):
         if reason in text:  # Orbax buries it in a paragraph of paths
             return reason

@@ -32,14 +32,18 @@ class Steps:
 
     student: Callable
     critic: Callable | None
+    order: tuple[Callable, ...]  # the updates of a training step: the critic's, the student's
     state: Any  # shardings
     frozen: Any
 
 
-def compile_steps(run: Run, *, keep_unused: bool = False) -> Steps:
+def compile_steps(
+    run: Run, *, keep_unused: bool = False, wrap: Callable[[Callable], Callable] = lambda step: step
+) -> Steps:
     """Both updates as sharded jitted functions; the state is donated, the frozen parts are not.
 
-    keep_unused: whether an update keeps what it does not read among its arguments.
+    keep_unused: whether an update keeps what it does not read among its arguments. wrap: what is
+    made of an update before it is compiled.
     """
     mesh, seed = run.mesh, run.config.seed
     parts = run.pipeline.folder.components
@@ -76,7 +80,7 @@ def compile_steps(run: Run, *, keep_unused: bool = False) -> Steps:
             with placed(Placement(mesh, kernels)):
                 batch = by_sample(make_batch(run.pipeline, frozen, raw, seed, number))
                 recipe = keeping(run.recipe, frozen)
-                after, metrics = step(recipe, near, frozen.get(body), batch)
+                after, metrics = wrap(step)(recipe, near, frozen.get(body), batch)
             # What a step leaves as it is has not been anywhere.
             after = jax.tree.map(lambda x, y, z: z if x is y else x, after, near, state)
             return after, metrics
@@ -85,4 +89,6 @@ def compile_steps(run: Run, *, keep_unused: bool = False) -> Steps:
         return jax.jit(update, **options)
 
     critic = compiled(critic_step) if len(run.recipe.optimizers) > 1 else None
-    return Steps(compiled(student_step), critic, state_home, frozen_home)
+    student = compiled(student_step)
+    order = (critic,) * (run.config.critic.updates if critic else 0) + (student,)
+    return Steps(student, critic, order, state_home, frozen_home)

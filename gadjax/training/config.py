@@ -3,7 +3,7 @@
 import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gadjax.errors import InputError
+from gadjax.shown import shown
+from gadjax.training.atomic import write_whole
 
 # What may change when a run is resumed; any other difference is another run.
 MAY_CHANGE = ("mesh", "attention", "offload", "steps", "log", "preview", "checkpoint")
@@ -61,7 +63,8 @@ def default_config() -> ConfigDict:
                 "dropout": 0.0,  # of captions, where a teacher is trained
                 "length": 120,  # text tokens
             },
-            "checkpoint": {"every": 500, "keep": 3},
+            # failures: saves in a row that may fail before the run stops
+            "checkpoint": {"every": 500, "keep": 3, "failures": 0},
             # trackers: some of wandb, trackio; TensorBoard is written where tensorflow is there
             "log": {"every": 10, "trackers": (), "project": "gadjax"},
             "preview": {"every": 500, "prompts": 8, "scale": 3},
@@ -114,6 +117,8 @@ def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict
 
 def _one_line(error: Exception) -> str:
     text = str(error)
+    if own := [e for e in _chain(error) if isinstance(e, InputError)]:
+        text = str(own[-1])  # what the file itself raised; flags and ml_collections quote it
     if isinstance(error, AttributeError) and isinstance(error.args[0], KeyError):
         key = str(error.args[0].args[0]).strip("'")
         text = f"found no key {key!r} to change; expected one that the config file itself names"
@@ -122,9 +127,15 @@ def _one_line(error: Exception) -> str:
     if "\\n" in text:  # a message that ml_collections quoted, its line breaks spelt out
         text = text.replace("\\n", ". ").replace("\\'", "").strip("'")
     if "Traceback" in text or isinstance(error, OSError):  # ml_collections quotes it all
-        text = text.strip().splitlines()[-1].removeprefix("gadjax.errors.InputError: ")
+        text = text.strip().splitlines()[-1]
     text = " ".join(text.split()) or type(error).__name__
     return f"--config: {text.removeprefix('--config: ')}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 def _check_keys(found: Mapping, known: dict, prefix: str, whole: bool = True) -> None:
@@ -145,7 +156,7 @@ def _check_keys(found: Mapping, known: dict, prefix: str, whole: bool = True) ->
 
 
 def write_json(config: ConfigDict, path: Path) -> None:
-    path.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+    write_whole(path, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
@@ -175,7 +186,8 @@ def check_resume(saved: dict, config: ConfigDict, where: Path) -> None:
         d for d in differences(saved, as_json(config)) if d[0].split(".")[0] not in MAY_CHANGE
     ]
     if changed:
-        text = "; ".join(f"{key}: found {old!r}, asked for {new!r}" for key, old, new in changed)
+        values = ((key, shown(old, 200), shown(new, 200)) for key, old, new in changed)
+        text = "; ".join(f"{key}: found {old}, asked for {new}" for key, old, new in values)
         raise InputError(f"{where}: belongs to another config ({text}); expected the same values")
 
 

@@ -54,7 +54,7 @@ def export(
     made = _describe(out.resolve().name, trained, folder, scheduler, sampling, measured)
 
     with atomic_folder(out, overwrite=overwrite, marker=INDEX) as new:
-        with diffusers_folder(source, out.resolve().parent) as src:
+        with diffusers_folder(source, out) as src:
             params = {body: weights}
             write_pipeline(src, new, params, scheduler=scheduler, dtype=dtype)
         index = read_json(new / INDEX) | {"_class_name": made.pipeline}

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gadjax.errors import InputError
+from gadjax.reading import read_json
 from gadjax.training.atomic import write_whole
 
 GOODPUT = "goodput.json"
@@ -38,10 +40,14 @@ class Clock:
         """Go on from the record of the starts before; this one begins after step `start`."""
         self.file, self.step = workdir / GOODPUT, start
         try:
-            before = json.loads(self.file.read_text())
-            seconds = {kind: float(before["seconds"][kind]) for kind in KINDS}
-            starts, newest, steps = (int(before[name]) for name in ("starts", "step", "steps"))
-        except (OSError, ValueError, KeyError, TypeError):
+            before = read_json(self.file)
+            seconds = {kind: before["seconds"][kind] for kind in KINDS}
+            starts, newest, steps = (before[name] for name in ("starts", "step", "steps"))
+            whole = all(type(n) is int and 0 <= n < 2**63 for n in (starts, newest, steps))
+            whole &= all(type(x) in (int, float) and 0 <= x < 1e15 for x in seconds.values())
+        except (InputError, LookupError, TypeError):
+            whole = False
+        if not whole:
             return  # the first start, or nothing that can be read: count from here
         again = min(max(newest - start, 0), steps)
         lost = again * seconds["step"] / max(steps, 1)

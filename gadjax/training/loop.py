@@ -1,7 +1,6 @@
 """The host's side of training: data in, updates, checkpoints, and something to look at."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from gadjax.convert.recipe import Sampling
 from gadjax.data.source import prefetch
 from gadjax.errors import InputError, RunStopped
 from gadjax.models.module import overlay
+from gadjax.reading import read_json
 from gadjax.sampling import clean_latent, initial_noise
 from gadjax.storage import tolerant
 from gadjax.training.checkpoint import Checkpoints
@@ -22,6 +22,7 @@ from gadjax.training.claim import LOCK, Claim
 from gadjax.training.compiled import Steps, compile_steps
 from gadjax.training.config import as_json, check_resume, write_json
 from gadjax.training.goodput import Clock
+from gadjax.training.masked import Update, check_masked, scalars_of
 from gadjax.training.preview import grid, save_png
 from gadjax.training.processes import (
     Leaving,
@@ -34,10 +35,16 @@ from gadjax.training.processes import (
 from gadjax.training.profile import Profile
 from gadjax.training.progress import Progress, overview
 from gadjax.training.record import write_record
+from gadjax.training.replicas import check_replicas
+from gadjax.training.saving import Saves
 from gadjax.training.setup import Run, encode_raw, prepare
 from gadjax.training.sharding import batch_sharding, put, replicated, rows_here, shapes_at
 from gadjax.training.state import TrainState
 from gadjax.training.trackers import check_trackers
+
+# What a run may leave in its workdir that is killed before it has written its config.
+BEGUN = LOCK, "config.json.new"
+Restore = Callable[[TrainState], tuple[int, TrainState, dict] | None]  # as `Checkpoints.restore`
 
 
 class Watch(NamedTuple):
@@ -81,15 +88,19 @@ def train(
 def _check_workdir(config: ConfigDict, workdir: Path) -> None:
     saved = workdir / "config.json"
     if saved.exists():
-        check_resume(json.loads(saved.read_text()), config, workdir)
-    elif workdir.exists() and any(path.name != LOCK for path in workdir.iterdir()):
+        check_resume(read_json(saved), config, workdir)
+    elif workdir.exists() and any(path.name not in BEGUN for path in workdir.iterdir()):
         raise InputError(f"{workdir}: found files but no config.json; expected an empty folder")
 
 
 def _claim(config: ConfigDict, workdir: Path) -> Claim:
     claim = Claim(workdir, config.steps, mine=jax.process_index() == 0)
     if claim.mine:
-        write_json(config, workdir / "config.json")
+        try:
+            write_json(config, workdir / "config.json")
+        except OSError as error:
+            text = error.strerror or error
+            raise RunStopped(f"{workdir}/config.json: cannot be written: {text}") from error
     return claim
 
 
@@ -103,59 +114,58 @@ def _loop(
 ) -> int:
     """Returns the number of steps done."""
     config, workdir, clock = run.config, claim.workdir, watch.clock
-    done, state = _newest(run, steps, checkpoints)
+    done, state = begin(run, steps, checkpoints.restore)
     resumed = done > 0
     claim.say("running", done)
     frozen = put(run.frozen, steps.frozen)
     meta = {"config": as_json(config), "teacher": run.fingerprint}
     show = Preview(run, frozen, workdir) if config.preview.every else None
-    critic_updates = config.critic.updates if steps.critic else 0
-    each = critic_updates + 1  # data and keys are numbered by update, the critic's included
-    before: dict[str, Any] = {}
+    before: list[Update] = []
     with Progress(workdir, config, done, clock) as progress:
+        saves = Saves(checkpoints, config.checkpoint.failures, progress.note)
         progress.note(f"resumed at step {done}" if resumed else overview(state.params["student"]))
-        if show and not resumed:
-            progress.image(0, "preview", show(state, 0))
-        batches = host_batches(run, done * each, config.steps * each)
+        if show and show.due(done):  # a run that was killed had saved this step, not yet shown it
+            progress.image(done, "preview", show(state, done))
+        batches = host_batches(run, steps, done, config.steps)
         profile = Profile(watch.profile, workdir, progress.note)
         leave = False
         while done < config.steps and not leave:
             beat(done)
             profile.at(done, state)
-            metrics: dict[str, Any] = {}
-            for place in range(each):
-                step = steps.student if place == critic_updates else steps.critic
-                update = np.uint32(done * each + place)
+            begun: list[Update] = []
+            for step in steps.order:
                 with clock("data"):
-                    batch = next(batches)
-                state, more = step(state, frozen, batch, update)
-                metrics |= more
+                    update, batch = next(batches)
+                state, metrics = step(state, frozen, batch, update)
+                begun.append(Update(int(update) * config.batch, batch.get("which"), metrics))
             done += 1
+            claim.step = done
             leave = leaving.asked(done)
-            progress.update(done, metrics)
+            progress.update(done, scalars_of(begun))
             if progress.enabled and not before:  # the first step of this start
                 write_record(run, steps, workdir, state, frozen, batch, update)
-            _stop_if_bad(before, config.stop_after_bad, done - 1)
-            before = metrics
+            check_masked(before, done - 1, config.stop_after_bad, progress.note)
+            before = begun
             last = done == config.steps
             if done % config.checkpoint.every == 0 or last or leave:
+                progress.flush()
                 with clock("checkpoint"):
-                    checkpoints.save(done, state, meta)
+                    check_replicas(state, done, checkpoints)
+                    saves.save(done, state, meta, last=last or leave)
                 claim.say("running", done)
-                progress.sync()
-            if show and (done % config.preview.every == 0 or last):
+            if show and show.due(done):
                 with clock("preview"):
                     progress.image(done, "preview", show(state, done))
-        _stop_if_bad(before, config.stop_after_bad, done)
+        check_masked(before, done, config.stop_after_bad, progress.note)
         profile.close(done, state)
         with clock("checkpoint"):
             checkpoints.wait()
     return done
 
 
-def _newest(run: Run, steps: Steps, checkpoints: Checkpoints) -> tuple[int, TrainState]:
-    """The newest checkpoint's step and state, or step 0 and what a run starts from."""
-    found = checkpoints.restore(shapes_at(jax.eval_shape(run.start, run.first), steps.state))
+def begin(run: Run, steps: Steps, restore: Restore) -> tuple[int, TrainState]:
+    """The step and the state that `restore` finds, or step 0 and what a run starts from."""
+    found = restore(shapes_at(jax.eval_shape(run.start, run.first), steps.state))
     if found is None:
         first = put(run.first, steps.state.params["student"])
         return 0, jax.jit(run.start, out_shardings=steps.state)(first)
@@ -163,33 +173,22 @@ def _newest(run: Run, steps: Steps, checkpoints: Checkpoints) -> tuple[int, Trai
     if meta["teacher"] != run.fingerprint:
         raise InputError(
             f"{run.config.teacher}: found weights of fingerprint {run.fingerprint}; expected "
-            f"{meta['teacher']}, with which {checkpoints.folder.parent} was begun"
+            f"{meta['teacher']}, with which the run was begun"
         )
     return step, state
 
 
-def _stop_if_bad(metrics: dict[str, Any], most: int, step: int) -> None:
-    """Raises: RunStopped once `most` updates in a row were masked for not being finite.
-
-    Called with the metrics of the step before the newest, so that it does not wait for a device.
-    """
-    for name, value in metrics.items():
-        if name.endswith("/bad") and int(value) >= most:
-            raise RunStopped(
-                f"step {step}: the last {int(value)} updates of the {name.split('/')[0]} were not "
-                "finite and were left out; expected finite losses (lower optim.lr, or look at "
-                "metrics.jsonl)"
-            )
-
-
-def host_batches(run: Run, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
-    """The global batches of updates start .. stop - 1, put on the mesh ahead of their use; every
-    process makes the samples of its own devices."""
+def host_batches(
+    run: Run, steps: Steps, done: int, stop: int
+) -> Iterator[tuple[np.uint32, dict[str, jax.Array]]]:
+    """Number and global batch of every update of steps done + 1 .. stop, put on the mesh ahead of
+    their use; every process makes the samples of its own devices."""
+    each = len(steps.order)  # data and keys are numbered by update, the critic's included
     size, sharding = run.config.batch, batch_sharding(run.mesh)
     low, high = rows_here(sharding, size)
 
-    def fetch(update: int):
-        rows = run.source.batch(update * size + low, high - low)
+    def fetch(number: int):
+        rows = run.source.batch(number * size + low, high - low)
 
         def place(x):
             def part(index):
@@ -198,9 +197,9 @@ def host_batches(run: Run, start: int, stop: int) -> Iterator[dict[str, jax.Arra
 
             return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
 
-        return jax.tree.map(place, rows)
+        return np.uint32(number), jax.tree.map(place, rows)
 
-    return prefetch(fetch, start, stop)
+    return prefetch(fetch, done * each, stop * each)
 
 
 class Preview:
@@ -208,7 +207,10 @@ class Preview:
 
     def __init__(self, run: Run, frozen: dict[str, Any], workdir: Path):
         self.folder, self.scale = workdir / "previews", run.config.preview.scale
-        self.folder.mkdir(exist_ok=True)
+        self.every, self.last = run.config.preview.every, run.config.steps
+        self.patient = run.config.checkpoint.failures > 0
+        with tolerant(self.folder, self.patient):
+            self.folder.mkdir(exist_ok=True)
         pipeline, recipe = run.pipeline, run.recipe
         needs, count = recipe.objective.needs, run.config.preview.prompts
         raw = run.source.batch(0, count)
@@ -233,6 +235,9 @@ class Preview:
         if pipeline.body in frozen:
             self.teacher = np.asarray(draw(frozen[pipeline.body], many, frozen, raw))
 
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.last
+
     def __call__(self, state: TrainState, step: int) -> np.ndarray:
         """Writes the picture of one step, and returns it: uint8 [H, W, 3]."""
         rows = [("student", self.draw(state.ema))]
@@ -240,6 +245,6 @@ class Preview:
             rows.insert(0, ("teacher", self.teacher))
         picture = grid(rows, None, self.scale)
         if jax.process_index() == 0:
-            with tolerant(self.folder):
+            with tolerant(self.folder, self.patient):
                 save_png(picture, self.folder / f"{step:07d}.png")
         return np.asarray(picture)

@@ -1,15 +1,18 @@
 """Pictures to look at while training: labelled rows, one column per prompt and noise."""
 
 import io
+from bisect import bisect
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from gadjax.errors import InputError
+from gadjax.shown import printable
 from gadjax.training.atomic import write_whole
 
 GAP, MARGIN, LINES = 4, 12, 4  # pixels between pictures and around all; lines of a caption
+LONGEST = 1000  # characters of a caption, more than fit
 INK, PALE = (32, 32, 32), (96, 96, 96)
 
 
@@ -68,18 +71,20 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Lines of at most `width` pixels, at most four; what does not fit ends in an ellipsis."""
     lines = [""]
+    text = text if len(text) <= LONGEST else text[:LONGEST] + "…"
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
+        longer = f"{lines[-1]} {printable(word)}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer
         else:
-            lines.append(word)
+            lines.append(printable(word))
     cut = len(lines) > LINES
     lines = lines[:LINES]
     for number, line in enumerate(lines):
         end = "…" if cut and number == LINES - 1 else ""
-        while line and font.getlength(line + end) > width:
-            line, end = line[:-1], "…"
+        if font.getlength(line + end) > width:
+            fits = bisect(range(len(line)), width, key=lambda n: font.getlength(line[:n] + "…"))
+            line, end = line[: max(fits - 1, 0)], "…"
         lines[number] = line + end
     return lines
 

@@ -155,11 +155,27 @@ def losing_peers() -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, RunStopped) as error:
-        text = " ".join(str(error.__cause__ or error).split())
-        if alone() or not any(name in text for name in LOST):
+        cause = error.__cause__ or error
+        if not lost(cause):
             raise
+        text = " ".join(str(cause).split())
         print(f"gadjax: a peer was lost: {text[:200]}", file=sys.stderr, flush=True)
         os.abort()
+
+
+def lost(error: BaseException) -> bool:
+    """Whether it says that another process is gone, with which nothing can be agreed."""
+    return not alone() and any(name in str(error) for name in LOST)
+
+
+def anywhere(value: bool) -> bool:
+    """Whether it is so on any process."""
+    return value if alone() else bool(multihost_utils.process_allgather(np.bool_(value)).any())
+
+
+def from_first(value: int) -> int:
+    """Process 0's value, on every process."""
+    return value if alone() else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 class Leaving:

@@ -30,9 +30,10 @@ class Progress:
     config's trackers.
 
     Metrics are read one step late: when `update` is told of step n, it waits for step n - 1 at
-    most, so the device always has work queued. The terminal shows a bar where it is one, and a
-    line every `log.every` steps where it is not. A resumed run appends, after dropping the metrics
-    of steps that it will do again. On an object store the files follow with a delay (`sync`).
+    most, so the device always has work queued; only `flush` waits for n. The terminal shows a bar
+    where it is one, and a line every `log.every` steps where it is not. A resumed run appends,
+    after dropping the metrics of steps that it will do again. On an object store the files follow
+    with a delay (`sync`).
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Progress:
         """start: steps done so far. clock: of this start, told of every step. enabled: by default
         on process 0; elsewhere every method does nothing.
 
-        Raises: RunStopped, here and in every method, where the workdir cannot be written.
+        Raises: RunStopped where the workdir cannot be written; in the methods only where the
+        config allows no failures of checkpoints, else lines are held until they can be written.
         """
         self.enabled = jax.process_index() == 0 if enabled is None else enabled
         self.total, self.batch, self.every = config.steps, config.batch, max(config.log.every, 1)
+        self.patient = config.checkpoint.failures > 0
         self.pending: tuple[int, dict[str, Any]] | None = None
         self.mark: tuple[int, float] | None = None  # step and time that the rate counts from
         self.files: dict[str, Growing] = {}
@@ -65,7 +68,8 @@ class Progress:
             for file in ("train.log", "metrics.jsonl"):
                 self.files[file] = Growing(self.workdir / file)
         except OSError as error:
-            raise _stopped(self.workdir, error) from error
+            text = error.strerror or error
+            raise RunStopped(f"{self.workdir}: cannot be written: {text}") from error
         self.clock.resume(self.workdir, start)
         if sys.stderr.isatty():
             self.bar = tqdm(
@@ -114,26 +118,30 @@ class Progress:
         if not self.files:
             return
         began = time.monotonic()
-        for file in self.files.values():
+        for file in self.files.values() if is_remote(self.workdir) else ():
             with tolerant(file.path):
                 file.upload()
-        try:
-            with tolerant(self.workdir / GOODPUT):
-                self.clock.write()
-        except OSError as error:
-            raise _stopped(self.workdir, error) from error
+        with tolerant(self.workdir / GOODPUT, self.patient):
+            self.clock.write()
         now = time.monotonic()
         self.due = now + max(PAUSE, (now - began) / PART) if is_remote(self.workdir) else 0.0
+
+    def flush(self) -> None:
+        """Report the newest step too, which waits for it, and `sync`. Before a save: a run that is
+        resumed there does not do that step again."""
+        if not self.files:
+            return
+        last, self.pending = self.pending, None
+        if last is not None:
+            self._report(*last)
+        self.sync()
 
     def close(self) -> None:
         """Report the last step and close the files. A second call does nothing."""
         if not self.files:
             return
         try:
-            if self.pending is not None:
-                self._report(*self.pending)
-                self.pending = None
-            self.sync()
+            self.flush()
         finally:
             if self.bar is not None:
                 self.bar.close()
@@ -183,10 +191,8 @@ class Progress:
             self._write("train.log", f"{stamp}  {line}")
 
     def _write(self, name: str, line: str) -> None:
-        try:
+        with tolerant(self.workdir / name, self.patient):
             self.files[name].add(line)
-        except OSError as error:
-            raise _stopped(self.workdir / name, error) from error
 
 
 def overview(params: Params) -> str:
@@ -197,10 +203,10 @@ def overview(params: Params) -> str:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and a line that a killed run left unfinished."""
+    """Drop the lines of steps after `step`, and what a killed run or a bad disk left of a line."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
     kept = [line for line in lines if (done := _step(line)) is not None and done <= step]
     if kept != lines:
         write_whole(path, "".join(f"{line}\n" for line in kept))
@@ -209,9 +215,5 @@ def _keep_until(path: Path, step: int) -> None:
 def _step(line: str) -> int | None:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-
-
-def _stopped(path: Path, error: OSError) -> RunStopped:
-    return RunStopped(f"{path}: cannot be written: {error.strerror or error}")

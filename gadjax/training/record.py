@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from gadjax.errors import RunStopped
+from gadjax.storage import tolerant
 from gadjax.training.atomic import write_whole
 from gadjax.training.compiled import Steps
 from gadjax.training.flops import count
@@ -22,7 +22,7 @@ def write_record(run: Run, steps: Steps, workdir: Path, *arguments) -> None:
 
     arguments: what an update was called with (state, frozen, batch, number), so that the programs
     traced for it are the ones counted and nothing is traced twice.
-    Raises: RunStopped where it cannot be written.
+    Raises: RunStopped where it cannot be written, if that is to stop the run.
     """
     times = {steps.student: 1}
     if steps.critic:
@@ -38,9 +38,5 @@ def write_record(run: Run, steps: Steps, workdir: Path, *arguments) -> None:
         "images_per_step": run.config.batch,
         "versions": {name: version(name) for name in PACKAGES},
     }
-    try:
+    with tolerant(workdir / RUN, run.config.checkpoint.failures > 0):
         write_whole(workdir / RUN, json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise RunStopped(
-            f"{workdir / RUN}: cannot be written: {error.strerror or error}"
-        ) from error

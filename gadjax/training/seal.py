@@ -1,70 +1,149 @@
-"""A manifest of a folder's files, against bit rot and truncation.
+"""A manifest of a step's files, against bit rot, truncation and deletion.
 
 Files of a disk are read for it. An object store sums up its objects itself, and its sums are what
 a seal there holds; a folder that moved from one to the other keeps its sizes to compare.
 """
 
+import errno
 import json
+import logging
+import os
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from gadjax.storage import is_remote, listing, put
+from gadjax.errors import RunStopped
+from gadjax.reading import parse_json
+from gadjax.storage import is_remote, listing, store_errors
+from gadjax.training.atomic import write_whole
 
 SEAL = "seal.json"
-COMMIT = "commit_success.txt"  # Orbax's, in a step that was written where nothing is renamed
-# Orbax rewrites these when it commits a folder, and restores without reading them.
-UNSEALED = ("_CHECKPOINT_METADATA", COMMIT, SEAL)
+COMMIT = "commit_success.txt"
+LATE = ("_CHECKPOINT_METADATA", COMMIT)  # Orbax writes these when it commits a step
+OWN = (SEAL, f"{SEAL}.new")
+CHANGED = "its own CRC-32 differs"
+
+log = logging.getLogger(__name__)
+Sums = dict[str, dict[str, Any]]
 
 
 def write_seal(folder: Path) -> None:
-    """Write `seal.json`: {file: {size, crc32}} of every file below `folder`."""
-    if is_remote(folder):
-        found = sorted(listing(folder).items())
-        seal = {name: entry for name, entry in found if name.rpartition("/")[2] not in UNSEALED}
-        return put(folder / SEAL, (json.dumps(seal, indent=1) + "\n").encode())
-    files = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in UNSEALED
-    )
-    with ThreadPoolExecutor(4) as pool:
-        sums = pool.map(lambda name: _sum(folder / name), files)
-        seal = dict(zip(files, sums, strict=True))
-    (folder / SEAL).write_text(json.dumps(seal, indent=1) + "\n")
+    """Before the commit: sizes and checksums of all files below `folder` but the late ones."""
+    _write(folder, _sums(folder, lambda name: name not in OWN + LATE))
+
+
+def complete_seal(folder: Path) -> None:
+    """After the commit: those of the late ones too. Raises: OSError; ValueError for a bad seal."""
+    wanted, whole = _read(folder)
+    if not whole:
+        raise ValueError(f"{SEAL}: {CHANGED}")
+    _write(folder, wanted | _sums(folder, LATE.__contains__))
 
 
 def find_fault(folder: Path) -> str | None:
-    """The first file that contradicts the seal, and how; None where all agree or none is there."""
-    seal, objects = folder / SEAL, listing(folder) if is_remote(folder) else None
-    if not seal.exists():
-        return None
+    """The first file that contradicts the seal, and how; None where all agree.
+
+    A run that died right after a commit left its step without the sums of the late files.
+    Raises: RunStopped where the disk or the store does not answer: that is no damage.
+    """
     try:
-        wanted = {name: dict(entry) for name, entry in json.loads(seal.read_text()).items()}
+        wanted, whole = _read(folder)
+        found = _sums(folder, lambda name: name not in OWN)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return f"{SEAL}: missing"
     except (ValueError, TypeError, AttributeError):
-        return f"{SEAL} cannot be read"
-    with ThreadPoolExecutor(4) as pool:
-        one = objects.get if objects is not None else lambda name: _sum(folder / name)
-        for name, sums in zip(wanted, pool.map(one, wanted), strict=True):
-            both = {"size", *wanted[name]} & {"size", *(sums or ())}
-            if sums is None or any(sums.get(key) != wanted[name].get(key) for key in both):
-                return f"{name}: {_difference(sums, wanted[name])}"
+        return f"{SEAL}: cannot be read"
+    except OSError as error:
+        if error.errno == errno.EIO and not is_remote(folder):  # a disk that rots says so itself
+            return f"{error.filename}: cannot be read: {error.strerror}"
+        raise RunStopped(f"{folder}: cannot be read: {error.strerror}") from error
+    if not whole:
+        return f"{SEAL}: {CHANGED}"
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in wanted and name.rpartition("/")[2] not in LATE:
+            return f"found {name}, which {SEAL} does not name"
+        if name in wanted and (difference := _difference(found.get(name), wanted[name])):
+            return f"{name}: {difference}"
     return None
 
 
-def _sum(path: Path) -> dict[str, int] | None:
-    if not path.is_file():
-        return None
+def committed(folder: Path) -> list[int]:
+    """The steps below `folder` that were committed, newest first. Raises: RunStopped."""
+    if is_remote(folder):
+        names = [name.removesuffix(f"/{COMMIT}") for name in listing(folder) if COMMIT in name]
+    else:
+        try:
+            names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            names = []
+        except OSError as error:
+            raise RunStopped(f"{folder}: cannot be read: {error.strerror}") from error
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def newest_sound(folder: Path, before: int | None = None) -> tuple[int | None, list[Path]]:
+    """The newest step (of those before one) that agrees with its seal, and those after it, which do
+    not."""
+    skipped: list[Path] = []
+    for step in (step for step in committed(folder) if before is None or step < before):
+        path = folder / str(step)
+        fault = find_fault(path)
+        if fault is None:
+            return step, skipped
+        log.warning("%s: damaged checkpoint skipped: %s", path, fault)
+        skipped.append(path)
+    return None, skipped
+
+
+def _sums(folder: Path, wants: Callable[[str], bool]) -> Sums:
+    if is_remote(folder):
+        return {name: sums for name, sums in sorted(listing(folder).items()) if wants(name)}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    names = sorted(filter(wants, (str(path.relative_to(folder)) for path in files)))
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(names, pool.map(lambda name: _sum(folder / name), names), strict=True))
+
+
+def _sum(path: Path) -> dict[str, Any]:
     crc = size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(2**22):
+                crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    except OSError as error:
+        error.filename = path
+        raise
     return {"size": size, "crc32": crc}
 
 
-def _difference(found: dict | None, wanted: dict) -> str:
+def _write(folder: Path, sums: Sums) -> None:
+    write_whole(folder / SEAL, _text(sums))
+
+
+def _text(sums: Sums) -> bytes:
+    """With the seal's own checksum as its last entry, which has no size."""
+    own = {SEAL: {"crc32": zlib.crc32(json.dumps(sums).encode())}}
+    return (json.dumps(sums | own, indent=1) + "\n").encode()
+
+
+def _read(folder: Path) -> tuple[Sums, bool]:
+    """What a seal says of other files, and whether it is bit for bit as it was written."""
+    with store_errors(folder):
+        data = (folder / SEAL).read_bytes()
+    entries = {name: dict(entry) for name, entry in parse_json(data).items()}
+    sums = {name: entry for name, entry in entries.items() if name != SEAL}
+    # Seals had no checksum of their own once, and a size in every entry.
+    old = all("size" in entry for entry in entries.values())
+    return sums, old or data == _text(sums)
+
+
+def _difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str | None:
     if found is None:
         return "missing"
     if found["size"] != wanted.get("size"):
         return f"found {found['size']} bytes, expected {wanted.get('size')}"
-    return "its checksum differs" if "crc32c" in found else "CRC-32 differs"
+    if any(found[key] != wanted[key] for key in found.keys() & wanted.keys()):
+        return "its checksum differs" if "crc32c" in found else "CRC-32 differs"
+    return None

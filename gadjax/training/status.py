@@ -1,21 +1,56 @@
-"""Where a run stands, read from its workdir alone: in a moment, from any machine that sees it."""
+"""Where a run stands, read from its workdir alone: in a moment, from any machine that sees it.
+
+Its files may be missing, half written, or not a run's at all. What makes no sense in them is not
+known, as if it were not there; only config.json has to be a run's.
+"""
 
 import json
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from gadjax.errors import InputError
+from gadjax.reading import read_json
+from gadjax.shown import printable
 from gadjax.storage import as_path, is_remote, reach
 from gadjax.training.goodput import GOODPUT, KINDS, shares
-from gadjax.training.seal import COMMIT, SEAL
+from gadjax.training.seal import COMMIT
 
 TAIL = 1 << 16  # bytes of metrics.jsonl that are read, from its end
 # A run is late after so many steps beyond its next line of metrics, and these seconds: the second
 # where it loads and compiles.
 LATE, PAUSE, START = 10, 60, 1800
 OWN = ("step", "time", "images_per_second", "goodput")  # of a row; the rest is the objective's
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # NaN is not
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 1e-9
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+SAID = {"status": _text, "text": _text, "step": _count, "steps": _count, "time": _number}
+ROW = {"step": _count, "time": _number, "images_per_second": _positive}
+RUN = {
+    "device": _text,
+    "devices": _positive,
+    "processes": _count,
+    "flops_per_step": _number,
+    "peak_flops": lambda value: value is None or _positive(value),
+}
 
 
 def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]:
@@ -26,16 +61,18 @@ def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]
     workdir, now = as_path(workdir, "WORKDIR"), time.time() if now is None else now
     reach(workdir)
     config = _json(workdir / "config.json")
-    if "steps" not in config or "batch" not in config:
+    sizes = _fields(config, {"steps": _count, "batch": _positive})
+    if len(sizes) < 2:
         found = "no config.json of a run" if workdir.is_dir() else "no such folder"
         raise InputError(f"{workdir}: found {found}; expected a workdir of gadjax train")
-    said, run, row = _json(workdir / "status.json"), _json(workdir / "run.json"), _row(workdir)
-    state, total = said.get("status", "unknown"), said.get("steps", config["steps"])
+    said, row = _fields(_json(workdir / "status.json"), SAID), _row(workdir)
+    run = _fields(_json(workdir / "run.json"), RUN)
+    state, total = said.get("status", "unknown"), said.get("steps", sizes["steps"])
     step = max(said.get("step", 0), row.get("step", 0))
     speed = row.get("images_per_second")
-    seconds = config["batch"] / speed if speed else None
+    seconds = sizes["batch"] / speed if speed else None
     heard = max(row.get("time", 0), said.get("time", 0)) or None
-    clock = _json(workdir / GOODPUT)
+    clock = _clock(workdir / GOODPUT)
     age = None if heard is None else now - heard
     running = state == "running"
     found = {
@@ -54,7 +91,7 @@ def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]
         "utilisation": None,
         "metrics": {name: value for name, value in row.items() if name not in OWN},
         "seconds_since_news": age,
-        "goodput": shares(clock["seconds"]) if "seconds" in clock else None,
+        "goodput": shares(clock["seconds"]) if clock else None,
         "seconds": clock.get("seconds"),
         "starts": clock.get("starts"),
         "checkpoint": _checkpoint(workdir / "checkpoints", now),
@@ -62,7 +99,7 @@ def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]
         "profile": _newest(workdir / "profile", "plugins/profile/*"),
         "warning": None,
     }
-    if run:
+    if len(run) == len(RUN):
         found |= {name: run[name] for name in ("device", "devices", "processes")}
         if speed:
             found["images_per_second_per_chip"] = speed / run["devices"]
@@ -75,7 +112,9 @@ def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]
         )
         patience = PAUSE if begun else START
         if seconds:
-            patience += (config["log"]["every"] + LATE) * seconds
+            log = config.get("log")
+            every = _fields(log if isinstance(log, dict) else {}, {"every": _count})
+            patience += (every.get("every", 1) + LATE) * seconds
         if age > patience:
             found["warning"] = (
                 f"no news for {_span(age)}: it has probably died; the same command resumes it"
@@ -119,22 +158,38 @@ def table(found: dict[str, Any]) -> str:
     head = f"{found['workdir']}: {found['text']}"
     block = [f"  {name:<12}{text}" for name, text in lines]
     warning = [f"  WARNING: {found['warning']}"] if found["warning"] else []
-    return "\n".join([head, *block, *warning])
+    return "\n".join(map(printable, [head, *block, *warning]))
 
 
 def _json(path: Path) -> dict[str, Any]:
     """Nothing where it is not there, or not whole."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except InputError:
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def _fields(found: dict[str, Any], kinds: dict[str, Callable[[Any], bool]]) -> dict[str, Any]:
+    return {key: found[key] for key, valid in kinds.items() if key in found and valid(found[key])}
+
+
+def _clock(path: Path) -> dict[str, Any]:
+    """What the clock wrote, or nothing."""
+    found = _json(path)
+    starts, seconds = found.get("starts"), found.get("seconds")
+    if not _count(starts) or not isinstance(seconds, dict):
+        return {}
+    seconds = _fields(seconds, dict.fromkeys(KINDS, _number))
+    return {"starts": starts, "seconds": seconds} if len(seconds) == len(KINDS) else {}
 
 
 def _row(workdir: Path) -> dict[str, Any]:
     """The last whole line of metrics.jsonl, with the last speed that is known."""
+    path = workdir / "metrics.jsonl"
     try:
-        with (workdir / "metrics.jsonl").open("rb") as file:
+        if not path.is_file():  # a pipe would be waited for
+            return {}
+        with path.open("rb") as file:
             file.seek(0, 2)
             file.seek(max(file.tell() - TAIL, 0))
             lines = file.read().decode("utf-8", "replace").splitlines()
@@ -143,25 +198,30 @@ def _row(workdir: Path) -> dict[str, Any]:
     rows = []
     for line in lines:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # the first may be cut by the tail, the last by a kill
-    speeds = [row["images_per_second"] for row in rows if row.get("images_per_second")]
+        if isinstance(row, dict):
+            more = {k: v for k, v in row.items() if k not in OWN and (v is None or _number(v))}
+            rows.append(_fields(row, ROW) | more)
+    speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
     return rows[-1] | {"images_per_second": speeds[-1] if speeds else None} if rows else {}
 
 
 def _checkpoint(folder: Path, now: float) -> dict[str, Any] | None:
-    """The newest sealed one; on an object store, the newest committed one, which has a seal."""
+    """The newest committed one, which has a seal."""
     remote = is_remote(folder)
     marks = {
         int(path.parent.name): path
-        for path in folder.glob(f"[0-9]*/{COMMIT if remote else SEAL}")
-        if path.parent.name.isdigit()
+        for path in folder.glob(f"[0-9]*/{COMMIT}")
+        if path.parent.name.isdecimal()
     }
-    if not marks:
-        return None
-    stat = marks[step := max(marks)].stat()
-    return {"step": step, "age_seconds": max(now - (stat.mtime if remote else stat.st_mtime), 0)}
+    for step in sorted(marks, reverse=True):
+        with suppress(OSError):  # a running run has removed it by now
+            stat = marks[step].stat()
+            age = max(now - (stat.mtime if remote else stat.st_mtime), 0)
+            return {"step": step, "age_seconds": age}
+    return None
 
 
 def _newest(folder: Path, pattern: str) -> str | None:
@@ -170,4 +230,6 @@ def _newest(folder: Path, pattern: str) -> str | None:
 
 
 def _span(seconds: float) -> str:
+    if abs(seconds) > 1e13:  # days beyond what timedelta counts
+        return f"{seconds:.3g} s"
     return str(timedelta(seconds=round(seconds)))

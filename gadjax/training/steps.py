@@ -14,7 +14,7 @@ from gadjax.objectives.base import Context, Needs, TeacherMap, Term, stream_keys
 from gadjax.objectives.compose import Sum
 from gadjax.rollout import interpolate_times, rollout
 from gadjax.training.state import TrainState
-from gadjax.types import Batch, Params
+from gadjax.types import Batch, Metrics, Params
 
 CRITICS = "critic", "discriminator"  # what the second update trains
 
@@ -153,27 +153,46 @@ def accumulate(loss: Callable, params: Params, batch: Batch, microbatches: int):
     """Loss, metrics and gradients of the whole batch, one microbatch at a time.
 
     Equal to the large batch up to summation order, because a sample's randomness is its own.
+    loss: (params, batch) -> (loss, metrics). Metrics that are scalars are averaged, those with an
+    entry per sample [B] keep the order of the batch.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         return value_and_grad(params, batch)
+
+    def part_of(params, part):
+        (value, metrics), grads = value_and_grad(params, part)
+        scalars, own = divided(metrics)
+        return ((value, scalars), grads), own
+
     # Strided: every device keeps the samples it has, and a share of every microbatch.
     split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
-        found = value_and_grad(params, part)
-        return jax.tree.map(jnp.add, total, found), None
+        found, own = part_of(params, part)
+        return jax.tree.map(jnp.add, total, found), own
 
     first = jax.tree.map(lambda x: x[0], split)
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, params, first)
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part_of, params, first)[0]
     )
-    total, _ = jax.lax.scan(add, zeros, split)
-    return jax.tree.map(lambda x: x / microbatches, total)
+    total, own = jax.lax.scan(add, zeros, split)
+    (value, scalars), grads = jax.tree.map(lambda x: x / microbatches, total)
+    own = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), own)
+    return (value, scalars | own), grads
+
+
+def divided(metrics: Metrics) -> tuple[Metrics, Metrics]:
+    """The scalars, and what has an entry per sample."""
+    own = {name: value for name, value in metrics.items() if jnp.ndim(value)}
+    return {name: value for name, value in metrics.items() if name not in own}, own
 
 
 def apply_update(recipe: Recipe, state: TrainState, role: str, found):
-    """One optimizer step, or none of it where anything in it is not finite."""
+    """One optimizer step, or none of it where anything in it is not finite.
+
+    The metrics say so: `ROLE/bad` in a row, and `ROLE/loss_B` each sample's own loss.
+    """
     (loss, metrics), grads = found
     updates, opt = recipe.optimizers[role].update(grads, state.opt[role], state.params[role])
     norm = optax.tree.norm(grads)
@@ -202,7 +221,7 @@ def student_step(recipe: Recipe, state: TrainState, teacher: Params | None, batc
         needs = recipe.objective.needs
         context = make_context(recipe, needs, student, critic, teacher, batch, discriminator)
         loss_B, metrics = recipe.objective(context)
-        return jnp.mean(loss_B), metrics
+        return jnp.mean(loss_B), metrics | {"student/loss_B": loss_B}
 
     found = accumulate(loss, state.params["student"], batch, recipe.microbatches)
     state, metrics = apply_update(recipe, state, "student", found)
@@ -226,15 +245,15 @@ def critic_step(recipe: Recipe, state: TrainState, teacher: Params | None, batch
     def loss(params, batch):
         critic, discriminator = (params.get(role) for role in CRITICS)
         context = make_context(recipe, needs, student, critic, teacher, batch, discriminator)
-        losses = {
-            role: jnp.mean(getattr(recipe.objective, f"{role}_loss")(context)) for role in roles
-        }
-        return sum(losses.values()), losses
+        own = {role: getattr(recipe.objective, f"{role}_loss")(context) for role in roles}
+        losses = {role: jnp.mean(loss_B) for role, loss_B in own.items()}
+        return sum(losses.values()), losses | {f"{role}/loss_B": own[role] for role in roles}
 
     params = {role: state.params[role] for role in roles}
     (_, losses), grads = accumulate(loss, params, batch, recipe.microbatches)
     metrics = {}
     for role in roles:
-        state, more = apply_update(recipe, state, role, ((losses[role], {}), grads[role]))
+        own = {f"{role}/loss_B": losses[f"{role}/loss_B"]}
+        state, more = apply_update(recipe, state, role, ((losses[role], own), grads[role]))
         metrics |= more
     return state, metrics

@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gadjax.errors import InputError
+from gadjax.reading import read_json
 from gadjax.storage import is_remote
 from gadjax.training.atomic import write_whole
 
@@ -161,9 +162,9 @@ def _name_of(workdir: Path, tracker: str) -> str:
     """Under which the tracker knows the run, the same in every start. Raises: OSError."""
     file = workdir / IDS
     names = {}
-    with contextlib.suppress(OSError, ValueError):
-        names = dict(json.loads(file.read_text()))
-    if tracker not in names:
+    with contextlib.suppress(InputError):
+        names = read_json(file)
+    if not isinstance(names.get(tracker), str):
         names[tracker] = uuid.uuid4().hex[:8]
         write_whole(file, json.dumps(names) + "\n")
     return names[tracker]

@@ -67,15 +67,39 @@ def is_workdir(path: Path) -> bool:
 def read_trained(workdir: Path, part: str = "ema", step: int | None = None) -> Trained:
     """Read one step's weights, by default the newest valid one's.
 
-    Raises: InputError for a folder that is no workdir, and as `read_params`.
+    Raises: InputError for a folder that is no workdir, or of a run that cannot have been, and as
+    `read_params`.
     """
     reach(workdir)
     if not is_workdir(workdir):
         found = "no such folder" if not workdir.is_dir() else "no config.json and checkpoints"
         raise InputError(f"{workdir}: found {found}; expected a workdir of gadjax train")
     step, params, meta = read_params(workdir / "checkpoints", part, step)
-    config = meta["config"]
-    return Trained(workdir, step, part, params, config, meta["teacher"], sampling_of(config))
+    config, teacher, sampling = recipe_of(meta, f"{workdir}, step {step}")
+    return Trained(workdir, step, part, params, config, teacher, sampling)
+
+
+def recipe_of(meta: Any, where: str) -> tuple[dict[str, Any], str, Sampling]:
+    """A checkpoint's config, the fingerprint of its teacher, and how its weights are sampled.
+
+    Raises: InputError where it is not what `gadjax train` writes.
+    """
+    try:
+        config, teacher = meta["config"], meta["teacher"]
+        sampling = sampling_of(config)
+        texts = teacher, config["teacher"], config["data"]["world"]
+        numbers = *(sampling.timesteps or ()), config["guidance"]
+        counts = sampling.length, sampling.steps, config["batch"]
+        whole = all(isinstance(text, str) for text in texts)
+        whole &= all(type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
+        whole &= all(type(n) is int and 0 < n < 2**31 for n in counts)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        whole = False
+    if not whole:
+        raise InputError(f"{where}: found another config or teacher; expected those of a run")
+    return config, teacher, sampling
 
 
 def sampling_of(config: dict[str, Any]) -> Sampling:

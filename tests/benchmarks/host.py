@@ -25,7 +25,7 @@ def host(batch: int, steps: int, saves: int) -> Iterator[Figure]:
 
     jax.block_until_ready(bench.iterate())
     alone = timed(lambda: bench.iterate(), steps)
-    waiting = Waiting(host_batches(run, 0, steps * each))
+    waiting = Waiting(batch for _, batch in host_batches(run, bench.steps, 0, steps))
     fed = timed(lambda: bench.iterate(waiting), steps)
     begin = time.perf_counter()
     for update in range(steps):

@@ -1,11 +1,13 @@
 """Checkpoints: equal bits on any mesh, and damage that is noticed, named and survived."""
 
+import errno
 import json
 import logging
 import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -16,8 +18,10 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from gadjax.errors import InputError, RunStopped
-from gadjax.training.checkpoint import Checkpoints, read_params
-from gadjax.training.seal import find_fault
+from gadjax.training import checkpoint
+from gadjax.training.checkpoint import Checkpoints, SaveFailed, read_params
+from gadjax.training.saving import Saves
+from gadjax.training.seal import SEAL, find_fault, write_seal
 from gadjax.training.state import TrainState, create
 
 STATE = """
@@ -112,37 +116,41 @@ def test_state_may_be_donated_while_it_is_written(tmp_path):
     assert_same(found, wanted)
 
 
-def test_every_committed_step_is_sealed(folder):
-    for step in (2, 4):
-        seal = json.loads((folder / str(step) / "seal.json").read_text())
-        names = {str(p.relative_to(folder / str(step))) for p in (folder / str(step)).rglob("d/*")}
-        assert names and names <= seal.keys()
-        assert "state/_METADATA" in seal and "meta/metadata" in seal
-        assert find_fault(folder / str(step)) is None
+def files_of(step: Path) -> set[str]:
+    return {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "metadata", "meta", "seal"])
-def test_a_damaged_step_is_named_and_skipped(folder, state, damage, caplog):
-    path = {
-        "metadata": folder / "4" / "state" / "_METADATA",
-        "meta": folder / "4" / "meta" / "metadata",
-        "seal": folder / "4" / "seal.json",
-    }.get(damage, largest(folder / "4"))
-    if damage == "truncate":
-        path.write_bytes(path.read_bytes()[:-7])
-    elif damage == "remove":
-        path.unlink()
-    elif damage == "seal":
-        path.write_bytes(path.read_bytes()[:-9])
-    else:
-        flip(path)
+def test_every_committed_step_is_sealed_with_every_file(folder):
+    for step in (folder / "2", folder / "4"):
+        assert json.loads((step / "seal.json").read_text()).keys() == files_of(step)
+        assert {"state/_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt"} < files_of(step)
+        assert find_fault(step) is None
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def add_file(path: Path) -> None:
+    path.with_name("stray").write_text("of another step")
+
+
+NAMES = "state/_METADATA", "meta/metadata", "seal.json", "_CHECKPOINT_METADATA", "largest"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink, add_file])
+def test_a_damaged_step_is_named_and_skipped(folder, state, damage, name, caplog):
+    path = largest(folder / "4") if name == "largest" else folder / "4" / name
+    damage(path)
     with caplog.at_level(logging.WARNING, "gadjax"):
         checkpoints = Checkpoints(folder)
         step, found, meta = checkpoints.restore(shapes(state))
     assert (step, meta, int(found.step)) == (2, {"seed": 2}, 2)
     lines = [r.getMessage() for r in caplog.records if r.name.startswith("gadjax")]
     assert len(lines) == 1 and "\n" not in lines[0]
-    assert str(folder / "4") in lines[0] and path.name in lines[0]
+    named = "stray" if damage is add_file else path.name
+    assert str(folder / "4") in lines[0] and named in lines[0]
     # Training goes on from step 2 and writes step 4 again.
     checkpoints.save(4, state, {"again": True})
     checkpoints.close()
@@ -150,6 +158,71 @@ def test_a_damaged_step_is_named_and_skipped(folder, state, damage, caplog):
     assert (step, meta) == (4, {"again": True})
     assert_same(found, state)
     assert (folder / "damaged" / "4").is_dir()
+
+
+def test_a_seal_notices_every_bit_of_itself(tmp_path):
+    (tmp_path / "a").write_bytes(b"weights")
+    write_seal(tmp_path)
+    seal = tmp_path / SEAL
+    whole = seal.read_bytes()
+    assert find_fault(tmp_path) is None and whole.count(b"\n") > 5
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        seal.write_bytes(data)
+        assert find_fault(tmp_path).startswith("seal.json: "), bit
+    for length in range(len(whole)):
+        seal.write_bytes(whole[:length])
+        assert find_fault(tmp_path).startswith("seal.json: "), length
+    for text in ("[]", "1", '{"a": 1}', "[" * 100_000, '{"../a": {"size": 7}}'):
+        seal.write_text(text)
+        assert find_fault(tmp_path), text
+
+
+def test_a_run_that_died_right_after_a_commit(folder, state):
+    """Its step is judged without what Orbax wrote at the commit, and restored without it."""
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(6, state, {})
+    checkpoints.manager.wait_until_finished()
+    late = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+    assert files_of(folder / "6") - json.loads((folder / "6" / SEAL).read_text()).keys() == late
+    for name in late:
+        flip(folder / "6" / name)
+    (folder / "6" / "seal.json.new").write_text("half")
+    step, found, _ = restore(folder, shapes(state))
+    assert step == 6
+    assert_same(found, state)
+
+
+def test_a_seal_of_older_versions(folder, state):
+    """They knew nothing of themselves and of the files of a commit."""
+    path = folder / "4" / SEAL
+    seal = json.loads(path.read_text())
+    old = {n: sums for n, sums in seal.items() if "commit_success" not in n and n[0] in "ms"}
+    del old[SEAL]
+    path.write_text(json.dumps(old, indent=1) + "\n")
+    assert restore(folder, shapes(state))[0] == 4
+    flip(largest(folder / "4"))
+    assert restore(folder, shapes(state))[0] == 2
+
+
+def test_a_disk_that_cannot_be_read(folder, state, monkeypatch, caplog):
+    """A bad sector is damage; a disk that is gone is none, or sound steps would be put aside."""
+    bad = str(largest(folder / "4"))
+    number = errno.EIO
+    opened = Path.open
+
+    def fail(path, *arguments, **more):
+        if str(path) == bad:
+            raise OSError(number, os.strerror(number))
+        return opened(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", fail)
+    assert read_params(folder)[0] == 2
+    assert f"{bad}: cannot be read: Input/output error" in caplog.text
+    number = errno.ESTALE
+    with pytest.raises(RunStopped, match="4: cannot be read: Stale file handle"):
+        restore(folder, shapes(state))
 
 
 def test_all_damaged_stops_every_time(folder, state):
@@ -160,27 +233,6 @@ def test_all_damaged_stops_every_time(folder, state):
             restore(folder, shapes(state))
         with pytest.raises(RunStopped, match=r"damaged checkpoints \(4, 2\)"):
             read_params(folder)
-
-
-def test_orbax_needs_none_of_the_unsealed_files(folder, state):
-    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
-        (folder / "4" / name).write_bytes(b"\xff\x00 garbage")
-    step, found, _ = restore(folder, shapes(state))
-    assert step == 4
-    assert_same(found, state)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_without_a_seal_orbax_decides(folder, state, caplog):
-    (folder / "4" / "seal.json").unlink()
-    step, found, _ = restore(folder, shapes(state))
-    assert step == 4
-    assert_same(found, state)
-    largest(folder / "4").unlink()
-    (folder / "4" / "state" / "manifest.ocdbt").unlink()
-    with caplog.at_level(logging.WARNING, "gadjax"):
-        assert restore(folder, shapes(state))[0] == 2
-    assert str(folder / "4") in caplog.text
 
 
 def test_stale_temporary_folder(folder, state):
@@ -237,7 +289,6 @@ def test_a_read_that_fails_on_right_bytes_is_no_damage(folder, state, monkeypatc
     monkeypatch.setattr("gadjax.training.checkpoint._read_meta", full)
     with pytest.raises(RunStopped, match="4: cannot be restored: RESOURCE_EXHAUSTED: out of mem"):
         read_params(folder)
-    monkeypatch.setattr(Checkpoints, "_read", full)
     with pytest.raises(RunStopped, match="4: cannot be restored: RESOURCE_EXHAUSTED: out of mem"):
         restore(folder, shapes(state))
     assert sorted(p.name for p in folder.iterdir()) == ["2", "4"]
@@ -262,24 +313,110 @@ def test_which_steps_stay(tmp_path, state):
     assert read_params(tmp_path)[2] == {}
 
 
-def test_a_save_that_fails(tmp_path, state, monkeypatch, caplog):
-    checkpoints = Checkpoints(tmp_path)
+FULL = ValueError("RESOURCE_EXHAUSTED: Error writing\nblock [No space left on device]")
+
+
+def fail(*arguments, **more):
+    raise FULL
+
+
+# Where a save fails: after the files, as it begins, or after the commit.
+PLACES = (
+    "gadjax.training.checkpoint.write_seal",
+    "orbax.checkpoint.StandardCheckpointHandler.async_save",
+    "gadjax.training.checkpoint.complete_seal",
+)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("place", PLACES)
+def test_a_save_that_fails(tmp_path, state, monkeypatch, caplog, place):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, state, {"step": step})
+    checkpoints.wait()
+    for step in (3, 4):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail)
+            words = f"/{step}: cannot be written: No space left on device$"
+            with pytest.raises(SaveFailed, match=words):
+                checkpoints.save(step, state, {"step": step})
+                checkpoints.wait()
+    assert "Traceback" not in caplog.text
+    checkpoints.save(5, state, {"step": 5})
+    checkpoints.close()
+    sealed = place.endswith("complete_seal")  # all but the files of the commit
+    assert sorted(p.name for p in tmp_path.iterdir()) == (["4", "5"] if sealed else ["2", "5"])
+    step, found, meta = restore(tmp_path, shapes(state))
+    assert (step, meta) == (5, {"step": 5})
+    assert_same(found, state)
+
+
+def test_what_a_failed_save_leaves_is_removed(folder, state, monkeypatch):
+    """At once: it may be what fills the disk."""
+    checkpoints = Checkpoints(folder)
+    monkeypatch.setattr("gadjax.training.checkpoint.write_seal", fail)
+    checkpoints.save(6, state, {})
+    with pytest.raises(SaveFailed):
+        checkpoints.wait()
+    deadline = time.monotonic() + 10
+    while sorted(p.name for p in folder.iterdir()) != ["2", "4"]:
+        assert time.monotonic() < deadline, list(folder.iterdir())
+        time.sleep(0.01)
+    checkpoints.close()
+
+
+def test_a_mount_that_is_lost_and_comes_back(tmp_path, state):
+    folder = tmp_path / "mount" / "checkpoints"
+    checkpoints = Checkpoints(folder)
     checkpoints.save(1, state, {})
     checkpoints.wait()
-
-    def full(folder):
-        raise ValueError("RESOURCE_EXHAUSTED: Error writing\nblock [No space left on device]")
-
-    monkeypatch.setattr("gadjax.training.checkpoint.write_seal", full)
-    checkpoints.save(2, state, {})
-    with pytest.raises(RunStopped, match="/2: cannot be written: No space left on device"):
-        checkpoints.wait()
-    assert "Traceback" not in caplog.text
-    monkeypatch.undo()
-    assert checkpoints.restore(shapes(state))[0] == 1
-    checkpoints.save(3, state, {})
+    (tmp_path / "mount").rename(tmp_path / "elsewhere")
+    for step in (2, 3):
+        with pytest.raises(SaveFailed, match=f"/{step}: cannot be written: the folder is gone$"):
+            checkpoints.save(step, state, {})
+        assert not (tmp_path / "mount").exists()  # nothing is hidden beneath it
+    (tmp_path / "elsewhere").rename(tmp_path / "mount")
+    checkpoints.save(4, state, {})
     checkpoints.close()
-    assert restore(tmp_path, shapes(state))[0] == 3
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "4"]
+    assert restore(folder, shapes(state))[0] == 4
+
+
+@pytest.mark.parametrize("name", ["write_seal", "complete_seal"])
+def test_so_many_saves_in_a_row_may_fail(tmp_path, state, monkeypatch, name):
+    seal = getattr(checkpoint, name)
+
+    def fail_some(folder):
+        if int(folder.name.split(".")[0]) in (1, 2, 4, 5, 6):
+            raise FULL
+        seal(folder)
+
+    monkeypatch.setattr(checkpoint, name, fail_some)
+    said = []
+    checkpoints = Checkpoints(tmp_path)
+    saves = Saves(checkpoints, 2, said.append)
+    for step in range(1, 7):  # with 3, the count begins again
+        saves.save(step, state, {}, last=False)
+    assert [line[len(str(tmp_path)) :] for line in said] == [
+        f"/{step}: cannot be written: No space left on device (failure {n} of 2 that are borne)"
+        for step, n in ((1, 1), (2, 2), (4, 1), (5, 2))
+    ]
+    with pytest.raises(SaveFailed, match="/6: cannot be written"):
+        saves.save(7, state, {}, last=False)
+    checkpoints.close()
+    assert restore(tmp_path, shapes(state))[0] == (3 if name == "write_seal" else 6)
+
+
+def test_the_last_save_may_not_fail(tmp_path, state, monkeypatch):
+    said = []
+    checkpoints = Checkpoints(tmp_path)
+    saves = Saves(checkpoints, 5, said.append)
+    monkeypatch.setattr(PLACES[1], fail)
+    saves.save(1, state, {}, last=False)
+    with pytest.raises(SaveFailed, match="/2: cannot be written"):
+        saves.save(2, state, {}, last=True)
+    assert len(said) == 1
 
 
 def test_other_meshes_read_the_same_bits(tmp_path):

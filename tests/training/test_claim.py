@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from gadjax.errors import InputError, RunStopped
+from gadjax.errors import InputError
 from gadjax.training.claim import LOCK, STATUS, Claim
 
 
@@ -49,9 +49,9 @@ def test_where_a_run_stands(tmp_path):
 
 
 def test_what_stops_a_run_is_its_reason(tmp_path):
-    with pytest.raises(RunStopped), Claim(tmp_path, 10) as claim:
+    with pytest.raises(ValueError), Claim(tmp_path, 10) as claim:
         claim.say("running", 4)
-        raise RunStopped("two\nlines")
+        raise ValueError("two\nlines")
     found = status(tmp_path)
     assert (found["text"], found["step"]) == ("stopped: two lines", 4)
 

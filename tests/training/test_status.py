@@ -54,11 +54,13 @@ def workdir(tmp_path):
     kinds = {"compile": 10, "step": 80, "data": 4, "checkpoint": 3, "preview": 2, "lost": 1}
     write(folder / "goodput.json", {"step": 40, "steps": 40, "starts": 2, "seconds": kinds})
     for step in (20, 30):
-        write(folder / "checkpoints" / str(step) / "seal.json", {})
-        os.utime(folder / "checkpoints" / str(step) / "seal.json", (NOW - 600, NOW - 10 * step))
-    for name in ("40", "damaged", "50.orbax-checkpoint-tmp-1"):  # not sealed, or not in place
+        write(folder / "checkpoints" / str(step) / "commit_success.txt", {})
+        os.utime(
+            folder / "checkpoints" / str(step) / "commit_success.txt", (NOW - 600, NOW - 10 * step)
+        )
+    for name in ("40", "damaged", "50.orbax-checkpoint-tmp-1"):  # not committed, or not in place
         (folder / "checkpoints" / name).mkdir()
-    write(folder / "checkpoints" / "50.orbax-checkpoint-tmp-1" / "seal.json", {})
+    write(folder / "checkpoints" / "50.orbax-checkpoint-tmp-1" / "commit_success.txt", {})
     for step in (0, 20):
         write(folder / "previews" / f"{step:07d}.png", {})
     return folder

@@ -63,7 +63,8 @@ def test_a_critic_step_changes_the_critic_and_counts_no_step():
     assert equal(new._replace(params=0, opt=0), old._replace(params=0, opt=0))
     for whole, part in ((old.params, new.params), (old.opt, new.opt)):
         assert equal(whole["student"], part["student"])
-    assert metrics.keys() == {"critic/loss", "critic/grad_norm", "critic/bad"}
+    names = {"critic/loss", "critic/grad_norm", "critic/bad", "critic/loss_B"}
+    assert metrics.keys() == names
     assert float(metrics["critic/grad_norm"]) > 0
 
 
@@ -172,6 +173,7 @@ def test_an_update_that_is_not_finite_is_left_out(value):
     assert int(new.bad["student"]) == 1 == int(metrics["student/bad"])
     assert int(new.bad["critic"]) == 0 and int(new.step) == 2
     assert not np.isfinite(metrics["student/loss"])
+    assert np.flatnonzero(~np.isfinite(metrics["student/loss_B"])).tolist() == [5]
     new, _ = train(new, TEACHER, spoil(good, value))
     assert int(new.bad["student"]) == 2
     new, metrics = train(new, TEACHER, good)
@@ -186,6 +188,7 @@ def test_the_critics_update_likewise(value):
     new, metrics = train_critic(old, None, spoil(good, value))
     assert equal(new._replace(bad=0), old._replace(bad=0))
     assert equal(new.bad, {"student": 0, "critic": 1}) and int(metrics["critic/bad"]) == 1
+    assert np.flatnonzero(~np.isfinite(metrics["critic/loss_B"])).tolist() == [5]
     new, _ = train_critic(new, None, good)
     assert equal(new.bad, {"student": 0, "critic": 0})
 

@@ -1,0 +1,92 @@
+"""`gadjax train` on networks that are formulas: whole runs that compile in seconds."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from closed_form import FLOW_WORLD, SHAPE, D, gaussian_params, mixture_params
+
+from gadjax.cli.main import main
+from gadjax.objectives import TERMS, build
+from gadjax.training.setup import Run
+from gadjax.training.sharding import check_batch, make_mesh
+from gadjax.training.state import create, make_optimizer
+from gadjax.types import Cond
+
+CAPTIONS = "a fox", "an owl", "a\x1b[31m crab", "a bee", "a whale", "an ant", "a yak"
+CONFIG = """
+from gadjax.training.config import default_config
+
+def get_config():
+    config = default_config()
+    config.teacher, config.data.embeddings = "a formula", "texts"
+    config.objective = {"dmd": {}, "gad": {"steps": 1}}
+    config.student.timesteps = (1000, 900, 750, 500)
+    config.steps, config.batch, config.guidance = 8, 8, 1.7
+    config.optim.lr = config.critic.lr = 1e-3
+    config.checkpoint.every, config.log.every, config.preview.every = 3, 1, 0
+    return config
+"""
+
+
+class Texts:
+    """Every prompt's own text; that of prompt `bad` is not a number from sample `since` on."""
+
+    embeddings = SimpleNamespace(prompts=CAPTIONS)
+
+    def __init__(self, bad: int = -1, since: int = 0):
+        self.bad, self.since = bad, since
+        self.text = 0.5 * np.random.default_rng(0).normal(size=(len(CAPTIONS), 1, D))
+
+    def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
+        numbers = np.arange(index, index + size)
+        which = (3 * numbers + 1) % len(CAPTIONS)
+        text = self.text[which]
+        text[(which == self.bad) & (numbers >= self.since)] = np.nan
+        mask = np.ones((size, 1), np.int32)
+        return {"text": text.astype(np.float32), "mask": mask, "which": which.astype(np.int32)}
+
+
+def prepare_with(source):
+    """What takes the place of `gadjax.training.setup.prepare`."""
+
+    def prepare(config):
+        mesh = make_mesh(config.mesh)
+        objective = build(config.objective, TERMS, 4)
+        optimizers = {role: make_optimizer(config.optim) for role in ("student", "critic")}
+        parts = check_batch(config.batch, config.microbatch or config.batch, mesh)
+        recipe = FLOW_WORLD.recipe(
+            objective, guidance=config.guidance, optimizers=optimizers, microbatches=parts
+        )
+        pipeline = SimpleNamespace(
+            body="formula",
+            latent=SHAPE,
+            cond=lambda text, mask, pooled: Cond(text, mask),
+            folder=SimpleNamespace(
+                components={"formula": SimpleNamespace(module=SimpleNamespace(RULES=()))}
+            ),
+        )
+        null = {"text": np.zeros((1, 1, D), np.float32), "mask": np.ones((1, 1), np.int32)}
+        return Run(
+            config=config,
+            pipeline=pipeline,
+            recipe=recipe,
+            mesh=mesh,
+            source=source,
+            frozen={"null": null, "formula": gaussian_params()},
+            first=FLOW_WORLD.student_params(bend=0.2),
+            start=lambda first: create({"student": first, "critic": mixture_params(3)}, optimizers),
+            fingerprint="formula",
+        )
+
+    return prepare
+
+
+def write_config(folder: Path) -> Path:
+    path = folder / "formula.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def train(config: Path, workdir: Path, *more: str) -> int:
+    return main(["train", "--config", str(config), "--workdir", str(workdir), *more])

@@ -1,0 +1,203 @@
+"""One bit in one device's copy: found, named, and never saved."""
+
+import os
+import sys
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from several import ROOT, run_on_devices, start
+
+from gadjax.supervisor import free_port
+
+# Mesh (data, fsdp, tensor) -> nothing is replicated along fsdp or tensor where a leaf is split.
+MESHES = (8, 1, 1), (2, 4, 1), (2, 2, 2)
+RNG = np.random.default_rng(0)
+LEAVES = {
+    "wide": (RNG.normal(size=(16, 24)).astype(np.float32), ("fsdp", "tensor")),
+    "tall": (RNG.normal(size=(16, 3)).astype(ml_dtypes.bfloat16), ("fsdp",)),
+    "both": (RNG.normal(size=(16,)).astype(np.float16), (("fsdp", "tensor"),)),
+    "ints": (np.arange(-3, 4, dtype=np.int32), ()),
+    "bytes": (np.arange(7, dtype=np.uint8), ()),
+    "bools": (np.array([True, False, True]), ()),
+    "step": (np.int32(7), ()),
+}
+
+
+def put(mesh, memory=None):
+    """LEAVES as the average of a state; only what is compared matters."""
+    from gadjax.training import sharding
+    from gadjax.training.state import TrainState
+
+    arrays = {name: x for name, (x, _) in LEAVES.items()}
+    homes = {
+        name: NamedSharding(mesh, PartitionSpec(*spec), memory_kind=memory)
+        for name, (_, spec) in LEAVES.items()
+    }
+    step = sharding.put(np.int32(0), sharding.replicated(mesh))
+    return TrainState(step, {}, sharding.put(arrays, homes), {}, {})
+
+
+def change(x, number, how):
+    """The array with what one of its devices holds changed by how(numpy array)."""
+    parts = [shard.data for shard in x.addressable_shards]
+    device, memory = parts[number].device, x.sharding.memory_kind
+    part = np.array(parts[number])
+    how(part)
+    home = jax.sharding.SingleDeviceSharding(device, memory_kind=memory)
+    parts[number] = jax.device_put(part, home)
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts), device
+
+
+def flip(bit):
+    """In the middle element; of a bool what the bit says."""
+
+    def how(part):
+        if part.dtype == bool:
+            part.reshape(-1)[part.size // 2] ^= True
+            return
+        words = part.reshape(-1).view(f"uint{8 * part.itemsize}")
+        words[part.size // 2] ^= words.dtype.type(1 << bit)
+
+    return how
+
+
+def swap(part):
+    part[[0, 1]] = part[[1, 0]]
+
+
+def opposite(part):
+    """Two elements change their sign: a plain weighted sum may not see it."""
+    part.reshape(-1)[[0, 2]] *= -1
+
+
+def expect(state, name, devices):
+    from gadjax.training.replicas import differing
+
+    assert differing(state) == ({f"ema/{name}": devices} if devices else {})
+
+
+def worker() -> None:
+    from gadjax.training.replicas import differing
+    from gadjax.training.sharding import AXES, HOST, make_mesh
+
+    for sizes in MESHES:
+        mesh = make_mesh(dict(zip(AXES, sizes, strict=False)))
+        state = put(mesh)
+        assert differing(state) == {}
+        for number, (name, x) in enumerate(state.ema.items()):
+            for how in [flip(0), flip(8 * x.dtype.itemsize - 1)]:
+                spoilt, device = change(x, (3 * number) % 8, how)
+                copies = {d for d, i in places(x).items() if i == places(x)[device]}
+                # Of two that differ either may be the right one.
+                wrong = [device] if len(copies) > 2 else sorted(copies, key=order(mesh))
+                expect(state._replace(ema=state.ema | {name: spoilt}), name, wrong)
+    mesh = make_mesh({"data": 8})
+    state = put(mesh)
+    for how in (swap, opposite):
+        spoilt, device = change(state.ema["wide"], 5, how)
+        expect(state._replace(ema=state.ema | {"wide": spoilt}), "wide", [device])
+    state = put(mesh, HOST)
+    assert differing(state) == {}
+    spoilt, device = change(state.ema["tall"], 6, flip(3))
+    expect(state._replace(ema=state.ema | {"tall": spoilt}), "tall", [device])
+    # Where nothing is replicated nothing is done.
+    mesh = make_mesh({"fsdp": 8})
+    alone = jax.device_put(np.arange(16.0), NamedSharding(mesh, PartitionSpec("fsdp")))
+    spoilt, _ = change(alone, 2, flip(0))
+    state = put(make_mesh({"data": 1}, jax.devices()[:1]))
+    assert differing(state._replace(step=spoilt)) == {}
+
+
+def places(x):
+    return {d: str(i) for d, i in x.sharding.devices_indices_map(x.shape).items()}
+
+
+def order(mesh):
+    return list(mesh.devices.flat).index
+
+
+def peers() -> None:
+    """One of two processes, of four devices each; a copy of the second's is spoilt."""
+    from gadjax.errors import RunStopped
+    from gadjax.training import sharding
+    from gadjax.training.processes import join
+    from gadjax.training.replicas import check_replicas, differing
+    from gadjax.training.sharding import make_mesh
+
+    join()
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    state = put(mesh)
+    assert differing(state) == {}
+    # Sums over devices and processes come out the same on all.
+    rows = RNG.normal(size=(64, 48)).astype(np.float32)
+    rows = sharding.put(rows, sharding.batch_sharding(mesh))
+    weight = sharding.put(RNG.normal(size=(48, 40)).astype(np.float32), sharding.replicated(mesh))
+    gradient = jax.grad(lambda w, x: jax.numpy.sin(x @ w).sum())
+    state.ema["summed"] = jax.jit(gradient, out_shardings=sharding.replicated(mesh))(weight, rows)
+    assert differing(state) == {}
+    if jax.process_index() == 1:
+        state.ema["ints"], device = change(state.ema["ints"], 2, flip(5))
+    checkpoints = SimpleNamespace(wait=lambda: None, folder=Path("no such folder"))
+    with pytest.raises(RunStopped) as stopped:
+        check_replicas(state, 4, checkpoints)
+    device = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))[6]
+    assert str(stopped.value) == (
+        f"step 4: ema/ints: found other bits on device {device.id} (process 1) than on its "
+        "replicas; expected the same on all; not saved, the newest sound checkpoint is none"
+    )
+
+
+def training(config: Path, workdir: Path) -> None:
+    """A run one of whose devices changes a bit after step 3; it saves after 2 and 4."""
+    from gadjax.cli.main import main
+    from gadjax.training.profile import Profile
+
+    def spoil(self, step, state):
+        if step == 3:
+            place = state.params["student"]["proj_out"]
+            place["kernel"], _ = change(place["kernel"], 5, flip(20))
+
+    command = ["train", "--config", f"{config}:tdm", "--workdir", str(workdir)]
+    at, Profile.at = Profile.at, spoil  # is called with the state before every step
+    with redirect_stderr(StringIO()) as said:
+        assert main([*command, "--config.mesh.data=8"]) == 3
+    line = said.getvalue().splitlines()[-1]
+    # Its average follows it.
+    assert "step 4: params/student/proj_out/kernel: found other bits on device 5 (process " in line
+    assert "1 more leaves that differ" in line and "newest sound checkpoint is 2" in line
+    assert sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*")) == ["2"]
+    Profile.at = at
+    assert main([*command, "--config.mesh.data=8"]) == 0
+
+
+def test_a_bit_in_any_copy_is_found_and_named():
+    run_on_devices(8, __file__)
+
+
+def test_every_process_learns_of_it():
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    port = free_port()
+    both = [start([__file__, "peers"], i, 2, port, 4, PYTHONPATH=path) for i in range(2)]
+    outputs = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+
+
+@pytest.mark.slow  # compiles the updates for eight devices
+def test_a_run_stops_before_it_saves_and_goes_on(config, tmp_path):
+    run_on_devices(8, __file__, config, tmp_path / "run")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["peers"]:
+        peers()
+    elif len(sys.argv) > 1:
+        training(*map(Path, sys.argv[1:]))
+    else:
+        worker()
