@@ -1,0 +1,213 @@
+"""Weight folders for fuzz.py: a valid one, and the reader of gadjax that commands use for it."""
+
+import json
+import shutil
+import sys
+import tempfile
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from one_input import Target
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))  # for a script; pytest has it there
+
+from gadjax.convert.files import open_weights, write_weights  # noqa: E402
+from gadjax.convert.folder import read_pipeline  # noqa: E402
+from gadjax.convert.network import read_network  # noqa: E402
+from gadjax.convert.orbax_folder import open_folder, write_own  # noqa: E402
+from gadjax.convert.recipe import Sampling, read_sampling, read_world  # noqa: E402
+from gadjax.convert.text import text_fingerprint  # noqa: E402
+from gadjax.models.text.tokenizer import load_tokenizer  # noqa: E402
+from gadjax.pipeline import load_pipeline  # noqa: E402
+from gadjax.reading import read_json  # noqa: E402
+from gadjax.scheduler_config import student_scheduler_config  # noqa: E402
+from gadjax.schedulers import sampler_from_config  # noqa: E402
+
+PROMPTS = ["a red circle above", ""]
+CLASSES = {  # class -> family and part that has it
+    "UNet2DConditionModel": ("sd15", "unet"),
+    "PixArtTransformer2DModel": ("pixart", "transformer"),
+    "SanaTransformer2DModel": ("sana_sprint", "transformer"),
+    "SD3Transformer2DModel": ("sd35", "transformer"),
+    "CLIPTextModel": ("sd15", "text_encoder"),
+    "CLIPTextModelWithProjection": ("sd3", "text_encoder"),
+    "T5EncoderModel": ("sd3", "text_encoder_3"),
+    "Gemma2Model": ("sana", "text_encoder"),
+    "AutoencoderKL": ("sd3", "vae"),
+    "AutoencoderDC": ("sana", "vae"),
+}
+SCHEDULERS = ("sd15", "sd2_v", "sdxl", "sana", "sana_sprint", "sd3", "pixart")
+
+
+def make_family(family: str, folder: Path) -> None:
+    shutil.copytree(_family(family), folder, dirs_exist_ok=True)
+
+
+def _family(family: str) -> Path:
+    """Its folder, made once for all processes: diffusers takes long to import."""
+    makers = b"".join((TESTS / name).read_bytes() for name in ("families.py", "tiny_run.py"))
+    kept = Path(tempfile.gettempdir(), f"gadjax-families-{zlib.crc32(makers):08x}")
+    if not (kept / family).exists():
+        kept.mkdir(exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=kept))
+        if family == "pixart":
+            from tiny_run import write_pipeline
+
+            write_pipeline(made)
+        else:
+            import families
+
+            families.make(family, made)
+        made.rename(kept / family)
+    return kept / family
+
+
+def make_parts(parts: dict[str, tuple[str, str]], folder: Path) -> None:
+    """parts: path in the folder -> (family, path in its folder)."""
+    for name, (family, path) in parts.items():
+        source = _family(family) / path
+        if source.is_dir():
+            shutil.copytree(source, folder / name, dirs_exist_ok=True)
+        else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / name)
+
+
+def make_weights(folder: Path, **options) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"a.weight": (7, 3, 2, 2), "b.weight": (5, 7), "b.bias": (5,), "scale": (), "e": (0,)}
+    tensors = {key: np.float32(rng.standard_normal(shape)) for key, shape in shapes.items()}
+    write_weights(folder, "diffusion_pytorch_model", tensors.items(), **options)
+
+
+def make_pickle(folder: Path) -> None:
+    import torch
+
+    tensors = {"a": torch.arange(60.0).reshape(5, 12), "b": torch.ones(3, dtype=torch.bfloat16)}
+    torch.save(tensors, folder / "diffusion_pytorch_model.bin")
+
+
+def read_weights(folder: Path, **options) -> None:
+    for _, value in open_weights(folder, **options):
+        value.sum()
+
+
+def read_config(class_name: str, folder: Path) -> None:
+    path = folder / "config.json"
+    read_network(path, class_name, read_json(path))
+
+
+def read_schedulers(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        config = read_json(path)
+        sampler = sampler_from_config(config)
+        times = sampler.times(4)
+        if path.stem != "sana_sprint":
+            student_scheduler_config(config, times[:-1].tolist(), "PixArtAlphaPipeline")
+
+
+def make_vocabulary(folder: Path) -> None:
+    """CLIP's older files."""
+    import families
+
+    tokenizer = families.clip_tokenizer("!")
+    held = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(held["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in held["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"a": "b.c"}, **special}))
+
+
+def make_sentencepiece(folder: Path) -> None:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red circle above a blue square", "two green dogs"] * 5),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+    )
+    (folder / "spiece.vocab").unlink()
+    (folder / "tokenizer_config.json").write_text('{"extra_ids": 0}')
+
+
+def read_tokenizer(class_name: str, folder: Path) -> None:
+    load_tokenizer(folder, class_name)(PROMPTS, 8)
+
+
+def make_own(folder: Path) -> None:
+    source = _family("pixart")
+    write_own(read_pipeline(source), folder, text_fingerprint(source))
+
+
+def make_recipe(folder: Path) -> None:
+    recipe = {"steps": 2, "timesteps": [900, 400], "guidance": 1.5, "length": 8, "world": "shapes"}
+    (folder / "gadjax.json").write_text(json.dumps(recipe | {"scale": 2.0}))
+
+
+def read_recipe(folder: Path) -> None:
+    read_sampling(folder, Sampling())
+    read_world(folder)
+
+
+def read_whole(folder: Path) -> None:
+    """As the commands do."""
+    open_folder(folder, components=())
+    text_fingerprint(folder)
+    pipeline, _ = load_pipeline(folder)
+    sampling = read_sampling(folder, pipeline.sampling)
+    pipeline.tokens(PROMPTS, sampling.length)
+
+
+def _json(family: str, part: str, name: str) -> dict[str, tuple[str, str]]:
+    return {name: (family, f"{part}/{name}")}
+
+
+TARGETS = [
+    Target("weights", make_weights, read_weights),
+    Target("shards", partial(make_weights, max_shard_bytes=150), read_weights),
+    Target("pickle", make_pickle, partial(read_weights, allow_pickle=True)),
+    Target("recipe", make_recipe, read_recipe),
+    *(
+        Target(
+            f"config-{name}",
+            partial(make_parts, _json(*place, "config.json")),
+            partial(read_config, name),
+        )
+        for name, place in CLASSES.items()
+    ),
+    Target(
+        "scheduler",
+        partial(
+            make_parts,
+            {f"{f}.json": (f, "scheduler/scheduler_config.json") for f in SCHEDULERS},
+        ),
+        read_schedulers,
+    ),
+    *(
+        Target(
+            f"tokenizer-{name}",
+            partial(make_parts, {".": (family, part)}),
+            partial(read_tokenizer, class_name),
+        )
+        for name, family, part, class_name in (
+            ("t5", "pixart", "tokenizer", "T5Tokenizer"),
+            ("clip", "sd15", "tokenizer", "CLIPTokenizer"),
+            ("gemma", "sana", "tokenizer", "GemmaTokenizer"),
+        )
+    ),
+    Target("tokenizer-vocabulary", make_vocabulary, partial(read_tokenizer, "CLIPTokenizer")),
+    Target("tokenizer-sentencepiece", make_sentencepiece, partial(read_tokenizer, "T5Tokenizer")),
+    *(
+        Target(f"pipeline-{family}", partial(make_family, family), read_whole)
+        for family in ("pixart", "sdxl", "sana", "sd3")
+    ),
+    Target("own", make_own, read_whole),
+]

@@ -1,0 +1,291 @@
+"""Kill real runs with SIGKILL at random moments, start them again, compare what they end with.
+
+    python tests/reliability/kills.py [--count 100] [--seed 0] [--out FOLDER]
+
+A chain is one workdir: killed about ten times, then left to finish. It has to end with the state,
+the metrics and the previews of a run that nothing disturbed, bit for bit.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from real_runs import (
+    RESULTS,
+    make_config,
+    names,
+    rows,
+    sound,
+    start,
+    state_of,
+    tail,
+    write_figures,
+)
+
+from gadjax.errors import InputError, RunStopped
+from gadjax.training.status import read_status
+
+STEPS, EVERY = 240, 10
+PREVIEW = 30
+PER_CHAIN = 10  # kills
+# Where a kill is aimed, and how often: at any moment of a process's life, at the first seconds of
+# its hold on the workdir, into a save, and at the moment in which a save is committed.
+AIMS = {"anywhere": 5, "claim": 1, "save": 2, "commit": 2}
+LOOK = 0.002  # seconds between two looks for what a kill is aimed at
+LIMIT = 900  # seconds until a process that does not end is a failure
+CLOCKED = ("time", "images_per_second", "goodput")  # of a row of metrics: not of the training
+
+
+class Failure(Exception):
+    """Something that a kill must not do."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing disturbed, and how long its parts take in seconds."""
+
+    config: Path
+    workdir: Path
+    cache: Path
+    steps: int
+    cold: float  # up to the first step, where everything is compiled
+    warm: float  # the same where nothing is
+    step: float
+
+    def begin(self, workdir: Path, cache: Path | None = None) -> subprocess.Popen:
+        """A process that trains in another workdir. cache: of compiled programs."""
+        return start(
+            cache or self.cache,
+            workdir.with_suffix(".log"),
+            *("train", "--config", self.config, "--workdir", workdir),
+            f"--config.steps={self.steps}",
+            f"--config.checkpoint.every={EVERY}",
+            f"--config.preview.every={PREVIEW}",
+        )
+
+
+@dataclass
+class Tally:
+    """where: kills by what the workdir showed. behind: steps that the newest checkpoint lacked of
+    those that were done, at most. failed: what a kill did that it must not."""
+
+    kills: int = 0
+    starts: int = 0
+    chains: int = 0
+    behind: int = 0
+    where: Counter = field(default_factory=Counter)
+    aims: Counter = field(default_factory=Counter)
+    failed: list[str] = field(default_factory=list)
+
+
+def undisturbed(folder: Path, steps: int = STEPS) -> Whole:
+    """Two whole runs, the first with nothing compiled; they have to be equal themselves."""
+    whole = Whole(make_config(folder), folder / "whole", folder / "cache", steps, 0, 0, 0)
+    seconds = []
+    for workdir in (whole.workdir, folder / "again"):
+        began = time.time()
+        _finish(whole.begin(workdir), workdir)
+        times = [row["time"] for row in rows(workdir)]
+        seconds.append(times[0] - began)
+    step = (times[-1] - times[0]) / (len(times) - 1)
+    whole = Whole(whole.config, whole.workdir, whole.cache, steps, *seconds, step)
+    compare(whole, folder / "again")
+    return whole
+
+
+def kill_many(whole: Whole, folder: Path, count: int, seed: int = 0) -> Tally:
+    """`count` kills in chains below `folder`. Of several, the first has nothing compiled.
+
+    A chain that fails stays where it is, the others are removed.
+    """
+    tally, rng = Tally(), np.random.default_rng(seed)
+    while tally.kills < count and len(tally.failed) < 5:
+        workdir = folder / f"chain{tally.chains:03d}"
+        cold = tally.chains == 0 and count > PER_CHAIN
+        most = min(PER_CHAIN, count - tally.kills)
+        try:
+            for line in _chain(whole, workdir, tally, rng, most, folder / "cold" if cold else None):
+                print(f"{workdir.name}  {line}", flush=True)
+            compare(whole, workdir)
+            shutil.rmtree(workdir)
+        except Failure as error:
+            tally.failed.append(f"{workdir.name}: {error}")
+            print(f"FAILED {tally.failed[-1]}", flush=True)
+        tally.chains += 1
+    return tally
+
+
+def _chain(whole, workdir, tally, rng, most, cache) -> Iterator[str]:
+    for _ in range(most):
+        aim = str(rng.choice(list(AIMS), p=np.array([*AIMS.values()]) / sum(AIMS.values())))
+        newest = max(sound(workdir), default=0)
+        ready = whole.cold if cache else whole.warm
+        life = ready + (whole.steps - newest) * whole.step
+        began = time.time()
+        process = whole.begin(workdir, cache)
+        tally.starts += 1
+        try:
+            moments = _moments(workdir, aim, rng, life)
+            while process.poll() is None and next(moments):
+                time.sleep(LOOK)
+                if time.time() - began > LIMIT:
+                    raise Failure(f"still running after {LIMIT} s: {tail(_log(workdir))}")
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode == 0:
+            yield "ended before its kill"
+            return
+        if process.returncode != -signal.SIGKILL:
+            raise Failure(f"exit {process.returncode}: {tail(_log(workdir))}")
+        tally.kills += 1
+        where, behind = _look(workdir, began, newest)
+        tally.where[where] += 1
+        tally.aims[aim] += 1
+        tally.behind = max(tally.behind, behind)
+        steps = max(sound(workdir), default=0)
+        yield f"kill {tally.kills} ({aim}) in {where}: {steps} saved, {behind} behind"
+    tally.starts += 1
+    _finish(whole.begin(workdir, cache), workdir)
+    yield "left to end"
+
+
+def _moments(workdir: Path, aim: str, rng, life: float) -> Iterator[bool]:
+    """True until the moment to kill."""
+    folder, lock = workdir / "checkpoints", workdir / "lock"
+    until, skip = time.time() + rng.uniform(0, life), int(rng.integers(3))
+    if aim != "anywhere":
+        held = lock.stat().st_mtime_ns if lock.exists() else 0
+        there = set(names(folder))
+        seen: set[str] = set()
+        while True:
+            if aim == "claim":
+                found = lock.exists() and lock.stat().st_mtime_ns != held
+            else:
+                new = set(names(folder)) - there
+                seen |= {name for name in new if name.isdigit() == (aim == "commit")}
+                found = len(seen) > skip
+            if found:
+                break
+            yield True
+        until = time.time() + rng.uniform(0, {"claim": 0.1, "save": 0.1, "commit": 0.02}[aim])
+    while time.time() < until:
+        yield True
+    yield False
+
+
+def _look(workdir: Path, began: float, newest: int) -> tuple[str, int]:
+    """(where a kill hit, how many steps were done and are to be done again).
+
+    began: the process. newest: checkpoint before it. Raises: Failure for a file that was not left
+    whole, and for steps lost that had to be kept.
+    """
+    for path in workdir.glob("*.json"):
+        try:
+            json.loads(path.read_text())
+        except ValueError as error:
+            raise Failure(f"{path.name} is not whole after a kill: {error}") from error
+    if (workdir / "config.json").exists():
+        try:
+            read_status(workdir)
+        except (InputError, RunStopped) as error:
+            raise Failure(f"gadjax status: {error}") from error
+    own = [row["step"] for row in rows(workdir) if row["time"] >= began]
+    done = max([newest, *own])
+    saved = max(sound(workdir), default=0)
+    # Saved before this process, or at most one save in flight and one interval behind it.
+    if not max(newest, done - 2 * EVERY) <= saved <= done:
+        raise Failure(f"step {saved} is the newest sound one after {newest}, {done} in the metrics")
+    if any(".orbax-checkpoint-tmp" in name for name in names(workdir / "checkpoints")) and own:
+        return "save", done - saved
+    return "step" if own else "start-up", done - saved
+
+
+def compare(whole: Whole, workdir: Path) -> None:
+    """Raises: Failure where an ended run differs from the undisturbed one."""
+    status = json.loads((workdir / "status.json").read_text())
+    if (status["status"], status["step"]) != ("done", whole.steps):
+        raise Failure(f"ended with {status}")
+    steps = [row["step"] for row in rows(workdir)]
+    if steps != list(range(1, whole.steps + 1)):
+        lost = sorted(set(range(1, whole.steps + 1)) - set(steps))
+        raise Failure(f"metrics.jsonl: {len(steps)} rows, without steps {lost}")
+    for one, other in zip(_losses(workdir), _losses(whole.workdir), strict=True):
+        if one != other:
+            raise Failure(f"metrics.jsonl: {one}, undisturbed {other}")
+    if state_of(workdir) != state_of(whole.workdir):
+        raise Failure(f"another state than {whole.workdir}")
+    for name in ("checkpoints", "previews"):
+        one, other = names(workdir / name), names(whole.workdir / name)
+        if one != other:
+            raise Failure(f"{name}: found {one}; expected {other}")
+    for path in (whole.workdir / "previews").iterdir():
+        if (workdir / "previews" / path.name).read_bytes() != path.read_bytes():
+            raise Failure(f"previews/{path.name} differs")
+
+
+def _losses(workdir: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in CLOCKED} for row in rows(workdir)]
+
+
+def _log(workdir: Path) -> Path:
+    return workdir.with_suffix(".log")
+
+
+def _finish(process: subprocess.Popen, workdir: Path) -> None:
+    try:
+        if process.wait(LIMIT):
+            raise Failure(f"exit {process.returncode}: {tail(_log(workdir))}")
+    except subprocess.TimeoutExpired as error:
+        raise Failure(f"still running after {LIMIT} s: {tail(_log(workdir))}") from error
+    finally:
+        process.kill()
+        process.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=100, help="kills")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    began, folder = time.time(), Path(tempfile.mkdtemp(prefix="gadjax-kills-"))
+    whole = undisturbed(folder)
+    print(
+        f"start {whole.warm:.1f} s ({whole.cold:.1f} s cold), step {whole.step:.3f} s", flush=True
+    )
+    tally = kill_many(whole, folder, args.count, args.seed)
+    figures = {
+        "kills": tally.kills,
+        **{f"kills_in_{name}": tally.where[name] for name in ("start-up", "step", "save")},
+        **{f"aimed_{name}": tally.aims[name] for name in AIMS},
+        "starts": tally.starts,
+        "chains": tally.chains,
+        "chains_that_differ": len(tally.failed),
+        "failures": "; ".join(tally.failed),
+        "most_steps_done_again": tally.behind,
+        "steps": whole.steps,
+        "checkpoint_every": EVERY,
+        "start_seconds": round(whole.warm, 2),
+        "cold_start_seconds": round(whole.cold, 2),
+        "step_seconds": round(whole.step, 4),
+        "state": state_of(whole.workdir),
+    }
+    print(write_figures("kills", args.out, began, figures))
+    print(json.dumps(figures, indent=2))
+    if not tally.failed:
+        shutil.rmtree(folder)
+    return bool(tally.failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

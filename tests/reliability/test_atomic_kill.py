@@ -1,0 +1,14 @@
+"""Commands that are really killed: the old folder is there, or the new one."""
+
+import pytest
+from atomic import kill_many, make_jobs, measure
+
+
+@pytest.mark.slow
+def test_six_kills_leave_the_old_or_the_new(tmp_path):
+    jobs = [job for job in make_jobs(tmp_path) if job.name in ("convert", "back", "embed")]
+    for job in jobs:
+        measure(job, tmp_path)
+    tally = kill_many(jobs, tmp_path, count=6)
+    assert tally.failed == [] and sum(tally.found.values()) == 6
+    assert tally.left == tally.removed
