@@ -1,6 +1,6 @@
 """Kill real `gadjax convert`, `export` and `embed` at random moments while they replace a folder.
 
-    python tests/reliability/atomic.py [--count 60] [--seed 0] [--out FOLDER]
+    python tests/reliability/atomic.py [--count 60] [--seed 0] [--out docs/results/reliability]
 
 After every kill the folder has to be the old one bit for bit, or the complete new one.
 """
@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from real_runs import RESULTS, start, tail, write_figures, write_pipeline
+from figures import write_figures
+from real_runs import start, tail, write_pipeline
 from workdirs import make_workdir
 
 from gadjax.convert.orbax_folder import PARAMS, is_own, read_own
@@ -206,7 +207,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=60, help="kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     began, folder = time.time(), Path(tempfile.mkdtemp(prefix="gadjax-atomic-"))
     jobs = make_jobs(folder)
@@ -227,7 +228,8 @@ def main() -> int:
         "failures": "; ".join(tally.failed),
         **{f"seconds_of_{job.name}": round(job.life, 2) for job in jobs},
     }
-    print(write_figures("atomic", args.out, began, figures))
+    if args.out:
+        print(write_figures("atomic", args.out, began, figures))
     print(json.dumps(figures, indent=2))
     if not tally.failed:
         shutil.rmtree(folder)

@@ -13,7 +13,6 @@ Targets are found in hostile_folders.TARGETS and hostile_inputs.TARGETS.
 
 import argparse
 import importlib
-import json
 import multiprocessing
 import os
 import random
@@ -27,8 +26,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from figures import write_figures
 from mutate import Tree, mutate, read_tree, write_tree
-from one_input import ROOT, SECONDS, Lines, Outcome, Target, emptied, read_once
+from one_input import SECONDS, Lines, Outcome, Target, emptied, read_once
 
 LISTS = ("hostile_folders", "hostile_inputs")
 SPARE = 2 << 30  # bytes of address space beyond what a valid input took
@@ -208,17 +208,6 @@ def fuzz_commands(chosen: list, count: int, seed: int, keep: Path) -> dict:
     return figures_of(tallies)
 
 
-def write_figures(out: Path, name: str, figures: dict, seconds: float) -> None:
-    record = {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": f"{os.cpu_count()} CPU cores",
-        "seconds": round(seconds, 1),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(record | figures, indent=2) + "\n")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=0, help="inputs, over all targets")
@@ -238,10 +227,10 @@ def main() -> int:
     findings = 0
     for name, function, found, count in lists:
         chosen = [item for item in found if args.target is None or item.name in args.target]
-        start, figures = time.monotonic(), function(chosen, count, args.seed, args.keep)
+        start, figures = time.time(), function(chosen, count, args.seed, args.keep)
         findings += figures["findings"]
         if args.out:
-            write_figures(args.out, name, figures, time.monotonic() - start)
+            write_figures(name, args.out, start, figures)
     return 1 if findings else 0
 
 

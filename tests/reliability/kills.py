@@ -1,6 +1,6 @@
 """Kill real runs with SIGKILL at random moments, start them again, compare what they end with.
 
-    python tests/reliability/kills.py [--count 100] [--seed 0] [--out FOLDER]
+    python tests/reliability/kills.py [--count 100] [--seed 0] [--out docs/results/reliability]
 
 A chain is one workdir: killed about ten times, then left to finish. It has to end with the state,
 the metrics and the previews of a run that nothing disturbed, bit for bit.
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from figures import write_figures
 from real_runs import (
-    RESULTS,
     make_config,
     names,
     rows,
@@ -28,7 +28,6 @@ from real_runs import (
     start,
     state_of,
     tail,
-    write_figures,
 )
 
 from gadjax.errors import InputError, RunStopped
@@ -256,7 +255,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=100, help="kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     began, folder = time.time(), Path(tempfile.mkdtemp(prefix="gadjax-kills-"))
     whole = undisturbed(folder)
@@ -280,7 +279,8 @@ def main() -> int:
         "step_seconds": round(whole.step, 4),
         "state": state_of(whole.workdir),
     }
-    print(write_figures("kills", args.out, began, figures))
+    if args.out:
+        print(write_figures("kills", args.out, began, figures))
     print(json.dumps(figures, indent=2))
     if not tally.failed:
         shutil.rmtree(folder)

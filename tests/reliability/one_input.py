@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from figures import ROOT
 from flax import nnx
 from mutate import Tree, write_tree
 
@@ -18,7 +19,6 @@ import gadjax
 from gadjax.errors import InputError, RunStopped
 
 PACKAGE = str(Path(gadjax.__file__).parent)
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 10
 LONGEST = 2000  # characters of a line
 

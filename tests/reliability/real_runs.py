@@ -1,11 +1,9 @@
-"""Real runs of `gadjax train` on a random pipeline, for the scripts here, and their figures."""
+"""Real runs of `gadjax train` on a random pipeline, for the scripts here."""
 
 import json
 import os
 import subprocess
 import sys
-import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,6 @@ from tiny_run import write_config, write_pipeline  # noqa: E402
 from gadjax.convert.files import fingerprint  # noqa: E402
 from gadjax.training.seal import find_fault  # noqa: E402
 from gadjax.training.sharding import path_name  # noqa: E402
-
-RESULTS = ROOT / "docs" / "results" / "reliability"
 
 
 def make_config(folder: Path) -> Path:
@@ -77,17 +73,3 @@ def state_of(workdir: Path) -> str:
     found = handler.restore(path, args=ocp.args.PyTreeRestore(item, restore_args=how))
     leaves = jax.tree_util.tree_leaves_with_path(found)
     return fingerprint((path_name(where), np.asarray(leaf)) for where, leaf in leaves)
-
-
-def write_figures(name: str, out: Path, began: float, figures: dict[str, Any]) -> Path:
-    """OUT/NAME.json. began: by time.time()."""
-    record = {
-        "command": f"python tests/reliability/{name}.py {' '.join(sys.argv[1:])}".strip(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores",
-        "seconds": round(time.time() - began, 1),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}.json"
-    path.write_text(json.dumps(record | figures, indent=2) + "\n")
-    return path

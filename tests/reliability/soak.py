@@ -1,7 +1,7 @@
 """One long run of tiny steps with saves, previews and other commands that read its workdir: does it
 need more and more memory, files, threads or time?
 
-    python tests/reliability/soak.py [--count 20000] [--out FOLDER]
+    python tests/reliability/soak.py [--count 20000] [--out docs/results/reliability]
 """
 
 import argparse
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from real_runs import RESULTS, make_config, names, rows, start, tail, write_figures
+from figures import write_figures
+from real_runs import make_config, names, rows, start, tail
 
 from gadjax.training.status import read_status
 
@@ -126,11 +127,12 @@ def _growth(samples: list[Sample], workdir: Path, steps: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--count", type=int, default=20000, help="steps")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     began, folder = time.time(), Path(tempfile.mkdtemp(prefix="gadjax-soak-"))
     figures = soak(folder, args.count)
-    print(write_figures("soak", args.out, began, figures))
+    if args.out:
+        print(write_figures("soak", args.out, began, figures))
     print(json.dumps(figures, indent=2))
     shutil.rmtree(folder)
     return 0
