@@ -1,7 +1,7 @@
 """Where a workdir lies: a folder, or a prefix of an object store (gs://BUCKET/...).
 
 A store knows neither rename nor append, and its clients raise errors of many kinds. What else
-differs lies with whoever writes: `gadjax.training.atomic`, `claim` and `seal`.
+differs lies with whoever writes: `gadjax.host.atomic`, `claim` and `seal`.
 """
 
 import errno

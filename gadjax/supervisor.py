@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from gadjax.host.atomic import write_whole
 from gadjax.supervised import NAMES, Child
-from gadjax.training.atomic import write_whole
 
 POLL = 0.1  # seconds between looks
 STACKS = 2.0  # seconds in which processes print their stacks

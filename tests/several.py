@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gadjax.training import processes
+from gadjax.host import processes
 
 ROOT = Path(__file__).parents[1]
 

@@ -43,7 +43,10 @@ MAY_IMPORT = {
     "sampling": PIPELINE,
     "students": PIPELINE,
     "supervised": set(),
-    "supervisor": {"supervised", "training"},
+    "supervisor": {"host", "supervised"},
+    "host": {"checkpoints", "errors", "reading", "shown", "storage", "types"},
+    "checkpoints": {"errors", "host", "reading", "storage", "training", "types"},
+    "plan": {"errors", "training"},
     "bench": BENCH,
 }
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.convert.files import fingerprint
 from gadjax.convert.folder import read_pipeline
 from gadjax.convert.tensors import tensors_from_params
 from gadjax.models.module import kept_of
-from gadjax.training.checkpoint import Checkpoints
 from gadjax.training.config import as_json, default_config, write_json
 from gadjax.training.state import create
 

@@ -32,8 +32,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # What is compiled for others cannot be read back here.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    from gadjax.training.plan import plan
-    from gadjax.training.plan_table import table
+    from gadjax.plan.plan import plan
+    from gadjax.plan.plan_table import table
 
     def say(text: str) -> None:
         print(f"gadjax plan: {text}", file=sys.stderr, flush=True)

@@ -28,9 +28,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if again and args.profile is not None:
         raise InputError("--profile: found it beside --reproduce-step; expected one of the two")
     reach(workdir, write=not again)
+    from gadjax.host.processes import join
+    from gadjax.host.profile import parse_profile
     from gadjax.training.loop import train
-    from gadjax.training.processes import join
-    from gadjax.training.profile import parse_profile
     from gadjax.training.reproduce import parse_step, reproduce
 
     if again:

@@ -262,7 +262,7 @@ roughly, evaluations exactly. Rows marked "not run" wait for somebody with more:
 def evaluations(family: str, variant: str) -> float:
     """What an update costs, the critic's own included, in evaluations of the network for each
     sample: the products and convolutions of the traced program over those of one evaluation."""
-    from gadjax.training.flops import flops
+    from gadjax.plan.flops import flops
     from gadjax.training.setup import make_batch, prepare
     from gadjax.training.steps import critic_step, student_step
 

@@ -10,21 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from gadjax.checkpoints.checkpoint import Checkpoints
+from gadjax.checkpoints.replicas import check_replicas
+from gadjax.checkpoints.saving import Saves
 from gadjax.convert.recipe import Sampling
 from gadjax.data.source import prefetch
 from gadjax.errors import InputError, RunStopped
-from gadjax.models.module import overlay
-from gadjax.reading import read_json
-from gadjax.sampling import clean_latent, initial_noise
-from gadjax.storage import tolerant
-from gadjax.training.checkpoint import Checkpoints
-from gadjax.training.claim import LOCK, Claim
-from gadjax.training.compiled import Steps, compile_steps
-from gadjax.training.config import as_json, check_resume, write_json
-from gadjax.training.goodput import Clock
-from gadjax.training.masked import Update, check_masked, scalars_of
-from gadjax.training.preview import grid, save_png
-from gadjax.training.processes import (
+from gadjax.host.claim import LOCK, Claim
+from gadjax.host.goodput import Clock
+from gadjax.host.processes import (
     Leaving,
     agree,
     beat,
@@ -32,15 +26,21 @@ from gadjax.training.processes import (
     losing_peers,
     together,
 )
-from gadjax.training.profile import Profile
-from gadjax.training.progress import Progress, overview
+from gadjax.host.profile import Profile
+from gadjax.host.progress import Progress, overview
+from gadjax.host.trackers import check_trackers
+from gadjax.models.module import overlay
+from gadjax.reading import read_json
+from gadjax.sampling import clean_latent, initial_noise
+from gadjax.storage import tolerant
+from gadjax.training.compiled import Steps, compile_steps
+from gadjax.training.config import as_json, check_resume, write_json
+from gadjax.training.masked import Update, check_masked, scalars_of
+from gadjax.training.preview import grid, save_png
 from gadjax.training.record import write_record
-from gadjax.training.replicas import check_replicas
-from gadjax.training.saving import Saves
 from gadjax.training.setup import Run, encode_raw, prepare
 from gadjax.training.sharding import batch_sharding, put, replicated, rows_here, shapes_at
 from gadjax.training.state import TrainState
-from gadjax.training.trackers import check_trackers
 
 # What a run may leave in its workdir that is killed before it has written its config.
 BEGUN = LOCK, "config.json.new"
@@ -63,7 +63,7 @@ def train(
     """Train until `steps`, resuming what the workdir holds; every process of the run calls it.
 
     devices: how many there have to be in all processes together. profile: (step, count) to trace
-    so many steps after that one. `status.json` says how it stands (`gadjax.training.claim`).
+    so many steps after that one. `status.json` says how it stands (`gadjax.host.claim`).
     Raises: InputError for a bad config, a workdir of another config or another run, processes that
     run different things; RunStopped where updates stay non-finite or nothing can be saved.
     """

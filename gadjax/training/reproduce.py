@@ -18,19 +18,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gadjax import assets
+from gadjax.checkpoints.checkpoint import read_state
+from gadjax.checkpoints.seal import committed, newest_sound
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError
+from gadjax.host.processes import agree, check_devices, together
 from gadjax.reading import read_json
 from gadjax.shown import shown
 from gadjax.storage import absolute
-from gadjax.training.checkpoint import read_state
 from gadjax.training.compiled import Steps, compile_steps
 from gadjax.training.config import as_json, check_resume
 from gadjax.training.look import Seen, looking
 from gadjax.training.loop import begin, host_batches
 from gadjax.training.masked import Update, cause_of, numbers_of, scalars_of
-from gadjax.training.processes import agree, check_devices, together
-from gadjax.training.seal import committed, newest_sound
 from gadjax.training.setup import Run, prepare
 from gadjax.training.sharding import put
 from gadjax.training.state import TrainState

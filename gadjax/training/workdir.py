@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gadjax import assets
+from gadjax.checkpoints.checkpoint import read_params
 from gadjax.convert.files import fingerprint
 from gadjax.convert.folder import Component
 from gadjax.convert.recipe import Sampling
@@ -13,7 +14,6 @@ from gadjax.errors import InputError
 from gadjax.models.module import kept_of, overlay
 from gadjax.objectives import TERMS, build
 from gadjax.storage import reach
-from gadjax.training.checkpoint import read_params
 from gadjax.types import Params
 
 

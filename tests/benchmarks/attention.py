@@ -21,7 +21,7 @@ from benchmarks.common import (
 from gadjax.geometry import tangent
 from gadjax.models import layers
 from gadjax.ops.attention import attention as ours
-from gadjax.training.flops import flops
+from gadjax.plan.flops import flops
 
 H = 1e-2
 T = 500.0

@@ -9,7 +9,7 @@ import jax
 from benchmarks.common import Figure
 from benchmarks.step import Bench
 
-from gadjax.training.checkpoint import Checkpoints
+from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.training.config import as_json, read_config
 from gadjax.training.loop import host_batches
 from gadjax.training.setup import prepare

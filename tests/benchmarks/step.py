@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from gadjax.geometry import tangent
 from gadjax.models.module import cast
 from gadjax.objectives import GAD, TDM, Term
+from gadjax.plan.flops import flops
 from gadjax.recipes import study
 from gadjax.training.compiled import compile_steps
-from gadjax.training.flops import flops
 from gadjax.training.setup import Run, prepare
 from gadjax.training.state import create, make_optimizer
 from gadjax.training.steps import Recipe, critic_step, student_step

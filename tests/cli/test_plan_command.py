@@ -51,7 +51,7 @@ def test_bad_input_is_one_line(capsys):
 def test_cards_that_are_not_here_are_cpus_of_another_process():
     """What fixes their number is done before JAX starts."""
     code = (
-        "from gadjax.training.hardware import find_topology;"
+        "from gadjax.plan.hardware import find_topology;"
         "print(len(find_topology('h200:3').devices()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -27,11 +27,11 @@ from closed_form import (
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
+from gadjax.checkpoints import checkpoint
 from gadjax.cli.main import main
 from gadjax.errors import InputError
 from gadjax.models import pixart
 from gadjax.objectives import DMD, GAD, TERMS, Adversarial, build
-from gadjax.training import checkpoint
 from gadjax.training.compiled import compile_steps
 from gadjax.training.config import read_config
 from gadjax.training.setup import prepare

@@ -215,7 +215,7 @@ def test_values_in_blocks_differentiate_in_every_way(blocks):
 def test_reverse_mode_may_keep_the_results_and_then_does_not_compute_them_again():
     """Of the six products of value and tangent, only those that the transpose itself needs."""
     from gadjax.models.module import scan_blocks
-    from gadjax.training.flops import flops
+    from gadjax.plan.flops import flops
 
     x = jax.ShapeDtypeStruct((1, 64, 1, 16), jnp.float32)
     layers = jax.ShapeDtypeStruct((3, 16, 16), jnp.float32)

@@ -97,7 +97,7 @@ def test_a_step_of_four_tpus_compiles_with_them(count, axis):
     """Through scan, recomputation and jax.shard_map, for chips that are not here."""
     pytest.importorskip("libtpu")
     from gadjax.models.module import scan_blocks
-    from gadjax.training.hardware import find_topology
+    from gadjax.plan.hardware import find_topology
 
     mesh = make_mesh({"data": 1, "fsdp": 2, axis: 2}, find_topology("v5e:2x2").devices())
     shape = jax.ShapeDtypeStruct(

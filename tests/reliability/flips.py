@@ -25,8 +25,8 @@ from figures import write_figures
 from jax.sharding import SingleDeviceSharding
 from real_runs import make_config, start, tail
 
-from gadjax.training.checkpoint import Checkpoints
-from gadjax.training.seal import committed
+from gadjax.checkpoints.checkpoint import Checkpoints
+from gadjax.checkpoints.seal import committed
 
 
 @dataclass(frozen=True)

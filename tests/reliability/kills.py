@@ -31,7 +31,7 @@ from real_runs import (
 )
 
 from gadjax.errors import InputError, RunStopped
-from gadjax.training.status import read_status
+from gadjax.host.status import read_status
 
 STEPS, EVERY = 240, 10
 PREVIEW = 30

@@ -7,7 +7,7 @@ import pytest
 from disk import ACCIDENTS, BORNE, Disk, Whole, can_mount, try_accident
 from flips import restore, shapes
 
-from gadjax.training.checkpoint import Checkpoints, SaveFailed
+from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed
 from gadjax.training.state import create
 
 pytestmark = pytest.mark.skipif(not can_mount(), reason="may not mount a tmpfs")

@@ -10,8 +10,8 @@ import pytest
 from flips import Damage, damage_many, draw, restore, shapes
 from real_runs import state_of
 
+from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.cli.main import main
-from gadjax.training.checkpoint import Checkpoints
 from gadjax.training.state import create
 
 
@@ -43,7 +43,7 @@ def test_every_file_is_drawn(steps):
 
 
 def test_what_is_not_found_is_told(steps, monkeypatch):
-    monkeypatch.setattr("gadjax.training.seal.find_fault", lambda folder: None)
+    monkeypatch.setattr("gadjax.checkpoints.seal.find_fault", lambda folder: None)
     monkeypatch.setattr("flips.draw", lambda *more: [Damage("flip", "commit_success.txt", 9)])
     _, failures = damage_many(steps, 1)
     assert len(failures) == 1 and "commit_success.txt" in failures[0] and "said []" in failures[0]

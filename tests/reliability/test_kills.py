@@ -9,8 +9,8 @@ import orbax.checkpoint as ocp
 import pytest
 from kills import Failure, Whole, compare, kill_many, undisturbed
 
+from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.cli.main import main
-from gadjax.training.checkpoint import Checkpoints
 
 
 def train(config: Path, workdir: Path, *more: str) -> int:

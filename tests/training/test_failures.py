@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from gadjax.checkpoints import checkpoint
+from gadjax.checkpoints.checkpoint import read_params
 from gadjax.cli.main import main
 from gadjax.errors import RunStopped
+from gadjax.host.atomic import Growing, write_whole
+from gadjax.host.progress import Progress
 from gadjax.storage import tolerant
-from gadjax.training import checkpoint
-from gadjax.training.atomic import Growing, write_whole
-from gadjax.training.checkpoint import read_params
 from gadjax.training.config import default_config
-from gadjax.training.progress import Progress
 
 SEAL = checkpoint.write_seal  # which stands here for whatever a save writes
 

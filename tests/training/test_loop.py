@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from gadjax.checkpoints.checkpoint import read_params
 from gadjax.cli.main import main
-from gadjax.training.checkpoint import read_params
 
 ROOT = Path(__file__).parents[2]
 

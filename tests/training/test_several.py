@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from several import start
 
+from gadjax.checkpoints.checkpoint import read_params
 from gadjax.supervisor import free_port
-from gadjax.training.checkpoint import read_params
 
 pytestmark = pytest.mark.slow  # compiles the updates for eight devices
 PARTS = "student", "critic", "ema"

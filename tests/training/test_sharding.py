@@ -305,7 +305,7 @@ if __name__ == "__main__":
 
 def test_slices_hold_whole_shares_of_data():
     pytest.importorskip("libtpu")
-    from gadjax.training.hardware import find_topology
+    from gadjax.plan.hardware import find_topology
 
     devices = find_topology("2*v5e:2x2").devices()
     mesh = make_mesh({"data": -1, "fsdp": 2}, devices)

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from gadjax.errors import InputError
-from gadjax.training.claim import LOCK, STATUS, Claim
+from gadjax.host.claim import LOCK, STATUS, Claim
 
 
 def status(folder) -> dict:
@@ -22,7 +22,7 @@ def test_a_workdir_has_one_run_at_a_time(tmp_path):
 
 def test_a_killed_process_holds_nothing(tmp_path):
     code = (
-        "import os, signal; from pathlib import Path; from gadjax.training.claim import Claim\n"
+        "import os, signal; from pathlib import Path; from gadjax.host.claim import Claim\n"
         f"claim = Claim(Path({str(tmp_path)!r}), 3); claim.say('running', 2)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -9,8 +9,8 @@ import pytest
 
 from gadjax.cli.main import main
 from gadjax.errors import InputError
-from gadjax.training.hardware import CHIPS, peak_of
-from gadjax.training.status import read_status, table
+from gadjax.host.status import read_status, table
+from gadjax.plan.hardware import CHIPS, peak_of
 
 NOW = 1_000_000.0
 RUN = {

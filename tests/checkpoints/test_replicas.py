@@ -78,13 +78,13 @@ def opposite(part):
 
 
 def expect(state, name, devices):
-    from gadjax.training.replicas import differing
+    from gadjax.checkpoints.replicas import differing
 
     assert differing(state) == ({f"ema/{name}": devices} if devices else {})
 
 
 def worker() -> None:
-    from gadjax.training.replicas import differing
+    from gadjax.checkpoints.replicas import differing
     from gadjax.training.sharding import AXES, HOST, make_mesh
 
     for sizes in MESHES:
@@ -125,10 +125,10 @@ def order(mesh):
 
 def peers() -> None:
     """One of two processes, of four devices each; a copy of the second's is spoilt."""
+    from gadjax.checkpoints.replicas import check_replicas, differing
     from gadjax.errors import RunStopped
+    from gadjax.host.processes import join
     from gadjax.training import sharding
-    from gadjax.training.processes import join
-    from gadjax.training.replicas import check_replicas, differing
     from gadjax.training.sharding import make_mesh
 
     join()
@@ -157,7 +157,7 @@ def peers() -> None:
 def training(config: Path, workdir: Path) -> None:
     """A run one of whose devices changes a bit after step 3; it saves after 2 and 4."""
     from gadjax.cli.main import main
-    from gadjax.training.profile import Profile
+    from gadjax.host.profile import Profile
 
     def spoil(self, step, state):
         if step == 3:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from gadjax.errors import RunStopped
+from gadjax.host.goodput import Clock
+from gadjax.host.progress import Progress, overview
 from gadjax.training.config import default_config
-from gadjax.training.goodput import Clock
-from gadjax.training.progress import Progress, overview
 
 
 def report(workdir, steps, start=0, batch=1, every=1, **more):
@@ -162,7 +162,7 @@ def test_trackers_hear_of_numbers_and_pictures_and_may_fail(tmp_path, monkeypatc
         def close(self):
             told.append("close")
 
-    monkeypatch.setattr("gadjax.training.progress.Trackers", Fake)
+    monkeypatch.setattr("gadjax.host.progress.Trackers", Fake)
     with report(tmp_path, 9, every=4) as progress:
         progress.update(4, {"loss": 2.0})
         progress.image(4, "preview", np.zeros((2, 3, 3), np.uint8))

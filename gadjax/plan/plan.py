@@ -12,15 +12,15 @@ import jax
 from ml_collections import ConfigDict
 
 from gadjax.errors import InputError
+from gadjax.plan.flops import flops
+from gadjax.plan.hardware import GIB, Topology, find_topology
+from gadjax.plan.programs import BATCHES, Compiled, Programs, Say, programs_of, share
+from gadjax.plan.traffic import traffic
 from gadjax.training.compiled import keeping
 from gadjax.training.data import SOURCES
-from gadjax.training.flops import flops
-from gadjax.training.hardware import GIB, Topology, find_topology
-from gadjax.training.programs import BATCHES, Compiled, Programs, Say, programs_of, share
 from gadjax.training.setup import Run, make_batch, prepare
 from gadjax.training.sharding import SAMPLES, path_name
 from gadjax.training.steps import critic_step, student_step
-from gadjax.training.traffic import traffic
 
 TRIES = 4  # programs compiled in search of the largest batch
 

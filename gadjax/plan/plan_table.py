@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from gadjax.training.hardware import GIB
-from gadjax.training.traffic import KINDS
+from gadjax.plan.hardware import GIB
+from gadjax.plan.traffic import KINDS
 
 
 def table(found: dict[str, Any]) -> str:

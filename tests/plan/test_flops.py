@@ -4,7 +4,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from gadjax.training.flops import flops
+from gadjax.plan.flops import flops
 
 A, B = jnp.zeros((3, 5)), jnp.zeros((5, 7))
 ONE = 2 * 3 * 5 * 7

@@ -13,16 +13,16 @@ import pytest
 
 from gadjax.errors import InputError
 from gadjax.models.module import flatten
-from gadjax.training import plan as planning
+from gadjax.plan import plan as planning
+from gadjax.plan.flops import flops
+from gadjax.plan.hardware import CHIPS, GIB, TOPOLOGIES, Chip, Topology, find_topology
+from gadjax.plan.plan import plan
+from gadjax.plan.plan_table import table
+from gadjax.plan.programs import Compiled, Programs
+from gadjax.plan.traffic import traffic
 from gadjax.training.config import read_config
-from gadjax.training.flops import flops
-from gadjax.training.hardware import CHIPS, GIB, TOPOLOGIES, Chip, Topology, find_topology
-from gadjax.training.plan import plan
-from gadjax.training.plan_table import table
-from gadjax.training.programs import Compiled, Programs
 from gadjax.training.setup import make_batch, prepare
 from gadjax.training.steps import critic_step, student_step
-from gadjax.training.traffic import traffic
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = (

@@ -17,11 +17,11 @@ import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from gadjax.checkpoints import checkpoint
+from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed, read_params
+from gadjax.checkpoints.saving import Saves
+from gadjax.checkpoints.seal import SEAL, find_fault, write_seal
 from gadjax.errors import InputError, RunStopped
-from gadjax.training import checkpoint
-from gadjax.training.checkpoint import Checkpoints, SaveFailed, read_params
-from gadjax.training.saving import Saves
-from gadjax.training.seal import SEAL, find_fault, write_seal
 from gadjax.training.state import TrainState, create
 
 STATE = """
@@ -286,7 +286,7 @@ def test_a_read_that_fails_on_right_bytes_is_no_damage(folder, state, monkeypatc
     def full(*args, **kwargs):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr("gadjax.training.checkpoint._read_meta", full)
+    monkeypatch.setattr("gadjax.checkpoints.checkpoint._read_meta", full)
     with pytest.raises(RunStopped, match="4: cannot be restored: RESOURCE_EXHAUSTED: out of mem"):
         read_params(folder)
     with pytest.raises(RunStopped, match="4: cannot be restored: RESOURCE_EXHAUSTED: out of mem"):
@@ -322,9 +322,9 @@ def fail(*arguments, **more):
 
 # Where a save fails: after the files, as it begins, or after the commit.
 PLACES = (
-    "gadjax.training.checkpoint.write_seal",
+    "gadjax.checkpoints.checkpoint.write_seal",
     "orbax.checkpoint.StandardCheckpointHandler.async_save",
-    "gadjax.training.checkpoint.complete_seal",
+    "gadjax.checkpoints.checkpoint.complete_seal",
 )
 
 
@@ -355,7 +355,7 @@ def test_a_save_that_fails(tmp_path, state, monkeypatch, caplog, place):
 def test_what_a_failed_save_leaves_is_removed(folder, state, monkeypatch):
     """At once: it may be what fills the disk."""
     checkpoints = Checkpoints(folder)
-    monkeypatch.setattr("gadjax.training.checkpoint.write_seal", fail)
+    monkeypatch.setattr("gadjax.checkpoints.checkpoint.write_seal", fail)
     checkpoints.save(6, state, {})
     with pytest.raises(SaveFailed):
         checkpoints.wait()
@@ -426,7 +426,7 @@ def test_other_meshes_read_the_same_bits(tmp_path):
         from pathlib import Path
         import numpy as np
         from jax.sharding import PartitionSpec as P
-        from gadjax.training.checkpoint import Checkpoints
+        from gadjax.checkpoints.checkpoint import Checkpoints
         from gadjax.training.sharding import make_mesh, shardings
 
         rules = [("kernel", P(None, "fsdp")), ("table", P("fsdp", None)), ("scale", P("data"))]

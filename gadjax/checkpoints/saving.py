@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from gadjax.training.checkpoint import Checkpoints, SaveFailed
+from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed
 from gadjax.training.state import TrainState
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gadjax.training.goodput import Clock
+from gadjax.host.goodput import Clock
 
 
 class Time:

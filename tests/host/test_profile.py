@@ -5,7 +5,7 @@ import pytest
 
 from gadjax.cli.main import main
 from gadjax.errors import InputError
-from gadjax.training.profile import Profile, parse_profile
+from gadjax.host.profile import Profile, parse_profile
 
 
 @pytest.fixture

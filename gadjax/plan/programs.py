@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gadjax.plan.hardware import GIB, Topology
 from gadjax.training.compiled import compile_steps
-from gadjax.training.hardware import GIB, Topology
 from gadjax.training.setup import Run
 from gadjax.training.sharding import HOST, batch_sharding, replicated, shapes_at
 

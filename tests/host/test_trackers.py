@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gadjax.errors import InputError
+from gadjax.host.trackers import Trackers, check_trackers
 from gadjax.training.config import default_config, read_config
-from gadjax.training.trackers import Trackers, check_trackers
 
 PICTURE = np.zeros((1, 4, 5, 3), np.uint8)
 

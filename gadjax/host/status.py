@@ -12,12 +12,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from gadjax.checkpoints.seal import COMMIT
 from gadjax.errors import InputError
+from gadjax.host.goodput import GOODPUT, KINDS, shares
 from gadjax.reading import read_json
 from gadjax.shown import printable
 from gadjax.storage import as_path, is_remote, reach
-from gadjax.training.goodput import GOODPUT, KINDS, shares
-from gadjax.training.seal import COMMIT
 
 TAIL = 1 << 16  # bytes of metrics.jsonl that are read, from its end
 # A run is late after so many steps beyond its next line of metrics, and these seconds: the second

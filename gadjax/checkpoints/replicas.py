@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed
+from gadjax.checkpoints.seal import newest_sound
 from gadjax.errors import RunStopped
-from gadjax.training.checkpoint import Checkpoints, SaveFailed
-from gadjax.training.processes import from_first
-from gadjax.training.seal import newest_sound
+from gadjax.host.processes import from_first
 from gadjax.training.sharding import HOST, path_name, replicated
 from gadjax.training.state import TrainState
 

@@ -6,15 +6,15 @@ import pytest
 from several import start
 
 from gadjax.errors import InputError
+from gadjax.host import processes
 from gadjax.supervisor import free_port
-from gadjax.training import processes
 
 WORKER = """
 import os, signal, sys
 from pathlib import Path
 from gadjax.errors import InputError, RunStopped
-from gadjax.training import processes
-from gadjax.training.processes import Leaving, agree, check_devices, join, together
+from gadjax.host import processes
+from gadjax.host.processes import Leaving, agree, check_devices, join, together
 
 join()
 import jax
@@ -107,8 +107,7 @@ def test_all_leave_after_the_same_step_whoever_was_told(said):
 LOSES = """
 import jax
 from gadjax.errors import RunStopped
-from gadjax.training import processes
-
+from gadjax.host import processes
 processes.alone = lambda: False
 for error in (RunStopped("no room"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: memory")):
     try:
