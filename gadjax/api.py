@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from gadjax.assets import resolve
+from gadjax.convert.files import fingerprint
 from gadjax.convert.orbax_folder import open_folder
 from gadjax.convert.recipe import read_sampling
+from gadjax.convert.tensors import tensors_from_params
 from gadjax.errors import InputError, RunStopped
 from gadjax.evaluation.model import Model as Drawn
 from gadjax.models.module import cast
@@ -39,6 +41,13 @@ class Model(Drawn):
     """
 
     trained: Trained | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the transformer's weights as they were read, whatever they compute in."""
+        part = self.pipeline.folder.components[self.pipeline.body]
+        params = self.trained.complete(part) if self.trained else part.params
+        return fingerprint(tensors_from_params(params, part.keymap))
 
     def __repr__(self) -> str:
         sampling = self.sampling

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "gadjax"
 
 # Each may import from itself and from what its row names (modules and packages of gadjax).
 MATHS = {"errors", "types", "schedules", "parameterization", "geometry", "ops"}
-MODELS = MATHS | {"models", "reading"}
+MODELS = MATHS | {"models", "reading", "shown"}
 DENOISER = MATHS | {"denoiser", "rollout"}
 CONVERT = MODELS | {"convert", "denoiser", "rollout", "assets", "shown"}
 CONVERT |= {"samplers", "scheduler_config", "schedulers", "walks"}

@@ -99,13 +99,8 @@ def _made_by(teacher, student) -> dict[str, Any]:
     import jax
 
     from gadjax import __version__
-    from gadjax.convert.files import fingerprint
-    from gadjax.convert.tensors import tensors_from_params
 
-    found = {}
-    for name, model in (("teacher", teacher), ("student", student)):
-        body = model.pipeline.body
-        part = model.pipeline.folder.components[body]
-        found[f"{name}'s {body}"] = fingerprint(tensors_from_params(part.params, part.keymap))
+    models = {"teacher": teacher, "student": student}
+    found = {f"{name}'s {m.pipeline.body}": m.fingerprint for name, m in models.items()}
     device = jax.devices()[0].device_kind
     return {**found, "gadjax": __version__, "jax": jax.__version__, "device": device}

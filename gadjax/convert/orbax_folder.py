@@ -171,11 +171,12 @@ def _read(part: Component, wanted: str, dtype) -> Component:
 def _check_shapes(path: Path, held: Any, abstract: Params) -> None:
     found = {key: tuple(leaf.shape) for key, leaf in flatten(held).items()}
     wanted = {key: tuple(leaf.shape) for key, leaf in flatten(abstract).items()}
-    if wrong := sorted(set(found.items()) ^ set(wanted.items())):
-        raise InputError(
-            f"{path}: corrupt: found {len(found)} parameters; expected {len(wanted)}, and "
-            f"{wrong[0][0]} differs"
-        )
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise InputError(
+                f"{path}: {key}: found shape {found.get(key, 'none')}; expected "
+                f"{wanted.get(key, 'none')}, as the config.json of {path.name} says"
+            )
 
 
 def write_own(pipeline: PipelineFolder, out: Path, text: str) -> None:

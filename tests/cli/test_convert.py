@@ -137,7 +137,7 @@ def test_damage_is_named(tiny_pipeline, tmp_path, gadjax, fails):
 
     other = damaged("other")
     edit(other / "transformer" / "config.json", num_layers=3)
-    fails(["convert", other, out], 2, other / "params" / "transformer", "missing", out=out)
+    fails(["convert", other, out], 2, other / "params" / "transformer", "expected (3, ", out=out)
 
     broken = damaged("broken")
     edit(broken / "vae" / "config.json", block_out_channels="wide")

@@ -13,7 +13,7 @@ from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 from huggingface_hub import ModelCard
 from workdirs import LENGTH, TIMESTEPS, make_workdir
 
-from gadjax import parity
+from gadjax import load, parity
 from gadjax.cli.main import main
 from gadjax.convert.folder import read_pipeline
 from gadjax.convert.recipe import Sampling, read_sampling, read_world
@@ -71,6 +71,11 @@ def test_diffusers_draws_the_same_by_the_line_in_the_card(student):
     sampling = read_sampling(student, pipeline.sampling)
     ours = draw(pipeline, params, sampling, ["a blue circle"], noise)[0] / 2 + 0.5
     assert np.abs(ours - theirs).max() <= 2 / 255
+
+
+def test_reports_tell_the_student_from_its_teacher(student, workdir, tiny_pipeline):
+    assert load(workdir).fingerprint == load(student).fingerprint
+    assert load(workdir).fingerprint != load(tiny_pipeline).fingerprint
 
 
 def test_sample_draws_the_same_with_the_workdir(student, workdir, prompts, tmp_path, gadjax):

@@ -17,6 +17,7 @@ import numpy as np
 
 from gadjax.errors import InputError
 from gadjax.reading import MIB, check_inside, read_json
+from gadjax.shown import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5Tokenizer
@@ -29,6 +30,7 @@ FILES = {
 }
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2: T5Tokenizer takes id 2 as the unknown one
 SPACE = "▁"
+EXTRA = 1000  # of T5; published ones have 100
 LIMIT = 256 * MIB  # of a file; the largest published ones have some 30 MiB
 # Settings by which transformers would open other files, or build the class from other things.
 STEERING = ("vocab", "merges", "fast_tokenizer_files", "init_inputs", "tokenizer_object")
@@ -141,6 +143,11 @@ def _check_files(folder: Path) -> None:
 def _check_settings(path: Path, held: dict[str, Any]) -> None:
     if path.name == "tokenizer_config.json":
         wrong = [key for key in STEERING if held.get(key)]
+        extra = held.get("extra_ids", 0)  # transformers makes as many names of tokens
+        if type(extra) is not int or not 0 <= extra <= EXTRA:
+            raise InputError(
+                f"{path}: found extra_ids {shown(extra)}; expected at most {EXTRA}, as an integer"
+            )
     elif path.name == "special_tokens_map.json":
         wrong = [key for key in held if not key.endswith(("_token", "_tokens"))]
     else:
