@@ -201,8 +201,10 @@ def _hostile(value: Any, rng: random.Random) -> Any:
     if isinstance(value, bool):
         return not value if rng.random() < 0.5 else rng.choice(VALUES)
     if isinstance(value, int | float) and rng.random() < 0.7:
-        near = (-value, value + 1, value - 1, value * 2, value * 1000, value / 2, float(value), 0)
-        return rng.choice((*near, str(value), 1, 3, 100, 5000, 10**6))
+        near = [-value, value + 1, value - 1, value * 2, value * 1000, 0]
+        if abs(value) < 1e300:  # beyond that they raise
+            near += [value / 2, float(value), str(value)]
+        return rng.choice((*near, 1, 3, 100, 5000, 10**6))
     if isinstance(value, str) and rng.random() < 0.3:
         return rng.choice((value[1:], value[:-1], value * 2, value + " ", value.upper()))
     return rng.choice(VALUES)

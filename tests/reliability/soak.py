@@ -81,6 +81,7 @@ def soak(folder: Path, steps: int, pause: float = 2.0) -> dict[str, Any]:
             beside.wait()
     _check("train", process, folder / "run.log")
     saved = {"saves": steps // every, "previews": len(names(workdir / "previews"))}
+    saved["commands"] = ran.total()
     figures = {"steps": steps, **saved, **{f"ran_{kind}": ran[kind] for kind in COMMANDS}}
     return figures | _growth(samples, workdir, steps)
 
