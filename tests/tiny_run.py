@@ -84,6 +84,8 @@ def get_config(variant="all"):
     config.guidance = 2.0
     config.student.steps, config.student.timesteps = 2, (900, 400)
     config.objective = {{"tdm": {{}}}}
+    if variant == "regression":
+        config.objective = {{"regression": {{"steps": 1}}}}
     if variant == "all":
         config.objective = {{"dmd": {{}}, "gad": {{"steps": 1}}, "anchor": {{"steps": 1}}}}
     config.steps, config.batch = 4, 8
@@ -99,7 +101,8 @@ def get_config(variant="all"):
 
 
 def write_config(folder: Path, pipeline: Path) -> Path:
-    """A config file that trains on a pipeline's folder, and its prompts; variants: all, tdm."""
+    """A config file that trains on a pipeline's folder, and its prompts; variants: all, tdm,
+    regression."""
     prompts = folder / "prompts.txt"
     prompts.write_text("red circle\ngreen square\nblue circle above red square\n")
     path = folder / "tiny.py"

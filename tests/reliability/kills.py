@@ -33,7 +33,7 @@ from real_runs import (
 from gadjax.errors import InputError, RunStopped
 from gadjax.host.status import read_status
 
-STEPS, EVERY = 240, 10
+STEPS, EVERY = 160, 10
 PREVIEW = 30
 PER_CHAIN = 10  # kills
 # Where a kill is aimed, and how often: at any moment of a process's life, at the first seconds of
@@ -67,6 +67,7 @@ class Whole:
             workdir.with_suffix(".log"),
             *("train", "--config", self.config, "--workdir", workdir),
             f"--config.steps={self.steps}",
+            "--config.batch=2",  # so that a run is mostly steps and saves, not its start
             f"--config.checkpoint.every={EVERY}",
             f"--config.preview.every={PREVIEW}",
         )

@@ -49,7 +49,15 @@ def soak(folder: Path, steps: int, pause: float = 2.0) -> dict[str, Any]:
     process = start(
         cache,
         folder / "run.log",
-        *("train", "--config", config, "--workdir", workdir, f"--config.steps={steps}"),
+        *(
+            "train",
+            "--config",
+            f"{config}:regression",
+            "--config.batch=2",
+            "--workdir",
+            workdir,
+            f"--config.steps={steps}",
+        ),
         *(f"--config.checkpoint.every={every}", f"--config.preview.every={every}"),
         f"--config.log.every={lines}",
         *("--config.optim.lr=1e-6", "--config.critic.lr=1e-6"),  # finite for so many steps
