@@ -66,7 +66,9 @@ def tiny_run(mesh, microbatches, offload=()):
     frozen = {"null": jax.tree.map(np.float32, null), "transformer": teacher}
     # What compile_steps reads of a Run.
     return SimpleNamespace(
-        config=SimpleNamespace(seed=3, offload=offload, attention="auto"),
+        config=SimpleNamespace(
+            seed=3, offload=offload, attention="auto", critic=SimpleNamespace(updates=1)
+        ),
         pipeline=pipeline,
         recipe=recipe,
         mesh=mesh,
@@ -115,7 +117,7 @@ def worker(out: Path) -> None:
                 given = state, frozen, raw, jnp.uint32(update)
                 step = step or getattr(steps, role).lower(*given).compile()
                 state, more = step(*given)
-                metrics |= {f"{update}/{key}": float(value) for key, value in more.items()}
+                metrics |= {f"{update}/{k}": np.asarray(v).tolist() for k, v in more.items()}
             flops[role] = step.cost_analysis()["flops"]
         specs = {path_name(p): str(v.sharding.spec) for p, v in leaves(state)}
         found = {path_name(p): np.asarray(v) for p, v in leaves(state)}
@@ -174,7 +176,9 @@ def test_eight_devices_do_what_one_does(trained, name):
     assert checked >= 4 * len(flatten(net.abstract))
     assert int(one["step"]) == int(eight["step"]) == 2
     for key, value in same.items():
-        assert value == pytest.approx(metrics[key], rel=1e-5), key
+        # A single sample's loss has more rounding than their mean.
+        more = 1e-5 * np.abs(metrics[key]).max() if key.endswith("loss_B") else 0
+        np.testing.assert_allclose(value, metrics[key], rtol=1e-5, atol=more, err_msg=key)
 
 
 def test_the_state_stays_where_the_rules_put_it(trained):
