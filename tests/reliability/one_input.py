@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,10 +151,13 @@ def _alarm() -> Iterator[None]:
         raise Overtime
 
     # Of the processor's time: what others run beside is no fault. Who sleeps is killed (fuzz.py).
-    before = signal.signal(signal.SIGPROF, over)
+    signal.signal(signal.SIGPROF, over)
     signal.setitimer(signal.ITIMER_PROF, SECONDS, 1)
     try:
         yield
     finally:
+        with suppress(Overtime):  # it may expire in here, too
+            signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+        # Not its default, by which a signal on its way would end the process.
+        signal.signal(signal.SIGPROF, signal.SIG_IGN)
