@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import shutil
 
 import diffusers
 import families
@@ -39,11 +40,8 @@ def folders(tmp_path_factory):
 
 
 def told(folder, tmp_path, **sampling):
-    """The folder with a gadjax.json, made of links."""
-    path = tmp_path / "told"
-    path.mkdir()
-    for part in folder.iterdir():
-        (path / part.name).symlink_to(part)
+    """A copy of the folder with a gadjax.json."""
+    path = shutil.copytree(folder, tmp_path / "told")
     (path / FILE).write_text(json.dumps(sampling))
     return path
 
