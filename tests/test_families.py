@@ -171,10 +171,9 @@ def test_known_students_are_drawn_as_their_authors_do(folders, recipe, tmp_path)
     if KNOWN[recipe].scheduler:
         theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
         made = getattr(diffusers, KNOWN[recipe].scheduler).from_config(theirs.scheduler.config)
-        (path / "scheduler").unlink()
+        shutil.rmtree(path / "scheduler")
         made.save_pretrained(path / "scheduler")
         index = json.loads((path / "model_index.json").read_text())
-        (path / "model_index.json").unlink()
         index["scheduler"] = ["diffusers", KNOWN[recipe].scheduler]
         (path / "model_index.json").write_text(json.dumps(index))
         stored = load_pipeline(path)[0]
