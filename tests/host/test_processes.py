@@ -114,7 +114,7 @@ for error in (RunStopped("no room"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUS
         with processes.losing_peers():
             raise error
     except Exception as found:
-        print(found is error)
+        print(found is error, flush=True)
 with processes.losing_peers():
     raise RunStopped("checkpoints/8: cannot be written") from RuntimeError("Gloo AllGather failed")
 """
