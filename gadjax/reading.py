@@ -57,7 +57,7 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
         with open_file(path, expected) as file:
             data = file.read(limit + 1)
     if len(data) > limit:
-        raise InputError(f"{path}: found more than {limit} bytes; expected {expected} of at most")
+        raise InputError(f"{path}: found more than {limit} bytes; expected {expected} of no more")
     try:
         value = parse_json(data)
     except ValueError as error:

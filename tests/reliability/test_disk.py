@@ -10,7 +10,8 @@ from flips import restore, shapes
 from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed
 from gadjax.training.state import create
 
-pytestmark = pytest.mark.skipif(not can_mount(), reason="may not mount a tmpfs")
+# Elsewhere tests/training/test_failures.py has the same faults injected.
+pytestmark = pytest.mark.skipif(not can_mount(), reason="only root may mount a tmpfs")
 SAID = {"full": "No space left on device", "read_only": "Read-only file system", "gone": "is gone"}
 
 
