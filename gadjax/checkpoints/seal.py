@@ -134,9 +134,7 @@ def _read(folder: Path) -> tuple[Sums, bool]:
         data = (folder / SEAL).read_bytes()
     entries = {name: dict(entry) for name, entry in parse_json(data).items()}
     sums = {name: entry for name, entry in entries.items() if name != SEAL}
-    # Seals had no checksum of their own once, and a size in every entry.
-    old = all("size" in entry for entry in entries.values())
-    return sums, old or data == _text(sums)
+    return sums, data == _text(sums)
 
 
 def _difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str | None:
