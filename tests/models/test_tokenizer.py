@@ -223,6 +223,17 @@ def test_tokenizers_of_other_families(kind, tmp_path):
     assert ids.dtype == np.int32 and mask[2].all() and not mask[1].all()
 
 
+def test_ids_that_the_encoder_has_not_are_refused(word_folder):
+    """The encoder would look them up and give NaN."""
+    ids, _ = load_tokenizer(word_folder, known=3 + len(WORDS))(CAPTIONS[:1], 20)
+    assert ids.max() < 3 + len(WORDS)
+    fewer = int(ids.max())
+    with pytest.raises(InputError) as error:
+        load_tokenizer(word_folder, known=fewer)(CAPTIONS[:1], 20)
+    expected = f"found token {fewer}; expected ids below {fewer}, the text encoder's vocab_size"
+    assert str(error.value) == f"{word_folder}: {expected}"
+
+
 def test_another_class_of_tokenizer_is_refused(word_folder):
     with pytest.raises(InputError, match="found a BertTokenizer; expected one of T5Tokenizer"):
         load_tokenizer(word_folder, "BertTokenizer")

@@ -68,7 +68,8 @@ class TextParts:
         entry = self.index.get(name)
         if not isinstance(entry, list) or len(entry) != 2:
             raise InputError(f"{self.path}: found no {name}; expected the tokenizer's files")
-        return load_tokenizer(self.path / name, entry[1], clean=clean)
+        encoder = self.specs[name.replace("tokenizer", "text_encoder")]
+        return load_tokenizer(self.path / name, entry[1], clean=clean, known=encoder.vocab_size)
 
 
 def check_width(path: Path, found: int, expected: int, what: str) -> None:

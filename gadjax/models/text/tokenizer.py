@@ -55,10 +55,12 @@ class Tokenizer:
 
     clean: whether texts are preprocessed first. Short ones are padded on the right (mask 0). Long
     ones are cut, which is logged; the tokens that close a text stay.
+    known: how many ids the text encoder has, None for any. Raises: InputError for another id.
     """
 
     backend: "PreTrainedTokenizerBase"
     clean: bool = True
+    known: int | None = None
 
     def __call__(self, texts: str | Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -73,15 +75,25 @@ class Tokenizer:
             )
         options = {"padding": "max_length", "max_length": length, "padding_side": "right"}
         out = self.backend(texts, truncation=True, **options)
-        return np.asarray(out["input_ids"], np.int32), np.asarray(out["attention_mask"], np.int32)
+        ids_BL = np.asarray(out["input_ids"], np.int32)
+        if self.known is not None and ids_BL.max(initial=0) >= self.known:
+            raise InputError(
+                f"{self.backend.name_or_path}: found token {ids_BL.max()}; expected ids below "
+                f"{self.known}, the text encoder's vocab_size"
+            )
+        return ids_BL, np.asarray(out["attention_mask"], np.int32)
 
 
 def load_tokenizer(
-    folder: str | Path, class_name: str = "T5Tokenizer", *, clean: bool = True
+    folder: str | Path,
+    class_name: str = "T5Tokenizer",
+    *,
+    clean: bool = True,
+    known: int | None = None,
 ) -> Tokenizer:
     """The tokenizer saved in a local folder; the network is never asked.
 
-    class_name: as model_index.json has it. clean: see Tokenizer.
+    class_name: as model_index.json has it. clean, known: see Tokenizer.
     Raises: InputError for another class, a folder without its files, or with files that are not
     such a tokenizer's.
     """
@@ -107,12 +119,11 @@ def load_tokenizer(
             raise InputError(f"{folder}: found ids {ids} for {', '.join(SPECIAL)}; {expected}")
     elif backend.pad_token_id is None or len(backend) < 3:
         raise InputError(f"{folder}: found {len(backend)} tokens and no padding; {expected}")
-    tokenizer = Tokenizer(backend, clean)
     with _refusing(folder, expected):  # what is wrong in it may show only now
-        ids, _ = tokenizer(TRIED, 64)
+        ids, _ = Tokenizer(backend, clean)(TRIED, 64)
         if ids.min() < 0:
             raise ValueError(f"id {ids.min()}")
-    return tokenizer
+    return Tokenizer(backend, clean, known)
 
 
 @contextmanager
