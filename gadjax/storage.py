@@ -1,7 +1,7 @@
 """Where a workdir lies: a folder, or a prefix of an object store (gs://BUCKET/...).
 
 A store knows neither rename nor append, and its clients raise errors of many kinds. What else
-differs lies with whoever writes: `gadjax.host.atomic`, `claim` and `seal`.
+differs lies with whoever writes: `gadjax.host.growing`, `gadjax.host.claim` and `gadjax.seal`.
 """
 
 import errno
@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -91,6 +91,21 @@ def put(path: Any, data: bytes, new: bool = False) -> None:
     """
     with store_errors(path):
         client().pipe_file(str(path), data, mode="create" if new else "overwrite")
+
+
+def write_whole(path: Any, data: str | bytes) -> None:
+    """Write a file that is the old one or the new one at any instant. Raises: OSError."""
+    data = data.encode() if isinstance(data, str) else data
+    if is_remote(path):
+        return put(path, data)
+    new = path.with_name(f"{path.name}.new")
+    try:
+        new.write_bytes(data)
+        new.replace(path)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()  # half a file, where there may be no room for it
+        raise
 
 
 def move(old: Any, new: Any) -> None:

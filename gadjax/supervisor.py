@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from gadjax.host.atomic import write_whole
+from gadjax.storage import write_whole
 from gadjax.supervised import NAMES, Child
 
 POLL = 0.1  # seconds between looks

@@ -19,17 +19,16 @@ from fake_gcs import serve
 from jax.sharding import SingleDeviceSharding
 
 from gadjax.checkpoints.checkpoint import Checkpoints, read_params
-from gadjax.checkpoints.seal import find_fault
 from gadjax.cli.main import main
 from gadjax.errors import InputError, RunStopped
 from gadjax.host import claim as claims
-from gadjax.host.atomic import write_whole
 from gadjax.host.claim import Claim
 from gadjax.host.goodput import Clock
 from gadjax.host.profile import Profile
 from gadjax.host.progress import Progress
 from gadjax.host.status import read_status
-from gadjax.storage import as_path, listing, reach
+from gadjax.seal import find_fault
+from gadjax.storage import as_path, listing, reach, write_whole
 from gadjax.supervisor import _say_stopped
 from gadjax.training.config import default_config
 from gadjax.training.state import create

@@ -12,7 +12,7 @@ MATHS = {"errors", "types", "schedules", "parameterization", "geometry", "ops"}
 MODELS = MATHS | {"models", "reading", "shown"}
 DENOISER = MATHS | {"denoiser", "rollout"}
 CONVERT = MODELS | {"convert", "denoiser", "rollout", "assets", "shown"}
-CONVERT |= {"samplers", "scheduler_config", "schedulers", "walks"}
+CONVERT |= {"samplers", "scheduler_config", "schedulers", "seal", "walks"}
 PIPELINE = CONVERT | {"pipeline"}
 BENCH = {"errors", "types", "schedules", "parameterization", "denoiser", "rollout"} | {
     "objectives",
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "assets": set(),
     "storage": {"errors"},
     "reading": {"errors", "storage"},
+    "seal": {"errors", "reading", "storage"},
     "schedules": {"errors"},
     "parameterization": {"errors", "schedules", "types"},
     "geometry": {"errors", "ops"},
@@ -43,9 +44,9 @@ MAY_IMPORT = {
     "sampling": PIPELINE,
     "students": PIPELINE,
     "supervised": set(),
-    "supervisor": {"host", "supervised"},
-    "host": {"checkpoints", "errors", "reading", "shown", "storage", "types"},
-    "checkpoints": {"errors", "host", "reading", "storage", "training", "types"},
+    "supervisor": {"storage", "supervised"},
+    "host": {"errors", "reading", "seal", "shown", "storage", "types"},
+    "checkpoints": {"errors", "host", "reading", "seal", "storage", "training", "types"},
     "plan": {"errors", "training"},
     "bench": BENCH,
 }

@@ -19,9 +19,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from gadjax.checkpoints.leaves import check_leaves, names_of, nested
-from gadjax.checkpoints.seal import committed, complete_seal, find_fault, newest_sound, write_seal
 from gadjax.errors import InputError, RunStopped
 from gadjax.host.processes import anywhere, from_first, lost
+from gadjax.seal import committed, complete_seal, find_fault, newest_sound, write_seal
 from gadjax.storage import absolute, faults, is_remote, move
 from gadjax.training.sharding import path_name
 from gadjax.training.state import TrainState

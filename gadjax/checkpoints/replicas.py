@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed
-from gadjax.checkpoints.seal import newest_sound
 from gadjax.errors import RunStopped
 from gadjax.host.processes import from_first
+from gadjax.seal import newest_sound
 from gadjax.training.sharding import HOST, path_name, replicated
 from gadjax.training.state import TrainState
 

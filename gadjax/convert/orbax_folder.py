@@ -1,10 +1,11 @@
 """gadjax's own folder: a diffusers pipeline with its parameters kept by Orbax.
 
   gadjax_folder.json  version; of each network: dtype and fingerprint; of its text: a fingerprint
-  params/NETWORK      one Orbax checkpoint each, by the paths of gadjax's networks
+  params/NETWORK      one Orbax checkpoint each, by the paths of gadjax's networks, and its seal
   the rest            model_index.json, configurations, tokenizer, scheduler, cards
 
-Orbax notices no flipped bit, so fingerprints are compared whenever parameters are read.
+Orbax notices no flipped bit, so files are compared with their seal before parameters are read, and
+fingerprints after it.
 """
 
 import json
@@ -35,6 +36,7 @@ from gadjax.convert.tensors import check_keys, place_tensors, tensors_from_param
 from gadjax.errors import InputError, RunStopped
 from gadjax.models.module import flatten
 from gadjax.reading import is_name, read_json
+from gadjax.seal import complete_seal, find_fault, write_seal
 from gadjax.types import Params
 
 MANIFEST, PARAMS, VERSION = "gadjax_folder.json", "params", 1
@@ -145,6 +147,9 @@ def _read(part: Component, wanted: str, dtype) -> Component:
     import orbax.checkpoint as ocp  # takes seconds, and diffusers' folders go without
 
     path, keymap = part.weights.folder.absolute(), part.keymap
+    # Orbax's threads print a traceback of their own, later, of what is damaged.
+    if fault := find_fault(path):
+        raise InputError(f"{path}: corrupt: {fault}; expected what gadjax convert wrote")
     handler = ocp.PyTreeCheckpointHandler()
     try:
         held = handler.metadata(path).tree
@@ -192,6 +197,8 @@ def write_own(pipeline: PipelineFolder, out: Path, text: str) -> None:
         path = (out / PARAMS / name).absolute()
         try:
             ocp.PyTreeCheckpointer().save(path, part.params)
+            write_seal(path)
+            complete_seal(path)
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise RunStopped(f"{out}: cannot be written: {reason}") from error

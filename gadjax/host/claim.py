@@ -14,8 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from gadjax.errors import InputError, RunStopped
-from gadjax.host.atomic import write_whole
-from gadjax.storage import is_remote, put, store_errors
+from gadjax.storage import is_remote, put, store_errors, write_whole
 
 STATUS = "status.json"
 LOCK = "lock"

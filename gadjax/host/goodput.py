@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gadjax.errors import InputError
-from gadjax.host.atomic import write_whole
 from gadjax.reading import read_json
+from gadjax.storage import write_whole
 
 GOODPUT = "goodput.json"
 # In the order in which people read them.

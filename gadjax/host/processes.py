@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gadjax.errors import InputError, RunStopped
-from gadjax.host.atomic import write_whole
+from gadjax.storage import write_whole
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = "GADJAX_HEARTBEAT"  # a file that the supervisor reads

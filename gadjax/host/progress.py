@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from gadjax.errors import RunStopped
-from gadjax.host.atomic import Growing, write_whole
 from gadjax.host.goodput import GOODPUT, Clock
+from gadjax.host.growing import Growing
 from gadjax.host.trackers import Trackers
-from gadjax.storage import is_remote, tolerant
+from gadjax.storage import is_remote, tolerant, write_whole
 from gadjax.types import Params
 
 # An object store is written to at most so often, and for at most this part of the time: a file that

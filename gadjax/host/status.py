@@ -12,10 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from gadjax.checkpoints.seal import COMMIT
 from gadjax.errors import InputError
 from gadjax.host.goodput import GOODPUT, KINDS, shares
 from gadjax.reading import read_json
+from gadjax.seal import COMMIT
 from gadjax.shown import printable
 from gadjax.storage import as_path, is_remote, reach
 

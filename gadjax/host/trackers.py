@@ -16,9 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gadjax.errors import InputError
-from gadjax.host.atomic import write_whole
 from gadjax.reading import read_json
-from gadjax.storage import is_remote
+from gadjax.storage import is_remote, write_whole
 
 IDS = "trackers.json"  # under which name each knows the run, in the workdir
 TENSORBOARD = "tensorboard"  # folder of its events in the workdir

@@ -11,8 +11,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gadjax.errors import InputError
-from gadjax.host.atomic import write_whole
 from gadjax.shown import shown
+from gadjax.storage import write_whole
 
 # What may change when a run is resumed; any other difference is another run.
 MAY_CHANGE = ("mesh", "attention", "offload", "steps", "log", "preview", "checkpoint")

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from gadjax.errors import InputError
-from gadjax.host.atomic import write_whole
 from gadjax.shown import printable
+from gadjax.storage import write_whole
 
 GAP, MARGIN, LINES = 4, 12, 4  # pixels between pictures and around all; lines of a caption
 LONGEST = 1000  # characters of a caption, more than fit

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import jax
 
-from gadjax.host.atomic import write_whole
 from gadjax.plan.flops import count
 from gadjax.plan.hardware import peak_of
-from gadjax.storage import tolerant
+from gadjax.storage import tolerant, write_whole
 from gadjax.training.compiled import Steps
 from gadjax.training.setup import Run
 

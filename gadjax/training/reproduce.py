@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 
 from gadjax import assets
 from gadjax.checkpoints.checkpoint import read_state
-from gadjax.checkpoints.seal import committed, newest_sound
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError
 from gadjax.host.processes import agree, check_devices, together
 from gadjax.reading import read_json
+from gadjax.seal import committed, newest_sound
 from gadjax.shown import shown
 from gadjax.storage import absolute
 from gadjax.training.compiled import Steps, compile_steps

@@ -20,8 +20,8 @@ from jax.sharding import SingleDeviceSharding
 from gadjax.checkpoints import checkpoint
 from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed, read_params
 from gadjax.checkpoints.saving import Saves
-from gadjax.checkpoints.seal import SEAL, find_fault, write_seal
 from gadjax.errors import InputError, RunStopped
+from gadjax.seal import SEAL, find_fault, write_seal
 from gadjax.training.state import TrainState, create
 
 STATE = """

@@ -1,6 +1,7 @@
 """There and back is bit-exact, and diffusers says the same to the same weights."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -121,7 +122,11 @@ def test_damage_is_named(tiny_pipeline, tmp_path, gadjax, fails):
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    fails(["convert", flipped, out], 2, flipped / "params" / "vae", "corrupt", out=out)
+    fails(["convert", flipped, out], 2, flipped / "params" / "vae", largest.name, "CRC-32", out=out)
+
+    short = damaged("short") / "params" / "vae" / "manifest.ocdbt"
+    os.truncate(short, 1)
+    fails(["convert", short.parents[2], out], 2, short.parent, short.name, "1 bytes", out=out)
 
     lacking = damaged("lacking")
     shutil.rmtree(lacking / "params" / "transformer")

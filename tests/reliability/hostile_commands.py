@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -98,13 +97,12 @@ def run_once(line: list[str], tree: Tree, scratch: Path, cache: Path, limit: flo
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
-            line,
+            ["sh", "-c", f'ulimit -v {MEMORY >> 10}; exec "$@"', "sh", *line],
             cwd=scratch / "here",
             env=env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=limit,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
         )
     except subprocess.TimeoutExpired:
         return Outcome("slow", f"after {limit:.0f} seconds", limit)

@@ -21,7 +21,7 @@ from gadjax.convert.orbax_folder import open_folder, write_own  # noqa: E402
 from gadjax.convert.recipe import Sampling, read_sampling, read_world  # noqa: E402
 from gadjax.convert.text import text_fingerprint  # noqa: E402
 from gadjax.models.text.tokenizer import load_tokenizer  # noqa: E402
-from gadjax.pipeline import load_pipeline  # noqa: E402
+from gadjax.pipeline import load_pipeline, outline_pipeline  # noqa: E402
 from gadjax.reading import read_json  # noqa: E402
 from gadjax.scheduler_config import student_scheduler_config  # noqa: E402
 from gadjax.schedulers import sampler_from_config  # noqa: E402
@@ -166,6 +166,12 @@ def read_whole(folder: Path) -> None:
     pipeline.tokens(PROMPTS, sampling.length)
 
 
+def read_outline(folder: Path) -> None:
+    """As `gadjax plan` does."""
+    pipeline, _ = outline_pipeline(folder)
+    pipeline.tokens(PROMPTS, read_sampling(folder, pipeline.sampling).length)
+
+
 def _json(family: str, part: str, name: str) -> dict[str, tuple[str, str]]:
     return {name: (family, f"{part}/{name}")}
 
@@ -208,6 +214,10 @@ TARGETS = [
     *(
         Target(f"pipeline-{family}", partial(make_family, family), read_whole)
         for family in ("pixart", "sdxl", "sana", "sd3")
+    ),
+    *(
+        Target(f"outline-{family}", partial(make_family, family), read_outline)
+        for family in ("pixart", "sd3")
     ),
     Target("own", make_own, read_whole),
 ]

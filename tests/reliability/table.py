@@ -17,8 +17,8 @@ ROWS = {
         "SIGKILL of a training run",
         "{kills} kills in {chains} runs of {steps} steps: {kills_in_start-up} while starting, "
         "{kills_in_step} in steps, {kills_in_save} in saves",
-        "{chains_that_differ} runs ended otherwise than an undisturbed one ({failures}); at most "
-        "{most_steps_done_again} steps were done again, with a save every {checkpoint_every}",
+        "{chains_that_differ} of them ended otherwise than an undisturbed run ({failures}); at "
+        "most {most_steps_done_again} steps were done again, with a save every {checkpoint_every}",
     ),
     "flips": (
         "a damaged checkpoint",

@@ -17,6 +17,7 @@ from gadjax.convert.orbax_folder import open_folder
 from gadjax.convert.text import text_fingerprint
 from gadjax.errors import InputError
 from gadjax.models.text.tokenizer import build_word_tokenizer, load_tokenizer
+from gadjax.pipeline import outline_pipeline
 from gadjax.reading import check_inside, read_json
 from gadjax.schedulers import sampler_from_config
 
@@ -186,6 +187,14 @@ def test_own_folder_names_stay_inside(tiny_pipeline, tmp_path):
         manifest = {"version": 1, "text": "", "networks": {name: {"fingerprint": "0"}}}
         (own / "gadjax_folder.json").write_text(json.dumps(manifest))
         refused(lambda: open_folder(own), "gadjax_folder.json", "no networks")
+
+
+@pytest.mark.parametrize("entry", [["transformers", 1.5], ["transformers"], "T5Tokenizer", 7])
+def test_a_tokenizer_of_no_class(tiny_pipeline, tmp_path, entry):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "copy")
+    index = read_json(folder / "model_index.json") | {"tokenizer": entry}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    refused(lambda: outline_pipeline(folder), "tokenizer")
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.name in CHEAP], ids=lambda t: t.name)

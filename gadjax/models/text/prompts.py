@@ -65,11 +65,13 @@ class TextParts:
 
     def tokenizer(self, name: str = "tokenizer", *, clean: bool = False) -> Tokenizer:
         """clean: whether the family's pipeline puts prompts in lower case."""
-        entry = self.index.get(name)
-        if not isinstance(entry, list) or len(entry) != 2:
-            raise InputError(f"{self.path}: found no {name}; expected the tokenizer's files")
+        match self.index.get(name):
+            case [str(), str(kind)]:
+                pass
+            case _:
+                raise InputError(f"{self.path}: found no {name}; expected the tokenizer's files")
         encoder = self.specs[name.replace("tokenizer", "text_encoder")]
-        return load_tokenizer(self.path / name, entry[1], clean=clean, known=encoder.vocab_size)
+        return load_tokenizer(self.path / name, kind, clean=clean, known=encoder.vocab_size)
 
 
 def check_width(path: Path, found: int, expected: int, what: str) -> None:

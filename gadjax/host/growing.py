@@ -1,27 +1,12 @@
-"""Small files that are read while they are written."""
+"""A text file that grows, on a disk that may be full or a store that cannot add to an object."""
 
 import logging
 from contextlib import suppress
 from pathlib import Path
 
-from gadjax.storage import is_remote, put, store_errors
+from gadjax.storage import is_remote, store_errors, write_whole
 
 log = logging.getLogger(__name__)
-
-
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file that is the old one or the new one at any instant. Raises: OSError."""
-    data = data.encode() if isinstance(data, str) else data
-    if is_remote(path):
-        return put(path, data)
-    new = path.with_name(f"{path.name}.new")
-    try:
-        new.write_bytes(data)
-        new.replace(path)
-    except OSError:
-        with suppress(OSError):
-            new.unlink()  # half a file, where there may be no room for it
-        raise
 
 
 class Growing:

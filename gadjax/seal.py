@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.errors import RunStopped
-from gadjax.host.atomic import write_whole
 from gadjax.reading import parse_json
-from gadjax.storage import is_remote, listing, store_errors
+from gadjax.storage import is_remote, listing, store_errors, write_whole
 
 SEAL = "seal.json"
 COMMIT = "commit_success.txt"
