@@ -139,7 +139,11 @@ class Checkpoints:
     def _finish(self) -> None:
         self.manager.wait_until_finished()
         if self.saving is not None and jax.process_index() == 0:
-            complete_seal(self.folder / str(self.saving))
+            path = self.folder / str(self.saving)
+            # Of a save whose tasks were cancelled Orbax says nothing.
+            if self.folder.is_dir() and not path.is_dir():
+                raise OSError(errno.ECANCELED, "Orbax gave it up")
+            complete_seal(path)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:

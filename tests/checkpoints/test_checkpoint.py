@@ -1,5 +1,6 @@
 """Checkpoints: equal bits on any mesh, and damage that is noticed, named and survived."""
 
+import asyncio
 import errno
 import json
 import logging
@@ -360,6 +361,23 @@ def test_what_a_failed_save_leaves_is_removed(folder, state, monkeypatch):
         assert time.monotonic() < deadline, list(folder.iterdir())
         time.sleep(0.01)
     checkpoints.close()
+
+
+def test_a_save_that_is_cancelled_is_not_taken_for_one_that_went_well(folder, state, monkeypatch):
+    """Of which Orbax says nothing at all."""
+
+    def cancel(path):
+        raise asyncio.CancelledError
+
+    checkpoints = Checkpoints(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("gadjax.checkpoints.checkpoint.write_seal", cancel)
+        checkpoints.save(6, state, {})
+        with pytest.raises(SaveFailed, match="/6: cannot be written: Orbax gave it up$"):
+            checkpoints.wait()
+    checkpoints.save(7, state, {})
+    checkpoints.close()
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4", "7"]
 
 
 def test_a_mount_that_is_lost_and_comes_back(tmp_path, state):
