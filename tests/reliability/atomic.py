@@ -51,6 +51,7 @@ class Tally:
     found: Counter = field(default_factory=Counter)  # old, new
     aims: Counter = field(default_factory=Counter)
     by_job: Counter = field(default_factory=Counter)
+    kills: int = 0
     ended: int = 0  # before they were killed
     left: int = 0
     removed: int = 0  # of what was left, by a later start
@@ -93,7 +94,9 @@ def kill_many(jobs: list[Job], folder: Path, count: int, seed: int = 0) -> Tally
     """`count` kills of the jobs in turn, then each once to its end. They are `measure`d."""
     rng, tally = np.random.default_rng(seed), Tally()
     holds = {job.name: 1 for job in jobs}  # which of the contents
-    for number in range(count):
+    for number in range(2 * count):
+        if tally.kills == count:
+            break
         job, aim = jobs[number % len(jobs)], AIMS[number // len(jobs) % len(AIMS)]
         try:
             holds[job.name] = _kill(job, holds[job.name], aim, folder, rng, tally)
@@ -118,23 +121,27 @@ def _kill(job: Job, holds: int, aim: str, folder: Path, rng, tally: Tally) -> in
     for now in _moments(job, dst, aim, rng):
         if now or process.poll() is not None:
             break
-    tally.ended += process.poll() is not None
     process.kill()
     if process.wait() > 0:
         raise Failure(tail(log))
-    tally.aims[aim] += 1
-    tally.by_job[job.name] += 1
+    killed = process.returncode < 0
+    if killed:
+        tally.kills += 1
+        tally.aims[aim] += 1
+        tally.by_job[job.name] += 1
+    else:
+        tally.ended += 1
     after, stays = _bytes(dst), _left(dst)
     tally.removed += len(left - stays)
     tally.left += len(stays - left)
     if len(stays) > 1:
         raise Failure(f"more than one left behind: {sorted(stays)}")
-    if after == before:
+    if after == before and killed:
         tally.found["old"] += 1
         return holds
     if content(dst) != job.contents[new]:
         raise Failure(f"neither the old nor the new: {sorted(after)}")
-    tally.found["new"] += 1
+    tally.found["new"] += killed
     if not job.replaces:
         shutil.rmtree(dst)
     return new
@@ -216,7 +223,7 @@ def main() -> int:
         print(f"{job.name}: {job.life:.1f} s, writing {job.writing:.2f} s", flush=True)
     tally = kill_many(jobs, folder, args.count, args.seed)
     figures = {
-        "kills": args.count - tally.ended,
+        "kills": tally.kills,
         "ended_before_the_kill": tally.ended,
         "old": tally.found["old"],
         "new": tally.found["new"],
