@@ -45,7 +45,13 @@ def told(folder, tmp_path, **sampling):
     return path
 
 
-@pytest.mark.parametrize("family", families.MAKERS)
+def some(names, quick):
+    """The others are for the slow tier."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+# The pictures of the others are compared below.
+@pytest.mark.parametrize("family", some(families.MAKERS, ("sd15", "sd2_v", "sd3")))
 def test_networks_say_what_theirs_say(folders, family):
     folder = read_pipeline(folders(family))
     found = parity.compare_networks(folder, folder)
@@ -55,11 +61,6 @@ def test_networks_say_what_theirs_say(folders, family):
 # Lengths that are not the defaults, where they are free.
 LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12}
 SPRINT = {"guidance": 4.5, "steps": 2}
-
-
-def some(names, quick):
-    """The others are for the slow tier."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("family", some(families.MAKERS, ("sdxl", "sana", "sana_sprint", "sd35")))

@@ -166,7 +166,12 @@ def traced(repositories, tmp_path):
     return call
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+SLOW = ("sd2_gad.py:one_gad", "sana_gad.py:both", "sdxl.py")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CONFIGS]
+)
 def test_a_paper_s_config_makes_a_state(traced, name):
     run, state = traced(name)
     part = run.pipeline.folder.components[run.pipeline.body]
@@ -180,7 +185,12 @@ def test_a_paper_s_config_makes_a_state(traced, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+SLOW = ("sd2_gad.py:one_gad", "sana_gad.py:both", "sdxl.py")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CONFIGS]
+)
 def test_a_paper_s_config_makes_both_updates(traced, name):
     run, state = traced(name)
     raw = run.source.batch(0, 2)

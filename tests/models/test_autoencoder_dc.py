@@ -281,6 +281,7 @@ def test_pictures_of_other_sizes_are_refused():
         jax.eval_shape(partial(made.apply, method="encode"), made.abstract, jnp.zeros((1, 8, 6, 3)))
 
 
+@pytest.mark.slow
 def test_fresh_parameters_are_usable():
     made = functional(dc.build(dc.Config.from_dict(TINY)))
 

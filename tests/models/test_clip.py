@@ -222,6 +222,7 @@ def test_full_size_inventory_and_rules(name):
             assert size % mesh[axis] == 0, path
 
 
+@pytest.mark.slow
 def test_fresh_parameters_are_usable():
     net = functional(clip.build(clip.Config.from_dict(larger()), remat=False))
     params = jax.jit(net.init)(jax.random.key(0))

@@ -216,6 +216,7 @@ def test_config_of_transformers_5_is_the_same():
     assert gemma2.Config.from_dict(found) == gemma2.Config.from_dict(LARGE)
 
 
+@pytest.mark.slow
 def test_fresh_parameters_are_usable():
     net = functional(gemma2.build(gemma2.Config.from_dict(SMALL), remat=False))
     params = jax.jit(net.init)(jax.random.key(0))

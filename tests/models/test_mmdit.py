@@ -343,6 +343,7 @@ def test_bad_inputs_are_refused():
             mmdit.extras(config, 3, 64, 64, bad)
 
 
+@pytest.mark.slow
 def test_fresh_parameters_are_usable():
     cfg, height, width = CASES["all but one dual"]
     _, net, call = network("all but one dual")

@@ -358,6 +358,7 @@ def test_bad_inputs_are_refused():
         jax.eval_shape(net.apply, net.abstract, x[:, :-1], t, text, mask)
 
 
+@pytest.mark.slow
 def test_fresh_parameters_are_usable():
     cfg, height, width = CASES["v1"]
     net = functional(build(Config.from_dict(cfg)))

@@ -428,6 +428,7 @@ def test_bad_inputs_are_refused():
             jax.eval_shape(partial(ours.apply, method=method), *args)
 
 
+@pytest.mark.slow
 def test_fresh_parameters_are_usable():
     cfg = CONV | {  # one block, as drawing compiles slowly
         "attention_head_dim": 1,

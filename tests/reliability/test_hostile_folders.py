@@ -22,7 +22,7 @@ from gadjax.reading import check_inside, read_json
 from gadjax.schedulers import sampler_from_config
 
 pytestmark = pytest.mark.usefixtures("hurry")
-CHEAP = ("weights", "shards", "recipe", "scheduler")
+CHEAP = ("weights", "shards", "recipe")
 
 
 def linked(path: Path, target) -> Path:

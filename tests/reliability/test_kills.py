@@ -34,6 +34,7 @@ def test_a_step_is_in_the_metrics_before_it_is_saved(config, tmp_path, monkeypat
     assert seen == {2: [1, 2], 4: [1, 2, 3, 4]}
 
 
+@pytest.mark.slow
 def test_a_preview_that_a_kill_prevented_is_drawn_by_the_next_start(config, tmp_path):
     workdir, shown = tmp_path / "run", "--config.preview.every=2"
     first = workdir / "previews" / "0000002.png"
