@@ -185,12 +185,7 @@ def test_a_paper_s_config_makes_a_state(traced, name):
 
 
 @pytest.mark.slow
-SLOW = ("sd2_gad.py:one_gad", "sana_gad.py:both", "sdxl.py")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CONFIGS]
-)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_paper_s_config_makes_both_updates(traced, name):
     run, state = traced(name)
     raw = run.source.batch(0, 2)
