@@ -47,7 +47,7 @@ ROWS = {
         "the same given to real commands",
         "{inputs} commands",
         "{ok} ended with 0, {refused} with 2 or 3, {findings} with anything else; the slowest "
-        "{slowest_seconds} s",
+        "{slowest_seconds} s, at most {peak_rss_mib} MiB",
     ),
     "soak": (
         "a long run with saves, previews and other commands beside it",
