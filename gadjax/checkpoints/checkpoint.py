@@ -43,19 +43,15 @@ class Checkpoints:
     saving: the step that is being written, until `wait` or the next save has seen the end of it.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 3, keep_every: int | None = None):
-        """keep: how many of the newest steps stay; keep_every: steps that stay for good.
+    def __init__(self, folder: Path, *, keep: int = 3):
+        """keep: how many of the newest steps stay.
 
         Raises: RunStopped where the folder cannot be made.
         """
         logging.getLogger("absl").addFilter(_not_orbax_error)
         self.folder, self.faults = absolute(folder), faults(folder)
         self.saving: int | None = None
-        policies = ocp.checkpoint_managers
-        kept: list[Any] = [policies.LatestN(keep)]
-        if keep_every:
-            kept.append(policies.EveryNSteps(keep_every))
-        self.kept, self.broken = policies.AnyPreservationPolicy(kept), False
+        self.keep, self.broken = keep, False
         try:
             self.manager = self._open()
         except self.faults as error:
@@ -65,7 +61,7 @@ class Checkpoints:
         return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self.kept,
+                preservation_policy=ocp.checkpoint_managers.LatestN(self.keep),
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,  # a damaged step must not stop the others' listing
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -118,6 +114,9 @@ class Checkpoints:
         path = self.folder / str(step)
         state, meta = read_state(path, abstract)
         self._set_aside(skipped)
+        # A run that died between a commit and what it removes has one too many.
+        for old in sorted(self.manager.all_steps())[: -self.keep]:
+            self.manager.delete(old)
         return step, state, meta
 
     def wait(self) -> None:
