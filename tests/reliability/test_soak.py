@@ -7,7 +7,7 @@ pytestmark = pytest.mark.slow  # minutes: a run, and commands beside it
 
 
 def test_a_run_grows_in_nothing(tmp_path):
-    found = soak(tmp_path, steps=1000, pause=0.2)
+    found = soak(tmp_path, steps=3000, pause=0.2)
     print(found)
     assert found["ran_sample"] and found["ran_export"], found
     for name in ("files", "threads"):
