@@ -358,9 +358,10 @@ def test_a_save_that_fails(tmp_path, state, monkeypatch, caplog, place):
     assert "Traceback" not in caplog.text
     checkpoints.save(5, state, {"step": 5})
     checkpoints.close()
+    # What Orbax still makes in the background, when the rest is removed, goes at the next start.
+    step, found, meta = restore(tmp_path, shapes(state))
     sealed = place.endswith("complete_seal")  # all but the files of the commit
     assert_left(tmp_path, ["4", "5"] if sealed else ["2", "5"])
-    step, found, meta = restore(tmp_path, shapes(state))
     assert (step, meta) == (5, {"step": 5})
     assert_same(found, state)
 

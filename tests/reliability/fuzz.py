@@ -60,7 +60,7 @@ def inputs(
     made.mkdir()
     target.make(made)
     corpus, first = [read_tree(made)], Lines()
-    outcome = read_once(target, corpus[0], emptied(scratch / "one"), first)
+    outcome = read_once(target, corpus[0], emptied(scratch / "one"), first, SECONDS)
     if outcome.kind != "ok":
         raise RuntimeError(f"{target.name}: the valid input: {outcome.kind}: {outcome.text}")
     seen = set(first.seen)
@@ -71,7 +71,7 @@ def inputs(
             tree = mutate(corpus[0] if rng.random() < 0.5 else rng.choice(corpus), rng)
             yield number, tree, None
             lines = Lines()
-            outcome = read_once(target, tree, emptied(scratch / "one"), lines)
+            outcome = read_once(target, tree, emptied(scratch / "one"), lines, SECONDS)
             # Of what is refused at the door no change leads further.
             deep = len(lines.seen) > len(first.seen) * DEEP
             if lines.seen - seen and deep and not outcome.bad and len(corpus) < CORPUS:

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,8 +90,18 @@ class Lines:
         return self._line
 
 
-def read_once(target: Target, tree: Tree, scratch: Path, lines: Lines | None = None) -> Outcome:
-    """Read one input in this process. scratch: an empty folder, which is emptied again."""
+def read_once(
+    target: Target,
+    tree: Tree,
+    scratch: Path,
+    lines: Lines | None = None,
+    seconds: float | None = None,
+) -> Outcome:
+    """Read one input in this process. scratch: an empty folder, which is emptied again.
+
+    seconds: of the processor, after which a signal ends the reading; None in a process that does
+    other things, which the signal might hit.
+    """
     folder, here, back = scratch / "input", scratch / "here", Path.cwd()
     for path in (folder, here):
         path.mkdir()
@@ -99,7 +109,7 @@ def read_once(target: Target, tree: Tree, scratch: Path, lines: Lines | None = N
     before, start = photo(scratch), time.process_time()
     os.chdir(here)
     try:
-        with _alarm(), (lines or Lines()).watch():
+        with _alarm(seconds) if seconds else nullcontext(), (lines or Lines()).watch():
             target.read(folder)
         kind, text = "ok", ""
     except (InputError, RunStopped) as error:
@@ -146,13 +156,13 @@ def _where() -> str:
 
 
 @contextmanager
-def _alarm() -> Iterator[None]:
+def _alarm(seconds: float) -> Iterator[None]:
     def over(*_):
         raise Overtime
 
     # Of the processor's time: what others run beside is no fault. Who sleeps is killed (fuzz.py).
     signal.signal(signal.SIGPROF, over)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS, 1)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)
     try:
         yield
     finally:

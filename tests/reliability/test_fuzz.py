@@ -69,11 +69,6 @@ def dies(folder):
         os._exit(9)
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch):
-    monkeypatch.setattr("one_input.SECONDS", 0.2)
-
-
 def test_mutants_differ_and_are_the_same_for_a_seed(tmp_path):
     trees = [mutate(VALID, random.Random(i)) for i in range(200)]
     assert trees == [mutate(VALID, random.Random(i)) for i in range(200)]
@@ -90,7 +85,6 @@ def test_mutants_differ_and_are_the_same_for_a_seed(tmp_path):
         (many_lines, "lines"),
         (writes, "wrote"),
         (writes_here, "wrote"),
-        (slow, "slow"),
     ],
 )
 def test_outcomes(read, kind, tmp_path):
@@ -98,6 +92,10 @@ def test_outcomes(read, kind, tmp_path):
     assert read_once(target, VALID, tmp_path).kind == "ok"
     assert read_once(target, {"a.json": b"{"}, tmp_path).kind == kind
     assert not list(tmp_path.iterdir())
+
+
+def test_one_that_takes_too_long_is_ended(tmp_path):
+    assert fuzz(Target("slow", make, slow), 1, 0, tmp_path).kinds == {"slow": 1}
 
 
 def test_little_memory_and_a_death_are_found(tmp_path):

@@ -11,6 +11,6 @@ def test_a_run_grows_in_nothing(tmp_path):
     print(found)
     assert found["ran_sample"] and found["ran_export"], found
     for name in ("files", "threads"):
-        assert found[f"{name}_last_tenth"] == found[f"{name}_second_tenth"], found
+        assert found[f"{name}_last_tenth"] <= found[f"{name}_second_tenth"], found
     # A megabyte a step is what keeping the states alive would take, or a third of it their metrics.
     assert found["rss_mib_last_tenth"] - found["rss_mib_second_tenth"] < 50, found
