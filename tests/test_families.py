@@ -214,6 +214,7 @@ def test_a_missing_text_encoder_is_named(folders, tmp_path):
         load_pipeline(folder)
 
 
+@pytest.mark.slow
 def test_sd3_goes_without_its_t5(folders, tmp_path):
     gone = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     folder = broken(folders("sd3"), tmp_path / "x", "model_index.json", **gone)

@@ -217,6 +217,7 @@ def test_derivatives_are_those_of_central_differences():
     assert max(first, *second) <= 1e-7
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     cfg, height, width = CASES["sized"]
     params, args = to_params(torch_model(cfg), cfg), inputs(cfg, height, width)

@@ -65,6 +65,7 @@ def same_as(whole: Path, workdir: Path) -> bool:
     return all(map(np.array_equal, read(workdir), read(whole))) and rows(workdir) == rows(whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_a_run_which_goes_on_when_there_is_room(
     config, whole, tmp_path, monkeypatch, capsys
 ):
