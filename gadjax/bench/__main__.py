@@ -1,4 +1,4 @@
-"""`python -m gadjax.bench`: the tables of docs/results/bench.md. Some minutes on two cores."""
+"""`python -m gadjax.bench`: the tables of docs/results/bench.md. Up to an hour on two cores."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
