@@ -129,8 +129,11 @@ def _text(sums: Sums) -> bytes:
 
 def _read(folder: Path) -> tuple[Sums, bool]:
     """What a seal says of other files, and whether it is bit for bit as it was written."""
+    path = folder / SEAL
+    if not is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError("a pipe or a device, which may have no end")
     with store_errors(folder):
-        data = (folder / SEAL).read_bytes()
+        data = path.read_bytes()
     entries = {name: dict(entry) for name, entry in parse_json(data).items()}
     sums = {name: entry for name, entry in entries.items() if name != SEAL}
     return sums, data == _text(sums)

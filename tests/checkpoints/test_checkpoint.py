@@ -203,6 +203,13 @@ def test_a_seal_without_its_own_checksum(folder, state):
     assert restore(folder, shapes(state))[0] == 2
 
 
+def test_a_seal_that_is_a_pipe_is_not_waited_for(folder):
+    seal = folder / "4" / SEAL
+    seal.unlink()
+    os.mkfifo(seal)
+    assert find_fault(seal.parent) == "seal.json: cannot be read"
+
+
 def test_a_disk_that_cannot_be_read(folder, state, monkeypatch, caplog):
     """A bad sector is damage; a disk that is gone is none, or sound steps would be put aside."""
     bad = str(largest(folder / "4"))
