@@ -1,4 +1,4 @@
-"""A manifest of a step's files, against bit rot, truncation and deletion.
+"""A manifest of a checkpoint's files, against bit rot, truncation and deletion.
 
 Files of a disk are read for it. An object store sums up its objects itself, and its sums are what
 a seal there holds; a folder that moved from one to the other keeps its sizes to compare.

@@ -1,4 +1,4 @@
-"""`python -m gadjax.bench`: the tables of docs/results/bench.md. Up to an hour on two cores."""
+"""`python -m gadjax.bench`: the tables of docs/results/bench.md."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial

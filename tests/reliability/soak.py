@@ -119,7 +119,7 @@ def _growth(samples: list[Sample], workdir: Path, steps: int) -> dict[str, Any]:
     said = rows(workdir)
     for name, tenth in (("second_tenth", 1), ("last_tenth", 9)):
         low, high = tenth * steps / 10, (tenth + 1) * steps / 10
-        here = [sample for sample in samples if low <= sample.step <= high]
+        here = [sample for sample in samples if low <= sample.step < high]  # not as it ends
         times = [
             (later["time"] - row["time"]) / (later["step"] - row["step"])
             for row, later in itertools.pairwise(said)

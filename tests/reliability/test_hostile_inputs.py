@@ -33,6 +33,7 @@ INSTEAD = {
     "a broken bracket": b"[" * 100_000,
 }
 MUTANTS = 15
+pytestmark = pytest.mark.usefixtures("hurry")
 
 
 @pytest.fixture(scope="module")
