@@ -1,15 +1,14 @@
 """The published repositories, from their configurations alone: nothing is downloaded, and no
 parameter takes memory."""
 
-import json
+import functools
 import math
-from functools import partial
 from pathlib import Path
 
-import families
 import jax
 import pytest
 from jax.sharding import AbstractMesh
+from published import write_folder
 
 from gadjax.convert.orbax_folder import outline_folder
 from gadjax.convert.tensors import expected_shapes
@@ -21,7 +20,6 @@ from gadjax.training.setup import make_batch, prepare
 from gadjax.training.sharding import AXES, path_name, shardings
 from gadjax.training.steps import critic_step, student_step
 
-PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 # Tensors in the files, and numbers in them, of every part.
 KL4, KL16, DC = (248, 83_653_863), (244, 83_819_683), (375, 312_250_275)
 CLIP_L, CLIP_H = (196, 123_060_480), (372, 340_387_840)
@@ -58,32 +56,8 @@ INVENTORY = {
 
 @pytest.fixture(scope="session")
 def repositories(tmp_path_factory):
-    """Repository -> a folder of its configurations, with small tokenizers in place of its own."""
-    made, words = {}, {}
-
-    def tokenizer(class_name):
-        kind = class_name.removesuffix("Fast")
-        if kind not in words:
-            makers = {
-                "CLIPTokenizer": partial(families.clip_tokenizer, "!"),
-                "T5Tokenizer": lambda: families.t5(16)[0],
-                "GemmaTokenizer": lambda: families.gemma(20)[0],
-            }
-            words[kind] = makers[kind]()
-        return words[kind]
-
-    def get(name):
-        if name not in made:
-            made[name] = folder = tmp_path_factory.mktemp("published") / name
-            for path, content in PUBLISHED[name].items():
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / path).write_text(json.dumps(content))
-            for part, value in PUBLISHED[name]["model_index.json"].items():
-                if part.startswith("tokenizer"):
-                    tokenizer(value[1]).save_pretrained(folder / part)
-        return made[name]
-
-    return get
+    """Repository -> the folder of its configurations."""
+    return functools.cache(lambda name: write_folder(name, tmp_path_factory.mktemp("published")))
 
 
 @pytest.mark.parametrize("name", INVENTORY)
@@ -204,7 +178,7 @@ def test_a_paper_s_config_makes_both_updates(traced, name):
         return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
     for step in [student_step] + [critic_step] * (len(run.recipe.optimizers) > 1):
-        after = jax.eval_shape(partial(updated, step), state, run.frozen, made)
+        after = jax.eval_shape(functools.partial(updated, step), state, run.frozen, made)
         assert shapes(after) == shapes(state)
 
 

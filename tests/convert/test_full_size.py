@@ -5,17 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from published import PUBLISHED
 
 from gadjax.convert.files import fingerprint, open_weights, write_weights
 from gadjax.convert.orbax_folder import describe
 from gadjax.convert.tensors import expected_shapes
 
-PUBLISHED = Path(__file__).parents[1] / "published.json"
 MEASURED = """
 import resource, sys
 from gadjax.cli.main import main
@@ -41,7 +40,7 @@ def convert(src, dst):
 def test_a_conversion_of_full_size_takes_twice_its_file_at_most(tiny_pipeline, tmp_path):
     # The other parts stay small: the autoencoder and a text encoder of the width that is expected.
     folder = shutil.copytree(tiny_pipeline, tmp_path / "full")
-    config = json.loads(PUBLISHED.read_text())["PixArt-XL-2-512x512"]["transformer/config.json"]
+    config = dict(PUBLISHED["PixArt-XL-2-512x512"]["transformer/config.json"])
     config["caption_channels"] = 20
     shutil.rmtree(folder / "transformer")
     (folder / "transformer").mkdir()

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import families
 import jax
 import jax.numpy as jnp
 import pytest
+from published import write_folder
 
 from gadjax.errors import InputError
 from gadjax.models.module import flatten
@@ -299,12 +299,7 @@ def test_a_program_of_this_machine_sends_nothing():
 def test_a_published_network_within_minutes(tmp_path):
     """PixArt-XL-2-512x512 from its configurations, on sixteen chips."""
     pytest.importorskip("libtpu")
-    published = json.loads((Path(__file__).parents[1] / "published.json").read_text())
-    folder = tmp_path / "PixArt-XL-2-512x512"
-    for path, content in published[folder.name].items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(json.dumps(content))
-    families.t5(16)[0].save_pretrained(folder / "tokenizer")
+    folder = write_folder("PixArt-XL-2-512x512", tmp_path)
     config = read_config(
         [
             f"--config={CONFIGS}/pixart_gad.py",

@@ -1,0 +1,108 @@
+"""The papers' backbones at full size, planned for chips that need not be there.
+
+    python tests/benchmarks/plans.py [ROW ...] [--out docs/results/plans]
+
+plans each row (all of them unless told; minutes each, needs libtpu) that `--out` does not have
+already, one JSON of `gadjax plan` for each, and writes the table of all to its README.md.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from benchmarks.common import Figure  # noqa: E402
+from published import write_folder  # noqa: E402
+
+OUT = ROOT / "docs/results/plans"
+GIB = 2**30
+GAD = {"tdm": {}, "gad": {"weight": 1.0, "steps": 4}}
+DPDMD = {"dmd": {"backprop": "all"}, "anchor": {"weight": 0.05, "target": "v", "steps": 4}}
+# What a row trains -> objective, updates of the critic for one of the student.
+TRAINS = {"GAD": (GAD, 1), "DP-DMD": (DPDMD, 5), "both": (DPDMD | {"gad": GAD["gad"]}, 5)}
+# Name in a row -> repository, config, changes of its transformer.
+PIXART = "PixArt-XL-2-512x512", "pixart_gad.py"
+BACKBONES = {
+    "PixArt-XL, 512 px": (*PIXART, {}),
+    "SD 2, 512 px": ("stable-diffusion-2-base", "sd2_gad.py", {}),
+    "SANA 0.6B, 512 px": ("Sana_600M_512px", "sana_gad.py", {}),
+    "SD 3.5 medium, 1024 px": ("stable-diffusion-3.5-medium", "sd35_dpdmd.py", {}),
+    "SDXL, 1024 px": ("stable-diffusion-xl-base-1.0", "sdxl.py", {}),
+    "a PixArt of 2.6 B, 1024 px": (
+        "PixArt-XL-2-1024-MS",
+        "pixart_gad.py",
+        {"num_layers": 30, "num_attention_heads": 32, "cross_attention_dim": 2304},
+    ),
+}
+
+
+class Row(NamedTuple):
+    """batch: samples of a chip; at_once: how many of them are in one microbatch. most: the aim for
+    the peak, in GiB of a chip."""
+
+    backbone: str
+    trains: str
+    topology: str
+    batch: int
+    at_once: int
+    fsdp: int
+    data: int = 1
+    most: float | None = None
+
+
+ROWS = {
+    # The aims of memory: the whole batch at once.
+    "pixart-1": Row("PixArt-XL, 512 px", "both", "v5e:4x4", 1, 1, 16),
+    "pixart-8": Row("PixArt-XL, 512 px", "both", "v5e:4x4", 8, 8, 16, most=3.5),
+    "pixart-16": Row("PixArt-XL, 512 px", "both", "v5e:4x4", 16, 16, 16, most=6.0),
+    "pixart-48": Row("PixArt-XL, 512 px", "both", "v5e:4x4", 48, 48, 16, most=14.5),
+    "large": Row("a PixArt of 2.6 B, 1024 px", "GAD", "v5e:4x4", 1, 1, 16, most=8.0),
+}
+
+
+def make_plan(row: Row, folder: Path) -> dict[str, Any]:
+    """folder: where the repository's configurations go."""
+    # Before JAX starts, as `gadjax plan` has them.
+    from gadjax.plan.plan import plan
+    from gadjax.training.config import read_config
+
+    repository, file, changes = BACKBONES[row.backbone]
+    teacher = write_folder(repository, folder, transformer=changes)
+    config = read_config([f"--config={ROOT}/configs/{file}", f"--config.teacher={teacher}"])
+    objective, updates = TRAINS[row.trains]
+    chips = row.fsdp * row.data
+    config.objective = objective
+    config.critic.updates = updates
+    config.mesh.update(data=row.data, fsdp=row.fsdp)
+    config.batch, config.microbatch = row.batch * chips, row.at_once * chips
+    found = plan(config, row.topology, say=lambda text: print(text, file=sys.stderr, flush=True))
+    return found | {"teacher": repository}
+
+
+def plans(names: list[str], out: Path) -> Iterator[Figure]:
+    """Peaks beside their aims; each plan is left in `out`, and what is there is not made again."""
+    for name in names:
+        path = out / f"{name}.json"
+        if not path.is_file():
+            with tempfile.TemporaryDirectory() as folder:
+                found = make_plan(ROWS[name], Path(folder))
+            out.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        row, peak = ROWS[name], json.loads(path.read_text())["memory"]["peak"]
+        note = f"{row.backbone}, {row.trains}, {row.topology}, {row.batch} a chip"
+        yield Figure(f"peak of a chip, GiB: {name}", peak and peak / GIB, row.most, note=note)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    for figure in plans(args.rows or list(ROWS), args.out):
+        print(figure.name, figure.value, figure.aim, figure.note, flush=True)
