@@ -27,8 +27,9 @@ class Batch(NamedTuple):
     """One step's samples. All randomness of sample i comes from key_B[i] alone, so that neither
     the mesh, the number of processes nor the microbatch changes what is drawn.
 
-    noise_BHWC is the initial noise z; stratum_B (int32) spreads few-step draws evenly over the
-    grid; x0_BHWC are clean latents where the data has pictures.
+    noise_BHWC is the initial noise z; stratum_B (int32), numbers in a row from an even one on,
+    spreads few-step draws evenly over the grid; x0_BHWC are clean latents where the data has
+    pictures.
     """
 
     cond: Cond

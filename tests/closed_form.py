@@ -25,16 +25,6 @@ SHAPE, D = (2, 2, 2), 8
 GUIDANCE = 1.7
 
 
-def jit(f, **options):
-    """Compiled in a hurry: these programs run in no time, and optimising them takes seconds."""
-    fast = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-    return jax.jit(f, compiler_options=fast, **options)
-
-
 @dataclass(frozen=True)
 class World:
     """A schedule, what the networks' outputs mean in it, and the student's grid."""
@@ -90,7 +80,7 @@ class World:
 
     def losses(self, term, **more):
         """Jitted (batch, student, critic, teacher) -> (loss_B, metrics)."""
-        return jit(lambda *given: term(self.context(term, *given, **more)))
+        return jax.jit(lambda *given: term(self.context(term, *given, **more)))
 
 
 DDPM_WORLD = World(DDPM(), "eps", (899.0, 674.0, 449.0, 224.0, -1.0))

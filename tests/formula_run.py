@@ -8,6 +8,7 @@ from closed_form import FLOW_WORLD, SHAPE, D, gaussian_params, mixture_params
 
 from gadjax.cli.main import main
 from gadjax.objectives import TERMS, build
+from gadjax.ops.placement import shares
 from gadjax.training.setup import Run
 from gadjax.training.sharding import check_batch, make_mesh
 from gadjax.training.state import create, make_optimizer
@@ -56,7 +57,11 @@ def prepare_with(source):
         optimizers = {role: make_optimizer(config.optim) for role in ("student", "critic")}
         parts = check_batch(config.batch, config.microbatch or config.batch, mesh)
         recipe = FLOW_WORLD.recipe(
-            objective, guidance=config.guidance, optimizers=optimizers, microbatches=parts
+            objective,
+            guidance=config.guidance,
+            optimizers=optimizers,
+            microbatches=parts,
+            shares=shares(mesh),
         )
         pipeline = SimpleNamespace(
             body="formula",

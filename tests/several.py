@@ -10,10 +10,15 @@ from gadjax.host import processes
 ROOT = Path(__file__).parents[1]
 
 
+def flags_for(devices: int) -> str:
+    """XLA_FLAGS of a process with so many devices that are none."""
+    own = os.environ.get("XLA_FLAGS", "")
+    return f"{own} --xla_force_host_platform_device_count={devices}".strip()
+
+
 def start(command: list[str], number: int, count: int, port: int, devices: int, **more: str):
     """One process of a run of `count`, with so many devices of its own."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | more
+    env = os.environ | {"XLA_FLAGS": flags_for(devices), "JAX_PLATFORMS": "cpu"} | more
     if count > 1:
         env |= {
             processes.ADDRESS: f"127.0.0.1:{port}",
@@ -25,13 +30,8 @@ def start(command: list[str], number: int, count: int, port: int, devices: int, 
 
 
 def run_on_devices(count: int, file: str, *arguments: object) -> None:
-    """A test's own file as a program on so many devices; what it compiles, it compiles in haste."""
-    flags = (
-        f"--xla_force_host_platform_device_count={count}",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
-    env = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    """A test's own file as a program on so many devices."""
+    env = os.environ | {"XLA_FLAGS": flags_for(count), "JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     command = [sys.executable, file, *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -81,6 +81,7 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+OTHERS = "--xla_cpu_", "--xla_gpu_"  # flags of XLA that are nothing to a TPU
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ def _tpus(name: str) -> list[Any]:
         )
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    # libtpu ends the process over one that it does not know.
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join(f for f in flags if not f.startswith(OTHERS))
     from jax.experimental import topologies
 
     # A v4 is one device to JAX only where its two cores work as one.

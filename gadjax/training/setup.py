@@ -19,7 +19,7 @@ from gadjax.geometry import tangent
 from gadjax.models.module import cast, kept_of, overlay
 from gadjax.objectives import TERMS, build
 from gadjax.ops.kernels import MODULES
-from gadjax.ops.placement import POSITIONS
+from gadjax.ops.placement import POSITIONS, shares
 from gadjax.pipeline import Pipeline, load_pipeline, outline_pipeline, random_like
 from gadjax.sampling import sampler_and_times
 from gadjax.training.data import WITH_PICTURES, open_data
@@ -105,6 +105,7 @@ def prepare(
         optimizers=optimizers,
         ema=config.ema,
         microbatches=microbatches,
+        shares=shares(mesh),
     )
     data = config.data
     source, null = open_data(config, pipeline)
@@ -225,7 +226,8 @@ def make_batch(
         lambda x: jnp.broadcast_to(x, (samples, *x.shape[1:])),
         encode_raw(pipeline, frozen, frozen["null"]),
     )
-    offset = jax.random.randint(jax.random.fold_in(now, samples), (), 0, 1 << 20)
+    # Even: neighbours are a pair to `drawn_steps`.
+    offset = 2 * jax.random.randint(jax.random.fold_in(now, samples), (), 0, 1 << 20)
     x0 = raw.get("x0")
     if "image" in raw:
         x0 = pipeline.encode_image(frozen["vae"], raw["image"])

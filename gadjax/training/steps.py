@@ -13,6 +13,7 @@ from gadjax.geometry import control_directions, directions, tangents
 from gadjax.objectives.base import Context, Needs, TeacherMap, Term, stream_keys
 from gadjax.objectives.compose import Sum
 from gadjax.rollout import interpolate_times, rollout
+from gadjax.schedules import expand
 from gadjax.training.state import TrainState
 from gadjax.types import Batch, Metrics, Params
 
@@ -25,6 +26,7 @@ class Recipe:
 
     times: the student's grid, its last entry the schedule's clean time.
     guidance: the teacher's classifier-free guidance scale.
+    shares: in how many parts a mesh splits a batch.
     """
 
     denoiser: Denoiser
@@ -34,6 +36,18 @@ class Recipe:
     optimizers: dict[str, optax.GradientTransformation]
     ema: float
     microbatches: int = 1
+    shares: int = 1
+
+    def pairs(self, samples: int) -> bool:
+        """Whether two neighbours of a microbatch are on one device, whichever they are."""
+        return samples % (2 * self.shares) == 0
+
+
+def drawn_steps(stratum_B, n: int):
+    """Steps of a grid of n, spread evenly; neighbours 2j and 2j + 1 have k and n - 1 - k."""
+    turn_B, half = stratum_B // 2 % n, (n + 1) // 2
+    step_B = jnp.where(turn_B < half, turn_B, n - 1 + half - turn_B)
+    return jnp.where(stratum_B % 2, n - 1 - step_B, step_B)
 
 
 def make_context(
@@ -47,7 +61,6 @@ def make_context(
 ) -> Context:
     """Meet every need once and hand the results over."""
     denoiser, schedule, times = recipe.denoiser, recipe.denoiser.schedule, recipe.times
-    n = len(times) - 1
 
     def teacher_at(x, t, scale=recipe.guidance):
         return denoiser.guided(teacher, x, t, batch.cond, batch.null, scale)
@@ -69,7 +82,7 @@ def make_context(
         critic_params=critic,
         student_params=student,
         discriminator_params=discriminator,
-        step_B=batch.stratum % n,
+        step_B=drawn_steps(batch.stratum, len(times) - 1),
         cut_first=needs.cut_first,
     )
     walk = None
@@ -88,10 +101,9 @@ def make_context(
 
     if needs.student or any(spec.end != "whole" for spec in needs.maps):
         if walk is None:
-            states = own_latents(recipe, jax.lax.stop_gradient(student), batch)
+            x = own_latents(recipe, jax.lax.stop_gradient(student), batch, context.step_B)
         else:  # the rollout to the end has been there
-            states = jax.lax.stop_gradient(walk.x)
-        x = states[context.step_B, jnp.arange(len(context.step_B))]
+            x = at_own_step(jax.lax.stop_gradient(walk.x), context.step_B)
         context = replace(context, x_BHWC=x)
     maps = {spec: teacher_map(context, teacher_at, spec) for spec in needs.maps}
     v = None
@@ -136,27 +148,61 @@ def draw_directions(needs: Needs, context: Context, maps):
     return jax.lax.stop_gradient(control_directions(f, x, keys, needs.tangent.count))
 
 
-def own_latents(recipe: Recipe, student: Params, batch: Batch):
-    """The latents [n, B, H, W, C] at which every sample's own rollout from z starts its n steps."""
-    if len(recipe.times) == 2:
-        return batch.noise[None]
-    walk = rollout(
-        lambda x, t: recipe.denoiser(student, x, t, batch.cond),
-        recipe.denoiser.schedule,
-        batch.noise,
-        jnp.asarray(recipe.times[:-1]),
-    )
-    return jnp.concatenate([walk.x, walk.end[None]])
+def at_own_step(states, step_B):
+    """Of states [n, B, ...] each sample's at its own step."""
+    return states[step_B, jnp.arange(len(step_B))]
 
 
-def accumulate(loss: Callable, params: Params, batch: Batch, microbatches: int):
+def own_latents(recipe: Recipe, student: Params, batch: Batch, step_B):
+    """The latent [B, H, W, C] at which each sample's own rollout from z starts its step.
+
+    Two neighbours, who need k and n - 1 - k evaluations, take turns in one walk of n - 1, where
+    each device has both: half of what a walk for each would cost.
+    """
+    starts, schedule = jnp.asarray(recipe.times[:-1]), recipe.denoiser.schedule
+    n = len(starts)
+    if n == 1:
+        return batch.noise
+
+    def walk(x, times, cond):
+        return rollout(lambda x, t: recipe.denoiser(student, x, t, cond), schedule, x, times)
+
+    if not recipe.pairs(len(step_B)):
+        found = walk(batch.noise, starts, batch.cond)
+        return at_own_step(jnp.concatenate([found.x, found.end[None]]), step_B)
+
+    def member(which):
+        return jax.tree.map(
+            lambda x: x.reshape(-1, 2, *x.shape[1:])[:, which], (batch.noise, batch.cond, step_B)
+        )
+
+    (first, first_cond, arrival_B), (second, second_cond, _) = member(0), member(1)
+
+    def choose(one_B, a, b):
+        return jax.tree.map(lambda a, b: jnp.where(expand(one_B, a), a, b), a, b)
+
+    def turn(x, arrived, now):
+        return choose(arrival_B == now, (second, x), (x, arrived))
+
+    def step(carry, now):
+        x, arrived = turn(*carry, now)
+        place_B = jnp.where(now < arrival_B, now, now - arrival_B)
+        cond = choose(now < arrival_B, first_cond, second_cond)
+        return (walk(x, starts[jnp.stack([place_B, place_B + 1])], cond).end, arrived), None
+
+    carry, _ = jax.lax.scan(step, (first, first), jnp.arange(n - 1))
+    of_second, of_first = turn(*carry, n - 1)
+    return jnp.stack([of_first, of_second], 1).reshape(batch.noise.shape)
+
+
+def accumulate(recipe: Recipe, loss: Callable, params: Params, batch: Batch):
     """Loss, metrics and gradients of the whole batch, one microbatch at a time.
 
     Equal to the large batch up to summation order, because a sample's randomness is its own.
     loss: (params, batch) -> (loss, metrics). Metrics that are scalars are averaged, those with an
     entry per sample [B] keep the order of the batch.
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    value_and_grad, microbatches = jax.value_and_grad(loss, has_aux=True), recipe.microbatches
     if microbatches == 1:
         return value_and_grad(params, batch)
 
@@ -165,8 +211,15 @@ def accumulate(loss: Callable, params: Params, batch: Batch, microbatches: int):
         scalars, own = divided(metrics)
         return ((value, scalars), grads), own
 
-    # Strided: every device keeps the samples it has, and a share of every microbatch.
-    split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+    # Strided: every device keeps the samples it has, and a share of every microbatch; neighbours
+    # stay together where they walk together.
+    together = 2 if recipe.pairs(len(batch.stratum) // microbatches) else 1
+
+    def dealt(x, before, after):
+        x = x.reshape(before, after, together, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(len(x), -1, *x.shape[3:])
+
+    split = jax.tree.map(lambda x: dealt(x, -1, microbatches), batch)
 
     def add(total, part):
         found, own = part_of(params, part)
@@ -178,7 +231,7 @@ def accumulate(loss: Callable, params: Params, batch: Batch, microbatches: int):
     )
     total, own = jax.lax.scan(add, zeros, split)
     (value, scalars), grads = jax.tree.map(lambda x: x / microbatches, total)
-    own = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), own)
+    own = jax.tree.map(lambda x: dealt(x.reshape(-1), microbatches, -1).reshape(-1), own)
     return (value, scalars | own), grads
 
 
@@ -223,7 +276,7 @@ def student_step(recipe: Recipe, state: TrainState, teacher: Params | None, batc
         loss_B, metrics = recipe.objective(context)
         return jnp.mean(loss_B), metrics | {"student/loss_B": loss_B}
 
-    found = accumulate(loss, state.params["student"], batch, recipe.microbatches)
+    found = accumulate(recipe, loss, state.params["student"], batch)
     state, metrics = apply_update(recipe, state, "student", found)
     # The average follows quickly at first, so that an early one is not mostly the start.
     decay = jnp.minimum(recipe.ema, (1.0 + state.step) / (10.0 + state.step))
@@ -250,7 +303,7 @@ def critic_step(recipe: Recipe, state: TrainState, teacher: Params | None, batch
         return sum(losses.values()), losses | {f"{role}/loss_B": own[role] for role in roles}
 
     params = {role: state.params[role] for role in roles}
-    (_, losses), grads = accumulate(loss, params, batch, recipe.microbatches)
+    (_, losses), grads = accumulate(recipe, loss, params, batch)
     metrics = {}
     for role in roles:
         own = {f"{role}/loss_B": losses[f"{role}/loss_B"]}

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import exact_map, jit
+from closed_form import exact_map
 
 from gadjax.bench import Gaussian, Mixture
 from gadjax.bench.teachers import jacobians, posterior_map
@@ -65,7 +65,7 @@ def test_a_gaussians_map_is_its_ode(schedule):
         def walk(z):
             return posterior_map(teacher.posterior, z[None], alpha, sigma, 400)[0]
 
-        end, found = jit(jax.vmap(lambda z: (walk(z), jax.jacfwd(walk)(z))))(jnp.asarray(z))
+        end, found = jax.jit(jax.vmap(lambda z: (walk(z), jax.jacfwd(walk)(z))))(jnp.asarray(z))
     np.testing.assert_allclose(end, value, rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(found, jacobian, rtol=1e-8, atol=1e-8)
 
@@ -81,7 +81,7 @@ def test_a_mixtures_map_is_the_schedules_own_ode():
             given = (jnp.broadcast_to(v, (len(x), 1)) for v in schedule.alpha_sigma(t))
             return UNEVEN.posterior(x, *given)
 
-        walk = jit(lambda x: exact_map(predict, schedule, x, 999, -1))
+        walk = jax.jit(lambda x: exact_map(predict, schedule, x, 999, -1))
         moves = np.concatenate([np.zeros((1, 2)), h * np.eye(2), -h * np.eye(2)])
         ends = np.asarray(walk(jnp.asarray((z[:, None] + moves).reshape(-1, 2))))
     ends = ends.reshape(8, 5, 2)

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
+from several import flags_for
 
 from gadjax.checkpoints import checkpoint
 from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed, read_params
@@ -491,7 +492,7 @@ def test_other_meshes_read_the_same_bits(tmp_path):
         checkpoints.close()
         """
     )
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": flags_for(8), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
         env=os.environ | flags,

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from fake_srun import free_job_id
 from launching import wait_for
+from several import flags_for
 
 pytestmark = pytest.mark.slow  # compiles the updates for eight devices on three meshes
 STEPS = 16
@@ -40,8 +41,11 @@ def job(bench, config):
         given = {"SLURM_NTASKS": tasks, "SLURM_NTASKS_PER_NODE": tasks, "DEVICES": 8}
         given |= {"SLURM_JOB_ID": free_job_id(), "FAKE_SRUN_PID": bench.folder / "srun.pid"}
         given |= {"CONFIG": f"{config}:tdm", "WORKDIR": workdir, "LOGS": bench.folder / "logs"}
-        flags = f"--xla_force_host_platform_device_count={8 // tasks}"
-        given |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "GADJAX_PEER_TIMEOUT": 10}
+        given |= {
+            "XLA_FLAGS": flags_for(8 // tasks),
+            "JAX_PLATFORMS": "cpu",
+            "GADJAX_PEER_TIMEOUT": 10,
+        }
         given |= {key: os.environ[key] for key in os.environ if key.startswith(("JAX_", "OMP_"))}
         more = f"--config.steps={STEPS}", "--config.checkpoint.every=2"
         return bench.start("slurm.sbatch", *more, *arguments, **given)

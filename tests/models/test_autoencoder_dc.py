@@ -64,10 +64,6 @@ OTHER = config_of([12, 24], ([1, 1], [1, 1]), [[], [3, 5]], 6, 5) | {
 TINY = config_of([4, 8], ([1, 1], [1, 1]), [None, [3]], 4, 3)
 CASES = {"three stages": SMALL, "two scales": OTHER}
 
-# Compiling takes all the time here, so let XLA optimise as little as it can.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-jit = partial(jax.jit, compiler_options=QUICK)
-
 
 def torch_class(cfg):
     return diffusers.AutoencoderDC(**{k: v for k, v in cfg.items() if k[0] != "_"})
@@ -119,7 +115,7 @@ def test_encode_and_decode_match_diffusers(name, h, w):
     with torch.no_grad():
         expected = nhwc(net.encode(nchw(image)).latent), nhwc(net.decode(nchw(latent)).sample)
 
-    @jit
+    @jax.jit
     def run(params, image, latent):
         found, logvar = apply(params, image, method="encode")
         assert logvar is None
@@ -170,7 +166,7 @@ def test_derivatives_match_central_differences(method):
             value, tangent = jax.jvp(net, (x,), (v,))
             return jnp.sum(tangent**2), (value, tangent)
 
-        run = jit(jax.value_and_grad(g, (0, 1), has_aux=True))
+        run = jax.jit(jax.value_and_grad(g, (0, 1), has_aux=True))
         (_, (_, tangent)), (slopes, slope_x) = jax.device_get(run(params, x))
 
         def moved(along_params, along_x, h=1e-6):  # short, because every relu is a kink
@@ -201,7 +197,7 @@ def test_bfloat16_stays_near_float32():
     apply, params = ours(TINY, net, stored=jnp.bfloat16, dtype=jnp.bfloat16)
     with torch.no_grad():
         reference = nhwc(net.decode(nchw(latent)).sample)
-    found = jit(partial(apply, method="decode"))(params, latent)
+    found = jax.jit(partial(apply, method="decode"))(params, latent)
     assert found.dtype == jnp.bfloat16
     assert relative(np.asarray(found, np.float32), reference) < 0.05
 
@@ -285,7 +281,7 @@ def test_pictures_of_other_sizes_are_refused():
 def test_fresh_parameters_are_usable():
     made = functional(dc.build(dc.Config.from_dict(TINY)))
 
-    @jit
+    @jax.jit
     def run(key, image):
         params = made.init(key)
         latent, _ = made.apply(params, image, method="encode")

@@ -1,7 +1,5 @@
 """AutoencoderKL against diffusers' class: values, derivatives, key names."""
 
-from functools import partial
-
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -33,11 +31,6 @@ SMALL_16 = dict(
 )
 TINY = dict(block_out_channels=[4, 6], layers_per_block=1, latent_channels=4, norm_num_groups=2)
 FULL = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, norm_num_groups=32)
-
-
-# Compiling takes all the time here, so let XLA optimise as little as it can.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def block_types(config):
@@ -90,10 +83,10 @@ def test_encode_and_decode_match_diffusers(config):
     with torch.no_grad():
         posterior = net.encode(nchw(image)).latent_dist
         picture = net.decode(nchw(latent)).sample
-    mean, logvar = jit(lambda p, x: apply(p, x, method="encode"))(params, image)
+    mean, logvar = jax.jit(lambda p, x: apply(p, x, method="encode"))(params, image)
     assert_near(mean, nhwc(posterior.mean))
     assert_near(logvar, nhwc(posterior.logvar))
-    assert_near(jit(lambda p, x: apply(p, x, method="decode"))(params, latent), nhwc(picture))
+    assert_near(jax.jit(lambda p, x: apply(p, x, method="decode"))(params, latent), nhwc(picture))
 
 
 def test_the_log_variance_is_clamped():
@@ -102,7 +95,7 @@ def test_the_log_variance_is_clamped():
         net.quant_conv.bias[4:6], net.quant_conv.bias[6:] = -1000, 1000
     apply, params = ours(TINY, net)
     image = normal(1, (1, 6, 4, 3))
-    logvar = jit(lambda p: apply(p, image, method="encode")[1])(params)
+    logvar = jax.jit(lambda p: apply(p, image, method="encode")[1])(params)
     assert (logvar[..., :2] == -30).all() and (logvar[..., 2:] == 20).all()
 
 
@@ -157,7 +150,7 @@ def test_derivatives_match_central_differences(method):
             step = (jax.tree.map(lambda d: h * d, params_along), h * x_along)
             return jax.device_get(run(jax.tree.map(np.add, point, step))[0])
 
-        run = jit(jax.value_and_grad(energy, has_aux=True))
+        run = jax.jit(jax.value_and_grad(energy, has_aux=True))
         (_, (_, tangent)), gradient = jax.device_get(run(point))
         h, still = 1e-5, jax.tree.map(np.zeros_like, params)
         plus, minus = (moved(s, still, v)[1][0] for s in (h, -h))
@@ -179,7 +172,7 @@ def test_bfloat16_stays_near_float32():
     apply, params = ours(TINY, net, dtype=jnp.bfloat16)
     with torch.no_grad():
         reference = nhwc(net.encode(nchw(image)).latent_dist.mean)
-    mean = jit(lambda p: apply(p, image, method="encode")[0])
+    mean = jax.jit(lambda p: apply(p, image, method="encode")[0])
     found = mean(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
     assert found.dtype == jnp.bfloat16
     assert_near(np.asarray(found, np.float32), reference, 0.05)

@@ -1,7 +1,7 @@
 """SD3's transformer against diffusers' class: values, derivatives, key names."""
 
 import re
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,6 @@ MEDIUM_35 = MEDIUM_3 | {
     "qk_norm": "rms_norm",
 }
 PUBLISHED = {"3-medium": MEDIUM_3, "3.5-medium": MEDIUM_35}
-
-# Compiling takes most of the time here, so let XLA optimise as little as it can.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def tiny(heads, head_dim, layers, *, dual=0, qk_norm=None, joint=20, pooled=14, table=6, **more):
@@ -126,7 +122,7 @@ def network(name):
     """Its configuration, its functions and its compiled prediction."""
     config = Config.from_dict(CASES[name][0])
     net = functional(build(config))
-    return config, net, jit(mmdit.predictor(net.apply, config))
+    return config, net, jax.jit(mmdit.predictor(net.apply, config))
 
 
 def cond(text, pooled):
@@ -161,7 +157,7 @@ def test_features_are_the_tokens_half_way(name):
     for block in model.transformer_blocks:
         block.register_forward_hook(lambda block, given, both: seen.append(both[1].numpy()))
     torch_call(model, x, t, text, pooled)
-    out = jit(mmdit.features(network(name)[1].apply))(
+    out = jax.jit(mmdit.features(network(name)[1].apply))(
         to_params(model, cfg), x, t, cond(text, pooled)
     )
     half = (len(seen) + 1) // 2 - 1
@@ -237,7 +233,7 @@ def test_derivatives_are_those_of_central_differences():
         leaf, r = flat[path], np.random.default_rng(1)
         v, u = (jnp.asarray(r.standard_normal(a.shape)) for a in (x, leaf))
 
-        @jit
+        @jax.jit
         def everything(x, leaf):
             def loss(leaf):  # a scalar that holds a forward derivative
                 params = unflatten(flat | {path: leaf})
@@ -266,7 +262,7 @@ def test_gradients_are_those_of_torch_and_the_table_of_positions_has_none():
         torch.tensor(x).permute(0, 3, 1, 2), *(torch.tensor(a) for a in (rest[1], rest[2], rest[0]))
     ).sample
     (out.permute(0, 2, 3, 1) * torch.tensor(weights)).sum().backward()
-    grads = jit(jax.grad(lambda p: jnp.sum(net.apply(p, x, *rest) * weights)))(
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(net.apply(p, x, *rest) * weights)))(
         to_params(model, cfg)
     )
     ours = dict(tensors_from_params(grads, keymap(config)))
@@ -288,7 +284,7 @@ def test_bfloat16_is_close():
     model, args = torch_model(cfg), inputs(cfg, height, width)
     params, exact = to_params(model, cfg), torch_call(model, *args)
     net = functional(build(Config.from_dict(cfg), dtype=jnp.bfloat16))
-    out = jit(net.apply)(cast(params, jnp.bfloat16), *args)
+    out = jax.jit(net.apply)(cast(params, jnp.bfloat16), *args)
     assert out.dtype == jax.eval_shape(net.apply, params, *args).dtype == jnp.bfloat16
     a, b = np.asarray(out, np.float32).ravel(), exact.ravel()
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
@@ -347,7 +343,7 @@ def test_bad_inputs_are_refused():
 def test_fresh_parameters_are_usable():
     cfg, height, width = CASES["all but one dual"]
     _, net, call = network("all but one dual")
-    params = jit(net.init)(jax.random.key(0, impl="rbg"))  # compiles faster
+    params = jax.jit(net.init)(jax.random.key(0, impl="rbg"))  # compiles faster
     assert {k: v.shape for k, v in flatten(params).items()} == {
         k: v.shape for k, v in flatten(net.abstract).items()
     }

@@ -100,10 +100,6 @@ CASES = {
     "positions": (tiny(layers=1, interpolation_scale=2, sample_size=10), 5, 8),
 }
 
-# Compiling takes all the time here, so let XLA optimise as little as it can.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-jit = partial(jax.jit, compiler_options=QUICK)
-
 
 def torch_model(cfg):
     torch.set_num_threads(1)
@@ -164,8 +160,11 @@ def test_output_and_features_are_those_of_diffusers(name):
     cfg, height, width = CASES[name]
     model, args = torch_model(cfg), inputs(cfg, height, width)
     params, net = to_params(model, cfg), functional(build(Config.from_dict(cfg)))
-    apply = jit(net.apply)
-    out, tokens = apply(params, *args), jit(partial(net.apply, method="features"))(params, *args)
+    apply = jax.jit(net.apply)
+    out, tokens = (
+        apply(params, *args),
+        jax.jit(partial(net.apply, method="features"))(params, *args),
+    )
     expected, seen = torch_call(model, *args)
     assert out.shape == expected.shape and out.dtype == tokens.dtype == jnp.float32
     half = (len(seen) + 1) // 2 - 1
@@ -219,7 +218,7 @@ def test_derivatives_are_those_of_central_differences():
             out, tangent = geometry.tangent(lambda x: net.apply(params, x, *rest), x, v)
             return jnp.sum(jnp.sin(tangent)), (out, tangent)
 
-        run = jit(jax.value_and_grad(g, (0, 1), has_aux=True))
+        run = jax.jit(jax.value_and_grad(g, (0, 1), has_aux=True))
         (_, (_, tangent)), (slopes, slope_x) = jax.device_get(run(params, x))
 
         def moved(along_params, along_x, h=1e-6):  # short, because every relu is a kink
@@ -255,7 +254,7 @@ def test_a_query_that_no_key_answers_has_derivatives():
         out, tangent = jax.jvp(lambda q: relu_linear_attention(q, k, v), (q,), (dq,))
         return jnp.sum(tangent**2), out
 
-    grads, out = jit(jax.grad(g, (0, 1, 2), has_aux=True))(q, k, v)
+    grads, out = jax.jit(jax.grad(g, (0, 1, 2), has_aux=True))(q, k, v)
     assert (out[0, 2] == 0).all() and (out[:, :, 1] == 0).all() and (out[0, 1, 0] != 0).all()
     assert all(np.isfinite(grad).all() for grad in grads) and np.abs(grads[0]).max() > 0
 
@@ -275,7 +274,7 @@ def test_bfloat16_is_close():
     model, args = torch_model(cfg), inputs(cfg, height, width)
     exact = torch_call(model, *args)[0]
     net = functional(build(Config.from_dict(cfg), dtype=jnp.bfloat16))
-    out = jit(net.apply)(cast(to_params(model, cfg), jnp.bfloat16), *args)
+    out = jax.jit(net.apply)(cast(to_params(model, cfg), jnp.bfloat16), *args)
     assert out.dtype == jnp.bfloat16
     a, b = np.asarray(out, np.float32).ravel(), exact.ravel()
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
@@ -363,7 +362,7 @@ def test_fresh_parameters_are_usable():
     cfg, height, width = CASES["v1"]
     net = functional(build(Config.from_dict(cfg)))
 
-    @jit
+    @jax.jit
     def run(key, args):
         params = net.init(key)
         return params, net.apply(params, *args)

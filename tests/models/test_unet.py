@@ -125,10 +125,6 @@ TINY = LINEAR | {
 }
 CASES = {"conv": (CONV, 8, 12), "linear": (LINEAR, 10, 6)}
 
-# Compiling takes most of the time here, so let XLA optimise as little as it can.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-jit = partial(jax.jit, compiler_options=QUICK)
-
 
 def torch_class(cfg):
     return diffusers.UNet2DConditionModel(**{k: v for k, v in cfg.items() if k[0] != "_"})
@@ -198,7 +194,7 @@ def test_output_and_features_are_those_of_diffusers(name):
     expected = torch_call(net, *args)
     hook.remove()
 
-    @jit
+    @jax.jit
     def both(params, *args):
         return ours.apply(params, *args), ours.apply(params, *args, method="features")
 
@@ -284,7 +280,7 @@ def test_derivatives_match_central_differences():
     along = {k: r.standard_normal(p.shape) for k, p in point.items()}
     with jax.enable_x64(True):
 
-        @jit
+        @jax.jit
         @partial(jax.value_and_grad, has_aux=True)
         def run(point, x):
             def f(x):
@@ -330,7 +326,7 @@ def test_remat_recomputes_residual_and_transformer_blocks(remat, counts):
 def test_bfloat16_is_close():
     net, args, ours = torch_net(TINY), inputs(TINY, 4, 6), port(TINY, dtype=jnp.bfloat16)
     params = to_params(net, ours.abstract)
-    out = jit(ours.apply)(cast(params, jnp.bfloat16), *args)
+    out = jax.jit(ours.apply)(cast(params, jnp.bfloat16), *args)
     assert out.dtype == jax.eval_shape(ours.apply, params, *args).dtype == jnp.bfloat16
     a, b = np.asarray(out, np.float32).ravel(), torch_call(net, *args).ravel()
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
@@ -441,7 +437,7 @@ def test_fresh_parameters_are_usable():
     }
     ours, args = port(cfg), inputs(cfg, 3, 5)
 
-    @jit
+    @jax.jit
     def start(key):
         params = ours.init(key)
         return params, ours.apply(params, *args)

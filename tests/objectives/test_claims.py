@@ -17,7 +17,6 @@ from closed_form import (
     FLOW_WORLD,
     D,
     gaussian_params,
-    jit,
     make_batch,
     mixture_params,
     one_step,
@@ -107,7 +106,7 @@ def compiled(network, scale):
 
         return f(x) if v is None else jax.jvp(f, (x,), (v,))[1]
 
-    return jit(run)
+    return jax.jit(run)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,7 @@ def bench():
     folder = resolve("asset:shapes_teacher")
     pipeline, params = load_pipeline(folder)
     prompts = read_prompts(resolve("asset:shapes_test_prompts.txt"))
-    encode = jit(pipeline.encode_text)
+    encode = jax.jit(pipeline.encode_text)
 
     def told(prompts):
         text = encode(params, *pipeline.tokens(prompts, 16))
@@ -126,11 +125,11 @@ def bench():
         null=jax.tree.map(lambda leaf: jnp.repeat(leaf, SAMPLES, 0), told([""])),
         noise=jax.random.normal(jax.random.key(1), (SAMPLES, *pipeline.latent)),
         key=jax.random.split(jax.random.key(0), SAMPLES),
-        stratum=jnp.arange(SAMPLES, dtype=jnp.int32) // len(prompts),
+        stratum=jnp.arange(SAMPLES, dtype=jnp.int32) + 2 * (jnp.arange(SAMPLES) // len(prompts)),
     )
     recipe = Recipe(pipeline.denoiser, TDM(), (*GRID, -1.0), SCALE, {}, 0.99)
 
-    @jit
+    @jax.jit
     def asked(batch, student):
         context = make_context(recipe, TDM().needs, student, student, student, batch)
         x_tau, tau_B, _ = TDM().diffused(context)
@@ -287,7 +286,7 @@ def test_g_the_score_form_has_no_gradient_on_average():
     world, student, critic = linear_world()
     teacher = mixture_params() | {"means": 0.7 * mixture_params()["means"]}
 
-    @jit
+    @jax.jit
     def run(batch):
         context = world.context(DMD(), batch, student, critic, teacher)
         t = 1000 * (0.1 + 0.8 * context.uniform("t"))
@@ -341,7 +340,7 @@ def test_gauge_distribution_terms_do_not_turn_the_noise_and_gad_does(monkeypatch
     batch = make_batch(65536, told=0.0)
 
     def significances(term):
-        @jit
+        @jax.jit
         def run(batch):
             context = world.context(term, batch, student, critic, teacher)
             value, dots = context.student

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 import pytest
-from closed_form import DDPM_WORLD, gaussian_params, jit, make_batch, mixture_params
+from closed_form import DDPM_WORLD, gaussian_params, make_batch, mixture_params
 from ml_collections import ConfigDict
 
 from gadjax.errors import InputError
@@ -32,7 +32,7 @@ def run(total):
         loss_B, metrics = total(WORLD.context(total, batch, student, critic, teacher))
         return loss_B.mean(), (loss_B, metrics)
 
-    found = jit(jax.value_and_grad(loss, has_aux=True))(WORLD.student_params(bend=0.2))
+    found = jax.jit(jax.value_and_grad(loss, has_aux=True))(WORLD.student_params(bend=0.2))
     (_, (loss_B, metrics)), slope = jax.device_get(found)
     return loss_B, metrics, slope
 
@@ -82,7 +82,7 @@ class Second(First):
 
 def test_terms_do_not_share_their_draws():
     batch = make_batch(1000)
-    run = jit(lambda total: total(WORLD.context(total, batch))[0], static_argnums=0)
+    run = jax.jit(lambda total: total(WORLD.context(total, batch))[0], static_argnums=0)
     one, two = (np.asarray(run(Sum(((1.0, term),)))) for term in (First(), Second()))
     both = np.asarray(run(First() + Second()))
     np.testing.assert_allclose(both, one + two, rtol=1e-6)
@@ -149,7 +149,7 @@ def test_one_trainer_may_serve_other_readers():
     total = build({"tdm": {}, "gad_lift": {}, "gad_script": {}}, TERMS, 4)
     batch, critic = make_batch(B), gaussian_params(3)
 
-    @jit
+    @jax.jit
     def both(student):
         context = WORLD.context(total, batch, student, critic, None)
         return total.critic_loss(context), TDM().critic_loss(context.named("critic"))

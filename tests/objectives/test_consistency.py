@@ -15,7 +15,6 @@ from closed_form import (
     gaussian_params,
     gaussian_walk,
     guided_text,
-    jit,
     make_batch,
     mixture_params,
 )
@@ -93,7 +92,7 @@ def test_g_is_the_derivative_of_the_students_x0_along_the_teachers_ode(world):
         # Within a unit of time alpha and sigma are linear.
         t = jnp.linspace(world.schedule.clean + 1, world.times[0] - 1, samples).round() + 0.37
 
-        @jit
+        @jax.jit
         def run(x, student, teacher):
             own, real = predictors(world, batch, student, teacher)
             said, g = along(own, real(x, t), world.schedule, x, t)
@@ -138,7 +137,7 @@ def test_the_teachers_own_flow_map_is_where_it_rests(world):
             loss_B, metrics = Consistency()(context)
             return loss_B.mean(), metrics["tangent"]
 
-        run = jit(jax.grad(loss, has_aux=True))
+        run = jax.jit(jax.grad(loss, has_aux=True))
 
         def slope(student):
             gradient, size = jax.device_get(run(student))
@@ -169,7 +168,7 @@ def test_the_student_is_evaluated_once_and_its_tangent_held():
 
     denoiser = replace(world.denoiser, apply=watched)
 
-    @jit
+    @jax.jit
     def run(student):
         context = world.context(Consistency(), batch, student, None, teacher)
         context = replace(context, denoiser=denoiser)
@@ -240,7 +239,7 @@ def test_x_t_is_on_the_teachers_own_walk_or_the_noised_picture(world):
         batch, teacher = make_batch(samples, dtype=float), gaussian_params(dtype=float)
         batch = batch._replace(x0=batch.noise[::-1])
 
-        @jit
+        @jax.jit
         def run(batch):
             context = world.context(Consistency(), batch, smooth_params(), None, teacher)
             t = uniform_angle(context)
@@ -260,7 +259,7 @@ def test_x_t_is_on_the_teachers_own_walk_or_the_noised_picture(world):
 def test_the_angle_is_uniform_up_to_the_students_first_time(world):
     samples = 4096
     batch, given = make_batch(samples), (smooth_params(), None, gaussian_params())
-    t = jit(lambda batch: uniform_angle(world.context(Consistency(), batch, *given)))(batch)
+    t = jax.jit(lambda batch: uniform_angle(world.context(Consistency(), batch, *given)))(batch)
     t = np.asarray(t, float)
     ends = np.array([world.schedule.clean + 1, world.times[0]])
     assert t.min() >= ends[0] and t.max() <= ends[1]
@@ -282,7 +281,7 @@ def test_a_uniform_angle_makes_the_update_shrink_the_error():
         batch = batch._replace(x0=jnp.asarray(x0.reshape(samples, *SHAPE)))
         wrong = flow_map(teacher) | {"slope": 2 * teacher["variance"]}
 
-        @jit
+        @jax.jit
         def run(batch):
             own, real = predictors(world, batch, wrong, teacher)
             best, _ = predictors(world, batch, flow_map(teacher), teacher)
@@ -311,7 +310,7 @@ def map_error(world, student, teacher, samples=256):
     """Of the one step from z, relative to the exact end of the teacher's ODE."""
     batch = make_batch(samples, seed=5, told=0.0)
     start, end = (np.full(samples, t) for t in world.times)
-    found = jit(world.denoiser)(student, batch.noise, jnp.float32(start), batch.cond).x0
+    found = jax.jit(world.denoiser)(student, batch.noise, jnp.float32(start), batch.cond).x0
     wanted, _ = gaussian_map(teacher, world.schedule, flat(batch.noise), start, end, 0)
     return np.linalg.norm(flat(found) - wanted) / np.linalg.norm(wanted)
 
@@ -343,7 +342,7 @@ def test_training_brings_the_one_step_map_to_the_teachers(kind, total, bound):
         return (optax.apply_updates(student, change), state), None
 
     start = smooth_params()
-    run = jit(lambda s: jax.lax.scan(update, (s, sgd.init(s)), jnp.arange(updates))[0][0])
+    run = jax.jit(lambda s: jax.lax.scan(update, (s, sgd.init(s)), jnp.arange(updates))[0][0])
     before, after = (map_error(world, s, teacher) for s in (start, run(start)))
     print("error of the one-step map", before, "to", after)
     assert before > 0.9 and after < bound
@@ -360,7 +359,7 @@ def test_it_composes_in_a_world_of_four_steps():
         assert loss_B.shape == (16,) and loss_B.dtype == jnp.float32
         return loss_B.mean(), metrics
 
-    run = jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+    run = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
     given = smooth_params(0.3), mixture_params(3), mixture_params(0)
     (student, critic, teacher), metrics = jax.device_get(run(*given))
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves((critic, teacher)))

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import SHAPE, WORLDS, D, World, gaussian_params, jit, make_batch
+from closed_form import SHAPE, WORLDS, D, World, gaussian_params, make_batch
 
 from gadjax.objectives import Denoising
 
@@ -24,7 +24,7 @@ def test_least_at_the_posterior_mean(world):
     right, term = gaussian_params(), Denoising()
     batch = pictures(right, make_batch(B))
 
-    @jit
+    @jax.jit
     def run(params):
         return term(world.context(term, batch, params, None, None))[0]
 
@@ -38,7 +38,7 @@ def test_least_at_the_posterior_mean(world):
         more = np.asarray(run(wrong), float) - least
         assert more.mean() > 4 * more.std() / B**0.5
 
-    @jit
+    @jax.jit
     def slopes(params):
         def one(params, part):
             return term(world.context(term, part, params, None, None))[0].mean()
@@ -65,7 +65,7 @@ def test_times_are_the_schedules_own(world):
     batch = pictures(gaussian_params(), make_batch(B))
     watched = type(world)(world.schedule, world.kind, world.times)
     object.__setattr__(watched, "denoiser", type(world.denoiser)(apply, world.schedule, world.kind))
-    jit(lambda p: term(watched.context(term, batch, p, None, None))[0])(1.0).block_until_ready()
+    jax.jit(lambda p: term(watched.context(term, batch, p, None, None))[0])(1.0).block_until_ready()
     jax.effects_barrier()
     times = np.concatenate(asked)
     assert np.all(times == np.floor(times)) and len(np.unique(times)) > 950
@@ -81,7 +81,7 @@ def test_balance_lies_between_the_eps_loss_and_the_v_loss():
     params = gaussian_params(3)
     batch = pictures(params, make_batch(B))
 
-    @jit
+    @jax.jit
     def run(params):
         def losses(world, balance):
             term = Denoising(balance)

@@ -11,7 +11,6 @@ from closed_form import (
     WORLDS,
     D,
     gaussian_params,
-    jit,
     make_batch,
     one_step,
 )
@@ -19,6 +18,7 @@ from closed_form import (
 from gadjax.errors import InputError
 from gadjax.objectives import DMD, Anchor
 from gadjax.schedules import add_noise
+from gadjax.training.steps import drawn_steps
 from gadjax.types import Prediction
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
@@ -29,7 +29,7 @@ B = 64
 def test_gradient_is_critic_minus_teacher_over_the_mean_distance(world):
     term = DMD(low=0.1, high=0.9)
 
-    @jit
+    @jax.jit
     def run(batch, student, critic, teacher):
         context = world.context(term, batch, student, critic, teacher)
 
@@ -72,7 +72,7 @@ def test_a_step_down_moves_the_student_towards_the_teacher():
     def loss(student, critic, teacher):
         return DMD()(world.context(DMD(), batch, student, critic, teacher))[0].mean()
 
-    gradient = jit(jax.grad(loss))
+    gradient = jax.jit(jax.grad(loss))
     slope = np.asarray(gradient(student, critic, teacher)["step0"]["bias"])
     assert -slope @ towards > 0.1 * np.linalg.norm(slope) * np.linalg.norm(towards)
     still = gradient(student, critic, critic)
@@ -101,7 +101,7 @@ def test_the_anchors_cut_keeps_dmd_off_the_first_step_and_nowhere_else():
     student, dmd = world.student_params(bend=0.3), DMD(backprop="all")
     assert (dmd + 0.05 * Anchor()).needs.cut_first and not dmd.needs.cut_first
 
-    @jit
+    @jax.jit
     def gradients(student, critic, teacher):
         def loss(student, cut):
             needs = replace(dmd.needs, cut_first=cut)
@@ -135,7 +135,7 @@ def test_gradients_of_a_whole_rollout_pass_through_every_step():
 
     # DMD's loss is no function whose differences could be taken; its gradient is that of
     # <g, x0(student)> with g held.
-    @jit
+    @jax.jit
     def run(student):
         context = world.context(dmd, batch, student, critic, teacher)
 
@@ -174,7 +174,7 @@ def test_drawn_steps_leave_the_anchors_step_out_of_the_mean():
     total = DMD() + 0.05 * Anchor()
     student = world.student_params()
 
-    @jit
+    @jax.jit
     def run(student):
         def masked(student):
             context = world.context(total, batch, student, critic, teacher)
@@ -186,7 +186,7 @@ def test_drawn_steps_leave_the_anchors_step_out_of_the_mean():
         return found, slope, DMD()(alone)[0]
 
     (masked, weight, first), slope, plain = jax.device_get(run(student))
-    step = np.arange(B) % 4
+    step = drawn_steps(np.arange(B), 4)
     np.testing.assert_allclose(weight, np.where(step > 0, 4 / 3, 0), rtol=1e-6)
     np.testing.assert_array_equal(masked[step == 0], 0)
     np.testing.assert_allclose(masked, plain * weight, rtol=1e-6)
@@ -206,7 +206,7 @@ def test_the_critic_learns_to_denoise_the_students_own_pictures():
     right = jax.tree.map(jnp.float32, right)
     batch = make_batch(samples, told=0.0)
 
-    @jit
+    @jax.jit
     def run(critic):
         context = world.context(DMD(), batch, student, critic, None)
         eps, x0 = context.normal("eps"), context.student[0].x0
@@ -230,7 +230,7 @@ def test_the_critic_learns_to_denoise_the_students_own_pictures():
         more = loss_B(wrong) - least
         assert more.mean() > 4 * more.std() / samples**0.5
 
-    @jit
+    @jax.jit
     def mean_slopes(critic):
         def one(critic, batch):
             context = world.context(DMD(), batch, student, critic, None)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import DDPM_WORLD, GUIDANCE, D, gaussian_params, jit, make_batch, mixture_params
+from closed_form import DDPM_WORLD, GUIDANCE, D, gaussian_params, make_batch, mixture_params
 
 from gadjax.objectives import TDM, GADScript
 from gadjax.types import Prediction
@@ -16,7 +16,7 @@ def differences(term, bend=0.3, samples=B):
     """The term's loss, and the pieces of its formula from the networks themselves."""
     world = DDPM_WORLD
 
-    @jit
+    @jax.jit
     def run(batch, student, critic, teacher):
         context = world.context(term, batch, student, critic, teacher)
         x_tau, tau, _ = TDM().diffused(context)
@@ -92,11 +92,10 @@ def test_its_student_difference_is_no_derivative():
 
 def test_gradient_reaches_both_of_the_students_values_with_opposite_signs():
     """So that moving S everywhere by the same constant is free."""
-    world, term, batch = DDPM_WORLD, GADScript(), make_batch(B)
-    critic, teacher = gaussian_params(3), gaussian_params(0)
+    world, term = DDPM_WORLD, GADScript()
 
-    @jit
-    def slopes(student):
+    @jax.jit
+    def slopes(student, critic, teacher, batch):
         def loss(student):
             return term(world.context(term, batch, student, critic, teacher))[0].mean()
 
@@ -104,8 +103,10 @@ def test_gradient_reaches_both_of_the_students_values_with_opposite_signs():
 
     # Linear, without a matrix: what is left of S is its bias, at x_k and at x_tau + d alike, and
     # tau lies nearer to the next step's time for some samples, whose values are two steps' then.
-    student = jax.tree.map(jnp.zeros_like, world.student_params())
-    slope = jax.device_get(slopes(student))
+    with jax.enable_x64(True):
+        student = jax.tree.map(jnp.zeros_like, world.student_params(dtype=float))
+        networks = gaussian_params(3, dtype=float), gaussian_params(0, dtype=float)
+        slope = jax.device_get(slopes(student, *networks, make_batch(B, dtype=float)))
     biases = np.stack([step["bias"] for step in slope.values()])
     assert np.abs(biases).max() > 1e-3
     np.testing.assert_allclose(biases.sum(0), 0, atol=1e-5 * np.abs(biases).max())
@@ -118,7 +119,7 @@ def test_the_gradient_is_the_difference_of_critic_and_teacher():
     student = jax.tree.map(jnp.zeros_like, world.student_params())
     critic, teacher = gaussian_params(3), gaussian_params(0)
 
-    @jit
+    @jax.jit
     def run(student):
         context = world.context(term, batch, student, critic, teacher)
         x_tau, tau, _ = TDM().diffused(context)

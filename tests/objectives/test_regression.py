@@ -7,12 +7,12 @@ from closed_form import (
     gaussian_params,
     gaussian_walk,
     guided_text,
-    jit,
     make_batch,
     perfect_student,
 )
 
 from gadjax.objectives import Anchor, Regression
+from gadjax.training.steps import drawn_steps
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 
@@ -24,7 +24,7 @@ def test_zero_at_the_teachers_own_map_with_zero_gradient(world):
     def loss(student):
         return term(world.context(term, batch, student, None, teacher))[0].mean()
 
-    run, right = jit(jax.value_and_grad(loss)), perfect_student(world, teacher, 5)
+    run, right = jax.jit(jax.value_and_grad(loss)), perfect_student(world, teacher, 5)
     value, slope = run(right)
     assert float(value) < 1e-9
     other = {k: v | {"bias": v["bias"] + 0.1} for k, v in right.items()}
@@ -39,7 +39,7 @@ def test_to_the_clean_end_it_is_the_distance_of_x0_from_the_whole_walk(world):
     samples, term = 16, Regression("clean", 7)
     student, teacher = world.student_params(), gaussian_params()
 
-    @jit
+    @jax.jit
     def run(batch, student, teacher):
         context = world.context(term, batch, student, None, teacher)
         return term(context)[0], context.x_BHWC, context.student[0].x0
@@ -47,7 +47,7 @@ def test_to_the_clean_end_it_is_the_distance_of_x0_from_the_whole_walk(world):
     batch = make_batch(samples)
     loss_B, x, said = jax.device_get(run(batch, student, teacher))
     x, said = (v.reshape(samples, D).astype(float) for v in (x, said))
-    start = np.array(world.times)[np.arange(samples) % 4]
+    start = np.array(world.times)[drawn_steps(np.arange(samples), 4)]
     times = start + np.linspace(0, 1, 8)[:, None] * (world.times[-1] - start)
     jacobian, shift = gaussian_walk(teacher, world.schedule, times, guided_text(batch))
     wanted = np.einsum("bij,bj->bi", jacobian, x) + shift
@@ -58,10 +58,12 @@ def test_the_anchors_step_is_left_out():
     world, batch, term = WORLDS["flow"], make_batch(16), Regression()
     student, teacher = world.student_params(), gaussian_params()
 
-    @jit
+    @jax.jit
     def run(student):
         masked = world.context(term + Anchor(), batch, student, None, teacher)
         return term(masked)[0], term(world.context(term, batch, student, None, teacher))[0]
 
     masked, plain = jax.device_get(run(student))
-    np.testing.assert_allclose(masked, plain * np.where(np.arange(16) % 4, 4 / 3, 0), rtol=1e-5)
+    np.testing.assert_allclose(
+        masked, plain * np.where(drawn_steps(np.arange(16), 4), 4 / 3, 0), rtol=1e-5
+    )

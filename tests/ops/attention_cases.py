@@ -1,16 +1,11 @@
 """Cases of attention with its tangent, and what the kernels of a backend have to give for them."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gadjax.ops.attention import value_attention
 from gadjax.ops.dual_attention import dual_attention
-
-# Compiling takes nearly all of the time.
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def case(queries, keys, *, channels=72, moving=True, masked=False, dtype=np.float32, shared=0):
@@ -67,7 +62,7 @@ def worst(found, expected):
 
 def error(module, args, cotangents):
     """`worst` of a module's kernels in Pallas' interpreter."""
-    found = quick(both(module, interpret=True))(args, cotangents)
+    found = jax.jit(both(module, interpret=True))(args, cotangents)
     for x, like in zip(found[1], (*args[:3], *args[4:]), strict=True):
         assert x is like is None or (x.shape, x.dtype) == (like.shape, like.dtype)
     return worst(found, truth(args, cotangents))
@@ -80,7 +75,7 @@ def error_of_directions(module, args, cotangents):
     def run(f):
         return lambda moving: f((*args[:4], *moving[0]), moving[1])
 
-    found = quick(jax.vmap(run(both(module, interpret=True))))(twice)
+    found = jax.jit(jax.vmap(run(both(module, interpret=True))))(twice)
     each = [run(truth)(jax.tree.map(lambda x, i=i: x[i], twice)) for i in range(2)]
     return worst(found, jax.tree.map(lambda *x: np.stack(x), *each))
 
@@ -90,7 +85,7 @@ def error_of_value(module, args, cotangents):
     q, k, v, bias = args[:4]
 
     def run(f):
-        return quick(lambda q, k, v: (lambda o, t: (o, t(cotangents[0])))(*jax.vjp(f, q, k, v)))
+        return jax.jit(lambda q, k, v: (lambda o, t: (o, t(cotangents[0])))(*jax.vjp(f, q, k, v)))
 
     found = run(lambda *x: module.value(*x, bias, interpret=True))(q, k, v)
     with jax.enable_x64(True):

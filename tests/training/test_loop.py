@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from several import flags_for
 
 from gadjax.checkpoints.checkpoint import read_params
 from gadjax.cli.main import main
@@ -24,7 +25,7 @@ def train(config: Path, workdir: Path, *more: str) -> int:
 
 def command(config: Path, workdir: Path, *more: str, devices: int = 1) -> subprocess.Popen:
     """The same in a process of its own."""
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | {"XLA_FLAGS": flags_for(devices)}
     arguments = ["train", "--config", str(config), "--workdir", str(workdir), *more]
     return subprocess.Popen(
         [sys.executable, "-m", "gadjax", *arguments],

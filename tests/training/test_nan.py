@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from closed_form import FLOW_WORLD, gaussian_params, jit, make_batch
+from closed_form import FLOW_WORLD, gaussian_params, make_batch
 from several import run_on_devices
 
 from gadjax.errors import RunStopped
@@ -69,7 +69,7 @@ def update_of(objective, teacher=None, batch=None, which=None, **more):
     recipe = recipe_of(objective, **more)
     old = start(recipe)
     batch = make_batch(B) if batch is None else batch
-    new, metrics = jit(partial(student_step, recipe))(old, teacher or gaussian_params(), batch)
+    new, metrics = jax.jit(partial(student_step, recipe))(old, teacher or gaussian_params(), batch)
     return Update(160, which, metrics), old, new
 
 

@@ -1,7 +1,5 @@
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +11,12 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
+from several import run_on_devices
 
 from gadjax.errors import InputError
 from gadjax.models import pixart
 from gadjax.models.module import flatten, functional
+from gadjax.ops.placement import shares
 from gadjax.training.sharding import AXES, check_batch, make_mesh, path_name, shardings
 from gadjax.training.state import create
 
@@ -61,6 +61,7 @@ def tiny_run(mesh, microbatches, offload=()):
         optimizers=optimizers,
         ema=0.9,
         microbatches=microbatches,
+        shares=shares(mesh),
     )
     null = {"text": rng.normal(size=(1, LENGTH, TEXT)), "mask": np.ones((1, LENGTH))}
     frozen = {"null": jax.tree.map(np.float32, null), "transformer": teacher}
@@ -134,19 +135,7 @@ def leaves(tree):
 def trained(tmp_path_factory):
     """Mesh -> state by path, metrics, PartitionSpecs, floating-point operations of a device."""
     out = tmp_path_factory.mktemp("sharded")
-    flags = (
-        "--xla_force_host_platform_device_count=8",
-        # Compiled in a hurry.
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",
-    )
-    env = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, __file__, str(out)], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_devices(8, __file__, out)
     found = {}
     for name in MESHES:
         arrays = np.load(out / f"{name}.npz")

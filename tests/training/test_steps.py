@@ -7,14 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from closed_form import FLOW_WORLD, gaussian_params, jit, make_batch, mixture_params
+from closed_form import FLOW_WORLD, gaussian_params, make_batch, mixture_params
 from ml_collections import ConfigDict
 
 from gadjax.objectives import DMD, GAD, Anchor, Needs
 from gadjax.objectives.compose import Addable
 from gadjax.training.setup import make_batch as batch_of
 from gadjax.training.state import create, make_optimizer
-from gadjax.training.steps import accumulate, critic_step, make_context, student_step
+from gadjax.training.steps import (
+    accumulate,
+    critic_step,
+    drawn_steps,
+    make_context,
+    own_latents,
+    student_step,
+)
 from gadjax.types import Cond
 
 WORLD, B = FLOW_WORLD, 16
@@ -23,8 +30,8 @@ ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 OPTIMIZERS = {"student": ADAM, "critic": ADAM}
 RECIPE = WORLD.recipe(TOTAL, optimizers=OPTIMIZERS, ema=0.9)
 TEACHER = gaussian_params()
-train_student = jit(partial(student_step, RECIPE))
-train_critic = jit(partial(critic_step, RECIPE))
+train_student = jax.jit(partial(student_step, RECIPE))
+train_critic = jax.jit(partial(critic_step, RECIPE))
 
 
 def start():
@@ -74,7 +81,7 @@ def test_the_critic_comes_to_know_the_student():
     params = {"student": WORLD.student_params(), "critic": gaussian_params(5)}
     state = create(params, recipe.optimizers)
 
-    @jit
+    @jax.jit
     def run(state):
         def update(state, i):
             batch = make_batch(64, told=0.0)
@@ -113,7 +120,7 @@ def one_update(parts):
     state, batch = create(start().params, plain), make_batch(B)
     recipe = replace(RECIPE, optimizers=plain, microbatches=parts)
 
-    @jit
+    @jax.jit
     def run(state):
         student, metrics = student_step(recipe, state, TEACHER, batch)
         critic, more = critic_step(recipe, state, None, batch)
@@ -143,9 +150,15 @@ def test_a_microbatch_is_a_strided_share_of_the_batch():
         jax.debug.callback(lambda s: seen.append(np.asarray(s).tolist()), batch.stratum)
         return params * jnp.mean(batch.stratum.astype(jnp.float32)), {}
 
-    jit(lambda p: accumulate(loss, p, make_batch(8), 4))(1.0)
-    jax.effects_barrier()
-    assert sorted(seen) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    for shares, parts in (
+        (1, [[0, 1], [2, 3], [4, 5], [6, 7]]),  # two that walk together
+        (2, [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ):
+        recipe = replace(RECIPE, microbatches=4, shares=shares)
+        jax.jit(lambda p, recipe=recipe: accumulate(recipe, loss, p, make_batch(8)))(1.0)
+        jax.effects_barrier()
+        assert sorted(seen) == parts
+        seen.clear()
 
 
 @dataclass(frozen=True)
@@ -166,7 +179,7 @@ def spoil(batch, value):
 @pytest.mark.parametrize("value", [np.nan, np.inf, 77.0], ids=["nan", "inf", "loss alone"])
 def test_an_update_that_is_not_finite_is_left_out(value):
     recipe = replace(RECIPE, objective=TOTAL + Spoilt(), microbatches=2)
-    train, good = jit(partial(student_step, recipe)), make_batch(B)
+    train, good = jax.jit(partial(student_step, recipe)), make_batch(B)
     old, _ = train(start(), TEACHER, good)
     new, metrics = train(old, TEACHER, spoil(good, value))
     assert equal((new.params, new.opt, new.ema), (old.params, old.opt, old.ema))
@@ -197,7 +210,7 @@ def test_gradients_that_overflow_in_the_norm_are_left_out():
     """Finite leaf by leaf; their squares' sum is not, and the clip would make them zeros."""
     recipe = replace(RECIPE, objective=1e30 * GAD(normalize=False))
     old = start()
-    new, metrics = jit(partial(student_step, recipe))(old, TEACHER, make_batch(B))
+    new, metrics = jax.jit(partial(student_step, recipe))(old, TEACHER, make_batch(B))
     assert np.isfinite(metrics["student/loss"]) and np.isinf(metrics["student/grad_norm"])
     assert equal((new.params, new.opt, new.ema), (old.params, old.opt, old.ema))
     assert int(new.bad["student"]) == 1
@@ -215,7 +228,7 @@ def raw(samples):
 @cache
 def maker(seed):
     frozen = {"null": raw(1)}
-    return jit(lambda raw, update: batch_of(PIPELINE, frozen, raw, seed, update))
+    return jax.jit(lambda raw, update: batch_of(PIPELINE, frozen, raw, seed, update))
 
 
 def host_batch(samples, seed, update):
@@ -243,17 +256,50 @@ def test_steps_of_the_students_grid_are_drawn_evenly():
     firsts = set()
     for update in range(12):
         stratum = np.asarray(host_batch(8, 0, update).stratum)
-        assert np.bincount(stratum % 4, minlength=4).tolist() == [2, 2, 2, 2]
         np.testing.assert_array_equal(np.diff(stratum), 1)
-        firsts.add(int(stratum[0] % 4))
+        steps = np.asarray(drawn_steps(stratum, 4))
+        assert np.bincount(steps[:4], minlength=4).tolist() == [1, 1, 1, 1]
+        assert np.bincount(steps[4:], minlength=4).tolist() == [1, 1, 1, 1]
+        firsts.add(int(steps[0]))
     # So that a batch smaller than the grid reaches all of it in time.
     assert firsts == {0, 1, 2, 3}
+    for n in (1, 2, 3, 4, 5):
+        steps = np.asarray(drawn_steps(jnp.arange(2 * n), n))
+        assert np.bincount(steps, minlength=n).tolist() == [2] * n
+        np.testing.assert_array_equal(steps[::2] + steps[1::2], n - 1)
     needs = Needs(student=True)
     batch = make_batch(8)._replace(stratum=jnp.arange(8, dtype=jnp.int32) + 6)
     context = make_context(RECIPE, needs, WORLD.student_params(), None, None, batch)
-    assert np.asarray(context.step_B).tolist() == [2, 3, 0, 1, 2, 3, 0, 1]
-    assert np.asarray(context.t_B).tolist() == [750, 500, 1000, 900, 750, 500, 1000, 900]
-    assert np.asarray(context.next_B).tolist() == [500, 0, 900, 750, 500, 0, 900, 750]
+    assert np.asarray(context.step_B).tolist() == [2, 1, 0, 3, 1, 2, 3, 0]
+    assert np.asarray(context.t_B).tolist() == [750, 900, 1000, 500, 900, 750, 500, 1000]
+    assert np.asarray(context.next_B).tolist() == [500, 750, 900, 0, 750, 500, 0, 900]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_neighbours_take_turns_in_one_walk(steps):
+    """Half of the evaluations, and the latents of a walk for each."""
+    batch = make_batch(12)._replace(stratum=jnp.arange(12, dtype=jnp.int32) + 4)
+    student, evaluated = WORLD.student_params(bend=0.2), []
+
+    def watched(params, x, *rest):
+        evaluated.append(len(x))
+        return WORLD.denoiser.apply(params, x, *rest)
+
+    recipe = replace(
+        RECIPE,
+        times=(*RECIPE.times[:steps], RECIPE.times[-1]),
+        denoiser=replace(WORLD.denoiser, apply=watched),
+    )
+    step_B = drawn_steps(batch.stratum, steps)
+
+    def latents(shares):
+        return own_latents(replace(recipe, shares=shares), student, batch, step_B)
+
+    paired, alone = jax.jit(lambda: (latents(1), latents(12)))()
+    assert evaluated == ([] if steps == 1 else [6, 12])
+    np.testing.assert_array_equal(paired[step_B == 0], batch.noise[step_B == 0])
+    np.testing.assert_allclose(paired, alone, rtol=1e-12)
+    assert steps == 1 or np.abs(paired - batch.noise)[step_B > 0].min() > 0
 
 
 def test_two_runs_are_the_same_run():
@@ -279,7 +325,9 @@ def rates(updates, **options):
         found, state = adam.update(jnp.array([3e3, -3e3]), state, params)
         return state, found
 
-    found = np.asarray(jit(lambda s: jax.lax.scan(update, s, None, updates)[1])(adam.init(params)))
+    found = np.asarray(
+        jax.jit(lambda s: jax.lax.scan(update, s, None, updates)[1])(adam.init(params))
+    )
     np.testing.assert_allclose(found[:, 0], -found[:, 1], rtol=1e-5)
     return -found[:, 0]
 
