@@ -23,9 +23,11 @@ from published import write_folder  # noqa: E402
 OUT = ROOT / "docs/results/plans"
 GIB = 2**30
 GAD = {"tdm": {}, "gad": {"weight": 1.0, "steps": 4}}
-DPDMD = {"dmd": {"backprop": "all"}, "anchor": {"weight": 0.05, "target": "v", "steps": 4}}
+# The anchor 10 of the teacher's steps away, as DP-DMD's code has it.
+DPDMD = {"dmd": {"backprop": "all"}, "anchor": {"weight": 0.05, "target": "x0", "steps": 10}}
 # What a row trains -> objective, updates of the critic for one of the student.
 TRAINS = {"GAD": (GAD, 1), "DP-DMD": (DPDMD, 5), "both": (DPDMD | {"gad": GAD["gad"]}, 5)}
+FLOWS = "sana_gad.py", "sd35_dpdmd.py"  # whose anchor is of v
 # Name in a row -> repository, config, changes of its transformer.
 PIXART = "PixArt-XL-2-512x512", "pixart_gad.py"
 BACKBONES = {
@@ -56,13 +58,34 @@ class Row(NamedTuple):
     most: float | None = None
 
 
+XL, LARGE = "PixArt-XL, 512 px", "a PixArt of 2.6 B, 1024 px"
+SD35 = "SD 3.5 medium, 1024 px"
 ROWS = {
-    # The aims of memory: the whole batch at once.
-    "pixart-1": Row("PixArt-XL, 512 px", "both", "v5e:4x4", 1, 1, 16),
-    "pixart-8": Row("PixArt-XL, 512 px", "both", "v5e:4x4", 8, 8, 16, most=3.5),
-    "pixart-16": Row("PixArt-XL, 512 px", "both", "v5e:4x4", 16, 16, 16, most=6.0),
-    "pixart-48": Row("PixArt-XL, 512 px", "both", "v5e:4x4", 48, 48, 16, most=14.5),
-    "large": Row("a PixArt of 2.6 B, 1024 px", "GAD", "v5e:4x4", 1, 1, 16, most=8.0),
+    # The aims of memory.
+    "pixart-gad-8": Row(XL, "GAD", "v5e:4x4", 8, 8, 16, most=3.5),
+    "pixart-gad-16": Row(XL, "GAD", "v5e:4x4", 16, 16, 16, most=6.0),
+    "pixart-gad-48": Row(XL, "GAD", "v5e:4x4", 48, 48, 16, most=14.5),
+    "large-gad": Row(LARGE, "GAD", "v5e:4x4", 1, 1, 16, most=8.0),
+    # Each backbone with each of the three.
+    "pixart-gad": Row(XL, "GAD", "v5e:4x4", 2, 2, 16),
+    "pixart-dpdmd": Row(XL, "DP-DMD", "v5e:4x4", 2, 2, 16),
+    "pixart-both": Row(XL, "both", "v5e:4x4", 2, 2, 16),
+    "sd2-gad": Row("SD 2, 512 px", "GAD", "v5e:4x4", 2, 2, 16),
+    "sd2-dpdmd": Row("SD 2, 512 px", "DP-DMD", "v5e:4x4", 2, 2, 16),
+    "sd2-both": Row("SD 2, 512 px", "both", "v5e:4x4", 2, 2, 16),
+    "sana-gad": Row("SANA 0.6B, 512 px", "GAD", "v5e:4x4", 2, 2, 16),
+    "sana-dpdmd": Row("SANA 0.6B, 512 px", "DP-DMD", "v5e:4x4", 2, 2, 16),
+    "sana-both": Row("SANA 0.6B, 512 px", "both", "v5e:4x4", 2, 2, 16),
+    "sd35-gad": Row(SD35, "GAD", "v5e:4x8", 1, 1, 32),
+    "sd35-dpdmd": Row(SD35, "DP-DMD", "v5e:4x8", 1, 1, 32),
+    "sd35-both": Row(SD35, "both", "v5e:4x8", 1, 1, 32),
+    "sdxl-gad": Row("SDXL, 1024 px", "GAD", "v5e:8x8", 1, 1, 64),
+    "sdxl-dpdmd": Row("SDXL, 1024 px", "DP-DMD", "v5e:8x8", 1, 1, 64),
+    "sdxl-both": Row("SDXL, 1024 px", "both", "v5e:8x8", 1, 1, 64),
+    # A pod.
+    "pixart-both-v6e": Row(XL, "both", "v6e:16x16", 2, 2, 128, 2),
+    "pixart-both-pod": Row(XL, "both", "v5p:8x8x8", 2, 2, 128, 4),
+    "sd35-both-pod": Row(SD35, "both", "v5p:8x8x8", 2, 2, 128, 4),
 }
 
 
@@ -78,6 +101,8 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
     objective, updates = TRAINS[row.trains]
     chips = row.fsdp * row.data
     config.objective = objective
+    if "anchor" in objective and file in FLOWS:
+        config.objective.anchor.target = "v"
     config.critic.updates = updates
     config.mesh.update(data=row.data, fsdp=row.fsdp)
     config.batch, config.microbatch = row.batch * chips, row.at_once * chips

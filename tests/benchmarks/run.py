@@ -62,6 +62,7 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
     base, sides, depths = (TINY, (8, 12), (1, 2)) if tiny else (SMALL, (32, 64, 128), (2, 4, 6))
     shapes = ((96, 2, 12),) if tiny else ((256, 6, 64), (1024, 6, 64))
     few, many = ("dmd_none",), tuple(step.VARIANTS)
+    sizes = [TINY] if tiny else [XL_512, XL_1024]
     return {
         "accuracy": partial(accuracy.accuracy, base, ("bfloat16",) if tiny else accuracy.DTYPES),
         "attention": in_order(
@@ -70,7 +71,9 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
             partial(attention.programs, [], TINY if tiny else replace(SMALL, layers=2)),
         ),
         "step": in_order(
-            *(partial(step.evaluations, s) for s in ([TINY] if tiny else [XL_512, XL_1024])),
+            *(
+                partial(step.evaluations, replace(s, batch=2)) for s in sizes
+            ),  # neighbours walk together
             partial(step.iterations, few if tiny else many, few if tiny else step.TIMED, 3),
         ),
         "host": partial(host.host, 4, 4, 1) if tiny else partial(host.host, 16, 40, 2),
