@@ -124,10 +124,78 @@ def plans(names: list[str], out: Path) -> Iterator[Figure]:
         yield Figure(f"peak of a chip, GiB: {name}", peak and peak / GIB, row.most, note=note)
 
 
+HEADS = (
+    "backbone",
+    "trains",
+    "topology",
+    "mesh",
+    "samples a chip",
+    "peak a chip, GiB",
+    "of it held",
+    "a chip has",
+    "aim",
+    "TFLOP an image",
+    "images/s a chip",
+    "sent for an update, GiB",
+    "largest whole parameter",
+    "compiled in, s",
+)
+
+
+def write_table(out: Path) -> None:
+    """README.md of the plans: a row for each, "not yet run" where there is none."""
+    lines = [TEXT.strip(), "", f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
+    for name, row in ROWS.items():
+        path = out / f"{name}.json"
+        cells = [row.backbone, row.trains, row.topology, f"{row.data} x {row.fsdp}"]
+        found = json.loads(path.read_text()) if path.is_file() else None
+        lines.append(
+            f"| {' | '.join(cells + (numbers(row, found) if found else ['not yet run']))} |"
+        )
+    (out / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def numbers(row: Row, found: dict[str, Any]) -> list[str]:
+    memory, sent, whole = found["memory"], found["traffic"], found["replicated"]
+    peak = memory["peak"]
+    return [
+        str(row.batch),
+        f"{peak / GIB:.2f}" if peak else "more",
+        f"{sum(memory['held'].values()) / GIB:.2f}",
+        f"{memory['capacity'] / GIB:.2f}" + ("" if memory["fits"] else ": **does not fit**"),
+        f"{row.most:g}: {'holds' if peak and peak <= row.most * GIB else '**misses**'}"
+        if row.most
+        else "",
+        f"{found['flops']['image'] / 1e12:.1f}",
+        f"{found['images_per_second_per_chip']:.2f}",
+        f"{sent['update'] / GIB:.1f}" if sent else "",
+        f"{whole['elements']:,}" if whole else "none",
+        " + ".join(f"{taken:.0f}" for taken in found["seconds"].values()),
+    ]
+
+
+TEXT = """
+# Plans at full size
+
+What `gadjax plan` says of the papers' backbones (bfloat16, Pallas attention where the network
+has one, prompts encoded in the step, float32 masters with moments and an average; each row's
+.json is beside this page). GAD is TDM + GAD along a map of 4 steps with one critic update; DP-
+DMD is DMD through the whole rollout + the anchor of 10 teacher steps with five; both is DP-DMD
++ GAD. A chip has all of its samples at once; more come in microbatches at the memory of one and
+a gradient. "of it held" is what lies there between updates. The images are a ceiling at 40 % of
+the peak. Compiled on two slow cores beside other work.
+
+    python tests/benchmarks/plans.py [ROW ...]
+"""
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
+    if unknown := [name for name in args.rows if name not in ROWS]:
+        parser.error(f"found {', '.join(unknown)}; expected some of {', '.join(ROWS)}")
     for figure in plans(args.rows or list(ROWS), args.out):
         print(figure.name, figure.value, figure.aim, figure.note, flush=True)
+        write_table(args.out)
