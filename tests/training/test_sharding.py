@@ -227,7 +227,7 @@ def test_an_axis_that_does_not_divide_is_refused():
 
 
 def test_moments_and_averages_lie_with_their_parameter():
-    run = tiny_run(None, 1)
+    run = tiny_run(MESH, 1)
     state = jax.eval_shape(run.start, run.first)
     found = {path_name(path): s.spec for path, s in leaves(shardings(state, pixart.RULES, MESH))}
     own = {
