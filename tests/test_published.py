@@ -79,6 +79,7 @@ MESHES = {
     512: (8, 32, 2, 1),
 }
 LARGE = 1 << 20
+WHOLE = 1 << 16  # of a parameter that every device may hold
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion-xl-base-1.0", "stable-diffusion-3.5-medium"])
@@ -100,6 +101,8 @@ def check_spread(folder):
             leaves = jax.tree_util.tree_leaves_with_path(part.abstract)
             for (path, leaf), sharding in zip(leaves, jax.tree.leaves(placed), strict=True):
                 split = math.prod(mesh.shape[axis] for axis in sharding.spec if axis)
+                if split == 1:
+                    assert math.prod(leaf.shape) <= WHOLE, (part.name, path_name(path), sizes)
                 if math.prod(leaf.shape) >= LARGE:
                     assert split >= sizes[1], (part.name, path_name(path), sizes)
 

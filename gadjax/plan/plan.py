@@ -6,6 +6,7 @@ traced ones; no parameter takes memory and nothing is computed.
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -55,7 +56,9 @@ def plan(
     count = {"critic": config.critic.updates, "student": 1}
     count = {name: count[name] for name in programs.steps}
     work = {name: _operations(programs, name, batch) for name in programs.steps}
-    done = {name: programs.compile(name, batch, say) for name in programs.steps}
+    with ThreadPoolExecutor() as pool:  # XLA works on each with little more than one core
+        compiled = pool.map(lambda name: programs.compile(name, batch, say), programs.steps)
+        done = dict(zip(programs.steps, compiled, strict=True))
     shapes, update = dict(run.mesh.shape), sum(work[name] * count[name] for name in work)
     speed = utilisation * where.chip.peak / update * batch
     peak = max(step.peak or math.inf for step in done.values())

@@ -15,9 +15,16 @@ from gadjax.training.compiled import compile_steps
 from gadjax.training.setup import Run
 from gadjax.training.sharding import HOST, batch_sharding, replicated, shapes_at
 
-# What shortens compiling: by whether CPUs stand in, whose machine code nobody runs.
+# What shortens compiling: by whether CPUs stand in, whose machine code nobody runs. For TPUs the
+# last four are about code for buffers that have their places by then.
 HURRIED = {
-    False: {"exec_time_optimization_effort": -1.0},
+    False: {
+        "exec_time_optimization_effort": -1.0,
+        "xla_jf_critical_path_scheduler": False,
+        "xla_jf_naive_bundle_packer": True,
+        "xla_jf_vliw_scheduler": False,
+        "xla_tpu_enable_emitter_rolling": True,
+    },
     True: {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
 }
 # As in the host's loop: one batch in use and two that are put on the chips ahead of it.
