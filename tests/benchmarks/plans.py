@@ -149,9 +149,8 @@ def write_table(out: Path) -> None:
         path = out / f"{name}.json"
         cells = [row.backbone, row.trains, row.topology, f"{row.data} x {row.fsdp}"]
         found = json.loads(path.read_text()) if path.is_file() else None
-        lines.append(
-            f"| {' | '.join(cells + (numbers(row, found) if found else ['not yet run']))} |"
-        )
+        cells += numbers(row, found) if found else [str(row.batch), "not yet run"]
+        lines.append(f"| {' | '.join(cells)} |")
     (out / "README.md").write_text("\n".join(lines) + "\n")
 
 

@@ -5,8 +5,10 @@ import math
 from functools import partial
 
 import pytest
-from benchmarks import accuracy, attention, run
+from benchmarks import accuracy, attention, plans, run
 from benchmarks.common import Figure, Size
+
+from gadjax.plan.hardware import find_topology
 
 
 def test_a_figure_is_held_to_its_aim():
@@ -53,3 +55,17 @@ def test_every_benchmark_runs_in_tiny_sizes(kind, name, tmp_path):
     assert run.main([kind, "--tiny", "--only", name, "--json", str(path)]) == 0
     figures = json.loads(path.read_text())["figures"][name]
     assert figures and all(math.isfinite(figure["value"]) for figure in figures)
+
+
+def test_the_table_of_plans_is_that_of_its_files(tmp_path):
+    for path in plans.OUT.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    plans.write_table(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (plans.OUT / "README.md").read_text()
+    assert {path.stem for path in plans.OUT.glob("*.json")} <= plans.ROWS.keys()
+
+
+def test_a_row_takes_all_chips_of_its_topology():
+    for name, row in plans.ROWS.items():
+        assert find_topology(row.topology).count == row.data * row.fsdp, name
+        assert row.batch % row.at_once == 0, name
