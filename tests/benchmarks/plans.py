@@ -8,6 +8,7 @@ already, one JSON of `gadjax plan` for each, and writes the table of all to its 
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,22 +17,26 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
+# Before JAX starts, as the command has them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from benchmarks.common import Figure  # noqa: E402
 from published import write_folder  # noqa: E402
 
+from gadjax.plan.hardware import GIB  # noqa: E402
+from gadjax.plan.plan import plan  # noqa: E402
+from gadjax.training.config import read_config  # noqa: E402
+
 OUT = ROOT / "docs/results/plans"
-GIB = 2**30
 GAD = {"tdm": {}, "gad": {"weight": 1.0, "steps": 4}}
-# The anchor 10 of the teacher's steps away, as DP-DMD's code has it.
+# An anchor of 10 teacher steps, the number of DP-DMD's code.
 DPDMD = {"dmd": {"backprop": "all"}, "anchor": {"weight": 0.05, "target": "x0", "steps": 10}}
 # What a row trains -> objective, updates of the critic for one of the student.
 TRAINS = {"GAD": (GAD, 1), "DP-DMD": (DPDMD, 5), "both": (DPDMD | {"gad": GAD["gad"]}, 5)}
 FLOWS = "sana_gad.py", "sd35_dpdmd.py"  # whose anchor is of v
 # Name in a row -> repository, config, changes of its transformer.
-PIXART = "PixArt-XL-2-512x512", "pixart_gad.py"
 BACKBONES = {
-    "PixArt-XL, 512 px": (*PIXART, {}),
+    "PixArt-XL, 512 px": ("PixArt-XL-2-512x512", "pixart_gad.py", {}),
     "SD 2, 512 px": ("stable-diffusion-2-base", "sd2_gad.py", {}),
     "SANA 0.6B, 512 px": ("Sana_600M_512px", "sana_gad.py", {}),
     "SD 3.5 medium, 1024 px": ("stable-diffusion-3.5-medium", "sd35_dpdmd.py", {}),
@@ -45,14 +50,12 @@ BACKBONES = {
 
 
 class Row(NamedTuple):
-    """batch: samples of a chip; at_once: how many of them are in one microbatch. most: the aim for
-    the peak, in GiB of a chip."""
+    """batch: samples of a chip, all at once. most: the aim for the peak, in GiB of a chip."""
 
     backbone: str
     trains: str
     topology: str
     batch: int
-    at_once: int
     fsdp: int
     data: int = 1
     most: float | None = None
@@ -62,39 +65,35 @@ XL, LARGE = "PixArt-XL, 512 px", "a PixArt of 2.6 B, 1024 px"
 SD35 = "SD 3.5 medium, 1024 px"
 ROWS = {
     # The aims of memory.
-    "pixart-gad-8": Row(XL, "GAD", "v5e:4x4", 8, 8, 16, most=3.5),
-    "pixart-gad-16": Row(XL, "GAD", "v5e:4x4", 16, 16, 16, most=6.0),
-    "pixart-gad-48": Row(XL, "GAD", "v5e:4x4", 48, 48, 16, most=14.5),
-    "large-gad": Row(LARGE, "GAD", "v5e:4x4", 1, 1, 16, most=8.0),
+    "pixart-gad-8": Row(XL, "GAD", "v5e:4x4", 8, 16, most=3.5),
+    "pixart-gad-16": Row(XL, "GAD", "v5e:4x4", 16, 16, most=6.0),
+    "pixart-gad-48": Row(XL, "GAD", "v5e:4x4", 48, 16, most=14.5),
+    "large-gad": Row(LARGE, "GAD", "v5e:4x4", 1, 16, most=8.0),
     # Each backbone with each of the three.
-    "pixart-gad": Row(XL, "GAD", "v5e:4x4", 2, 2, 16),
-    "pixart-dpdmd": Row(XL, "DP-DMD", "v5e:4x4", 2, 2, 16),
-    "pixart-both": Row(XL, "both", "v5e:4x4", 2, 2, 16),
-    "sd2-gad": Row("SD 2, 512 px", "GAD", "v5e:4x4", 2, 2, 16),
-    "sd2-dpdmd": Row("SD 2, 512 px", "DP-DMD", "v5e:4x4", 2, 2, 16),
-    "sd2-both": Row("SD 2, 512 px", "both", "v5e:4x4", 2, 2, 16),
-    "sana-gad": Row("SANA 0.6B, 512 px", "GAD", "v5e:4x4", 2, 2, 16),
-    "sana-dpdmd": Row("SANA 0.6B, 512 px", "DP-DMD", "v5e:4x4", 2, 2, 16),
-    "sana-both": Row("SANA 0.6B, 512 px", "both", "v5e:4x4", 2, 2, 16),
-    "sd35-gad": Row(SD35, "GAD", "v5e:4x8", 1, 1, 32),
-    "sd35-dpdmd": Row(SD35, "DP-DMD", "v5e:4x8", 1, 1, 32),
-    "sd35-both": Row(SD35, "both", "v5e:4x8", 1, 1, 32),
-    "sdxl-gad": Row("SDXL, 1024 px", "GAD", "v5e:8x8", 1, 1, 64),
-    "sdxl-dpdmd": Row("SDXL, 1024 px", "DP-DMD", "v5e:8x8", 1, 1, 64),
-    "sdxl-both": Row("SDXL, 1024 px", "both", "v5e:8x8", 1, 1, 64),
+    "pixart-gad": Row(XL, "GAD", "v5e:4x4", 2, 16),
+    "pixart-dpdmd": Row(XL, "DP-DMD", "v5e:4x4", 2, 16),
+    "pixart-both": Row(XL, "both", "v5e:4x4", 2, 16),
+    "sd2-gad": Row("SD 2, 512 px", "GAD", "v5e:4x4", 2, 16),
+    "sd2-dpdmd": Row("SD 2, 512 px", "DP-DMD", "v5e:4x4", 2, 16),
+    "sd2-both": Row("SD 2, 512 px", "both", "v5e:4x4", 2, 16),
+    "sana-gad": Row("SANA 0.6B, 512 px", "GAD", "v5e:4x4", 2, 16),
+    "sana-dpdmd": Row("SANA 0.6B, 512 px", "DP-DMD", "v5e:4x4", 2, 16),
+    "sana-both": Row("SANA 0.6B, 512 px", "both", "v5e:4x4", 2, 16),
+    "sd35-gad": Row(SD35, "GAD", "v5e:4x8", 1, 32),
+    "sd35-dpdmd": Row(SD35, "DP-DMD", "v5e:4x8", 1, 32),
+    "sd35-both": Row(SD35, "both", "v5e:4x8", 1, 32),
+    "sdxl-gad": Row("SDXL, 1024 px", "GAD", "v5e:8x8", 1, 64),
+    "sdxl-dpdmd": Row("SDXL, 1024 px", "DP-DMD", "v5e:8x8", 1, 64),
+    "sdxl-both": Row("SDXL, 1024 px", "both", "v5e:8x8", 1, 64),
     # A pod.
-    "pixart-both-v6e": Row(XL, "both", "v6e:16x16", 2, 2, 128, 2),
-    "pixart-both-pod": Row(XL, "both", "v5p:8x8x8", 2, 2, 128, 4),
-    "sd35-both-pod": Row(SD35, "both", "v5p:8x8x8", 2, 2, 128, 4),
+    "pixart-both-v6e": Row(XL, "both", "v6e:16x16", 2, 128, 2),
+    "pixart-both-pod": Row(XL, "both", "v5p:8x8x8", 2, 128, 4),
+    "sd35-both-pod": Row(SD35, "both", "v5p:8x8x8", 2, 128, 4),
 }
 
 
 def make_plan(row: Row, folder: Path) -> dict[str, Any]:
     """folder: where the repository's configurations go."""
-    # Before JAX starts, as `gadjax plan` has them.
-    from gadjax.plan.plan import plan
-    from gadjax.training.config import read_config
-
     repository, file, changes = BACKBONES[row.backbone]
     teacher = write_folder(repository, folder, transformer=changes)
     config = read_config([f"--config={ROOT}/configs/{file}", f"--config.teacher={teacher}"])
@@ -105,7 +104,7 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
         config.objective.anchor.target = "v"
     config.critic.updates = updates
     config.mesh.update(data=row.data, fsdp=row.fsdp)
-    config.batch, config.microbatch = row.batch * chips, row.at_once * chips
+    config.batch, config.microbatch = row.batch * chips, 0
     found = plan(config, row.topology, say=lambda text: print(text, file=sys.stderr, flush=True))
     return found | {"teacher": repository}
 
@@ -180,9 +179,9 @@ What `gadjax plan` says of the papers' backbones (bfloat16, Pallas attention whe
 has one, prompts encoded in the step, float32 masters with moments and an average; each row's
 .json is beside this page). GAD is TDM + GAD along a map of 4 steps with one critic update; DP-
 DMD is DMD through the whole rollout + the anchor of 10 teacher steps with five; both is DP-DMD
-+ GAD. A chip has all of its samples at once; more come in microbatches at the memory of one and
-a gradient. "of it held" is what lies there between updates. The images are a ceiling at 40 % of
-the peak. Compiled on two slow cores beside other work.
++ GAD. A chip has all of its samples at once. "of it held" is what lies there between updates. The
+images are a ceiling at 40 % of the peak. Compiled on two slow cores beside other work; the rows
+of 16 and of 48 samples stood still for three and for twenty minutes of their time.
 
     python tests/benchmarks/plans.py [ROW ...]
 """

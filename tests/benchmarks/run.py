@@ -71,9 +71,8 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
             partial(attention.programs, [], TINY if tiny else replace(SMALL, layers=2)),
         ),
         "step": in_order(
-            *(
-                partial(step.evaluations, replace(s, batch=2)) for s in sizes
-            ),  # neighbours walk together
+            # Two samples, since neighbours walk together.
+            *(partial(step.evaluations, replace(size, batch=2)) for size in sizes),
             partial(step.iterations, few if tiny else many, few if tiny else step.TIMED, 3),
         ),
         "host": partial(host.host, 4, 4, 1) if tiny else partial(host.host, 16, 40, 2),
