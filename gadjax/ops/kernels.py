@@ -11,6 +11,7 @@ from gadjax.ops import pallas_gpu, pallas_tpu
 from gadjax.ops.dual_attention import kept, shared
 from gadjax.ops.placement import parts, placed, shares
 from gadjax.ops.spread import spread
+from gadjax.ops.tiles import joined, parted
 
 MODULES = {"tpu": pallas_tpu, "gpu": pallas_gpu}
 
@@ -47,7 +48,8 @@ def value_by(kernels: Kernels, q, k, v, bias):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dual_by(kernels: Kernels, q, k, v, bias, tq, tk, tv):
     """`dual_attention` by kernels."""
-    return _forward(kernels, q, k, v, bias, tq, tk, tv)[0]
+    o, to, *_ = _dual(kernels, q, k, v, bias, tq, tk, tv)
+    return o.astype(v.dtype), to.astype(v.dtype)
 
 
 def one_value(f):
@@ -67,7 +69,7 @@ def one_value(f):
     return fair
 
 
-def _forward(kernels, q, k, v, bias, tq, tk, tv):
+def _dual(kernels, q, k, v, bias, tq, tk, tv):
     def run(queries, keys, bias):
         (q, tq), (k, v, tk, tv) = queries, keys
         return kernels.module.dual(q, k, v, bias, tq, tk, tv), ()
@@ -77,8 +79,15 @@ def _forward(kernels, q, k, v, bias, tq, tk, tv):
         (q, k, v, bias), (tq, tk, tv) = operands, tangents
         return spread(run, kernels.mesh, (q, tq), (k, v, tk, tv), bias)[0]
 
-    saved = kept(dual((q, k, v, bias), (tq, tk, tv)))
-    return tuple(x.astype(v.dtype) for x in saved[:2]), (q, k, v, bias, tq, tk, tv, saved)
+    return dual((q, k, v, bias), (tq, tk, tv))
+
+
+def _forward(kernels, q, k, v, bias, tq, tk, tv):
+    o, to, *rows = _dual(kernels, q, k, v, bias, tq, tk, tv)
+    results = o.astype(v.dtype), to.astype(v.dtype)
+    # Both are kept: made of what waits, the results would lie there in two layouts.
+    results, found, rows = kept((results, joined((o, to)), rows))
+    return results, (joined((q, k, v, tq, tk, tv)), bias, found, rows)
 
 
 def _backward(kernels, given, cotangents):
@@ -94,8 +103,9 @@ def _backward(kernels, given, cotangents):
         (dq, dtq), (dk, dv, dtk, dtv) = spread(run, kernels.mesh, queries, keys, bias)
         return dq, dk, dv, dtq, dtk, dtv
 
-    *operands, saved = given
-    dq, dk, dv, *moving = transpose(*cotangents, *operands, *saved)
+    operands, bias, found, rows = given
+    (q, k, v, tq, tk, tv), found = parted((operands, found), cotangents[0].shape[2])
+    dq, dk, dv, *moving = transpose(*cotangents, q, k, v, bias, tq, tk, tv, *found, *rows)
     return dq, dk, dv, None, *moving
 
 
