@@ -99,14 +99,16 @@ def plan(
 
 
 def _operations(programs: Programs, name: str, batch: int) -> float:
-    """Of the whole batch. Traced for no mesh: a kernel placed on one shows a chip's part."""
+    """Of the whole batch. Traced for no mesh: a kernel placed on one shows a chip's part, and what
+    waits in the host's memory cannot be computed with there."""
     run, step = programs.run, {"critic": critic_step, "student": student_step}[name]
 
     def update(state, frozen, raw):
         made = make_batch(run.pipeline, frozen, raw, run.config.seed, 0)
         return step(keeping(run.recipe, frozen), state, frozen.get(run.pipeline.body), made)
 
-    return flops(update, *programs.held, programs.raw(batch))
+    given = *programs.held, programs.raw(batch)
+    return flops(update, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given))
 
 
 def _held(programs: Programs, batch: int) -> dict[str, int]:
