@@ -69,6 +69,44 @@ TOPOLOGIES = {
 }
 CARDS = [name for name in CHIPS if name not in TOPOLOGIES]
 GPU = "h100"  # what "gpu" means
+PLUGINS = "jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"  # of jax[cuda13], jax[cuda12]
+NODE = 8  # cards of a machine
+# What XLA compiles for, where it cannot ask the card (OpenXLA's target_config/specs): major compute
+# capability, multiprocessors, float32 units, bytes of shared memory and of it for a block of each,
+# bytes of L2 and of memory, bytes per second.
+TARGETS = {
+    "a100-40": (8, 108, 64, 167936, 166912, 41943040, 42331013120, 1555200000000),
+    "a100-80": (8, 108, 64, 167936, 166912, 41943040, 85100068864, 2039040000000),
+    "h100": (9, 132, 128, 233472, 232448, 52428800, 84942979072, 3352320000000),
+    "h200": (9, 132, 128, 233472, 232448, 52428800, 151397597184, 4800000000000),
+    "b200": (10, 148, 128, 233472, 232448, 132644864, 191514411008, 7672320000000),
+}
+TARGET = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: {} }}
+  core_count: {}
+  fpus_per_core: {}
+  shared_memory_per_core: {}
+  shared_memory_per_block_optin: {}
+  l2_cache_size: {}
+  device_memory_size: {}
+  memory_bandwidth: {}
+  shared_memory_per_block: 49152
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  clock_rate_ghz: 1.5
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 8 }}
+device_description_str: "{}"
+"""
 PER_PLACE = {"tpu7x": 2}  # JAX devices at a place of the topology
 # The compiler of a TPU looks for one, and for the others that use it, unless it is told.
 ENVIRONMENT = {
@@ -94,13 +132,16 @@ class Topology:
     estimate: bool
 
     def devices(self) -> list[Any]:
-        """Devices to compile for. Raises: InputError without libtpu, or without enough CPUs."""
-        return _cpus(self.count) if self.estimate else _tpus(self.name)
+        """Devices to compile for. Raises: InputError where there is nothing to compile with."""
+        if self.chip.name in CARDS:
+            return _cpus(self.count) if self.estimate else _gpus(self)
+        return _tpus(self.name)
 
 
 def find_topology(name: str) -> Topology:
     """ "v5e:4x4", "2*v5e:4x4" for two slices, or "h100:8" ("gpu:8" is the same).
 
+    Cards are an estimate where JAX has no CUDA plugin, which compiles for them without any.
     Raises: InputError for an unknown one.
     """
     slices, kind, size = re.fullmatch(r"(?:([1-9][0-9]?)\*)?([^:]*):?(.*)", name).groups()
@@ -109,7 +150,7 @@ def find_topology(name: str) -> Topology:
         return Topology(name, CHIPS[kind], count * int(slices or 1), False)
     card = GPU if kind == "gpu" else kind
     if card in CARDS and not slices and re.fullmatch("[1-9][0-9]{0,3}", size):
-        return Topology(name, CHIPS[card], int(size), True)
+        return Topology(name, CHIPS[card], int(size), not _has_cuda())
     known = "; ".join(f"{kind}: {', '.join(sizes)}" for kind, sizes in TOPOLOGIES.items())
     raise InputError(
         f"--topology: found {name!r}; expected CHIP:SIZE ({known}), several slices of one as "
@@ -146,6 +187,31 @@ def _tpus(name: str) -> list[Any]:
         raise InputError(
             f"--topology: found a libtpu that does not know {name} ({' '.join(str(error).split())})"
             "; expected one that does (pip install -U libtpu)"
+        ) from error
+    return list(found.devices)
+
+
+def _has_cuda() -> bool:
+    parent, *_ = PLUGINS[0].partition(".")
+    if importlib.util.find_spec(parent) is None:
+        return False
+    return any(importlib.util.find_spec(name) for name in PLUGINS)
+
+
+def _gpus(where: Topology) -> list[Any]:
+    from jax.experimental import topologies
+
+    kind = next(kind for kind, name in KINDS.items() if name == where.chip.name)
+    nodes, rest = divmod(where.count, NODE)
+    shape = f"1x{nodes}x{NODE}" if nodes and not rest else f"1x1x{where.count}"
+    target = TARGET.format(*TARGETS[where.chip.name], kind)
+    try:
+        found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape)
+    except Exception as error:  # whatever the plugin says of itself
+        raise InputError(
+            f"--topology: found a CUDA plugin of JAX that does not compile for {where.name} "
+            f"without a card ({' '.join(str(error).split())}); expected one that does (pip install "
+            "-U 'jax[cuda12]'), or none for an estimate"
         ) from error
     return list(found.devices)
 

@@ -15,17 +15,19 @@ from gadjax.training.compiled import compile_steps
 from gadjax.training.setup import Run
 from gadjax.training.sharding import HOST, batch_sharding, replicated, shapes_at
 
-# What shortens compiling: by whether CPUs stand in, whose machine code nobody runs. For TPUs the
-# last four are about code for buffers that have their places by then.
+# What shortens compiling, by platform. For TPUs the last four are about code for buffers that have
+# their places by then; for GPUs nothing can be tried out without one; of CPUs, which stand in for
+# GPUs, nobody runs the code.
 HURRIED = {
-    False: {
+    "tpu": {
         "exec_time_optimization_effort": -1.0,
         "xla_jf_critical_path_scheduler": False,
         "xla_jf_naive_bundle_packer": True,
         "xla_jf_vliw_scheduler": False,
         "xla_tpu_enable_emitter_rolling": True,
     },
-    True: {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+    "gpu": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
+    "cpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
 }
 # As in the host's loop: one batch in use and two that are put on the chips ahead of it.
 BATCHES = 3
@@ -61,10 +63,11 @@ class Programs(NamedTuple):
 
     def compile(self, name: str, batch: int, say: Say) -> Compiled:
         say(f"compiling the {name} step, {batch} samples ...")
+        options = HURRIED[self.run.mesh.devices.flat[0].platform]
         start = time.perf_counter()
         try:
             lowered = self.steps[name].lower(*self.arguments(batch))
-            done = lowered.compile(compiler_options=HURRIED[self.where.estimate])
+            done = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from gadjax.cli.main import main
+from gadjax.plan import hardware
 
 ARGUMENTS = (
     "--config=configs/shapes_gad.py:regression",
@@ -23,8 +24,9 @@ def here(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
 
 
-def test_json_is_all_that_stdout_holds(capsys):
+def test_json_is_all_that_stdout_holds(capsys, monkeypatch):
     """Without prompts too, and on one device, so that no other process is needed."""
+    monkeypatch.setattr(hardware, "PLUGINS", ("jax_plugins.none",))
     assert main(["plan", "--topology=gpu:1", "--json", *ARGUMENTS]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)

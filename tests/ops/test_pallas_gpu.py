@@ -4,6 +4,8 @@ import pytest
 from attention_cases import both, case, error, error_of_directions, error_of_value
 
 from gadjax.ops import pallas_gpu
+from gadjax.plan.hardware import CARDS, find_topology
+from gadjax.plan.programs import HURRIED
 
 CASES = {
     "cross": (dict(queries=70, keys=77, moving=False, masked=True, channels=40), 1e-5),
@@ -39,3 +41,18 @@ def test_lowers_for_cuda(moving):
     traced = jax.jit(both(pallas_gpu)).trace(args, cotangents)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("positions, channels", [(1024, 72), (4096, 64), (1024, 128)])
+def test_compiles_for_cards_that_are_not_there(card, positions, channels):
+    where = find_topology(f"{card}:1")
+    if where.estimate:
+        pytest.skip("needs a CUDA plugin of JAX")
+    place = jax.sharding.SingleDeviceSharding(where.devices()[0])
+    x = jax.ShapeDtypeStruct((2, positions, 16, channels), jnp.bfloat16, sharding=place)
+    lowered = jax.jit(both(pallas_gpu)).lower((x, x, x, None, x, x, x), (x, x))
+    found = lowered.compile(compiler_options=HURRIED["gpu"])
+    # A few of the operands' size in float32, and nothing of the size of the logits.
+    assert found.memory_analysis().temp_size_in_bytes < 6 * 4 * x.size

@@ -13,6 +13,7 @@ from published import write_folder
 
 from gadjax.errors import InputError
 from gadjax.models.module import flatten
+from gadjax.plan import hardware
 from gadjax.plan import plan as planning
 from gadjax.plan.flops import flops
 from gadjax.plan.hardware import CHIPS, GIB, TOPOLOGIES, Chip, Topology, find_topology
@@ -68,6 +69,16 @@ def test_what_a_chip_holds(made, run):
     assert memory["fits"] and memory["spare"] == memory["capacity"] - memory["peak"]
 
 
+def test_what_waits_on_the_host_is_not_on_the_chip():
+    pytest.importorskip("libtpu")
+    config = shapes_config("--config.offload=('optimizer','ema')", variant="regression")
+    memory = plan(config, "v5e:2x2")["memory"]
+    held, numbers = memory["held"], memory["held"]["student parameters"]
+    assert 0 < held["EMA"] < 0.1 * numbers  # biases, which every chip has whole
+    assert 0 < held["optimizer moments"] < 0.2 * numbers
+    assert memory["fits"]
+
+
 def test_operations_are_those_of_the_steps(made, run):
     state = jax.eval_shape(run.start, run.first)
     raw = run.source.batch(0, 16)
@@ -119,11 +130,38 @@ def test_topologies_have_as_many_chips_as_their_table_says():
             assert where.chip == CHIPS[chip] and not where.estimate
 
 
-def test_cards_are_an_estimate():
+def test_cards_are_an_estimate_without_a_plugin_for_them(monkeypatch):
+    monkeypatch.setattr(hardware, "PLUGINS", ("jax_plugins.none",))
     assert find_topology("gpu:8") == Topology("gpu:8", CHIPS["h100"], 8, True)
     assert len(jax.devices()) < 4096
     with pytest.raises(InputError, match="expected 4096, one for each card"):
         find_topology("a100-80:4096").devices()
+
+
+def test_cards_are_compiled_for_where_a_plugin_is(monkeypatch):
+    monkeypatch.setattr(hardware, "PLUGINS", ("json.decoder",))
+    assert not find_topology("h200:16").estimate
+    assert hardware.TARGETS.keys() == set(hardware.CARDS)
+
+    def asked(platform, target_config, topology):
+        assert platform == "cuda" and "major: 9" in target_config
+        assert 'device_description_str: "NVIDIA H200"' in target_config
+        raise NotImplementedError(f"no {topology}\nhere")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", asked)
+    text = refused(shapes_config(), "h200:16")
+    assert "does not compile for h200:16 without a card (no 1x2x8 here)" in text
+    assert "(no 1x1x12 here)" in refused(shapes_config(), "h200:12")
+
+
+@pytest.mark.slow
+def test_a_program_for_cards_that_are_not_there():
+    if not hardware._has_cuda():
+        pytest.skip("needs a CUDA plugin of JAX")
+    found = plan(shapes_config(fsdp=8), "h100:8")
+    assert not found["estimate"] and found["memory"]["fits"] and found["memory"]["peak"] > 0
+    assert found["traffic"]["step"]["student"]["all-gather"] > 0
+    assert found["flops"] == plan(shapes_config(fsdp=8), "v5e:2x4")["flops"]
 
 
 def refused(config, topology, **options) -> str:
