@@ -2,37 +2,52 @@
 
     python tests/benchmarks/plans.py [ROW ...] [--out docs/results/plans]
 
-plans each row (all of them unless told; minutes each, needs libtpu) that `--out` does not have
-already, one JSON of `gadjax plan` for each, and writes the table of all to its README.md.
+plans each row (all of them unless told; needs libtpu) that `--out` does not have already, one JSON
+of `gadjax plan` for each, and writes the table of all to its README.md. A row has a process of its
+own, which ends once every buffer of both updates has its place.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 # Before JAX starts, as the command has them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax  # noqa: E402
 from benchmarks.common import Figure  # noqa: E402
+from benchmarks.placing import dump_to, placed  # noqa: E402
 from published import write_folder  # noqa: E402
 
 from gadjax.plan.hardware import GIB  # noqa: E402
 from gadjax.plan.plan import plan  # noqa: E402
+from gadjax.plan.programs import HURRIED, Programs  # noqa: E402
+from gadjax.training import steps  # noqa: E402
 from gadjax.training.config import read_config  # noqa: E402
 
 OUT = ROOT / "docs/results/plans"
 GAD = {"tdm": {}, "gad": {"weight": 1.0, "steps": 4}}
 # An anchor of 10 teacher steps, the number of DP-DMD's code.
 DPDMD = {"dmd": {"backprop": "all"}, "anchor": {"weight": 0.05, "target": "x0", "steps": 10}}
+DIFFERENCES = "GAD by differences"
 # What a row trains -> objective, updates of the critic for one of the student.
-TRAINS = {"GAD": (GAD, 1), "DP-DMD": (DPDMD, 5), "both": (DPDMD | {"gad": GAD["gad"]}, 5)}
+TRAINS = {
+    "GAD": (GAD, 1),
+    DIFFERENCES: (GAD, 1),
+    "DP-DMD": (DPDMD, 5),
+    "both": (DPDMD | {"gad": GAD["gad"]}, 5),
+}
 FLOWS = "sana_gad.py", "sd35_dpdmd.py"  # whose anchor is of v
 # Name in a row -> repository, config, changes of its transformer.
 BACKBONES = {
@@ -49,8 +64,16 @@ BACKBONES = {
 }
 
 
+# Has the scheduler overlap no more than fits in a tenth of a chip's memory. It takes up to 95 % for
+# it, so that a program is no smaller than it has to be.
+TIGHT = {"xla_tpu_scheduler_percent_shared_memory_limit": 10}
+
+
 class Row(NamedTuple):
-    """batch: samples of a chip, all at once. most: the aim for the peak, in GiB of a chip."""
+    """batch: samples of a chip, all at once. most: the aim for the peak, in GiB of a chip.
+
+    tight: whether the compiler is told to save memory (`TIGHT`).
+    """
 
     backbone: str
     trains: str
@@ -59,6 +82,8 @@ class Row(NamedTuple):
     fsdp: int
     data: int = 1
     most: float | None = None
+    tight: bool = False
+    offload: tuple[str, ...] = ()
 
 
 XL, LARGE = "PixArt-XL, 512 px", "a PixArt of 2.6 B, 1024 px"
@@ -69,6 +94,13 @@ ROWS = {
     "pixart-gad-16": Row(XL, "GAD", "v5e:4x4", 16, 16, most=6.0),
     "pixart-gad-48": Row(XL, "GAD", "v5e:4x4", 48, 16, most=14.5),
     "large-gad": Row(LARGE, "GAD", "v5e:4x4", 1, 16, most=8.0),
+    "pixart-gad-8-tight": Row(XL, "GAD", "v5e:4x4", 8, 16, most=3.5, tight=True),
+    "pixart-gad-16-tight": Row(XL, "GAD", "v5e:4x4", 16, 16, most=6.0, tight=True),
+    "pixart-gad-48-tight": Row(XL, "GAD", "v5e:4x4", 48, 16, most=14.5, tight=True),
+    # The same with finite differences for tangents, and with what can wait on the host there.
+    "pixart-gad-8-differences": Row(XL, DIFFERENCES, "v5e:4x4", 8, 16),
+    "pixart-gad-8-tight-differences": Row(XL, DIFFERENCES, "v5e:4x4", 8, 16, tight=True),
+    "pixart-gad-8-offload": Row(XL, "GAD", "v5e:4x4", 8, 16, offload=("optimizer", "ema")),
     # Each backbone with each of the three.
     "pixart-gad": Row(XL, "GAD", "v5e:4x4", 2, 16),
     "pixart-dpdmd": Row(XL, "DP-DMD", "v5e:4x4", 2, 16),
@@ -104,20 +136,40 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
         config.objective.anchor.target = "v"
     config.critic.updates = updates
     config.mesh.update(data=row.data, fsdp=row.fsdp)
-    config.batch, config.microbatch = row.batch * chips, 0
-    found = plan(config, row.topology, say=lambda text: print(text, file=sys.stderr, flush=True))
-    return found | {"teacher": repository}
+    config.batch, config.microbatch, config.offload = row.batch * chips, 0, row.offload
+    say = partial(print, file=sys.stderr, flush=True)
+    with ExitStack() as meanwhile:
+        if row.trains == DIFFERENCES:
+            meanwhile.enter_context(mock.patch.object(steps, "tangents", differences))
+        if row.tight:
+            meanwhile.enter_context(mock.patch.dict(HURRIED["tpu"], TIGHT))
+        return plan(config, row.topology, say=say) | {"teacher": repository}
+
+
+def differences(f: Callable, x: jax.Array, v_J: jax.Array, h: float = 0.01):
+    """`gadjax.geometry.tangents` for one direction, as the released script has it."""
+    value, moved = f(x), f(x + h * v_J[0])
+    return value, jax.tree.map(lambda a, b: (b - a)[None] / h, value, moved)
+
+
+def make_row(name: str, path: Path) -> None:
+    """Writes the row's plan; then ends the process, with whatever is still compiling."""
+    with tempfile.TemporaryDirectory() as folder:
+        dumps = Path(folder) / "dumps"
+        dump_to(dumps)
+        Programs.compile = lambda *asked: placed(dumps, *asked)
+        text = json.dumps(make_plan(ROWS[name], Path(folder)), indent=1)
+        path.write_text(text + "\n")
+    os._exit(0)
 
 
 def plans(names: list[str], out: Path) -> Iterator[Figure]:
     """Peaks beside their aims; each plan is left in `out`, and what is there is not made again."""
+    out.mkdir(parents=True, exist_ok=True)
     for name in names:
         path = out / f"{name}.json"
         if not path.is_file():
-            with tempfile.TemporaryDirectory() as folder:
-                found = make_plan(ROWS[name], Path(folder))
-            out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            subprocess.run([sys.executable, __file__, name, "--to", str(path)], check=True)
         row, peak = ROWS[name], json.loads(path.read_text())["memory"]["peak"]
         note = f"{row.backbone}, {row.trains}, {row.topology}, {row.batch} a chip"
         yield Figure(f"peak of a chip, GiB: {name}", peak and peak / GIB, row.most, note=note)
@@ -191,9 +243,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)  # one row's own process
     args = parser.parse_args()
     if unknown := [name for name in args.rows if name not in ROWS]:
         parser.error(f"found {', '.join(unknown)}; expected some of {', '.join(ROWS)}")
+    if args.to:
+        make_row(args.rows[0], args.to)
     for figure in plans(args.rows or list(ROWS), args.out):
         print(figure.name, figure.value, figure.aim, figure.note, flush=True)
         write_table(args.out)
