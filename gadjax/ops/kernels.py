@@ -1,19 +1,23 @@
 """Attention by Pallas kernels, on the mesh for which a program is traced."""
 
-from functools import partial
+import logging
+from functools import cache, partial
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gadjax.ops import pallas_gpu, pallas_tpu
-from gadjax.ops.dual_attention import kept, shared
+from gadjax.ops.dual_attention import dual_attention, kept, shared
 from gadjax.ops.placement import parts, placed, shares
 from gadjax.ops.spread import spread
 from gadjax.ops.tiles import joined, parted
 
 MODULES = {"tpu": pallas_tpu, "gpu": pallas_gpu}
+CLOSE = 0.05  # of the largest number: five times what rounding to bfloat16 comes to
+log = logging.getLogger(__name__)
 
 
 class Kernels(NamedTuple):
@@ -110,3 +114,35 @@ def _backward(kernels, given, cotangents):
 
 
 dual_by.defvjp(_forward, _backward)
+
+
+@cache
+def proven(platform: str) -> bool:
+    """Whether a platform's kernels compile for the device of this process and give what the op in
+    blocks gives, for an attention of bfloat16 and its transpose. Says so where they do not."""
+    module, key = MODULES[platform], jax.random.key(0)
+    shapes = [(2, length, 1, 72) for length in (200, 150, 150, 200, 150, 150, 200, 200)]
+    x = [jax.random.normal(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)]
+    bias = jnp.zeros((2, 1, 1, 150)).at[0, ..., 75:].set(-10_000.0)
+
+    @jax.jit
+    def wanted(q, k, v, tq, tk, tv, do, eo):
+        found, transpose = jax.vjp(dual_attention, q, k, v, bias, tq, tk, tv)
+        dq, dk, dv, _, *moving = transpose((do, eo))
+        return *found, dq, dk, dv, *moving
+
+    @jax.jit
+    def given(q, k, v, tq, tk, tv, do, eo):
+        found = module.dual(q, k, v, bias, tq, tk, tv)
+        return *found[:2], *module.dual_transpose(do, eo, q, k, v, bias, tq, tk, tv, *found)
+
+    try:
+        x = [part.astype(jnp.bfloat16) for part in x]
+        pairs = zip(given(*x), wanted(*(part.astype(jnp.float32) for part in x)), strict=True)
+        off = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
+    except Exception as error:  # whatever a compiler says
+        log.warning("attention: no kernels here, as they do not compile: %s", error)
+        return False
+    if not off <= CLOSE:
+        log.warning("attention: no kernels here, as they are off by %.2g", off)
+    return off <= CLOSE

@@ -30,7 +30,7 @@ def default_config() -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1},
             "dtype": "float32",  # what networks compute in; parameters are float32
             "remat": "block",  # computed again in reverse: none, attention (all but that), block
-            "attention": "auto",  # Pallas kernels on TPUs; jnp: never; pallas: on GPUs as well
+            "attention": "auto",  # auto: Pallas (on GPUs if it proves right there); jnp; pallas
             "offload": (),  # some of teacher, optimizer, ema: in the host's memory between uses
             "teacher": "",  # diffusers pipeline folder, or asset:NAME
             "guidance": 4.5,  # of the teacher

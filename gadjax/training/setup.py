@@ -16,9 +16,10 @@ from gadjax.convert.tensors import tensors_from_params
 from gadjax.data.source import Source
 from gadjax.errors import InputError
 from gadjax.geometry import tangent
+from gadjax.host.processes import anywhere
 from gadjax.models.module import cast, kept_of, overlay
 from gadjax.objectives import TERMS, build
-from gadjax.ops.kernels import MODULES
+from gadjax.ops.kernels import MODULES, proven
 from gadjax.ops.placement import POSITIONS, shares
 from gadjax.pipeline import Pipeline, load_pipeline, outline_pipeline, random_like
 from gadjax.sampling import sampler_and_times
@@ -236,7 +237,10 @@ def make_batch(
 
 
 def kernels_of(choice: str, mesh: Mesh) -> str:
-    """Whose attention kernels a run takes. Raises: InputError for what its devices do not have."""
+    """Whose attention kernels a run takes. Raises: InputError for what its devices do not have.
+
+    Those for GPUs have not been run on one by us: "auto" tries them there first, on every process.
+    """
     if choice not in ATTENTION:
         raise InputError(f"attention: found {choice!r}; expected one of {', '.join(ATTENTION)}")
     platform = mesh.devices.flat[0].platform
@@ -244,8 +248,11 @@ def kernels_of(choice: str, mesh: Mesh) -> str:
         raise InputError(
             f"attention: found 'pallas' on a {platform}; expected one of {', '.join(MODULES)}"
         )
-    # Those for GPUs have not been run on one.
-    return platform if choice == "pallas" or choice == "auto" and platform == "tpu" else ""
+    if choice == "jnp" or platform not in MODULES:
+        return ""
+    if choice == "auto" and platform == "gpu" and mesh.devices.flat[0] in jax.devices():
+        return "" if anywhere(not proven(platform)) else platform
+    return platform
 
 
 def check_sequence(pipeline: Pipeline, mesh: Mesh) -> None:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gadjax.geometry import tangents
-from gadjax.ops import kernels, pallas_tpu
+from gadjax.ops import kernels, pallas_gpu, pallas_tpu
 from gadjax.ops.attention import attention
 from gadjax.ops.placement import Placement, placed
 from gadjax.training.sharding import SAMPLES, make_mesh
@@ -121,3 +121,24 @@ def test_a_step_of_four_tpus_compiles_with_them(count, axis):
 
     text = step.lower(layers, shape).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') >= 3
+
+
+def test_a_cards_kernels_are_tried_before_they_are_trusted(monkeypatch, caplog):
+    def dual(*given, tangent=1.0):
+        o, to, *rows = pallas_gpu.dual(*given, interpret=True)
+        return o, tangent * to, *rows
+
+    def refuse(*given):
+        raise ValueError("no such instruction")
+
+    transpose = partial(pallas_gpu.dual_transpose, interpret=True)
+    for forward, right, said in (
+        (dual, True, ""),
+        (partial(dual, tangent=0.91), False, "they are off by 0.0"),
+        (refuse, False, "they do not compile: no such instruction"),
+    ):
+        caplog.clear()
+        module = SimpleNamespace(dual=forward, dual_transpose=transpose)
+        monkeypatch.setitem(kernels.MODULES, "gpu", module)
+        assert kernels.proven.__wrapped__("gpu") is right
+        assert said in caplog.text and bool(caplog.text) is not right

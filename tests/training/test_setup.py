@@ -1,6 +1,9 @@
 """What `prepare` refuses, in one line and before anything is compiled."""
 
+from types import SimpleNamespace
+
 import jax
+import numpy as np
 import pytest
 
 from gadjax.errors import InputError
@@ -94,3 +97,18 @@ def test_an_offload_of_what_there_is_not(config, offload, objective, words):
 def test_a_remat_that_is_none(config):
     config.remat = "blocks"
     assert refused(config) == "remat: found 'blocks'; expected one of none, attention, block"
+
+
+@pytest.mark.parametrize("proven", [True, False])
+def test_kernels_by_platform(monkeypatch, proven):
+    monkeypatch.setattr(setup, "proven", lambda platform: proven)
+
+    def chosen(choice, platform, here=True):
+        device = SimpleNamespace(platform=platform)
+        monkeypatch.setattr(jax, "devices", lambda: [device] if here else [])
+        return setup.kernels_of(choice, SimpleNamespace(devices=np.array([device])))
+
+    assert chosen("auto", "tpu") == chosen("pallas", "tpu") == "tpu"
+    assert chosen("auto", "cpu") == chosen("jnp", "gpu") == chosen("jnp", "tpu") == ""
+    assert chosen("pallas", "gpu") == chosen("auto", "gpu", here=False) == "gpu"
+    assert chosen("auto", "gpu") == ("gpu" if proven else "")
