@@ -29,20 +29,25 @@ def placed(folder: Path, programs: Programs, name: str, batch: int, say: Say) ->
     whole = ThreadPoolExecutor(1).submit(compile_whole, programs, name, batch, say)
     while not whole.done():
         time.sleep(1)
-        found = [
-            next(folder.glob(f"*jit_{name}_step.*after_optimizations{what}.txt"), None)
-            for what in ("", "-buffer-assignment", "-memory-usage-report")
-        ]
-        sizes = [path.stat().st_size for path in found] if all(found) else None
-        if sizes and sizes == before:  # written to the end
-            text, assignment = (path.read_text() for path in found[:2])
+        found = reports(folder, name)
+        if found and found == before:  # written to the end
+            text, assignment = found
             extra = (BATCHES - 1) * sum(map(share, programs.raw(batch).values()))
             peak, arguments, temporary = sizes_of(assignment)
             seconds = time.perf_counter() - start
             fits = peak + extra <= programs.where.chip.memory
             return Compiled(fits, peak + extra, arguments, temporary, text, seconds)
-        before = sizes
+        before = found
     return whole.result()
+
+
+def reports(folder: Path, name: str) -> tuple[str, str] | None:
+    """The HLO of an update's program and where its buffers are, once they are there."""
+    found = [
+        next(folder.glob(f"*jit_{name}_step.*after_optimizations{what}.txt"), None)
+        for what in ("", "-buffer-assignment", "-memory-usage-report")
+    ]
+    return tuple(path.read_text() for path in found[:2]) if all(found) else None
 
 
 def sizes_of(assignment: str) -> tuple[int, int, int]:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -68,3 +71,46 @@ def test_the_table_of_plans_is_that_of_its_files(tmp_path):
 def test_a_row_takes_all_chips_of_its_topology():
     for name, row in plans.ROWS.items():
         assert find_topology(row.topology).count == row.data * row.fsdp, name
+
+
+PLACED = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from benchmarks import placing
+placing.dump_to(folder := Path(sys.argv[1]))
+from gadjax.plan.hardware import find_topology
+from gadjax.plan.programs import programs_of
+from gadjax.plan.traffic import traffic
+from gadjax.training.config import read_config
+from gadjax.training.setup import prepare
+config = read_config(["--config=configs/shapes_gad.py:dmd", "--config.mesh.fsdp=4"])
+where = find_topology("v5e:2x2")
+programs = programs_of(prepare(config, abstract=True, devices=where.devices()), where)
+done = placing.compile_whole(programs, "student", config.batch, print)
+text, assignment = placing.reports(folder, "student")
+print(json.dumps([
+    [done.peak, done.arguments, done.temporary, traffic(done.text, 4).sent],
+    [*placing.sizes_of(assignment), traffic(text, 4).sent],
+]))
+"""
+
+
+@pytest.mark.slow
+def test_placed_buffers_are_those_of_the_finished_program(request, tmp_path):
+    pytest.importorskip("libtpu")
+    said = subprocess.run(
+        [sys.executable, "-c", PLACED, str(tmp_path)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        cwd=request.config.rootpath,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    whole, placed = json.loads(said.stdout.splitlines()[-1])
+    assert placed == [
+        pytest.approx(whole[0], abs=2**18),
+        *whole[1:2],
+        pytest.approx(whole[2], abs=2**16),
+        whole[3],
+    ]
