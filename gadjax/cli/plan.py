@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology",
         required=True,
         metavar="NAME",
-        help="TPUs such as v5e:4x4; or GPUs as an estimate, such as h100:8 or gpu:8",
+        help="TPUs such as v5e:4x4, or GPUs such as h100:8 (an estimate without JAX's CUDA plugin)",
     )
     parser.add_argument(
         "--utilisation",

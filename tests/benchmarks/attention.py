@@ -17,11 +17,16 @@ from benchmarks.common import (
     seconds,
     temp,
 )
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gadjax.geometry import tangent
 from gadjax.models import layers
 from gadjax.ops.attention import attention as ours
+from gadjax.ops.placement import Placement, placed
 from gadjax.plan.flops import flops
+from gadjax.plan.hardware import find_topology
+from gadjax.training.setup import kernels_of
+from gadjax.training.sharding import make_mesh
 
 H = 1e-2
 T = 500.0
@@ -78,10 +83,7 @@ def pushed(attention: Callable, push: Callable):
 def operator(shape: tuple[int, int, int], batch: int, rounds: int) -> Iterator[Figure]:
     """The tangent attention alone in bfloat16, forward and reverse, beside plain attention."""
     given = operands(shape, jnp.bfloat16, batch)
-    programs = {
-        name: jax.jit(pushed(f, push)).lower(*given).compile()
-        for name, f, push in (("ours", ours, tangent), ("plain", plain, plain_jvp))
-    }
+    programs = operator_programs(given, place(jax.devices()))
     taken = seconds({n: lambda p=p: p(*given) for n, p in programs.items()}, rounds)
     size = {name: temp(program) / MIB for name, program in programs.items()}
     note = f"{batch} x {shape[0]} positions, {shape[1]} heads of {shape[2]}, bfloat16"
@@ -90,6 +92,43 @@ def operator(shape: tuple[int, int, int], batch: int, rounds: int) -> Iterator[F
         yield Figure(f"plain / tangent attention: {what}", ratio, least=least, note=note)
     yield Figure("tangent attention: ms", taken["ours"] * 1e3, note=note)
     yield Figure("tangent attention: temp MiB", size["ours"], note=note)
+
+
+def place(devices) -> Placement:
+    mesh = make_mesh({"data": 1}, devices[:1])
+    return Placement(mesh, kernels_of("auto", mesh))
+
+
+def operator_programs(given, where: Placement):
+    """Forward and reverse of the tangent attention and of the plain one, compiled for a place."""
+    with placed(where):
+        return {
+            name: jax.jit(pushed(f, push)).lower(*given).compile()
+            for name, f, push in (("ours", ours, tangent), ("plain", plain, plain_jvp))
+        }
+
+
+def ahead(names: tuple[str, ...], shapes, batch: int) -> Iterator[Figure]:
+    """Temp memory of `operator` for chips that are not there, by kernels, in blocks and plain."""
+    for name in names:
+        where = find_topology(name)
+        if where.estimate:
+            yield Figure(f"{name}: temp MiB", None, note="needs JAX's CUDA plugin")
+            continue
+        chip = place(where.devices())
+        everywhere = NamedSharding(chip.mesh, PartitionSpec())
+        for shape in shapes:
+            x = jax.ShapeDtypeStruct((batch, *shape), jnp.bfloat16, sharding=everywhere)
+            given = (x,) * 3, (x,) * 3, (x,) * 2
+            size = {n: temp(p) / MIB for n, p in operator_programs(given, chip).items()}
+            blocks = operator_programs(given, chip._replace(kernels=""))["ours"]
+            note = f"{batch} x {shape[0]} positions, {shape[1]} heads of {shape[2]}, bfloat16"
+            least = 10 if shape[0] == 4096 else None
+            ratio = size["plain"] / size["ours"]
+            yield Figure(f"{name}: temp, plain / kernels", ratio, least=least, note=note)
+            yield Figure(f"{name}: temp MiB, kernels", size["ours"], note=note)
+            yield Figure(f"{name}: temp MiB, in blocks", temp(blocks) / MIB, note=note)
+            yield Figure(f"{name}: temp MiB, plain", size["plain"], note=note)
 
 
 def gradient_programs(size: Size, dtype=jnp.float32) -> dict[str, Callable]:

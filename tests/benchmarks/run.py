@@ -70,6 +70,12 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
             partial(attention.growth, base, sides, depths),
             partial(attention.programs, [], TINY if tiny else replace(SMALL, layers=2)),
         ),
+        "ahead": partial(
+            attention.ahead,
+            ("v5e:1x1",) if tiny else ("v5e:1x1", "h100:1"),
+            ((256, 2, 72),) if tiny else ((1024, 16, 72), (4096, 16, 72)),
+            4,
+        ),
         "step": in_order(
             # Two samples, since neighbours walk together.
             *(partial(step.evaluations, replace(size, batch=2)) for size in sizes),
