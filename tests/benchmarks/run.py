@@ -73,7 +73,7 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
         "ahead": partial(
             attention.ahead,
             ("v5e:1x1",) if tiny else ("v5e:1x1", "h100:1"),
-            ((256, 2, 72),) if tiny else ((1024, 16, 72), (4096, 16, 72)),
+            ((1024, 8, 72),) if tiny else ((1024, 16, 72), (4096, 16, 72)),
             4,
         ),
         "step": in_order(
