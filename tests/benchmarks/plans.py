@@ -85,6 +85,7 @@ class Row(NamedTuple):
     most: float | None = None
     tight: bool = False
     offload: tuple[str, ...] = ()
+    largest: bool = False
 
 
 XL, LARGE = "PixArt-XL, 512 px", "a PixArt of 2.6 B, 1024 px"
@@ -105,6 +106,7 @@ ROWS = {
     "pixart-gad-1-differences": Row(XL, DIFFERENCES, "v5e:4x4", 1, 16),
     "pixart-gad-8-offload": Row(XL, "GAD", "v5e:4x4", 8, 16, offload=OFFLOAD),
     "large-gad-offload": Row(LARGE, "GAD", "v5e:4x4", 1, 16, offload=OFFLOAD),
+    "pixart-gad-largest": Row(XL, "GAD", "v5e:4x4", 16, 16, largest=True),
     # Each backbone with each of the three.
     "pixart-gad": Row(XL, "GAD", "v5e:4x4", 2, 16),
     "pixart-dpdmd": Row(XL, "DP-DMD", "v5e:4x4", 2, 16),
@@ -150,7 +152,8 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
             meanwhile.enter_context(mock.patch.object(steps, "tangents", differences))
         if row.tight:
             meanwhile.enter_context(mock.patch.dict(HURRIED["tpu"], TIGHT))
-        return plan(config, row.topology, say=say) | {"teacher": repository}
+        found = plan(config, row.topology, largest=row.largest, say=say)
+        return found | {"teacher": repository}
 
 
 def differences(f: Callable, x: jax.Array, v_J: jax.Array, h: float = 0.01):
@@ -217,8 +220,11 @@ def write_table(out: Path) -> None:
 def numbers(row: Row, found: dict[str, Any]) -> list[str]:
     memory, sent, whole = found["memory"], found["traffic"], found["replicated"]
     peak = memory["peak"]
+    chips = row.data * row.fsdp
     return [
-        str(row.batch),
+        f"{row.batch}; at most {found['largest']['batch'] // chips}"
+        if row.largest
+        else str(row.batch),
         f"{peak / GIB:.2f}" if peak else "more",
         f"{sum(memory['held'].values()) / GIB:.2f}",
         f"{memory['capacity'] / GIB:.2f}" + ("" if memory["fits"] else ": **does not fit**"),
