@@ -74,16 +74,12 @@ def compile_steps(
 
     def compiled(step):
         def update(state, frozen, raw, number):
-            near = state
-            if away:
-                near, frozen = jax.device_put((state, frozen), (state_sh, frozen_sh))
+            if "teacher" in away:
+                frozen = jax.device_put(frozen, frozen_sh)
             with placed(Placement(mesh, kernels)):
                 batch = by_sample(make_batch(run.pipeline, frozen, raw, seed, number))
                 recipe = keeping(run.recipe, frozen)
-                after, metrics = wrap(step)(recipe, near, frozen.get(body), batch)
-            # What a step leaves as it is has not been anywhere.
-            after = jax.tree.map(lambda x, y, z: z if x is y else x, after, near, state)
-            return after, metrics
+                return wrap(step)(recipe, state, frozen.get(body), batch)
 
         update.__name__ = step.__name__  # as profiles call it
         return jax.jit(update, **options)

@@ -126,17 +126,8 @@ def shapes_at(tree: Any, places: Any) -> Any:
 
 
 def on_host(tree: Any) -> Any:
-    """The same shardings in the host's memory.
-
-    What several devices hold whole (biases) stays there: it is little, and XLA, which gathers such
-    a thing from the pieces that it computes, cannot do so in a host's memory.
-    """
-
-    def move(sharding):
-        whole = sharding.num_devices > 1 and sharding.is_fully_replicated
-        return sharding if whole else sharding.with_memory_kind(HOST)
-
-    return jax.tree.map(move, tree)
+    """The same shardings in the host's memory."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST), tree)
 
 
 def put(tree: Any, places: Any) -> Any:

@@ -241,21 +241,44 @@ def divided(metrics: Metrics) -> tuple[Metrics, Metrics]:
     return {name: value for name, value in metrics.items() if name not in own}, own
 
 
+def where_good(good, change: Callable, waiting, given):
+    """change(waiting, given) -> both anew, where good; otherwise both as they are.
+
+    What waits may do so in the host's memory, and goes back there. It is fetched in a branch, which
+    begins when `good` is known: brought in any other way it would lie on the device long before,
+    while activations do.
+    """
+    spaces = jax.tree.map(lambda x: jax.typeof(x).memory_space, waiting)
+
+    def branch(waiting, given):
+        waiting, given = change(jax.device_put(waiting, jax.memory.Space.Device), given)
+        return jax.tree.map(jax.device_put, waiting, spaces), given
+
+    return jax.lax.cond(good, branch, lambda *unchanged: unchanged, waiting, given)
+
+
 def apply_update(recipe: Recipe, state: TrainState, role: str, found):
     """One optimizer step, or none of it where anything in it is not finite.
 
     The metrics say so: `ROLE/bad` in a row, and `ROLE/loss_B` each sample's own loss.
     """
     (loss, metrics), grads = found
-    updates, opt = recipe.optimizers[role].update(grads, state.opt[role], state.params[role])
     norm = optax.tree.norm(grads)
-    good = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
-    keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
-    params = keep(optax.apply_updates(state.params[role], updates), state.params[role])
+
+    def change(opt, given):
+        params, _ = given
+        updates, new = recipe.optimizers[role].update(grads, opt, params)
+        good = jnp.isfinite(optax.tree.norm(updates))
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
+        return keep(new, opt), (keep(optax.apply_updates(params, updates), params), good)
+
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    given = state.params[role], jnp.zeros_like(good)
+    opt, (params, good) = where_good(good, change, state.opt[role], given)
     bad = jnp.where(good, 0, state.bad[role] + 1)
     state = state._replace(
         params=state.params | {role: params},
-        opt=state.opt | {role: keep(opt, state.opt[role])},
+        opt=state.opt | {role: opt},
         bad=state.bad | {role: bad},
     )
     return state, {
@@ -280,8 +303,12 @@ def student_step(recipe: Recipe, state: TrainState, teacher: Params | None, batc
     state, metrics = apply_update(recipe, state, "student", found)
     # The average follows quickly at first, so that an early one is not mostly the start.
     decay = jnp.minimum(recipe.ema, (1.0 + state.step) / (10.0 + state.step))
-    share = jnp.where(state.bad["student"] == 0, 1 - decay, 0)
-    ema = jax.tree.map(lambda e, p: e + share * (p - e), state.ema, state.params["student"])
+
+    def follow(ema, student):
+        return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, student), student
+
+    good = state.bad["student"] == 0
+    ema, _ = where_good(good, follow, state.ema, state.params["student"])
     return state._replace(step=state.step + 1, ema=ema), metrics
 
 

@@ -56,9 +56,11 @@ def sizes_of(assignment: str) -> tuple[int, int, int]:
     """Bytes in a chip's main memory: all, arguments, temporaries."""
     arguments = temporary = results = 0
     for size, what in ALLOCATION.findall(assignment):
+        if "color" in what:  # another memory: the host's, or a core's own
+            continue
         if " parameter " in what:
             arguments += int(size)
-        elif "preallocated-temp" in what and "color" not in what:
+        elif "preallocated-temp" in what:
             temporary += int(size)
         elif "maybe-live-out" in what or "output shape" in what:
             results += int(size)

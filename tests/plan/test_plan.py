@@ -73,10 +73,7 @@ def test_what_waits_on_the_host_is_not_on_the_chip():
     pytest.importorskip("libtpu")
     config = shapes_config("--config.offload=('optimizer','ema')", variant="regression")
     memory = plan(config, "v5e:2x2")["memory"]
-    held, numbers = memory["held"], memory["held"]["student parameters"]
-    assert 0 < held["EMA"] < 0.1 * numbers  # biases, which every chip has whole
-    assert 0 < held["optimizer moments"] < 0.2 * numbers
-    assert memory["fits"]
+    assert memory["held"]["EMA"] == memory["held"]["optimizer moments"] == 0 and memory["fits"]
 
 
 def test_operations_are_those_of_the_steps(made, run):
