@@ -239,7 +239,7 @@ def make_batch(
 def kernels_of(choice: str, mesh: Mesh) -> str:
     """Whose attention kernels a run takes. Raises: InputError for what its devices do not have.
 
-    Those for GPUs have not been run on one by us: "auto" tries them there first, on every process.
+    Those for GPUs have yet to run on one: "auto" tries them there first, on every process.
     """
     if choice not in ATTENTION:
         raise InputError(f"attention: found {choice!r}; expected one of {', '.join(ATTENTION)}")
