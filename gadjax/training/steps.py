@@ -244,11 +244,14 @@ def divided(metrics: Metrics) -> tuple[Metrics, Metrics]:
 def where_good(good, change: Callable, waiting, given):
     """change(waiting, given) -> both anew, where good; otherwise both as they are.
 
-    What waits may do so in the host's memory, and goes back there. It is fetched in a branch, which
-    begins when `good` is known: brought in any other way it would lie on the device long before,
-    while activations do.
+    What waits may do so in the host's memory, and goes back there. Then it is fetched in a branch,
+    which begins when `good` is known: brought in any other way it would lie on the device long
+    before, while activations do.
     """
     spaces = jax.tree.map(lambda x: jax.typeof(x).memory_space, waiting)
+    if jax.memory.Space.Host not in jax.tree.leaves(spaces):
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
+        return keep(change(waiting, given), (waiting, given))
 
     def branch(waiting, given):
         waiting, given = change(jax.device_put(waiting, jax.memory.Space.Device), given)
