@@ -1,5 +1,3 @@
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gadjax.ops import pallas_tpu
+from gadjax.plan.hardware import find_topology
 
 CASES = {
     "cross": (dict(queries=130, keys=530, moving=False, masked=True), 1e-5),
@@ -49,11 +48,7 @@ def test_blocks_pad_little():
 
 def devices(topology):
     pytest.importorskip("libtpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
-    return np.array(topologies.get_topology_desc(topology, "tpu").devices)
+    return np.array(find_topology(topology).devices())
 
 
 def operands(
