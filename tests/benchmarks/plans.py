@@ -266,9 +266,7 @@ its place, which is all that the memory needs; cards' are of the whole programs.
 
 The U-Nets, whose blocks are no loop, are not run: SD 2's student step had no buffer in its place
 after 14 minutes. PixArt-XL with GAD at 2 samples a chip is not among the rows, since libtpu 0.0.51
-fails there while it places buffers ("overlaps with another chunk"). Rows without "offload" are of
-the code before moments and average were computed in a branch of their own, which takes 0.02 GiB
-less at 8 samples a chip.
+fails there while it places buffers ("overlaps with another chunk").
 
     python tests/benchmarks/plans.py [ROW ...]
 """
