@@ -10,10 +10,12 @@ from gadjax.host import processes
 ROOT = Path(__file__).parents[1]
 
 
+OWN = os.environ.get("XLA_FLAGS", "")  # as tests begin: loading libtpu takes those for CPUs away
+
+
 def flags_for(devices: int) -> str:
     """XLA_FLAGS of a process with so many devices that are none."""
-    own = os.environ.get("XLA_FLAGS", "")
-    return f"{own} --xla_force_host_platform_device_count={devices}".strip()
+    return f"{OWN} --xla_force_host_platform_device_count={devices}".strip()
 
 
 def start(command: list[str], number: int, count: int, port: int, devices: int, **more: str):
