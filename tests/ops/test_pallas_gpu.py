@@ -49,7 +49,7 @@ def test_lowers_for_cuda(moving):
 def test_compiles_for_cards_that_are_not_there(card, positions, channels):
     where = find_topology(f"{card}:1")
     if where.estimate:
-        pytest.skip("needs a CUDA plugin of JAX")
+        pytest.skip("no CUDA plugin of JAX: 180 MB that no requirement asks for")
     place = jax.sharding.SingleDeviceSharding(where.devices()[0])
     x = jax.ShapeDtypeStruct((2, positions, 16, channels), jnp.bfloat16, sharding=place)
     lowered = jax.jit(both(pallas_gpu)).lower((x, x, x, None, x, x, x), (x, x))
