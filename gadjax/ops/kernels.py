@@ -117,9 +117,9 @@ dual_by.defvjp(_forward, _backward)
 
 
 @cache
-def proven(platform: str) -> bool:
+def proven(platform: str, dtype: str) -> bool:
     """Whether a platform's kernels compile for the device of this process and give what the op in
-    blocks gives, for an attention of bfloat16 and its transpose. Says so where they do not."""
+    blocks gives, for an attention of `dtype` and its transpose. Says so where they do not."""
     module, key = MODULES[platform], jax.random.key(0)
     shapes = [(2, length, 1, 72) for length in (200, 150, 150, 200, 150, 150, 200, 200)]
     x = [jax.random.normal(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)]
@@ -137,7 +137,7 @@ def proven(platform: str) -> bool:
         return *found[:2], *module.dual_transpose(do, eo, q, k, v, bias, tq, tk, tv, *found)
 
     try:
-        x = [part.astype(jnp.bfloat16) for part in x]
+        x = [part.astype(dtype) for part in x]
         pairs = zip(given(*x), wanted(*(part.astype(jnp.float32) for part in x)), strict=True)
         off = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
     except Exception as error:  # whatever a compiler says

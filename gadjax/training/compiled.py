@@ -56,7 +56,7 @@ def compile_steps(
         else jax.tree.map(lambda _: replicated(mesh), tree)
         for name, tree in run.frozen.items()
     }
-    kernels = kernels_of(run.config.attention, mesh)
+    kernels = kernels_of(run.config.attention, mesh, run.config.dtype)
     away = run.config.offload
     state_home, frozen_home = state_sh, frozen_sh
     if "teacher" in away:

@@ -111,7 +111,9 @@ def looking(seen: Seen) -> Callable[[Callable], Callable]:
                     for role, optimizer in recipe.optimizers.items()
                 },
             )
-            _, metrics = step(recipe, state, teacher, batch)
+            # What waits on the host would be updated in a branch, out of which nothing is told.
+            here = jax.device_put(state, jax.memory.Space.Device)
+            _, metrics = step(recipe, here, teacher, batch)
             return state, metrics | norms
 
         return looked

@@ -1,6 +1,6 @@
 """What the host says of updates that were left out because something in them was not finite.
 
-They are masked on the devices (`gadjax.training.steps.apply_update`), and counted there in a row.
+They are masked on the devices (`gadjax.training.updates.apply_update`), and counted there in a row.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gadjax.errors import RunStopped
-from gadjax.training.steps import divided
+from gadjax.training.updates import divided
 from gadjax.types import Metrics
 
 SHOWN = 16  # numbers of samples in a line

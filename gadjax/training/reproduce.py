@@ -57,8 +57,6 @@ def reproduce(config: ConfigDict, workdir: Path, step: int, devices: int | None 
         check_devices(devices)
     agree(as_json(config), workdir)
     row = together(lambda: _row_of(config, workdir, step))
-    config = ConfigDict(config)
-    config.offload = ()  # which would put the updates into a branch, out of which nothing is told
     run = together(lambda: prepare(config))
     steps = compile_steps(run)
     start, state = begin(run, steps, lambda shapes: _newest(workdir, step, shapes))

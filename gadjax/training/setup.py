@@ -71,7 +71,7 @@ def prepare(
     if config.remat not in REMAT:
         raise InputError(f"remat: found {config.remat!r}; expected one of {', '.join(REMAT)}")
     remat = REMAT[config.remat]
-    kernels_of(config.attention, mesh)
+    kernels_of(config.attention, mesh, config.dtype)
     check_offload(config.offload, objective.needs.distils)
     read = outline_pipeline if abstract else load_pipeline
     pipeline, params = read(assets.resolve(config.teacher), dtype=dtype, remat=remat)
@@ -236,7 +236,7 @@ def make_batch(
     return Batch(cond, null, noise, keys, (places + offset).astype(jnp.int32), x0)
 
 
-def kernels_of(choice: str, mesh: Mesh) -> str:
+def kernels_of(choice: str, mesh: Mesh, dtype: str) -> str:
     """Whose attention kernels a run takes. Raises: InputError for what its devices do not have.
 
     Those for GPUs have yet to run on one: "auto" tries them there first, on every process.
@@ -251,7 +251,7 @@ def kernels_of(choice: str, mesh: Mesh) -> str:
     if choice == "jnp" or platform not in MODULES:
         return ""
     if choice == "auto" and platform == "gpu" and mesh.devices.flat[0] in jax.devices():
-        return "" if anywhere(not proven(platform)) else platform
+        return "" if anywhere(not proven(platform, dtype)) else platform
     return platform
 
 

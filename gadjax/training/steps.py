@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,8 @@ from gadjax.objectives.compose import Sum
 from gadjax.rollout import interpolate_times, rollout
 from gadjax.schedules import expand
 from gadjax.training.state import TrainState
-from gadjax.types import Batch, Metrics, Params
+from gadjax.training.updates import accumulate, apply_update, where_good
+from gadjax.types import Batch, Params
 
 CRITICS = "critic", "discriminator"  # what the second update trains
 
@@ -195,103 +195,6 @@ def own_latents(recipe: Recipe, student: Params, batch: Batch, step_B):
     return jnp.stack([of_first, of_second], 1).reshape(batch.noise.shape)
 
 
-def accumulate(recipe: Recipe, loss: Callable, params: Params, batch: Batch):
-    """Loss, metrics and gradients of the whole batch, one microbatch at a time.
-
-    Equal to the large batch up to summation order, because a sample's randomness is its own.
-    loss: (params, batch) -> (loss, metrics). Metrics that are scalars are averaged, those with an
-    entry per sample [B] keep the order of the batch.
-    """
-    value_and_grad, microbatches = jax.value_and_grad(loss, has_aux=True), recipe.microbatches
-    if microbatches == 1:
-        return value_and_grad(params, batch)
-
-    def part_of(params, part):
-        (value, metrics), grads = value_and_grad(params, part)
-        scalars, own = divided(metrics)
-        return ((value, scalars), grads), own
-
-    # Strided: every device keeps the samples it has, and a share of every microbatch; neighbours
-    # stay together where they walk together.
-    together = 2 if recipe.pairs(len(batch.stratum) // microbatches) else 1
-
-    def dealt(x, before, after):
-        x = x.reshape(before, after, together, *x.shape[1:]).swapaxes(0, 1)
-        return x.reshape(len(x), -1, *x.shape[3:])
-
-    split = jax.tree.map(lambda x: dealt(x, -1, microbatches), batch)
-
-    def add(total, part):
-        found, own = part_of(params, part)
-        return jax.tree.map(jnp.add, total, found), own
-
-    first = jax.tree.map(lambda x: x[0], split)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part_of, params, first)[0]
-    )
-    total, own = jax.lax.scan(add, zeros, split)
-    (value, scalars), grads = jax.tree.map(lambda x: x / microbatches, total)
-    own = jax.tree.map(lambda x: dealt(x.reshape(-1), microbatches, -1).reshape(-1), own)
-    return (value, scalars | own), grads
-
-
-def divided(metrics: Metrics) -> tuple[Metrics, Metrics]:
-    """The scalars, and what has an entry per sample."""
-    own = {name: value for name, value in metrics.items() if jnp.ndim(value)}
-    return {name: value for name, value in metrics.items() if name not in own}, own
-
-
-def where_good(good, change: Callable, waiting, given):
-    """change(waiting, given) -> both anew, where good; otherwise both as they are.
-
-    What waits may do so in the host's memory, and goes back there. Then it is fetched in a branch,
-    which begins when `good` is known: brought in any other way it would lie on the device long
-    before, while activations do.
-    """
-    spaces = jax.tree.map(lambda x: jax.typeof(x).memory_space, waiting)
-    if jax.memory.Space.Host not in jax.tree.leaves(spaces):
-        keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
-        return keep(change(waiting, given), (waiting, given))
-
-    def branch(waiting, given):
-        waiting, given = change(jax.device_put(waiting, jax.memory.Space.Device), given)
-        return jax.tree.map(jax.device_put, waiting, spaces), given
-
-    return jax.lax.cond(good, branch, lambda *unchanged: unchanged, waiting, given)
-
-
-def apply_update(recipe: Recipe, state: TrainState, role: str, found):
-    """One optimizer step, or none of it where anything in it is not finite.
-
-    The metrics say so: `ROLE/bad` in a row, and `ROLE/loss_B` each sample's own loss.
-    """
-    (loss, metrics), grads = found
-    norm = optax.tree.norm(grads)
-
-    def change(opt, given):
-        params, _ = given
-        updates, new = recipe.optimizers[role].update(grads, opt, params)
-        good = jnp.isfinite(optax.tree.norm(updates))
-        keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
-        return keep(new, opt), (keep(optax.apply_updates(params, updates), params), good)
-
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    given = state.params[role], jnp.zeros_like(good)
-    opt, (params, good) = where_good(good, change, state.opt[role], given)
-    bad = jnp.where(good, 0, state.bad[role] + 1)
-    state = state._replace(
-        params=state.params | {role: params},
-        opt=state.opt | {role: opt},
-        bad=state.bad | {role: bad},
-    )
-    return state, {
-        f"{role}/loss": loss,
-        f"{role}/grad_norm": norm,
-        f"{role}/bad": bad,
-        **metrics,
-    }
-
-
 def student_step(recipe: Recipe, state: TrainState, teacher: Params | None, batch: Batch):
     """One student update; counts as a step."""
 
@@ -302,8 +205,8 @@ def student_step(recipe: Recipe, state: TrainState, teacher: Params | None, batc
         loss_B, metrics = recipe.objective(context)
         return jnp.mean(loss_B), metrics | {"student/loss_B": loss_B}
 
-    found = accumulate(recipe, loss, state.params["student"], batch)
-    state, metrics = apply_update(recipe, state, "student", found)
+    found = accumulate(loss, state.params["student"], batch, recipe.microbatches, recipe.pairs)
+    state, metrics = apply_update(recipe.optimizers, state, "student", found)
     # The average follows quickly at first, so that an early one is not mostly the start.
     decay = jnp.minimum(recipe.ema, (1.0 + state.step) / (10.0 + state.step))
 
@@ -333,10 +236,11 @@ def critic_step(recipe: Recipe, state: TrainState, teacher: Params | None, batch
         return sum(losses.values()), losses | {f"{role}/loss_B": own[role] for role in roles}
 
     params = {role: state.params[role] for role in roles}
-    (_, losses), grads = accumulate(recipe, loss, params, batch)
+    (_, losses), grads = accumulate(loss, params, batch, recipe.microbatches, recipe.pairs)
     metrics = {}
     for role in roles:
         own = {f"{role}/loss_B": losses[f"{role}/loss_B"]}
-        state, more = apply_update(recipe, state, role, ((losses[role], own), grads[role]))
+        found = (losses[role], own), grads[role]
+        state, more = apply_update(recipe.optimizers, state, role, found)
         metrics |= more
     return state, metrics

@@ -96,7 +96,7 @@ def operator(shape: tuple[int, int, int], batch: int, rounds: int) -> Iterator[F
 
 def place(devices) -> Placement:
     mesh = make_mesh({"data": 1}, devices[:1])
-    return Placement(mesh, kernels_of("auto", mesh))
+    return Placement(mesh, kernels_of("auto", mesh, "bfloat16"))
 
 
 def operator_programs(given, where: Placement):

@@ -132,13 +132,14 @@ def test_a_cards_kernels_are_tried_before_they_are_trusted(monkeypatch, caplog):
         raise ValueError("no such instruction")
 
     transpose = partial(pallas_gpu.dual_transpose, interpret=True)
-    for forward, right, said in (
-        (dual, True, ""),
-        (partial(dual, tangent=0.91), False, "they are off by 0.0"),
-        (refuse, False, "they do not compile: no such instruction"),
+    for forward, dtype, right, said in (
+        (dual, "bfloat16", True, ""),
+        (dual, "float32", True, ""),
+        (partial(dual, tangent=0.91), "bfloat16", False, "they are off by 0.0"),
+        (refuse, "float32", False, "they do not compile: no such instruction"),
     ):
         caplog.clear()
         module = SimpleNamespace(dual=forward, dual_transpose=transpose)
         monkeypatch.setitem(kernels.MODULES, "gpu", module)
-        assert kernels.proven.__wrapped__("gpu") is right
+        assert kernels.proven.__wrapped__("gpu", dtype) is right
         assert said in caplog.text and bool(caplog.text) is not right

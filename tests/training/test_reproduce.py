@@ -86,6 +86,15 @@ def test_the_same_step_to_the_last_digit_and_looked_at(formula, done, capsys):
         assert worst[0] >= float(loss) == pytest.approx(rows(done)[7][f"loss/{name}"], rel=1e-6)
 
 
+def test_a_step_whose_moments_wait_on_the_host(formula, tmp_path, capsys):
+    offload, workdir = "--config.offload=('optimizer','ema')", tmp_path / "run"
+    assert train(formula, workdir, offload, "--config.steps=4") == 0
+    assert train(formula, workdir, offload, "--config.steps=4", ARGUMENTS, "4") == 0
+    out = capsys.readouterr().out
+    assert "replaying 0 steps from checkpoint 3\n" in out
+    assert "  gradient of the student: " in out and "step 4 is as metrics.jsonl has it" in out
+
+
 def test_a_step_that_differs_is_told(formula, done, tmp_path, capsys):
     workdir = tmp_path / "changed"
     workdir.mkdir()

@@ -101,12 +101,12 @@ def test_a_remat_that_is_none(config):
 
 @pytest.mark.parametrize("proven", [True, False])
 def test_kernels_by_platform(monkeypatch, proven):
-    monkeypatch.setattr(setup, "proven", lambda platform: proven)
+    monkeypatch.setattr(setup, "proven", lambda platform, dtype: proven)
 
     def chosen(choice, platform, here=True):
         device = SimpleNamespace(platform=platform)
         monkeypatch.setattr(jax, "devices", lambda: [device] if here else [])
-        return setup.kernels_of(choice, SimpleNamespace(devices=np.array([device])))
+        return setup.kernels_of(choice, SimpleNamespace(devices=np.array([device])), None)
 
     assert chosen("auto", "tpu") == chosen("pallas", "tpu") == "tpu"
     assert chosen("auto", "cpu") == chosen("jnp", "gpu") == chosen("jnp", "tpu") == ""

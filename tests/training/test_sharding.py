@@ -68,7 +68,11 @@ def tiny_run(mesh, microbatches, offload=()):
     # What compile_steps reads of a Run.
     return SimpleNamespace(
         config=SimpleNamespace(
-            seed=3, offload=offload, attention="auto", critic=SimpleNamespace(updates=1)
+            seed=3,
+            offload=offload,
+            attention="auto",
+            dtype="float32",
+            critic=SimpleNamespace(updates=1),
         ),
         pipeline=pipeline,
         recipe=recipe,

@@ -1,0 +1,128 @@
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from closed_form import make_batch
+from formula_steps import (
+    RECIPE,
+    TEACHER,
+    TOTAL,
+    B,
+    equal,
+    moved,
+    start,
+    train_critic,
+)
+
+from gadjax.objectives import GAD, Needs
+from gadjax.objectives.compose import Addable
+from gadjax.training.state import create
+from gadjax.training.steps import critic_step, student_step
+from gadjax.training.updates import accumulate
+
+
+@cache
+def one_update(parts):
+    """By how much plain gradient steps move student and critic, and their metrics."""
+    plain = {"student": optax.sgd(1.0), "critic": optax.sgd(1.0)}
+    state, batch = create(start().params, plain), make_batch(B)
+    recipe = replace(RECIPE, optimizers=plain, microbatches=parts)
+
+    @jax.jit
+    def run(state):
+        student, metrics = student_step(recipe, state, TEACHER, batch)
+        critic, more = critic_step(recipe, state, None, batch)
+        new = {"student": student.params["student"], "critic": critic.params["critic"]}
+        return jax.tree.map(jnp.subtract, new, state.params), metrics | more
+
+    return jax.device_get(run(state))
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_sum_to_the_large_batch(microbatches):
+    """Same draws, same weights, whatever the number of parts: the gradients are equal."""
+    (whole, metrics), (parts, same) = one_update(1), one_update(microbatches)
+    for a, b in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):
+        assert np.abs(a).max() > 0
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.abs(a).max())
+    assert metrics.keys() == same.keys()
+    for name, value in metrics.items():
+        assert same[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_microbatch_is_a_strided_share_of_the_batch():
+    """So that on a mesh, where neighbours share a device, every device works on every part."""
+    seen = []
+
+    def loss(params, batch):
+        jax.debug.callback(lambda s: seen.append(np.asarray(s).tolist()), batch.stratum)
+        return params * jnp.mean(batch.stratum.astype(jnp.float32)), {}
+
+    for shares, parts in (
+        (1, [[0, 1], [2, 3], [4, 5], [6, 7]]),  # two that walk together
+        (2, [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ):
+        pairs = replace(RECIPE, shares=shares).pairs
+        jax.jit(lambda p, pairs=pairs: accumulate(loss, p, make_batch(8), 4, pairs))(1.0)
+        jax.effects_barrier()
+        assert sorted(seen) == parts
+        seen.clear()
+
+
+@dataclass(frozen=True)
+class Spoilt(Addable):
+    """An infinite loss, without a gradient, where a batch holds a mark."""
+
+    needs = Needs()
+
+    def __call__(self, context):
+        mark = context.batch.noise[:, 0, 0, 0]
+        return jnp.where(jnp.abs(mark) == 77, jnp.inf, 0.0), {}
+
+
+def spoil(batch, value):
+    return batch._replace(noise=batch.noise.at[5, 0, 0, 0].set(value))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 77.0], ids=["nan", "inf", "loss alone"])
+def test_an_update_that_is_not_finite_is_left_out(value):
+    recipe = replace(RECIPE, objective=TOTAL + Spoilt(), microbatches=2)
+    train, good = jax.jit(partial(student_step, recipe)), make_batch(B)
+    old, _ = train(start(), TEACHER, good)
+    new, metrics = train(old, TEACHER, spoil(good, value))
+    assert equal((new.params, new.opt, new.ema), (old.params, old.opt, old.ema))
+    assert int(new.bad["student"]) == 1 == int(metrics["student/bad"])
+    assert int(new.bad["critic"]) == 0 and int(new.step) == 2
+    assert not np.isfinite(metrics["student/loss"])
+    assert np.flatnonzero(~np.isfinite(metrics["student/loss_B"])).tolist() == [5]
+    new, _ = train(new, TEACHER, spoil(good, value))
+    assert int(new.bad["student"]) == 2
+    new, metrics = train(new, TEACHER, good)
+    assert int(new.bad["student"]) == 0 and np.isfinite(metrics["student/loss"])
+    assert moved(new.params["student"], old.params["student"]) and moved(new.ema, old.ema)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_critics_update_likewise(value):
+    good = make_batch(B)
+    old, _ = train_critic(start(), None, good)
+    new, metrics = train_critic(old, None, spoil(good, value))
+    assert equal(new._replace(bad=0), old._replace(bad=0))
+    assert equal(new.bad, {"student": 0, "critic": 1}) and int(metrics["critic/bad"]) == 1
+    assert np.flatnonzero(~np.isfinite(metrics["critic/loss_B"])).tolist() == [5]
+    new, _ = train_critic(new, None, good)
+    assert equal(new.bad, {"student": 0, "critic": 0})
+
+
+def test_gradients_that_overflow_in_the_norm_are_left_out():
+    """Finite leaf by leaf; their squares' sum is not, and the clip would make them zeros."""
+    recipe = replace(RECIPE, objective=1e30 * GAD(normalize=False))
+    old = start()
+    new, metrics = jax.jit(partial(student_step, recipe))(old, TEACHER, make_batch(B))
+    assert np.isfinite(metrics["student/loss"]) and np.isinf(metrics["student/grad_norm"])
+    assert equal((new.params, new.opt, new.ema), (old.params, old.opt, old.ema))
+    assert int(new.bad["student"]) == 1
