@@ -11,7 +11,10 @@ from flax import nnx
 from gadjax.errors import InputError
 from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
+from gadjax.ops.placement import by_sample, parts, placed, shares
 
+PART = 2**24  # numbers of a hidden layer that a device makes at once in training ...
+PARTS = 4  # ... unless it took more parts than these: narrower products would wait for memory
 MASKED = -10_000.0  # finite, so that a prompt without any token attends evenly instead of to NaN
 
 
@@ -132,6 +135,46 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(self.activation(self.linear_1(x)))
+
+    def added(self, base_BND: jax.Array, gate: jax.Array, x_BND: jax.Array) -> jax.Array:
+        """base + gate * self(x), in training a large hidden layer a part at a time.
+
+        In reverse mode, which makes each part again, the layer is in memory with its tangent, their
+        images under the activation and the cotangents of all. Of its units each weight belongs to
+        one, so that the parts gather and sum over devices no more than the whole does.
+        """
+        hidden = self.linear_1.out_features
+        count, shards = hidden_parts(x_BND.shape, hidden)
+        if count == 1:
+            return base_BND + gate * self(x_BND)
+
+        def cut(param: nnx.Param, axis: int) -> jax.Array:
+            """[count, ...], of each of the shards a part."""
+            weight = param[...]
+            before, after = weight.shape[:axis], weight.shape[axis + 1 :]
+            weight = weight.reshape(*before, shards, count, -1, *after)
+            return jnp.moveaxis(weight, axis + 1, 0).reshape(count, *before, -1, *after)
+
+        def add(total_BND, weights):
+            enter, bias, leave = (weight.astype(x_BND.dtype) for weight in weights)
+            part = self.activation(x_BND @ enter + bias) @ leave
+            return by_sample(total_BND + gate * part, tokens=True), None
+
+        first, last = self.linear_1, self.linear_2
+        weights = cut(first.kernel, 1), cut(first.bias, 0), cut(last.kernel, 0)
+        base_BND += gate * last.bias[...].astype(x_BND.dtype)
+        return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), base_BND, weights)[0]
+
+
+def hidden_parts(shape: tuple[int, ...], hidden: int) -> tuple[int, int]:
+    """In how many parts so wide a layer over [B, N, D] is made, and how many devices share it."""
+    if placed.value is None:
+        return 1, 1
+    mesh = placed.value.mesh
+    shards = math.gcd(hidden, mesh.shape["tensor"])
+    size = shape[0] * shape[1] * hidden // (shares(mesh) * parts(mesh, shape[1]) * shards)
+    counts = [n for n in range(1, PARTS + 1) if hidden % (n * shards) == 0]
+    return next((n for n in counts if size <= n * PART), counts[-1]), shards
 
 
 class Attention(nnx.Module):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from several import run_on_devices
 
 from gadjax.errors import InputError
-from gadjax.models import pixart
+from gadjax.models import layers, pixart
 from gadjax.models.module import flatten, functional
 from gadjax.ops.placement import shares
 from gadjax.training.sharding import AXES, check_batch, make_mesh, path_name, shardings
@@ -115,6 +115,8 @@ def worker(out: Path) -> None:
         state = jax.device_put(run.start(run.first), steps.state)
         frozen = jax.device_put(run.frozen, steps.frozen)
         metrics, flops = {}, {}
+        # Eight devices make a hidden layer in parts, one as a whole.
+        layers.PART = 2**24 if mesh.size == 1 else 2**4
         for role in roles:
             step = None
             for update in range(2):

@@ -103,10 +103,10 @@ class Block(nnx.Module):
             alone = attention(*self.attn2(modulate(normed, shift, scale)))
             x_BND = x_BND + gate * self.attn2.back(alone)
         normed = modulate(layers.layer_norm(x_BND, EPS), shift_ff, scale_ff)
-        x_BND = x_BND + gate_ff * self.ff(normed)
+        x_BND = self.ff.added(x_BND, gate_ff, normed)
         if self.last:
             return x_BND, text_BLD
         gate, shift_ff, scale_ff, gate_ff = rest
         text_BLD = text_BLD + gate * self.attn_context.back(attention(q_text, k, v))
         normed = modulate(layers.layer_norm(text_BLD, EPS), shift_ff, scale_ff)
-        return x_BND, text_BLD + gate_ff * self.ff_context(normed)
+        return x_BND, self.ff_context.added(text_BLD, gate_ff, normed)

@@ -192,7 +192,7 @@ class Block(nnx.Module):
         # No norm and no gate here: the weights were trained so.
         x_BND = x_BND + self.attn2(x_BND, text_BLD, bias)
         normed = layers.layer_norm(x_BND, self.eps) * (1 + scale2) + shift2
-        return x_BND + gate2 * self.ff(normed)
+        return self.ff.added(x_BND, gate2, normed)
 
 
 class PixArt(nnx.Module):
