@@ -114,6 +114,10 @@ def make_context(
     def pair(f, x, with_tangents):
         return tangents(f, x, v) if with_tangents else (f(x), None)
 
+    found = [pair(*maps[spec], wanted) for spec, wanted in needs.maps.items()]
+    # The teacher is through before anything of the student's waits for reverse mode.
+    noise, x, found = jax.lax.optimization_barrier((batch.noise, context.x_BHWC, found))
+    context = replace(context, maps=dict(zip(needs.maps, found, strict=True)))
     if needs.student:
         said = pair(lambda x: student_at(x, context.t_B), x, needs.tangent)
         context = replace(context, student=said, first=context.first or said[0])
@@ -122,11 +126,10 @@ def make_context(
         def whole(z):
             return rollout(student_at, schedule, z, jnp.asarray(times)).end
 
-        context = replace(context, whole=pair(whole, batch.noise, needs.tangent))
+        context = replace(context, whole=pair(whole, noise, needs.tangent))
         if not needs.cut_first:
             context = replace(context, endpoint=context.whole[0])
-    found = {spec: pair(*maps[spec], wanted) for spec, wanted in needs.maps.items()}
-    return replace(context, maps=found)
+    return context
 
 
 def teacher_map(context: Context, teacher: Callable, spec: TeacherMap):
