@@ -161,9 +161,11 @@ class Mlp(nnx.Module):
             return by_sample(total_BND + gate * part, tokens=True), None
 
         first, last = self.linear_1, self.linear_2
+        wide = jnp.promote_types(x_BND.dtype, jnp.float32)  # or each part would round the sum
         weights = cut(first.kernel, 1), cut(first.bias, 0), cut(last.kernel, 0)
-        base_BND += gate * last.bias[...].astype(x_BND.dtype)
-        return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), base_BND, weights)[0]
+        total_BND = base_BND.astype(wide) + gate * last.bias[...].astype(x_BND.dtype)
+        total_BND, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), total_BND, weights)
+        return total_BND.astype(base_BND.dtype)
 
 
 def hidden_parts(shape: tuple[int, ...], hidden: int) -> tuple[int, int]:
