@@ -5,7 +5,7 @@ import pytest
 
 from gadjax import geometry
 from gadjax.models import layers, mmdit, pixart
-from gadjax.models.module import functional
+from gadjax.models.module import Keys, functional
 from gadjax.ops.placement import Placement, placed
 from gadjax.plan.flops import flops
 from gadjax.training.sharding import make_mesh
@@ -76,6 +76,31 @@ def test_a_hidden_layer_in_parts_is_the_layer(module, monkeypatch):
             for a, b in pairs:
                 np.testing.assert_allclose(b, a, rtol=0, atol=1e-13 * largest)
             assert any(np.any(a != b) for a, b in pairs)  # it was in parts indeed
+
+
+def test_parts_round_no_more_than_the_whole(monkeypatch):
+    """Each part's sum rounded to bfloat16 would be a third less exact."""
+    rng = np.random.default_rng(0)
+    mlp = layers.Mlp(
+        64, 256, 64, layers.gelu_tanh, dtype=jnp.bfloat16, rngs=Keys(jax.random.key(0))
+    )
+    base, gate, x = (rng.normal(size=shape) for shape in ((2, 32, 64), (2, 1, 64), (2, 32, 64)))
+    given = [jnp.asarray(array, jnp.bfloat16) for array in (base, gate, x)]
+    base, gate, x = (np.asarray(array, np.float64) for array in given)
+    weights = [
+        np.asarray(getattr(layer, name)[...], np.float64)
+        for layer in (mlp.linear_1, mlp.linear_2)
+        for name in ("kernel", "bias")
+    ]
+    hidden = np.asarray(layers.gelu_tanh(jnp.float32(x @ weights[0] + weights[1])), np.float64)
+    true = base + gate * (hidden @ weights[2] + weights[3])
+
+    def error(part):
+        found, _ = in_parts(mlp.added, given, part, monkeypatch)
+        assert found.dtype == jnp.bfloat16
+        return np.linalg.norm(np.asarray(found, np.float64) - true) / np.linalg.norm(true)
+
+    assert 1e-4 < error(1) < 1.02 * error(2**24)
 
 
 @pytest.mark.parametrize(
