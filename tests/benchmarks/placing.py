@@ -24,10 +24,8 @@ def dump_to(folder: Path) -> None:
 
 
 def placed(folder: Path, programs: Programs, name: str, batch: int, say: Say) -> Compiled:
-    """`programs.compile(name, batch, say)`, earlier where `folder` tells."""
+    """`programs.compile(name, batch, say)`, earlier where `folder` tells; once for a folder."""
     start, before = time.perf_counter(), None
-    for path in folder.glob(f"*jit_{name}_step.*.txt"):  # another batch's
-        path.unlink()
     whole = ThreadPoolExecutor(1).submit(compile_whole, programs, name, batch, say)
     while not whole.done():
         time.sleep(1)

@@ -4,7 +4,7 @@
 
 plans each row (all of them unless told; needs libtpu) that `--out` does not have already, one JSON
 of `gadjax plan` for each, and writes the table of all to its README.md. A row has a process of its
-own, which ends once every buffer of both updates has its place.
+own, and so has each update, whose process ends once every buffer has its place.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from published import write_folder  # noqa: E402
 
 from gadjax.plan.hardware import GIB  # noqa: E402
 from gadjax.plan.plan import plan  # noqa: E402
-from gadjax.plan.programs import HURRIED, Programs  # noqa: E402
+from gadjax.plan.programs import HURRIED, Compiled, Programs, Say  # noqa: E402
 from gadjax.training import steps  # noqa: E402
 from gadjax.training.config import read_config  # noqa: E402
 from gadjax.training.setup import OFFLOAD  # noqa: E402
@@ -163,15 +163,37 @@ def differences(f: Callable, x: jax.Array, v_J: jax.Array, h: float = 0.01):
 
 
 def make_row(name: str, path: Path) -> None:
-    """Writes the row's plan; then ends the process, with whatever is still compiling."""
+    """Writes the row's plan."""
     with tempfile.TemporaryDirectory() as folder:
-        dumps = Path(folder) / "dumps"
-        dump_to(dumps)
         if ROWS[name].topology.startswith("v"):  # for cards making the code is the lesser part
-            Programs.compile = lambda *asked: placed(dumps, *asked)
+            Programs.compile = partial(compiled_apart, name, Path(folder))
         text = json.dumps(make_plan(ROWS[name], Path(folder)), indent=1)
-        path.write_text(text + "\n")
-    os._exit(0)
+    path.write_text(text + "\n")
+
+
+def compiled_apart(row: str, folder: Path, programs: Programs, name: str, batch: int, say: Say):
+    """`programs.compile(name, batch, say)` in a process of its own."""
+    say(f"compiling the {name} step, {batch} samples ...")
+    path = folder / f"{name}{batch}.json"
+    command = [sys.executable, __file__, row, "--to", path, "--update", name, "--batch", str(batch)]
+    subprocess.run(command, check=True)
+    return Compiled(**json.loads(path.read_text()))
+
+
+def make_update(name: str, path: Path, update: str, batch: int) -> None:
+    """Writes one update's Compiled, then ends the process, whose program is still without code."""
+    folder = path.with_suffix("")
+    folder.mkdir()
+    dump_to(folder / "dumps")
+
+    def compile_it(programs: Programs, one: str, _: int, say: Say) -> None:
+        if one == update:
+            found = placed(folder / "dumps", programs, one, batch, say)
+            path.write_text(json.dumps(found._asdict()))
+            os._exit(0)
+
+    Programs.compile = compile_it
+    make_plan(ROWS[name], folder)
 
 
 def plans(names: list[str], out: Path) -> Iterator[Figure]:
@@ -276,12 +298,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)  # one row's own process
+    # A row's own process, and that of one of its updates.
+    for flag, kind in (("--to", Path), ("--update", str), ("--batch", int)):
+        parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := [name for name in args.rows if name not in ROWS]:
         parser.error(f"found {', '.join(unknown)}; expected some of {', '.join(ROWS)}")
-    if args.to:
+    if args.to and args.update:
+        make_update(args.rows[0], args.to, args.update, args.batch)
+    elif args.to:
         make_row(args.rows[0], args.to)
+        sys.exit()
     for figure in plans(args.rows or list(ROWS), args.out):
         print(figure.name, figure.value, figure.aim, figure.note, flush=True)
         write_table(args.out)
