@@ -166,7 +166,7 @@ def make_row(name: str, path: Path) -> None:
     """Writes the row's plan."""
     with tempfile.TemporaryDirectory() as folder:
         if ROWS[name].topology.startswith("v"):  # for cards making the code is the lesser part
-            Programs.compile = partial(compiled_apart, name, Path(folder))
+            Programs.compile = lambda *asked: compiled_apart(name, Path(folder), *asked)
         text = json.dumps(make_plan(ROWS[name], Path(folder)), indent=1)
     path.write_text(text + "\n")
 
