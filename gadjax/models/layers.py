@@ -14,7 +14,7 @@ from gadjax.ops.attention import attention
 from gadjax.ops.placement import by_sample, parts, placed, shares
 
 PART = 2**24  # numbers of a hidden layer that a device makes at once in training ...
-PARTS = 4  # ... unless it took more parts than these: narrower products would wait for memory
+PARTS = 4  # ... unless it took more parts than these, each of which reads and writes the sum
 MASKED = -10_000.0  # finite, so that a prompt without any token attends evenly instead of to NaN
 
 
@@ -139,9 +139,10 @@ class Mlp(nnx.Module):
     def added(self, base_BND: jax.Array, gate: jax.Array, x_BND: jax.Array) -> jax.Array:
         """base + gate * self(x), in training a large hidden layer a part at a time.
 
-        In reverse mode, which makes each part again, the layer is in memory with its tangent, their
-        images under the activation and the cotangents of all. Of its units each weight belongs to
-        one, so that the parts gather and sum over devices no more than the whole does.
+        In reverse mode, which makes each part again whatever `remat` says, the layer is in memory
+        with its tangent, their images under the activation and the cotangents of all. Of its units
+        each weight belongs to one, so that the parts gather and sum over devices no more than the
+        whole does.
         """
         hidden = self.linear_1.out_features
         count, shards = hidden_parts(x_BND.shape, hidden)
