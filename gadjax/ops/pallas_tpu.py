@@ -80,24 +80,19 @@ def block(positions: int, x) -> int:
 
 
 def _heads_first(x, size):
-    """[B, N, H, K] as [B, H, N, K], N padded to a multiple of a block."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)]).transpose(0, 2, 1, 3)
+    """[B, N, H, K] as [B, H, K, N], N padded to a multiple of a block."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)]).transpose(0, 2, 3, 1)
 
 
 def _heads_last(x, positions):
-    return x.transpose(0, 2, 1, 3)[:, :positions]
+    return x.transpose(0, 3, 1, 2)[:, :positions]
 
 
 def _like(tree, dtype=None):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), tree)
 
 
-def _tall(size, axis, x):
-    """Blocks [size, K] of x [B, H, N, K], along N by this axis of the grid."""
-    return pl.BlockSpec((None, None, size, x.shape[3]), lambda *i: (i[0], i[1], i[axis], 0))
-
-
-def _flat(size, axis, x):
+def _along(size, axis, x):
     """Blocks [R, size] of x [B|1, H|1, R, N], along N by this axis of the grid."""
     batch, heads, rows, _ = x.shape
     return pl.BlockSpec(
@@ -107,8 +102,8 @@ def _flat(size, axis, x):
 
 
 def _call(kernel, grid, operands, results, sums, interpret):
-    """kernel(*operands, *results, *sums): trees of arrays and shapes, each with its `_tall` or
-    `_flat`, and the shapes of what the last axis of the grid sums."""
+    """kernel(*operands, *results, *sums): trees of arrays and shapes, each with its
+    `_along`, and the shapes of what the last axis of the grid sums."""
     specs = [jax.tree.map(spec, tree) for tree, spec in (*operands, *results)]
     return pl.pallas_call(
         kernel,
@@ -130,22 +125,22 @@ def _prepared(queries, keys, bias):
     bias = tiles.key_bias(bias, keys[0].shape[1], -(-keys[0].shape[1] // m) * m)
     queries = jax.tree.map(partial(_heads_first, size=n), queries)
     keys = jax.tree.map(partial(_heads_first, size=m), keys)
-    return queries, keys, bias, (n, m), (queries[0].shape[2] // n, keys[0].shape[2] // m)
+    return queries, keys, bias, (n, m), (queries[0].shape[3] // n, keys[0].shape[3] // m)
 
 
 def _forward(queries, keys, bias, interpret):
     """(o, o.) and (lse, mu), the second of each None where queries are (q, None)."""
     positions, tangent = queries[0].shape[1], queries[1] is not None
     queries, keys, bias, (n, m), steps = _prepared(queries, keys, bias)
-    batch, heads, padded, channels = queries[0].shape
-    down, along = partial(_tall, n, 2), partial(_tall, m, 3)
+    batch, heads, channels, padded = queries[0].shape
+    down, along = partial(_along, n, 2), partial(_along, m, 3)
     out = _like(queries, jnp.float32)
     rows = jax.ShapeDtypeStruct((batch, heads, 1 + tangent, padded), jnp.float32)
     out, rows = _call(
         _forward_kernel,
         (batch, heads, *steps),
-        ((queries, down), (keys, along), (bias, partial(_flat, m, 3))),
-        ((out, down), (rows, partial(_flat, n, 2))),
+        ((queries, down), (keys, along), (bias, along)),
+        ((out, down), (rows, down)),
         jax.eval_shape(lambda: tiles.empty(n, channels, tangent)),
         interpret,
     )
@@ -158,7 +153,7 @@ def _reverse(queries, keys, bias, rows, interpret):
     """(dq, dtq) and (dk, dv, dtk, dtv) of queries = (q, tq, do, eo); None where an operand is."""
     many, some = queries[0].shape[1], keys[0].shape[1]
     queries, keys, bias, (n, m), (down, along) = _prepared(queries, keys, bias)
-    batch, heads, padded, channels = queries[0].shape
+    batch, heads, channels, padded = queries[0].shape
     rows = jnp.stack([x for x in rows if x is not None], axis=2)
     rows = jnp.pad(rows, [(0, 0)] * 3 + [(0, padded - many)])
 
@@ -168,12 +163,12 @@ def _reverse(queries, keys, bias, rows, interpret):
             kernel,
             (batch, heads, *grid),
             (
-                (queries, partial(_tall, n, query)),
-                (keys, partial(_tall, m, key)),
-                (bias, partial(_flat, m, key)),
-                (rows, partial(_flat, n, query)),
+                (queries, partial(_along, n, query)),
+                (keys, partial(_along, m, key)),
+                (bias, partial(_along, m, key)),
+                (rows, partial(_along, n, query)),
             ),
-            ((_like(results), partial(_tall, size, 2)),),
+            ((_like(results), partial(_along, size, 2)),),
             [jax.ShapeDtypeStruct((size, channels), jnp.float32)] * len(jax.tree.leaves(results)),
             interpret,
         )[0]
@@ -190,6 +185,10 @@ def _read(refs):
     return jax.tree.map(lambda ref: ref[...], refs)
 
 
+def _turned(values):
+    return jax.tree.map(lambda x: x[...].T, values)
+
+
 def _write(refs, values):
     for ref, x in zip(jax.tree.leaves(refs), jax.tree.leaves(values), strict=True):
         ref[...] = x.astype(ref.dtype)
@@ -200,32 +199,32 @@ def _forward_kernel(queries, keys, bias, out, rows, *state):
 
     @pl.when(step == 0)
     def _():
-        _write(state, tiles.empty(*queries[0].shape, queries[1] is not None))
+        _write(state, tiles.empty(*queries[0].shape[::-1], queries[1] is not None))
 
-    keys = _read(keys)
-    s, ts = tiles.logits(_read(queries), keys, _read(bias), queries[0].shape[1] ** -0.5)
+    keys = _turned(keys)
+    s, ts = tiles.logits(_turned(queries), keys, _read(bias), queries[0].shape[0] ** -0.5)
     _write(state, tiles.absorb(_read(state), s, ts, keys[1], keys[3]))
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
         found, columns = tiles.finish(_read(state))
-        _write(out, found)
+        _write(out, _turned(found))
         rows[...] = jnp.concatenate(jax.tree.leaves(columns), axis=1).T
 
 
 def _query_kernel(queries, keys, bias, rows, out, *sums):
     rows = rows[...].T
     rows = [rows[:, i : i + 1] for i in range(rows.shape[1])]
-    scale = queries[0].shape[1] ** -0.5
-    found = tiles.query_sums(_read(queries), _read(keys), _read(bias), rows, scale)
+    scale = queries[0].shape[0] ** -0.5
+    found = tiles.query_sums(_turned(queries), _turned(keys), _read(bias), rows, scale)
     _accumulate(sums, found, out, (scale, scale))
 
 
 def _key_kernel(queries, keys, bias, rows, out, *sums):
     rows = [rows[i : i + 1] for i in range(rows.shape[0])]
     bias = None if bias is None else bias[...].T
-    scale = queries[0].shape[1] ** -0.5
-    found = tiles.key_sums(_read(queries), _read(keys), bias, rows, scale)
+    scale = queries[0].shape[0] ** -0.5
+    found = tiles.key_sums(_turned(queries), _turned(keys), bias, rows, scale)
     _accumulate(sums, found, out, (scale, 1.0, scale, 1.0))
 
 
@@ -243,7 +242,7 @@ def _accumulate(sums, found, out, factors):
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
-        _write(out, [ref[...] * by for ref, by in zip(sums, factors, strict=False)])
+        _write(out, [(ref[...] * by).T for ref, by in zip(sums, factors, strict=False)])
 
 
 value = tiles.value_of(_forward, _reverse)
