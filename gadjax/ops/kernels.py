@@ -13,7 +13,7 @@ from gadjax.ops import pallas_gpu, pallas_tpu
 from gadjax.ops.dual_attention import dual_attention, kept, shared
 from gadjax.ops.placement import parts, placed, shares
 from gadjax.ops.spread import spread
-from gadjax.ops.tiles import joined, parted
+from gadjax.ops.tiles import joined, parted, rounded, unrounded
 
 MODULES = {"tpu": pallas_tpu, "gpu": pallas_gpu}
 CLOSE = 0.05  # of the largest number: five times what rounding to bfloat16 comes to
@@ -88,10 +88,9 @@ def _dual(kernels, q, k, v, bias, tq, tk, tv):
 
 def _forward(kernels, q, k, v, bias, tq, tk, tv):
     o, to, *rows = _dual(kernels, q, k, v, bias, tq, tk, tv)
-    results = o.astype(v.dtype), to.astype(v.dtype)
-    # Both are kept: made of what waits, the results would lie there in two layouts.
-    results, found, rows = kept((results, joined((o, to)), rows))
-    return results, (joined((q, k, v, tq, tk, tv)), bias, found, rows)
+    results, rest = zip(rounded(o, v.dtype), rounded(to, v.dtype), strict=True)
+    results, rest, rows = kept((results, joined(rest), rows))
+    return results, (joined((q, k, v, tq, tk, tv, *results)), bias, rest, rows)
 
 
 def _backward(kernels, given, cotangents):
@@ -107,8 +106,9 @@ def _backward(kernels, given, cotangents):
         (dq, dtq), (dk, dv, dtk, dtv) = spread(run, kernels.mesh, queries, keys, bias)
         return dq, dk, dv, dtq, dtk, dtv
 
-    operands, bias, found, rows = given
-    (q, k, v, tq, tk, tv), found = parted((operands, found), cotangents[0].shape[2])
+    waiting, bias, rest, rows = given
+    (q, k, v, tq, tk, tv, *found), rest = parted((waiting, rest), cotangents[0].shape[2])
+    found = map(unrounded, found, rest)
     dq, dk, dv, *moving = transpose(*cotangents, q, k, v, bias, tq, tk, tv, *found, *rows)
     return dq, dk, dv, None, *moving
 

@@ -54,6 +54,25 @@ def parted(tree, heads: int):
     return jax.tree.map(lambda x: x.reshape(*x.shape[:2], heads, -1), tree)
 
 
+def rounded(x, dtype):
+    """A result x, of float32, in `dtype`, and what rounding took off; None where it took nothing.
+
+    Reverse mode needs more of a result than bfloat16 has; the two are no larger than x, and the
+    first waits for reverse mode anyway.
+    """
+    if dtype == x.dtype:
+        return x, None
+    kind = jnp.finfo(dtype)
+    # A mere conversion and back is something that compilers may leave out.
+    near = jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+    return near.astype(dtype), (x - near).astype(dtype)
+
+
+def unrounded(x, rest):
+    """Inverse of `rounded`, to twice the digits of its parts."""
+    return x if rest is None else x.astype(jnp.float32) + rest
+
+
 def row_sums(do, eo, o, to, lse, mu):
     """rows = lse, r, mu, s, each [B, H, N]; o and to in float32."""
 
@@ -175,12 +194,13 @@ def value_of(forward, reverse):
 
     def attend_forward(q, k, v, bias, interpret):
         (o, _), (lse, _) = forward((q, None), (k, v, None, None), bias, interpret)
-        return o.astype(v.dtype), (joined((q, k, v, o)), bias, lse)
+        o, rest = rounded(o, v.dtype)
+        return o, (joined((q, k, v, o, rest)), bias, lse)
 
     def attend_reverse(interpret, saved, do):
         waiting, bias, lse = saved
-        q, k, v, o = parted(waiting, do.shape[2])
-        rows = row_sums(do, None, o, None, lse, None)
+        q, k, v, *o = parted(waiting, do.shape[2])
+        rows = row_sums(do, None, unrounded(*o), None, lse, None)
         queries, keys = (q, None, do, None), (k, v, None, None)
         (dq, _), (dk, dv, *_) = reverse(queries, keys, bias, rows, interpret)
         return dq, dk, dv, None

@@ -29,6 +29,8 @@ def test_directions_of_one_value():
 
 def test_value_and_gradient():
     assert error_of_value(pallas_tpu, *case(70, 530, masked=True)) <= 1e-5
+    options, tolerance = CASES["bfloat16"]
+    assert error_of_value(pallas_tpu, *case(**options)) <= tolerance
 
 
 def test_takes_what_it_can():
