@@ -13,7 +13,7 @@ from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
 from gadjax.ops.placement import by_sample, parts, placed, shares
 
-PART = 2**24  # numbers of a hidden layer that a device makes at once in training ...
+PART = 2**23  # numbers of a hidden layer that a device makes at once in training ...
 PARTS = 4  # ... unless it took more parts than these, each of which reads and writes the sum
 MASKED = -10_000.0  # finite, so that a prompt without any token attends evenly instead of to NaN
 
