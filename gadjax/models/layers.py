@@ -136,16 +136,18 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(self.activation(self.linear_1(x)))
 
-    def added(self, base_BND: jax.Array, gate: jax.Array, x_BND: jax.Array) -> jax.Array:
+    def added(self, base_BND, gate, x_BND: jax.Array, again: bool) -> jax.Array:
         """base + gate * self(x), in training a large hidden layer a part at a time.
 
-        In reverse mode, which makes each part again whatever `remat` says, the layer is in memory
-        with its tangent, their images under the activation and the cotangents of all. Of its units
-        each weight belongs to one, so that the parts gather and sum over devices no more than the
-        whole does.
+        In reverse mode the layer is in memory with its tangent, their images under the activation
+        and the cotangents of all. Of its units each weight belongs to one, so that the parts gather
+        and sum over devices no more than the whole does.
+
+        again: whether reverse mode computes all of this again; the parts it always does.
         """
-        hidden = self.linear_1.out_features
-        count, shards = hidden_parts(x_BND.shape, hidden)
+        count, shards = 1, 1
+        if again:
+            count, shards = hidden_parts(x_BND.shape, self.linear_1.out_features)
         if count == 1:
             return base_BND + gate * self(x_BND)
 

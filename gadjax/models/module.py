@@ -1,5 +1,6 @@
 """From an nnx module to pure functions of a nested dict, and from its paths to a file's keys."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,20 +58,40 @@ def stack(make: Callable[[Keys], nnx.Module], count: int, rngs: Keys) -> nnx.Mod
 
 
 def scan_blocks(blocks: nnx.Module, x, call: Callable[[nnx.Module, Any], Any], remat: bool | str):
-    """Run stacked blocks in order: `x = call(block, x)`.
-
-    remat: whether each is computed again in reverse; "attention": all of it but its attention,
-      whose results are kept.
-    """
+    """Run stacked blocks in order: `x = call(block, x)`; remat: see `recomputed`."""
 
     def body(x, block):
         return by_sample(call(block, by_sample(x, tokens=True)), tokens=True), None
 
     # prevent_cse is for code outside scan; inside, it only blocks fusion.
-    if remat:
-        keep = {"attention": jax.checkpoint_policies.save_only_these_names(KEPT)}
-        body = jax.checkpoint(body, prevent_cse=False, policy=keep.get(remat))
-    return jax.lax.scan(body, x, blocks)[0]
+    return jax.lax.scan(recomputed(body, remat, prevent_cse=False), x, blocks)[0]
+
+
+def recomputed(f: Callable, remat: bool | str, **options) -> Callable:
+    """f, which reverse mode computes again where `remat` is set. "results": all of it but what
+    softmax attentions and feed-forwards give."""
+    if not remat:
+        return f
+    return jax.checkpoint(f, policy=RESULTS if remat == "results" else None, **options)
+
+
+def _narrows(primitive, *operands, **params) -> bool:
+    """Whether this is a product of many channels that gives fewer, as a feed-forward's last: none
+    takes more operations for what it gives. Seen in tangents too, which have no names."""
+    if primitive is jax.lax.dot_general_p:
+        (summed, _), (batch, _) = params["dimension_numbers"]
+        x, weight = operands
+        left = math.prod(weight.shape) // math.prod(x.shape[i] for i in summed)
+        return not batch and left < math.prod(x.shape[i] for i in summed)
+    if primitive is jax.lax.conv_general_dilated_p:
+        spec = params["dimension_numbers"]
+        return operands[1].shape[spec.rhs_spec[0]] < operands[0].shape[spec.lhs_spec[1]]
+    return False
+
+
+RESULTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(KEPT), _narrows
+)
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gadjax.ops.spread import splitting, spread
 
-KEPT = "attention"  # as checkpoint policies call what reverse mode keeps of an attention
+KEPT = "attention"  # as checkpoint policies call what reverse mode may keep of an attention
 CELLS = 2**19  # logits of one head that exist at once; more are computed a block of queries a time
 
 

@@ -29,7 +29,7 @@ def default_config() -> ConfigDict:
             # -1: the devices that others leave. sequence: that share the positions of a sample
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1},
             "dtype": "float32",  # what networks compute in; parameters are float32
-            "remat": "block",  # computed again in reverse: none, attention (all but that), block
+            "remat": "block",  # computed again in reverse: none, results (all but those), block
             "attention": "auto",  # auto: Pallas (on GPUs if it proves right there); jnp; pallas
             "offload": (),  # some of teacher, optimizer, ema: in the host's memory between uses
             "teacher": "",  # diffusers pipeline folder, or asset:NAME

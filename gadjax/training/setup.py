@@ -32,7 +32,7 @@ from gadjax.types import Batch, Cond, Params
 
 OFFLOAD = "teacher", "optimizer", "ema"
 ATTENTION = "auto", "jnp", "pallas"
-REMAT = {"none": False, "attention": "attention", "block": True}  # as networks are told
+REMAT = {"none": False, "results": "results", "block": True}  # as networks are told
 
 
 @dataclass(frozen=True)

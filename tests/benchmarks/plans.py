@@ -86,6 +86,7 @@ class Row(NamedTuple):
     tight: bool = False
     offload: tuple[str, ...] = ()
     largest: bool = False
+    remat: str = "block"
 
 
 XL, LARGE = "PixArt-XL, 512 px", "a PixArt of 2.6 B, 1024 px"
@@ -105,6 +106,7 @@ ROWS = {
     "pixart-gad-1": Row(XL, "GAD", "v5e:4x4", 1, 16),
     "pixart-gad-1-differences": Row(XL, DIFFERENCES, "v5e:4x4", 1, 16),
     "pixart-gad-8-offload": Row(XL, "GAD", "v5e:4x4", 8, 16, offload=OFFLOAD),
+    "pixart-gad-8-results": Row(XL, "GAD", "v5e:4x4", 8, 16, remat="results"),
     "large-gad-offload": Row(LARGE, "GAD", "v5e:4x4", 1, 16, offload=OFFLOAD),
     "pixart-gad-largest": Row(XL, "GAD", "v5e:4x4", 16, 16, largest=True),
     # Each backbone with each of the three.
@@ -146,6 +148,7 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
     config.critic.updates = updates
     config.mesh.update(data=row.data, fsdp=row.fsdp)
     config.batch, config.microbatch, config.offload = row.batch * chips, 0, row.offload
+    config.remat = row.remat
     say = partial(print, file=sys.stderr, flush=True)
     with ExitStack() as meanwhile:
         if row.trains == DIFFERENCES:
@@ -232,6 +235,7 @@ def write_table(out: Path) -> None:
     for name, row in ROWS.items():
         path = out / f"{name}.json"
         how = row.trains + ", tight" * row.tight + ", offload" * bool(row.offload)
+        how += ", results kept" * (row.remat == "results")
         cells = [row.backbone, how, row.topology, f"{row.data} x {row.fsdp}"]
         found = json.loads(path.read_text()) if path.is_file() else None
         cells += numbers(row, found) if found else [str(row.batch), "not yet run"]
@@ -282,7 +286,7 @@ DMD is DMD through the whole rollout + the anchor of 10 teacher steps with five;
 "tight": XLA's scheduler is told to overlap no more than fits in a tenth of the chip's memory (it
 takes up to 95 % otherwise, so that a program is not as small as it can be);
 `LIBTPU_INIT_ARGS=--xla_tpu_scheduler_percent_shared_memory_limit=10` does so to a run. "offload":
-teacher, moments and average wait in the host's memory. The images are a ceiling at 40 % of the
+teacher, moments and average wait in the host's memory. "results kept": `remat = "results"`. The images are a ceiling at 40 % of the
 peak. Seconds, on two slow cores beside other work, are until every buffer of both programs has
 its place, which is all that the memory needs; cards' are of the whole programs.
 

@@ -55,42 +55,39 @@ def evaluations(size: Size) -> Iterator[Figure]:
     """
     batch = jax.eval_shape(lambda: make_batch(size))
     params = jax.eval_shape(lambda: make_network(size)[0].init(jax.random.key(0)))
-    cost, u = parts(size, params, batch, remat=False)
-    yield Figure("u in TFLOP an image", u / size.batch / 1e12, note=str(size))
-    planned = sum(cost["pair"].values())
-    name = "generator step as planned: exact tangents, u"
-    yield Figure(name, planned, note=f"{size}; nothing recomputed")
-
-    cost, _ = parts(size, params, batch, remat="attention")
-    planned = sum(cost["pair"].values())
-    yield Figure(name, planned, note=f"{size}; each block recomputed but its attention")
-
-    cost, _ = parts(size, params, batch, remat=True)
-    base, planned = (sum(cost[kind].values()) for kind in ("value", "pair"))
-    note = f"{size}; each block recomputed in reverse"
+    how = {False: "nothing recomputed", "results": "each block recomputed but for results"}
+    how = {remat: f"{size}; {words}" for remat, words in how.items()}
+    how[True] = note = f"{size}; each block recomputed in reverse"
     aim = 17.0 if size.tokens >= 4096 else 15.0
+    for remat, most in ((False, None), ("results", None), (True, aim)):
+        cost, u = parts(size, params, batch, remat)
+        planned = sum(cost["pair"].values())
+        yield Figure("generator step as planned: exact tangents, u", planned, most, note=how[remat])
+    yield Figure("u in TFLOP an image", u / size.batch / 1e12, note=str(size))
+    base = sum(cost["value"].values())
     yield Figure("generator step as planned: without GAD, u", base, note=note)
     yield Figure("generator step as planned: finite differences, u", 2 * base, note=note)
-    yield Figure(name, planned, aim, note=note)
     for who, amount in cost["pair"].items():
         yield Figure(f"of these: {who}, u", amount, note=note)
 
-    def spent(step, objective, times):
-        recipe = make_recipe(size, objective, times)
+    def spent(step, objective, times, remat=True):
+        recipe = make_recipe(size, objective, times, remat=remat)
         state = jax.eval_shape(lambda: start(size, recipe)[0])
         return flops(partial(step, recipe), state, params, batch) / u
 
     one, base, gad = (899.0, -1.0), 1.0 * TDM(), 1.0 * GAD(steps=1)
-    for name, objective, times, most in (
-        ("from a given latent: TDM", base, one, None),
-        ("from a given latent: GAD, map of 1 step", gad, one, aim),
-        ("from a given latent: TDM + GAD, map of 1 step", base + gad, one, aim),
-        ("with its own walk: TDM + GAD, map of 1 step", base + gad, GRID, None),
-        ("with its own walk: TDM + GAD, map of 4 steps", base + GAD(steps=4), GRID, None),
+    given, own = "student_step from a given latent", "student_step with its own walk"
+    for name, objective, times, remat, most in (
+        (f"{given}: TDM, u", base, one, True, None),
+        (f"{given}: GAD, map of 1 step, u", gad, one, True, aim),
+        (f"{given}: TDM + GAD, map of 1 step, u", base + gad, one, True, aim),
+        (f"{given}: TDM + GAD, map of 1 step, u", base + gad, one, "results", aim),
+        (f"{own}: TDM + GAD, map of 1 step, u", base + gad, GRID, True, None),
+        (f"{own}: TDM + GAD, map of 4 steps, u", base + GAD(steps=4), GRID, True, None),
+        (f"{own}: TDM + GAD, map of 4 steps, u", base + GAD(steps=4), GRID, "results", None),
     ):
-        yield Figure(
-            f"student_step {name}, u", spent(student_step, objective, times), most, note=note
-        )
+        found = spent(student_step, objective, times, remat)
+        yield Figure(name, found, most, note=how[remat])
     yield Figure("critic_step with its own walk: TDM, u", spent(critic_step, base, GRID), note=note)
 
 

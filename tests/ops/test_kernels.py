@@ -126,7 +126,7 @@ def test_a_step_of_four_tpus_compiles_with_them(count, axis):
     def step(layers, x):
         def loss(layers):
             def net(x):
-                return scan_blocks(layers, x, lambda w, x: attention(x @ w, x, x), "attention")
+                return scan_blocks(layers, x, lambda w, x: attention(x @ w, x, x), "results")
 
             value, moved = tangents(net, x, jnp.stack([x] * count))
             return jnp.sum(value.astype(jnp.float32)) + jnp.sum(moved.astype(jnp.float32))

@@ -96,7 +96,7 @@ def test_an_offload_of_what_there_is_not(config, offload, objective, words):
 
 def test_a_remat_that_is_none(config):
     config.remat = "blocks"
-    assert refused(config) == "remat: found 'blocks'; expected one of none, attention, block"
+    assert refused(config) == "remat: found 'blocks'; expected one of none, results, block"
 
 
 @pytest.mark.parametrize("proven", [True, False])

@@ -82,10 +82,13 @@ class Block(nnx.Module):
         self.dual, self.last = dual, last
 
     def __call__(
-        self, x_BND: jax.Array, text_BLD: jax.Array, emb_B1D: jax.Array
+        self, x_BND: jax.Array, text_BLD: jax.Array, emb_B1D: jax.Array, again: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Both streams after the block; the text as it came in where the block is the last."""
-        shift, scale, gate, shift_ff, scale_ff, gate_ff, *again = self.norm1(emb_B1D)
+        """Both streams after the block; the text as it came in where the block is the last.
+
+        again: whether reverse mode computes all of it again.
+        """
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, *more = self.norm1(emb_B1D)
         if self.last:  # the other order, as in diffusers' files
             scale_text, shift_text = self.norm1_context(emb_B1D)
         else:
@@ -99,14 +102,14 @@ class Block(nnx.Module):
         k, v = (jnp.concatenate(whole(pair), axis=1) for pair in zip(own, others, strict=True))
         x_BND = x_BND + gate * self.attn.back(attention(q, k, v))
         if self.dual:
-            shift, scale, gate = again
+            shift, scale, gate = more
             alone = attention(*self.attn2(modulate(normed, shift, scale)))
             x_BND = x_BND + gate * self.attn2.back(alone)
         normed = modulate(layers.layer_norm(x_BND, EPS), shift_ff, scale_ff)
-        x_BND = self.ff.added(x_BND, gate_ff, normed)
+        x_BND = self.ff.added(x_BND, gate_ff, normed, again)
         if self.last:
             return x_BND, text_BLD
         gate, shift_ff, scale_ff, gate_ff = rest
         text_BLD = text_BLD + gate * self.attn_context.back(attention(q_text, k, v))
         normed = modulate(layers.layer_norm(text_BLD, EPS), shift_ff, scale_ff)
-        return x_BND, self.ff_context.added(text_BLD, gate_ff, normed)
+        return x_BND, self.ff_context.added(text_BLD, gate_ff, normed, again)

@@ -14,7 +14,7 @@ from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.models.mmdit.blocks import EPS, Block, Modulation, modulate
 from gadjax.models.mmdit.config import CLASS_NAMES, Config
-from gadjax.models.module import Keys, scan_blocks, stack
+from gadjax.models.module import Keys, recomputed, scan_blocks, stack
 
 __all__ = ["CLASS_NAMES", "Config", "build"]
 TIME_CHANNELS = 256
@@ -109,10 +109,9 @@ class MMDiT(nnx.Module):
         x_BND, text_BLD, emb_B1D = self._walk(self.depth - 1, x_BHWC, t_B, text_BLD, pooled_BP)
 
         def last(block, x_BND, text_BLD):
-            return block(x_BND, text_BLD, emb_B1D)[0]
+            return block(x_BND, text_BLD, emb_B1D, self.remat is True)[0]
 
-        last = jax.checkpoint(last) if self.remat else last
-        x_BND = last(self.last_block, x_BND, text_BLD)
+        x_BND = recomputed(last, self.remat)(self.last_block, x_BND, text_BLD)
         scale, shift = self.norm_out(emb_B1D)
         x_BND = self.proj_out(modulate(layers.layer_norm(x_BND, EPS), shift, scale))
         return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.patch)
@@ -131,6 +130,9 @@ class MMDiT(nnx.Module):
             if taken:
                 blocks = jax.tree.map(lambda leaf, n=taken: leaf[:n], getattr(self, name))
                 streams = scan_blocks(
-                    blocks, streams, lambda block, both: block(*both, emb_B1D), self.remat
+                    blocks,
+                    streams,
+                    lambda block, both: block(*both, emb_B1D, self.remat is True),
+                    self.remat,
                 )
         return *streams, emb_B1D

@@ -184,7 +184,8 @@ class Block(nnx.Module):
         self.scale_shift_table = layers.modulation_table(rngs, 6, c.dim)
         self.eps = c.norm_eps
 
-    def __call__(self, x_BND, modulation_B6D, text_BLD, bias) -> jax.Array:
+    def __call__(self, x_BND, modulation_B6D, text_BLD, bias, again: bool) -> jax.Array:
+        """[B, N, D] -> [B, N, D]; again: whether reverse mode computes all of it again."""
         table = self.scale_shift_table[...].astype(x_BND.dtype) + modulation_B6D
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
         normed = layers.layer_norm(x_BND, self.eps) * (1 + scale1) + shift1
@@ -192,7 +193,7 @@ class Block(nnx.Module):
         # No norm and no gate here: the weights were trained so.
         x_BND = x_BND + self.attn2(x_BND, text_BLD, bias)
         normed = layers.layer_norm(x_BND, self.eps) * (1 + scale2) + shift2
-        return self.ff.added(x_BND, gate2, normed)
+        return self.ff.added(x_BND, gate2, normed, again)
 
 
 class PixArt(nnx.Module):
@@ -249,7 +250,7 @@ class PixArt(nnx.Module):
         x_BND = scan_blocks(
             blocks,
             self.pos_embed(x_BHWC),
-            lambda block, x: block(x, modulation_B6D, text_BLD, bias),
+            lambda block, x: block(x, modulation_B6D, text_BLD, bias, self.remat is True),
             self.remat,
         )
         return x_BND, embedded_BD

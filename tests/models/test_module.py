@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gadjax.geometry import tangent
+from gadjax.models.module import scan_blocks
+from gadjax.plan.flops import flops
+
+
+def feed_forward(x, up, down, gate):
+    return x + gate * (jnp.tanh(x @ up) @ down)
+
+
+def convolved(x, up, down, gate):
+    """The same as convolutions of size 1."""
+
+    def conv(x, kernel):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dims)
+
+    x = x[:, None]
+    return (x + gate * conv(jnp.tanh(conv(x, up[None, None])), down[None, None]))[:, 0]
+
+
+@pytest.mark.parametrize("block", [feed_forward, convolved])
+@pytest.mark.parametrize("moving", [False, True])
+def test_reverse_mode_may_keep_what_a_feed_forward_gives(block, moving):
+    """Of value and tangent, and then does not compute the last product of either again."""
+    rng = np.random.default_rng(0)
+    shapes = (2, 3, 5), (4, 5, 20), (4, 20, 5), (4, 1, 5)
+    x, *layers = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    def grad(remat):
+        def loss(layers):
+            def net(x):
+                return scan_blocks(layers, x, lambda layer, x: block(x, *layer), remat)
+
+            return sum(jnp.sum(y**2) for y in (tangent(net, x, x) if moving else (net(x),)))
+
+        return jax.grad(loss)
+
+    def cost(remat):
+        return flops(grad(remat), layers) / (4 * 2 * 6 * 5 * 20)
+
+    count = 2 if moving else 1
+    assert cost(True) - cost("results") == pytest.approx(count)
+    assert cost("results") - cost(False) == pytest.approx(count)  # the first products
+    for a, b in zip(grad("results")(layers), grad(False)(layers), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
