@@ -83,8 +83,9 @@ def shardings(tree: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh)
     """A NamedSharding for every leaf: the first rule whose regex is found in the leaf's path.
 
     Optimizer moments and averages end in the same path as their parameter, so one set of rules
-    covers them. Raises: InputError for a leaf of 65,536 elements or more that no rule names, and
-    for a dimension that its mesh axis does not divide.
+    covers them. What a rule leaves whole is cut all the same where it has 65,536 elements or more,
+    as the biases of many layers do: along the last axis that fsdp divides. Raises: InputError for a
+    leaf of that size that no rule names, and for a dimension that its mesh axis does not divide.
     """
 
     # A rule's ^ is the start of a network's own path, which stands deeper in a training state.
@@ -98,6 +99,8 @@ def shardings(tree: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh)
             if math.prod(leaf.shape) >= SMALL:
                 raise InputError(f"sharding: found no rule for {name} {tuple(leaf.shape)}")
             spec = PartitionSpec()
+        if math.prod(leaf.shape) >= SMALL and not any(spec):
+            spec = last_cut(leaf.shape, mesh)
         spec = PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in spec))
         sides = [(a, n) for n, a in zip(leaf.shape, spec, strict=False) if a is not None]
         if math.prod(leaf.shape) >= SMALL:
@@ -116,6 +119,12 @@ def shardings(tree: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh)
                 f"that suits all being {nearest}"
             )
     return placed
+
+
+def last_cut(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """fsdp along the last axis that it divides, or nothing where it divides none."""
+    fits = [i for i, n in enumerate(shape) if n % mesh.shape.get("fsdp", 1) == 0]
+    return PartitionSpec(*[None] * fits[-1], "fsdp") if fits else PartitionSpec()
 
 
 def shapes_at(tree: Any, places: Any) -> Any:

@@ -286,9 +286,10 @@ DMD is DMD through the whole rollout + the anchor of 10 teacher steps with five;
 "tight": XLA's scheduler is told to overlap no more than fits in a tenth of the chip's memory (it
 takes up to 95 % otherwise, so that a program is not as small as it can be);
 `LIBTPU_INIT_ARGS=--xla_tpu_scheduler_percent_shared_memory_limit=10` does so to a run. "offload":
-teacher, moments and average wait in the host's memory. "results kept": `remat = "results"`. The images are a ceiling at 40 % of the
-peak. Seconds, on two slow cores beside other work, are until every buffer of both programs has
-its place, which is all that the memory needs; cards' are of the whole programs.
+teacher, moments and average wait in the host's memory. "results kept": `remat = "results"`. The
+images are a ceiling at 40 % of the peak. Seconds, on two slow cores beside other work, are until
+every buffer of both programs has its place, which is all that the memory needs; cards' are of the
+whole programs.
 
 A U-Net's blocks are no loop: the program of SD 2's student has 143,000 lines before XLA begins, and
 its buffers took 10 minutes and 11 GB of the planning machine. PixArt-XL with GAD at 2 samples a

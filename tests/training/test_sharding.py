@@ -210,12 +210,22 @@ def spec_of(tree, rules, mesh=MESH):
 
 def test_the_first_rule_that_is_found_in_the_path_decides():
     rules = ((r"^a/w$", P("fsdp", None)), (r"w$", P(None, "fsdp")), (r"(^|/)b$", P()))
-    tree = {"a": {"w": BIG, "b": BIG}, "x": {"a": {"w": BIG}, "w": BIG}}
+    tree = {"a": {"w": BIG, "b": SMALL}, "x": {"a": {"w": BIG}, "w": BIG}}
     found = spec_of(tree, rules)
     assert found["a"] == {"w": P("fsdp", None), "b": P()}
     # A state's paths go on before the network's own.
     assert found["x"] == {"a": {"w": P("fsdp", None)}, "w": P(None, "fsdp")}
     assert spec_of({"w": BIG}, ((r"w", P("tensor", "fsdp")),)) == {"w": P(None, "fsdp")}
+
+
+def test_a_rule_does_not_leave_a_big_leaf_whole():
+    def found(*shape):
+        return spec_of({"b": jax.ShapeDtypeStruct(shape, np.float32)}, ((r"b", P()),))["b"]
+
+    assert found(30, 2304) == P(None, "fsdp")  # by the four of fsdp
+    assert found(28, 2305, 2) == P("fsdp")
+    assert found(31, 2305) == P()
+    assert found(28, 2304) == P()  # 64,512 elements
 
 
 def test_a_big_leaf_without_a_rule_is_refused():

@@ -8,13 +8,11 @@ FROZEN: tuple[str, ...] = (r"^pos_embed/pos_embed$",)
 STACK = r"^(dual_)?blocks/"
 COLUMNS = r"(attn|attn_context|attn2)/to_[qkv]/kernel$"
 ROWS = r"(attn|attn_context|attn2)/to_out/kernel$"
-WIDE_BIAS = r"((ff|ff_context)/linear_1|norm1(_context)?/linear)/bias$"
 
 # The residual streams are whole on every device of "tensor", and so is what modulates them.
 # Each dimension named is a multiple of 256 at the published width of 1536.
 RULES: tuple[tuple[str, P], ...] = (
-    (STACK + WIDE_BIAS, P(None, "fsdp")),
-    (rf"^(?!{STACK[1:]}{WIDE_BIAS})(.*/)?(bias|scale)$", P()),
+    (r"/(bias|scale)$", P()),
     (STACK + COLUMNS, P(None, "fsdp", "tensor")),
     (STACK + ROWS, P(None, "tensor", "fsdp")),
     (STACK + r"(ff|ff_context)/linear_1/kernel$", P(None, "fsdp", "tensor")),

@@ -5,8 +5,7 @@ from jax.sharding import PartitionSpec as P
 # The dimension that fsdp cuts is the one with the most factors of two: at width 1152 up to 128
 # devices, or 64 beside two of "tensor".
 RULES: tuple[tuple[str, P], ...] = (
-    (r"^blocks/ff/linear_1/bias$", P(None, "fsdp")),
-    (r"(?<!^blocks/ff/linear_1/)bias$", P()),
+    (r"bias$", P()),
     (r"^blocks/attn[12]/to_(q|k|v)/kernel$", P(None, "fsdp", "tensor")),
     (r"^blocks/attn[12]/to_out/kernel$", P(None, "tensor", "fsdp")),
     (r"^blocks/ff/linear_1/kernel$", P(None, "fsdp", "tensor")),
