@@ -6,11 +6,14 @@ keys; and in reverse one that sums over blocks of keys, for dq and dtq, and one 
 blocks of queries, with its tiles transposed, for dk, dv, dtk and dtv. A tile takes 6 products of
 n x m x K forward and 9 + 12 in reverse, where the jnp op, which sums everything at once, takes 15.
 
-VMEM: a block is of at most 512 positions of 512 bytes each (K filled up to 128 lanes), 256 KiB. In
-reverse eight operands and up to four results come and go in blocks, each twice, because the next
-is copied while one is computed: 6 MiB; four sums in float32, 1 MiB; tiles of logits in float32 are
-of 1 MiB, of which the compiler keeps about five at once. It grants a kernel 16 MiB on v5e, and
-says that it needs less than 12 for bfloat16. Nothing grows with N or M.
+Positions lie along the lanes, as [B, H, K, N], and a block is turned once it is in VMEM: with the K
+of a head along them, 64 or 72 numbers take the room, in HBM, and the way there, of 128.
+
+VMEM: a block is of at most 512 positions, turned of 512 bytes each, 256 KiB. In reverse eight
+operands and up to four results come and go in blocks, each twice, because the next is copied while
+one is computed; four sums in float32, 1 MiB; tiles of logits in float32 are of 1 MiB, of which the
+compiler keeps about five at once. It grants a kernel 16 MiB on v5e, and compiles these for bfloat16
+within 6 where K <= 72, within 8 where it is 128. Nothing grows with N or M.
 """
 
 from functools import partial
