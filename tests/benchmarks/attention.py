@@ -124,9 +124,9 @@ def ahead(names: tuple[str, ...], shapes, batch: int) -> Iterator[Figure]:
             blocks = operator_programs(given, chip._replace(kernels=""))["ours"]
             note = f"{batch} x {shape[0]} positions, {shape[1]} heads of {shape[2]}, bfloat16"
             least = 10 if shape[0] == 4096 else None
-            # A TPU's program may have all of its own in VMEM.
-            ratio = size["plain"] / size["ours"] if size["ours"] else None
-            yield Figure(f"{name}: temp, plain / kernels", ratio, least=least, note=note)
+            if size["ours"]:  # a TPU's program may have all of its own in VMEM
+                ratio = size["plain"] / size["ours"]
+                yield Figure(f"{name}: temp, plain / kernels", ratio, least=least, note=note)
             yield Figure(f"{name}: temp MiB, kernels", size["ours"], note=note)
             yield Figure(f"{name}: temp MiB, in blocks", temp(blocks) / MIB, note=note)
             yield Figure(f"{name}: temp MiB, plain", size["plain"], note=note)
