@@ -15,6 +15,7 @@ from gadjax.plan.flops import flops
 from gadjax.recipes import study
 from gadjax.training.compiled import compile_steps
 from gadjax.training.setup import Run, prepare
+from gadjax.training.sharding import batch_sharding, put
 from gadjax.training.state import create, make_optimizer
 from gadjax.training.steps import Recipe, critic_step, student_step
 
@@ -154,7 +155,8 @@ class Bench:
         self.frozen = jax.device_put(run.frozen, self.steps.frozen)
         self.critics = run.config.critic.updates if self.steps.critic else 0
         self.update = 0
-        self.raw = run.source.batch(0, run.config.batch)
+        # Placed as the loop's are: for other arguments a step is compiled anew.
+        self.raw = put(run.source.batch(0, run.config.batch), batch_sharding(run.mesh))
 
     def iterate(self, raws=None):
         """raws: an iterator of host batches, of which each update takes one; else one is reused."""
