@@ -79,7 +79,7 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
         "step": in_order(
             # Two samples, since neighbours walk together.
             *(partial(step.evaluations, replace(size, batch=2)) for size in sizes),
-            partial(step.iterations, few if tiny else many, few if tiny else step.TIMED, 3),
+            partial(step.iterations, few if tiny else many, 3),
         ),
         "host": partial(host.host, 4, 4, 1) if tiny else partial(host.host, 16, 40, 2),
         "reference": partial(

@@ -22,7 +22,6 @@ from gadjax.training.steps import Recipe, critic_step, student_step
 GRID = (899.0, 674.0, 449.0, 224.0, -1.0)
 T = 500.0
 VARIANTS = (*(f"{base}_{added}" for base in study.BASES for added in study.ADDED), "script")
-TIMED = "dmd_none", "dmd_both"
 OPTIM = {"lr": 1e-5, "warmup": 0, "decay": 0, "b1": 0.0, "b2": 0.95, "weight_decay": 0, "clip": 1}
 
 
@@ -122,7 +121,7 @@ def parts(size: Size, params, batch, remat: bool | str):
     }, u
 
 
-def iterations(variants: tuple[str, ...], timed: tuple[str, ...], rounds: int) -> Iterator[Figure]:
+def iterations(variants: tuple[str, ...], rounds: int) -> Iterator[Figure]:
     """Whole iterations of the study's objectives on the bundled eps teacher (batch 16, 4 steps of
     the student, 2 critic updates where there is a critic), beside the same base alone."""
     cost = {name: study.evaluations("eps", name) for name in variants}
@@ -131,8 +130,8 @@ def iterations(variants: tuple[str, ...], timed: tuple[str, ...], rounds: int) -
         yield Figure(f"evaluations an iteration: {name}", cost[name])
         if name != base:
             yield Figure(f"evaluations / base: {name}", cost[name] / cost[base])
-    taken = seconds({name: iteration(study.config_of(f"eps:{name}:0")) for name in timed}, rounds)
-    for name in timed:
+    taken = seconds({name: iteration(study.config_of(f"eps:{name}:0")) for name in variants}, rounds)
+    for name in variants:
         base = f"{'tdm' if name == 'script' else name.split('_')[0]}_none"
         yield Figure(f"seconds an iteration: {name}", taken[name])
         if name != base:
