@@ -130,7 +130,8 @@ def iterations(variants: tuple[str, ...], rounds: int) -> Iterator[Figure]:
         yield Figure(f"evaluations an iteration: {name}", cost[name])
         if name != base:
             yield Figure(f"evaluations / base: {name}", cost[name] / cost[base])
-    taken = seconds({name: iteration(study.config_of(f"eps:{name}:0")) for name in variants}, rounds)
+    configs = {name: study.config_of(f"eps:{name}:0") for name in variants}
+    taken = seconds({name: iteration(config) for name, config in configs.items()}, rounds)
     for name in variants:
         base = f"{'tdm' if name == 'script' else name.split('_')[0]}_none"
         yield Figure(f"seconds an iteration: {name}", taken[name])
