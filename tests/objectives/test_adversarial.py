@@ -35,6 +35,7 @@ from gadjax.objectives import DMD, GAD, TERMS, Adversarial, build
 from gadjax.training.compiled import compile_steps
 from gadjax.training.config import read_config
 from gadjax.training.setup import prepare
+from gadjax.training.sharding import path_name
 from gadjax.training.state import create
 from gadjax.training.steps import critic_step, drawn_steps, make_context, student_step
 
@@ -383,14 +384,17 @@ def train(config, workdir, *flags):
     return main(["train", "--config", str(config), "--workdir", str(workdir), *flags])
 
 
-def test_the_head_lies_whole_on_every_device(config):
-    """It has no rule among its network's, which would be asked for where it is large."""
+def test_the_head_needs_no_rule_of_its_network(config):
+    """Only what is large is cut."""
     run = prepare(read_config(["--config", str(config)]))
     state = compile_steps(run).state
     shapes = jax.eval_shape(run.start, run.first).params["discriminator"]
     assert shapes["linear_1"]["kernel"].shape == (24, 4096)
     for tree in (state.params["discriminator"], state.opt["discriminator"]):
-        assert {leaf.spec for leaf in jax.tree.leaves(tree)} == {P()}
+        specs = {path_name(path): x.spec for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        large = {path for path in specs if path.endswith("linear_1/kernel")}
+        assert large and all(specs[path] == P(None, "fsdp") for path in large)
+        assert {spec for path, spec in specs.items() if path not in large} == {P()}
 
 
 @pytest.mark.slow
