@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ class Denoiser:
       discriminator reads. None where the family has none.
     embedded: whether guidance is told to the network, as cond.extras["guidance"], and not applied
       to what it says.
+    text_kv: (params, text_BLD) -> what the network makes of a text whatever x and t are, in which
+      form `apply` and `features` take it too. None where there is no such thing.
     """
 
     apply: Callable[[Params, jax.Array, jax.Array, Cond], jax.Array]
@@ -28,6 +31,13 @@ class Denoiser:
     parameterization: str
     features: Callable[[Params, jax.Array, jax.Array, Cond], jax.Array] | None = None
     embedded: bool = False
+    text_kv: Callable[[Params, jax.Array], Any] | None = None
+
+    def reading(self, params: Params, cond: Cond) -> Cond:
+        """The same, the text's keys and values in the text's place: once for many evaluations."""
+        if self.text_kv is None:
+            return cond
+        return cond._replace(text=self.text_kv(params, cond.text))
 
     def raw(self, params: Params, x_BHWC, t_B, cond: Cond):
         """The network's own output, float32. t_B: [B] or a scalar, in the network's units."""
@@ -52,20 +62,33 @@ class Denoiser:
         scale: a float or [B]. The Python numbers 1 and 0 leave the other half out. Where guidance
         is embedded the network is told the scale, and the other half is not there.
         """
-        if self.embedded:
-            return self.raw(params, x_BHWC, t_B, self._told(cond, scale, x_BHWC[:, 0, 0, 0]))
-        if isinstance(scale, int | float) and scale in (0, 1):
-            return self.raw(params, x_BHWC, t_B, cond if scale else null)
-        t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
-        # Side by side, so that both of a sample are where the sample is.
-        pairs = (x_BHWC, t_B, cond), (x_BHWC, t_B, null)
-        twice, t_2B, both = jax.tree.map(
-            lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]), *pairs
-        )
-        raw_BPHWC = self.raw(params, twice, t_2B, both).reshape(-1, 2, *x_BHWC.shape[1:])
-        told, untold = raw_BPHWC[:, 0], raw_BPHWC[:, 1]
-        scale = expand(jnp.asarray(scale, x_BHWC.dtype), x_BHWC)
-        return untold + scale * (told - untold)
+        return self._guide(params, cond, null, scale)(x_BHWC, t_B)
+
+    def guide(self, params: Params, cond: Cond, null: Cond, scale) -> Callable[..., Prediction]:
+        """guided as a function of (x_BHWC, t_B), for many evaluations: it reads the text once."""
+        raw = self._guide(params, cond, null, scale, self.reading)
+        return lambda x_BHWC, t_B: self.read(raw(x_BHWC, t_B), x_BHWC, t_B)
+
+    def _guide(self, params, cond, null, scale, reading=lambda _, cond: cond):
+        alone = isinstance(scale, int | float) and scale in (0, 1)
+        if self.embedded or alone:
+            told = reading(params, cond if self.embedded or scale else null)
+
+            def once(x_BHWC, t_B):
+                at = self._told(told, scale, x_BHWC[:, 0, 0, 0]) if self.embedded else told
+                return self.raw(params, x_BHWC, t_B, at)
+
+            return once
+
+        both = reading(params, jax.tree.map(_beside, cond, null))
+
+        def twice(x_BHWC, t_B):
+            t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
+            raw = self.raw(params, _beside(x_BHWC, x_BHWC), _beside(t_B, t_B), both)
+            told, untold = raw.reshape(-1, 2, *x_BHWC.shape[1:]).swapaxes(0, 1)
+            return untold + expand(jnp.asarray(scale, x_BHWC.dtype), x_BHWC) * (told - untold)
+
+        return twice
 
     def _told(self, cond: Cond, scale, like_B: jax.Array) -> Cond:
         scale_B = jnp.broadcast_to(jnp.asarray(scale, like_B.dtype), like_B.shape)
@@ -87,3 +110,8 @@ class Denoiser:
         target = from_prediction(self.parameterization, Prediction(x0_BHWC, eps_BHWC), alpha, sigma)
         error = self.guided_raw(params, x_t, t_B, cond, null, scale) - target
         return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
+
+
+def _beside(a, b):
+    """[2 B, ...], both of a sample where the sample is."""
+    return jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +182,14 @@ def _denoiser(folder: PipelineFolder, network: Functional) -> Denoiser:
         predictor, features = told_whole(predictor), told_whole(features)
     if isinstance(schedule, TrigFlow):
         predictor, features = trigflow(predictor), None
+    text_kv = getattr(part.module, "TEXT_KV", None)
     return Denoiser(
         predictor,
         schedule,
         parameterization_from_config(folder.scheduler),
         features,
         embedded=getattr(part.spec, "guidance_embeds", False),
+        text_kv=text_kv and partial(network.apply, method=text_kv),
     )
 
 

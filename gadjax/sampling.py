@@ -47,12 +47,8 @@ def clean_latent(
     sampler, times = sampler_and_times(pipeline, sampling)
     if sampling.scale != 1:
         z_BHWC = sampling.scale * z_BHWC
-    return sample(
-        lambda x, t: pipeline.denoiser.guided(params, x, t, cond, null, sampling.guidance),
-        sampler,
-        z_BHWC,
-        times,
-    )
+    predict = pipeline.denoiser.guide(params, cond, null, sampling.guidance)
+    return sample(predict, sampler, z_BHWC, times)
 
 
 def draw(

@@ -8,10 +8,21 @@ Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
 
-class Cond(NamedTuple):
-    """What a network is told beside x and t: text_BLD, mask_BL (1 = read), the family's extras."""
+class TextKV(NamedTuple):
+    """A text's keys and values in one layer [B, M, heads * K], or in a stack of them, the layers
+    first: as blocks are run, so that nothing changes its place."""
 
-    text: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+class Cond(NamedTuple):
+    """What a network is told beside x and t: text_BLD, mask_BL (1 = read), the family's extras.
+
+    The text may also be what a network made of it for all its layers (`Denoiser.reading`).
+    """
+
+    text: Any
     mask: jax.Array
     extras: Any = None
 

@@ -96,6 +96,30 @@ def test_guidance_of_one_is_one_half():
         np.testing.assert_allclose(a, b, **ABOUT)
 
 
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("scale", [0, 1, 3.0, jnp.array([0.0, 1.0, 3.0])], ids=str)
+def test_a_guide_reads_the_text_once(scale, embedded):
+    read = []
+
+    def text_kv(params, text):
+        read.append(len(text))
+        return {"read": text}
+
+    def reads(params, x, t, cond):
+        text = cond.text["read"] if isinstance(cond.text, dict) else cond.text
+        x = x * cond.extras["guidance"][:, None, None, None] if embedded else x
+        return apply(params, x, t, cond._replace(text=text))
+
+    denoiser = Denoiser(reads, DDPM(), "eps", embedded=embedded, text_kv=text_kv)
+    guide = denoiser.guide(PARAMS, COND, NULL, scale)
+    for t in (T, 431.0):
+        found, expected = guide(X, t), denoiser.guided(PARAMS, X, t, COND, NULL, scale)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    alone = embedded or isinstance(scale, int)
+    assert read == [B if alone else 2 * B]
+
+
 def test_guidance_carries_extras():
     def reads(params, x, t, cond):
         return x * cond.extras["size"][:, None, None, None]

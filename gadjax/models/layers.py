@@ -12,6 +12,7 @@ from gadjax.errors import InputError
 from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
 from gadjax.ops.placement import by_sample, parts, placed, shares
+from gadjax.types import TextKV
 
 PART = 2**23  # numbers of a hidden layer that a device makes at once in training ...
 PARTS = 4  # ... unless it took more parts than these, each of which reads and writes the sum
@@ -183,7 +184,10 @@ def hidden_parts(shape: tuple[int, ...], hidden: int) -> tuple[int, int]:
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of tokens to a context, or to themselves without one."""
+    """Multi-head attention of tokens to a context, or to themselves without one.
+
+    A family with attentions of its own overrides `queries`, `keys_values` and `attend`.
+    """
 
     def __init__(
         self,
@@ -207,12 +211,29 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BND: jax.Array,
-        context_BMC: jax.Array | None = None,
+        context: jax.Array | TextKV | None = None,
         bias: jax.Array | None = None,
     ) -> jax.Array:
         """[B, N, D] -> [B, N, D]; `bias` broadcasts to the logits [B, heads, N, M]."""
-        context_BMC = x_BND if context_BMC is None else context_BMC
-        q, k, v = self.to_q(x_BND), self.to_k(context_BMC), self.to_v(context_BMC)
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
-        out_BNHK = attention(q, k, v, bias)
+        if not isinstance(context, TextKV):
+            context = self.keys_values(x_BND if context is None else context)
+        made = self.queries(x_BND), *context
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in made)
+        out_BNHK = self.attend(q, k, v, bias)
         return self.to_out(out_BNHK.reshape(*out_BNHK.shape[:2], -1))
+
+    def queries(self, x_BND: jax.Array) -> jax.Array:
+        return self.to_q(x_BND)
+
+    def keys_values(self, context_BMC: jax.Array) -> TextKV:
+        return TextKV(self.to_k(context_BMC), self.to_v(context_BMC))
+
+    def attend(self, q_BNHK, k_BMHK, v_BMHK, bias) -> jax.Array:
+        return attention(q_BNHK, k_BMHK, v_BMHK, bias)
+
+
+def text_kv(blocks: nnx.Module, text_BMC: jax.Array) -> TextKV:
+    """Keys and values of the text in the cross-attention ("attn2") of every block of a stack."""
+    return jax.lax.map(
+        lambda block: by_sample(block.attn2.keys_values(text_BMC), free=True), blocks
+    )

@@ -12,7 +12,7 @@ from flax import nnx, traverse_util
 
 from gadjax.ops.dual_attention import KEPT
 from gadjax.ops.placement import by_sample
-from gadjax.types import Params
+from gadjax.types import Params, TextKV
 
 
 class Functional(NamedTuple):
@@ -57,14 +57,25 @@ def stack(make: Callable[[Keys], nnx.Module], count: int, rngs: Keys) -> nnx.Mod
     return jax.vmap(lambda key: make(Keys(key)))(jax.random.split(rngs.params(), count))
 
 
-def scan_blocks(blocks: nnx.Module, x, call: Callable[[nnx.Module, Any], Any], remat: bool | str):
-    """Run stacked blocks in order: `x = call(block, x)`; remat: see `recomputed`."""
+def scan_blocks(
+    blocks: nnx.Module, x, call: Callable[..., Any], remat: bool | str, told: Any = None
+):
+    """Run stacked blocks in order: `x = call(block, x)`; remat: see `recomputed`.
 
-    def body(x, block):
-        return by_sample(call(block, by_sample(x, tokens=True)), tokens=True), None
+    told: what each is told as well, `call(block, x, told)`. Of a text's keys and values, in as many
+      layers or more, each gets its own.
+    """
+    layers, of_text = len(jax.tree.leaves(blocks)[0]), isinstance(told, TextKV)
 
+    def body(x, layer):
+        block, kv = layer
+        more = kv if of_text else told
+        x = call(block, by_sample(x, tokens=True), *(() if more is None else (more,)))
+        return by_sample(x, tokens=True), None
+
+    kv = jax.tree.map(lambda a: a[:layers], told) if of_text else None
     # prevent_cse is for code outside scan; inside, it only blocks fusion.
-    return jax.lax.scan(recomputed(body, remat, prevent_cse=False), x, blocks)[0]
+    return jax.lax.scan(recomputed(body, remat, prevent_cse=False), x, (blocks, kv))[0]
 
 
 def recomputed(f: Callable, remat: bool | str, **options) -> Callable:

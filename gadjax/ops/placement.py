@@ -31,13 +31,14 @@ def parts(mesh: Mesh, positions: int) -> int:
     return 1 if positions % mesh.shape[POSITIONS] else mesh.shape[POSITIONS]
 
 
-def by_sample(tree: Any, tokens: bool = False) -> Any:
+def by_sample(tree: Any, tokens: bool = False, free: bool = False) -> Any:
     """Arrays [B, ...], each sample on its own devices, wherever the program is placed on a mesh.
 
     Without a word the compiler may as well cut activations along their width, where weights are
     cut, and sum partial products over all devices. With it the weights come to the samples.
 
     tokens: whether arrays [B, N, D] are split along N too, over the devices that share a sample.
+    free: whether the compiler chooses how axes behind the first are split.
     """
     if placed.value is None:
         return tree
@@ -48,6 +49,8 @@ def by_sample(tree: Any, tokens: bool = False) -> Any:
             return x
         split = tokens and x.ndim == 3 and parts(mesh, x.shape[1]) > 1
         spec = PartitionSpec(SAMPLES, POSITIONS) if split else PartitionSpec(SAMPLES)
+        if free:
+            spec = PartitionSpec(SAMPLES, *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gadjax.errors import InputError
 from gadjax.plan.hardware import GIB, Topology
 from gadjax.training.compiled import compile_steps
 from gadjax.training.setup import Run
@@ -31,6 +32,8 @@ HURRIED = {
 }
 # As in the host's loop: one batch in use and two that are put on the chips ahead of it.
 BATCHES = 3
+# With which XLA's scheduler takes less memory, which has been a way round such failures.
+LESS_OVERLAP = "LIBTPU_INIT_ARGS=--xla_tpu_scheduler_percent_shared_memory_limit=10"
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available|Used ([\d.]+)([KMGT]) of")
 Say = Callable[[str], None]
@@ -69,10 +72,14 @@ class Programs(NamedTuple):
             lowered = self.steps[name].lower(*self.arguments(batch))
             done = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            seconds = time.perf_counter() - start
             said = str(error).strip().splitlines()[0]
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise InputError(
+                    f"batch: found {batch}, for which the compiler fails on the {name} step "
+                    f"({said}); expected one that it compiles: what it fails on hangs on small "
+                    f"things, so try others, or {LESS_OVERLAP}"
+                ) from error
+            seconds = time.perf_counter() - start
             found = NEEDED.search(str(error))
             number, unit = [x for x in found.groups() if x] if found else ("", "")
             say(f"the {name} step does not fit ({seconds:.0f} s)")

@@ -22,7 +22,7 @@ def keeping(recipe: Recipe, frozen: dict[str, Any]) -> Recipe:
     def whole(f):
         return f and (lambda params, *arguments: f(overlay(params, kept), *arguments))
 
-    changed = {name: whole(getattr(denoiser, name)) for name in ("apply", "features")}
+    changed = {name: whole(getattr(denoiser, name)) for name in ("apply", "features", "text_kv")}
     return replace(recipe, denoiser=replace(denoiser, **changed))
 
 

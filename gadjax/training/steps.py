@@ -62,14 +62,24 @@ def make_context(
     """Meet every need once and hand the results over."""
     denoiser, schedule, times = recipe.denoiser, recipe.denoiser.schedule, recipe.times
 
-    def teacher_at(x, t, scale=recipe.guidance):
+    guided = None
+    if needs.distils:
+        guided = denoiser.guide(teacher, batch.cond, batch.null, recipe.guidance)
+    # Where only a drawn step has a gradient, keys and values are made again with their blocks.
+    walks = needs.endpoint or needs.whole
+    told = denoiser.reading(student, batch.cond) if walks else batch.cond
+
+    def teacher_at(x, t, scale=None):
+        if guided and scale is None:
+            return guided(x, t)
+        scale = recipe.guidance if scale is None else scale
         return denoiser.guided(teacher, x, t, batch.cond, batch.null, scale)
 
     def critic_at(x, t, scale=1):
         return denoiser.guided(critic, x, t, batch.cond, batch.null, scale)
 
     def student_at(x, t):
-        return denoiser(student, x, t, batch.cond)
+        return denoiser(student, x, t, told)
 
     context = Context(
         denoiser=denoiser,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,9 @@ XL_1024 = Size(28, 16, 72, 128, text=120, caption=4096)
 def make_network(size: Size, dtype=jnp.float32, remat: bool | str = True):
     """The network as functions and as a denoiser."""
     network = functional(pixart.build(size.config, dtype=dtype, remat=remat))
-    return network, Denoiser(pixart.predictor(network.apply, size.config), DDPM(), "eps")
+    predict = pixart.predictor(network.apply, size.config)
+    text_kv = partial(network.apply, method=pixart.TEXT_KV)
+    return network, Denoiser(predict, DDPM(), "eps", text_kv=text_kv)
 
 
 def make_batch(size: Size, seed: int = 0) -> Batch:

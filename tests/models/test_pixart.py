@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
+from text_kv import assert_read_ahead
 
 from gadjax import geometry
 from gadjax.convert.tensors import expected_shapes, params_from_tensors, tensors_from_params
@@ -157,7 +158,9 @@ def test_features_are_the_tokens_half_way(name):
         block.register_forward_hook(lambda block, given, tokens: seen.append(tokens.numpy()))
     torch_call(model, *args)
     net = functional(build(Config.from_dict(cfg)))
-    out = jax.jit(partial(net.apply, method="features"))(to_params(model, cfg), *args)
+    params = to_params(model, cfg)
+    out = jax.jit(partial(net.apply, method="features"))(params, *args)
+    assert_read_ahead(net, params, args, jax.jit(net.apply)(params, *args), out)
     half = (len(seen) + 1) // 2 - 1
     assert out.shape == seen[half].shape and out.dtype == jnp.float32
     errors = [relative(out, tokens) for tokens in seen]

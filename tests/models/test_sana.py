@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
+from text_kv import assert_read_ahead
 
 from gadjax import geometry
 from gadjax.convert.tensors import expected_shapes, params_from_tensors, tensors_from_params
@@ -165,6 +166,7 @@ def test_output_and_features_are_those_of_diffusers(name):
         apply(params, *args),
         jax.jit(partial(net.apply, method="features"))(params, *args),
     )
+    assert_read_ahead(net, params, args, out, tokens)
     expected, seen = torch_call(model, *args)
     assert out.shape == expected.shape and out.dtype == tokens.dtype == jnp.float32
     half = (len(seen) + 1) // 2 - 1

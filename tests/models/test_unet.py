@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from text_kv import assert_read_ahead
 
 from gadjax import geometry
 from gadjax.convert.tensors import expected_shapes, params_from_tensors, tensors_from_params
@@ -199,6 +200,7 @@ def test_output_and_features_are_those_of_diffusers(name):
         return ours.apply(params, *args), ours.apply(params, *args, method="features")
 
     out, half = both(params, *args)
+    assert_read_ahead(ours, params, args, out, half)
     half_NCHW = seen[0]
     expected_half = half_NCHW.reshape(*half_NCHW.shape[:2], -1).transpose(0, 2, 1)
     errors = relative(out, expected), relative(half, expected_half)

@@ -258,6 +258,18 @@ def test_a_program_that_the_compiler_refuses(text, size):
     assert found.peak == (size and size * GIB)
 
 
+def test_a_compiler_that_fails_is_one_line():
+    class Step:
+        def lower(self, *arguments):
+            raise jax.errors.JaxRuntimeError("INTERNAL: a value overlaps with another\nmore")
+
+    run = SimpleNamespace(mesh=jax.make_mesh((1,), ("data",)))
+    where = Topology("", Chip("", 100, 1), 1, False)
+    programs = Programs(run, {"student": Step()}, (None, None), lambda batch: {}, where)
+    with pytest.raises(InputError, match="^batch: found 8, for which the compiler fails on the"):
+        programs.compile("student", 8, lambda text: None)
+
+
 PROGRAM = """\
 HloModule jit_f, is_scheduled=true
 

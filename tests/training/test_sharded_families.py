@@ -8,6 +8,7 @@ another order moves its float32 gradients by 1e-4 of the largest.
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -117,7 +118,11 @@ def worker(out: Path, name: str) -> None:
     cond = Cond(text, np.ones((SAMPLES, 5), np.int32), extras)
     predict = module.predictor(net.apply, config)
 
-    def loss(params, x, v, cond):
+    method = getattr(module, "TEXT_KV", None)
+
+    def loss(ahead, params, x, v, cond):
+        if ahead and method:
+            cond = cond._replace(text=net.apply(params, cond.text, method=method))
         t_B = jnp.full(len(x), 500.0)
         value, moved = geometry.tangent(lambda x: predict(params, x, t_B, cond), x, v)
         return jnp.mean(value**2) + jnp.mean(moved**2)
@@ -129,7 +134,9 @@ def worker(out: Path, name: str) -> None:
         placed_at = shardings(params, module.RULES, mesh)
         given = jax.device_put(params, placed_at)
         with placed(Placement(mesh)):
-            value, grads = jax.jit(jax.value_and_grad(loss))(given, x, v, cond)
+            # On one device the text is read where it is wanted, on all others ahead.
+            of = partial(loss, alone is not None)
+            value, grads = jax.jit(jax.value_and_grad(of))(given, x, v, cond)
         grads = {k: np.asarray(g) for k, g in flatten(grads).items()}
         if alone is None:
             one, alone = value, grads

@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,7 +55,12 @@ def tiny_run(mesh, microbatches, offload=()):
     )
     optimizers = {"student": OPTIMIZER, "critic": OPTIMIZER}
     recipe = Recipe(
-        denoiser=Denoiser(pixart.predictor(net.apply, CONFIG), DDPM(), "eps"),
+        denoiser=Denoiser(
+            pixart.predictor(net.apply, CONFIG),
+            DDPM(),
+            "eps",
+            text_kv=partial(net.apply, method=pixart.TEXT_KV),
+        ),
         objective=DMD() + 0.5 * GAD(steps=2) + 0.05 * Anchor(steps=2),
         times=(899.0, 449.0, -1.0),
         guidance=3.0,

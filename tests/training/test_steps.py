@@ -22,7 +22,7 @@ from formula_steps import (
 )
 from ml_collections import ConfigDict
 
-from gadjax.objectives import Needs
+from gadjax.objectives import DMD, GAD, TDM, Anchor, Needs
 from gadjax.training.setup import make_batch as batch_of
 from gadjax.training.state import create, make_optimizer
 from gadjax.training.steps import critic_step, drawn_steps, make_context, own_latents
@@ -149,6 +149,42 @@ def test_steps_of_the_students_grid_are_drawn_evenly():
     assert np.asarray(context.step_B).tolist() == [2, 1, 0, 3, 1, 2, 3, 0]
     assert np.asarray(context.t_B).tolist() == [750, 900, 1000, 500, 900, 750, 500, 1000]
     assert np.asarray(context.next_B).tolist() == [500, 750, 900, 0, 750, 500, 0, 900]
+
+
+@pytest.mark.parametrize(
+    "objective, role, read",
+    [
+        (TDM() + GAD(steps=2), "teacher", [2 * B]),
+        (DMD() + Anchor(target="x0", steps=2), "teacher", [2 * B]),
+        (DMD(backprop="all") + Anchor(steps=2), "student", [B]),
+        (GAD(end="whole", steps=2), "student", [B]),
+        (DMD() + GAD(steps=2), "student", []),  # its one step with a gradient reads for itself
+        (TDM() + GAD(steps=2), "critic", []),
+    ],
+)
+def test_a_text_is_read_once_for_all_evaluations(objective, role, read):
+    found = []
+
+    def text_kv(params, text):
+        found.extend([len(text)] * (params is networks[role]))
+        return text
+
+    networks = {
+        "teacher": TEACHER,
+        "student": WORLD.student_params(),
+        "critic": gaussian_params(3),
+    }
+    recipe = replace(WORLD.recipe(objective), denoiser=replace(WORLD.denoiser, text_kv=text_kv))
+    batch = make_batch(B)
+
+    def update(networks_of_trace):
+        networks.update(networks_of_trace)
+        student, critic, teacher = (networks[r] for r in ("student", "critic", "teacher"))
+        context = make_context(recipe, objective.needs, student, critic, teacher, batch)
+        return jnp.mean(objective(context)[0])
+
+    jax.eval_shape(update, dict(networks))
+    assert found == read
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])

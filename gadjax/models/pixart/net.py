@@ -13,6 +13,7 @@ from flax import nnx
 from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.models.module import Keys, scan_blocks, stack
+from gadjax.types import TextKV
 
 # The second is what the published repositories still say.
 CLASS_NAMES = ("PixArtTransformer2DModel", "Transformer2DModel")
@@ -184,14 +185,14 @@ class Block(nnx.Module):
         self.scale_shift_table = layers.modulation_table(rngs, 6, c.dim)
         self.eps = c.norm_eps
 
-    def __call__(self, x_BND, modulation_B6D, text_BLD, bias, again: bool) -> jax.Array:
+    def __call__(self, x_BND, modulation_B6D, text, bias, again: bool) -> jax.Array:
         """[B, N, D] -> [B, N, D]; again: whether reverse mode computes all of it again."""
         table = self.scale_shift_table[...].astype(x_BND.dtype) + modulation_B6D
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
         normed = layers.layer_norm(x_BND, self.eps) * (1 + scale1) + shift1
         x_BND = x_BND + gate1 * self.attn1(normed)
         # No norm and no gate here: the weights were trained so.
-        x_BND = x_BND + self.attn2(x_BND, text_BLD, bias)
+        x_BND = x_BND + self.attn2(x_BND, text, bias)
         normed = layers.layer_norm(x_BND, self.eps) * (1 + scale2) + shift2
         return self.ff.added(x_BND, gate2, normed, again)
 
@@ -209,13 +210,13 @@ class PixArt(nnx.Module):
         self.blocks = stack(lambda r: Block(c, dtype=dtype, rngs=r), c.num_layers, rngs)
         self.scale_shift_table = layers.modulation_table(rngs, 2, dim)
         self.proj_out = nnx.Linear(dim, c.patch_size**2 * c.out_channels, dtype=dtype, rngs=rngs)
-        self.patch, self.remat = c.patch_size, remat
+        self.depth, self.patch, self.remat = c.num_layers, c.patch_size, remat
 
     def __call__(
         self,
         x_BHWC: jax.Array,
         t_B: jax.Array,
-        text_BLD: jax.Array,
+        text: jax.Array | TextKV,
         mask_BL: jax.Array,
         added: dict[str, jax.Array] | None = None,
     ) -> jax.Array:
@@ -224,7 +225,7 @@ class PixArt(nnx.Module):
         Args:
           x_BHWC: latents; H and W multiples of the patch size, otherwise free.
           t_B: times in [0, 1000), integer or fractional.
-          text_BLD: the text encoder's states.
+          text: the text encoder's states [B, L, D], or what `text_kv` made of them.
           mask_BL: 1 for the tokens of the prompt, 0 for padding.
           added: {"resolution": [B, 2] (height, width in pixels), "aspect_ratio": [B, 1]}; read
             only by a network with `Config.sized`, which needs it.
@@ -233,24 +234,29 @@ class PixArt(nnx.Module):
           the first half of the channels.
         Raises: InputError for a size the patch does not divide, or without a needed `added`.
         """
-        x_BND, embedded_BD = self._walk(self.blocks, x_BHWC, t_B, text_BLD, mask_BL, added)
+        x_BND, embedded_BD = self._walk(self.depth, x_BHWC, t_B, text, mask_BL, added)
         table = self.scale_shift_table[...].astype(x_BND.dtype) + embedded_BD[:, None]
         shift, scale = jnp.split(table, 2, axis=1)
         x_BND = self.proj_out(layers.layer_norm(x_BND, OUT_EPS) * (1 + scale) + shift)
         return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.patch)
 
-    def features(self, x_BHWC, t_B, text_BLD, mask_BL, added=None) -> jax.Array:
+    def features(self, x_BHWC, t_B, text, mask_BL, added=None) -> jax.Array:
         """The tokens [B, N, D] after the first half of the blocks; arguments as `__call__`."""
-        first = jax.tree.map(lambda leaf: leaf[: (len(leaf) + 1) // 2], self.blocks)
-        return self._walk(first, x_BHWC, t_B, text_BLD, mask_BL, added)[0]
+        return self._walk((self.depth + 1) // 2, x_BHWC, t_B, text, mask_BL, added)[0]
 
-    def _walk(self, blocks, x_BHWC, t_B, text_BLD, mask_BL, added):
+    def text_kv(self, text_BLD: jax.Array) -> TextKV:
+        """The keys and values of a text in all layers."""
+        return layers.text_kv(self.blocks, self.caption_projection(text_BLD))
+
+    def _walk(self, count, x_BHWC, t_B, text, mask_BL, added):
         modulation_B6D, embedded_BD = self.adaln_single(t_B, added)
-        text_BLD, bias = self.caption_projection(text_BLD), layers.mask_bias(mask_BL)
+        bias = layers.mask_bias(mask_BL)
+        text = text if isinstance(text, TextKV) else self.caption_projection(text)
         x_BND = scan_blocks(
-            blocks,
+            jax.tree.map(lambda leaf: leaf[:count], self.blocks),
             self.pos_embed(x_BHWC),
-            lambda block, x: block(x, modulation_B6D, text_BLD, bias, self.remat is True),
+            lambda block, x, text: block(x, modulation_B6D, text, bias, self.remat is True),
             self.remat,
+            told=text,
         )
         return x_BND, embedded_BD

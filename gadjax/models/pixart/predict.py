@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from gadjax.models.pixart.net import Config
 from gadjax.types import Cond, Params
 
+TEXT_KV = "text_kv"  # the method that makes of a text what x and t do not change
+
 
 def extras(
     config: Config, samples: int, height: int, width: int, pooled: jax.Array | None = None

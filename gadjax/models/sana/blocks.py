@@ -8,7 +8,7 @@ from flax import nnx
 
 from gadjax.models import layers
 from gadjax.models.module import Keys
-from gadjax.ops.attention import attention
+from gadjax.types import TextKV
 
 RMS_EPS = 1e-5
 ATTENTION_EPS = 1e-15
@@ -95,12 +95,16 @@ class Attention(layers.Attention):
         self.norm_k = RMSNorm(heads * head_dim) if normed else None
         self.linear = linear
 
-    def __call__(self, x_BND, context_BMD=None, bias=None) -> jax.Array:
-        """[B, N, D] -> [B, N, D]; `bias` (softmax only) broadcasts to logits [B, heads, N, M]."""
-        context_BMD = x_BND if context_BMD is None else context_BMD
-        q, k, v = self.to_q(x_BND), self.to_k(context_BMD), self.to_v(context_BMD)
-        if self.norm_q is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
-        out = relu_linear_attention(q, k, v) if self.linear else attention(q, k, v, bias)
-        return self.to_out(out.reshape(*out.shape[:2], -1))
+    def queries(self, x_BND: jax.Array) -> jax.Array:
+        q = super().queries(x_BND)
+        return q if self.norm_q is None else self.norm_q(q)
+
+    def keys_values(self, context_BMC: jax.Array) -> TextKV:
+        k, v = super().keys_values(context_BMC)
+        return TextKV(k if self.norm_k is None else self.norm_k(k), v)
+
+    def attend(self, q_BNHK, k_BMHK, v_BMHK, bias) -> jax.Array:
+        """`bias` is read with softmax only."""
+        if self.linear:
+            return relu_linear_attention(q_BNHK, k_BMHK, v_BMHK)
+        return super().attend(q_BNHK, k_BMHK, v_BMHK, bias)

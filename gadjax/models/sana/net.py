@@ -15,6 +15,7 @@ from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.models.module import Keys, scan_blocks, stack
 from gadjax.models.sana.blocks import Attention, GLUMBConv, RMSNorm
+from gadjax.types import TextKV
 
 CLASS_NAMES = ("SanaTransformer2DModel",)
 TIME_CHANNELS = 256
@@ -142,14 +143,14 @@ class Block(nnx.Module):
         self.scale_shift_table = layers.modulation_table(rngs, 6, c.dim)
         self.eps = c.norm_eps
 
-    def __call__(self, x_BND, grid, modulation_B6D, text_BLD, bias) -> jax.Array:
+    def __call__(self, x_BND, grid, modulation_B6D, text, bias) -> jax.Array:
         """[B, N, D] -> [B, N, D]; grid: the H and W whose product is N."""
         table = self.scale_shift_table[...].astype(x_BND.dtype) + modulation_B6D
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
         normed = layers.layer_norm(x_BND, self.eps) * (1 + scale1) + shift1
         x_BND = x_BND + gate1 * self.attn1(normed)
         # No norm and no gate here: the weights were trained so.
-        x_BND = x_BND + self.attn2(x_BND, text_BLD, bias)
+        x_BND = x_BND + self.attn2(x_BND, text, bias)
         normed = layers.layer_norm(x_BND, self.eps) * (1 + scale2) + shift2
         out_BHWD = self.ff(normed.reshape(len(normed), *grid, -1))
         return x_BND + gate2 * out_BHWD.reshape(x_BND.shape)
@@ -177,7 +178,7 @@ class Sana(nnx.Module):
         self,
         x_BHWC: jax.Array,
         t_B: jax.Array,
-        text_BLD: jax.Array,
+        text: jax.Array | TextKV,
         mask_BL: jax.Array,
         guidance_B: jax.Array | None = None,
     ) -> jax.Array:
@@ -186,7 +187,7 @@ class Sana(nnx.Module):
         Args:
           x_BHWC: latents; H and W multiples of the patch size, otherwise free.
           t_B: times as the scheduler has them, in [0, 1000); of Sprint in [0, 1].
-          text_BLD: the text encoder's states.
+          text: the text encoder's states [B, L, D], or what `text_kv` made of them.
           mask_BL: 1 for the tokens of the prompt, 0 for padding.
           guidance_B: the guidance scale as a user gives it (4.5, say); of Sprint alone.
 
@@ -194,26 +195,34 @@ class Sana(nnx.Module):
         Raises: InputError for a size the patch does not divide, for Sprint without guidance, and
           for any other with it.
         """
-        x_BND, embedded_BD = self._walk(self.blocks, x_BHWC, t_B, text_BLD, mask_BL, guidance_B)
+        depth = self.config.num_layers
+        x_BND, embedded_BD = self._walk(depth, x_BHWC, t_B, text, mask_BL, guidance_B)
         table = self.scale_shift_table[...].astype(x_BND.dtype) + embedded_BD[:, None]
         shift, scale = jnp.split(table, 2, axis=1)
         x_BND = self.proj_out(layers.layer_norm(x_BND, OUT_EPS) * (1 + scale) + shift)
         return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.config.patch_size)
 
-    def features(self, x_BHWC, t_B, text_BLD, mask_BL, guidance_B=None) -> jax.Array:
+    def features(self, x_BHWC, t_B, text, mask_BL, guidance_B=None) -> jax.Array:
         """The tokens [B, N, D] after the first half of the blocks; arguments as `__call__`."""
-        first = jax.tree.map(lambda leaf: leaf[: (len(leaf) + 1) // 2], self.blocks)
-        return self._walk(first, x_BHWC, t_B, text_BLD, mask_BL, guidance_B)[0]
+        half = (self.config.num_layers + 1) // 2
+        return self._walk(half, x_BHWC, t_B, text, mask_BL, guidance_B)[0]
 
-    def _walk(self, blocks, x_BHWC, t_B, text_BLD, mask_BL, guidance_B):
+    def text_kv(self, text_BLD: jax.Array) -> TextKV:
+        """The keys and values of a text in all layers."""
+        return layers.text_kv(self.blocks, self.caption_norm(self.caption_projection(text_BLD)))
+
+    def _walk(self, count, x_BHWC, t_B, text, mask_BL, guidance_B):
         modulation_B6D, embedded_BD = self.time_embed(t_B, guidance_B)
-        text_BLD = self.caption_norm(self.caption_projection(text_BLD))
         bias, grid = layers.mask_bias(mask_BL), self._grid(x_BHWC)
+        text = (
+            text if isinstance(text, TextKV) else self.caption_norm(self.caption_projection(text))
+        )
         x_BND = scan_blocks(
-            blocks,
+            jax.tree.map(lambda leaf: leaf[:count], self.blocks),
             self._tokens(x_BHWC),
-            lambda block, x: block(x, grid, modulation_B6D, text_BLD, bias),
+            lambda block, x, text: block(x, grid, modulation_B6D, text, bias),
             self.remat,
+            told=text,
         )
         return x_BND, embedded_BD
 

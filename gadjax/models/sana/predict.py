@@ -12,6 +12,8 @@ import jax
 from gadjax.models.sana.net import Config
 from gadjax.types import Cond, Params
 
+TEXT_KV = "text_kv"  # the method that makes of a text what x and t do not change
+
 
 def extras(config: Config, samples: int, height: int, width: int, pooled=None) -> None:
     """Nothing: neither size nor pooled text is told. A guidance scale is the caller's to choose."""

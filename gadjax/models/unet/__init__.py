@@ -3,7 +3,7 @@
 from gadjax.models.unet.config import CLASS_NAMES, Config
 from gadjax.models.unet.keymap import KEYMAP
 from gadjax.models.unet.net import build
-from gadjax.models.unet.predict import extras, features, predictor
+from gadjax.models.unet.predict import TEXT_KV, extras, features, predictor
 from gadjax.models.unet.prompts import prompts
 from gadjax.models.unet.rules import RULES, WHOLE
 
@@ -11,6 +11,7 @@ __all__ = [
     "CLASS_NAMES",
     "KEYMAP",
     "RULES",
+    "TEXT_KV",
     "WHOLE",
     "Config",
     "build",

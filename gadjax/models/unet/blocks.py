@@ -1,9 +1,11 @@
 """The parts of the U-Net: residual blocks, transformers over positions, changes of size.
 
-Shapes: x_BHWC pictures, x_BND tokens (positions row by row), temb_BE the time, text_BLC the
-text encoder's states. Modules that a file numbers are nnx.Dict with those numbers.
+Shapes: x_BHWC pictures, x_BND tokens (positions row by row), temb_BE the time; texts are
+what one transformer after the other is told, the text encoder's states or their keys and values.
+Modules that a file numbers are nnx.Dict with those numbers.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,9 +113,9 @@ class TransformerBlock(nnx.Module):
         self.norm2, self.attn2 = norm(), attn(text_dim)
         self.norm3, self.ff = norm(), GatedMlp(dim, 4 * dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BND, text_BLC):
+    def __call__(self, x_BND, text):
         x_BND = x_BND + self.attn1(self.norm1(x_BND))
-        x_BND = x_BND + self.attn2(self.norm2(x_BND), text_BLC)
+        x_BND = x_BND + self.attn2(self.norm2(x_BND), text)
         return x_BND + self.ff(self.norm3(x_BND))
 
 
@@ -138,15 +140,16 @@ class Transformer2D(nnx.Module):
         )
         self.remat = make.remat
 
-    def __call__(self, x_BHWC, text_BLC):
+    def __call__(self, x_BHWC, text):
         enter = self.proj_in if self.linear else self.proj_in_1x1
         leave = self.proj_out if self.linear else self.proj_out_1x1
         h_BHWC = enter(self.norm(x_BHWC))
         h_BND = scan_blocks(
             self.transformer_blocks,
             h_BHWC.reshape(len(h_BHWC), -1, h_BHWC.shape[-1]),
-            lambda block, h_BND: block(h_BND, text_BLC),
+            lambda block, h_BND, text: block(h_BND, text),
             self.remat,
+            told=text,
         )
         return x_BHWC + leave(h_BND.reshape(x_BHWC.shape))
 
@@ -191,13 +194,13 @@ class DownBlock(nnx.Module):
         last = place == len(c.block_out_channels) - 1
         self.downsamplers = numbered([] if last else [Downsample2D(width, make)])
 
-    def __call__(self, x_BHWC, temb_BE, text_BLC) -> list[jax.Array]:
+    def __call__(self, x_BHWC, temb_BE, texts: Iterator) -> list[jax.Array]:
         """Every intermediate result, the output last."""
         states = []
         for i in range(len(self.resnets)):
             x_BHWC = self.resnets[str(i)](x_BHWC, temb_BE)
             if self.cross:
-                x_BHWC = self.attentions[str(i)](x_BHWC, text_BLC)
+                x_BHWC = self.attentions[str(i)](x_BHWC, next(texts))
             states.append(x_BHWC)
         if self.downsamplers:
             states.append(self.downsamplers["0"](x_BHWC))
@@ -212,8 +215,8 @@ class MidBlock(nnx.Module):
         self.resnets = numbered(ResnetBlock2D(width, width, make) for _ in range(2))
         self.attentions = _transformers(1, width, -1, make)
 
-    def __call__(self, x_BHWC, temb_BE, text_BLC):
-        x_BHWC = self.attentions["0"](self.resnets["0"](x_BHWC, temb_BE), text_BLC)
+    def __call__(self, x_BHWC, temb_BE, texts: Iterator):
+        x_BHWC = self.attentions["0"](self.resnets["0"](x_BHWC, temb_BE), next(texts))
         return self.resnets["1"](x_BHWC, temb_BE)
 
 
@@ -230,11 +233,11 @@ class UpBlock(nnx.Module):
         self.attentions = _transformers(len(skips) if cross else 0, width, place, make)
         self.upsamplers = numbered([Upsample2D(width, make)] if place else [])
 
-    def __call__(self, x_BHWC, skips: list[jax.Array], temb_BE, text_BLC):
+    def __call__(self, x_BHWC, skips: list[jax.Array], temb_BE, texts: Iterator):
         """`skips` are those of its residual blocks, in their order."""
         for i, skip_BHWC in enumerate(skips):
             both = jnp.concatenate([x_BHWC, skip_BHWC], axis=-1)
             x_BHWC = self.resnets[str(i)](both, temb_BE)
             if self.cross:
-                x_BHWC = self.attentions[str(i)](x_BHWC, text_BLC)
+                x_BHWC = self.attentions[str(i)](x_BHWC, next(texts))
         return self.upsamplers["0"](x_BHWC) if self.upsamplers else x_BHWC

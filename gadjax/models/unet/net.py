@@ -5,6 +5,7 @@ UNet2DConditionModel. Parameters are cast to the compute dtype at use.
 """
 
 from collections.abc import Callable
+from itertools import repeat
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from gadjax.models.layers import numbered
 from gadjax.models.module import Keys
 from gadjax.models.unet.blocks import DownBlock, Maker, MidBlock, UpBlock
 from gadjax.models.unet.config import TIME_IDS, Config
+from gadjax.types import TextKV
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
@@ -60,7 +62,7 @@ class UNet(nnx.Module):
         self,
         x_BHWC: jax.Array,
         t_B: jax.Array,
-        text_BLD: jax.Array,
+        text: jax.Array | list[TextKV],
         added: dict[str, jax.Array] | None = None,
     ) -> jax.Array:
         """Prediction for noisy latents.
@@ -68,36 +70,51 @@ class UNet(nnx.Module):
         Args:
           x_BHWC: latents; H and W multiples of `Config.multiple`, otherwise free.
           t_B: times in [0, 1000), integer or fractional.
-          text_BLD: the text encoder's states, padding included.
+          text: the text encoder's states [B, L, D], padding included, or what `text_kv` made of
+            them.
           added: {"text_embeds": [B, Config.pooled_dim], "time_ids": [B, 6]}; read only by a
             network with a `pooled_dim` (SDXL), which needs it.
 
         Returns: [B, H, W, out_channels] in the compute dtype.
         Raises: InputError for another size, or without a needed `added`.
         """
-        x_BHWC, skips, temb_BE = self._descend(x_BHWC, t_B, text_BLD, added)
+        x_BHWC, skips, temb_BE, texts = self._descend(x_BHWC, t_B, text, added)
         for i in range(len(self.up_blocks)):
             block = self.up_blocks[str(i)]
             taken = [skips.pop() for _ in range(len(block.resnets))]
-            x_BHWC = block(x_BHWC, taken, temb_BE, text_BLD)
+            x_BHWC = block(x_BHWC, taken, temb_BE, texts)
         return self.conv_out(nnx.silu(self.conv_norm_out(x_BHWC)))
 
-    def features(self, x_BHWC, t_B, text_BLD, added=None) -> jax.Array:
+    def features(self, x_BHWC, t_B, text, added=None) -> jax.Array:
         """The middle block's output, row by row: [B, N, D]; arguments as `__call__`."""
-        x_BHWC = self._descend(x_BHWC, t_B, text_BLD, added)[0]
+        x_BHWC = self._descend(x_BHWC, t_B, text, added)[0]
         return x_BHWC.reshape(len(x_BHWC), -1, x_BHWC.shape[-1])
 
-    def _descend(self, x_BHWC, t_B, text_BLD, added):
-        """The middle block's output, all results before it, and the time as a vector."""
+    def text_kv(self, text_BLD: jax.Array) -> list[TextKV]:
+        """The keys and values of a text in all transformers, in the order in which they are met."""
+        down, up = (
+            [blocks[str(i)] for i in range(len(blocks))]
+            for blocks in (self.down_blocks, self.up_blocks)
+        )
+        return [
+            layers.text_kv(block.attentions[str(i)].transformer_blocks, text_BLD)
+            for block in (*down, self.mid_block, *up)
+            for i in range(len(block.attentions))
+        ]
+
+    def _descend(self, x_BHWC, t_B, text, added):
+        """The middle block's output, all results before it, the time as a vector, and the text of
+        the way up."""
         height, width = x_BHWC.shape[1:3]
         multiple = self.config.multiple
         if height % multiple or width % multiple:
             raise InputError(f"latents: found {height} x {width}; expected multiples of {multiple}")
         temb_BE = self._embed(t_B, added)
         skips = [self.conv_in(x_BHWC)]
+        texts = iter(text) if isinstance(text, list) else repeat(text)
         for i in range(len(self.down_blocks)):
-            skips += self.down_blocks[str(i)](skips[-1], temb_BE, text_BLD)
-        return self.mid_block(skips[-1], temb_BE, text_BLD), skips, temb_BE
+            skips += self.down_blocks[str(i)](skips[-1], temb_BE, texts)
+        return self.mid_block(skips[-1], temb_BE, texts), skips, temb_BE, texts
 
     def _embed(self, t_B, added):
         c = self.config

@@ -9,6 +9,8 @@ from gadjax.errors import InputError
 from gadjax.models.unet.config import Config
 from gadjax.types import Cond, Params
 
+TEXT_KV = "text_kv"  # the method that makes of a text what x and t do not change
+
 
 def extras(
     config: Config, samples: int, height: int, width: int, pooled: jax.Array | None = None
