@@ -1,5 +1,6 @@
 """The nouns that every part shares. Arrays are NHWC; B batch, H W C latent, L text, D width."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,14 @@ class Cond(NamedTuple):
     text: Any
     mask: jax.Array
     extras: Any = None
+
+    def each(self, f: Callable[..., Any], *others: "Cond") -> "Cond":
+        """f of every array, samples first, as jax.tree.map calls it."""
+
+        def of(x, *rest):
+            return jax.tree.map(jax.vmap(f), x, *rest) if isinstance(x, TextKV) else f(x, *rest)
+
+        return jax.tree.map(of, self, *others, is_leaf=lambda x: isinstance(x, TextKV))
 
 
 class Prediction(NamedTuple):

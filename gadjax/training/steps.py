@@ -65,9 +65,9 @@ def make_context(
     guided = None
     if needs.distils:
         guided = denoiser.guide(teacher, batch.cond, batch.null, recipe.guidance)
-    # Where only a drawn step has a gradient, keys and values are made again with their blocks.
-    walks = needs.endpoint or needs.whole
-    told = denoiser.reading(student, batch.cond) if walks else batch.cond
+    # In a drawn step that is differentiated by itself they are made again with their blocks.
+    drawn = needs.distils and not (needs.endpoint or needs.whole)
+    told = batch.cond if drawn else denoiser.reading(student, batch.cond)
 
     def teacher_at(x, t, scale=None):
         if guided and scale is None:
@@ -111,7 +111,9 @@ def make_context(
 
     if needs.student or any(spec.end != "whole" for spec in needs.maps):
         if walk is None:
-            x = own_latents(recipe, jax.lax.stop_gradient(student), batch, context.step_B)
+            held, cond = jax.lax.stop_gradient((student, told))
+            cond = denoiser.reading(held, cond) if drawn else cond
+            x = own_latents(recipe, held, batch._replace(cond=cond), context.step_B)
         else:  # the rollout to the end has been there
             x = at_own_step(jax.lax.stop_gradient(walk.x), context.step_B)
         context = replace(context, x_BHWC=x)
@@ -185,22 +187,23 @@ def own_latents(recipe: Recipe, student: Params, batch: Batch, step_B):
         return at_own_step(jnp.concatenate([found.x, found.end[None]]), step_B)
 
     def member(which):
-        return jax.tree.map(
-            lambda x: x.reshape(-1, 2, *x.shape[1:])[:, which], (batch.noise, batch.cond, step_B)
-        )
+        def one(x):
+            return x.reshape(-1, 2, *x.shape[1:])[:, which]
+
+        return one(batch.noise), batch.cond.each(one), one(step_B)
 
     (first, first_cond, arrival_B), (second, second_cond, _) = member(0), member(1)
 
-    def choose(one_B, a, b):
-        return jax.tree.map(lambda a, b: jnp.where(expand(one_B, a), a, b), a, b)
+    def choose(one_B):
+        return lambda a, b: jnp.where(expand(one_B, a), a, b)
 
     def turn(x, arrived, now):
-        return choose(arrival_B == now, (second, x), (x, arrived))
+        return jax.tree.map(choose(arrival_B == now), (second, x), (x, arrived))
 
     def step(carry, now):
         x, arrived = turn(*carry, now)
         place_B = jnp.where(now < arrival_B, now, now - arrival_B)
-        cond = choose(now < arrival_B, first_cond, second_cond)
+        cond = first_cond.each(choose(now < arrival_B), second_cond)
         return (walk(x, starts[jnp.stack([place_B, place_B + 1])], cond).end, arrived), None
 
     carry, _ = jax.lax.scan(step, (first, first), jnp.arange(n - 1))

@@ -1,5 +1,5 @@
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import jax
@@ -25,8 +25,14 @@ from ml_collections import ConfigDict
 from gadjax.objectives import DMD, GAD, TDM, Anchor, Needs
 from gadjax.training.setup import make_batch as batch_of
 from gadjax.training.state import create, make_optimizer
-from gadjax.training.steps import critic_step, drawn_steps, make_context, own_latents
-from gadjax.types import Cond
+from gadjax.training.steps import (
+    critic_step,
+    drawn_steps,
+    make_context,
+    own_latents,
+    student_step,
+)
+from gadjax.types import Cond, TextKV
 
 
 def test_a_student_step_changes_the_student_and_its_average():
@@ -151,69 +157,83 @@ def test_steps_of_the_students_grid_are_drawn_evenly():
     assert np.asarray(context.next_B).tolist() == [500, 750, 900, 0, 750, 500, 0, 900]
 
 
-@pytest.mark.parametrize(
-    "objective, role, read",
-    [
-        (TDM() + GAD(steps=2), "teacher", [2 * B]),
-        (DMD() + Anchor(target="x0", steps=2), "teacher", [2 * B]),
-        (DMD(backprop="all") + Anchor(steps=2), "student", [B]),
-        (GAD(end="whole", steps=2), "student", [B]),
-        (DMD() + GAD(steps=2), "student", []),  # its one step with a gradient reads for itself
-        (TDM() + GAD(steps=2), "critic", []),
-    ],
-)
-def test_a_text_is_read_once_for_all_evaluations(objective, role, read):
-    found = []
+# Objective -> who reads a text, of how many samples (teacher: both captions), in the order.
+READ = {
+    TDM() + GAD(steps=2): ["teacher", 2 * B, "student", B],  # on the way to its drawn step
+    DMD() + Anchor(target="x0", steps=2): ["teacher", 2 * B, "student", B],
+    DMD(backprop="all") + Anchor(steps=2): ["teacher", 2 * B, "student", B],
+    GAD(end="whole", steps=2): ["teacher", 2 * B, "student", B],
+}
+
+
+def reading(found: list):
+    """The world's denoiser, whose texts are read ahead; tells `found` of each."""
+    names = {"basis": "teacher", "step0": "student", "logits": "critic"}
 
     def text_kv(params, text):
-        found.extend([len(text)] * (params is networks[role]))
-        return text
+        found.extend([next(names[key] for key in names if key in params), len(text)])
+        return TextKV(text[None], text[None])
 
-    networks = {
-        "teacher": TEACHER,
-        "student": WORLD.student_params(),
-        "critic": gaussian_params(3),
-    }
-    recipe = replace(WORLD.recipe(objective), denoiser=replace(WORLD.denoiser, text_kv=text_kv))
-    batch = make_batch(B)
+    def apply(params, x, t, cond):
+        if isinstance(cond.text, TextKV):
+            cond = cond._replace(text=cond.text.k[0])
+        return WORLD.denoiser.apply(params, x, t, cond)
 
-    def update(networks_of_trace):
-        networks.update(networks_of_trace)
-        student, critic, teacher = (networks[r] for r in ("student", "critic", "teacher"))
-        context = make_context(recipe, objective.needs, student, critic, teacher, batch)
-        return jnp.mean(objective(context)[0])
+    return replace(WORLD.denoiser, apply=apply, text_kv=text_kv)
 
-    jax.eval_shape(update, dict(networks))
-    assert found == read
+
+@pytest.mark.parametrize("objective", READ, ids=("tdm", "dmd", "endpoint", "whole"))
+def test_a_text_is_read_once_for_all_evaluations(objective):
+    found, batch = [], make_batch(B)
+    recipe = replace(RECIPE, objective=objective)
+    ahead = replace(recipe, denoiser=reading(found))
+    (state, metrics), (same, others) = (
+        jax.jit(partial(student_step, r))(start(), TEACHER, batch) for r in (recipe, ahead)
+    )
+    assert found == READ[objective]
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(same.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["student/loss"], others["student/loss"], rtol=1e-5)
+
+
+def test_a_critics_update_reads_the_students_text_once():
+    found = []
+    recipe = replace(RECIPE, denoiser=reading(found), objective=TDM())
+    _, metrics = jax.jit(partial(critic_step, recipe))(start(), None, make_batch(B))
+    recipe = replace(RECIPE, objective=TDM())
+    _, expected = jax.jit(partial(critic_step, recipe))(start(), None, make_batch(B))
+    assert found == ["student", B]
+    np.testing.assert_allclose(metrics["critic/loss"], expected["critic/loss"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_neighbours_take_turns_in_one_walk(steps):
     """Half of the evaluations, and the latents of a walk for each."""
-    evaluated = []
+    evaluated, denoiser = [], reading([])
 
     def watched(params, x, *rest):
         evaluated.append(len(x))
-        return WORLD.denoiser.apply(params, x, *rest)
+        return denoiser.apply(params, x, *rest)
 
     recipe = replace(
         RECIPE,
         times=(*RECIPE.times[:steps], RECIPE.times[-1]),
-        denoiser=replace(WORLD.denoiser, apply=watched),
+        denoiser=replace(denoiser, apply=watched),
     )
 
     @jax.jit
     def latents(student, batch):
         step_B = drawn_steps(batch.stratum, steps)
-        either = (replace(recipe, shares=shares) for shares in (1, 12))
-        return step_B, *(own_latents(recipe, student, batch, step_B) for recipe in either)
+        alone = own_latents(replace(recipe, shares=12), student, batch, step_B)
+        batch = batch._replace(cond=recipe.denoiser.reading(student, batch.cond))
+        return step_B, own_latents(recipe, student, batch, step_B), alone
 
     with jax.enable_x64(True):
         batch = make_batch(12, dtype=float)
         batch = batch._replace(stratum=batch.stratum + 4)
         student = WORLD.student_params(bend=0.2, dtype=float)
         step, paired, alone = jax.device_get(latents(student, batch))
-    assert evaluated == ([] if steps == 1 else [6, 12])
+    assert evaluated == ([] if steps == 1 else [12, 6])
     noise = np.asarray(batch.noise)
     np.testing.assert_array_equal(paired[step == 0], noise[step == 0])
     np.testing.assert_allclose(paired, alone, rtol=1e-12)
