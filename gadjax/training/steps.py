@@ -65,7 +65,8 @@ def make_context(
     guided = None
     if needs.distils:
         guided = denoiser.guide(teacher, batch.cond, batch.null, recipe.guidance)
-    # In a drawn step that is differentiated by itself they are made again with their blocks.
+    # A drawn step that is differentiated by itself makes keys and values again with its blocks:
+    # kept through the teacher's map and the backward pass they are dearer than they are made.
     drawn = needs.distils and not (needs.endpoint or needs.whole)
     told = batch.cond if drawn else denoiser.reading(student, batch.cond)
 
@@ -112,7 +113,6 @@ def make_context(
     if needs.student or any(spec.end != "whole" for spec in needs.maps):
         if walk is None:
             held, cond = jax.lax.stop_gradient((student, told))
-            cond = denoiser.reading(held, cond) if drawn else cond
             x = own_latents(recipe, held, batch._replace(cond=cond), context.step_B)
         else:  # the rollout to the end has been there
             x = at_own_step(jax.lax.stop_gradient(walk.x), context.step_B)

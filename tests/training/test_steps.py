@@ -159,8 +159,8 @@ def test_steps_of_the_students_grid_are_drawn_evenly():
 
 # Objective -> who reads a text, of how many samples (teacher: both captions), in the order.
 READ = {
-    TDM() + GAD(steps=2): ["teacher", 2 * B, "student", B],  # on the way to its drawn step
-    DMD() + Anchor(target="x0", steps=2): ["teacher", 2 * B, "student", B],
+    TDM() + GAD(steps=2): ["teacher", 2 * B],  # the student's drawn step reads for itself
+    DMD() + Anchor(target="x0", steps=2): ["teacher", 2 * B],
     DMD(backprop="all") + Anchor(steps=2): ["teacher", 2 * B, "student", B],
     GAD(end="whole", steps=2): ["teacher", 2 * B, "student", B],
 }
