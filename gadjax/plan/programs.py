@@ -32,7 +32,7 @@ HURRIED = {
 }
 # As in the host's loop: one batch in use and two that are put on the chips ahead of it.
 BATCHES = 3
-# With which XLA's scheduler takes less memory, which has been a way round such failures.
+# XLA's scheduler then takes less memory, which has been a way round failures of libtpu.
 LESS_OVERLAP = "LIBTPU_INIT_ARGS=--xla_tpu_scheduler_percent_shared_memory_limit=10"
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available|Used ([\d.]+)([KMGT]) of")
@@ -76,8 +76,7 @@ class Programs(NamedTuple):
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise InputError(
                     f"batch: found {batch}, for which the compiler fails on the {name} step "
-                    f"({said}); expected one that it compiles: what it fails on hangs on small "
-                    f"things, so try others, or {LESS_OVERLAP}"
+                    f"({said}); expected another; on TPUs {LESS_OVERLAP} may help"
                 ) from error
             seconds = time.perf_counter() - start
             found = NEEDED.search(str(error))
