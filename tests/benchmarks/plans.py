@@ -293,7 +293,7 @@ every buffer of both programs has its place, which is all that the memory needs;
 whole programs.
 
 A U-Net's blocks are no loop: the program of SD 2's student with GAD has 143,000 lines before XLA
-begins, and its buffers took 6 minutes and 11 GB of the planning machine.
+begins, and its buffers took 6 to 9 minutes and 11 GB of the planning machine.
 
     python tests/benchmarks/plans.py [ROW ...]
 """
