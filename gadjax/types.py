@@ -11,7 +11,7 @@ Metrics = dict[str, jax.Array]
 
 class TextKV(NamedTuple):
     """A text's keys and values in one layer [B, M, heads * K], or in a stack of them, the layers
-    first: as blocks are run, so that nothing changes its place."""
+    first, as blocks are run."""
 
     k: jax.Array
     v: jax.Array
