@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
 from gadjax.errors import InputError
 from gadjax.shown import shown
@@ -42,14 +43,24 @@ def default_config() -> ConfigDict:
             "objective": {},  # name -> {weight, ...}
             "optim": {
                 "lr": 1e-5,
-                "warmup": 0,
-                "decay": 0,
+                "warmup": 0,  # steps
+                "decay": 0,  # steps, to 0.05 of the rate; 0: none
                 "b1": 0.9,
                 "b2": 0.999,
                 "weight_decay": 0.0,
                 "clip": 1.0,
             },
-            "critic": {"updates": 1, "lr": 1e-5, "b1": 0.0},  # updates per student update
+            # Of the critic and of a discriminator. What is None is as in optim; warmup and decay
+            # are steps of the run here too, however many updates a step has.
+            "critic": {
+                "updates": 1,  # per student update
+                "lr": 1e-5,
+                "b1": 0.0,
+                "warmup": placeholder(int),
+                "decay": placeholder(int),
+                "weight_decay": placeholder(float),
+                "clip": placeholder(float),
+            },
             "ema": 0.999,
             "data": {
                 # One of these five; the last three have pictures.

@@ -87,12 +87,12 @@ def prepare(
             *times, _ = sampler_and_times(pipeline, sampling)[1].tolist()
         except InputError as error:
             raise InputError(f"student.{error}") from error
-    optim = dict(config.optim)
-    optimizers = {"student": make_optimizer(ConfigDict(optim))}
+    check_schedule("optim", config.optim)
+    optimizers = {"student": make_optimizer(config.optim)}
     for role in CRITICS:
         if getattr(objective.needs, role):
-            own = {key: config.critic[key] for key in ("lr", "b1")}
-            optimizers[role] = make_optimizer(ConfigDict(optim | own))
+            check_schedule("critic", critic_optim(config))
+            optimizers[role] = make_optimizer(critic_optim(config), config.critic.updates)
     if len(optimizers) > 1 and config.critic.updates < 1:
         raise InputError(
             f"critic.updates: found {config.critic.updates}; expected 1 or more, because the "
@@ -201,6 +201,21 @@ def student_times(config: ConfigDict) -> tuple[float, ...]:
     if list(times) != sorted(set(times), reverse=True) or times[-1] < 0:
         raise InputError(f"student.timesteps: found {times}; expected falling times from 0 on")
     return times
+
+
+def critic_optim(config: ConfigDict) -> ConfigDict:
+    """The critic's optimizer settings: its own, and the student's where it has none."""
+    own = {key: value for key, value in config.critic.items() if value is not None}
+    return ConfigDict(dict(config.optim) | {key: own[key] for key in config.optim if key in own})
+
+
+def check_schedule(name: str, optim: ConfigDict) -> None:
+    """Raises: InputError for a decay that ends before the warm-up does."""
+    if optim.decay and optim.decay <= optim.warmup:
+        raise InputError(
+            f"{name}.decay: found {optim.decay}; expected more steps than the warm-up's "
+            f"{optim.warmup}, or 0 for none"
+        )
 
 
 def encode_raw(pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Array]) -> Cond:

@@ -31,21 +31,20 @@ def create(params: dict[str, Params], optimizers: dict[str, optax.GradientTransf
     )
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
+def make_optimizer(config, updates: int = 1) -> optax.GradientTransformation:
     """AdamW behind a clip by global norm, with warm-up and an optional cosine decay.
 
-    config: lr, warmup (updates), decay (updates, 0 for none), b1, b2, weight_decay, clip.
+    Args:
+      config: lr, warmup (steps), decay (steps, 0 for none), b1, b2, weight_decay, clip.
+      updates: of this network in one training step; warmup and decay cover as many steps of the
+        run whatever it is.
     """
-    if config.decay:
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0 if config.warmup else config.lr,
-            config.lr,
-            config.warmup,
-            config.decay,
-            config.lr * 0.05,
-        )
-    elif config.warmup:
-        rate = optax.linear_schedule(0.0, config.lr, config.warmup)
+    warmup, decay = config.warmup * updates, config.decay * updates
+    if decay:
+        start = 0.0 if warmup else config.lr
+        rate = optax.warmup_cosine_decay_schedule(start, config.lr, warmup, decay, config.lr * 0.05)
+    elif warmup:
+        rate = optax.linear_schedule(0.0, config.lr, warmup)
     else:
         rate = config.lr
     return optax.chain(

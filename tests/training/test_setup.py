@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -54,6 +55,14 @@ def test_an_attention_without_a_forward_derivative(config, monkeypatch):
     "changes,message",
     [
         ({"critic": {"updates": 0}}, "critic.updates: found 0; expected 1 or more"),
+        (
+            {"optim": {"warmup": 20, "decay": 20}},
+            "optim.decay: found 20; expected more steps than the warm-up's 20, or 0 for none",
+        ),
+        (
+            {"critic": {"warmup": 30}, "optim": {"decay": 20}},
+            "critic.decay: found 20; expected more steps than the warm-up's 30, or 0 for none",
+        ),
         ({"objective": {"denoising": {}}}, "expected a source of pictures for this loss"),
         (
             {"data": {"prompts": "", "world": "gadjax.worlds.shapes"}},
@@ -112,3 +121,43 @@ def test_kernels_by_platform(monkeypatch, proven):
     assert chosen("auto", "cpu") == chosen("jnp", "gpu") == chosen("jnp", "tpu") == ""
     assert chosen("pallas", "gpu") == chosen("auto", "gpu", here=False) == "gpu"
     assert chosen("auto", "gpu") == ("gpu" if proven else "")
+
+
+def rates(optimizer, updates: int) -> np.ndarray:
+    """Learning rates of AdamW's first updates: the sizes of its steps on a constant gradient."""
+    params, state = jnp.zeros(1), optimizer.init(jnp.zeros(1))
+
+    def update(state, _):
+        step, state = optimizer.update(jnp.array([3e3]), state, params)
+        return state, -step[0]
+
+    return np.asarray(jax.lax.scan(update, state, None, updates)[1])
+
+
+def test_learning_rates_of_all_networks_are_those_of_the_same_step(config):
+    """In parts of their peaks, at every step of the run, however often the critic is updated."""
+    steps, each = 24, 3
+    config.objective = {"dmd": {}}
+    config.optim.update(lr=2e-3, warmup=4, decay=steps)
+    config.critic.update(updates=each, lr=5e-3)
+    optimizers = setup.prepare(config).recipe.optimizers
+    student = rates(optimizers["student"], steps + 1) / 2e-3
+    critic = rates(optimizers["critic"], each * (steps + 1)) / 5e-3
+    np.testing.assert_allclose(critic[::each], student, atol=2e-5)
+    assert critic[each * steps // 2] > 0.5, "the critic's rate is at its floor half-way"
+    # Between two of the student's updates its rates lie between theirs.
+    low, high = np.minimum(student[1:], student[:-1]), np.maximum(student[1:], student[:-1])
+    for place in range(1, each):
+        between = critic[place::each][:-1]
+        assert np.all((between >= low - 2e-5) & (between <= high + 2e-5))
+
+
+def test_a_critic_may_have_settings_of_its_own(config):
+    config.objective = {"dmd": {}}
+    config.optim.update(lr=2e-3, warmup=4, decay=24, clip=1.0)
+    config.critic.update(updates=2, lr=5e-3, warmup=0, decay=0, b1=0.5, clip=7.0)
+    own = setup.critic_optim(config)
+    assert (own.lr, own.warmup, own.decay, own.b1, own.clip) == (5e-3, 0, 0, 0.5, 7.0)
+    assert (own.b2, own.weight_decay) == (config.optim.b2, config.optim.weight_decay)
+    constant = rates(setup.prepare(config).recipe.optimizers["critic"], 60)
+    np.testing.assert_allclose(constant, 5e-3, rtol=1e-4)
