@@ -1,306 +1,229 @@
-"""The study: every base objective with and without GAD and the anchor, one cell at a time.
+"""The study: every base objective with and without each term, many seeds of a cell at once.
 
-    python -m gadjax.recipes.study [CELL ...] [--work runs/study] [--out docs/results/study]
+    python -m gadjax.recipes.study [CELL ...] [--seeds 3] [--workers 1] [--budget SECONDS]
+                                   [--out docs/results/study]
 
-A cell is FAMILY:VARIANT:SEED, such as eps:dmd_both:0; without any, all of them are done in order.
-A cell with a row in --out is finished; one that was interrupted resumes.
+A cell is FAMILY/VARIANT, such as flow/dmd_polar_anchor; without any, all of them are done in
+order. A cell with a row in --out is finished; what it needs is bundled, and nothing is fetched.
 """
 
 import argparse
 import json
-import subprocess
 import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from gadjax.assets import resolve
 from gadjax.errors import InputError
-from gadjax.training.config import as_json, default_config, read_config
+from gadjax.recipes.study_runs import Evaluator, evaluations, train_seeds
+from gadjax.recipes.study_tables import write_tables
+from gadjax.storage import write_whole
+from gadjax.training.config import as_json, default_config
+from gadjax.training.preview import grid, save_png
 
-BASES = {"dmd": {}, "sid": {}, "tdm": {}, "regression": {"steps": 4}}
+BASES = {"regression": {"steps": 4}, "dmd": {}, "tdm": {}, "sid": {}}
 GAD = {"weight": 0.3, "steps": 4}
+POLAR = GAD | {"loss": "polar"}
 ANCHOR = {"weight": 0.05, "target": "v", "steps": 4}
-ADDED = {"none": {}, "gad": {"gad": GAD}, "anchor": {"anchor": ANCHOR}}
-ADDED["both"] = ADDED["gad"] | ADDED["anchor"]
-# What one thing does, beside dmd_both: its name -> what it changes in the objective.
+REGRESSION = {"weight": 1.0, "steps": 4}
+ADDED = {
+    "none": {},
+    "reg": {"regression": REGRESSION},
+    "gad": {"gad": GAD},
+    "polar": {"gad": POLAR},
+    "anchor": {"anchor": ANCHOR},
+}
+ALONE = "none", "gad", "polar", "anchor", "gad_anchor", "polar_anchor"
+BESIDE = (*ALONE, "reg", "reg_polar", "reg_polar_anchor")
+# One thing changed beside dmd_polar_anchor: its name -> what it changes in the objective.
 CHANGES = {
-    "weight_0.1": {"gad": GAD | {"weight": 0.1}},
-    "weight_1": {"gad": GAD | {"weight": 1.0}},
-    "directions_4": {"gad": GAD | {"directions": 4}},
-    "low_frequency": {"gad": GAD | {"direction": "low_frequency"}},
-    "control": {"gad": GAD | {"direction": "control"}},
-    "clean": {"gad": GAD | {"end": "clean"}},
-    "polar": {"gad": GAD | {"loss": "polar"}},
-    "whole": {"gad": GAD | {"end": "whole", "steps": 8}},
-    "whole_polar": {"gad": GAD | {"end": "whole", "steps": 8, "loss": "polar"}},
-    "first_step": {"gad": GAD | {"step_weights": (4.0, 0.0, 0.0, 0.0)}},
-    "later_steps": {"gad": GAD | {"step_weights": (0.0, 4 / 3, 4 / 3, 4 / 3)}},
-    "anchor_early": {"anchor": ANCHOR | {"until": 787.0}},
-    "anchor_late": {"anchor": ANCHOR | {"until": 449.0}},
+    "map_1": {"gad": POLAR | {"steps": 1}},
+    "map_2": {"gad": POLAR | {"steps": 2}},
+    "map_8": {"gad": POLAR | {"steps": 8}},
+    "weight_0.1": {"gad": POLAR | {"weight": 0.1}},
+    "weight_1": {"gad": POLAR | {"weight": 1.0}},
+    "directions_4": {"gad": POLAR | {"directions": 4}},
+    "low_frequency": {"gad": POLAR | {"direction": "low_frequency"}},
+    "control": {"gad": POLAR | {"direction": "control"}},
+    "clean": {"gad": POLAR | {"end": "clean"}},
+    "whole": {"gad": POLAR | {"end": "whole", "steps": 8}},
+    "first_step": {"gad": POLAR | {"step_weights": (4.0, 0.0, 0.0, 0.0)}},
+    "later_steps": {"gad": POLAR | {"step_weights": (0.0, 4 / 3, 4 / 3, 4 / 3)}},
+    "anchor_late": {"anchor": ANCHOR | {"until": 499.5}},
     "anchor_weight_0.2": {"anchor": ANCHOR | {"weight": 0.2}},
+}
+# The same objective for as many network evaluations as dmd_polar_anchor takes.
+LONGER = {"dmd_long": ("dmd_none", 1.92), "dmd_reg_long": ("dmd_reg", 1.4)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A teacher, the guidance it is distilled and judged at, and the student's times."""
+
+    teacher: str
+    guidance: float
+    times: tuple[float, ...]
+    map_steps: int = 4  # of the teacher in one of the student's steps
+
+
+FLOW, EPS = "asset:shapes_flow_teacher", "asset:shapes_teacher"
+FLOW_4, EPS_4 = (999, 749.25, 499.5, 249.75), (899, 674, 449, 224)
+FAMILIES = {
+    "flow": Family(FLOW, 4.0, FLOW_4),
+    "flow_2_steps": Family(FLOW, 4.0, (999, 499.5)),
+    "flow_1_step": Family(FLOW, 4.0, (999,), map_steps=8),
+    "eps": Family(EPS, 4.0, EPS_4),
+    "flow_guidance_2": Family(FLOW, 2.0, FLOW_4),
+    "flow_guidance_7": Family(FLOW, 7.0, FLOW_4),
 }
 
 
 def objectives() -> dict[str, dict]:
     """Variant -> objective, as a config spells it."""
-    found = {
-        f"{base}_{name}": {base: options} | added
-        for base, options in BASES.items()
-        for name, added in ADDED.items()
-    }
-    found["dmd_polar"] = {"dmd": {}, "gad": GAD | {"loss": "polar"}}
+    found = {}
+    for base, options in BASES.items():
+        for added in ALONE if base == "regression" else BESIDE:
+            parts = (ADDED[name] for name in added.split("_"))
+            found[f"{base}_{added}"] = {base: options}
+            for part in parts:
+                found[f"{base}_{added}"] |= part
+    for name, changed in CHANGES.items():
+        found[name] = found["dmd_polar_anchor"] | changed
+    for weight in (0.3, 3.0):
+        beside = {"regression": REGRESSION | {"weight": weight}}
+        found[f"dmd_reg_{weight:g}"] = {"dmd": {}} | beside
     found["script"] = {"tdm": {}, "gad_script": {}}
     found["script_half"] = {"tdm": {}, "gad_script": {"half": True}}
-    for name, changed in CHANGES.items():
-        found[name] = {"dmd": {}} | ADDED["both"] | changed
-    return found
-
-
-def cell_config(variant: str):
-    """What all cells share; configs/study adds the teacher and the student's times."""
-    known = objectives()
-    if variant not in known:
-        raise InputError(
-            f"--config: found the variant {variant!r}; expected one of {', '.join(known)}"
-        )
-    config = default_config()
-    config.guidance = 2.0
-    config.objective = known[variant]
-    config.steps = 600
-    config.batch = 16
-    config.remat = "none"
-    config.optim.update(lr=2e-4, warmup=20, decay=600, b1=0.0, b2=0.95)
-    config.critic.update(updates=2, lr=4e-4)
-    config.ema = 0.98
-    config.data.update(prompts="asset:shapes_prompts.txt", length=16)
-    config.checkpoint.update(every=200, keep=1)
-    config.log.every = 20
-    config.preview.every = 300
-    return config
-
-
-# Family: a file of configs/study -> its teacher.
-TEACHERS = {
-    "eps": "asset:shapes_teacher",
-    "flow": "asset:shapes_flow_teacher",
-    "one_step": "asset:shapes_teacher",
-}
-SEEDS = 0, 1, 2
-PROMPTS = "asset:shapes_test_prompts.txt"
-# Metric -> heading of the tables.
-SHOWN = {
-    "adherence": "adherence",
-    "frechet": "Fréchet",
-    "vendi_ratio": "Vendi / teacher's",
-    "alignment_pixels": "seed alignment",
-    "tangent_cosine": "tangent cosine",
-    "tangent_norm_ratio": "tangent norm",
-    "retrieval": "retrieval",
-    "control": "layout control",
-    "path_agreement": "path agreement",
-}
+    return found | {name: found[of] for name, (of, _) in LONGER.items()}
 
 
 def cells() -> list[str]:
     """All of the study, the ones that tell most first."""
-    grid = [f"{base}_{name}" for base in BASES for name in ADDED]
+    grid = [f"{base}_{name}" for base in ("dmd", "tdm", "sid") for name in BESIDE]
+    alone = [f"regression_{name}" for name in ALONE]
+    dmd = [f"dmd_{name}" for name in BESIDE]
+    few = ["regression_none", "regression_polar_anchor", *dmd, "tdm_none", "tdm_polar_anchor"]
+    one = [f"dmd_{name}" for name in ("none", "reg", "gad", "polar", "reg_polar")]
+    one += ["regression_none", "regression_polar", "sid_none", "sid_polar"]
+    some = ["regression_none", "dmd_none", "dmd_reg", "dmd_polar", "dmd_polar_anchor"]
     variants = {
-        "eps": [*grid, "script", "script_half", *CHANGES],
-        "flow": grid,
-        "one_step": [f"{base}_{name}" for base in BASES for name in ("none", "gad")]
-        + ["dmd_polar"],
+        "flow": [*alone, *grid, *LONGER, *CHANGES, "dmd_reg_0.3", "dmd_reg_3"],
+        "flow_2_steps": few,
+        "flow_1_step": one,
+        "eps": ["regression_none", "regression_polar_anchor", *dmd],
+        "flow_guidance_2": some,
+        "flow_guidance_7": some,
     }
-    return [
-        f"{family}:{variant}:{seed}"
-        for seed in SEEDS
-        for family in TEACHERS
-        for variant in variants[family]
-        if seed == 0 or variant in grid
-    ]
+    variants["flow"] += ["script", "script_half"]
+    return [f"{family}/{name}" for family in FAMILIES for name in variants[family]]
 
 
 def config_of(cell: str):
     """The config of a cell. Raises: InputError for one that is not of the study."""
     if cell not in cells():
-        raise InputError(
-            f"cell: found {cell!r}; expected FAMILY:VARIANT:SEED, such as {cells()[0]}"
-        )
-    family, variant, seed = cell.split(":")
-    return read_config([f"--config=configs/study/{family}.py:{variant}", f"--config.seed={seed}"])
+        raise InputError(f"cell: found {cell!r}; expected FAMILY/VARIANT, such as {cells()[0]}")
+    name, variant = cell.split("/")
+    family = FAMILIES[name]
+    config = default_config()
+    config.teacher = family.teacher
+    config.guidance = family.guidance
+    config.student.update(steps=len(family.times), timesteps=family.times)
+    objective = {term: dict(options) for term, options in objectives()[variant].items()}
+    for term in {"gad", "regression", "anchor"} & set(objective):
+        if objective[term]["steps"] == 4:
+            objective[term]["steps"] = family.map_steps
+    config.objective = objective
+    config.steps = round(800 * LONGER[variant][1]) if variant in LONGER else 800
+    config.batch = 16
+    config.remat = "none"
+    config.attention = "jnp"  # 16 positions: a kernel has nothing to gain
+    config.optim.update(lr=2e-4, warmup=20, decay=config.steps, b1=0.0, b2=0.95)
+    config.critic.update(updates=2, lr=4e-4)
+    config.ema = 0.98
+    config.data.update(prompts="asset:shapes_prompts.txt", length=16)
+    config.checkpoint.update(every=200, keep=1)
+    config.log.every = 20
+    config.preview.every = 400
+    return config
 
 
-def run_cell(cell: str, work: Path, evaluate: "Evaluator", picture: Path) -> dict:
-    """Train and evaluate what is not done yet; the row."""
-    family, variant, seed = cell.split(":")
-    workdir = work / cell.replace(":", "-")
-    config = f"--config=configs/study/{family}.py:{variant}"
-    train = ["train", config, f"--config.seed={seed}", f"--workdir={workdir}"]
-    subprocess.run([sys.executable, "-m", "gadjax", *train], check=True)
-    found = evaluate(family, workdir, picture)
-    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-    return {
+def row_path(out: Path, cell: str) -> Path:
+    return out / f"{cell.replace('/', '-')}.json"
+
+
+def run_cell(cell: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
+    """Train and evaluate all seeds of a cell, and write its row and the picture of its first."""
+    config, started = config_of(cell), time.perf_counter()
+    students, curves = train_seeds(config, range(seeds))
+    trained = time.perf_counter()
+    reports = [evaluate(config, student) for student in students]
+    rows = evaluate.teachers(config) | {"student": reports[0]}
+    found = {
         "cell": cell,
-        "config": as_json(config_of(cell)),
-        "rows": found["rows"],
-        "settings": found["settings"],
-        "evaluations": evaluations(family, variant),
-        "seconds": float(np.median([16 / m["images_per_second"] for m in logged])),
-        "training": {k: [(m["step"], m[k]) for m in logged if k in m] for k in CURVES},
+        "config": as_json(config),
+        "seeds": list(range(seeds)),
+        "teachers": {k: r["metrics"] for k, r in evaluate.teachers(config).items()},
+        "runs": [report["metrics"] for report in reports],
+        "evaluations": evaluations(config),
+        "curves": curves,
+        "seconds": {"training": trained - started, "evaluation": time.perf_counter() - trained},
+        "device": jax.devices()[0].device_kind,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+    path = row_path(out, cell)
+    picture = grid([(row["label"], row["images"]) for row in rows.values()], None, scale=1)
+    save_png(picture, path.with_suffix(".png"))
+    write_whole(path, json.dumps(found) + "\n")
 
 
-CURVES = "loss/gad", "gad/cosine", "gad/norm_ratio", "loss/anchor", "dmd/gap", "sid/gap", "tdm/gap"
+_evaluator: Evaluator | None = None  # of this process, which keeps what the teachers draw
 
 
-class Evaluator:
-    """Evaluates students as `gadjax evaluate` does; what a teacher draws is kept."""
-
-    def __init__(self):
-        self.known: dict[str, dict] = {}
-
-    def __call__(self, family: str, student: Path, picture: Path) -> dict:
-        """The report; and the first prompts at their first noise, a line per row, as a picture."""
-        from gadjax.api import load
-        from gadjax.data.prompts import read_prompts
-        from gadjax.evaluation.evaluate import Plan, evaluate
-        from gadjax.evaluation.report import as_dict
-        from gadjax.evaluation.worlds import WORLDS
-        from gadjax.training.preview import grid, save_png
-
-        teacher, prompts = load(TEACHERS[family]), read_prompts(resolve(PROMPTS))
-        known = self.known.setdefault(family, {})
-        for other, rows in self.known.items():
-            if TEACHERS[other] == TEACHERS[family] and "teacher" in rows:
-                known.setdefault("teacher", rows["teacher"])
-        plan = Plan(tangents=4, library=128, moves=128)
-        found = evaluate(teacher, load(student), prompts, WORLDS["shapes"], plan, known)
-        save_png(grid([(r.label, r.images_PSHWC[:24, 0]) for r in found.rows], scale=1), picture)
-        return as_dict(found, {"teacher": TEACHERS[family], "prompts": PROMPTS})
+def work(cell: str, seeds: int, out: Path, until: float) -> tuple[str, str]:
+    """`run_cell`, unless the clock is past `until`. The cell, and why it has no row."""
+    global _evaluator
+    if time.time() > until:
+        return cell, "not begun, as the budget is spent"
+    jax.config.update("jax_default_matmul_precision", "highest")  # a card's default is TF32
+    _evaluator = _evaluator or Evaluator()
+    try:
+        run_cell(cell, seeds, out, _evaluator)
+    except Exception as error:  # one cell's failure is not the others'
+        return cell, f"{type(error).__name__}: {error}"
+    return cell, ""
 
 
-def write_table(out: Path) -> None:
-    """README.md of the results: one table for each family, a row for each variant."""
-    lines = ["# The study", "", _TEXT.strip(), ""]
-    heads = ["", "seeds", *SHOWN.values(), "evaluations / update", "seconds / update"]
-    for family in TEACHERS:
-        rows = {cell: _read(out, cell) for cell in cells() if cell.startswith(f"{family}:")}
-        finished = {cell: row for cell, row in rows.items() if row}
-        lines += [
-            f"## Teacher: {family}",
-            "",
-            f"| {' | '.join(heads)} |",
-            "|---" * len(heads) + "|",
-        ]
-        for key in ("teacher", "teacher_few"):
-            of = [row["rows"][key] for row in finished.values()][:1]
-            if of:
-                texts = [of[0]["label"], "", *_cells([of[0]["metrics"]]), "", ""]
-                lines.append(f"| {' | '.join(texts)} |")
-        for variant in dict.fromkeys(cell.split(":")[1] for cell in rows):
-            of = [row for cell, row in finished.items() if cell.split(":")[1] == variant]
-            texts = [variant.removesuffix("_none").replace("_", " ")]
-            if of:
-                cost, base = (_read(out, f"{family}:{v}:0") for v in (variant, _base(variant)))
-                texts += [str(len(of)), *_cells([row["rows"]["student"]["metrics"] for row in of])]
-                texts += [_times(cost, base, name) for name in ("evaluations", "seconds")]
-            else:
-                texts += ["", "not run", *[""] * (len(heads) - 3)]
-            lines.append(f"| {' | '.join(texts)} |")
-        lines.append("")
-    (out / "README.md").write_text("\n".join(lines))
-
-
-def _base(variant: str) -> str:
-    """What a variant adds to."""
-    base = variant.split("_")[0]
-    return f"{base if base in BASES else 'tdm' if base == 'script' else 'dmd'}_none"
-
-
-def _times(cost: dict | None, base: dict | None, name: str) -> str:
-    if cost is None:
-        return ""
-    return f"{cost[name]:.3g}" + (f" (x {cost[name] / base[name]:.2f})" if base else "")
-
-
-def _read(out: Path, cell: str) -> dict | None:
-    path = out / f"{cell.replace(':', '-')}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _cells(of: list[dict]) -> list[str]:
-    """Means over seeds; of a single one the 95 % interval where there is one."""
-    texts = []
-    for name in SHOWN:
-        found = [metrics[name] for metrics in of if name in metrics]
-        if not found:
-            texts.append("")
-            continue
-        text = f"{np.mean([m['value'] for m in found]):.3f}"
-        if len(found) == 1 and found[0]["low"] is not None:
-            text += f" ({found[0]['low']:.2f}–{found[0]['high']:.2f})"
-        elif len(found) > 1:
-            text += f" ± {np.std([m['value'] for m in found], ddof=1):.3f}"
-        texts.append(text)
-    return texts
-
-
-_TEXT = """
-What GAD and the anchor do to four base objectives on the bundled world: 600 updates of 16 samples
-from the teacher's weights, 4 steps (one in the last table), all else as in
-`gadjax/recipes/study.py`. 64 prompts x 8 noises with 4 tangents each, and a library of 128 noises
-and 128 moves for control, the same ones for every row. Of one seed a cell shows the value and its
-95 % interval over prompts, noises or pictures; of several the mean and the standard deviation over
-runs. Numbers, config and curves of every cell are in the .json beside this page. The machine had
-two slow cores that share one's worth of time, with other work on the second: seconds compare
-roughly, evaluations exactly. Rows marked "not run" wait for somebody with more:
-`python -m gadjax.recipes.study`.
-"""
-
-
-def evaluations(family: str, variant: str) -> float:
-    """What an update costs, the critic's own included, in evaluations of the network for each
-    sample: the products and convolutions of the traced program over those of one evaluation."""
-    from gadjax.plan.flops import flops
-    from gadjax.training.setup import make_batch, prepare
-    from gadjax.training.steps import critic_step, student_step
-
-    run = prepare(config_of(f"{family}:{variant}:0"))
-    recipe, frozen = run.recipe, run.frozen
-    raw = run.source.batch(0, run.config.batch)
-    batch = jax.eval_shape(lambda f, r: make_batch(run.pipeline, f, r, 0, 0), frozen, raw)
-    state, teacher = jax.eval_shape(run.start, run.first), frozen.get(run.pipeline.body)
-    once = flops(lambda p, b: recipe.denoiser.raw(p, b.noise, 0.0, b.cond), run.first, batch)
-    total = flops(lambda s, t, b: student_step(recipe, s, t, b), state, teacher, batch)
-    if len(recipe.optimizers) > 1:
-        own = flops(lambda s, t, b: critic_step(recipe, s, t, b), state, teacher, batch)
-        total += run.config.critic.updates * own
-    return total / once
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cells", nargs="*", help="FAMILY:VARIANT:SEED; all of them by default")
-    parser.add_argument("--work", type=Path, default=Path("runs/study"))
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cells", nargs="*", help="FAMILY/VARIANT; all of them by default")
+    parser.add_argument("--seeds", type=int, default=3, help="of every cell, trained together")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds; then none is begun")
     parser.add_argument("--out", type=Path, default=Path("docs/results/study"))
     args = parser.parse_args()
     for cell in args.cells:
         config_of(cell)
     args.out.mkdir(parents=True, exist_ok=True)
-    evaluate = Evaluator()
-    for cell in args.cells or cells():
-        if _read(args.out, cell) is None:
-            path = args.out / f"{cell.replace(':', '-')}.json"
-            row = run_cell(cell, args.work, evaluate, path.with_suffix(".png"))
-            path.write_text(json.dumps(row) + "\n")
-            print(f"{cell}: done", flush=True)
-        write_table(args.out)
+    left = [c for c in args.cells or cells() if not row_path(args.out, c).is_file()]
+    job = partial(work, seeds=args.seeds, out=args.out, until=time.time() + args.budget)
+    started, failed = time.perf_counter(), 0
+    with get_context("spawn").Pool(args.workers) as pool:
+        for done, (cell, problem) in enumerate(pool.imap_unordered(job, left), 1):
+            failed += bool(problem)
+            seconds = time.perf_counter() - started
+            print(f"{done}/{len(left)} {cell}: {problem or 'done'}, {seconds:.0f} s", flush=True)
+    write_tables(args.out, cells(), FAMILIES)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except InputError as error:
         print(f"study: {error}", file=sys.stderr)
         sys.exit(2)
