@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--moves", type=int, default=32, help="of a shape by its noise, one a noise of the library"
     )
     parser.add_argument("--teacher-steps", type=int, help="instead of those of its gadjax.json")
-    parser.add_argument("--teacher-guidance", type=float, help="instead of that of its gadjax.json")
+    parser.add_argument(
+        "--teacher-guidance",
+        type=float,
+        help="by default what the student was distilled at, where that is known",
+    )
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time")
     parser.add_argument("--dtype", default="float32", help="of the networks: float32 or bfloat16")
     parser.add_argument(
@@ -44,13 +49,19 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(resolve(args.prompts))
     name, world = _world(args.world, resolve(args.teacher))
     student = _model("--student", args.student, args.dtype, {})
-    changes = {"steps": args.teacher_steps, "guidance": args.teacher_guidance}
+    distilled_at = _distilled_at(student, args.student)
+    guidance = distilled_at if args.teacher_guidance is None else args.teacher_guidance
+    changes = {"steps": args.teacher_steps, "guidance": guidance}
     teacher = _model("--teacher", args.teacher, args.dtype, changes)
     plan = Plan(args.seeds, args.tangents, args.batch, args.library, args.moves)
     evaluation = evaluate(teacher, student, prompts, world, plan)
+    judged_at = _judged_at(teacher.sampling.guidance, distilled_at)
+    if distilled_at not in (None, teacher.sampling.guidance):
+        print(f"gadjax: the teacher is judged at guidance {judged_at}", file=sys.stderr)
     settings = {
         "teacher": args.teacher,
         "student": args.student,
+        "teacher's guidance": judged_at,
         "prompts": f"{args.prompts} ({len(prompts)})",
         "seeds": plan.seeds,
         "tangents": plan.tangents,
@@ -67,6 +78,25 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(as_markdown(evaluation, settings), end="")
     return 0
+
+
+def _distilled_at(student, name: str) -> float | None:
+    """The teacher's guidance in the student's training; None where nothing says it."""
+    from gadjax.assets import resolve
+    from gadjax.convert.recipe import read_teacher_guidance
+    from gadjax.storage import is_remote
+
+    if student.trained:
+        return student.trained.config["guidance"] if student.trained.few_step else None
+    return None if is_remote(name) else read_teacher_guidance(resolve(name))
+
+
+def _judged_at(guidance: float, distilled_at: float | None) -> str:
+    if distilled_at is None:
+        return f"{guidance:g} (the student does not say at which it was distilled)"
+    if guidance != distilled_at:
+        return f"{guidance:g}, but the student was distilled at {distilled_at:g}"
+    return f"{guidance:g}, at which the student was distilled"
 
 
 def _world(name: str | None, teacher: Path):

@@ -48,12 +48,15 @@ class Export:
 
 def recipe(export: Export, verified: Mapping[str, Any] | None) -> str:
     """The text of gadjax.json. verified: what the comparison with diffusers gave, None without."""
+    teacher = {"name": export.teacher, "fingerprint": export.fingerprint}
+    if export.times is not None:
+        teacher["guidance"] = export.config["guidance"]
     found = {
         "format": FORMAT,
         **export.sampling.to_dict(),
         "objective": dict(export.config["objective"]),
         "trained": {"steps": export.step, "batch": export.config["batch"], "weights": export.part},
-        "teacher": {"name": export.teacher, "fingerprint": export.fingerprint},
+        "teacher": teacher,
         "gadjax": __version__,
         "verified": verified,
     }

@@ -84,6 +84,19 @@ def read_world(folder: Path) -> str | None:
     return world
 
 
+def read_teacher_guidance(folder: Path) -> float | None:
+    """The guidance of the teacher that a student's folder was distilled from, where it says so.
+
+    Raises: InputError for a value that is no number.
+    """
+    path = Path(folder) / FILE
+    teacher = read_json(path).get("teacher") if os.path.lexists(path) else None
+    guidance = teacher.get("guidance") if isinstance(teacher, dict) else None
+    if guidance is not None and not _is_number(guidance):
+        raise InputError(f"{path}, teacher.guidance: found {shown(guidance)}; expected a number")
+    return guidance
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= LARGEST  # of NaN this is false
 

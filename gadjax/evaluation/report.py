@@ -1,7 +1,7 @@
 """An evaluation as report.json, report.md and pictures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,12 @@ def as_markdown(evaluation: Evaluation, settings: dict[str, Any]) -> str:
     """The report for people: a summary, and a section for each group of metrics."""
     rows, listed = evaluation.rows, evaluation.catalogue
     taken = [name for name in listed if any(name in row.metrics for row in rows)]
-    evaluations = [str(row.evaluations) for row in rows]
+    drawn = {
+        "network evaluations": [str(row.evaluations) for row in rows],
+        "guidance": [f"{row.sampling.guidance:g}" for row in rows],
+    }
     lines = ["# A student beside its teacher", ""]
-    lines += _table(evaluation, [n for n in SUMMARY if n in taken], evaluations)
+    lines += _table(evaluation, [n for n in SUMMARY if n in taken], drawn)
     lines += ["", "In brackets: 95 % intervals, by bootstrap where nothing else is said. What the"]
     lines += ["numbers mean stands below, section by section.", "", "![](samples.png)"]
     for group, (heading, units) in GROUPS.items():
@@ -65,13 +68,13 @@ def as_markdown(evaluation: Evaluation, settings: dict[str, Any]) -> str:
 
 
 def _table(
-    evaluation: Evaluation, names: Sequence[str], evaluations: Sequence[str] | None = None
+    evaluation: Evaluation, names: Sequence[str], drawn: Mapping[str, Sequence[str]] | None = None
 ) -> list[str]:
     rows = evaluation.rows
     labels = (in_markdown(row.label) for row in rows)
     lines = ["| | " + " | ".join(labels) + " |", "|---|" + "---|" * len(rows)]
-    if evaluations:
-        lines.append("| network evaluations | " + " | ".join(evaluations) + " |")
+    for title, texts in (drawn or {}).items():
+        lines.append(f"| {title} | " + " | ".join(texts) + " |")
     for name in names:
         cells = (_cell(row.metrics.get(name)) for row in rows)
         lines.append(f"| {evaluation.catalogue[name].title} | " + " | ".join(cells) + " |")

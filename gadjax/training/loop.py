@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.checkpoints.replicas import check_replicas
 from gadjax.checkpoints.saving import Saves
-from gadjax.convert.recipe import Sampling
+from gadjax.convert.recipe import Sampling, read_sampling
 from gadjax.data.source import prefetch
 from gadjax.errors import InputError, RunStopped
 from gadjax.host.claim import LOCK, Claim
@@ -124,6 +124,9 @@ def _loop(
     with Progress(workdir, config, done, clock) as progress:
         saves = Saves(checkpoints, config.checkpoint.failures, progress.note)
         progress.note(f"resumed at step {done}" if resumed else overview(state.params["student"]))
+        if run.recipe.objective.needs.distils:
+            own = read_sampling(run.pipeline.folder.path, run.pipeline.sampling).guidance
+            progress.note(guidance_note(config.guidance, own))
         if show and show.due(done):  # a run that was killed had saved this step, not yet shown it
             progress.image(done, "preview", show(state, done))
         batches = host_batches(run, steps, done, config.steps)
@@ -161,6 +164,12 @@ def _loop(
         with clock("checkpoint"):
             checkpoints.wait()
     return done
+
+
+def guidance_note(guidance: float, own: float) -> str:
+    """What a student is distilled at, beside what its teacher's folder says."""
+    beside = "" if guidance == own else f" (its folder says {own:g})"
+    return f"the teacher is distilled at guidance {guidance:g}{beside}"
 
 
 def begin(run: Run, steps: Steps, restore: Restore) -> tuple[int, TrainState]:

@@ -46,7 +46,7 @@ def test_what_the_folder_says_of_itself(student, tiny_pipeline):
     assert found["timesteps"] == list(TIMESTEPS)
     assert found["objective"] == {"dmd": {}, "gad": {"weight": 0.3, "steps": 4}}
     assert found["trained"] == {"steps": 2, "batch": 32, "weights": "ema"}
-    assert found["teacher"]["name"] == "tiny"
+    assert found["teacher"]["name"] == "tiny" and found["teacher"]["guidance"] == 3.0
     assert 0 <= found["verified"]["max_difference"] <= 2 / 255
 
     card = ModelCard.load(student / "README.md")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gadjax.convert.recipe import FILE, Sampling, read_sampling, read_world
+from gadjax.convert.recipe import FILE, Sampling, read_sampling, read_teacher_guidance, read_world
 from gadjax.errors import InputError
 
 
@@ -57,3 +57,19 @@ def test_a_world_is_a_name(tmp_path):
     (tmp_path / FILE).write_text('{"world": 3}')
     with pytest.raises(InputError, match="world: found 3"):
         read_world(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "guidance"),
+    [("{}", None), ('{"teacher": "x"}', None), ('{"teacher": {"guidance": 4}}', 4)],
+)
+def test_the_guidance_that_a_student_was_distilled_at(tmp_path, text, guidance):
+    (tmp_path / FILE).write_text(text)
+    assert read_teacher_guidance(tmp_path) == guidance
+
+
+def test_the_guidance_of_a_distillation_is_a_number(tmp_path):
+    assert read_teacher_guidance(tmp_path) is None
+    (tmp_path / FILE).write_text('{"teacher": {"guidance": "4"}}')
+    with pytest.raises(InputError, match="teacher.guidance: found '4'; expected a number"):
+        read_teacher_guidance(tmp_path)

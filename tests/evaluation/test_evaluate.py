@@ -109,6 +109,37 @@ def test_flags_and_overwriting(folders, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("distilled_at", "more", "guidance", "text"),
+    [
+        (None, (), 2.0, "2 (the student does not say at which it was distilled)"),
+        (4.0, (), 4.0, "4, at which the student was distilled"),
+        (4.0, ("--teacher-guidance=3",), 3.0, "3, but the student was distilled at 4"),
+    ],
+)
+def test_the_teacher_is_judged_at_the_guidance_of_the_distillation(
+    folders, tmp_path, capsys, monkeypatch, distilled_at, more, guidance, text
+):
+    student = tmp_path / "student"
+    shutil.copytree(folders / "student", student)
+    if distilled_at:
+        own = json.loads((student / "gadjax.json").read_text())
+        own["teacher"] = {"name": "teacher", "guidance": distilled_at}
+        (student / "gadjax.json").write_text(json.dumps(own))
+
+    def answer(teacher, *_):
+        images = np.zeros((3, 2, 8, 8, 3), np.float32)
+        row = Row("teacher", "teacher, 4 steps", teacher.sampling, 8, images, {})
+        return Evaluation([row], catalogue(WORLDS["none"]), {})
+
+    monkeypatch.setattr("gadjax.evaluation.evaluate.evaluate", answer)
+    more = f"--student={student}", *more
+    assert main(arguments(folders, tmp_path / "out", *more)) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"| guidance | {guidance:g} |" in report and f"- teacher's guidance: {text}" in report
+    assert ("but the student" in capsys.readouterr().err) == ("but" in text)
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         (("--world=nowhere",), "--world: found 'nowhere'; expected one of none, shapes"),
