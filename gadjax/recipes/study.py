@@ -21,7 +21,7 @@ import jax
 
 from gadjax.errors import InputError
 from gadjax.recipes.study_runs import Evaluator, evaluations, train_seeds
-from gadjax.recipes.study_tables import write_tables
+from gadjax.recipes.study_tables import row_path, write_tables
 from gadjax.storage import write_whole
 from gadjax.training.config import as_json, default_config
 from gadjax.training.preview import grid, save_png
@@ -124,16 +124,19 @@ def cells() -> list[str]:
 
 
 def config_of(cell: str):
-    """The config of a cell. Raises: InputError for one that is not of the study."""
-    if cell not in cells():
-        raise InputError(f"cell: found {cell!r}; expected FAMILY/VARIANT, such as {cells()[0]}")
-    name, variant = cell.split("/")
+    """The config of any family and variant. Raises: InputError for one that is not known."""
+    known, (name, _, variant) = objectives(), cell.partition("/")
+    if name not in FAMILIES or variant not in known:
+        raise InputError(
+            f"cell: found {cell!r}; expected FAMILY/VARIANT, of {', '.join(FAMILIES)} and "
+            f"{', '.join(known)}"
+        )
     family = FAMILIES[name]
     config = default_config()
     config.teacher = family.teacher
     config.guidance = family.guidance
     config.student.update(steps=len(family.times), timesteps=family.times)
-    objective = {term: dict(options) for term, options in objectives()[variant].items()}
+    objective = {term: dict(options) for term, options in known[variant].items()}
     for term in {"gad", "regression", "anchor"} & set(objective):
         if objective[term]["steps"] == 4:
             objective[term]["steps"] = family.map_steps
@@ -150,10 +153,6 @@ def config_of(cell: str):
     config.log.every = 20
     config.preview.every = 400
     return config
-
-
-def row_path(out: Path, cell: str) -> Path:
-    return out / f"{cell.replace('/', '-')}.json"
 
 
 def run_cell(cell: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
@@ -217,7 +216,7 @@ def main() -> int:
             failed += bool(problem)
             seconds = time.perf_counter() - started
             print(f"{done}/{len(left)} {cell}: {problem or 'done'}, {seconds:.0f} s", flush=True)
-    write_tables(args.out, cells(), FAMILIES)
+    write_tables(args.out, cells())
     return 1 if failed else 0
 
 

@@ -13,6 +13,7 @@ from gadjax.models.module import cast
 from gadjax.objectives import GAD, TDM, Term
 from gadjax.plan.flops import flops
 from gadjax.recipes import study
+from gadjax.recipes.study_runs import evaluations as evaluations_of
 from gadjax.training.compiled import compile_steps
 from gadjax.training.setup import Run, prepare
 from gadjax.training.sharding import batch_sharding, put
@@ -21,7 +22,8 @@ from gadjax.training.steps import Recipe, critic_step, student_step
 
 GRID = (899.0, 674.0, 449.0, 224.0, -1.0)
 T = 500.0
-VARIANTS = (*(f"{base}_{added}" for base in study.BASES for added in study.ADDED), "script")
+ADDED = "none", "gad", "anchor", "gad_anchor"
+VARIANTS = (*(f"{base}_{added}" for base in study.BASES for added in ADDED), "script")
 OPTIM = {"lr": 1e-5, "warmup": 0, "decay": 0, "b1": 0.0, "b2": 0.95, "weight_decay": 0, "clip": 1}
 
 
@@ -124,13 +126,13 @@ def parts(size: Size, params, batch, remat: bool | str):
 def iterations(variants: tuple[str, ...], rounds: int) -> Iterator[Figure]:
     """Whole iterations of the study's objectives on the bundled eps teacher (batch 16, 4 steps of
     the student, 2 critic updates where there is a critic), beside the same base alone."""
-    cost = {name: study.evaluations("eps", name) for name in variants}
+    configs = {name: study.config_of(f"eps/{name}") for name in variants}
+    cost = {name: evaluations_of(config) for name, config in configs.items()}
     for name in variants:
         base = f"{'tdm' if name == 'script' else name.split('_')[0]}_none"
         yield Figure(f"evaluations an iteration: {name}", cost[name])
         if name != base:
             yield Figure(f"evaluations / base: {name}", cost[name] / cost[base])
-    configs = {name: study.config_of(f"eps:{name}:0") for name in variants}
     taken = seconds({name: iteration(config) for name, config in configs.items()}, rounds)
     for name in variants:
         base = f"{'tdm' if name == 'script' else name.split('_')[0]}_none"
