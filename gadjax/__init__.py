@@ -1,6 +1,6 @@
 """Few-step distillation of diffusion and flow models that keeps what the noise meant.
 
-    teacher = gadjax.load("asset:shapes_teacher")
+    teacher = gadjax.load("asset:shapes_flow_teacher")
     student = gadjax.distill(teacher, DMD() + 0.3 * GAD(), prompts, steps=4)
     images = gadjax.sample(student, prompts)
     gadjax.save(student, "student")  # a diffusers folder

@@ -6,7 +6,7 @@ source "$(dirname "$0")/env.sh"
 make_environment
 run=${RUN:-runs/quickstart}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1
-teacher=gadjax/assets/shapes_teacher
+teacher=gadjax/assets/shapes_flow_teacher
 prompts=gadjax/assets/shapes_test_prompts.txt
 mkdir -p "$run"
 
@@ -15,7 +15,7 @@ if [ -f "$run/report/report.md" ]; then
 else
     echo "1/5 convert the teacher to Flax parameters, checked against diffusers"
     [ -d "$run/teacher" ] || gadjax convert "$teacher" "$run/teacher" --check
-    echo "2/5 distil: regression + GAD + the diversity anchor"
+    echo "2/5 distil: DMD + GAD + the diversity anchor"
     gadjax train --config configs/shapes_gad.py:quickstart --workdir "$run/train" \
         --config.teacher="$run/teacher"
     echo "3/5 export a diffusers pipeline, checked against diffusers"

@@ -43,7 +43,7 @@ def show(rows, captions, name):
 
 
 # %%
-teacher = gadjax.load("asset:shapes_teacher")
+teacher = gadjax.load("asset:shapes_flow_teacher")
 
 
 def distil(objective):
@@ -51,7 +51,6 @@ def distil(objective):
         teacher,
         objective,
         "asset:shapes_prompts.txt",
-        timesteps=(899, 674, 449, 224),
         updates=UPDATES,
         optim={"lr": 4e-4, "b1": 0.0, "b2": 0.95},
         critic={"updates": 1, "lr": 8e-4},
@@ -60,7 +59,7 @@ def distil(objective):
     )
 
 
-models = {"teacher": teacher, "DMD": distil(DMD()), "DMD + GAD": distil(DMD() + 0.5 * GAD())}
+models = {"teacher": teacher, "DMD": distil(DMD()), "DMD + GAD": distil(DMD() + 0.5 * GAD(loss="polar"))}
 
 # %% [markdown]
 # ## The same noises through all three
