@@ -13,7 +13,7 @@ ARGUMENTS = (
     "--config=configs/shapes_gad.py:regression",
     "--config.batch=2",
     "--config.student.steps=1",
-    "--config.student.timesteps=(899,)",
+    "--config.student.timesteps=(999,)",
     "--config.data.prompts=",
     "--config.preview.every=0",
 )

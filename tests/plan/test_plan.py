@@ -30,7 +30,7 @@ SMALL = (
     "--config.batch=16",
     "--config.mesh.data=1",
     "--config.student.steps=1",
-    "--config.student.timesteps=(899,)",
+    "--config.student.timesteps=(999,)",
 )
 
 
