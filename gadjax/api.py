@@ -23,6 +23,7 @@ from gadjax.models.module import cast
 from gadjax.objectives import TERMS, Term, as_config
 from gadjax.pipeline import load_pipeline, make_pipeline, resized
 from gadjax.sampling import draw, initial_noise
+from gadjax.settings import settled
 from gadjax.storage import as_path, is_remote
 from gadjax.students import known_student
 from gadjax.training.config import changed_config, default_config
@@ -54,6 +55,7 @@ class Model(Drawn):
         return f"<{self.name}: {sampling.steps} steps, guidance {sampling.guidance:g}>"
 
 
+@settled()
 def load(
     name: str | Path,
     *,
@@ -81,6 +83,7 @@ def load(
     return Model(str(name), pipeline, cast(params, compute), sampling, trained)
 
 
+@settled()
 def drawn_with(
     model: Model,
     steps: int | None = None,
@@ -114,6 +117,7 @@ def drawn_with(
     return replace(model, pipeline=pipeline, sampling=sampling)
 
 
+@settled()
 def sample(
     model: Model,
     prompts: str | Sequence[str],
@@ -140,6 +144,7 @@ def sample(
     return to_uint8(images)
 
 
+@settled()
 def distill(
     teacher: Model | str | Path,
     objective: Term | Mapping[str, Mapping[str, Any]],
@@ -182,6 +187,7 @@ def distill(
         return replace(load(run), name=name)
 
 
+@settled()
 def save(
     model: Model, out: str | Path, *, report: str | Path | None = None, overwrite: bool = False
 ) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from gadjax.data.images import Pictures, open_images
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError
 from gadjax.pipeline import Pipeline, make_pipeline
+from gadjax.settings import settled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", help="of the weights' files, such as fp16")
 
 
+@settled()
 def run(args: argparse.Namespace) -> int:
     check_target(args.out)
     check_least("--length", args.length, 1)

@@ -20,6 +20,8 @@ from gadjax.convert.atomic import atomic_folder, check_apart, check_target
 from gadjax.data.prompts import check_prompt, read_prompts
 from gadjax.errors import InputError, RunStopped
 from gadjax.sampling import BATCH, draw, initial_noise, sampler_and_times
+from gadjax.seeds import check_seed
+from gadjax.settings import settled
 from gadjax.students import KNOWN
 from gadjax.training.preview import grid, save_png, to_uint8
 
@@ -50,13 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace earlier pictures")
 
 
+@settled()
 def run(args: argparse.Namespace) -> int:
     source = resolve(args.model)
     check_target(args.out, overwrite=args.overwrite, marker=MARKER)
     check_apart(args.out, source, resolve(args.prompts))
-    check_least("--seed", args.seed, 0)
     for flag in ("steps", "per_prompt", "batch"):
         check_least(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
+    check_seed(args.seed, "--seed", args.per_prompt)
     check_prompt(args.negative or "", "--negative")
     prompts = read_prompts(resolve(args.prompts))
     if args.recipe not in (None, *KNOWN):

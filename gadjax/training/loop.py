@@ -32,6 +32,7 @@ from gadjax.host.trackers import check_trackers
 from gadjax.models.module import overlay
 from gadjax.reading import read_json
 from gadjax.sampling import clean_latent, initial_noise
+from gadjax.settings import settled
 from gadjax.storage import tolerant
 from gadjax.training.compiled import Steps, compile_steps
 from gadjax.training.config import as_json, check_resume, write_json
@@ -54,6 +55,7 @@ class Watch(NamedTuple):
     profile: tuple[int, int] | None
 
 
+@settled()
 def train(
     config: ConfigDict,
     workdir: Path,
@@ -196,6 +198,7 @@ def host_batches(
     size, sharding = run.config.batch, batch_sharding(run.mesh)
     low, high = rows_here(sharding, size)
 
+    @settled()  # in a thread of its own
     def fetch(number: int):
         rows = run.source.batch(number * size + low, high - low)
 

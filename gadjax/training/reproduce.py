@@ -24,6 +24,7 @@ from gadjax.errors import InputError
 from gadjax.host.processes import agree, check_devices, together
 from gadjax.reading import read_json
 from gadjax.seal import committed, newest_sound
+from gadjax.settings import settled
 from gadjax.shown import shown
 from gadjax.storage import absolute
 from gadjax.training.compiled import Steps, compile_steps
@@ -46,6 +47,7 @@ def parse_step(text: str) -> int:
     return int(text)
 
 
+@settled()
 def reproduce(config: ConfigDict, workdir: Path, step: int, devices: int | None = None) -> None:
     """Do `step` of the workdir's run again and print what there is to see of it; every process of
     the run calls it. config, devices: as `gadjax.training.loop.train` takes them.

@@ -66,6 +66,7 @@ def test_earlier_pictures_are_replaced_when_asked(tiny_pipeline, prompts, tmp_pa
         (["--steps", "0"], ["--steps: found 0"]),
         (["--steps", "many"], ["gadjax sample", "--steps"]),
         (["--seed", "-1"], ["--seed: found -1"]),
+        (["--seed", str(2**64)], ["--seed: found 18446744073709551616; expected 0 to 2^64 - 1"]),
         (["--per-prompt", "0"], ["--per-prompt: found 0"]),
         (["--batch", "0"], ["--batch: found 0"]),
         (["--guidance", "nan"], ["--guidance: found nan"]),

@@ -75,6 +75,7 @@ def test_a_run_can_be_seen_from_outside(uninterrupted, capsys):
     assert found["devices"] == 1 and found["utilisation"] is None  # of a CPU nobody knows the peak
     run = json.loads((uninterrupted / "run.json").read_text())
     assert run["flops_per_step"] > 1e6 and run["versions"]["jax"] == jax.__version__
+    assert run["environment"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
     seconds = found["seconds"]
     assert all(seconds[kind] > 0 for kind in ("compile", "step", "data", "checkpoint"))
     assert seconds["lost"] == seconds["preview"] == 0
