@@ -12,9 +12,11 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
 from gadjax.errors import InputError
+from gadjax.reading import read_json
 from gadjax.shown import shown
 from gadjax.storage import write_whole
 
+INPUTS = "inputs.json"  # in a workdir: fingerprints of what its run reads
 # What may change when a run is resumed; any other difference is another run.
 MAY_CHANGE = ("mesh", "attention", "offload", "steps", "log", "preview", "checkpoint")
 
@@ -200,6 +202,24 @@ def check_resume(saved: dict, config: ConfigDict, where: Path) -> None:
         values = ((key, shown(old, 200), shown(new, 200)) for key, old, new in changed)
         text = "; ".join(f"{key}: found {old}, asked for {new}" for key, old, new in values)
         raise InputError(f"{where}: belongs to another config ({text}); expected the same values")
+
+
+def check_inputs(workdir: Path, config: ConfigDict, inputs: dict[str, str]) -> None:
+    """Raises: InputError naming what a run reads that is no longer what it was begun with.
+
+    A workdir that was begun without a record has nothing to be compared with.
+    """
+    path = workdir / INPUTS
+    if not path.exists():
+        return
+    saved = read_json(path)
+    for key, found in inputs.items():
+        if saved.get(key, found) != found:
+            what = "text encoders" if key == "teacher" else "contents"
+            raise InputError(
+                f"{key} {config[key]}: found other {what} (fingerprint {found}); expected those "
+                f"with which the run in {workdir} was begun ({shown(saved[key])})"
+            )
 
 
 def _filled(found: dict, default: dict) -> dict:

@@ -1,5 +1,6 @@
 """The host's side of training: data in, updates, checkpoints, and something to look at."""
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,9 +34,10 @@ from gadjax.models.module import overlay
 from gadjax.reading import read_json
 from gadjax.sampling import clean_latent, initial_noise
 from gadjax.settings import settled
-from gadjax.storage import tolerant
+from gadjax.storage import tolerant, write_whole
 from gadjax.training.compiled import Steps, compile_steps
-from gadjax.training.config import as_json, check_resume, write_json
+from gadjax.training.config import INPUTS, as_json, check_inputs, check_resume, write_json
+from gadjax.training.data import inputs_of
 from gadjax.training.masked import Update, check_masked, scalars_of
 from gadjax.training.preview import grid, save_png
 from gadjax.training.record import write_record
@@ -76,8 +78,9 @@ def train(
     together(lambda: check_trackers(config.log.trackers))
     together(lambda: _check_workdir(config, workdir))
     run = together(lambda: prepare(config))
+    inputs = together(lambda: _inputs(run, workdir))
     steps = compile_steps(run)
-    with together(lambda: _claim(config, workdir)) as claim:
+    with together(lambda: _claim(config, workdir, inputs)) as claim:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         try:
             with losing_peers(), Leaving() as leaving:
@@ -95,14 +98,24 @@ def _check_workdir(config: ConfigDict, workdir: Path) -> None:
         raise InputError(f"{workdir}: found files but no config.json; expected an empty folder")
 
 
-def _claim(config: ConfigDict, workdir: Path) -> Claim:
+def _inputs(run: Run, workdir: Path) -> dict[str, str]:
+    """Fingerprints of what a run reads. Raises: InputError where they are not those it had."""
+    found = inputs_of(run.config, run.source)
+    check_inputs(workdir, run.config, found)
+    return found
+
+
+def _claim(config: ConfigDict, workdir: Path, inputs: dict[str, str]) -> Claim:
     claim = Claim(workdir, config.steps, mine=jax.process_index() == 0)
     if claim.mine:
+        name = "config.json"
         try:
-            write_json(config, workdir / "config.json")
+            write_json(config, workdir / name)
+            name = INPUTS
+            write_whole(workdir / name, json.dumps(inputs, indent=2) + "\n")
         except OSError as error:
             text = error.strerror or error
-            raise RunStopped(f"{workdir}/config.json: cannot be written: {text}") from error
+            raise RunStopped(f"{workdir}/{name}: cannot be written: {text}") from error
     return claim
 
 
