@@ -1,6 +1,7 @@
 """What a run's data say, as a few digits: data that became others under their name are found."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,7 +33,7 @@ def of_pictures(pictures: Pictures) -> str:
         except OSError as error:
             raise InputError(f"{path}: found {error.strerror}; expected a picture") from None
 
-    texts = (text.encode() for text in (*pictures.names, *pictures.captions))
+    texts = (os.fsencode(text) for text in (*pictures.names, *pictures.captions))
     with ThreadPoolExecutor(THREADS) as pool:
         return _digest([*texts, *pool.map(size, _chosen(len(pictures.names), MOST))])
 

@@ -72,6 +72,7 @@ def default_config() -> ConfigDict:
                 "images": "",  # folder of pictures with metadata.jsonl, metadata.csv or NAME.txt
                 "latents": "",  # folder written by `gadjax embed --images`
                 "column": "prompt",  # with the prompts or captions, in jsonl and csv
+                "background": "white",  # under pictures that are transparent
                 "cache": 0,  # pictures of the world that are encoded once; 0: each when it is used
                 "dropout": 0.0,  # of captions, where a teacher is trained
                 "length": 120,  # text tokens

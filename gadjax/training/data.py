@@ -66,7 +66,7 @@ def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str,
             )
         return (cache_latents(world, pipeline, data.cache) if data.cache else world), null
     if data.images:
-        pictures = open_images(assets.resolve(data.images), data.column)
+        pictures = open_images(assets.resolve(data.images), data.column, data.background)
         return ImageSource(pictures, sides, tokenize, config.seed, data.dropout), null
     prompts = read_prompts(assets.resolve(data.prompts), data.column)
     return PromptSource(*tokenize(prompts), config.seed), null

@@ -58,7 +58,7 @@ def read_and_show(suffix: str, folder: Path) -> None:
 def make_images(captions: str, folder: Path) -> None:
     """captions: txt beside each picture, or jsonl or csv of metadata."""
     rng = np.random.default_rng(0)
-    names = "a.png", "b.jpg", "deeper/c.webp", "d.jpeg"
+    names = "a.png", "b.jpg", "deeper/c.webp", "d.gif"
     (folder / "deeper").mkdir()
     records = []
     for name, text in zip(names, TEXTS, strict=True):
