@@ -33,6 +33,7 @@ HELD = 1 << 30  # bytes of pictures in memory
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="pipeline folder, workdir, or asset:NAME")
+    parser.add_argument("--teacher", help="of a workdir's run, if it has moved since")
     parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--seed", type=int, default=0)
@@ -65,7 +66,13 @@ def run(args: argparse.Namespace) -> int:
     if args.recipe not in (None, *KNOWN):
         raise InputError(f"--recipe: found {args.recipe!r}; expected one of {', '.join(KNOWN)}")
     size = _size(args.size)
-    model = load(args.model, dtype=args.dtype, variant=args.variant, recipe=args.recipe)
+    model = load(
+        args.model,
+        dtype=args.dtype,
+        variant=args.variant,
+        recipe=args.recipe,
+        teacher=args.teacher,
+    )
     try:
         model = drawn_with(model, args.steps, args.guidance, args.negative, size)
     except InputError as error:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
+from gadjax import assets
 from gadjax.errors import InputError
 from gadjax.reading import read_json
 from gadjax.shown import shown
@@ -190,15 +192,29 @@ def as_json(config: ConfigDict) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def with_teacher_found(config: ConfigDict) -> ConfigDict:
+    """The config with the teacher's folder from the root on: what is drawn from a workdir later may
+    be drawn from another folder."""
+    config = ConfigDict(config)
+    config.teacher = _from_root(config.teacher)
+    return config
+
+
+def _from_root(teacher: Any) -> Any:
+    if not isinstance(teacher, str) or not teacher or teacher.startswith(assets.PREFIX):
+        return teacher
+    return os.path.abspath(assets.resolve(teacher))
+
+
 def check_resume(saved: dict, config: ConfigDict, where: Path) -> None:
     """Raises: InputError naming every key in which a workdir's config differs and may not.
 
     A key that was added since the workdir was begun had its default there.
     """
     saved = _filled(saved, as_json(default_config()))
-    changed = [
-        d for d in differences(saved, as_json(config)) if d[0].split(".")[0] not in MAY_CHANGE
-    ]
+    saved["teacher"] = _from_root(saved["teacher"])  # as it was given, in older ones
+    asked = as_json(with_teacher_found(config))
+    changed = [d for d in differences(saved, asked) if d[0].split(".")[0] not in MAY_CHANGE]
     if changed:
         values = ((key, shown(old, 200), shown(new, 200)) for key, old, new in changed)
         text = "; ".join(f"{key}: found {old}, asked for {new}" for key, old, new in values)

@@ -34,9 +34,17 @@ from gadjax.models.module import overlay
 from gadjax.reading import read_json
 from gadjax.sampling import clean_latent, initial_noise
 from gadjax.settings import settled
+from gadjax.shown import printable
 from gadjax.storage import tolerant, write_whole
 from gadjax.training.compiled import Steps, compile_steps
-from gadjax.training.config import INPUTS, as_json, check_inputs, check_resume, write_json
+from gadjax.training.config import (
+    INPUTS,
+    as_json,
+    check_inputs,
+    check_resume,
+    with_teacher_found,
+    write_json,
+)
 from gadjax.training.data import inputs_of
 from gadjax.training.masked import Update, check_masked, scalars_of
 from gadjax.training.preview import grid, save_png
@@ -75,6 +83,7 @@ def train(
     if devices is not None:
         check_devices(devices)
     agree(as_json(config), workdir)
+    config = with_teacher_found(config)
     together(lambda: check_trackers(config.log.trackers))
     together(lambda: _check_workdir(config, workdir))
     run = together(lambda: prepare(config))
@@ -141,6 +150,7 @@ def _loop(
         progress.note(f"resumed at step {done}" if resumed else overview(state.params["student"]))
         if run.recipe.objective.needs.distils:
             own = read_sampling(run.pipeline.folder.path, run.pipeline.sampling).guidance
+            progress.note(f"teacher: {printable(config.teacher)}")
             progress.note(guidance_note(config.guidance, own))
         if show and show.due(done):  # a run that was killed had saved this step, not yet shown it
             progress.image(done, "preview", show(state, done))

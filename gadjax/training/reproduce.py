@@ -28,7 +28,7 @@ from gadjax.settings import settled
 from gadjax.shown import shown
 from gadjax.storage import absolute
 from gadjax.training.compiled import Steps, compile_steps
-from gadjax.training.config import as_json, check_inputs, check_resume
+from gadjax.training.config import as_json, check_inputs, check_resume, with_teacher_found
 from gadjax.training.data import inputs_of
 from gadjax.training.look import Seen, looking
 from gadjax.training.loop import begin, host_batches
@@ -59,6 +59,7 @@ def reproduce(config: ConfigDict, workdir: Path, step: int, devices: int | None 
     if devices is not None:
         check_devices(devices)
     agree(as_json(config), workdir)
+    config = with_teacher_found(config)
     row = together(lambda: _row_of(config, workdir, step))
     run = together(lambda: prepare(config))
     together(lambda: check_inputs(workdir, config, inputs_of(config, run.source)))
