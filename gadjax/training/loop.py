@@ -45,7 +45,6 @@ from gadjax.training.config import (
     with_teacher_found,
     write_json,
 )
-from gadjax.training.data import inputs_of
 from gadjax.training.masked import Update, check_masked, scalars_of
 from gadjax.training.preview import grid, save_png
 from gadjax.training.record import write_record
@@ -87,9 +86,9 @@ def train(
     together(lambda: check_trackers(config.log.trackers))
     together(lambda: _check_workdir(config, workdir))
     run = together(lambda: prepare(config))
-    inputs = together(lambda: _inputs(run, workdir))
+    together(lambda: check_inputs(workdir, config, run.inputs))
     steps = compile_steps(run)
-    with together(lambda: _claim(config, workdir, inputs)) as claim:
+    with together(lambda: _claim(config, workdir, run.inputs)) as claim:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         try:
             with losing_peers(), Leaving() as leaving:
@@ -105,13 +104,6 @@ def _check_workdir(config: ConfigDict, workdir: Path) -> None:
         check_resume(read_json(saved), config, workdir)
     elif workdir.exists() and any(path.name not in BEGUN for path in workdir.iterdir()):
         raise InputError(f"{workdir}: found files but no config.json; expected an empty folder")
-
-
-def _inputs(run: Run, workdir: Path) -> dict[str, str]:
-    """Fingerprints of what a run reads. Raises: InputError where they are not those it had."""
-    found = inputs_of(run.config, run.source)
-    check_inputs(workdir, run.config, found)
-    return found
 
 
 def _claim(config: ConfigDict, workdir: Path, inputs: dict[str, str]) -> Claim:

@@ -29,7 +29,6 @@ from gadjax.shown import shown
 from gadjax.storage import absolute
 from gadjax.training.compiled import Steps, compile_steps
 from gadjax.training.config import as_json, check_inputs, check_resume, with_teacher_found
-from gadjax.training.data import inputs_of
 from gadjax.training.look import Seen, looking
 from gadjax.training.loop import begin, host_batches
 from gadjax.training.masked import Update, cause_of, numbers_of, scalars_of
@@ -62,7 +61,7 @@ def reproduce(config: ConfigDict, workdir: Path, step: int, devices: int | None 
     config = with_teacher_found(config)
     row = together(lambda: _row_of(config, workdir, step))
     run = together(lambda: prepare(config))
-    together(lambda: check_inputs(workdir, config, inputs_of(config, run.source)))
+    together(lambda: check_inputs(workdir, config, run.inputs))
     steps = compile_steps(run)
     start, state = begin(run, steps, lambda shapes: _newest(workdir, step, shapes))
     again = step - 1 - start

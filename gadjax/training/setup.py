@@ -1,7 +1,7 @@
 """What a config means: networks, recipe and data."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from gadjax.ops.placement import POSITIONS, shares
 from gadjax.pipeline import Pipeline, load_pipeline, outline_pipeline, random_like
 from gadjax.sampling import sampler_and_times
 from gadjax.seeds import check_seed, make_key
-from gadjax.training.data import WITH_PICTURES, open_data
+from gadjax.training.data import WITH_PICTURES, inputs_of, open_data
 from gadjax.training.sharding import check_batch, make_mesh
 from gadjax.training.state import TrainState, create, make_optimizer
 from gadjax.training.steps import CRITICS, Recipe
@@ -49,6 +49,7 @@ class Run:
     first: Params  # what student and critic start from
     start: Callable[[Params], TrainState]
     fingerprint: str  # of the teacher's transformer
+    inputs: dict[str, str] = field(default_factory=dict)  # as `inputs_of`
 
 
 def prepare(
@@ -156,7 +157,8 @@ def prepare(
         return create(roles, optimizers)
 
     identity = "" if abstract else fingerprint(tensors_from_params(part.params, part.keymap))
-    return Run(config, pipeline, recipe, mesh, source, frozen, first, start, identity)
+    inputs = {} if abstract else inputs_of(config, source)
+    return Run(config, pipeline, recipe, mesh, source, frozen, first, start, identity, inputs)
 
 
 def outline(pipeline: Pipeline, frozen: dict[str, Any], params: Params, f: Callable):
