@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.dmd import between
+from gadjax.objectives.dmd import between, check_shares
 from gadjax.objectives.matching import sg
 from gadjax.schedules import add_noise
 from gadjax.types import Params
@@ -57,11 +57,7 @@ class Adversarial(Addable):
                     f"objective.adversarial.{name}: found {getattr(self, name)!r}; expected "
                     + " or ".join(map(repr, known))
                 )
-        if not 0 <= self.low <= self.high <= 1:
-            raise InputError(
-                f"objective.adversarial: found low {self.low} and high {self.high}; expected "
-                "shares of the schedule's span, 0 <= low <= high <= 1"
-            )
+        check_shares("adversarial", self.low, self.high)
         if self.hidden < 1:
             raise InputError(
                 f"objective.adversarial.hidden: found {self.hidden}; expected 1 or more"
