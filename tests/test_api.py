@@ -167,3 +167,14 @@ def test_terms_that_no_config_can_name():
 
     refused(lambda: as_config(DMD() + Mine(), TERMS), "found Mine", "TERMS")
     assert as_config(0.5 * Mine(), TERMS | {"mine": Mine}) == {"mine": {"weight": 0.5}}
+
+
+def test_a_term_that_was_given_a_name_is_a_config_too(monkeypatch):
+    class Mine(Regression):
+        pass
+
+    monkeypatch.setitem(TERMS, "half", Mine)
+    config = as_config(GAD() + Mine(), TERMS)
+    assert config == {"gad": {}, "half": {}}
+    total = build(config, TERMS, (999, 499))
+    assert total.names == ("gad", "half") and type(total.parts[1][1]) is Mine
