@@ -39,10 +39,10 @@ class TDM(Addable):
                 )
 
     def check(self, times: Sequence[float]) -> None:
-        if not self.floor < times[-1]:
+        if not self.floor < times[0]:
             raise InputError(
-                f"objective.tdm.floor: found {self.floor}; expected less than {times[-1]}, from "
-                "which the student's last step starts"
+                f"objective.tdm.floor: found {self.floor}; expected less than {times[0]}, from "
+                "which the student starts"
             )
 
     def diffused(self, context: Context):

@@ -186,7 +186,7 @@ def test_build_reads_configs():
         ({"sid": {"low": float("nan")}}, "objective.sid.low: found nan; expected a share"),
         ({"gad_lift": {"low": 0.99}}, "objective.gad_lift.high: found 0.98; expected a share"),
         ({"tdm": {"gap": -1.0}}, "objective.tdm.gap: found -1.0; expected 0 or more"),
-        ({"tdm": {"floor": 224.0}}, "objective.tdm.floor: found 224.0; expected less than 224.0"),
+        ({"tdm": {"floor": 899.0}}, "objective.tdm.floor: found 899.0; expected less than 899.0"),
         ({"anchor": {"until": 899.0}}, "anchor.until: found 899.0; expected a time between 0 and"),
         ({"denoising": {"balance": -0.5}}, "denoising.balance: found -0.5; expected 0 or more"),
         ({"tdm": {}, "gad_script": {"step": 0.0}}, "gad_script.step: found 0.0; expected more"),
