@@ -134,15 +134,15 @@ def test_updates_of_one_network_in_a_row_stop_a_run(path, tmp_path, monkeypatch,
     student has its second. Rows and checkpoints are counted in steps."""
     bad = 3 * (2 + 1) * B
     monkeypatch.setattr(loop, "prepare", prepare_with(Broken(since=bad)))
-    options = {"critic.updates": 2, "stop_after_bad": 3, "log.every": 2, "checkpoint.every": 2}
+    options = {"critic.updates": 2, "stop_after_bad": 3, "log.every": 3, "checkpoint.every": 3}
     found = train(path, tmp_path / "run", *(f"--config.{k}={v}" for k, v in options.items()))
     words = capsys.readouterr().err
     assert found == 3 and "step 5: the last 3 updates of the critic were not finite" in words
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = {row["step"]: row for row in map(json.loads, lines)}
-    assert list(rows) == [2, 4, 6]  # step 6 was under way when step 5 was looked at
-    assert (rows[4]["critic/bad"], rows[4]["student/bad"], rows[2]["critic/bad"]) == (2, 1, 0)
-    assert sorted(committed(tmp_path / "run" / "checkpoints")) == [2, 4]
+    assert list(rows) == [3, 6]  # step 6 was under way when step 5 was looked at
+    assert (rows[3]["critic/bad"], rows[6]["critic/bad"], rows[6]["student/bad"]) == (0, 6, 3)
+    assert committed(tmp_path / "run" / "checkpoints") == [3]
 
 
 def test_previews_are_counted_in_steps():
