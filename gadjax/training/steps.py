@@ -106,9 +106,9 @@ def make_context(
     noise, ends = batch.noise, {}
     if apart:
         firsts = (teacher_map(context.at_first(), teacher_at, spec) for spec in apart)
-        ends = dict(zip(apart, [f(z) for f, z in firsts], strict=True))
         # The teacher is through before anything of the student's waits for reverse mode.
-        noise, ends = jax.lax.optimization_barrier((noise, ends))
+        noise, found = jax.lax.optimization_barrier((noise, [f(z) for f, z in firsts]))
+        ends = dict(zip(apart, found, strict=True))
     walk = said = None
     if needs.endpoint and (needs.cut_first or not needs.whole):
         walk = rollout(student_at, schedule, noise, jnp.asarray(times), cut_first=needs.cut_first)

@@ -23,7 +23,7 @@ from several import run_on_devices
 
 from gadjax.errors import InputError
 from gadjax.geometry import Directions
-from gadjax.objectives import DMD, TERMS, Anchor, Needs, TeacherMap, build
+from gadjax.objectives import DMD, TERMS, Anchor, Needs, Sum, TeacherMap, build
 from gadjax.objectives.anchor import secant
 from gadjax.objectives.base import sample_mean
 from gadjax.objectives.compose import Addable
@@ -169,6 +169,14 @@ def test_where_the_student_walks_to_the_end_all_samples_train_the_first_step(wor
     alone, beside = slopes(world, anchor, first, shares=B), slopes(world, anchor + End(kind), batch)
     for one, other in zip(*map(jax.tree.leaves, (alone, beside)), strict=True):
         np.testing.assert_allclose(one / 4, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beside", [(), (End(),)], ids=["drawn", "all"])
+def test_two_anchors_each_have_a_map_of_their_own(beside):
+    batch, terms = make_batch(B), (Anchor(steps=2), Anchor("x0", steps=3, until=700.0))
+    one, two = (slopes(FLOW_WORLD, Sum(()) + sum(beside, term), batch)[0] for term in terms)
+    both, _ = slopes(FLOW_WORLD, sum(beside, terms[0] + 0.5 * terms[1]), batch)
+    np.testing.assert_allclose(both, one + 0.5 * two, rtol=1e-5, atol=1e-6)
 
 
 def test_all_samples_give_the_same_mean_at_a_quarter_of_the_variance():
