@@ -53,7 +53,7 @@ def prepare_with(source):
 
     def prepare(config):
         mesh = make_mesh(config.mesh)
-        objective = build(config.objective, TERMS, 4)
+        objective = build(config.objective, TERMS, FLOW_WORLD.times[:-1])
         optimizers = {role: make_optimizer(config.optim) for role in ("student", "critic")}
         parts = check_batch(config.batch, config.microbatch or config.batch, mesh)
         recipe = FLOW_WORLD.recipe(

@@ -1,7 +1,8 @@
 """Training data as a pure function of a sample's number: no iterator, no state to save.
 
 Sample i of a source is the same for every batch size and number of processes, so a run continues
-at step * batch on any mesh. Process p of P takes batch(step * B + p * B / P, B / P).
+at update * batch on any mesh; the critic's updates count as well. Process p of P takes
+batch(update * B + p * B / P, B / P).
 """
 
 from collections import deque

@@ -1,5 +1,6 @@
 """Geometry-aware distillation: the student's noise tangents are the teacher's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -57,8 +58,8 @@ class GAD(Addable):
             maps={TeacherMap(self.end, self.steps): True},
         )
 
-    def check(self, steps: int) -> None:
-        expected = (0,) if self.end == "whole" else (0, steps)
+    def check(self, times: Sequence[float]) -> None:
+        expected = (0,) if self.end == "whole" else (0, len(times))
         if len(self.step_weights) not in expected:
             raise InputError(
                 f"objective.gad.step_weights: found {len(self.step_weights)} of them; expected "

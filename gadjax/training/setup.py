@@ -59,7 +59,7 @@ def prepare(
       be traced and compiled but not carried out. devices: of the mesh; all there are by default.
     """
     times = student_times(config)
-    objective = build(config.objective, TERMS, len(times))
+    objective = build(config.objective, TERMS, times)
     mesh = make_mesh(config.mesh, devices)
     microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
     if objective.needs.images and not any(config.data[name] for name in WITH_PICTURES):

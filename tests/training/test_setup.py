@@ -70,6 +70,10 @@ def test_an_attention_without_a_forward_derivative(config, monkeypatch):
         ),
         ({"objective": {"gad": {"steps": 0}}}, "found a map of 0 steps; expected 1 or more"),
         (
+            {"objective": {"sid": {}, "anchor": {"until": 999}}},
+            "objective.anchor.until: found 999; expected a time between 0 and ",
+        ),
+        (
             {"student": {"steps": 1, "timesteps": (899,)}, "objective": {"anchor": {}, "sid": {}}},
             "student.steps: found 1; expected at least 2",
         ),
