@@ -7,6 +7,7 @@ import numpy as np
 from closed_form import FLOW_WORLD, SHAPE, D, gaussian_params, mixture_params
 
 from gadjax.cli.main import main
+from gadjax.convert.recipe import Sampling
 from gadjax.objectives import TERMS, build
 from gadjax.ops.placement import shares
 from gadjax.training.setup import Run
@@ -67,8 +68,10 @@ def prepare_with(source):
             body="formula",
             latent=SHAPE,
             cond=lambda text, mask, pooled: Cond(text, mask),
+            sampling=Sampling(),
             folder=SimpleNamespace(
-                components={"formula": SimpleNamespace(module=SimpleNamespace(RULES=()))}
+                path=Path("formula"),
+                components={"formula": SimpleNamespace(module=SimpleNamespace(RULES=()))},
             ),
         )
         null = {"text": np.zeros((1, 1, D), np.float32), "mask": np.ones((1, 1), np.int32)}
