@@ -17,7 +17,11 @@ from gadjax.errors import InputError
 from gadjax.training.config import default_config
 
 VARIANTS = {
-    "gad": {"tdm": {}, "gad": {"weight": 1.0}, "anchor": {"weight": 0.05, "target": "x0"}},
+    "gad": {
+        "tdm": {},
+        "gad": {"weight": 1.0, "loss": "square"},
+        "anchor": {"weight": 0.05, "target": "x0"},
+    },
     "tdm": {"tdm": {}},
     "script": {"tdm": {}, "gad_script": {"weight": 1.0}},
     "dpdmd": {"dmd": {"backprop": "all"}, "anchor": {"weight": 0.05, "target": "x0"}},

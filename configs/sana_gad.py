@@ -21,7 +21,7 @@ from gadjax.errors import InputError
 from gadjax.training.config import default_config
 
 SID = {"sid": {"guidance": "lsg"}}
-GAD = {"gad": {"weight": 1.0, "steps": 4}}
+GAD = {"gad": {"weight": 1.0, "steps": 4, "loss": "square"}}
 VARIANTS = {
     "gad": SID | GAD,
     "sid": SID,

@@ -20,7 +20,7 @@ from gadjax.training.config import default_config
 
 REGRESSION = {"regression": {"steps": 4}}
 ADVERSARIAL = {"adversarial": {"weight": 0.1, "features": "teacher", "loss": "hinge"}}
-GAD = {"gad": {"weight": 1.0, "steps": 4}}
+GAD = {"gad": {"weight": 1.0, "steps": 4, "loss": "square"}}
 ONE = {"regression": {"steps": 12}}
 VARIANTS = {
     "gad": REGRESSION | GAD,
@@ -28,7 +28,7 @@ VARIANTS = {
     "adversarial": REGRESSION | ADVERSARIAL,
     "adversarial_gad": REGRESSION | ADVERSARIAL | GAD,
     "one": ONE,
-    "one_gad": ONE | {"gad": {"weight": 1.0, "steps": 12}},
+    "one_gad": ONE | {"gad": {"weight": 1.0, "steps": 12, "loss": "square"}},
 }
 
 

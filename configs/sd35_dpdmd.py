@@ -23,7 +23,7 @@ ANCHOR = {"weight": 0.05, "target": "v", "steps": 10, "until": 851.3}
 VARIANTS = {
     "dpdmd": DMD | {"anchor": ANCHOR},
     "dpdmd_k5": DMD | {"anchor": ANCHOR | {"steps": 5, "until": 935.3}},
-    "gad": DMD | {"anchor": ANCHOR, "gad": {"weight": 1.0, "steps": 4}},
+    "gad": DMD | {"anchor": ANCHOR, "gad": {"weight": 1.0, "steps": 4, "loss": "square"}},
     "dmd": DMD,
 }
 

@@ -22,7 +22,8 @@ from gadjax.training.config import default_config
 ANCHOR = {"anchor": {"weight": 0.05, "target": "x0", "steps": 10, "until": 666.0}}
 VARIANTS = {
     "dpdmd": {"dmd": {"backprop": "all"}} | ANCHOR,
-    "dpdmd_gad": {"dmd": {"backprop": "all"}, "gad": {"weight": 1.0, "steps": 4}} | ANCHOR,
+    "dpdmd_gad": {"dmd": {"backprop": "all"}, "gad": {"weight": 1.0, "steps": 4, "loss": "square"}}
+    | ANCHOR,
     "dmd2": {"dmd": {}},
     "dmd2_gan": {"dmd": {}, "adversarial": {"weight": 0.005}},
 }

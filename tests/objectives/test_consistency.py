@@ -320,7 +320,7 @@ def map_error(world, student, teacher, samples=256):
     "total,bound",
     [
         (1.0 * Consistency(steps=4), 0.15),
-        (Consistency(steps=4) + 0.3 * GAD(end="clean", steps=32), 0.15),
+        (Consistency(steps=4) + 0.3 * GAD(end="clean", steps=32, loss="square"), 0.15),
     ],
     ids=["alone", "with gad"],
 )
