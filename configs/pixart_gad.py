@@ -3,8 +3,7 @@
 Reproduces: the setting of the public GAD code (PixArt-XL-2-512x512, grid 899/674/449/224, guidance
 4.5, student 4e-6 and critic 2e-5), with exact flow-map tangents instead of its finite differences.
 Differs:  that code has 16 samples (here 128 at the same rates), a student's rate that falls to zero
-          by a cosine (here constant), a critic without clip and warm-up (here the student's), fp16
-          autocast (here bfloat16).
+          by a cosine (here constant), fp16 autocast (here bfloat16).
 Command:  gadjax train --config configs/pixart_gad.py --workdir DIR
               --config.teacher=PATH/PixArt-XL-2-512x512 --config.data.prompts=PROMPTS.txt
 Variants: gad (default); tdm (the base alone); script (the released finite differences, float32);
@@ -43,5 +42,5 @@ def get_config(variant: str = "gad"):
     config.dtype = "bfloat16"
     config.optim.update(lr=4e-6, warmup=50, b1=0.0, b2=0.95, weight_decay=1e-2)
     config.ema = 0.0  # none: what is exported is the student itself
-    config.critic.update(updates=5 if variant == "dpdmd" else 1, lr=2e-5)
+    config.critic.update(updates=5 if variant == "dpdmd" else 1, lr=2e-5, warmup=0, clip=0.0)
     return config

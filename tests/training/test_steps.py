@@ -330,3 +330,8 @@ def test_the_clip_is_by_the_global_norm():
     )
     mu = optax.tree_utils.tree_get(state, "mu")
     np.testing.assert_allclose(optax.global_norm(mu), 0.1 * 0.5, rtol=1e-5)
+    free = make_optimizer(ConfigDict(OPTIM | {"clip": 0.0}))
+    one = {"a": jnp.zeros(1)}
+    _, state = free.update({"a": jnp.full(1, 1e3)}, free.init(one), one)
+    mu = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose(mu["a"], 0.1 * 1e3, rtol=1e-5)
