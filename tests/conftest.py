@@ -3,17 +3,12 @@ from pathlib import Path
 
 import pytest
 from tiny_run import build_pipeline, write_config
+from xla_flags import hurried
 
 # Tests compile the same programs again and again, also in processes of their own.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/jax").absolute()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Nearly all of the time goes into optimising programs that then run for none.
-HURRY = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false"
-)
-if HURRY not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {HURRY}".strip()
+os.environ["XLA_FLAGS"] = hurried(os.environ.get("XLA_FLAGS", ""))
 
 
 @pytest.fixture(scope="session")
