@@ -1,6 +1,10 @@
+import ctypes
+import gc
 import os
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_run import build_pipeline, write_config
 from xla_flags import hurried
@@ -9,6 +13,7 @@ from xla_flags import hurried
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/jax").absolute()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["XLA_FLAGS"] = hurried(os.environ.get("XLA_FLAGS", ""))
+ENOUGH = 3 << 29  # bytes of a worker
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +34,13 @@ def tiny_pipeline(torch_pipeline, tmp_path_factory) -> Path:
 def config(tiny_pipeline, tmp_path_factory) -> Path:
     """Of a run of seconds, on `tiny_pipeline`."""
     return write_config(tmp_path_factory.mktemp("config"), tiny_pipeline)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_finished_files_go():
+    """Another file that needs one compiles or reads it again: hence only of large workers."""
+    yield
+    if "jax" in sys.modules and psutil.Process().memory_info().rss > ENOUGH:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
