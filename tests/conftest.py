@@ -36,11 +36,23 @@ def config(tiny_pipeline, tmp_path_factory) -> Path:
     return write_config(tmp_path_factory.mktemp("config"), tiny_pipeline)
 
 
+def large() -> bool:
+    return psutil.Process().memory_info().rss > ENOUGH
+
+
+@pytest.fixture(autouse=True)
+def freed_memory_goes_back():
+    """The C library keeps what compiling has freed: half of a worker."""
+    yield
+    if large():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_finished_files_go():
     """Another file that needs one compiles or reads it again: hence only of large workers."""
     yield
-    if "jax" in sys.modules and psutil.Process().memory_info().rss > ENOUGH:
+    if "jax" in sys.modules and large():
         sys.modules["jax"].clear_caches()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
