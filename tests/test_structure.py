@@ -43,11 +43,12 @@ MAY_IMPORT = {
     "pipeline": CONVERT,
     "sampling": PIPELINE,
     "students": PIPELINE,
+    "libtpu": set(),
     "supervised": set(),
     "supervisor": {"storage", "supervised"},
     "host": {"errors", "reading", "seal", "shown", "storage", "types"},
     "checkpoints": {"errors", "host", "reading", "seal", "storage", "training", "types"},
-    "plan": {"errors", "training"},
+    "plan": {"errors", "libtpu", "training"},
     "bench": BENCH,
 }
 
