@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gadjax.assets import resolve
+from gadjax.convert.atomic import put_back
 from gadjax.convert.files import fingerprint
 from gadjax.convert.orbax_folder import open_folder
 from gadjax.convert.recipe import read_sampling
@@ -23,6 +24,7 @@ from gadjax.models.module import cast
 from gadjax.objectives import TERMS, Term, as_config
 from gadjax.pipeline import load_pipeline, make_pipeline, resized
 from gadjax.sampling import draw, initial_noise
+from gadjax.settings import settled
 from gadjax.storage import as_path, is_remote
 from gadjax.students import known_student
 from gadjax.training.config import changed_config, default_config
@@ -54,24 +56,37 @@ class Model(Drawn):
         return f"<{self.name}: {sampling.steps} steps, guidance {sampling.guidance:g}>"
 
 
+@settled()
 def load(
     name: str | Path,
     *,
     dtype: str = "float32",
     variant: str | None = None,
     recipe: str | None = None,
+    teacher: str | Path | None = None,
 ) -> Model:
     """Read a pipeline folder (diffusers' or gadjax's own), a workdir of `gadjax train` (its moving
     average; gs:// as well), or "asset:NAME" of what is bundled.
 
     dtype: that networks compute in. variant: of the weights' files, such as fp16. recipe: how it is
-    sampled, by a name of gadjax.students.KNOWN, where the folder does not say so itself.
+    sampled, by a name of gadjax.students.KNOWN, where the folder does not say so itself. teacher:
+    of a workdir's run, if its folder has moved since.
     Raises: InputError for whatever is wrong with it.
     """
     compute, remote = compute_dtype(dtype), is_remote(name)
     source = as_path(name, "model") if remote else resolve(str(name))
     trained = read_trained(source) if remote or is_workdir(source) else None
-    folder = trained.teacher if trained else source
+    if teacher is not None and trained is None:
+        raise InputError(f"teacher: found {teacher} for {name}, which is no workdir; expected none")
+    folder = source
+    if trained:
+        folder = trained.teacher if teacher is None else resolve(str(teacher))
+        put_back(folder)
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: found no such folder; expected the teacher of {name} (--teacher, or of "
+                "a student that is evaluated --student-teacher, says where it is now)"
+            )
     pipeline, params = load_pipeline(folder, dtype=compute, variant=variant)
     sampling = trained.sampling if trained else read_sampling(source, pipeline.sampling)
     if trained:
@@ -81,6 +96,7 @@ def load(
     return Model(str(name), pipeline, cast(params, compute), sampling, trained)
 
 
+@settled()
 def drawn_with(
     model: Model,
     steps: int | None = None,
@@ -114,6 +130,7 @@ def drawn_with(
     return replace(model, pipeline=pipeline, sampling=sampling)
 
 
+@settled()
 def sample(
     model: Model,
     prompts: str | Sequence[str],
@@ -140,6 +157,7 @@ def sample(
     return to_uint8(images)
 
 
+@settled()
 def distill(
     teacher: Model | str | Path,
     objective: Term | Mapping[str, Mapping[str, Any]],
@@ -182,6 +200,7 @@ def distill(
         return replace(load(run), name=name)
 
 
+@settled()
 def save(
     model: Model, out: str | Path, *, report: str | Path | None = None, overwrite: bool = False
 ) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from gadjax.scheduler_config import (
 )
 from gadjax.schedulers import sampler_from_config
 from gadjax.schedules import TrigFlow, expand
+from gadjax.seeds import make_key
 from gadjax.types import Cond, Params
 
 
@@ -233,4 +234,4 @@ def trigflow(network: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 def random_like(network: Functional, seed: int) -> Params:
     """Fresh parameters of a network."""
-    return jax.jit(network.init)(jax.random.key(seed))
+    return jax.jit(network.init)(make_key(seed))

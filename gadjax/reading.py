@@ -16,6 +16,7 @@ JSON_LIMIT = 16 * MIB  # of a configuration or a manifest; published ones have a
 INDEX_LIMIT = 64 * MIB  # of an index of shards; some hundred bytes for each tensor
 DEPTH = 64  # of values inside values
 NAME_LIMIT = 255  # bytes of a file's name
+POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
@@ -38,6 +39,12 @@ def open_file(path: Path, expected: str) -> Iterator[BinaryIO]:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise InputError(f"{path}: found no regular file; expected {expected}")
         try:
+            if file.read(len(POINTER)) == POINTER:
+                raise InputError(
+                    f"{path}: found a git-lfs pointer in place of the file; expected {expected} "
+                    "(`git lfs pull` there fetches it)"
+                )
+            file.seek(0)
             yield file
         except OSError as error:
             raise InputError(f"{path}: found {error.strerror}; expected {expected}") from None
@@ -109,6 +116,11 @@ def is_name(text: Any) -> bool:
     )
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a file is one that a Mac puts beside others: it belongs to no format."""
+    return name.startswith("._") or name == ".DS_Store"
+
+
 def check_inside(folder: Path, root: Path) -> None:
     """Look through a folder of `root`, all of it, and through the files that lie beside it.
 
@@ -158,4 +170,7 @@ def _check_entry(path: Path, allowed: Sequence[Path]) -> None:
 def _check_target(path: Path, allowed: Sequence[Path]) -> None:
     target = Path(os.path.realpath(path))
     if not any(target.is_relative_to(place) for place in allowed):
-        raise InputError(f"{path}: found a link to {target}; expected one into {allowed[0]}")
+        raise InputError(
+            f"{path}: found a link to {target}; expected one into {allowed[0]} (`cp -rL` makes a "
+            "folder without links, as `hf download --local-dir` does since huggingface_hub 0.23)"
+        )

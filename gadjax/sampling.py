@@ -11,16 +11,19 @@ from gadjax.pipeline import Pipeline
 from gadjax.samplers import Sampler, sample
 from gadjax.scheduler_config import student_scheduler_config
 from gadjax.schedulers import sampler_from_config
+from gadjax.seeds import make_key
+from gadjax.settings import settled
 from gadjax.types import Cond, Params
 
 BATCH = 64
 
 
+@settled()
 def initial_noise(seed: int, count: int, latent: tuple[int, int, int]) -> np.ndarray:
     """Standard normal [count, H, W, C]; number i depends on (seed, i) alone, not on the count."""
-    key = jax.random.key(seed)
+    key = make_key(seed)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-    return np.asarray(jax.vmap(lambda k: jax.random.normal(k, latent))(keys))
+    return np.asarray(jax.vmap(lambda k: jax.random.normal(k, latent, jnp.float32))(keys))
 
 
 def sampler_and_times(pipeline: Pipeline, sampling: Sampling) -> tuple[Sampler, np.ndarray]:
@@ -75,6 +78,7 @@ def draw(
     )
 
 
+@settled()
 def for_prompts(
     f: Callable[..., jax.Array],
     pipeline: Pipeline,

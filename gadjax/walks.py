@@ -2,12 +2,14 @@
 PNDM, and steps that add new noise."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gadjax.schedules import NoiseSchedule
+from gadjax.seeds import GENERATOR
 from gadjax.types import Prediction
 
 Predict = Callable[[jax.Array, jax.Array], Prediction]
@@ -78,7 +80,8 @@ def keys_of(x_BHWC: jax.Array) -> jax.Array:
     flat = jax.lax.stop_gradient(x_BHWC).astype(jnp.float32).reshape(len(x_BHWC), -1)
     bits = jax.lax.bitcast_convert_type(flat, jnp.uint32)
     odd = 2 * jnp.arange(bits.shape[1], dtype=jnp.uint32) + 1
-    return jax.vmap(jax.random.key)(jnp.sum(bits * odd, axis=1, dtype=jnp.uint32))
+    key = partial(jax.random.key, impl=GENERATOR)
+    return jax.vmap(key)(jnp.sum(bits * odd, axis=1, dtype=jnp.uint32))
 
 
 def renoise(keys_B: jax.Array, step: int, x_BHWC: jax.Array) -> jax.Array:

@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 from jax.sharding import AbstractMesh
-from published import write_folder
+from published import PUBLISHED, write_folder
 
+from gadjax.convert.network import read_network
 from gadjax.convert.orbax_folder import outline_folder
 from gadjax.convert.tensors import expected_shapes
 from gadjax.errors import InputError
@@ -193,3 +194,17 @@ def test_a_config_without_its_part_is_named(repositories, tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(InputError, match="model_index.json"):
         outline_folder(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", sorted(INVENTORY))
+def test_null_stands_for_an_option_that_is_absent(name):
+    """A newer diffusers writes keys that are not known here; None of them is set."""
+    for path, config in PUBLISHED[name].items():
+        part = Path(path).parent.name
+        if part in INVENTORY[name]:
+            class_name = PUBLISHED[name]["model_index.json"][part][1]
+            _, wanted, _ = read_network(Path(path), class_name, config)
+            more = config | {"of_a_newer_version": None}
+            if part.startswith("text_encoder"):
+                more.pop("architectures")
+            assert read_network(Path(path), class_name, more)[1] == wanted

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gadjax"
 
 # Each may import from itself and from what its row names (modules and packages of gadjax).
-MATHS = {"errors", "types", "schedules", "parameterization", "geometry", "ops"}
+MATHS = {"errors", "types", "schedules", "parameterization", "geometry", "ops", "seeds"}
 MODELS = MATHS | {"models", "reading", "shown"}
 DENOISER = MATHS | {"denoiser", "rollout"}
 CONVERT = MODELS | {"convert", "denoiser", "rollout", "assets", "shown"}
@@ -16,6 +16,8 @@ CONVERT |= {"samplers", "scheduler_config", "schedulers", "seal", "walks"}
 PIPELINE = CONVERT | {"pipeline"}
 BENCH = {"errors", "types", "schedules", "parameterization", "denoiser", "rollout"} | {
     "objectives",
+    "seeds",
+    "settings",
     "training",
 }
 MAY_IMPORT = {
@@ -29,7 +31,9 @@ MAY_IMPORT = {
     "schedules": {"errors"},
     "parameterization": {"errors", "schedules", "types"},
     "geometry": {"errors", "ops"},
-    "ops": {"errors"},
+    "ops": {"errors", "seeds"},
+    "seeds": {"errors"},
+    "settings": {"seeds"},
     "models": MODELS,
     "denoiser": MATHS,
     "rollout": MATHS,
@@ -39,16 +43,16 @@ MAY_IMPORT = {
     "schedulers": DENOISER | {"samplers", "scheduler_config", "walks"},
     "objectives": DENOISER,
     "worlds": {"errors"},
-    "data": {"errors", "reading", "shown", "types", "worlds"},
+    "data": {"errors", "reading", "seeds", "shown", "types", "worlds"},
     "pipeline": CONVERT,
-    "sampling": PIPELINE,
+    "sampling": PIPELINE | {"settings"},
     "students": PIPELINE,
     "libtpu": set(),
     "supervised": set(),
     "supervisor": {"storage", "supervised"},
     "host": {"errors", "reading", "seal", "shown", "storage", "types"},
     "checkpoints": {"errors", "host", "reading", "seal", "storage", "training", "types"},
-    "plan": {"errors", "libtpu", "training"},
+    "plan": {"errors", "libtpu", "seeds", "settings", "training"},
     "bench": BENCH,
 }
 

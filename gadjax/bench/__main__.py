@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-import jax
 import numpy as np
 
 from gadjax.bench.bench import Bench
 from gadjax.bench.result import Result, table
 from gadjax.bench.teachers import Gaussian, Mixture, posterior_map
 from gadjax.objectives import DMD, GAD, TDM, GADLift, Regression, Term
+from gadjax.seeds import make_key
 
 UPDATES, SEEDS = 1000, 3
 FINE = 16  # steps of the teacher's maps; the metrics' own is exact
@@ -38,7 +38,7 @@ def exact(bench: Bench) -> Result:
 
 
 def compare(bench: Bench, rows: Mapping[str, Term], updates: int, seeds: int) -> str:
-    start = bench.init(jax.random.key(0))
+    start = bench.init(make_key(0))
     found = {"teacher": [exact(bench)], "start": [bench.measure(bench.draw, start)]}
     for label, objective in rows.items():
         found[label] = [bench.fit(objective, updates, seed) for seed in range(seeds)]

@@ -17,6 +17,8 @@ from gadjax.objectives import Sum, Term
 from gadjax.parameterization import from_prediction
 from gadjax.rollout import rollout
 from gadjax.schedules import DDPM, Flow, NoiseSchedule
+from gadjax.seeds import make_key
+from gadjax.settings import settled
 from gadjax.training.state import create
 from gadjax.training.steps import CRITICS, Recipe, critic_step, student_step
 from gadjax.types import Batch, Cond, Params, Prediction
@@ -129,7 +131,7 @@ class Bench:
         shift, *columns = np.asarray(told, float).reshape(-1, self.dim)
         unit = 1 / np.hypot(alpha * self.scale, sigma)
         gain = sigma * self.scale * unit
-        params = dict(self.init(jax.random.key(0)))
+        params = dict(self.init(make_key(0)))
         last = np.zeros((self.width + self.dim + 2 * WAVES + 1, self.dim))
         moved = slice(self.width, self.width + self.dim)
         last[moved] = (np.asarray(matrix, float).T - (np.array(columns) - shift)) / (gain * unit)
@@ -162,13 +164,14 @@ class Bench:
     @cached_property
     def reference(self) -> Reference:
         """The same noises for every student, and where the exact ODE takes them."""
-        keys = jax.random.split(jax.random.key(10_000), 2)
+        keys = jax.random.split(make_key(10_000), 2)
         noise = np.asarray(jax.random.normal(keys[0], (SAMPLES, self.dim)))
         few = max(64, FOLLOWED // self.dim)
         ends = (float(v) for v in self.schedule.alpha_sigma(self.times[0]))
         sample = np.asarray(self.teacher.sample(keys[1], SAMPLES), float)
         return Reference(noise, sample, *self.teacher.map(noise[:few], *ends))
 
+    @settled()
     def measure(self, f: Callable, params: Params | None = None) -> Result:
         """Any map (params, z_ND) -> x_ND that takes every noise by itself."""
         reference = self.reference
@@ -176,6 +179,7 @@ class Bench:
         samples, jacobian = followed(f, few, params, reference.noise)
         return judge(self.teacher, reference, samples, jacobian, params)
 
+    @settled()
     def fit(
         self, objective: Term, updates: int = 500, seed: int = 0, start: Params | None = None
     ) -> Result:
@@ -187,7 +191,7 @@ class Bench:
         """
         total = objective if isinstance(objective, Sum) else Sum(((1.0, objective),))
         total.check(self.times[:-1])
-        first = jax.random.key(seed)
+        first = make_key(seed)
         start = self.init(first) if start is None else start
         params, bad = train(self, total, updates, start, first)
         if any(int(count) for count in bad.values()):

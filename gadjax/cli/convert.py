@@ -18,6 +18,7 @@ from gadjax.convert.orbax_folder import (
 )
 from gadjax.convert.text import text_fingerprint
 from gadjax.errors import InputError, RunStopped
+from gadjax.settings import settled
 from gadjax.training.workdir import is_workdir
 
 
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
 
 
+@settled()
 def run(args: argparse.Namespace) -> int:
     src, dtype = resolve(args.src), storage_dtype(args.dtype)
     back = is_own(src)

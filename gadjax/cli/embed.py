@@ -20,16 +20,20 @@ from gadjax.convert.orbax_folder import open_folder
 from gadjax.convert.recipe import read_sampling
 from gadjax.convert.text import text_fingerprint
 from gadjax.data.embeddings import DTYPES, Encoded, Origin, write_embeddings
-from gadjax.data.images import Pictures, open_images
+from gadjax.data.images import BACKGROUND, Pictures, open_images
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError
 from gadjax.pipeline import Pipeline, make_pipeline
+from gadjax.settings import settled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="pipeline folder, or asset:NAME")
     parser.add_argument("--prompts", help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument("--images", help="folder of pictures with captions, instead of prompts")
+    parser.add_argument(
+        "--background", default=BACKGROUND, help="under pictures that are transparent"
+    )
     parser.add_argument("--column", default="prompt", help="of the .jsonl or .csv")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the embeddings")
     parser.add_argument("--length", type=int, help="in tokens; by default what the model says")
@@ -38,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", help="of the weights' files, such as fp16")
 
 
+@settled()
 def run(args: argparse.Namespace) -> int:
     check_target(args.out)
     check_least("--length", args.length, 1)
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--prompts or --images: found {found}; expected one of them")
     source, column, pictures = resolve(args.model), args.column, None
     if args.images:
-        pictures = open_images(resolve(args.images), column)
+        pictures = open_images(resolve(args.images), column, args.background)
     prompts = pictures.captions if pictures else read_prompts(resolve(args.prompts), column)
     folder = open_folder(source, variant=args.variant, components=())
     needed = [*folder.encoders, *(["vae"] if pictures else [])]

@@ -13,6 +13,9 @@ MARKER = "report.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", required=True, help="pipeline folder, or asset:NAME")
     parser.add_argument("--student", required=True, help="pipeline folder, workdir, or asset:NAME")
+    parser.add_argument(
+        "--student-teacher", help="of a student that is a workdir, if it has moved since its run"
+    )
     parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--seeds", type=int, default=8, help="pictures of each prompt")
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     check_target(args.out, overwrite=args.overwrite, marker=MARKER)
     prompts = read_prompts(resolve(args.prompts))
     name, world = _world(args.world, resolve(args.teacher))
-    student = _model("--student", args.student, args.dtype, {})
+    student = _model("--student", args.student, args.dtype, {}, args.student_teacher)
     distilled_at = _distilled_at(student, args.student)
     guidance = distilled_at if args.teacher_guidance is None else args.teacher_guidance
     changes = {"steps": args.teacher_steps, "guidance": guidance}
@@ -112,11 +115,11 @@ def _world(name: str | None, teacher: Path):
     return name, WORLDS[name]
 
 
-def _model(flag: str, name: str, dtype: str, changes: dict[str, Any]):
-    """changes: of how the folder says it is sampled, None for none."""
+def _model(flag: str, name: str, dtype: str, changes: dict[str, Any], moved: str | None = None):
+    """changes: of how the folder says it is sampled, None for none. moved: a workdir's teacher."""
     from gadjax.api import load
 
-    model = load(name, dtype=dtype)
+    model = load(name, dtype=dtype, teacher=moved)
     changes = {key: value for key, value in changes.items() if value is not None}
     if "steps" in changes:
         changes["timesteps"] = None

@@ -16,6 +16,7 @@ from gadjax.convert.atomic import atomic_folder
 from gadjax.convert.export import note_verified, verified_text
 from gadjax.convert.recipe import FILE
 from gadjax.errors import InputError
+from gadjax.settings import settled
 from gadjax.storage import as_path
 from gadjax.training.export import export
 from gadjax.training.workdir import read_trained
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", type=Path, metavar="DIR", help="check an earlier export, only")
 
 
+@settled()
 def run(args: argparse.Namespace) -> int:
     if args.verify is not None:
         return _verify_only(args.verify)

@@ -5,8 +5,10 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from gadjax import libtpu
 from gadjax.errors import InputError, RunStopped
@@ -34,10 +36,20 @@ class _Parser(argparse.ArgumentParser):
 
 def _keep_compiled() -> None:
     """Compiled programs are kept for the next start, in a folder of the user's; JAX's own variable
-    says another one, or none where it is empty. Does nothing in a program that has JAX already."""
-    if "jax" not in sys.modules:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "gadjax", "compiled"))
+    says another one, or none where it is empty. Does nothing in a program that has JAX already, and
+    for a user without a folder to write to."""
+    places = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
+    place = next(filter(os.path.isabs, places), "")  # of no home there is a ~ left
+    if "jax" not in sys.modules and _can_be_made(place):
+        folder = os.path.join(place, "gadjax", "compiled")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+
+
+def _can_be_made(folder: str) -> bool:
+    """Whether a folder may be written to, or made."""
+    while folder and not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,11 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cut = given.index("--") if command == "launch" and "--" in given else len(given)
         args, rest = own.parse_known_args(given[:cut])
         rest += given[cut:]
-        if command in CONFIGURED:
-            return module.run(args, rest)
-        if rest:
+        if rest and command not in CONFIGURED:
             raise InputError(f"gadjax {command}: found {rest[0]!r}; expected only known flags")
-        return module.run(args)
+        code = module.run(args, rest) if command in CONFIGURED else module.run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has left, as head does
+        with suppress(OSError, ValueError, AttributeError):  # Python would flush it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except InputError as error:
         print(f"gadjax: {error}", file=sys.stderr)
         return 2

@@ -20,6 +20,8 @@ from gadjax.convert.atomic import atomic_folder, check_apart, check_target
 from gadjax.data.prompts import check_prompt, read_prompts
 from gadjax.errors import InputError, RunStopped
 from gadjax.sampling import BATCH, draw, initial_noise, sampler_and_times
+from gadjax.seeds import check_seed
+from gadjax.settings import settled
 from gadjax.students import KNOWN
 from gadjax.training.preview import grid, save_png, to_uint8
 
@@ -31,6 +33,7 @@ HELD = 1 << 30  # bytes of pictures in memory
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="pipeline folder, workdir, or asset:NAME")
+    parser.add_argument("--teacher", help="of a workdir's run, if it has moved since")
     parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--seed", type=int, default=0)
@@ -50,19 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace earlier pictures")
 
 
+@settled()
 def run(args: argparse.Namespace) -> int:
     source = resolve(args.model)
     check_target(args.out, overwrite=args.overwrite, marker=MARKER)
     check_apart(args.out, source, resolve(args.prompts))
-    check_least("--seed", args.seed, 0)
     for flag in ("steps", "per_prompt", "batch"):
         check_least(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
+    check_seed(args.seed, "--seed", args.per_prompt)
     check_prompt(args.negative or "", "--negative")
     prompts = read_prompts(resolve(args.prompts))
     if args.recipe not in (None, *KNOWN):
         raise InputError(f"--recipe: found {args.recipe!r}; expected one of {', '.join(KNOWN)}")
     size = _size(args.size)
-    model = load(args.model, dtype=args.dtype, variant=args.variant, recipe=args.recipe)
+    model = load(
+        args.model,
+        dtype=args.dtype,
+        variant=args.variant,
+        recipe=args.recipe,
+        teacher=args.teacher,
+    )
     try:
         model = drawn_with(model, args.steps, args.guidance, args.negative, size)
     except InputError as error:

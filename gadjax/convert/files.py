@@ -15,7 +15,7 @@ from gadjax.convert.layout import Tensor, read_header, target_dtype, write_file
 from gadjax.convert.pickles import PickledTensor, read_pickle
 from gadjax.convert.tensors import LISTED, all_finite
 from gadjax.errors import InputError
-from gadjax.reading import INDEX_LIMIT, is_name, read_json
+from gadjax.reading import INDEX_LIMIT, is_leftover, is_name, read_json
 
 MAX_SHARD_BYTES = 10 * 10**9  # as diffusers splits
 
@@ -200,6 +200,17 @@ def copy_weights(weights: Weights, folder: Path) -> None:
             key: _plain(name, weights.variant) for key, name in index["weight_map"].items()
         }
         target.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_folder(src: Path, dst: Path) -> None:
+    """Copy what is in a folder, with the modes of new files: a teacher's may be read-only. What a
+    Mac leaves beside files stays where it is."""
+    dst.mkdir(exist_ok=True)
+    for path in sorted(src.iterdir()):
+        if path.is_dir():
+            copy_folder(path, dst / path.name)
+        elif not is_leftover(path.name):
+            shutil.copyfile(path, dst / path.name)
 
 
 def _plain(name: str, variant: str | None) -> str:

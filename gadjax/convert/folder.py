@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from gadjax.convert.atomic import atomic_folder, check_target
-from gadjax.convert.files import Weights, copy_weights, open_weights, write_weights
+from gadjax.convert.files import Weights, copy_folder, copy_weights, open_weights, write_weights
 from gadjax.convert.network import COMPONENTS, keymap_of, read_network
 from gadjax.convert.tensors import (
     Places,
@@ -252,7 +252,7 @@ def write_pipeline(
                 copy_weights(part.weights, out / name)
         for name in _parts(src / INDEX, model_index):
             if CARRIED.fullmatch(name):
-                shutil.copytree(src / name, out / name)
+                copy_folder(src / name, out / name)
         for path in src.glob("LICENSE*"):
             shutil.copyfile(path, out / path.name)
         if scheduler is not None:

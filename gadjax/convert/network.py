@@ -41,6 +41,7 @@ LIMITS = {
     "max_size": (4096, 0),
     "": (1 << 22, 16),
 }
+TEXT = "gadjax.models.text."  # networks of transformers
 PARAMETERS = 1 << 40  # of one array
 
 
@@ -53,6 +54,8 @@ def read_network(
     makes no such network.
     """
     module = importlib.import_module(COMPONENTS[class_name])
+    if module.__name__.startswith(TEXT) and not config.get("architectures"):
+        config = config | {"architectures": [class_name]}  # older ones leave it to model_index.json
     try:
         spec = module.Config.from_dict(config)
         _check(spec)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from gadjax.convert.atomic import partial_folder, put_back
-from gadjax.convert.files import WEIGHTS_NAME, Weights, fingerprint, write_weights
+from gadjax.convert.files import WEIGHTS_NAME, Weights, copy_folder, fingerprint, write_weights
 from gadjax.convert.folder import (
     CARRIED,
     INDEX,
@@ -242,7 +242,7 @@ def _copy_small(pipeline: PipelineFolder, out: Path) -> None:
             (out / name).mkdir()
             _copy_files(src / name, out / name)
         else:
-            shutil.copytree(src / name, out / name)
+            copy_folder(src / name, out / name)
 
 
 def _copy_files(src: Path, out: Path) -> None:

@@ -9,7 +9,7 @@ from gadjax.convert.files import open_weights
 from gadjax.convert.layout import Tensor
 from gadjax.convert.orbax_folder import is_own, read_manifest
 from gadjax.errors import InputError
-from gadjax.reading import check_inside, open_file
+from gadjax.reading import check_inside, is_leftover, open_file
 
 LOOKED_AT = 64  # bytes of each tensor
 
@@ -34,7 +34,9 @@ def text_fingerprint(
         encoder, tokenizer = folder / f"text_encoder{number}", folder / f"tokenizer{number}"
         for part in (encoder, tokenizer):
             check_inside(part, folder)
-        files = sorted(path for path in tokenizer.glob("*") if path.is_file())
+        files = sorted(
+            path for path in tokenizer.glob("*") if path.is_file() and not is_leftover(path.name)
+        )
         if not files:
             raise InputError(f"{tokenizer}: found no files; expected those of a tokenizer")
         weights = open_weights(encoder, variant, allow_pickle=allow_pickle)

@@ -27,7 +27,7 @@ import numpy as np
 
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError
-from gadjax.reading import read_json
+from gadjax.reading import open_file, read_json
 from gadjax.shown import shown
 
 VERSION = 1
@@ -263,8 +263,8 @@ def _is_shape(value: Any) -> bool:
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     expected = f"expected {dtype} {shape} as in {MANIFEST}"
-    if not path.is_file():  # a pipe would be waited for
-        raise InputError(f"{path}: found no such file; {expected}")
+    with open_file(path, expected.removeprefix("expected ")):
+        pass  # a pipe would be waited for
     try:
         array = np.lib.format.open_memmap(path, mode="r")
         size = path.stat().st_size

@@ -21,6 +21,7 @@ import numpy as np
 from gadjax.data.embeddings import Embeddings
 from gadjax.data.images import Pictures
 from gadjax.errors import InputError
+from gadjax.seeds import check_seed
 
 T = TypeVar("T")
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]  # B texts -> ids_BL, mask_BL
@@ -68,7 +69,7 @@ class PromptSource:
 
     batch: ids_BL, mask_BL, and the prompts' numbers which_B; all int32.
 
-    Raises: InputError for a negative seed.
+    Raises: InputError for a seed that `check_seed` refuses.
     """
 
     ids_NL: np.ndarray
@@ -76,7 +77,7 @@ class PromptSource:
     seed: int
 
     def __post_init__(self):
-        _check_seed(self.seed)
+        check_seed(self.seed)
 
     @cached_property
     def order(self) -> Order:
@@ -95,14 +96,14 @@ class EmbeddingSource:
     batch: text_BLD in the folder's dtype, mask_BL int32, pooled_BP where there is one, and the
     prompts' numbers which_B int32.
 
-    Raises: InputError for a negative seed.
+    Raises: InputError for a seed that `check_seed` refuses.
     """
 
     embeddings: Embeddings
     seed: int
 
     def __post_init__(self):
-        _check_seed(self.seed)
+        check_seed(self.seed)
 
     @cached_property
     def order(self) -> Order:
@@ -121,7 +122,7 @@ class ImageSource:
     replaced by "".
     batch: ids_BL, mask_BL and the pictures' numbers which_B, int32; image_BHWC.
 
-    Raises: InputError for a share outside 0 .. 1, a negative seed.
+    Raises: InputError for a share outside 0 .. 1, a seed as above.
     """
 
     pictures: Pictures
@@ -131,7 +132,7 @@ class ImageSource:
     dropout: float = 0.0
 
     def __post_init__(self):
-        _check_seed(self.seed)
+        check_seed(self.seed)
         _check_share(self.dropout)
 
     @cached_property
@@ -153,7 +154,7 @@ class LatentSource:
     embeddings: with latents. batch: text_BLD in the folder's dtype, mask_BL and which_B int32,
     x0_BHWC float32.
 
-    Raises: InputError for a share outside 0 .. 1, a negative seed.
+    Raises: InputError for a share outside 0 .. 1, a seed as above.
     """
 
     embeddings: Embeddings
@@ -161,7 +162,7 @@ class LatentSource:
     dropout: float = 0.0
 
     def __post_init__(self):
-        _check_seed(self.seed)
+        check_seed(self.seed)
         _check_share(self.dropout)
 
     @cached_property
@@ -182,7 +183,7 @@ class WorldSource:
     world: a module with sample_batch(seed, indices) -> (images_BHWC, captions, scenes), such as
     gadjax.worlds.shapes. dropout: as ImageSource's. batch: ids_BL and mask_BL int32, image_BHWC.
 
-    Raises: InputError for a module that is no world, a share outside 0 .. 1, a negative seed.
+    Raises: InputError for a module that is no world, a share outside 0 .. 1, a seed as above.
     """
 
     world: str
@@ -191,7 +192,7 @@ class WorldSource:
     dropout: float = 0.0
 
     def __post_init__(self):
-        _check_seed(self.seed)
+        check_seed(self.seed)
         _check_share(self.dropout)
         _world(self.world)
 
@@ -222,11 +223,6 @@ class CachedSource:
 
 def _without(captions: Sequence[str], gone: np.ndarray) -> list[str]:
     return ["" if out else text for text, out in zip(captions, gone, strict=True)]
-
-
-def _check_seed(seed: int) -> None:
-    if seed < 0:
-        raise InputError(f"seed: found {seed}; expected zero or more")
 
 
 def _check_share(share: float) -> None:

@@ -24,6 +24,7 @@ from gadjax.evaluation.sensitivity import map_tangents
 from gadjax.evaluation.statistics import Estimate
 from gadjax.evaluation.worlds import World
 from gadjax.sampling import BATCH, initial_noise, sampler_and_times
+from gadjax.settings import settled
 
 LEAST = {"seeds": 2, "tangents": 0, "batch": 1, "library": 0, "moves": 0}
 
@@ -65,6 +66,7 @@ class Evaluation:
     control: Control | None = None
 
 
+@settled()
 def evaluate(
     teacher: Model,
     student: Model,

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -189,6 +190,8 @@ class Leaving:
         self.told = False
         self.shared = jax.distributed.is_initialized()
         kinds = [signal.SIGUSR1, signal.SIGINT] + [signal.SIGTERM] * (not self.shared)
+        if threading.current_thread() is not threading.main_thread():
+            kinds = []  # signals are the main thread's: whoever has it ends this one
         self.before = {kind: signal.signal(kind, self._tell) for kind in kinds}
         return self
 

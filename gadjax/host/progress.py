@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,11 @@ class Progress:
         if not self.enabled:
             return
         self._log(text)
-        if self.bar is None:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self.bar.write(text, file=sys.stderr)
+        with suppress(OSError):  # a terminal or a pipe that is gone ends no run
+            if self.bar is None:
+                print(text, file=sys.stderr, flush=True)
+            else:
+                self.bar.write(text, file=sys.stderr)
 
     def sync(self) -> None:
         """Bring goodput.json up to date, and in an object store all that was said so far.

@@ -12,6 +12,7 @@ from flax import nnx, traverse_util
 
 from gadjax.ops.dual_attention import KEPT
 from gadjax.ops.placement import by_sample
+from gadjax.seeds import make_key
 from gadjax.types import Params, TextKV
 
 
@@ -40,7 +41,7 @@ class Keys:
 
 def functional(make: Callable[[Keys], nnx.Module]) -> Functional:
     """Leave nnx: `apply(params, *args, method="name")`, `init(key) -> params`, `abstract`."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(Keys(jax.random.key(0)))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(Keys(make_key(0)))))
     abstract = nnx.to_pure_dict(state)
 
     def apply(params, *args, method="__call__", **kwargs):

@@ -14,6 +14,7 @@ from gadjax.ops.dual_attention import dual_attention, kept, shared
 from gadjax.ops.placement import parts, placed, shares
 from gadjax.ops.spread import spread
 from gadjax.ops.tiles import joined, parted, rounded, unrounded
+from gadjax.seeds import make_key
 
 MODULES = {"tpu": pallas_tpu, "gpu": pallas_gpu}
 CLOSE = 0.05  # of the largest number: five times what rounding to bfloat16 comes to
@@ -120,7 +121,7 @@ dual_by.defvjp(_forward, _backward)
 def proven(platform: str, dtype: str) -> bool:
     """Whether a platform's kernels compile for the device of this process and give what the op in
     blocks gives, for an attention of `dtype` and its transpose. Says so where they do not."""
-    module, key = MODULES[platform], jax.random.key(0)
+    module, key = MODULES[platform], make_key(0)
     shapes = [(2, length, 1, 72) for length in (200, 150, 150, 200, 150, 150, 200, 200)]
     x = [jax.random.normal(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)]
     bias = jnp.zeros((2, 1, 1, 150)).at[0, ..., 75:].set(-10_000.0)

@@ -17,6 +17,8 @@ from gadjax.plan.flops import flops
 from gadjax.plan.hardware import GIB, Topology, find_topology
 from gadjax.plan.programs import BATCHES, Compiled, Programs, Say, programs_of, share
 from gadjax.plan.traffic import traffic
+from gadjax.seeds import make_key
+from gadjax.settings import settled
 from gadjax.training.compiled import keeping
 from gadjax.training.data import SOURCES
 from gadjax.training.setup import Run, make_batch, prepare
@@ -26,6 +28,7 @@ from gadjax.training.steps import critic_step, student_step
 TRIES = 4  # programs compiled in search of the largest batch
 
 
+@settled()
 def plan(
     config: ConfigDict,
     topology: str,
@@ -104,7 +107,7 @@ def _operations(programs: Programs, name: str, batch: int) -> float:
     run, step = programs.run, {"critic": critic_step, "student": student_step}[name]
 
     def update(state, frozen, raw):
-        made = make_batch(run.pipeline, frozen, raw, run.config.seed, 0)
+        made = make_batch(run.pipeline, frozen, raw, make_key(0), 0)
         return step(keeping(run.recipe, frozen), state, frozen.get(run.pipeline.body), made)
 
     given = *programs.held, programs.raw(batch)

@@ -12,6 +12,7 @@ import numpy as np
 
 from gadjax.errors import InputError
 from gadjax.plan.hardware import GIB, Topology
+from gadjax.settings import settled
 from gadjax.training.compiled import compile_steps
 from gadjax.training.setup import Run
 from gadjax.training.sharding import HOST, batch_sharding, replicated, shapes_at
@@ -66,6 +67,7 @@ class Programs(NamedTuple):
         update = jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated(self.run.mesh))
         return *self.held, self.raw(batch), update
 
+    @settled()  # also in a thread
     def compile(self, name: str, batch: int, say: Say) -> Compiled:
         say(f"compiling the {name} step, {batch} samples ...")
         options = HURRIED[self.run.mesh.devices.flat[0].platform]

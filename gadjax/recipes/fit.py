@@ -6,6 +6,7 @@ import jax
 import optax
 from tqdm import tqdm
 
+from gadjax.seeds import make_key
 from gadjax.types import Params
 
 
@@ -30,7 +31,7 @@ def fit(
 
     @jax.jit
     def update(params, mean, state, step, batch):
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        key = jax.random.fold_in(make_key(seed), step)
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, key, *batch)
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)

@@ -16,6 +16,8 @@ import optax
 from gadjax.assets import resolve
 from gadjax.evaluation.features import Config, network, save_features
 from gadjax.recipes.fit import fit
+from gadjax.seeds import make_key
+from gadjax.settings import settled
 from gadjax.types import Params
 from gadjax.worlds import shapes
 
@@ -68,6 +70,7 @@ def drawn(seed: int, indices: range) -> tuple[np.ndarray, dict[str, np.ndarray],
     return images, labels, places / np.float32([shapes.SIZE, shapes.SIZE, shapes.SIZE / 4])
 
 
+@settled()
 def train(config: Config, *, steps: int, batch: int, lr: float, seed: int):
     """Fit the network and its heads.
 
@@ -93,7 +96,7 @@ def train(config: Config, *, steps: int, batch: int, lr: float, seed: int):
 
     sizes = {name: len(words) for name, words in CHOICES.items()}
     sizes |= {"place": len(PLACE), "spoilt": len(SPOILT)}
-    first, second = jax.random.split(jax.random.key(seed))
+    first, second = jax.random.split(make_key(seed))
     heads = {
         name: {
             "kernel": 0.1

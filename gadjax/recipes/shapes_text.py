@@ -17,12 +17,15 @@ from gadjax.models.text import t5
 from gadjax.models.text.tokenizer import load_tokenizer
 from gadjax.recipes.fit import fit
 from gadjax.recipes.folder import read_config, replace_component
+from gadjax.seeds import make_key
+from gadjax.settings import settled
 from gadjax.worlds import shapes
 
 LENGTH = 16  # the longest caption has 14 words
 CHOICES = {name: ("", *words) for name, words in shapes.ATTRIBUTES.items()}
 
 
+@settled()
 def train(config: t5.Config, tokenizer, *, steps: int, batch: int, lr: float, seed: int):
     """Fit the encoder; returns its parameters and the share of held-out captions read right."""
     net = functional(t5.build(config, remat=False))
@@ -54,7 +57,7 @@ def train(config: t5.Config, tokenizer, *, steps: int, batch: int, lr: float, se
         }
         return *tokenizer(captions, LENGTH), labels
 
-    first, second = jax.random.split(jax.random.key(seed))
+    first, second = jax.random.split(make_key(seed))
     heads = {
         name: 0.1 * jax.random.normal(jax.random.fold_in(second, i), (config.d_model, len(words)))
         for i, (name, words) in enumerate(CHOICES.items())

@@ -15,11 +15,14 @@ from gadjax.models.module import functional
 from gadjax.models.vae import autoencoder_kl
 from gadjax.recipes.fit import fit
 from gadjax.recipes.folder import read_config, replace_component
+from gadjax.seeds import make_key
+from gadjax.settings import settled
 from gadjax.worlds import shapes
 
 KL = 2e-4  # weight of the mean KL per latent element, against the mean square per colour value
 
 
+@settled()
 def train(config: autoencoder_kl.Config, *, steps: int, batch: int, lr: float, seed: int):
     """Fit the autoencoder on the world.
 
@@ -40,7 +43,7 @@ def train(config: autoencoder_kl.Config, *, steps: int, batch: int, lr: float, s
     def batches(step):
         return (shapes.sample_batch(seed, range(step * batch, (step + 1) * batch))[0],)
 
-    params = fit(net.init(jax.random.key(seed)), loss, batches, steps=steps, lr=lr, seed=seed)
+    params = fit(net.init(make_key(seed)), loss, batches, steps=steps, lr=lr, seed=seed)
     held_out = shapes.sample_batch(seed + 1, range(512))[0]
     latents = jax.jit(partial(net.apply, method="encode"))(params, held_out)[0]
     return params, float(1 / jnp.std(latents))

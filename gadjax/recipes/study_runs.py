@@ -15,6 +15,8 @@ from gadjax.data.prompts import read_prompts
 from gadjax.evaluation.evaluate import Plan, evaluate
 from gadjax.evaluation.worlds import WORLDS
 from gadjax.plan.flops import flops
+from gadjax.seeds import make_key
+from gadjax.settings import settled
 from gadjax.training.compiled import keeping
 from gadjax.training.setup import Run, make_batch, prepare
 from gadjax.training.steps import critic_step, student_step
@@ -26,6 +28,7 @@ EVERY = 20  # steps between two points of a curve
 SHOWN = 24  # pictures
 
 
+@settled()
 def train_seeds(config: ConfigDict, seeds: Sequence[int]) -> tuple[list[Any], dict[str, list]]:
     """The updates of `gadjax train`, for all seeds side by side in one compiled program.
 
@@ -38,14 +41,14 @@ def train_seeds(config: ConfigDict, seeds: Sequence[int]) -> tuple[list[Any], di
     each = config.critic.updates if len(recipe.optimizers) > 1 else 0
 
     def update(step, carry, number, raw):
-        state, frozen, seed = carry
-        batch = make_batch(run.pipeline, frozen, raw, seed, number)
+        state, frozen, key = carry
+        batch = make_batch(run.pipeline, frozen, raw, key, number)
         state, metrics = step(recipe, state, frozen.get(body), batch)
-        return (state, frozen, seed), {k: metrics[k] for k in CURVES if k in metrics}
+        return (state, frozen, key), {k: metrics[k] for k in CURVES if k in metrics}
 
-    def train(seed, raws, frozen, first):
+    def train(key, raws, frozen, first):
         def one_step(state, now):
-            carry, logged = (state, frozen, seed), {}
+            carry, logged = (state, frozen, key), {}
             for place in range(each + 1):
                 raw = jax.tree.map(lambda x, place=place: x[place], now["raw"])
                 step = student_step if place == each else critic_step
@@ -56,13 +59,14 @@ def train_seeds(config: ConfigDict, seeds: Sequence[int]) -> tuple[list[Any], di
         numbers = (each + 1) * jnp.arange(config.steps, dtype=jnp.uint32)
         return jax.lax.scan(one_step, run.start(first), {"number": numbers, "raw": raws})
 
-    def averages(seeds, raws, frozen, first):
-        state, logged = jax.vmap(train, in_axes=(0, 0, None, None))(seeds, raws, frozen, first)
+    def averages(keys, raws, frozen, first):
+        state, logged = jax.vmap(train, in_axes=(0, 0, None, None))(keys, raws, frozen, first)
         return state.ema, jax.tree.map(lambda x: x.mean(0)[EVERY - 1 :: EVERY], logged)
 
     raws = [prompts_of(run, seed, each + 1) for seed in seeds]
     raws = jax.tree.map(lambda *of: np.stack(of), *raws)
-    ema, curves = jax.jit(averages)(jnp.asarray(seeds), raws, run.frozen, run.first)
+    keys = jnp.stack([make_key(seed) for seed in seeds])
+    ema, curves = jax.jit(averages)(keys, raws, run.frozen, run.first)
     ema = jax.device_get(ema)
     students = [jax.tree.map(lambda x, i=i: x[i], ema) for i in range(len(seeds))]
     return students, {k: np.round(v, 5).tolist() for k, v in jax.device_get(curves).items()}
@@ -121,7 +125,7 @@ def evaluations(config: ConfigDict) -> float:
     run = prepare(config)
     recipe, frozen = run.recipe, run.frozen
     raw = run.source.batch(0, run.config.batch)
-    batch = jax.eval_shape(lambda f, r: make_batch(run.pipeline, f, r, 0, 0), frozen, raw)
+    batch = jax.eval_shape(lambda f, r: make_batch(run.pipeline, f, r, make_key(0), 0), frozen, raw)
     state, teacher = jax.eval_shape(run.start, run.first), frozen.get(run.pipeline.body)
     once = flops(lambda p, b: recipe.denoiser.raw(p, b.noise, 0.0, b.cond), run.first, batch)
     total = flops(lambda s, t, b: student_step(recipe, s, t, b), state, teacher, batch)

@@ -8,6 +8,7 @@ import jax
 
 from gadjax.models.module import overlay
 from gadjax.ops.placement import Placement, by_sample, placed
+from gadjax.seeds import make_key
 from gadjax.training.setup import Run, kernels_of, make_batch
 from gadjax.training.sharding import HEADS, batch_sharding, on_host, replicated, shardings
 from gadjax.training.steps import Recipe, critic_step, student_step
@@ -77,7 +78,7 @@ def compile_steps(
             if "teacher" in away:
                 frozen = jax.device_put(frozen, frozen_sh)
             with placed(Placement(mesh, kernels)):
-                batch = by_sample(make_batch(run.pipeline, frozen, raw, seed, number))
+                batch = by_sample(make_batch(run.pipeline, frozen, raw, make_key(seed), number))
                 recipe = keeping(run.recipe, frozen)
                 return wrap(step)(recipe, state, frozen.get(body), batch)
 

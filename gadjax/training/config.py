@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
+from gadjax import assets
 from gadjax.errors import InputError
+from gadjax.reading import read_json
 from gadjax.shown import shown
 from gadjax.storage import write_whole
 
+INPUTS = "inputs.json"  # in a workdir: fingerprints of what its run reads
 # What may change when a run is resumed; any other difference is another run.
 MAY_CHANGE = ("mesh", "attention", "offload", "steps", "log", "preview", "checkpoint")
 
@@ -70,6 +74,7 @@ def default_config() -> ConfigDict:
                 "images": "",  # folder of pictures with metadata.jsonl, metadata.csv or NAME.txt
                 "latents": "",  # folder written by `gadjax embed --images`
                 "column": "prompt",  # with the prompts or captions, in jsonl and csv
+                "background": "white",  # under pictures that are transparent
                 "cache": 0,  # pictures of the world that are encoded once; 0: each when it is used
                 "dropout": 0.0,  # of captions, where a teacher is trained
                 "length": 120,  # text tokens
@@ -187,19 +192,51 @@ def as_json(config: ConfigDict) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def with_teacher_found(config: ConfigDict) -> ConfigDict:
+    """The config with the teacher's folder from the root on: what is drawn from a workdir later may
+    be drawn from another folder."""
+    config = ConfigDict(config)
+    config.teacher = _from_root(config.teacher)
+    return config
+
+
+def _from_root(teacher: Any) -> Any:
+    if not isinstance(teacher, str) or not teacher or teacher.startswith(assets.PREFIX):
+        return teacher
+    return os.path.abspath(assets.resolve(teacher))
+
+
 def check_resume(saved: dict, config: ConfigDict, where: Path) -> None:
     """Raises: InputError naming every key in which a workdir's config differs and may not.
 
     A key that was added since the workdir was begun had its default there.
     """
     saved = _filled(saved, as_json(default_config()))
-    changed = [
-        d for d in differences(saved, as_json(config)) if d[0].split(".")[0] not in MAY_CHANGE
-    ]
+    saved["teacher"] = _from_root(saved["teacher"])  # as it was given, in older ones
+    asked = as_json(with_teacher_found(config))
+    changed = [d for d in differences(saved, asked) if d[0].split(".")[0] not in MAY_CHANGE]
     if changed:
         values = ((key, shown(old, 200), shown(new, 200)) for key, old, new in changed)
         text = "; ".join(f"{key}: found {old}, asked for {new}" for key, old, new in values)
         raise InputError(f"{where}: belongs to another config ({text}); expected the same values")
+
+
+def check_inputs(workdir: Path, config: ConfigDict, inputs: dict[str, str]) -> None:
+    """Raises: InputError naming what a run reads that is no longer what it was begun with.
+
+    A workdir that was begun without a record has nothing to be compared with.
+    """
+    path = workdir / INPUTS
+    if not path.exists():
+        return
+    saved = read_json(path)
+    for key, found in inputs.items():
+        if saved.get(key, found) != found:
+            what = "text encoders" if key == "teacher" else "contents"
+            raise InputError(
+                f"{key} {config[key]}: found other {what} (fingerprint {found}); expected those "
+                f"with which the run in {workdir} was begun ({shown(saved[key])})"
+            )
 
 
 def _filled(found: dict, default: dict) -> dict:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from gadjax import assets
 from gadjax.convert.image import image_fingerprint
 from gadjax.convert.text import text_fingerprint
+from gadjax.data import fingerprints
 from gadjax.data.embeddings import open_embeddings
 from gadjax.data.images import open_images
 from gadjax.data.prompts import read_prompts
@@ -65,10 +66,26 @@ def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str,
             )
         return (cache_latents(world, pipeline, data.cache) if data.cache else world), null
     if data.images:
-        pictures = open_images(assets.resolve(data.images), data.column)
+        pictures = open_images(assets.resolve(data.images), data.column, data.background)
         return ImageSource(pictures, sides, tokenize, config.seed, data.dropout), null
     prompts = read_prompts(assets.resolve(data.prompts), data.column)
     return PromptSource(*tokenize(prompts), config.seed), null
+
+
+def inputs_of(config: ConfigDict, source: Source) -> dict[str, str]:
+    """Key of the config -> fingerprint of what lies there, for what may become something else under
+    its name. What the key of the teacher says is of its text encoders: its network has its own."""
+    data = config.data
+    found = {"teacher": text_fingerprint(assets.resolve(config.teacher))}
+    if data.prompts:
+        prompts = read_prompts(assets.resolve(data.prompts), data.column)
+        found["data.prompts"] = fingerprints.of_prompts(prompts)
+    if data.images:
+        found["data.images"] = fingerprints.of_pictures(source.pictures)
+    for name in ("embeddings", "latents"):
+        if data[name]:
+            found[f"data.{name}"] = fingerprints.of_embeddings(source.embeddings)
+    return found
 
 
 def cache_latents(source: WorldSource, pipeline: Pipeline, count: int, size: int = 128) -> Source:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gadjax import parity
-from gadjax.convert.atomic import atomic_folder, check_apart, check_target
+from gadjax.convert.atomic import atomic_folder, check_apart, check_target, put_back
 from gadjax.convert.export import CARD, Export, card, read_license, read_report, recipe
 from gadjax.convert.files import fingerprint, open_weights, read_json
 from gadjax.convert.folder import INDEX, PipelineFolder, write_pipeline
@@ -46,6 +46,12 @@ def export(
     check_target(out, overwrite=overwrite, marker=INDEX)
     source = teacher or trained.teacher
     check_apart(out, trained.workdir, source)
+    put_back(source)
+    if not source.is_dir():
+        raise InputError(
+            f"{source}: found no such folder; expected the teacher of {trained.workdir} "
+            "(--teacher says where it is now)"
+        )
     folder = open_folder(source, components=())
     body = folder.body
     folder = open_folder(source, components=(body,))

@@ -1,5 +1,6 @@
 """The host's side of training: data in, updates, checkpoints, and something to look at."""
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,19 @@ from gadjax.host.trackers import check_trackers
 from gadjax.models.module import overlay
 from gadjax.reading import read_json
 from gadjax.sampling import clean_latent, initial_noise
-from gadjax.storage import tolerant
+from gadjax.settings import settled
+from gadjax.shown import printable
+from gadjax.storage import tolerant, write_whole
 from gadjax.training.compiled import Steps, compile_steps
-from gadjax.training.config import as_json, check_resume, write_json
+from gadjax.training.config import (
+    INPUTS,
+    as_json,
+    check_inputs,
+    check_resume,
+    with_teacher_found,
+    write_json,
+)
+from gadjax.training.data import inputs_of
 from gadjax.training.masked import Update, check_masked, scalars_of
 from gadjax.training.preview import grid, save_png
 from gadjax.training.record import write_record
@@ -54,6 +65,7 @@ class Watch(NamedTuple):
     profile: tuple[int, int] | None
 
 
+@settled()
 def train(
     config: ConfigDict,
     workdir: Path,
@@ -71,11 +83,13 @@ def train(
     if devices is not None:
         check_devices(devices)
     agree(as_json(config), workdir)
+    config = with_teacher_found(config)
     together(lambda: check_trackers(config.log.trackers))
     together(lambda: _check_workdir(config, workdir))
     run = together(lambda: prepare(config))
+    inputs = together(lambda: _inputs(run, workdir))
     steps = compile_steps(run)
-    with together(lambda: _claim(config, workdir)) as claim:
+    with together(lambda: _claim(config, workdir, inputs)) as claim:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         try:
             with losing_peers(), Leaving() as leaving:
@@ -93,14 +107,24 @@ def _check_workdir(config: ConfigDict, workdir: Path) -> None:
         raise InputError(f"{workdir}: found files but no config.json; expected an empty folder")
 
 
-def _claim(config: ConfigDict, workdir: Path) -> Claim:
+def _inputs(run: Run, workdir: Path) -> dict[str, str]:
+    """Fingerprints of what a run reads. Raises: InputError where they are not those it had."""
+    found = inputs_of(run.config, run.source)
+    check_inputs(workdir, run.config, found)
+    return found
+
+
+def _claim(config: ConfigDict, workdir: Path, inputs: dict[str, str]) -> Claim:
     claim = Claim(workdir, config.steps, mine=jax.process_index() == 0)
     if claim.mine:
+        name = "config.json"
         try:
-            write_json(config, workdir / "config.json")
+            write_json(config, workdir / name)
+            name = INPUTS
+            write_whole(workdir / name, json.dumps(inputs, indent=2) + "\n")
         except OSError as error:
             text = error.strerror or error
-            raise RunStopped(f"{workdir}/config.json: cannot be written: {text}") from error
+            raise RunStopped(f"{workdir}/{name}: cannot be written: {text}") from error
     return claim
 
 
@@ -126,6 +150,7 @@ def _loop(
         progress.note(f"resumed at step {done}" if resumed else overview(state.params["student"]))
         if run.recipe.objective.needs.distils:
             own = read_sampling(run.pipeline.folder.path, run.pipeline.sampling).guidance
+            progress.note(f"teacher: {printable(config.teacher)}")
             progress.note(guidance_note(config.guidance, own))
         if show and show.due(done):  # a run that was killed had saved this step, not yet shown it
             progress.image(done, "preview", show(state, done))
@@ -196,6 +221,7 @@ def host_batches(
     size, sharding = run.config.batch, batch_sharding(run.mesh)
     low, high = rows_here(sharding, size)
 
+    @settled()  # in a thread of its own
     def fetch(number: int):
         rows = run.source.batch(number * size + low, high - low)
 

@@ -1,6 +1,7 @@
 """What a run computes and on what: run.json for whoever looks at its workdir."""
 
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gadjax.training.compiled import Steps
 from gadjax.training.setup import Run
 
 RUN = "run.json"
+SETTINGS = "JAX_", "XLA_", "LIBTPU_"  # begin the names of variables
 PACKAGES = "gadjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
 
 
@@ -35,6 +37,11 @@ def write_record(run: Run, steps: Steps, workdir: Path, *arguments) -> None:
         "flops_per_step": work,
         "peak_flops": peak_of(kind),  # of one device
         "images_per_step": run.config.batch,
+        # What JAX was told from outside; of what `settled` sets, nothing is taken.
+        "environment": {
+            name: text for name, text in sorted(os.environ.items()) if name.startswith(SETTINGS)
+        },
+        "matmul_precision": jax.config.jax_default_matmul_precision,
         "versions": {name: version(name) for name in PACKAGES},
     }
     with tolerant(workdir / RUN, run.config.checkpoint.failures > 0):

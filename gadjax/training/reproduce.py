@@ -24,10 +24,12 @@ from gadjax.errors import InputError
 from gadjax.host.processes import agree, check_devices, together
 from gadjax.reading import read_json
 from gadjax.seal import committed, newest_sound
+from gadjax.settings import settled
 from gadjax.shown import shown
 from gadjax.storage import absolute
 from gadjax.training.compiled import Steps, compile_steps
-from gadjax.training.config import as_json, check_resume
+from gadjax.training.config import as_json, check_inputs, check_resume, with_teacher_found
+from gadjax.training.data import inputs_of
 from gadjax.training.look import Seen, looking
 from gadjax.training.loop import begin, host_batches
 from gadjax.training.masked import Update, cause_of, numbers_of, scalars_of
@@ -46,6 +48,7 @@ def parse_step(text: str) -> int:
     return int(text)
 
 
+@settled()
 def reproduce(config: ConfigDict, workdir: Path, step: int, devices: int | None = None) -> None:
     """Do `step` of the workdir's run again and print what there is to see of it; every process of
     the run calls it. config, devices: as `gadjax.training.loop.train` takes them.
@@ -56,8 +59,10 @@ def reproduce(config: ConfigDict, workdir: Path, step: int, devices: int | None 
     if devices is not None:
         check_devices(devices)
     agree(as_json(config), workdir)
+    config = with_teacher_found(config)
     row = together(lambda: _row_of(config, workdir, step))
     run = together(lambda: prepare(config))
+    together(lambda: check_inputs(workdir, config, inputs_of(config, run.source)))
     steps = compile_steps(run)
     start, state = begin(run, steps, lambda shapes: _newest(workdir, step, shapes))
     again = step - 1 - start

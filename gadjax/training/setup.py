@@ -23,6 +23,7 @@ from gadjax.ops.kernels import MODULES, proven
 from gadjax.ops.placement import POSITIONS, shares
 from gadjax.pipeline import Pipeline, load_pipeline, outline_pipeline, random_like
 from gadjax.sampling import sampler_and_times
+from gadjax.seeds import check_seed, make_key
 from gadjax.training.data import WITH_PICTURES, open_data
 from gadjax.training.sharding import check_batch, make_mesh
 from gadjax.training.state import TrainState, create, make_optimizer
@@ -58,6 +59,12 @@ def prepare(
     abstract: from the teacher's configurations alone; parameters are then shapes, and the run can
       be traced and compiled but not carried out. devices: of the mesh; all there are by default.
     """
+    check_seed(config.seed)
+    if jax.config.jax_disable_jit:
+        raise InputError(
+            "JAX_DISABLE_JIT: found it set; expected it unset, as compiled updates alone put a "
+            "run's state where it belongs"
+        )
     times = student_times(config)
     objective = build(config.objective, TERMS, times)
     mesh = make_mesh(config.mesh, devices)
@@ -137,7 +144,7 @@ def prepare(
                 "objective: found a discriminator; expected a family whose networks show features"
             )
         features = outline(pipeline, frozen, first, pipeline.denoiser.features).out_info
-    key = jax.random.key(config.seed)
+    key = make_key(config.seed)
 
     def start(first: Params) -> TrainState:
         first = cast(first, jnp.float32)
@@ -227,12 +234,12 @@ def encode_raw(pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Ar
 
 
 def make_batch(
-    pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Array], seed: int, update
+    pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Array], key: jax.Array, update
 ) -> Batch:
-    """Host arrays to a Batch. Every sample's key is (seed, update, its place in the batch)."""
+    """Host arrays to a Batch. Every sample's key is (the run's, update, its place in the batch)."""
 
     samples = raw["mask"].shape[0]
-    now = jax.random.fold_in(jax.random.key(seed), update)
+    now = jax.random.fold_in(key, update)
     places = jnp.arange(samples)
     keys = jax.vmap(partial(jax.random.fold_in, now))(places)
     noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), pipeline.latent))(

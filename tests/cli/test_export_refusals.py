@@ -52,7 +52,7 @@ def test_a_teacher_that_moved_or_changed(tiny_pipeline, tmp_path, gadjax, fails,
     gadjax("convert", after, own)
     out = tmp_path / "student"
     flags = ["--workdir", workdir, "--out", out]
-    fails(["export", *flags], 2, before, "no such folder", out=out)
+    fails(["export", *flags], 2, before, "no such folder", "--teacher", out=out)
     for teacher in (after, own):
         gadjax("export", *flags, "--teacher", teacher, "--overwrite")
         assert same(state(out, "vae"), state(tiny_pipeline, "vae"))
@@ -60,6 +60,22 @@ def test_a_teacher_that_moved_or_changed(tiny_pipeline, tmp_path, gadjax, fails,
     doubled = jax.tree.map(lambda x: 2 * x, read_pipeline(after).components["transformer"].params)
     write_pipeline(tiny_pipeline, after, {"transformer": doubled}, overwrite=True)
     fails(["export", *flags, "--teacher", after], 2, after / "transformer", out=out)
+
+
+def test_what_is_exported_has_the_modes_of_new_files(tiny_pipeline, tmp_path, gadjax, monkeypatch):
+    """Read-only files of a teacher ended the export of whoever is not root."""
+    monkeypatch.setattr(parity, "missing", lambda: ["torch"])
+    teacher, out = shutil.copytree(tiny_pipeline, tmp_path / "teacher"), tmp_path / "student"
+    workdir = make_workdir(tmp_path / "run", teacher)
+    for path in [*teacher.rglob("*"), teacher]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    gadjax("export", "--workdir", workdir, "--out", out)
+    (tmp_path / "new").touch()
+    wanted = (tmp_path / "new").stat().st_mode
+    assert {path.stat().st_mode for path in out.rglob("*") if path.is_file()} == {wanted}
+    assert all(path.stat().st_mode & 0o200 for path in out.rglob("*"))
+    for path in [teacher, *teacher.rglob("*")]:
+        path.chmod(0o755)
 
 
 @pytest.mark.parametrize(

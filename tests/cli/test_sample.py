@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import edit
 from PIL import Image
-from workdirs import numbers
+from workdirs import make_workdir, numbers
 
 from gadjax.sampling import initial_noise
 
@@ -66,6 +66,7 @@ def test_earlier_pictures_are_replaced_when_asked(tiny_pipeline, prompts, tmp_pa
         (["--steps", "0"], ["--steps: found 0"]),
         (["--steps", "many"], ["gadjax sample", "--steps"]),
         (["--seed", "-1"], ["--seed: found -1"]),
+        (["--seed", str(2**64)], ["--seed: found 18446744073709551616; expected 0 to 2^64 - 1"]),
         (["--per-prompt", "0"], ["--per-prompt: found 0"]),
         (["--batch", "0"], ["--batch: found 0"]),
         (["--guidance", "nan"], ["--guidance: found nan"]),
@@ -100,6 +101,18 @@ def test_a_student_takes_no_other_steps(tiny_pipeline, workdir, prompts, tmp_pat
     for model in (student, workdir):
         arguments = ["sample", "--model", model, "--prompts", prompts, "--out", out, "--steps", 8]
         fails(arguments, 2, "--steps: found 8", "899", "449", out=out)
+
+
+def test_the_teacher_of_a_workdir_may_have_moved(tiny_pipeline, prompts, tmp_path, gadjax, fails):
+    before = shutil.copytree(tiny_pipeline, tmp_path / "before")
+    workdir = make_workdir(tmp_path / "run", before)
+    before.rename(tmp_path / "after")
+    out = tmp_path / "out"
+    arguments = ["sample", "--model", workdir, "--prompts", prompts, "--out", out]
+    fails(arguments, 2, before, "no such folder", "--teacher", "--student-teacher", out=out)
+    gadjax(*arguments, "--teacher", tmp_path / "after")
+    model = ["sample", "--model", tiny_pipeline, *arguments[3:-1], tmp_path / "two"]
+    fails([*model, "--teacher", before], 2, "which is no workdir; expected none", out=out)
 
 
 def test_a_scheduler_that_is_not_read(tiny_pipeline, prompts, tmp_path, fails):

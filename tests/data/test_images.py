@@ -2,12 +2,13 @@
 
 import json
 import os
+import unicodedata
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gadjax.data.images import open_images, read_image
+from gadjax.data.images import ENDINGS, SUFFIXES, open_images, read_image
 from gadjax.errors import InputError
 
 CAPTIONS = {
@@ -33,7 +34,7 @@ def folder(tmp_path):
     (tmp_path / ".cache").mkdir()
     for number, name in enumerate(CAPTIONS):
         Image.fromarray(picture(8, 6, number)).save(tmp_path / name)
-    for name in (".hidden.png", ".cache/e.png", "notes.md", "a/f.gif"):
+    for name in (".hidden.png", ".cache/e.png", "notes.md", "a/f.psd"):
         (tmp_path / name).write_text("no picture")
     return tmp_path
 
@@ -141,9 +142,11 @@ def test_a_picture_is_turned_as_its_camera_says(tmp_path):
     [
         ("1", 1, (255, 255, 255)),
         ("L", 100, (100, 100, 100)),
-        ("LA", (100, 30), (100, 100, 100)),
+        ("LA", (100, 0), (255, 255, 255)),
+        ("LA", (100, 255), (100, 100, 100)),
         ("P", 0, (20, 40, 60)),
-        ("RGBA", (20, 40, 60, 128), (20, 40, 60)),
+        ("RGBA", (20, 40, 60, 255), (20, 40, 60)),
+        ("RGBA", (20, 40, 60, 51), (208, 212, 216)),  # a fifth of it, on white
     ],
 )
 def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
@@ -153,6 +156,105 @@ def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
     image.save(tmp_path / "a.png")
     found = np.rint((read_image(tmp_path / "a.png", (4, 4)) + 1) * 127.5)
     np.testing.assert_array_equal(found, np.broadcast_to(expected, (4, 4, 3)))
+
+
+def test_what_hides_under_transparency_is_not_seen(tmp_path):
+    """A red square on a transparent ground, as programs save it that leave black or green below."""
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[2:6, 2:6] = 255, 0, 0, 255
+    palette = Image.fromarray(pixels[..., 3] // 255, "P")
+    palette.putpalette([0, 0, 255, 255, 0, 0])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    plain = Image.new("L", (8, 8), 128)
+    plain.save(tmp_path / "grey.png", transparency=128)
+    for name, under in (("black.png", 0), ("green.png", 255), ("green.webp", 255)):
+        pixels[pixels[..., 3] == 0, 1] = under
+        Image.fromarray(pixels).save(tmp_path / name, lossless=True, exact=True)
+    names = "palette.png", "black.png", "green.png", "green.webp"
+    for colour, ground in (("white", 255), ("#808080", 128)):
+        wanted = np.full((8, 8, 3), ground)
+        wanted[2:6, 2:6] = 255, 0, 0
+        for name in names:
+            found = np.rint((read_image(tmp_path / name, (8, 8), colour) + 1) * 127.5)
+            np.testing.assert_array_equal(found, wanted)
+        all_of_it = read_image(tmp_path / "grey.png", (8, 8), colour)
+        np.testing.assert_array_equal(np.rint((all_of_it + 1) * 127.5), ground)
+    with pytest.raises(InputError, match="background: found 'no colour'; expected a colour"):
+        open_images(tmp_path, background="no colour")
+
+
+def test_every_format_counts_and_what_is_left_out_is_said(tmp_path, caplog):
+    pixels = picture(8, 8) // 8 * 8
+    for ending in ENDINGS:
+        kind = next(kind for kind, endings in SUFFIXES.items() if ending in endings)
+        options = {"lossless": True} if kind in ("WEBP", "JPEG2000") else {}
+        name = tmp_path / f"{ending[1:].upper()}{ending}"
+        image = Image.fromarray(pixels)
+        image.save(name, kind, **options, **{"quality": 100} if kind == "AVIF" else {})
+        name.with_suffix(".txt").write_text("a")
+    for name in ("b.psd", "c.psd", "d.heic", "README"):
+        (tmp_path / name).write_text("")
+    found = open_images(tmp_path)
+    assert len(found.names) == len(ENDINGS)
+    said = "left out: 1 .heic, 2 .psd, 1 without suffix"
+    assert [record.getMessage().partition("; ")[2] for record in caplog.records] == [said]
+    images = np.rint((found.read(range(len(found.names)), (8, 8)) + 1) * 127.5)
+    for name, image in zip(found.names, images, strict=True):
+        near = 40 if name.startswith(("JP", "JF", "GI", "AV", "J2")) else 0
+        assert np.abs(image - pixels).mean() <= near, name
+
+
+def test_folders_behind_links_are_read_once(tmp_path, caplog):
+    store, folder = tmp_path / "store", tmp_path / "pictures"
+    (store / "deep").mkdir(parents=True)
+    folder.mkdir()
+    for number, name in enumerate((store / "a.png", store / "deep" / "b.png", folder / "own.png")):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(name)
+        name.with_suffix(".txt").write_text(name.stem)
+    (folder / "images").symlink_to(store)
+    assert open_images(folder).names == ("images/a.png", "images/deep/b.png", "own.png")
+    assert not caplog.records
+    (store / "back").symlink_to(folder)
+    (store / "deep" / "up").symlink_to("..")
+    (folder / "twice").symlink_to(store)
+    (folder / "around").symlink_to("/")
+    assert open_images(folder).names == ("images/a.png", "images/deep/b.png", "own.png")
+    assert "4 links to folders around it or read already" in caplog.text
+    records = [{"file_name": f"images/{name}", "prompt": name} for name in ("a.png", "deep/b.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert open_images(folder).captions == ("a.png", "deep/b.png")
+
+
+def test_metadata_below_the_top_wins_over_leftovers(tmp_path, caplog):
+    for place, name in (("train", "a"), ("test", "b"), ("test", "left")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / place / f"{name}.png")
+        (tmp_path / place / f"{name}.txt").write_text("leftover")
+    for place, name in (("train", "a"), ("test", "b")):
+        line = json.dumps({"file_name": f"{name}.png", "prompt": f"of {place}"})
+        (tmp_path / place / "metadata.jsonl").write_text(line)
+    found = open_images(tmp_path)
+    assert found.names == ("test/b.png", "train/a.png")
+    assert found.captions == ("of test", "of train")
+    assert "left out: 1 without metadata" in caplog.text
+    Image.new("RGB", (4, 4)).save(tmp_path / "top.png")
+    (tmp_path / "metadata.csv").write_text("file_name,prompt\ntop.png,of the top\n")
+    assert open_images(tmp_path).captions == ("of test", "of the top", "of train")
+
+
+@pytest.mark.parametrize("caption", ["txt", "jsonl"])
+def test_accents_of_a_mac(tmp_path, caption):
+    """Its names are decomposed: an e and an accent."""
+    name = unicodedata.normalize("NFD", "é.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / name)
+    if caption == "txt":
+        (tmp_path / "é.txt").write_text("x")
+    else:
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "é.png", "prompt": "x"}))
+    assert open_images(tmp_path).names == (name,)
+    Image.new("RGB", (4, 4)).save(tmp_path / "é.png")
+    with pytest.raises(InputError, match="found another file of that name, with its accents"):
+        open_images(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
@@ -202,8 +304,8 @@ def line(text):
             r"metadata.jsonl: found file_name 'x.png'; expected one of the pictures in ",
         ),
         (
-            line('{"prompt": "a", "file_name": "a/f.gif"}'),
-            r"metadata.jsonl: found file_name 'a/f.gif'",
+            line('{"prompt": "a", "file_name": "a/f.psd"}'),
+            r"metadata.jsonl: found file_name 'a/f.psd'",
         ),
         (
             line('{"prompt": "", "file_name": "b.png"}'),
@@ -232,8 +334,8 @@ def test_what_is_wrong_with_a_folder_is_one_line(folder, change, message):
 def test_a_folder_that_is_absent_or_has_no_pictures(tmp_path):
     with pytest.raises(InputError, match="x: found No such file or directory; expected a folder"):
         open_images(tmp_path / "x")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.gif", "prompt": "a"}')
-    with pytest.raises(InputError, match="found no pictures; expected .png, .jpg, .jpeg, .webp"):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.psd", "prompt": "a"}')
+    with pytest.raises(InputError, match="found no pictures; expected .png, .apng, .jpg"):
         open_images(tmp_path)
     with pytest.raises(InputError, match="jsonl: found Not a directory; expected a folder"):
         open_images(tmp_path / "metadata.jsonl")

@@ -1,6 +1,7 @@
 """Several real processes on one machine: they find each other, agree, and leave together."""
 
 import signal
+import threading
 
 import pytest
 from several import start
@@ -171,3 +172,17 @@ def test_a_task_for_each_card_is_what_slurm_should_give(monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "8(x2)")
     processes._check_slurm()
+
+
+def test_signals_are_left_to_the_main_thread():
+    """A worker's run cannot take them, and goes on without."""
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with processes.Leaving() as leaving:
+            found.append(leaving.asked(1))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False] and signal.getsignal(signal.SIGTERM) is before

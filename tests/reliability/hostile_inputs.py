@@ -23,7 +23,7 @@ from gadjax.host.goodput import Clock  # noqa: E402
 from gadjax.host.status import read_status, table  # noqa: E402
 from gadjax.reading import read_json  # noqa: E402
 from gadjax.seal import COMMIT  # noqa: E402
-from gadjax.training.config import as_json, check_resume, default_config  # noqa: E402
+from gadjax.training.config import as_json, check_inputs, check_resume, default_config  # noqa: E402
 from gadjax.training.preview import wrap  # noqa: E402
 from gadjax.training.workdir import read_trained, recipe_of  # noqa: E402
 
@@ -35,6 +35,7 @@ TEXTS = [
 ]
 SIZE = (8, 8)
 NOW = 1e6
+INPUTS = {"teacher": "a" * 32, "data.prompts": "b" * 32}
 
 
 def make_prompts(suffix: str, folder: Path) -> None:
@@ -57,7 +58,7 @@ def read_and_show(suffix: str, folder: Path) -> None:
 def make_images(captions: str, folder: Path) -> None:
     """captions: txt beside each picture, or jsonl or csv of metadata."""
     rng = np.random.default_rng(0)
-    names = "a.png", "b.jpg", "deeper/c.webp", "d.jpeg"
+    names = "a.png", "b.jpg", "deeper/c.webp", "d.gif"
     (folder / "deeper").mkdir()
     records = []
     for name, text in zip(names, TEXTS, strict=True):
@@ -128,6 +129,7 @@ def make_run(folder: Path) -> None:
                 "lost": 1.0,
             },
         },
+        "inputs.json": INPUTS,
         f"checkpoints/20/{COMMIT}": {"step": 20},
     }
     for name, content in files.items():
@@ -151,6 +153,7 @@ def read_to_resume(folder: Path) -> None:
     clock.resume(folder, 30)
     assert 0 <= clock.share() <= 1
     check_resume(read_json(folder / "config.json"), config(), folder)
+    check_inputs(folder, config(), INPUTS)
 
 
 def make_meta(folder: Path) -> None:

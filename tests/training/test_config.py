@@ -10,6 +10,7 @@ from gadjax.training.config import (
     default_config,
     differences,
     read_config,
+    with_teacher_found,
     write_json,
 )
 from gadjax.training.setup import student_times
@@ -147,6 +148,24 @@ def test_a_workdir_of_an_older_version_had_the_default_of_a_newer_key(plain, tmp
     check_resume(saved, read_config([plain]), tmp_path)
     with pytest.raises(InputError, match="ema: found 0.999, asked for 0.5"):
         check_resume(saved, read_config([plain, "--config.ema=0.5"]), tmp_path)
+
+
+def test_a_teacher_is_found_from_another_folder(plain, tmp_path, monkeypatch):
+    """It is kept from the root on; a workdir that was begun before has it as it was given."""
+    monkeypatch.chdir(tmp_path)
+    given = read_config([plain, "--config.teacher=teachers/one"])
+    config = with_teacher_found(given)
+    assert config.teacher == str(tmp_path / "teachers" / "one")
+    assert given.teacher == "teachers/one" and with_teacher_found(config) == config
+    check_resume(as_json(given), config, tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path / "runs")
+    other = read_config([plain, "--config.teacher=../teachers/one"])
+    check_resume(as_json(config), other, tmp_path)
+    with pytest.raises(InputError, match="teacher: found .*/teachers/one', asked for .*/runs/x'"):
+        check_resume(as_json(config), read_config([plain, "--config.teacher=x"]), tmp_path)
+    bundled = read_config([plain, "--config.teacher=asset:shapes_teacher"])
+    assert with_teacher_found(bundled) == bundled
 
 
 def test_a_resumed_run_may_change_where_it_runs_and_no_more(plain, tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from gadjax.cli.main import main
 from gadjax.data.source import ImageSource, LatentSource
 from gadjax.pipeline import load_pipeline
+from gadjax.seeds import make_key
 from gadjax.training.config import default_config
 from gadjax.training.data import open_data
 from gadjax.training.setup import make_batch
@@ -68,7 +69,7 @@ def test_latents_written_ahead_give_the_batches_of_their_pictures(opened, loaded
 
     @jax.jit
     def batch(raw, null, update):
-        return make_batch(pipeline, {**params, "null": null}, raw, 3, update)
+        return make_batch(pipeline, {**params, "null": null}, raw, make_key(3), update)
 
     for dropout in (0.0, 0.5):
         (pictures, ids), (ahead, text) = (

@@ -75,6 +75,7 @@ def test_a_run_can_be_seen_from_outside(uninterrupted, capsys):
     assert found["devices"] == 1 and found["utilisation"] is None  # of a CPU nobody knows the peak
     run = json.loads((uninterrupted / "run.json").read_text())
     assert run["flops_per_step"] > 1e6 and run["versions"]["jax"] == jax.__version__
+    assert run["environment"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
     seconds = found["seconds"]
     assert all(seconds[kind] > 0 for kind in ("compile", "step", "data", "checkpoint"))
     assert seconds["lost"] == seconds["preview"] == 0
@@ -88,6 +89,25 @@ def test_resume_is_bit_identical(config, uninterrupted, tmp_path):
     assert train(config, workdir, "--config.steps=2") == 0
     assert train(config, workdir) == 0
     assert_same(workdir, uninterrupted)
+
+
+def test_other_prompts_under_the_same_name_are_refused(config, tmp_path, capsys):
+    """Also by --reproduce-step; a workdir that was begun without fingerprints goes on."""
+    prompts, workdir = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("red circle\ngreen square\n")
+    more = [f"--config.data.prompts={prompts}"]
+    assert train(f"{config}:regression", workdir, *more, "--config.steps=1") == 0
+    prompts.write_text("\ufeffred circle\r\n\r\ngreen square")  # the same ones
+    assert train(f"{config}:regression", workdir, *more, "--config.steps=1") == 0
+    prompts.write_text("green square\nred circle\n")
+    capsys.readouterr()
+    for again in ("--config.steps=2", "--reproduce-step=1"):
+        assert train(f"{config}:regression", workdir, *more, again) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and f"data.prompts {prompts}: found other contents" in line
+    (workdir / "inputs.json").unlink()
+    assert train(f"{config}:regression", workdir, *more, "--config.steps=2") == 0
+    assert "data.prompts" in json.loads((workdir / "inputs.json").read_text())
 
 
 def test_done_is_said_and_changes_nothing(config, uninterrupted, tmp_path):

@@ -35,7 +35,8 @@ class Config:
     @classmethod
     def from_dict(cls, cfg: dict) -> "Config":
         """Read a diffusers config.json. Raises: InputError naming the first unsupported key."""
-        given = {k: v for k, v in cfg.items() if not k.startswith("_")}
+        names = {f.name for f in fields(cls)}  # of others null stands for an option that is absent
+        given = {k: v for k, v in cfg.items() if k[:1] != "_" and (k in names or v is not None)}
         # Both only repeat another size; the defaults are diffusers'.
         caption = given.pop("caption_projection_dim", 1152)
         out = given.pop("out_channels", 16)

@@ -78,7 +78,8 @@ class Config:
         for key, value in cfg.items():
             if key in FIXED and (value or None) != (FIXED[key] or None):
                 raise InputError(f"{key}: found {value!r}; expected {FIXED[key]!r}")
-            if not (key in names or key in FIXED or key in COSMETIC or key.startswith("_")):
+            known = key in names or key in FIXED or key in COSMETIC or key.startswith("_")
+            if not known and value is not None:  # null stands for an option that is absent
                 raise InputError(f"{key}: found {value!r}; expected an option of PixArt")
         if cfg.get("_class_name") == "Transformer2DModel" and "norm_type" not in cfg:
             raise InputError("norm_type: found nothing; expected 'ada_norm_single'")

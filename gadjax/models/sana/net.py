@@ -60,7 +60,7 @@ class Config:
             if key in FIXED and value != FIXED[key]:
                 raise InputError(f"{key}: found {value!r}; expected {FIXED[key]!r}")
             known = key in names or key in FIXED or key == "cross_attention_dim"
-            if not (known or key.startswith("_")):
+            if not (known or key.startswith("_")) and value is not None:  # null: an absent option
                 raise InputError(f"{key}: found {value!r}; expected an option of Sana")
         given = {k: v for k, v in cfg.items() if k in names and v is not None}
         if cfg.get("out_channels", 32) is None:

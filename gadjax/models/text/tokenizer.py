@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gadjax.errors import InputError
-from gadjax.reading import MIB, check_inside, read_json
+from gadjax.reading import MIB, check_inside, is_leftover, open_file, read_json
 from gadjax.shown import shown
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ FILES = {
     "CLIPTokenizer": ("tokenizer.json", "vocab.json"),
     "GemmaTokenizer": ("tokenizer.json", "tokenizer.model"),
 }
+KNOWN_FILES = {name for names in FILES.values() for name in names} | {"merges.txt"}
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2: T5Tokenizer takes id 2 as the unknown one
 SPACE = "▁"
 EXTRA = 1000  # of T5; published ones have 100
@@ -147,7 +148,10 @@ def _check_files(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file() and path.stat().st_size > LIMIT:
             raise InputError(f"{path}: found more than {LIMIT} bytes; expected a tokenizer's file")
-        if path.suffix == ".json":
+        if path.name in KNOWN_FILES:
+            with open_file(path, "a tokenizer's file"):
+                pass  # it is no pointer to one
+        if path.suffix == ".json" and not is_leftover(path.name):
             _check_settings(path, read_json(path, LIMIT))
 
 

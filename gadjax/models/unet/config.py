@@ -93,7 +93,8 @@ class Config:
                 value = any(value)
             if key in FIXED and (value or None) != (FIXED[key] or None):
                 _refuse(key, cfg[key], repr(FIXED[key]))
-            if not (key in names or key in FIXED or key in COSMETIC or key.startswith("_")):
+            known = key in names or key in FIXED or key in COSMETIC or key.startswith("_")
+            if not known and value is not None:  # null stands for an option that is absent
                 _refuse(key, value, "an option of UNet2DConditionModel")
         if cfg.get("sample_size") is None:
             _refuse("sample_size", None, "the side of the latents")

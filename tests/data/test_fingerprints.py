@@ -1,0 +1,58 @@
+"""What training reads under one name is told apart by what it says, not by when it was written."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
+from gadjax.data.fingerprints import _chosen, of_embeddings, of_pictures, of_prompts
+from gadjax.data.images import open_images
+
+
+def test_prompts_by_their_texts_and_order():
+    assert of_prompts(["ab", "c"]) == of_prompts(["ab", "c"])
+    others = [["a", "bc"], ["c", "ab"], ["ab"], ["ab", "c", "c"]]
+    assert len({of_prompts(prompts) for prompts in (["ab", "c"], *others)}) == 5
+
+
+def test_pictures_by_names_captions_and_sizes(tmp_path):
+    def write(name, caption, colour=0):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(caption)
+
+    write("a.png", "one")
+    write("b.png", "two")
+    first = of_pictures(open_images(tmp_path))
+    write("a.png", "one")
+    assert of_pictures(open_images(tmp_path)) == first
+    write("a.png", "other")
+    renamed = of_pictures(open_images(tmp_path))
+    write("a.png", "one")
+    Image.effect_noise((9, 9), 50).save(tmp_path / "b.png")
+    assert len({first, renamed, of_pictures(open_images(tmp_path))}) == 3
+
+
+@pytest.mark.parametrize("changed", ["prompt", "text", "x0", "origin"])
+def test_embeddings_by_what_they_hold(tmp_path, changed):
+    def write(name, changed=""):
+        rng = np.random.default_rng(0)
+        batch = {"text": rng.random((3, 2, 4)), "mask": np.ones((3, 2)), "x0": rng.random((3, 2))}
+        batch["x0"] = np.float32(batch["x0"]).reshape(3, 1, 1, 2)
+        batch["text"] = np.float32(batch["text"])
+        if changed in batch:
+            batch[changed][1] += 1
+        null = {"text": np.zeros((2, 4), np.float32), "mask": np.ones(2)}
+        origin = Origin("b" if changed == "origin" else "a", "v", (1, 1, 2))
+        prompts = ["x", "y", "other" if changed == "prompt" else "z"]
+        (tmp_path / name).mkdir()
+        write_embeddings(tmp_path / name, prompts, [batch], null, origin=origin)
+        return of_embeddings(open_embeddings(tmp_path / name))
+
+    assert write("one") == write("two") != write("three", changed)
+
+
+def test_of_many_some_are_chosen_from_all_over():
+    assert _chosen(3, 5) == [0, 1, 2]
+    chosen = _chosen(10**6, 11)
+    assert len(chosen) == 11 and chosen[0] == 0 and chosen[-1] == 10**6 - 1
+    assert np.ptp(np.diff(chosen)) <= 1
