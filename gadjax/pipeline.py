@@ -1,5 +1,6 @@
 """A diffusers pipeline folder as functions of parameters: text -> cond, latents <-> pictures."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,8 @@ from gadjax.scheduler_config import (
 from gadjax.schedulers import sampler_from_config
 from gadjax.schedules import TrigFlow, expand
 from gadjax.types import Cond, Params
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +101,10 @@ def load_pipeline(
     Raises: InputError for whatever is wrong with the folder.
     """
     folder = open_folder(path, variant=variant, allow_pickle=allow_pickle)
+    mixed = variant and any(not part.weights.variant for part in folder.components.values())
+    if folder.passed or mixed:
+        beside = f" (and not {', '.join(folder.passed)})" if folder.passed else ""
+        log.warning("%s: read %s%s", folder.path, folder.files, beside)
     pipeline = make_pipeline(folder, dtype=dtype, remat=remat)
     return pipeline, {name: part.params for name, part in folder.components.items()}
 

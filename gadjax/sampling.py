@@ -42,12 +42,13 @@ def clean_latent(
 ) -> jax.Array:
     """The map from noise to x0 that is walked when a picture is drawn; differentiable.
 
-    params: of the denoiser. null: the empty prompt, unread where guidance is 1.
+    params: of the denoiser. null: the empty prompt, unread where there is no guidance.
     """
     sampler, times = sampler_and_times(pipeline, sampling)
     if sampling.scale != 1:
         z_BHWC = sampling.scale * z_BHWC
-    predict = pipeline.denoiser.guide(params, cond, null, sampling.guidance)
+    scale = pipeline.denoiser.scale_of(sampling.guidance)
+    predict = pipeline.denoiser.guide(params, cond, null, scale)
     return sample(predict, sampler, z_BHWC, times)
 
 

@@ -32,6 +32,14 @@ X, T = drawn(6), jnp.array([20.0, 431.0, 880.0])
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", [DDPM(), Flow()], ids=["ddpm", "flow"])
+def test_a_users_guidance_up_to_one_is_none():
+    """A network that is told its guidance is told every number."""
+    for embedded in (False, True):
+        denoiser = Denoiser(None, None, "eps", embedded=embedded)
+        found = [denoiser.scale_of(number) for number in (-1, 0, 0.5, 1, 1.5)]
+        assert found == ([-1, 0, 0.5, 1, 1.5] if embedded else [1, 1, 1, 1, 1.5])
+
+
 def test_call_reads_the_networks_output(kind, schedule):
     found = Denoiser(apply, schedule, kind)(PARAMS, X, T, COND)
     raw = apply(PARAMS, X, T, COND)

@@ -70,6 +70,18 @@ def test_pictures_are_diffusers_own(folders, family, tmp_path):
     assert parity.compare_pictures(folder, PROMPTS) <= 1e-4
 
 
+# Sprint is told the number itself.
+UP_TO_ONE = {"sd3": 0.0, "sdxl": 0.5, "sd15": -1.0, "sana": 1.0, "sana_sprint": 0.5}
+
+
+@pytest.mark.parametrize("family", some(UP_TO_ONE, ("sd3",)))
+def test_guidance_up_to_one_is_none(folders, family, tmp_path):
+    """In diffusers too, which is told the same number."""
+    sampling = {"steps": 2, "guidance": UP_TO_ONE[family], "length": LENGTH.get(family, 77)}
+    folder = told(folders(family), tmp_path, **sampling)
+    assert parity.compare_pictures(folder, PROMPTS) <= 1e-4
+
+
 # Family -> how its files are written.
 STORED = {
     "sd15": {"variant": "fp16", "dtype": "float16"},

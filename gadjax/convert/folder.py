@@ -16,7 +16,14 @@ from types import ModuleType
 from typing import Any
 
 from gadjax.convert.atomic import atomic_folder, check_target
-from gadjax.convert.files import Weights, copy_weights, open_weights, write_weights
+from gadjax.convert.files import (
+    STEMS,
+    Weights,
+    copy_weights,
+    open_weights,
+    variant_of,
+    write_weights,
+)
 from gadjax.convert.network import COMPONENTS, keymap_of, read_network
 from gadjax.convert.tensors import (
     Places,
@@ -34,7 +41,6 @@ INDEX = "model_index.json"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 # Parts that no network here is made of: they are copied as they are.
 CARRIED = re.compile(r"scheduler|tokenizer(_\d+)?|feature_extractor|safety_checker")
-STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,18 @@ class PipelineFolder:
         return "unet" if "unet" in self.components else "transformer"
 
     @property
+    def files(self) -> str:
+        """Which files the weights are from, in one line; shards are named by their index."""
+        firsts = (part.weights.files[0] for part in self.components.values() if part.weights.files)
+        return ", ".join(str(path.relative_to(self.path)) for path in firsts)
+
+    @property
+    def passed(self) -> list[str]:
+        """Files of the weights of `files` in another form, which diffusers does not read either."""
+        others = (path for part in self.components.values() for path in part.weights.passed)
+        return [str(path.relative_to(self.path)) for path in others]
+
+    @property
     def encoders(self) -> list[str]:
         """The names of the networks that turn prompts into what the denoiser is told."""
         return [name for name in self.components if name.startswith("text_encoder")]
@@ -109,14 +127,20 @@ def check_pipeline(
     for name in parts:
         if CARRIED.fullmatch(name) and not _has_files(folder / name):
             raise InputError(f"{folder / name}: found no files; expected those of the {name}")
+    networks = {name: of for name, of in parts.items() if not CARRIED.fullmatch(name)}
+    variants = {name: variant_of(folder / name, variant) for name in networks}
+    if variant is not None and not any(variants.values()):
+        raise InputError(
+            f"{folder}: found no variant {variant} of {', '.join(networks)}; expected files of it, "
+            "or no --variant, which reads the plain ones"
+        )
     return PipelineFolder(
         folder,
         model_index,
         scheduler,
         {
-            name: _check_component(folder / name, library, class_name, variant, allow_pickle)
-            for name, (library, class_name) in parts.items()
-            if not CARRIED.fullmatch(name)
+            name: _check_component(folder / name, *of, variants[name], allow_pickle)
+            for name, of in networks.items()
         },
     )
 
@@ -167,7 +191,7 @@ def _check_component(
             f"{folder / 'config.json'}: found class {found}; expected {class_name}, as {INDEX} says"
         )
     module, spec, abstract = read_network(folder / "config.json", class_name, config)
-    weights = open_weights(folder, variant, allow_pickle=allow_pickle)
+    weights = open_weights(folder, variant, library=library, allow_pickle=allow_pickle)
     where = f"{weights.files[0]} ({class_name})"
     places = check_keys(weights.shapes, abstract, keymap_of(module, spec), where)
     check_dtypes(weights.dtypes, places, where)
@@ -247,7 +271,8 @@ def write_pipeline(
             shutil.copyfile(src / name / "config.json", out / name / "config.json")
             if name in params:
                 tensors = _tensors(part, params[name])
-                write_weights(out / name, STEMS[part.library], tensors, dtype=dtype)
+                stem = STEMS[part.library]["safetensors"]
+                write_weights(out / name, stem, tensors, dtype=dtype)
             else:
                 copy_weights(part.weights, out / name)
         for name in _parts(src / INDEX, model_index):

@@ -20,12 +20,11 @@ import jax
 import numpy as np
 
 from gadjax.convert.atomic import partial_folder, put_back
-from gadjax.convert.files import WEIGHTS_NAME, Weights, fingerprint, write_weights
+from gadjax.convert.files import STEMS, WEIGHTS_NAME, Weights, fingerprint, write_weights
 from gadjax.convert.folder import (
     CARRIED,
     INDEX,
     SCHEDULER,
-    STEMS,
     Component,
     PipelineFolder,
     check_parts,
@@ -216,7 +215,7 @@ def write_diffusers(pipeline: PipelineFolder, out: Path) -> None:
     _copy_small(pipeline, out)
     for name, part in pipeline.components.items():
         tensors = tensors_from_params(part.params, part.keymap, views=True)
-        write_weights(out / name, STEMS[part.library], tensors)
+        write_weights(out / name, STEMS[part.library]["safetensors"], tensors)
 
 
 @contextmanager
