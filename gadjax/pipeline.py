@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gadjax.convert.folder import PipelineFolder
+from gadjax.convert.folder import INDEX, PipelineFolder
 from gadjax.convert.orbax_folder import open_folder, outline_folder
+from gadjax.convert.pipelines import check_classes
 from gadjax.convert.recipe import Sampling
 from gadjax.denoiser import Denoiser
 from gadjax.errors import InputError
@@ -83,8 +84,13 @@ class Pipeline:
         image = self.networks["vae"].apply(params, raw, method="decode")
         return jnp.clip(image.astype(jnp.float32), -1, 1)
 
-    def tokens(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.prompts.tokens(list(prompts), length)
+    def tokens(self, prompts: Sequence[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids_BL, mask_BL. None for what guidance leads away from by default: not every family's is
+        the empty prompt."""
+        ids, mask = self.prompts.tokens([prompt or "" for prompt in prompts], length)
+        if gone := [i for i, prompt in enumerate(prompts) if prompt is None]:
+            ids[gone], mask[gone] = self.prompts.untold(None, length)
+        return ids, mask
 
 
 def load_pipeline(
@@ -126,6 +132,7 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
     for name in (folder.body, "vae"):
         if name not in folder.components:
             raise InputError(f"{folder.path}: found no {name}; expected a text-to-image pipeline")
+    check_classes(folder.path / INDEX, folder.model_index)
     networks = {
         name: functional(part.module.build(part.spec, dtype=dtype, remat=remat))
         for name, part in folder.components.items()

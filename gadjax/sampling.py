@@ -9,7 +9,7 @@ import numpy as np
 from gadjax.convert.recipe import Sampling
 from gadjax.pipeline import Pipeline
 from gadjax.samplers import Sampler, sample
-from gadjax.scheduler_config import student_scheduler_config
+from gadjax.scheduler_config import PIXART, student_scheduler_config
 from gadjax.schedulers import sampler_from_config
 from gadjax.types import Cond, Params
 
@@ -30,7 +30,10 @@ def sampler_and_times(pipeline: Pipeline, sampling: Sampling) -> tuple[Sampler, 
     """
     sampler = pipeline.sampler
     if sampling.timesteps is None:
-        return sampler, sampler.times(sampling.steps)
+        times = sampler.times(sampling.steps)
+        if sampling.steps == 1 and pipeline.folder.model_index["_class_name"] == PIXART:
+            times[-1] = sampler.schedule.clean  # of a single step it takes x0
+        return sampler, times
     if not sampler.renoises:
         config = student_scheduler_config(pipeline.folder.scheduler, sampling.timesteps)
         sampler = sampler_from_config(config)

@@ -34,3 +34,18 @@ def tiny_pipeline(torch_pipeline, tmp_path_factory) -> Path:
 def config(tiny_pipeline, tmp_path_factory) -> Path:
     """Of a run of seconds, on `tiny_pipeline`."""
     return write_config(tmp_path_factory.mktemp("config"), tiny_pipeline)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Family -> its folder, made when it is first asked for; to be read and not changed."""
+    import families
+
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = families.make(family, tmp_path_factory.mktemp("families") / family)
+        return made[family]
+
+    return get

@@ -25,19 +25,6 @@ from gadjax.students import KNOWN, known_student
 PROMPTS = ("a red circle above the blue square", "")
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Family -> its folder, made when it is first asked for; to be read and not changed."""
-    made = {}
-
-    def get(family):
-        if family not in made:
-            made[family] = families.make(family, tmp_path_factory.mktemp("families") / family)
-        return made[family]
-
-    return get
-
-
 def told(folder, tmp_path, **sampling):
     """A copy of the folder with a gadjax.json."""
     path = shutil.copytree(folder, tmp_path / "told")

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from gadjax.convert.atomic import atomic_folder, check_target
 from gadjax.convert.files import (
     STEMS,
@@ -25,6 +27,7 @@ from gadjax.convert.files import (
     write_weights,
 )
 from gadjax.convert.network import COMPONENTS, keymap_of, read_network
+from gadjax.convert.pipelines import corrected_network, corrected_scheduler
 from gadjax.convert.tensors import (
     Places,
     check_dtypes,
@@ -47,8 +50,8 @@ CARRIED = re.compile(r"scheduler|tokenizer(_\d+)?|feature_extractor|safety_check
 class Component:
     """One network of a pipeline.
 
-    config: as in the file; spec: the same as the module's Config; abstract: shapes of the
-    parameters; places: where each tensor of `weights` goes; params: numpy arrays in the file's
+    config: as in the file; spec: as the pipeline uses it, the module's Config; abstract: shapes of
+    the parameters; places: where each tensor of `weights` goes; params: numpy arrays in the file's
     dtype unless another was asked for, None when only checked.
     """
 
@@ -74,7 +77,8 @@ class Component:
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """What a pipeline folder holds. scheduler: its configuration, empty when there is none."""
+    """What a pipeline folder holds. scheduler: its configuration as the pipeline uses it, empty
+    when there is none."""
 
     path: Path
     model_index: dict[str, Any]
@@ -123,7 +127,7 @@ def check_pipeline(
     model_index = read_json(folder / INDEX)
     parts = _parts(folder / INDEX, model_index)
     check_parts(folder, parts)
-    scheduler = read_json(folder / SCHEDULER) if "scheduler" in parts else {}
+    scheduler = read_scheduler(folder, model_index) if "scheduler" in parts else {}
     for name in parts:
         if CARRIED.fullmatch(name) and not _has_files(folder / name):
             raise InputError(f"{folder / name}: found no files; expected those of the {name}")
@@ -139,10 +143,15 @@ def check_pipeline(
         model_index,
         scheduler,
         {
-            name: _check_component(folder / name, *of, variants[name], allow_pickle)
+            name: _check_component(model_index, folder / name, *of, variants[name], allow_pickle)
             for name, of in networks.items()
         },
     )
+
+
+def read_scheduler(folder: Path, model_index: Mapping[str, Any]) -> dict[str, Any]:
+    """scheduler_config.json as the folder's pipeline uses it."""
+    return corrected_scheduler(model_index, read_json(folder / SCHEDULER))
 
 
 def check_parts(folder: Path, parts: Iterable[str]) -> None:
@@ -180,7 +189,12 @@ def _has_files(folder: Path) -> bool:
 
 
 def _check_component(
-    folder: Path, library: str, class_name: str, variant: str | None, allow_pickle: bool
+    index: Mapping[str, Any],
+    folder: Path,
+    library: str,
+    class_name: str,
+    variant: str | None,
+    allow_pickle: bool,
 ) -> Component:
     config = read_json(folder / "config.json")
     architectures = config.get("architectures")
@@ -190,7 +204,8 @@ def _check_component(
         raise InputError(
             f"{folder / 'config.json'}: found class {found}; expected {class_name}, as {INDEX} says"
         )
-    module, spec, abstract = read_network(folder / "config.json", class_name, config)
+    used = corrected_network(index, folder.name, config)
+    module, spec, abstract = read_network(folder / "config.json", class_name, used)
     weights = open_weights(folder, variant, library=library, allow_pickle=allow_pickle)
     where = f"{weights.files[0]} ({class_name})"
     places = check_keys(weights.shapes, abstract, keymap_of(module, spec), where)
@@ -226,6 +241,14 @@ def read_pipeline(
 
 
 def _read(part: Component, dtype) -> Params:
+    entries = part.weights.entries
+    for key, other in part.keymap.twins:
+        if key in entries and other in entries:
+            if not np.array_equal(entries[key].read(), entries[other].read()):
+                raise InputError(
+                    f"{entries[key].path}: found {key} and {other} with different values; expected "
+                    "the same, as these are two names of one tensor"
+                )
     stream = part.weights.stream(part.places)
     where = str(part.weights.files[0])
     return place_tensors(stream, part.places, part.abstract, dtype, where)

@@ -29,8 +29,10 @@ from gadjax.convert.folder import (
     PipelineFolder,
     check_parts,
     read_pipeline,
+    read_scheduler,
 )
 from gadjax.convert.network import COMPONENTS, read_network
+from gadjax.convert.pipelines import corrected_network
 from gadjax.convert.tensors import check_keys, place_tensors, tensors_from_params
 from gadjax.errors import InputError, RunStopped
 from gadjax.models.module import flatten
@@ -90,9 +92,10 @@ def read_own(
         raise InputError(f"{folder}: found no {', '.join(absent)}; expected a network of that name")
     parts = {}
     for name, entry in networks.items():
-        part = describe(folder, name, model_index.get(name))
+        part = describe(folder, name, model_index)
         parts[name] = _read(part, entry["fingerprint"], dtype) if name in wanted else part
-    scheduler = read_json(folder / SCHEDULER) if (folder / SCHEDULER).is_file() else {}
+    has_scheduler = (folder / SCHEDULER).is_file()
+    scheduler = read_scheduler(folder, model_index) if has_scheduler else {}
     return PipelineFolder(folder, model_index, scheduler, parts)
 
 
@@ -126,18 +129,19 @@ def outline_folder(folder: Path) -> PipelineFolder:
     names = _parts(folder, model_index)
     check_parts(folder, names)
     networks = [name for name in names if not CARRIED.fullmatch(name)]
-    parts = {name: describe(folder, name, model_index[name]) for name in networks}
-    return PipelineFolder(folder, model_index, read_json(folder / SCHEDULER), parts)
+    parts = {name: describe(folder, name, model_index) for name in networks}
+    return PipelineFolder(folder, model_index, read_scheduler(folder, model_index), parts)
 
 
-def describe(folder: Path, name: str, entry: Any) -> Component:
+def describe(folder: Path, name: str, model_index: Mapping[str, Any]) -> Component:
     """A network without its parameters; its weights are empty, as there are no weight files."""
-    where = folder / name / "config.json"
+    where, entry = folder / name / "config.json", model_index.get(name)
     strings = isinstance(entry, list) and all(isinstance(word, str) for word in entry)
     if not strings or len(entry) != 2 or entry[1] not in COMPONENTS or entry[0] not in STEMS:
         raise InputError(f"{folder / INDEX}: found {name}: {entry}; expected [library, class]")
     config = read_json(where)
-    module, spec, abstract = read_network(where, entry[1], config)
+    used = corrected_network(model_index, name, config)
+    module, spec, abstract = read_network(where, entry[1], used)
     weights = Weights(folder / PARAMS / name, None, (), {})
     return Component(name, entry[0], module, config, spec, abstract, weights, {})
 

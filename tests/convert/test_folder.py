@@ -4,6 +4,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from checkpoints import edit, params_of, refused, same, state
 from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DModel
@@ -150,6 +151,27 @@ def test_a_whole_file_beside_an_index(torch_pipeline, tiny_pipeline, tmp_path):
         theirs = kind.from_pretrained(old / name).state_dict()
         for key, value in ours.items():
             np.testing.assert_array_equal(value, theirs[key].numpy(), key)
+
+
+@pytest.mark.parametrize("held", ["shared", "encoder.embed_tokens", "both"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_t5s_embedding_under_either_name(tiny_pipeline, tmp_path, held, tied):
+    src = shutil.copytree(tiny_pipeline, tmp_path / "src")
+    folder, path = src / "text_encoder", src / "text_encoder" / "model.safetensors"
+    edit(folder / "config.json", tie_word_embeddings=tied)
+    tensors = state(src, "text_encoder")
+    value = tensors.pop("shared.weight")
+    names = ["shared", "encoder.embed_tokens"] if held == "both" else [held]
+    tensors |= {f"{name}.weight": value.clone() for name in names}
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    theirs = T5EncoderModel.from_pretrained(folder).encoder.embed_tokens.weight.detach().numpy()
+    read = read_pipeline(src, components=["text_encoder"]).components["text_encoder"].params
+    np.testing.assert_array_equal(read["shared"]["embedding"], theirs)
+    if held == "both":  # of which transformers takes the second, and no longer ties them
+        tensors["encoder.embed_tokens.weight"] *= 0.5
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+        words = "encoder.embed_tokens.weight and shared.weight with different values"
+        refused(lambda: read_pipeline(src), path, words)
 
 
 def test_a_variant_that_some_parts_have(torch_pipeline, tiny_pipeline, tmp_path, caplog):
