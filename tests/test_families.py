@@ -19,7 +19,7 @@ from gadjax.convert.folder import read_pipeline
 from gadjax.convert.recipe import FILE
 from gadjax.errors import InputError
 from gadjax.objectives import DMD, GAD, Anchor, Regression
-from gadjax.pipeline import load_pipeline, make_pipeline
+from gadjax.pipeline import load_pipeline, make_pipeline, outline_pipeline
 from gadjax.students import KNOWN, known_student
 
 PROMPTS = ("a red circle above the blue square", "")
@@ -181,6 +181,17 @@ def test_known_students_are_drawn_as_their_authors_do(folders, recipe, tmp_path)
         assert stored.denoiser.parameterization == pipeline.denoiser.parameterization
     assert parity.compare_pictures(path, PROMPTS) <= 1e-4
     assert sampling.scale == pytest.approx(0.9285640 if recipe == "sid-sd" else 1, rel=1e-6)
+
+
+def test_a_recipe_keeps_what_its_scheduler_reads_of_the_folders(folders, tmp_path):
+    """As from_config does: Euler has no clip_sample, LCM has."""
+    path = shutil.copytree(folders("sdxl"), tmp_path / "sdxl")
+    edit(path / "scheduler" / "scheduler_config.json", clip_sample=True)
+    pipeline, _ = outline_pipeline(path)
+    theirs = diffusers.EulerDiscreteScheduler.from_pretrained(path / "scheduler")
+    assert diffusers.LCMScheduler.from_config(theirs.config).config.clip_sample is True
+    with pytest.raises(InputError, match="clip_sample: found True; expected false"):
+        known_student("dmd2-sdxl", pipeline)
 
 
 def test_a_recipe_of_another_family_is_refused(folders):

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.errors import InputError
-from gadjax.scheduler_config import PIXART
+from gadjax.scheduler_config import EULER, PIXART, SCM
 from gadjax.shown import shown
 
 SD, SDXL, SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
 SIGMA, SANA, SPRINT = "PixArtSigmaPipeline", "SanaPipeline", "SanaSprintPipeline"
+
+UNSCALED = (SANA, SD3)  # neither calls scale_model_input
 
 _CLIP, _PROJECTED = ("CLIPTextModel",), ("CLIPTextModelWithProjection",)
 _KL, _UNET = {"vae": ("AutoencoderKL",)}, {"unet": ("UNet2DConditionModel",)}
@@ -47,7 +49,8 @@ PIPELINES: dict[str, dict[str, tuple[str, ...]]] = {
 def check_classes(path: Path, index: Mapping[str, Any]) -> None:
     """index: model_index.json, which is at `path`.
 
-    Raises: InputError for a pipeline that is none of these, or is not made for its networks.
+    Raises: InputError for a pipeline that is none of these, or is not made for its networks or its
+    scheduler.
     """
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in PIPELINES:
@@ -61,6 +64,18 @@ def check_classes(path: Path, index: Mapping[str, Any]) -> None:
                 f"{path}, {name}: found {shown(entry[-1])}; expected {' or '.join(classes)}, for "
                 f"which {kind} is made"
             )
+    entry = index.get("scheduler")
+    scheduler = entry[-1] if isinstance(entry, list) else None
+    if (kind == SPRINT) != (scheduler == SCM):
+        raise InputError(
+            f"{path}, scheduler: found {shown(scheduler)} of a {kind}; expected {SCM} of {SPRINT} "
+            "alone, which tells the network another time and latent"
+        )
+    if scheduler == EULER and kind in UNSCALED:
+        raise InputError(
+            f"{path}, scheduler: found {EULER}; expected another, as {kind} does not scale latents "
+            "for it"
+        )
 
 
 def corrected_scheduler(index: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -176,5 +176,23 @@ def test_encoders_of_another_class_are_refused(folder, folders, tmp_path):
 def test_sanas_pipeline_and_its_network_go_together(folders, tmp_path):
     for family, kind in (("sana", "SanaSprintPipeline"), ("sana_sprint", "SanaPipeline")):
         folder = shutil.copytree(folders(family), tmp_path / family)
+        found = check_pipeline(folder).scheduler["_class_name"]
         edit(folder / "model_index.json", _class_name=kind)
+        words = f"scheduler: found '{found}' of a {kind}; expected SCMScheduler of SanaSprintPip"
+        refused(lambda: outline_pipeline(folder), words)  # noqa: B023
+        other = "SCMScheduler" if family == "sana" else "DDIMScheduler"
+        edit(folder / "model_index.json", scheduler=["diffusers", other])
+        file = folder / "scheduler" / "scheduler_config.json"
+        file.write_text(
+            json.dumps(
+                {"prediction_type": "trigflow"} if family == "sana" else {"clip_sample": False}
+            )
+        )
         refused(lambda: outline_pipeline(folder), f"found a {kind} with guidance_embeds")  # noqa: B023
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_pipelines_that_scale_no_latents_are_refused_with_euler(folders, family, tmp_path):
+    folder = shutil.copytree(folders(family), tmp_path / family)
+    edit(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    refused(lambda: outline_pipeline(folder), "scheduler: found EulerDiscreteScheduler; expected")
