@@ -56,3 +56,18 @@ def programs_of_finished_files_go():
         sys.modules["jax"].clear_caches()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Family -> its folder, made when it is first asked for; to be read and not changed."""
+    import families
+
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = families.make(family, tmp_path_factory.mktemp("families") / family)
+        return made[family]
+
+    return get

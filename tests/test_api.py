@@ -52,6 +52,17 @@ def test_pictures_are_those_of_the_command(tiny_pipeline, tmp_path):
     )
 
 
+def test_guidance_zero_asks_for_none(tiny_pipeline):
+    """As in diffusers and on the cards that say 0; there is nothing to lead away from then."""
+    model = gadjax.load(tiny_pipeline)
+    zero, one, two = (
+        gadjax.sample(model, PROMPTS, steps=1, guidance=guidance) for guidance in (0, 1, 2)
+    )
+    np.testing.assert_array_equal(zero, one)
+    assert np.any(zero[0] != two[0])
+    refused(lambda: gadjax.sample(model, PROMPTS, guidance=0, negative="blue"), "negative: found")
+
+
 def test_a_distilled_student_is_that_of_the_command(student, tiny_pipeline, tmp_path):
     """The same config in a workdir, by `gadjax train`, and the same weights bit for bit."""
     config, prompts = student.trained.config, tmp_path / "prompts.jsonl"

@@ -109,7 +109,7 @@ def prepare(
         denoiser=pipeline.denoiser,
         objective=objective,
         times=(*times, pipeline.denoiser.schedule.clean),
-        guidance=float(config.guidance),
+        guidance=pipeline.denoiser.scale_of(float(config.guidance)),
         optimizers=optimizers,
         ema=config.ema,
         microbatches=microbatches,
