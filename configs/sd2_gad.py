@@ -2,11 +2,15 @@
 
 Reproduces: the kind of run that GAD's paper has on SD2 (output matching with LADD). Its code is not
           public: grid, weights and rates are those of the public PixArt code, not the paper's.
+Differs:  LADD's discriminator has heads on several blocks, with an R1 penalty; the adversarial term
+          here has one head on the features half-way. The student's rate is constant and 128 samples
+          stand for the PixArt code's 16, as in pixart_gad.py.
 Command:  gadjax train --config configs/sd2_gad.py --workdir DIR
               --config.teacher=PATH/stable-diffusion-2-base --config.data.prompts=PROMPTS.txt
 Variants: gad (regression to the teacher's next latent + GAD, the default); base (regression alone);
-          ladd and ladd_gad (a discriminator on the teacher's features beside it; wants pictures:
-          --config.data.latents=DIR of gadjax embed --images); one and one_gad (a single step)
+          adversarial and adversarial_gad (a discriminator on the teacher's features beside it;
+          wants pictures: --config.data.latents=DIR of gadjax embed --images); one and one_gad (a
+          single step)
 Hardware: meant for 16 TPU v5e chips or 8 GPUs of 80 GB.
 Result:   not yet run.
 """
@@ -15,16 +19,16 @@ from gadjax.errors import InputError
 from gadjax.training.config import default_config
 
 REGRESSION = {"regression": {"steps": 4}}
-LADD = {"adversarial": {"weight": 0.1, "features": "teacher", "loss": "hinge"}}
-GAD = {"gad": {"weight": 1.0, "steps": 4}}
+ADVERSARIAL = {"adversarial": {"weight": 0.1, "features": "teacher", "loss": "hinge"}}
+GAD = {"gad": {"weight": 1.0, "steps": 4, "loss": "square"}}
 ONE = {"regression": {"steps": 12}}
 VARIANTS = {
     "gad": REGRESSION | GAD,
     "base": REGRESSION,
-    "ladd": REGRESSION | LADD,
-    "ladd_gad": REGRESSION | LADD | GAD,
+    "adversarial": REGRESSION | ADVERSARIAL,
+    "adversarial_gad": REGRESSION | ADVERSARIAL | GAD,
     "one": ONE,
-    "one_gad": ONE | {"gad": {"weight": 1.0, "steps": 12}},
+    "one_gad": ONE | {"gad": {"weight": 1.0, "steps": 12, "loss": "square"}},
 }
 
 

@@ -2,10 +2,12 @@
 
 Reproduces: dmd2 and dmd2_gan: DMD2 (arXiv 2405.14867), 4 steps: times 999/749/499/249, guidance 8,
           rate 5e-7 for both, 5 critic updates for one of the student's, 128 samples, a
-          discriminator of weight 0.005. Its student adds noise between its steps; gadjax's walks
-          the deterministic path, which is what GAD differentiates.
+          discriminator of weight 0.005.
           dpdmd: DP-DMD's form for diffusion models (the anchor's target is x0). Its settings for
           SDXL are not public; weight and K (a third of the teacher's steps) are SD3.5's.
+Differs:  DMD2's student adds noise between its steps; gadjax's walks the deterministic path, which
+          is what GAD differentiates. DMD2's discriminator is a tower of convolutions on the middle
+          block of the critic; here it is an MLP there, averaged over positions.
 Command:  gadjax train --config configs/sdxl.py:dmd2 --workdir DIR
               --config.teacher=PATH/stable-diffusion-xl-base-1.0 --config.data.prompts=PROMPTS.txt
 Variants: dpdmd (default); dpdmd_gad (with GAD); dmd2; dmd2_gan (wants pictures:
@@ -20,7 +22,8 @@ from gadjax.training.config import default_config
 ANCHOR = {"anchor": {"weight": 0.05, "target": "x0", "steps": 10, "until": 666.0}}
 VARIANTS = {
     "dpdmd": {"dmd": {"backprop": "all"}} | ANCHOR,
-    "dpdmd_gad": {"dmd": {"backprop": "all"}, "gad": {"weight": 1.0, "steps": 4}} | ANCHOR,
+    "dpdmd_gad": {"dmd": {"backprop": "all"}, "gad": {"weight": 1.0, "steps": 4, "loss": "square"}}
+    | ANCHOR,
     "dmd2": {"dmd": {}},
     "dmd2_gan": {"dmd": {}, "adversarial": {"weight": 0.005}},
 }

@@ -2,10 +2,10 @@
 
 Command:  gadjax train --config configs/shapes_gad.py --workdir runs/shapes_gad
 Variants: --config configs/shapes_gad.py:VARIANT with
-  gad (default)  dmd + gad (polar) + anchor
+  gad (default)  dmd + gad + anchor
   dmd            dmd alone
   anchor         dmd + anchor (DP-DMD)
-  tdm            tdm + gad (polar) + anchor
+  tdm            tdm + gad + anchor
   regression     regression to the teacher's own next latent
   quickstart     gad in fewer and smaller updates, for launch/quickstart.sh
 Hardware: 2 CPU cores.
@@ -18,7 +18,7 @@ The student's times are the 4-step grid of the teacher's own DPM-Solver, which t
 from gadjax.errors import InputError
 from gadjax.training.config import default_config
 
-GAD = {"weight": 0.3, "steps": 4, "loss": "polar"}
+GAD = {"weight": 0.3, "steps": 4}
 ANCHOR = {"weight": 0.05, "target": "v", "steps": 4}
 VARIANTS = {
     "gad": {"dmd": {}, "gad": GAD, "anchor": ANCHOR},

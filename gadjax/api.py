@@ -120,14 +120,13 @@ def drawn_with(
         raise InputError(f"guidance: found {guidance}; expected a finite number")
     asked = {"steps": steps, "guidance": guidance, "negative": negative}
     asked = {key: value for key, value in asked.items() if value is not None}
-    sampling = replace(sampling, **asked)
-    if negative is not None and (sampling.guidance == 1 or model.pipeline.denoiser.embedded):
+    model = replace(model, sampling=replace(sampling, **asked))
+    if negative is not None and not model.guided:
         raise InputError(
             f"negative: found {negative!r}; expected none, because this model draws without "
             "classifier-free guidance"
         )
-    pipeline = model.pipeline if size is None else resized(model.pipeline, size)
-    return replace(model, pipeline=pipeline, sampling=sampling)
+    return model if size is None else replace(model, pipeline=resized(model.pipeline, size))
 
 
 @settled()

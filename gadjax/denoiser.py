@@ -56,6 +56,12 @@ class Denoiser:
     def __call__(self, params: Params, x_BHWC, t_B, cond: Cond) -> Prediction:
         return self.read(self.raw(params, x_BHWC, t_B, cond), x_BHWC, t_B)
 
+    def scale_of(self, guidance: float) -> float:
+        """What a user's guidance is as a scale: every number up to 1 asks for none, as in
+        diffusers, so that the prompt alone is told. A network that is told its guidance is told
+        the number itself."""
+        return guidance if self.embedded or guidance > 1 else 1.0
+
     def guided_raw(self, params: Params, x_BHWC, t_B, cond: Cond, null: Cond, scale):
         """Classifier-free guidance null + scale (cond - null), both in one call of the network.
 

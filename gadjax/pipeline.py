@@ -1,5 +1,6 @@
 """A diffusers pipeline folder as functions of parameters: text -> cond, latents <-> pictures."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gadjax.convert.folder import PipelineFolder
+from gadjax.convert.folder import INDEX, PipelineFolder
 from gadjax.convert.orbax_folder import open_folder, outline_folder
+from gadjax.convert.pipelines import check_classes
 from gadjax.convert.recipe import Sampling
 from gadjax.denoiser import Denoiser
 from gadjax.errors import InputError
@@ -27,6 +29,8 @@ from gadjax.schedulers import sampler_from_config
 from gadjax.schedules import TrigFlow, expand
 from gadjax.seeds import make_key
 from gadjax.types import Cond, Params
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +85,13 @@ class Pipeline:
         image = self.networks["vae"].apply(params, raw, method="decode")
         return jnp.clip(image.astype(jnp.float32), -1, 1)
 
-    def tokens(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.prompts.tokens(list(prompts), length)
+    def tokens(self, prompts: Sequence[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids_BL, mask_BL. None for what guidance leads away from by default: not every family's is
+        the empty prompt."""
+        ids, mask = self.prompts.tokens([prompt or "" for prompt in prompts], length)
+        if gone := [i for i, prompt in enumerate(prompts) if prompt is None]:
+            ids[gone], mask[gone] = self.prompts.untold(None, length)
+        return ids, mask
 
 
 def load_pipeline(
@@ -99,6 +108,10 @@ def load_pipeline(
     Raises: InputError for whatever is wrong with the folder.
     """
     folder = open_folder(path, variant=variant, allow_pickle=allow_pickle)
+    mixed = variant and any(not part.weights.variant for part in folder.components.values())
+    if folder.passed or mixed:
+        beside = f" (and not {', '.join(folder.passed)})" if folder.passed else ""
+        log.warning("%s: read %s%s", folder.path, folder.files, beside)
     pipeline = make_pipeline(folder, dtype=dtype, remat=remat)
     return pipeline, {name: part.params for name, part in folder.components.items()}
 
@@ -120,6 +133,7 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
     for name in (folder.body, "vae"):
         if name not in folder.components:
             raise InputError(f"{folder.path}: found no {name}; expected a text-to-image pipeline")
+    check_classes(folder.path / INDEX, folder.model_index)
     networks = {
         name: functional(part.module.build(part.spec, dtype=dtype, remat=remat))
         for name, part in folder.components.items()

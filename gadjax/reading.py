@@ -32,8 +32,9 @@ def open_file(path: Path, expected: str) -> Iterator[BinaryIO]:
         raise InputError(f"{path}: found a folder; expected {expected}") from None
     except OSError as error:
         raise InputError(f"{path}: found {error.strerror}; expected {expected}") from None
-    except ValueError as error:  # a NUL in the name
-        raise InputError(f"{path}: found {error}; expected {expected}") from None
+    except ValueError as error:
+        found = "a null byte in its name" if "\0" in str(path) else error
+        raise InputError(f"{path}: found {found}; expected {expected}") from None
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise InputError(f"{path}: found no regular file; expected {expected}")

@@ -9,7 +9,7 @@ import numpy as np
 from gadjax.convert.recipe import Sampling
 from gadjax.pipeline import Pipeline
 from gadjax.samplers import Sampler, sample
-from gadjax.scheduler_config import student_scheduler_config
+from gadjax.scheduler_config import PIXART, student_scheduler_config
 from gadjax.schedulers import sampler_from_config
 from gadjax.seeds import make_key
 from gadjax.settings import settled
@@ -33,7 +33,10 @@ def sampler_and_times(pipeline: Pipeline, sampling: Sampling) -> tuple[Sampler, 
     """
     sampler = pipeline.sampler
     if sampling.timesteps is None:
-        return sampler, sampler.times(sampling.steps)
+        times = sampler.times(sampling.steps)
+        if sampling.steps == 1 and pipeline.folder.model_index["_class_name"] == PIXART:
+            times[-1] = sampler.schedule.clean  # of a single step it takes x0
+        return sampler, times
     if not sampler.renoises:
         config = student_scheduler_config(pipeline.folder.scheduler, sampling.timesteps)
         sampler = sampler_from_config(config)
@@ -45,12 +48,13 @@ def clean_latent(
 ) -> jax.Array:
     """The map from noise to x0 that is walked when a picture is drawn; differentiable.
 
-    params: of the denoiser. null: the empty prompt, unread where guidance is 1.
+    params: of the denoiser. null: the empty prompt, unread where there is no guidance.
     """
     sampler, times = sampler_and_times(pipeline, sampling)
     if sampling.scale != 1:
         z_BHWC = sampling.scale * z_BHWC
-    predict = pipeline.denoiser.guide(params, cond, null, sampling.guidance)
+    scale = pipeline.denoiser.scale_of(sampling.guidance)
+    predict = pipeline.denoiser.guide(params, cond, null, scale)
     return sample(predict, sampler, z_BHWC, times)
 
 

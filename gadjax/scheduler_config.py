@@ -120,7 +120,10 @@ def student_scheduler_config(cfg: dict, timesteps: Sequence[float], pipeline: st
 
 
 def is_flow(cfg: dict) -> bool:
-    return cfg.get("_class_name") == FLOW_EULER or bool(cfg.get("use_flow_sigmas"))
+    name = cfg.get("_class_name")
+    if name in (DDIM, EULER, PNDM, LCM, SCM):  # which have no such key
+        return False
+    return name == FLOW_EULER or bool(cfg.get("use_flow_sigmas"))
 
 
 def refused(cfg: dict, key: str, found, expected: str) -> InputError:

@@ -1,7 +1,8 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, with t in the network's own units.
 
 DDPM and Flow span a thousand units, TrigFlow a quarter of a circle. `clean` is the time at which
-x_t is x0 itself: -1 for DDPM, whose time 0 is already noised once, and 0 for the others.
+x_t is x0 itself: -1 for DDPM, whose time 0 is already noised once, and 0 for the others. Losses
+draw times a `spacing` apart, from clean + spacing to `last`.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from gadjax.errors import InputError
 class NoiseSchedule(Protocol):
     clean: float
     last: float
+    spacing: float
 
     def alpha_sigma(self, t):
         """alpha and sigma at times t (any shape; NumPy in, float64 NumPy out; else JAX)."""
@@ -39,6 +41,7 @@ class DDPM:
     beta_schedule: str = "linear"
     steps: int = 1000
     clean: float = -1.0
+    spacing: float = 1.0
 
     @property
     def last(self) -> float:
@@ -85,6 +88,7 @@ class Flow:
 
     steps: int = 1000
     clean: float = 0.0
+    spacing: float = 1.0
 
     @property
     def last(self) -> float:
@@ -104,6 +108,7 @@ class TrigFlow:
 
     clean: float = 0.0
     last: float = 1.57080  # as SanaSprintPipeline rounds it
+    spacing: float = 1.57080 / 1000
 
     def alpha_sigma(self, t):
         if isinstance(t, jax.Array):

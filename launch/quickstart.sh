@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "$0")/env.sh"
 make_environment
 run=${RUN:-runs/quickstart}
-export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE=1
 teacher=gadjax/assets/shapes_flow_teacher
 prompts=gadjax/assets/shapes_test_prompts.txt
 mkdir -p "$run"

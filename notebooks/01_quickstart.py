@@ -70,7 +70,7 @@ by_teacher = gadjax.sample(teacher, PROMPTS)
 # %%
 student = gadjax.distill(
     teacher,
-    DMD() + 0.3 * GAD(loss="polar") + 0.05 * Anchor(),
+    DMD() + 0.3 * GAD() + 0.05 * Anchor(),
     "asset:shapes_prompts.txt",
     updates=UPDATES,
     optim={"lr": 3e-4, "b1": 0.0, "b2": 0.95},

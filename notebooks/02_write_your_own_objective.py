@@ -24,7 +24,7 @@ import numpy as np
 
 from gadjax.bench import Bench, Mixture, table
 from gadjax.geometry import Directions
-from gadjax.objectives import DMD, GAD, Needs, Regression, TeacherMap
+from gadjax.objectives import DMD, GAD, TERMS, Needs, Regression, TeacherMap, as_config
 from gadjax.objectives.base import sample_mean
 from gadjax.objectives.compose import Addable
 from gadjax.training.preview import grid
@@ -108,6 +108,12 @@ grid([("", np.stack(list(cells.values())))], list(cells), scale=1).save(OUT / "0
 print(f"picture: {OUT / '02_rings.png'}")
 
 # %% [markdown]
-# To train with it on pictures, put the class into a file of `gadjax/objectives/`, its name into
-# `TERMS` there, and a test beside it: `CONTRIBUTING.md` has the three steps. In Python it can be
-# handed to `gadjax.distill` as it is.
+# To train with it on pictures, give it a name: a run keeps its objective as a config, in which
+# terms are names. With the line below `gadjax.distill(teacher, DMD() + 0.3 * Sobolev(), prompts)`
+# takes it, in this process; loading such a run's workdir in another one needs the line as well. For
+# the commands put the class into a file of `gadjax/objectives/`, its name into `TERMS` there, and a
+# test beside it: `CONTRIBUTING.md` has the three steps.
+
+# %%
+TERMS["sobolev"] = Sobolev
+print(as_config(DMD() + 0.3 * Sobolev(), TERMS))

@@ -59,7 +59,8 @@ def distil(objective):
     )
 
 
-models = {"teacher": teacher, "DMD": distil(DMD()), "DMD + GAD": distil(DMD() + 0.5 * GAD(loss="polar"))}
+models = {"teacher": teacher, "DMD": distil(DMD())}
+models["DMD + GAD"] = distil(DMD() + 0.5 * GAD())
 
 # %% [markdown]
 # ## The same noises through all three

@@ -1,19 +1,19 @@
+import ctypes
+import gc
 import os
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_run import build_pipeline, write_config
+from xla_flags import hurried
 
 # Tests compile the same programs again and again, also in processes of their own.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/jax").absolute()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Nearly all of the time goes into optimising programs that then run for none.
-HURRY = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false"
-)
-if HURRY not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {HURRY}".strip()
+os.environ["XLA_FLAGS"] = hurried(os.environ.get("XLA_FLAGS", ""))
+ENOUGH = 3 << 29  # bytes of a worker
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +34,40 @@ def tiny_pipeline(torch_pipeline, tmp_path_factory) -> Path:
 def config(tiny_pipeline, tmp_path_factory) -> Path:
     """Of a run of seconds, on `tiny_pipeline`."""
     return write_config(tmp_path_factory.mktemp("config"), tiny_pipeline)
+
+
+def large() -> bool:
+    return psutil.Process().memory_info().rss > ENOUGH
+
+
+@pytest.fixture(autouse=True)
+def freed_memory_goes_back():
+    """The C library keeps what compiling has freed: half of a worker."""
+    yield
+    if large():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_finished_files_go():
+    """Another file that needs one compiles or reads it again: hence only of large workers."""
+    yield
+    if "jax" in sys.modules and large():
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Family -> its folder, made when it is first asked for; to be read and not changed."""
+    import families
+
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = families.make(family, tmp_path_factory.mktemp("families") / family)
+        return made[family]
+
+    return get

@@ -7,6 +7,7 @@ import numpy as np
 from closed_form import FLOW_WORLD, SHAPE, D, gaussian_params, mixture_params
 
 from gadjax.cli.main import main
+from gadjax.convert.recipe import Sampling
 from gadjax.objectives import TERMS, build
 from gadjax.ops.placement import shares
 from gadjax.training.setup import Run
@@ -53,7 +54,7 @@ def prepare_with(source):
 
     def prepare(config):
         mesh = make_mesh(config.mesh)
-        objective = build(config.objective, TERMS, 4)
+        objective = build(config.objective, TERMS, FLOW_WORLD.times[:-1])
         optimizers = {role: make_optimizer(config.optim) for role in ("student", "critic")}
         parts = check_batch(config.batch, config.microbatch or config.batch, mesh)
         recipe = FLOW_WORLD.recipe(
@@ -67,8 +68,10 @@ def prepare_with(source):
             body="formula",
             latent=SHAPE,
             cond=lambda text, mask, pooled: Cond(text, mask),
+            sampling=Sampling(),
             folder=SimpleNamespace(
-                components={"formula": SimpleNamespace(module=SimpleNamespace(RULES=()))}
+                path=Path("formula"),
+                components={"formula": SimpleNamespace(module=SimpleNamespace(RULES=()))},
             ),
         )
         null = {"text": np.zeros((1, 1, D), np.float32), "mask": np.ones((1, 1), np.int32)}

@@ -52,6 +52,17 @@ def test_pictures_are_those_of_the_command(tiny_pipeline, tmp_path):
     )
 
 
+def test_guidance_zero_asks_for_none(tiny_pipeline):
+    """As in diffusers and on the cards that say 0; there is nothing to lead away from then."""
+    model = gadjax.load(tiny_pipeline)
+    zero, one, two = (
+        gadjax.sample(model, PROMPTS, steps=1, guidance=guidance) for guidance in (0, 1, 2)
+    )
+    np.testing.assert_array_equal(zero, one)
+    assert np.any(zero[0] != two[0])
+    refused(lambda: gadjax.sample(model, PROMPTS, guidance=0, negative="blue"), "negative: found")
+
+
 def test_a_distilled_student_is_that_of_the_command(student, tiny_pipeline, tmp_path):
     """The same config in a workdir, by `gadjax train`, and the same weights bit for bit."""
     config, prompts = student.trained.config, tmp_path / "prompts.jsonl"
@@ -149,13 +160,14 @@ def test_a_workdir_is_read_as_the_command_reads_it(tiny_pipeline, tmp_path):
         (DMD() + 0.3 * GAD(steps=8), {"dmd": {}, "gad": {"weight": 0.3, "steps": 8}}),
         (2 * GAD(step_weights=(1.0, 0.5)), {"gad": {"weight": 2.0, "step_weights": (1.0, 0.5)}}),
         (DMD() + 0 * GAD(), {"dmd": {}}),
+        (GAD() + 0.5 * GAD(end="clean"), {"gad": {}, "gad_2": {"weight": 0.5, "end": "clean"}}),
     ],
 )
 def test_an_objective_is_a_config_and_back(objective, config):
     assert as_config(objective, TERMS) == config
     assert as_config(config, TERMS) == config
     for stored in (config, json.loads(json.dumps(config))):
-        assert build(stored, TERMS, 2) == Sum(()) + objective
+        assert build(stored, TERMS, (999, 499)) == Sum(()) + objective
     for name, kind in TERMS.items():
         assert as_config(kind(), TERMS) == {name: {}}
 
@@ -165,5 +177,15 @@ def test_terms_that_no_config_can_name():
         pass
 
     refused(lambda: as_config(DMD() + Mine(), TERMS), "found Mine", "TERMS")
-    refused(lambda: as_config(DMD() + DMD(), TERMS), "dmd twice")
     assert as_config(0.5 * Mine(), TERMS | {"mine": Mine}) == {"mine": {"weight": 0.5}}
+
+
+def test_a_term_that_was_given_a_name_is_a_config_too(monkeypatch):
+    class Mine(Regression):
+        pass
+
+    monkeypatch.setitem(TERMS, "half", Mine)
+    config = as_config(GAD() + Mine(), TERMS)
+    assert config == {"gad": {}, "half": {}}
+    total = build(config, TERMS, (999, 499))
+    assert total.names == ("gad", "half") and type(total.parts[1][1]) is Mine

@@ -141,3 +141,11 @@ def test_denoising_loss(kind, schedule, dtype):
     found = Denoiser(apply, schedule, kind).denoising_loss(PARAMS, x0, eps, t, COND)
     raw = apply(PARAMS, add_noise(schedule, x0, eps, t), T, COND)
     np.testing.assert_allclose(found, ((raw - target) ** 2).mean((1, 2, 3)), rtol=1e-5)
+
+
+def test_a_users_guidance_up_to_one_is_none():
+    """A network that is told its guidance is told every number."""
+    for embedded in (False, True):
+        denoiser = Denoiser(None, None, "eps", embedded=embedded)
+        found = [denoiser.scale_of(number) for number in (-1, 0, 0.5, 1, 1.5)]
+        assert found == ([-1, 0, 0.5, 1, 1.5] if embedded else [1, 1, 1, 1, 1.5])

@@ -19,23 +19,10 @@ from gadjax.convert.folder import read_pipeline
 from gadjax.convert.recipe import FILE
 from gadjax.errors import InputError
 from gadjax.objectives import DMD, GAD, Anchor, Regression
-from gadjax.pipeline import load_pipeline, make_pipeline
+from gadjax.pipeline import load_pipeline, make_pipeline, outline_pipeline
 from gadjax.students import KNOWN, known_student
 
 PROMPTS = ("a red circle above the blue square", "")
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Family -> its folder, made when it is first asked for; to be read and not changed."""
-    made = {}
-
-    def get(family):
-        if family not in made:
-            made[family] = families.make(family, tmp_path_factory.mktemp("families") / family)
-        return made[family]
-
-    return get
 
 
 def told(folder, tmp_path, **sampling):
@@ -67,6 +54,18 @@ SPRINT = {"guidance": 4.5, "steps": 2}
 def test_pictures_are_diffusers_own(folders, family, tmp_path):
     sampling = {"steps": 4, "guidance": 3.0, "length": LENGTH.get(family, 77)}
     folder = told(folders(family), tmp_path, **sampling | (SPRINT if "sprint" in family else {}))
+    assert parity.compare_pictures(folder, PROMPTS) <= 1e-4
+
+
+# Sprint is told the number itself.
+UP_TO_ONE = {"sd3": 0.0, "sdxl": 0.5, "sd15": -1.0, "sana": 1.0, "sana_sprint": 0.5}
+
+
+@pytest.mark.parametrize("family", some(UP_TO_ONE, ("sd3",)))
+def test_guidance_up_to_one_is_none(folders, family, tmp_path):
+    """In diffusers too, which is told the same number."""
+    sampling = {"steps": 2, "guidance": UP_TO_ONE[family], "length": LENGTH.get(family, 77)}
+    folder = told(folders(family), tmp_path, **sampling)
     assert parity.compare_pictures(folder, PROMPTS) <= 1e-4
 
 
@@ -182,6 +181,17 @@ def test_known_students_are_drawn_as_their_authors_do(folders, recipe, tmp_path)
         assert stored.denoiser.parameterization == pipeline.denoiser.parameterization
     assert parity.compare_pictures(path, PROMPTS) <= 1e-4
     assert sampling.scale == pytest.approx(0.9285640 if recipe == "sid-sd" else 1, rel=1e-6)
+
+
+def test_a_recipe_keeps_what_its_scheduler_reads_of_the_folders(folders, tmp_path):
+    """As from_config does: Euler has no clip_sample, LCM has."""
+    path = shutil.copytree(folders("sdxl"), tmp_path / "sdxl")
+    edit(path / "scheduler" / "scheduler_config.json", clip_sample=True)
+    pipeline, _ = outline_pipeline(path)
+    theirs = diffusers.EulerDiscreteScheduler.from_pretrained(path / "scheduler")
+    assert diffusers.LCMScheduler.from_config(theirs.config).config.clip_sample is True
+    with pytest.raises(InputError, match="clip_sample: found True; expected false"):
+        known_student("dmd2-sdxl", pipeline)
 
 
 def test_a_recipe_of_another_family_is_refused(folders):

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,9 @@ import pytest
 import torch
 
 from gadjax.errors import InputError
-from gadjax.schedules import DDPM, Flow, add_noise, expand, renoise, shift_time
+from gadjax.objectives.consistency import uniform_angle
+from gadjax.objectives.dmd import between
+from gadjax.schedules import DDPM, Flow, TrigFlow, add_noise, expand, renoise, shift_time
 
 torch.set_num_threads(1)
 
@@ -48,6 +52,34 @@ def test_shifted_flow_times_equal_the_diffusers_table(shift):
     np.testing.assert_allclose(sigma, theirs.sigmas.numpy(), atol=1e-6)
     np.testing.assert_allclose(alpha, 1 - theirs.sigmas.numpy(), atol=1e-6)
     np.testing.assert_allclose(times, theirs.timesteps.numpy(), rtol=1e-6)
+
+
+def test_losses_draw_times_from_the_first_noised_one_to_the_last():
+    """A thousand of them, in angles too; between two shares of the span where a loss asks so."""
+    share = jnp.linspace(0, 1 - 2**-23, 5001)
+    for schedule in (DDPM(), Flow(), TrigFlow()):
+        context = SimpleNamespace(schedule=schedule, uniform=lambda name: share)
+        span, spacing = schedule.last - schedule.clean, schedule.spacing
+        for low, high in ((0.0, 1.0), (0.02, 0.98), (0.3, 0.3)):
+            t = np.asarray(between(context, low, high), float)
+            np.testing.assert_allclose(t[0], schedule.clean + low * span + spacing, atol=1e-3)
+            last = max(high, low + 1 / 1000) * span + schedule.clean
+            np.testing.assert_allclose(t[-1], last, atol=1e-3)
+            assert len(np.unique(t)) == max(1, round((high - low) * 1000))
+            if spacing == 1:
+                np.testing.assert_array_equal(t, np.floor(t))
+
+
+def test_the_angles_of_consistency_reach_from_the_first_noised_time_to_the_students():
+    share = jnp.linspace(0, 1, 101)
+    for schedule, start in ((DDPM(), 899.0), (Flow(), 1000.0), (TrigFlow(), 1.5)):
+        context = SimpleNamespace(schedule=schedule, times=(start,), uniform=lambda name: share)
+        t = uniform_angle(context)
+        alpha, sigma = schedule.alpha_sigma(t)
+        np.testing.assert_allclose(t[0], schedule.clean + schedule.spacing, atol=1e-5)
+        np.testing.assert_allclose(t[-1], start, rtol=1e-6)
+        angle = np.arctan2(sigma, alpha)
+        np.testing.assert_allclose(np.diff(angle), np.diff(angle).mean(), rtol=0.02)
 
 
 @each_schedule

@@ -47,11 +47,12 @@ MAY_IMPORT = {
     "pipeline": CONVERT,
     "sampling": PIPELINE | {"settings"},
     "students": PIPELINE,
+    "libtpu": set(),
     "supervised": set(),
     "supervisor": {"storage", "supervised"},
     "host": {"errors", "reading", "seal", "shown", "storage", "types"},
     "checkpoints": {"errors", "host", "reading", "seal", "storage", "training", "types"},
-    "plan": {"errors", "seeds", "settings", "training"},
+    "plan": {"errors", "libtpu", "seeds", "settings", "training"},
     "bench": BENCH,
 }
 

@@ -14,7 +14,7 @@ from gadjax.seeds import make_key
 UPDATES, SEEDS = 1000, 3
 FINE = 16  # steps of the teacher's maps; the metrics' own is exact
 
-REGRESSION, TANGENTS = Regression(steps=FINE), GAD(steps=FINE)
+REGRESSION, TANGENTS = Regression(steps=FINE), GAD(steps=FINE, loss="square")
 ROWS: dict[str, Term] = {
     "Regression": REGRESSION,
     "Regression + 0.1 GAD": REGRESSION + 0.1 * TANGENTS,
@@ -24,7 +24,9 @@ ROWS: dict[str, Term] = {
     "TDM": TDM(),
     "TDM + 0.3 GAD": TDM() + 0.3 * TANGENTS,
 }
-WHOLE: dict[str, Term] = {"DMD + 0.3 GAD(whole)": DMD() + 0.3 * GAD("whole", steps=2 * FINE)}
+WHOLE: dict[str, Term] = {
+    "DMD + 0.3 GAD(whole)": DMD() + 0.3 * GAD("whole", steps=2 * FINE, loss="square")
+}
 FEW = ("Regression", "DMD", "DMD + 0.3 GAD")
 
 

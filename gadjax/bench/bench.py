@@ -190,7 +190,7 @@ class Bench:
         are not finite.
         """
         total = objective if isinstance(objective, Sum) else Sum(((1.0, objective),))
-        total.check(self.steps)
+        total.check(self.times[:-1])
         first = make_key(seed)
         start = self.init(first) if start is None else start
         params, bad = train(self, total, updates, start, first)

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
             other = check_pipeline(out) if back else check_pipeline(src, **reading)
             _check(own, other, dtype, args.dst)
     kind = "a diffusers folder" if back else "gadjax's own folder"
-    print(f"{args.dst}: {kind} of {src}")
+    read = "" if back else f", from {pipeline.files}"
+    print(f"{args.dst}: {kind} of {src}{read}")
     return 0
 
 

@@ -70,11 +70,17 @@ def devices() -> list[str]:
         found = jax.devices()
     except Exception as error:  # a doctor does not fall ill
         return [f"devices: none that JAX can use ({' '.join(str(error).split())})"]
-    lines = [
+    return [
         f"devices: {len(found)} x {found[0].device_kind} ({found[0].platform}), "
-        f"{os.cpu_count()} CPU cores"
+        f"{os.cpu_count()} CPU cores",
+        *unused(found[0].platform),
     ]
-    for kind, (paths, what, package) in ACCELERATORS.items():
-        if found[0].platform != kind and any(Path(path).exists() for path in paths):
-            lines.append(f"found {what} that JAX does not use: pip install '{package}'")
-    return lines
+
+
+def unused(platform: str) -> list[str]:
+    """A line for each accelerator of this machine that a JAX on `platform` leaves alone."""
+    return [
+        f"found {what} that JAX does not use: pip install '{package}'"
+        for kind, (paths, what, package) in ACCELERATORS.items()
+        if platform != kind and any(Path(path).exists() for path in paths)
+    ]

@@ -1,6 +1,7 @@
 """Distil a student (or train a teacher) until the config's steps; run again to resume."""
 
 import argparse
+import sys
 
 from gadjax.errors import InputError
 from gadjax.storage import as_path, reach
@@ -28,6 +29,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if again and args.profile is not None:
         raise InputError("--profile: found it beside --reproduce-step; expected one of the two")
     reach(workdir, write=not again)
+    import jax
+
+    from gadjax.cli.doctor import unused
     from gadjax.host.processes import join
     from gadjax.host.profile import parse_profile
     from gadjax.training.loop import train
@@ -40,5 +44,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         return 0
     profile = parse_profile(args.profile, config.steps) if args.profile is not None else None
     join()
+    for line in unused(jax.default_backend()):
+        print(f"gadjax train: {line}", file=sys.stderr)
     train(config, workdir, args.devices, profile)
     return 0

@@ -19,10 +19,17 @@ from gadjax.reading import INDEX_LIMIT, is_leftover, is_name, read_json
 
 MAX_SHARD_BYTES = 10 * 10**9  # as diffusers splits
 
-# The variant stands before the ending, before .json of an index, or, in older ones, before both.
+# Library -> the stems of its safetensors and of its pickles.
+STEMS = {
+    "diffusers": {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"},
+    "transformers": {"safetensors": "model", "bin": "pytorch_model"},
+}
+# The variant stands before the ending, before .json of an index, or, in older ones, before .index
+# or before all of these.
 WEIGHTS_NAME = re.compile(
-    r"(diffusion_pytorch_model|model|pytorch_model)(\.(?P<variant>\w+))?"
-    r"\.(?P<kind>safetensors|bin)(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
+    r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)(\.(?P<variant>\w+))?"
+    r"\.(?P<kind>safetensors|bin)"
+    r"(?P<index>(\.(?P<older_variant>\w+))?\.index(\.(?P<index_variant>\w+))?\.json)?"
 )
 
 
@@ -31,13 +38,15 @@ class Weights:
     """What a component's weight files hold, from their headers.
 
     variant: the one whose files these are, None for the plain ones. files: all of them, an index
-    first. entries: by key, in the order of the data.
+    first. entries: by key, in the order of the data. passed: other files of the same weights, which
+    the library does not read beside these.
     """
 
     folder: Path
     variant: str | None
     files: tuple[Path, ...]
     entries: dict[str, Tensor | PickledTensor]
+    passed: tuple[Path, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -65,18 +74,21 @@ class Weights:
 
 
 def open_weights(
-    folder: Path, variant: str | None = None, *, allow_pickle: bool = False
+    folder: Path,
+    variant: str | None = None,
+    *,
+    library: str | None = None,
+    allow_pickle: bool = False,
 ) -> Weights:
     """Find a component's weights and read their headers, not their data.
 
-    variant: None takes the plain files or, in their absence, the only variant there is.
+    variant: "" takes the plain files; None those or, in their absence, the only variant there is.
+    library: whose class reads them, which decides the names and which goes first; None for both.
     allow_pickle: read torch's .bin too, by its weights-only reader.
     Raises: InputError for a folder, file, shard or header that is not as it should be.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: found no such folder; expected one with weights")
-    path, kind, variant = _choose(folder, variant)
+    (path, *passed), kind, variant = _choose(folder, variant, library)
     if kind == "bin" and not allow_pickle:
         raise InputError(
             f"{path}: found a pickle, which can run code when it is opened; expected safetensors "
@@ -84,7 +96,7 @@ def open_weights(
         )
     read = read_header if kind == "safetensors" else read_pickle
     if path.suffix != ".json":
-        return Weights(folder, variant, (path,), read(path))
+        return Weights(folder, variant, (path,), read(path), tuple(passed))
     shards = _read_index(path)
     entries: dict[str, Tensor | PickledTensor] = {}
     for shard, keys in shards.items():
@@ -94,7 +106,16 @@ def open_weights(
             what = f"no {_some(lacking)}" if lacking else f"{_some(extra)} beside the named ones"
             raise InputError(f"{shard}: found {what}; expected the tensors named by {path.name}")
         entries |= held
-    return Weights(folder, variant, (path, *shards), entries)
+    return Weights(folder, variant, (path, *shards), entries, tuple(passed))
+
+
+def variant_of(folder: Path, variant: str | None) -> str | None:
+    """What `open_weights` is asked for where a pipeline is asked for `variant`: as in diffusers
+    that, or the plain files of a component which has nothing of it."""
+    if variant is None:
+        return None
+    second = (name.split(".")[1] for name in _names(folder) if "." in name)
+    return variant if any(part.startswith(variant) for part in second) else ""
 
 
 def _some(names: list[str]) -> str:
@@ -102,32 +123,60 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
-def _choose(folder: Path, variant: str | None) -> tuple[Path, str, str | None]:
-    """The file or index to read, its kind and its variant. A whole file goes before an index."""
-    found: dict[str, dict[str | None, Path]] = {"safetensors": {}, "bin": {}}
+def _names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: found no such folder; expected one with weights")
     try:
-        names = sorted(os.listdir(folder))
+        return sorted(os.listdir(folder))
     except OSError as error:
         raise InputError(f"{folder}: found {error.strerror}; expected a folder to read") from None
-    for name in names:
-        if match := WEIGHTS_NAME.fullmatch(name):
-            of = match["variant"] or match["index_variant"]
-            found[match["kind"]].setdefault(of, folder / name)
+
+
+def _choose(
+    folder: Path, variant: str | None, library: str | None
+) -> tuple[list[Path], str, str | None]:
+    """The file or index to read, and the others of its kind and variant; its kind and variant."""
+    stems = [(name, STEMS[name]) for name in ([library] if library else STEMS)]
+    found: dict[str, dict[str | None, list[tuple[int, Path]]]] = {"safetensors": {}, "bin": {}}
+    names = _names(folder)
+    for owner, stem in stems:
+        for match in filter(None, map(WEIGHTS_NAME.fullmatch, names)):
+            if match["stem"] == stem[match["kind"]]:
+                of = match["variant"] or match["older_variant"] or match["index_variant"]
+                place = found[match["kind"]].setdefault(of, [])
+                place.append((_rank(owner, match), folder / match[0]))
+    variant, only = variant or None, variant is None
     for kind, variants in found.items():
+        if only and None not in variants and len(variants) == 1:
+            (variant,) = variants
         if variant in variants:
-            return variants[variant], kind, variant
-        if variant is None and len(variants) == 1:
-            only, path = next(iter(variants.items()))
-            return path, kind, only
+            return [path for _, path in sorted(variants[variant])], kind, variant
     held = sorted({of or "the plain one" for variants in found.values() for of in variants})
-    if held and variant is None:
+    if held and only:
         raise InputError(f"{folder}: found variants {', '.join(held)}; expected one to be chosen")
+    if held and variant is None:
+        raise InputError(
+            f"{folder}: found variants {', '.join(held)}; expected the one asked for, or the plain "
+            "one"
+        )
     if held:
         raise InputError(f"{folder}: found no variant {variant}; expected {' or '.join(held)}")
+    wanted = " or ".join(f"{stem['safetensors']}.safetensors" for _, stem in stems)
     raise InputError(
-        f"{folder}: found no weights, only {_some(names) or 'nothing'}; expected "
-        "diffusion_pytorch_model.safetensors or model.safetensors, whole or with an index"
+        f"{folder}: found no weights, only {_some(names) or 'nothing'}; expected {wanted}, whole "
+        "or with an index"
     )
+
+
+def _rank(library: str, match: re.Match) -> int:
+    """The place of a file in the order in which its library looks: diffusers takes an index of
+    safetensors before a whole file, transformers after it. Neither knows the oldest spelling."""
+    if not match["index"]:
+        return 2
+    if match["variant"]:
+        return 5
+    first = library == "diffusers" and match["kind"] == "safetensors"
+    return (0 if first else 3) + bool(match["older_variant"])
 
 
 def _read_index(path: Path) -> dict[Path, set[str]]:

@@ -15,9 +15,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from gadjax.convert.atomic import atomic_folder, check_target
-from gadjax.convert.files import Weights, copy_folder, copy_weights, open_weights, write_weights
+from gadjax.convert.files import (
+    STEMS,
+    Weights,
+    copy_folder,
+    copy_weights,
+    open_weights,
+    variant_of,
+    write_weights,
+)
 from gadjax.convert.network import COMPONENTS, keymap_of, read_network
+from gadjax.convert.pipelines import corrected_network, corrected_scheduler
 from gadjax.convert.tensors import (
     Places,
     check_dtypes,
@@ -34,15 +45,14 @@ INDEX = "model_index.json"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 # Parts that no network here is made of: they are copied as they are.
 CARRIED = re.compile(r"scheduler|tokenizer(_\d+)?|feature_extractor|safety_checker")
-STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
 @dataclass(frozen=True)
 class Component:
     """One network of a pipeline.
 
-    config: as in the file; spec: the same as the module's Config; abstract: shapes of the
-    parameters; places: where each tensor of `weights` goes; params: numpy arrays in the file's
+    config: as in the file; spec: as the pipeline uses it, the module's Config; abstract: shapes of
+    the parameters; places: where each tensor of `weights` goes; params: numpy arrays in the file's
     dtype unless another was asked for, None when only checked.
     """
 
@@ -68,7 +78,8 @@ class Component:
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """What a pipeline folder holds. scheduler: its configuration, empty when there is none."""
+    """What a pipeline folder holds. scheduler: its configuration as the pipeline uses it, empty
+    when there is none."""
 
     path: Path
     model_index: dict[str, Any]
@@ -79,6 +90,18 @@ class PipelineFolder:
     def body(self) -> str:
         """The name of the denoiser's network: "unet", or else "transformer"."""
         return "unet" if "unet" in self.components else "transformer"
+
+    @property
+    def files(self) -> str:
+        """Which files the weights are from, in one line; shards are named by their index."""
+        firsts = (part.weights.files[0] for part in self.components.values() if part.weights.files)
+        return ", ".join(str(path.relative_to(self.path)) for path in firsts)
+
+    @property
+    def passed(self) -> list[str]:
+        """Files of the weights of `files` in another form, which diffusers does not read either."""
+        others = (path for part in self.components.values() for path in part.weights.passed)
+        return [str(path.relative_to(self.path)) for path in others]
 
     @property
     def encoders(self) -> list[str]:
@@ -105,20 +128,31 @@ def check_pipeline(
     model_index = read_json(folder / INDEX)
     parts = _parts(folder / INDEX, model_index)
     check_parts(folder, parts)
-    scheduler = read_json(folder / SCHEDULER) if "scheduler" in parts else {}
+    scheduler = read_scheduler(folder, model_index) if "scheduler" in parts else {}
     for name in parts:
         if CARRIED.fullmatch(name) and not _has_files(folder / name):
             raise InputError(f"{folder / name}: found no files; expected those of the {name}")
+    networks = {name: of for name, of in parts.items() if not CARRIED.fullmatch(name)}
+    variants = {name: variant_of(folder / name, variant) for name in networks}
+    if variant is not None and not any(variants.values()):
+        raise InputError(
+            f"{folder}: found no variant {variant} of {', '.join(networks)}; expected files of it, "
+            "or no --variant, which reads the plain ones"
+        )
     return PipelineFolder(
         folder,
         model_index,
         scheduler,
         {
-            name: _check_component(folder / name, library, class_name, variant, allow_pickle)
-            for name, (library, class_name) in parts.items()
-            if not CARRIED.fullmatch(name)
+            name: _check_component(model_index, folder / name, *of, variants[name], allow_pickle)
+            for name, of in networks.items()
         },
     )
+
+
+def read_scheduler(folder: Path, model_index: Mapping[str, Any]) -> dict[str, Any]:
+    """scheduler_config.json as the folder's pipeline uses it."""
+    return corrected_scheduler(model_index, read_json(folder / SCHEDULER))
 
 
 def check_parts(folder: Path, parts: Iterable[str]) -> None:
@@ -156,7 +190,12 @@ def _has_files(folder: Path) -> bool:
 
 
 def _check_component(
-    folder: Path, library: str, class_name: str, variant: str | None, allow_pickle: bool
+    index: Mapping[str, Any],
+    folder: Path,
+    library: str,
+    class_name: str,
+    variant: str | None,
+    allow_pickle: bool,
 ) -> Component:
     config = read_json(folder / "config.json")
     architectures = config.get("architectures")
@@ -166,8 +205,9 @@ def _check_component(
         raise InputError(
             f"{folder / 'config.json'}: found class {found}; expected {class_name}, as {INDEX} says"
         )
-    module, spec, abstract = read_network(folder / "config.json", class_name, config)
-    weights = open_weights(folder, variant, allow_pickle=allow_pickle)
+    used = corrected_network(index, folder.name, config)
+    module, spec, abstract = read_network(folder / "config.json", class_name, used)
+    weights = open_weights(folder, variant, library=library, allow_pickle=allow_pickle)
     where = f"{weights.files[0]} ({class_name})"
     places = check_keys(weights.shapes, abstract, keymap_of(module, spec), where)
     check_dtypes(weights.dtypes, places, where)
@@ -202,6 +242,14 @@ def read_pipeline(
 
 
 def _read(part: Component, dtype) -> Params:
+    entries = part.weights.entries
+    for key, other in part.keymap.twins:
+        if key in entries and other in entries:
+            if not np.array_equal(entries[key].read(), entries[other].read()):
+                raise InputError(
+                    f"{entries[key].path}: found {key} and {other} with different values; expected "
+                    "the same, as these are two names of one tensor"
+                )
     stream = part.weights.stream(part.places)
     where = str(part.weights.files[0])
     return place_tensors(stream, part.places, part.abstract, dtype, where)
@@ -247,7 +295,8 @@ def write_pipeline(
             shutil.copyfile(src / name / "config.json", out / name / "config.json")
             if name in params:
                 tensors = _tensors(part, params[name])
-                write_weights(out / name, STEMS[part.library], tensors, dtype=dtype)
+                stem = STEMS[part.library]["safetensors"]
+                write_weights(out / name, stem, tensors, dtype=dtype)
             else:
                 copy_weights(part.weights, out / name)
         for name in _parts(src / INDEX, model_index):

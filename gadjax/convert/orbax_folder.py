@@ -20,18 +20,26 @@ import jax
 import numpy as np
 
 from gadjax.convert.atomic import partial_folder, put_back
-from gadjax.convert.files import WEIGHTS_NAME, Weights, copy_folder, fingerprint, write_weights
+from gadjax.convert.files import (
+    STEMS,
+    WEIGHTS_NAME,
+    Weights,
+    copy_folder,
+    fingerprint,
+    write_weights,
+)
 from gadjax.convert.folder import (
     CARRIED,
     INDEX,
     SCHEDULER,
-    STEMS,
     Component,
     PipelineFolder,
     check_parts,
     read_pipeline,
+    read_scheduler,
 )
 from gadjax.convert.network import COMPONENTS, read_network
+from gadjax.convert.pipelines import corrected_network
 from gadjax.convert.tensors import check_keys, place_tensors, tensors_from_params
 from gadjax.errors import InputError, RunStopped
 from gadjax.models.module import flatten
@@ -91,9 +99,10 @@ def read_own(
         raise InputError(f"{folder}: found no {', '.join(absent)}; expected a network of that name")
     parts = {}
     for name, entry in networks.items():
-        part = describe(folder, name, model_index.get(name))
+        part = describe(folder, name, model_index)
         parts[name] = _read(part, entry["fingerprint"], dtype) if name in wanted else part
-    scheduler = read_json(folder / SCHEDULER) if (folder / SCHEDULER).is_file() else {}
+    has_scheduler = (folder / SCHEDULER).is_file()
+    scheduler = read_scheduler(folder, model_index) if has_scheduler else {}
     return PipelineFolder(folder, model_index, scheduler, parts)
 
 
@@ -127,18 +136,19 @@ def outline_folder(folder: Path) -> PipelineFolder:
     names = _parts(folder, model_index)
     check_parts(folder, names)
     networks = [name for name in names if not CARRIED.fullmatch(name)]
-    parts = {name: describe(folder, name, model_index[name]) for name in networks}
-    return PipelineFolder(folder, model_index, read_json(folder / SCHEDULER), parts)
+    parts = {name: describe(folder, name, model_index) for name in networks}
+    return PipelineFolder(folder, model_index, read_scheduler(folder, model_index), parts)
 
 
-def describe(folder: Path, name: str, entry: Any) -> Component:
+def describe(folder: Path, name: str, model_index: Mapping[str, Any]) -> Component:
     """A network without its parameters; its weights are empty, as there are no weight files."""
-    where = folder / name / "config.json"
+    where, entry = folder / name / "config.json", model_index.get(name)
     strings = isinstance(entry, list) and all(isinstance(word, str) for word in entry)
     if not strings or len(entry) != 2 or entry[1] not in COMPONENTS or entry[0] not in STEMS:
         raise InputError(f"{folder / INDEX}: found {name}: {entry}; expected [library, class]")
     config = read_json(where)
-    module, spec, abstract = read_network(where, entry[1], config)
+    used = corrected_network(model_index, name, config)
+    module, spec, abstract = read_network(where, entry[1], used)
     weights = Weights(folder / PARAMS / name, None, (), {})
     return Component(name, entry[0], module, config, spec, abstract, weights, {})
 
@@ -216,7 +226,7 @@ def write_diffusers(pipeline: PipelineFolder, out: Path) -> None:
     _copy_small(pipeline, out)
     for name, part in pipeline.components.items():
         tensors = tensors_from_params(part.params, part.keymap, views=True)
-        write_weights(out / name, STEMS[part.library], tensors)
+        write_weights(out / name, STEMS[part.library]["safetensors"], tensors)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ class Sampling:
     """What a picture is drawn with.
 
     timesteps: the times that the steps start from, noisiest first; the steps are then of order 1.
-      None: the scheduler's own grid and order. guidance: 1 leaves the empty prompt out.
+      None: the scheduler's own grid and order. guidance: up to 1 the empty prompt is left out.
     length: of the prompt in tokens. negative: the prompt that guidance leads away from, None for
       the family's own. scale: of the initial noise (SiD's one-step students start from
       sigma(625) z).

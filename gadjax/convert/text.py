@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gadjax.convert.files import open_weights
+from gadjax.convert.files import open_weights, variant_of
 from gadjax.convert.layout import Tensor
 from gadjax.convert.orbax_folder import is_own, read_manifest
 from gadjax.errors import InputError
@@ -39,7 +39,12 @@ def text_fingerprint(
         )
         if not files:
             raise InputError(f"{tokenizer}: found no files; expected those of a tokenizer")
-        weights = open_weights(encoder, variant, allow_pickle=allow_pickle)
+        weights = open_weights(
+            encoder,
+            variant_of(encoder, variant),
+            library="transformers",
+            allow_pickle=allow_pickle,
+        )
         for path in [encoder / "config.json", *files]:
             digest.update(f"{path.name}\0".encode() + _bytes(path))
         for key, entry in sorted(weights.entries.items()):

@@ -1,7 +1,8 @@
 """Training data as a pure function of a sample's number: no iterator, no state to save.
 
 Sample i of a source is the same for every batch size and number of processes, so a run continues
-at step * batch on any mesh. Process p of P takes batch(step * B + p * B / P, B / P).
+at update * batch on any mesh; the critic's updates count as well. Process p of P takes
+batch(update * B + p * B / P, B / P).
 """
 
 from collections import deque
@@ -23,7 +24,8 @@ from gadjax.errors import InputError
 from gadjax.seeds import check_seed
 
 T = TypeVar("T")
-Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]  # B texts -> ids_BL, mask_BL
+# B texts, None for no prompt -> ids_BL, mask_BL
+Tokenize = Callable[[Sequence[str | None]], tuple[np.ndarray, np.ndarray]]
 
 
 class Source(Protocol):
@@ -118,7 +120,7 @@ class ImageSource:
     """Shuffled captioned pictures of a folder, decoded as they are needed.
 
     size: (height, width) that they are scaled and cut to. dropout: the share of captions that are
-    replaced by "".
+    replaced by what guidance leads away from.
     batch: ids_BL, mask_BL and the pictures' numbers which_B, int32; image_BHWC.
 
     Raises: InputError for a share outside 0 .. 1, a seed as above.
@@ -220,8 +222,8 @@ class CachedSource:
         return {name: array[which] for name, array in self.arrays.items()}
 
 
-def _without(captions: Sequence[str], gone: np.ndarray) -> list[str]:
-    return ["" if out else text for text, out in zip(captions, gone, strict=True)]
+def _without(captions: Sequence[str], gone: np.ndarray) -> list[str | None]:
+    return [None if out else text for text, out in zip(captions, gone, strict=True)]
 
 
 def _check_share(share: float) -> None:

@@ -28,8 +28,13 @@ class Model:
         steps = self.sampling.steps
         if self.sampling.timesteps is None:
             steps += self.pipeline.sampler.extra if steps > 1 else 0
-        alone = self.sampling.guidance == 1 or self.pipeline.denoiser.embedded
-        return steps * (1 if alone else 2)
+        return steps * (2 if self.guided else 1)
+
+    @property
+    def guided(self) -> bool:
+        """Whether pictures are drawn with classifier-free guidance."""
+        denoiser = self.pipeline.denoiser
+        return not denoiser.embedded and denoiser.scale_of(self.sampling.guidance) != 1
 
 
 def draw_sets(

@@ -151,11 +151,13 @@ class KeyMap:
       for a stack of layers behind another one.
     ignored: regexes of file keys that are derived and read past; they are never written.
     aliases: regex substitutions from older spellings of a file key to the current one.
+    twins: (key, other key) under which files have one tensor, once or twice; the other is written.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    twins: tuple[tuple[str, str], ...] = ()
 
     def key(self, path: str) -> str:
         for pattern, replacement in self.renames:
@@ -167,4 +169,4 @@ class KeyMap:
     def canonical(self, key: str) -> str:
         for pattern, replacement in self.aliases:
             key = re.sub(pattern, replacement, key)
-        return key
+        return dict(self.twins).get(key, key)

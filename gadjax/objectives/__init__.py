@@ -1,9 +1,9 @@
-"""Objectives: one file each. TERMS is what a config's `objective` may name."""
+"""Objectives: one file each. TERMS holds every kind of term under its name in a config."""
 
 from gadjax.objectives.adversarial import Adversarial
 from gadjax.objectives.anchor import Anchor
 from gadjax.objectives.base import Context, Needs, TeacherMap, Term
-from gadjax.objectives.compose import Sum, as_config, build
+from gadjax.objectives.compose import TERMS, Sum, as_config, build
 from gadjax.objectives.consistency import Consistency
 from gadjax.objectives.denoising import Denoising
 from gadjax.objectives.dmd import DMD
@@ -14,7 +14,7 @@ from gadjax.objectives.regression import Regression
 from gadjax.objectives.sid import SiD
 from gadjax.objectives.tdm import TDM
 
-TERMS = {
+TERMS |= {
     "adversarial": Adversarial,
     "anchor": Anchor,
     "consistency": Consistency,

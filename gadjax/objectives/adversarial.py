@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.dmd import between
+from gadjax.objectives.dmd import between, check_shares
 from gadjax.objectives.matching import sg
 from gadjax.schedules import add_noise
 from gadjax.types import Params
@@ -37,7 +37,8 @@ class Adversarial(Addable):
     features of x_t: a normalisation, an MLP of one layer of `hidden`, the mean over tokens.
     features: "critic", as DMD2 has it beside DMD with a weight of 0.001 to 0.005 (arXiv
       2405.14867): the critic learns to tell pictures apart as well, with a hundredth of D's
-      gradient; "teacher", which is frozen: LADD (arXiv 2403.12015).
+      gradient; "teacher", which is frozen. LADD (arXiv 2403.12015) has the teacher's too, but heads
+      on several blocks and an R1 penalty; here it is one head on one block half-way, without.
     loss: "softplus", or "hinge": -D for the student, max(0, 1 + D(x_t)) + max(0, 1 - D(y_t)) for D.
     The student's gradient passes the features' input and nothing else; D's is cut at x0.
     Cost: half an evaluation and its reverse pass beside the student; two halves for D, and with the
@@ -57,11 +58,7 @@ class Adversarial(Addable):
                     f"objective.adversarial.{name}: found {getattr(self, name)!r}; expected "
                     + " or ".join(map(repr, known))
                 )
-        if not 0 <= self.low <= self.high <= 1:
-            raise InputError(
-                f"objective.adversarial: found low {self.low} and high {self.high}; expected "
-                "shares of the schedule's span, 0 <= low <= high <= 1"
-            )
+        check_shares("adversarial", self.low, self.high)
         if self.hidden < 1:
             raise InputError(
                 f"objective.adversarial.hidden: found {self.hidden}; expected 1 or more"

@@ -1,5 +1,6 @@
 """The diversity anchor of DP-DMD: the first step stays where the teacher's own noise leads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gadjax.errors import InputError
@@ -21,7 +22,10 @@ class Anchor(Addable):
       through z and z_k.
     target="x0" (diffusion models): |x0_S(z) - T_w(z_k)|^2.
     Teacher and targets are stop-gradiented. Needs the gradient cut after the first step.
-    Cost: the map is shared with GAD's of the same kind; "x0" adds 2 teacher evaluations.
+    All samples train it where the student's walk to the end is there anyway (DMD with
+    backprop="all"); else those whose drawn step is the first, or where GAD wants the same map,
+    which is then made once.
+    Cost: 2 * steps teacher evaluations for the map; "x0" adds 2.
     """
 
     target: str = "v"
@@ -38,11 +42,18 @@ class Anchor(Addable):
 
     @property
     def needs(self) -> Needs:
-        return Needs(first=True, cut_first=True, maps={self.map: False})
+        return Needs(first=(self.map,), cut_first=True)
+
+    def check(self, times: Sequence[float]) -> None:
+        if self.until is not None and not 0 < self.until < times[0]:
+            raise InputError(
+                f"objective.anchor.until: found {self.until}; expected a time between 0 and "
+                f"{times[0]}, from which the student starts"
+            )
 
     def __call__(self, context: Context):
-        said = context.first
-        arrived = sg(context.maps[self.map][0])
+        said, arrived, weight_B = context.first[self.map]
+        arrived, context = sg(arrived), context.at_first()
         end_B = context.map_end(self.map)
         if self.target == "x0":
             error = said.x0 - sg(context.teacher(arrived, end_B).x0)
@@ -50,7 +61,7 @@ class Anchor(Addable):
             x0, eps = secant(context, arrived, end_B)
             error = (said.eps - said.x0) - sg(eps - x0)
         loss_B = sample_mean(error**2)
-        return loss_B * context.first_B, {}
+        return loss_B * weight_B, {}
 
 
 def secant(context: Context, arrived, end_B):

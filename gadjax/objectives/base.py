@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,10 @@ class Needs:
     """What a term asks of the training step; the step meets each need once, whoever asks.
 
     student: the student at its drawn step, with gradient.
-    first: the same of the samples whose drawn step is the first; `first_B` weighs them.
+    first: teacher maps from z at the first time; the student's prediction there, with gradient,
+      comes with each. Of all samples where the student's walk to the end is there, as `endpoint`
+      and `whole` have it, and no other term wants the map; else of those whose drawn step is the
+      first, which share the drawn step and its maps with other terms.
     whole: the student's whole few-step map from z, with gradient through every step, no cut.
     tangent: the directions along which the tangents of these two and of the maps are wanted.
     maps: teacher maps -> whether their tangents are wanted too.
@@ -56,7 +59,7 @@ class Needs:
     """
 
     student: bool = False
-    first: bool = False
+    first: tuple[TeacherMap, ...] = ()
     whole: bool = False
     tangent: Directions | None = None
     maps: Mapping[TeacherMap, bool] = field(default_factory=dict)
@@ -71,7 +74,7 @@ class Needs:
     @property
     def distils(self) -> bool:
         """Whether there is a teacher in it at all; plain denoising has none."""
-        return bool(self.maps) or self.teacher or self.critic or self.discriminator
+        return bool(self.maps or self.first) or self.teacher or self.critic or self.discriminator
 
     def __or__(self, other: "Needs") -> "Needs":
         if self.tangent and other.tangent and self.tangent != other.tangent:
@@ -87,11 +90,22 @@ class Needs:
             for f in fields(self)
             if f.type is bool
         }
-        return Needs(tangent=self.tangent or other.tangent, maps=maps, **either)
+        first = tuple(dict.fromkeys(self.first + other.first))
+        return Needs(tangent=self.tangent or other.tangent, maps=maps, first=first, **either)
 
 
 def _spelt(directions: Directions) -> str:
     return f"{directions.count} x {directions.kind!r}"
+
+
+class First(NamedTuple):
+    """Beside a teacher's map from z: what the student says at z, where the map ends [B, H, W, C],
+    and the weight [B] of each sample, by which the mean over B is one over the samples that have
+    all this. The others' numbers are finite and mean nothing."""
+
+    said: Prediction
+    arrived: jax.Array
+    weight_B: jax.Array
 
 
 @dataclass(frozen=True)
@@ -102,8 +116,8 @@ class Context:
     student's grid, x_BHWC the student's own (gradient-free) latent there, t_B and next_B the
     times it goes from and to. `student`, `whole` and `maps` are what Needs asked for, each a
     (value, tangents) pair where the tangents [J, B, ...] are None unless they were asked for;
-    `first` is a value, anything finite where the drawn step is another; `endpoint` is the x0 at
-    which the student's whole rollout ends.
+    `first` has a First for each of its maps; `endpoint` is the x0 at which the student's whole
+    rollout ends.
     teacher and critic: (x_BHWC, t_B, scale) -> Prediction; the scale is the run's `guidance` for
     the teacher and 1 for the critic unless it is given. Gradients pass their inputs.
     """
@@ -122,7 +136,7 @@ class Context:
     x_BHWC: jax.Array | None = None
     direction_JBHWC: jax.Array | None = None
     student: tuple[Prediction, Prediction | None] | None = None
-    first: Prediction | None = None
+    first: Mapping[TeacherMap, First] = field(default_factory=dict)
     whole: tuple[jax.Array, jax.Array | None] | None = None
     maps: Mapping[TeacherMap, tuple[jax.Array, jax.Array | None]] = field(default_factory=dict)
     endpoint: jax.Array | None = None
@@ -145,6 +159,10 @@ class Context:
             return self.next_B
         return jnp.where(self.step_B == 0, spec.until, self.next_B)
 
+    def at_first(self) -> "Context":
+        """The same context with every sample at the first step, whose latent is z."""
+        return replace(self, step_B=jnp.zeros_like(self.step_B), x_BHWC=self.batch.noise)
+
     @property
     def schedule(self):
         return self.denoiser.schedule
@@ -160,12 +178,16 @@ class Context:
 
     @cached_property
     def first_B(self):
-        """Weight of each sample in a term about the first step alone."""
+        """Weight of each sample in a term about the first step alone, where the drawn one is it."""
         return (self.step_B == 0) * jnp.float32(len(self.times) - 1)
 
     def named(self, name: str) -> "Context":
         """The same context with random numbers of its own, so that terms do not share draws."""
         return replace(self, stream=f"{self.stream}/{name}")
+
+    def of(self, name: str) -> "Context":
+        """The same context with the random numbers of the sum's term of that name."""
+        return replace(self, stream=f"/{name}")
 
     def _keys(self, name: str):
         return stream_keys(self.batch.key, f"{self.stream}/{name}")
@@ -189,8 +211,8 @@ def stream_keys(keys_B, name: str):
 class Term(Protocol):
     """An objective. A weighted sum of terms is again a term.
 
-    Besides what is below a term may have `check(steps)`, which raises InputError where its options
-    do not go with a student of that many steps.
+    Besides what is below a term may have `check(times)`, which raises InputError where its options
+    do not go with a student whose steps start from these times.
     """
 
     @property

@@ -1,7 +1,10 @@
 """Sums of weighted terms, and the one dict of names that a config may use."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import reduce
 from operator import or_
 
@@ -11,6 +14,21 @@ import jax.numpy as jnp
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, Term
 from gadjax.types import Metrics, Params
+
+# Name in a config -> kind of term, filled by gadjax.objectives.
+TERMS: dict[str, type] = {}
+# Random streams that keep the name which they had before logs took the config's.
+STREAMS = {"gad_lift": "gadlift", "gad_script": "gadscript"}
+
+# Type of an option's default -> what the option may be, and how it is called.
+OPTIONS = {
+    bool: (bool, "True or False"),
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
+    str: (str, "a name"),
+    tuple: (tuple, "a list"),
+    type(None): (int | float | None, "a number"),
+}
 
 
 class Addable:
@@ -26,12 +44,23 @@ class Addable:
 @dataclass(frozen=True)
 class Sum:
     """A weighted sum of terms. A term of weight zero is dropped here, before anything is traced:
-    what remains is bit for bit what it would be without it."""
+    what remains is bit for bit what it would be without it.
+
+    names: one for each term, of its metrics and its random stream; by default that of its kind in
+      TERMS (the class's own where it is not there), and NAME_2, NAME_3 for more of one kind.
+    """
 
     parts: tuple[tuple[float, Term], ...]
+    names: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self):
-        object.__setattr__(self, "parts", tuple(p for p in self.parts if p[0] != 0))
+        parts = tuple(p for p in self.parts if p[0] != 0)
+        names = numbered(type(term) for _, term in parts)
+        if self.names:
+            given = zip(self.parts, self.names, strict=True)
+            names = tuple(name for (weight, _), name in given if weight != 0)
+        object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "names", names)
 
     def __add__(self, other):
         return Sum(self.parts + (other.parts if isinstance(other, Sum) else ((1.0, other),)))
@@ -45,9 +74,8 @@ class Sum:
 
     def each(self, context: Context) -> Iterator[tuple[str, float, jax.Array, Metrics]]:
         """Name, weight, per-sample loss [B] and scalars of every term."""
-        for weight, term in self.parts:
-            name = type(term).__name__.lower()  # also the name of its random stream
-            yield name, weight, *term(context.named(name))
+        for (weight, term), name in zip(self.parts, self.names, strict=True):
+            yield name, weight, *term(context.named(STREAMS.get(name, name)))
 
     def __call__(self, context: Context):
         total_B, metrics = 0.0, {}
@@ -57,9 +85,10 @@ class Sum:
             total_B = total_B + (loss_B if weight == 1 else weight * loss_B)
         return total_B, metrics
 
-    def check(self, steps: int) -> None:
+    def check(self, times: Sequence[float]) -> None:
         """Raises: InputError for an empty sum, a critic or discriminator that nobody or more than
-        one term trains, and options that do not go with a student of `steps` steps."""
+        one term trains, and options that do not go with a student whose steps start from `times`
+        (in the network's units, falling, without the clean end)."""
         if not self.parts:
             raise InputError("objective: found no term of non-zero weight; expected at least one")
         for role in ("critic", "discriminator"):
@@ -68,17 +97,17 @@ class Sum:
                 raise InputError(
                     f"objective: found {len(trainers)} terms that train the {role}; expected one"
                 )
-        if self.needs.cut_first and steps < 2:
+        if self.needs.cut_first and len(times) < 2:
             raise InputError(
-                f"student.steps: found {steps}; expected at least 2, because the anchor takes the "
-                "first step and the base objective needs another"
+                f"student.steps: found {len(times)}; expected at least 2, because the anchor takes "
+                "the first step and the base objective needs another"
             )
         tangent = self.needs.tangent
         if tangent and tangent.kind == "control" and not any(self.needs.maps.values()):
             raise InputError("direction: found 'control' and no teacher map; expected gad as well")
         for _, term in self.parts:
             if hasattr(term, "check"):
-                term.check(steps)
+                term.check(times)
 
     def needs_of(self, roles: Iterable[str]) -> Needs:
         """What the terms that train these networks need, under the cut of the whole sum."""
@@ -102,53 +131,73 @@ class Sum:
         return term.discriminator_loss(context.named("discriminator"))
 
 
-def build(config: Mapping[str, Mapping], terms: Mapping[str, type], steps: int) -> Sum:
-    """name -> {weight, ...} as a Sum for a student of `steps` steps.
+def numbered(kinds: Iterable[type]) -> tuple[str, ...]:
+    """Names of terms of these kinds in a sum."""
+    known, counts, names = {kind: name for name, kind in TERMS.items()}, Counter(), []
+    for kind in kinds:
+        name = known.get(kind, kind.__name__.lower())
+        counts[name] += 1
+        names.append(name if counts[name] == 1 else f"{name}_{counts[name]}")
+    return tuple(names)
 
+
+def kind_of(name: str, terms: Mapping[str, type]) -> type | None:
+    """The kind of the term NAME, or of one more, NAME_2; None for an unknown name."""
+    more = re.fullmatch(r"(.+)_([2-9]|[1-9][0-9]+)", name)
+    return terms.get(name) or (terms.get(more[1]) if more else None)
+
+
+def build(config: Mapping[str, Mapping], terms: Mapping[str, type], times: Sequence[float]) -> Sum:
+    """name -> {weight, ...} as a Sum for a student whose steps start from `times`.
+
+    A second term of one kind is NAME_2.
     Raises: InputError for an unknown name or option, a bad weight, and what Sum.check refuses.
     """
     parts = []
     for name, options in config.items():
-        if name not in terms:
+        kind = kind_of(name, terms)
+        if kind is None:
             raise InputError(f"objective: found {name!r}; expected one of {', '.join(terms)}")
         if not hasattr(options, "items"):
             raise InputError(f"objective.{name}: found {options!r}; expected options by name")
         options = dict(options)
         weight = options.pop("weight", 1.0)
-        if not isinstance(weight, int | float):
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
             raise InputError(f"objective.{name}.weight: found {weight!r}; expected a number")
-        known = {f.name for f in fields(terms[name])}
-        for option in options:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        known = {f.name: f.default for f in fields(kind)}
+        for option, value in options.items():
             if option not in known:
                 raise InputError(
                     f"objective.{name}: found {option!r}; expected weight"
                     + "".join(f", {k}" for k in sorted(known))
                 )
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        parts.append((float(weight), terms[name](**options)))
-    total = Sum(tuple(parts))
-    total.check(steps)
+            expected, of = OPTIONS.get(type(known[option]), (object, ""))
+            if not isinstance(value, expected) or isinstance(value, bool) and expected is not bool:
+                raise InputError(f"objective.{name}.{option}: found {value!r}; expected {of}")
+        parts.append((float(weight), kind(**options)))
+    total = Sum(tuple(parts), names=tuple(config))
+    total.check(times)
     return total
 
 
 def as_config(objective: Term | Mapping, terms: Mapping[str, type]) -> Mapping[str, Mapping]:
     """The mapping of which `build` makes this term or sum again; a mapping as it is.
 
-    Raises: InputError for a term that `terms` has no name for, or that is there twice.
+    Raises: InputError for a term that `terms` has no name for.
     """
     if isinstance(objective, Mapping):
         return objective
-    names, config = {kind: name for name, kind in terms.items()}, {}
-    for weight, term in (Sum(()) + objective).parts:
+    total = objective if isinstance(objective, Sum) else Sum(((1.0, objective),))
+    config = {}
+    for (weight, term), name in zip(total.parts, total.names, strict=True):
         kind = type(term)
-        if kind not in names:
+        if kind_of(name, terms) is not kind:
             raise InputError(
                 f"objective: found {kind.__name__}, which no config can name; expected one of "
                 f"{', '.join(terms)} (or gadjax.objectives.TERMS['mine'] = {kind.__name__})"
             )
-        if names[kind] in config:
-            raise InputError(f"objective: found {names[kind]} twice; expected each term once")
         chosen = ((f.name, getattr(term, f.name), f.default) for f in fields(term))
         options = {name: value for name, value, default in chosen if value != default}
-        config[names[kind]] = options if weight == 1 else {"weight": weight, **options}
+        config[name] = options if weight == 1 else {"weight": weight, **options}
     return config

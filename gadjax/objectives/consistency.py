@@ -74,7 +74,8 @@ class Consistency(Addable):
 def uniform_angle(context: Context):
     """Times from the first noised one to the student's first, uniform in atan2(sigma, alpha)."""
     schedule = context.schedule
-    knots = np.append(np.arange(schedule.clean + 1, context.times[0]), context.times[0])
+    first = schedule.clean + schedule.spacing
+    knots = np.append(np.arange(first, context.times[0], schedule.spacing), context.times[0])
     alpha, sigma = schedule.alpha_sigma(knots)
     angles = np.arctan2(sigma, alpha)
     angle_B = angles[0] + context.uniform("angle") * (angles[-1] - angles[0])

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
 from gadjax.objectives.compose import Addable
+from gadjax.objectives.dmd import between
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,15 @@ class Denoising(Addable):
     balance: float | None = None
     needs = Needs(images=True)
 
+    def __post_init__(self):
+        if self.balance is not None and not self.balance >= 0:
+            raise InputError(
+                f"objective.denoising.balance: found {self.balance}; expected 0 or more"
+            )
+
     def __call__(self, context: Context):
         schedule = context.schedule
-        count = schedule.last - schedule.clean
-        t_B = jnp.floor(context.uniform("t") * count) + schedule.clean + 1
+        t_B = between(context, 0.0, 1.0)
         batch = context.batch
         loss_B = context.denoiser.denoising_loss(
             context.student_params, batch.x0, batch.noise, t_B, batch.cond

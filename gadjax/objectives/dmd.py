@@ -34,6 +34,7 @@ class DMD(Addable):
             raise InputError(
                 f"objective.dmd.backprop: found {self.backprop!r}; expected 'step' or 'all'"
             )
+        check_shares("dmd", self.low, self.high)
 
     @property
     def needs(self) -> Needs:
@@ -66,7 +67,16 @@ class DMD(Addable):
 
 
 def between(context: Context, low: float, high: float):
-    """Whole times, uniform between two shares of the schedule's span."""
+    """Times [B] of the schedule's spacing, uniform between two shares of its span."""
     schedule = context.schedule
-    span = schedule.last - schedule.clean
-    return jnp.floor((low + (high - low) * context.uniform("t")) * span) + schedule.clean + 1
+    count = (schedule.last - schedule.clean) / schedule.spacing
+    place_B = jnp.floor((low + (high - low) * context.uniform("t")) * count) + 1
+    return place_B * schedule.spacing + schedule.clean
+
+
+def check_shares(name: str, low: float, high: float) -> None:
+    """Raises: InputError for what are no two shares of a schedule's span, the lower one first."""
+    if not 0 <= low < 1:
+        raise InputError(f"objective.{name}.low: found {low}; expected a share from 0 to below 1")
+    if not low <= high <= 1:
+        raise InputError(f"objective.{name}.high: found {high}; expected a share from {low} to 1")

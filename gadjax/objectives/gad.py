@@ -1,5 +1,6 @@
 """Geometry-aware distillation: the student's noise tangents are the teacher's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -15,18 +16,18 @@ from gadjax.schedules import expand
 
 @dataclass(frozen=True)
 class GAD(Addable):
-    """E |J_S(x_k) v - J_T(x_k) v|^2 / |J_T(x_k) v|^2 (arXiv 2606.01651).
+    """2 (1 - cos) + log(|J_S(x_k) v| / |J_T(x_k) v|)^2, cos between J_S(x_k) v and J_T(x_k) v.
 
     S is the student's step k as a map of its own latent x_k at its own time t_k: to the next
     latent (end="next") or to x0 (end="clean"). T is the teacher's guided multi-step ODE over the
     same interval, in `steps` DDIM/Euler steps. With end="whole" both are maps of the initial noise
     to x0 and S is all the student's steps, differentiated through. Both tangents are exact
-    (jax.jvp), taken at the same point; the teacher's is stop-gradiented, and so is the norm that
-    makes the loss relative; normalize=False leaves the plain mean square.
-    loss: "square" as above, whose least value over maps that meet the teacher's tangents at a
-      cosine c at best is at a norm of c times the teacher's: what cannot be matched is flattened.
-      "polar", 2 (1 - cos) + log(norm ratio)^2, is the same to second order where they meet, and
-      asks for the teacher's norm wherever they do not; relative in any case.
+    (jax.jvp), taken at the same point; the teacher's is stop-gradiented.
+    loss: "polar" as above; or "square", the paper's (arXiv 2606.01651):
+      E |J_S(x_k) v - J_T(x_k) v|^2 / |J_T(x_k) v|^2, or the plain mean square with
+      normalize=False. Both are the same to second order where the tangents meet. Where the
+      student can meet the teacher's only at a cosine c, the square is least at a norm of c times
+      the teacher's: what cannot be matched is flattened.
     direction, directions: kind and number J of the v (gadjax.geometry.Directions); the mean is
       taken over them.
     step_weights: one weight for each step of the student's grid, () for 1 everywhere. Not with
@@ -40,12 +41,17 @@ class GAD(Addable):
     direction: str = "gaussian"
     directions: int = 1
     normalize: bool = True
-    loss: str = "square"
+    loss: str = "polar"
     step_weights: tuple[float, ...] = ()
 
     def __post_init__(self):
         if self.loss not in ("square", "polar"):
             raise InputError(f"objective.gad.loss: found {self.loss!r}; expected square or polar")
+        if self.loss == "polar" and not self.normalize:
+            raise InputError(
+                "objective.gad.normalize: found False beside the polar loss, which is relative; "
+                "expected loss='square' with it"
+            )
 
     @property
     def needs(self) -> Needs:
@@ -57,8 +63,8 @@ class GAD(Addable):
             maps={TeacherMap(self.end, self.steps): True},
         )
 
-    def check(self, steps: int) -> None:
-        expected = (0,) if self.end == "whole" else (0, steps)
+    def check(self, times: Sequence[float]) -> None:
+        expected = (0,) if self.end == "whole" else (0, len(times))
         if len(self.step_weights) not in expected:
             raise InputError(
                 f"objective.gad.step_weights: found {len(self.step_weights)} of them; expected "

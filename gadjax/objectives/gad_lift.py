@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from gadjax.geometry import Directions, tangent
 from gadjax.objectives.base import Context, Needs
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.dmd import between
+from gadjax.objectives.dmd import between, check_shares
 from gadjax.objectives.matching import mean_abs, pseudo_loss, sg
 from gadjax.schedules import add_noise, expand
 
@@ -26,6 +26,9 @@ class GADLift(Addable):
     low: float = 0.02
     high: float = 0.98
     direction: str = "gaussian"
+
+    def __post_init__(self):
+        check_shares("gad_lift", self.low, self.high)
 
     @property
     def needs(self) -> Needs:

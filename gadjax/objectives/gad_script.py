@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, sample_mean
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.matching import sg
@@ -15,14 +16,16 @@ from gadjax.schedules import expand
 class GADScript(Addable):
     """Finite differences as the public train_gad_distillation.py takes them (commit 237bf7e).
 
-    d = h n / |n| perturbs x_tau. dT_w and dF are same-point differences over h. The student's,
-    ds = (S(x_tau + d, tau) - S(x_k, t_k)) / h, is not: it compares two inputs and two times, and
-    that is kept, since this term is here to be compared with. The loss is
+    d = h n / |n| perturbs x_tau, which is that of a `tdm` beside it, as the script draws one for
+    both (if that has its own floor and gap by default). dT_w and dF are same-point differences over
+    h. The student's, ds = (S(x_tau + d, tau) - S(x_k, t_k)) / h, is not: it compares two inputs and
+    two times, and that is kept, since this term is here to be compared with. The loss is
     mean H(ds - sg[ds + dT_w - dF]) / mean|ds - dT_w|, with gradient through both student values.
     `weighted` is the script's --use_nsp_timestep_weighting. Its fp16 has a resolution coarser than
     d; here everything is float32, and `half` rounds what the networks are told and what they say
     to fp16, as its autocast does.
-    Cost: 4 teacher evaluations, 2 of the critic, 1 of the student with gradient.
+    Cost: 4 teacher evaluations, 2 of the critic, 1 of the student with gradient; those at x_tau, 2
+    and 1, are the same as TDM's.
     """
 
     step: float = 1e-2
@@ -32,10 +35,14 @@ class GADScript(Addable):
 
     needs = Needs(student=True, critic=True)
 
+    def __post_init__(self):
+        if not self.step > 0:
+            raise InputError(f"objective.gad_script.step: found {self.step}; expected more than 0")
+
     def __call__(self, context: Context):
         value = context.student[0].x0
-        # The interval and the diffusion are TDM's, which the script builds on.
-        x_tau, tau_B, _ = TDM().diffused(context)
+        # TDM's own, which the script builds on.
+        x_tau, tau_B, _ = TDM().diffused(context.of("tdm"))
         raw = context.normal("perturbation")
         length = jnp.sqrt(jnp.sum(raw**2, axis=tuple(range(1, raw.ndim))))
         moved = x_tau + self.step * raw / expand(length, raw)

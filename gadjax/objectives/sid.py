@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, sample_mean
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.dmd import between
+from gadjax.objectives.dmd import between, check_shares
 from gadjax.objectives.matching import mean_abs, sg
 from gadjax.schedules import add_noise
 
@@ -42,6 +42,7 @@ class SiD(Addable):
                 f"objective.sid.guidance: found {self.guidance!r}; expected one of "
                 f"{', '.join(GUIDANCE)}"
             )
+        check_shares("sid", self.low, self.high)
 
     def scales(self, context: Context):
         teacher, critic = GUIDANCE[self.guidance]

@@ -1,9 +1,11 @@
 """Trajectory distribution matching: DMD step by step along the student's own trajectory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, sample_mean
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.gad import student_map
@@ -29,11 +31,27 @@ class TDM(Addable):
 
     needs = Needs(student=True, critic=True)
 
+    def __post_init__(self):
+        for name in ("huber", "floor", "gap", "max_snr"):
+            if not getattr(self, name) >= 0:
+                raise InputError(
+                    f"objective.tdm.{name}: found {getattr(self, name)}; expected 0 or more"
+                )
+
+    def check(self, times: Sequence[float]) -> None:
+        if not self.floor < times[0]:
+            raise InputError(
+                f"objective.tdm.floor: found {self.floor}; expected less than {times[0]}, from "
+                "which the student starts"
+            )
+
     def diffused(self, context: Context):
         """x_tau, tau and the fresh noise that went into it."""
         low_B = jnp.maximum(context.next_B, self.floor)
-        high_B = jnp.maximum(context.t_B - self.gap, low_B + 1)
-        tau_B = jnp.floor(low_B + context.uniform("tau") * (high_B - low_B))
+        spacing = context.schedule.spacing
+        high_B = jnp.maximum(context.t_B - self.gap, low_B + spacing)
+        tau_B = low_B + context.uniform("tau") * (high_B - low_B)
+        tau_B = jnp.floor(tau_B / spacing) * spacing
         fresh = context.normal("eps")
         landed = student_map(context, "next")
         return renoise(context.schedule, landed, context.next_B, tau_B, fresh), tau_B, fresh

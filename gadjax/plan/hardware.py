@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from gadjax import libtpu
 from gadjax.errors import InputError
 
 GIB = 2**30
@@ -108,17 +109,6 @@ runtime_version {{ major: 12 minor: 8 }}
 device_description_str: "{}"
 """
 PER_PLACE = {"tpu7x": 2}  # JAX devices at a place of the topology
-# The compiler of a TPU looks for one, and for the others that use it, unless it is told.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 OTHERS = "--xla_cpu_", "--xla_gpu_"  # flags of XLA that are nothing to a TPU
 
 
@@ -169,7 +159,7 @@ def _tpus(name: str) -> list[Any]:
             f"--topology: found no libtpu, which compiles for {name}; expected it (pip install "
             "libtpu)"
         )
-    for key, value in ENVIRONMENT.items():
+    for key, value in libtpu.QUIET.items():
         os.environ.setdefault(key, value)
     # libtpu ends the process over one that it does not know.
     flags = os.environ.get("XLA_FLAGS", "").split()

@@ -17,12 +17,11 @@ from gadjax.training.compiled import compile_steps
 from gadjax.training.setup import Run
 from gadjax.training.sharding import HOST, batch_sharding, replicated, shapes_at
 
-# What shortens compiling, by platform. For TPUs the last four are about code for buffers that have
-# their places by then; for GPUs nothing can be tried out without one; of CPUs, which stand in for
+# What shortens compiling, by platform. For TPUs they are about code for buffers that have their
+# places by then; for GPUs nothing can be tried out without one; of CPUs, which stand in for
 # GPUs, nobody runs the code.
 HURRIED = {
     "tpu": {
-        "exec_time_optimization_effort": -1.0,
         "xla_jf_critical_path_scheduler": False,
         "xla_jf_naive_bundle_packer": True,
         "xla_jf_vliw_scheduler": False,
@@ -31,6 +30,9 @@ HURRIED = {
     "gpu": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
     "cpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
 }
+# Newer JAX has but optimization_level, which changes what a program needs of a TPU's memory.
+if hasattr(jax.config, "jax_exec_time_optimization_effort"):
+    HURRIED["tpu"]["exec_time_optimization_effort"] = -1.0
 # As in the host's loop: one batch in use and two that are put on the chips ahead of it.
 BATCHES = 3
 # XLA's scheduler then takes less memory, which has been a way round failures of libtpu.

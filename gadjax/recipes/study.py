@@ -27,7 +27,7 @@ from gadjax.training.config import as_json, default_config
 from gadjax.training.preview import grid, save_png
 
 BASES = {"regression": {"steps": 4}, "dmd": {}, "tdm": {}, "sid": {}}
-GAD = {"weight": 0.3, "steps": 4}
+GAD = {"weight": 0.3, "steps": 4, "loss": "square"}
 POLAR = GAD | {"loss": "polar"}
 ANCHOR = {"weight": 0.05, "target": "v", "steps": 4}
 REGRESSION = {"weight": 1.0, "steps": 4}

@@ -52,7 +52,7 @@ def default_config() -> ConfigDict:
                 "b1": 0.9,
                 "b2": 0.999,
                 "weight_decay": 0.0,
-                "clip": 1.0,
+                "clip": 1.0,  # of the gradient's global norm; 0: none
             },
             # Of the critic and of a discriminator. What is None is as in optim; warmup and decay
             # are steps of the run here too, however many updates a step has.

@@ -74,7 +74,8 @@ def watched(context: Context, seen: Seen) -> Context:
         value, dot = pair or (None, None)
         seen.tell("student", value)
         seen.tell("student's tangents", dot)
-    seen.tell("student", (context.endpoint, context.first))
+    seen.tell("student", (context.endpoint, [first.said for first in context.first.values()]))
+    seen.tell("teacher's maps", [first.arrived for first in context.first.values()])
     for value, dot in context.maps.values():
         seen.tell("teacher's maps", value)
         seen.tell("teacher's tangents", dot)
@@ -103,9 +104,10 @@ def looking(seen: Seen) -> Callable[[Callable], Callable]:
     def look(step: Callable) -> Callable:
         def looked(recipe: Recipe, state, teacher, batch):
             norms: dict[str, jax.Array] = {}
+            objective = recipe.objective
             recipe = replace(
                 recipe,
-                objective=Looking(recipe.objective.parts, seen),
+                objective=Looking(objective.parts, seen, names=objective.names),
                 optimizers={
                     role: _telling_norms(optimizer, f"{role}/grad_norm", norms)
                     for role, optimizer in recipe.optimizers.items()

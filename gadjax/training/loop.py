@@ -142,8 +142,9 @@ def _loop(
         progress.note(f"resumed at step {done}" if resumed else overview(state.params["student"]))
         if run.recipe.objective.needs.distils:
             own = read_sampling(run.pipeline.folder.path, run.pipeline.sampling).guidance
+            own = run.pipeline.denoiser.scale_of(own)
             progress.note(f"teacher: {printable(config.teacher)}")
-            progress.note(guidance_note(config.guidance, own))
+            progress.note(guidance_note(run.recipe.guidance, own))
         if show and show.due(done):  # a run that was killed had saved this step, not yet shown it
             progress.image(done, "preview", show(state, done))
         batches = host_batches(run, steps, done, config.steps)

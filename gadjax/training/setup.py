@@ -67,7 +67,7 @@ def prepare(
             "run's state where it belongs"
         )
     times = student_times(config)
-    objective = build(config.objective, TERMS, len(times))
+    objective = build(config.objective, TERMS, times)
     mesh = make_mesh(config.mesh, devices)
     microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
     if objective.needs.images and not any(config.data[name] for name in WITH_PICTURES):
@@ -110,7 +110,7 @@ def prepare(
         denoiser=pipeline.denoiser,
         objective=objective,
         times=(*times, pipeline.denoiser.schedule.clean),
-        guidance=float(config.guidance),
+        guidance=pipeline.denoiser.scale_of(float(config.guidance)),
         optimizers=optimizers,
         ema=config.ema,
         microbatches=microbatches,

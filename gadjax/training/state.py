@@ -35,7 +35,7 @@ def make_optimizer(config, updates: int = 1) -> optax.GradientTransformation:
     """AdamW behind a clip by global norm, with warm-up and an optional cosine decay.
 
     Args:
-      config: lr, warmup (steps), decay (steps, 0 for none), b1, b2, weight_decay, clip.
+      config: lr, warmup (steps), decay (steps, 0 for none), b1, b2, weight_decay, clip (0: none).
       updates: of this network in one training step; warmup and decay cover as many steps of the
         run whatever it is.
     """
@@ -48,6 +48,6 @@ def make_optimizer(config, updates: int = 1) -> optax.GradientTransformation:
     else:
         rate = config.lr
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
     )

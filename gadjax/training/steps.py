@@ -9,13 +9,13 @@ import optax
 
 from gadjax.denoiser import Denoiser
 from gadjax.geometry import control_directions, directions, tangents
-from gadjax.objectives.base import Context, Needs, TeacherMap, Term, stream_keys
+from gadjax.objectives.base import Context, First, Needs, TeacherMap, Term, stream_keys
 from gadjax.objectives.compose import Sum
-from gadjax.rollout import interpolate_times, rollout
+from gadjax.rollout import Trajectory, interpolate_times, rollout
 from gadjax.schedules import expand
 from gadjax.training.state import TrainState
 from gadjax.training.updates import accumulate, apply_update, where_good
-from gadjax.types import Batch, Params
+from gadjax.types import Batch, Params, Prediction
 
 CRITICS = "critic", "discriminator"  # what the second update trains
 
@@ -61,13 +61,20 @@ def make_context(
 ) -> Context:
     """Meet every need once and hand the results over."""
     denoiser, schedule, times = recipe.denoiser, recipe.denoiser.schedule, recipe.times
+    # A walk to the end has everybody's first step; a map that other terms want too is made once, at
+    # the drawn step.
+    walks = needs.endpoint or needs.whole
+    apart = [spec for spec in needs.first if walks and spec not in needs.maps]
+    shared = {spec: False for spec in needs.first if spec not in apart}
+    student_too = needs.student or bool(needs.first and not walks)
+    needs = replace(needs, maps=shared | dict(needs.maps), student=student_too)
 
     guided = None
     if needs.distils:
         guided = denoiser.guide(teacher, batch.cond, batch.null, recipe.guidance)
     # A drawn step that is differentiated by itself makes keys and values again with its blocks:
     # kept through the teacher's map and the backward pass they are dearer than they are made.
-    drawn = needs.distils and not (needs.endpoint or needs.whole)
+    drawn = needs.distils and not walks
     told = batch.cond if drawn else denoiser.reading(student, batch.cond)
 
     def teacher_at(x, t, scale=None):
@@ -96,19 +103,17 @@ def make_context(
         step_B=drawn_steps(batch.stratum, len(times) - 1),
         cut_first=needs.cut_first,
     )
-    walk = None
+    noise, ends = batch.noise, {}
+    if apart:
+        firsts = (teacher_map(context.at_first(), teacher_at, spec) for spec in apart)
+        # The teacher is through before anything of the student's waits for reverse mode.
+        noise, found = jax.lax.optimization_barrier((noise, [f(z) for f, z in firsts]))
+        ends = dict(zip(apart, found, strict=True))
+    walk = said = None
     if needs.endpoint and (needs.cut_first or not needs.whole):
-        walk = rollout(
-            student_at, schedule, batch.noise, jnp.asarray(times), cut_first=needs.cut_first
-        )
+        walk = rollout(student_at, schedule, noise, jnp.asarray(times), cut_first=needs.cut_first)
         context = replace(context, endpoint=walk.end)
-    if needs.first:
-        if walk is None:
-            needs = replace(needs, student=True)
-        else:
-            context = replace(context, first=jax.tree.map(lambda said: said[0], walk.prediction))
-    if not (needs.student or needs.whole or needs.maps):
-        return context
+        said = first_of(walk)
 
     if needs.student or any(spec.end != "whole" for spec in needs.maps):
         if walk is None:
@@ -127,25 +132,41 @@ def make_context(
         return tangents(f, x, v) if with_tangents else (f(x), None)
 
     found = [pair(*maps[spec], wanted) for spec, wanted in needs.maps.items()]
-    # The teacher is through before anything of the student's waits for reverse mode.
-    noise, x, found = jax.lax.optimization_barrier((batch.noise, context.x_BHWC, found))
+    # As above.
+    noise, x, found = jax.lax.optimization_barrier((noise, context.x_BHWC, found))
     context = replace(context, maps=dict(zip(needs.maps, found, strict=True)))
     if needs.student:
-        said = pair(lambda x: student_at(x, context.t_B), x, needs.tangent)
-        context = replace(context, student=said, first=context.first or said[0])
+        own = pair(lambda x: student_at(x, context.t_B), x, needs.tangent)
+        context = replace(context, student=own)
+        said = said or own[0]
     if needs.whole:
 
         def whole(z):
-            return rollout(student_at, schedule, z, jnp.asarray(times)).end
+            walk = rollout(student_at, schedule, z, jnp.asarray(times))
+            return walk.end, first_of(walk) if needs.first else None
 
-        context = replace(context, whole=pair(whole, noise, needs.tangent))
+        value, dots = pair(whole, noise, needs.tangent)
+        context = replace(context, whole=(value[0], dots and dots[0]))
+        if walk is None:
+            said = value[1]
         if not needs.cut_first:
-            context = replace(context, endpoint=context.whole[0])
-    return context
+            context = replace(context, endpoint=value[0])
+    first = {}
+    for spec in needs.first:
+        if spec in ends:
+            first[spec] = First(said, ends[spec], jnp.ones_like(context.first_B))
+        else:
+            first[spec] = First(said, context.maps[spec][0], context.first_B)
+    return replace(context, first=first)
+
+
+def first_of(walk: Trajectory) -> Prediction:
+    """What the network said at the first step of a walk."""
+    return jax.tree.map(lambda said: said[0], walk.prediction)
 
 
 def teacher_map(context: Context, teacher: Callable, spec: TeacherMap):
-    """The map, and the point at which it is wanted."""
+    """The map, and the points at which it is wanted: the context's own, or z for a whole one."""
     start_B, x = context.t_B, context.x_BHWC
     if spec.end == "whole":
         start_B, x = jnp.full_like(start_B, context.times[0]), context.batch.noise
@@ -237,11 +258,12 @@ def student_step(recipe: Recipe, state: TrainState, teacher: Params | None, batc
 def critic_step(recipe: Recipe, state: TrainState, teacher: Params | None, batch: Batch):
     """One update of critic and discriminator on the student's present pictures.
 
-    teacher: read only by a discriminator of the teacher's features.
+    They are handed what the terms that train them need, but no networks beyond those: teacher is
+    read by a discriminator of its features, and by maps.
     """
     roles = [role for role in CRITICS if getattr(recipe.objective.needs, role)]
     wanted = (Sum(()) + recipe.objective).needs_of(roles)
-    needs = Needs(student=wanted.student, endpoint=wanted.endpoint, cut_first=wanted.cut_first)
+    needs = replace(wanted, critic=False, discriminator=False)  # handed over in any case
     student = jax.lax.stop_gradient(state.params["student"])
 
     def loss(params, batch):

@@ -107,7 +107,7 @@ def sampling_of(config: dict[str, Any]) -> Sampling:
     by plain denoising as teachers are."""
     timesteps = tuple(config["student"]["timesteps"])
     length = config["data"]["length"]
-    needs = build(config["objective"], TERMS, len(timesteps)).needs
+    needs = build(config["objective"], TERMS, timesteps).needs
     if needs.distils:
         return Sampling(len(timesteps), timesteps, 1.0, length)
     return Sampling(guidance=config["guidance"], length=length)

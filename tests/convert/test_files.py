@@ -88,6 +88,7 @@ def test_only_variant_is_taken(tmp_path):
         ("{}.fp16-{}.safetensors", "{}.safetensors.index.fp16.json"),
         ("{}-{}.fp16.safetensors", "{}.safetensors.index.fp16.json"),
         ("{}-{}.fp16.safetensors", "{}.fp16.safetensors.index.json"),
+        ("{}-{}.fp16.safetensors", "{}.safetensors.fp16.index.json"),
     ],
 )
 def test_spellings_of_shards(tmp_path, shard, index):

@@ -4,6 +4,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from checkpoints import edit, params_of, refused, same, state
 from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DModel
@@ -11,7 +12,10 @@ from transformers import T5EncoderModel
 
 from gadjax.convert import files, folder
 from gadjax.convert.folder import check_pipeline, read_pipeline, write_pipeline
+from gadjax.convert.tensors import tensors_from_params
+from gadjax.convert.text import text_fingerprint
 from gadjax.models.module import cast, flatten
+from gadjax.pipeline import load_pipeline
 
 NETWORKS = {
     "transformer": (PixArtTransformer2DModel, "diffusion_pytorch_model"),
@@ -124,6 +128,73 @@ def test_parts_of_a_variant_are_copied_under_plain_names(torch_pipeline, tiny_pi
     for name in NETWORKS:
         expected = getattr(torch_pipeline, name).state_dict()
         assert same(getattr(loaded, name).state_dict(), expected)
+
+
+def test_a_whole_file_beside_an_index(torch_pipeline, tiny_pipeline, tmp_path):
+    """As a second save leaves them: diffusers reads the index, transformers the whole file."""
+    old = save(torch_pipeline, tiny_pipeline, tmp_path / "old")
+    for name, (kind, _) in NETWORKS.items():
+        network = kind.from_pretrained(old / name)
+        with torch.no_grad():
+            for value in network.parameters():
+                value.mul_(0.5)
+        network.save_pretrained(tmp_path / name, max_shard_size=10_000)
+        shutil.copytree(tmp_path / name, old / name, dirs_exist_ok=True)
+    pipeline = read_pipeline(old)
+    for name, (kind, stem) in NETWORKS.items():
+        part = pipeline.components[name]
+        assert part.weights.passed
+        whole = part.library == "transformers"
+        ending = "safetensors" if whole else "safetensors.index.json"
+        assert f"{name}/{stem}.{ending}" in pipeline.files
+        ours = dict(tensors_from_params(part.params, part.keymap))
+        theirs = kind.from_pretrained(old / name).state_dict()
+        for key, value in ours.items():
+            np.testing.assert_array_equal(value, theirs[key].numpy(), key)
+
+
+@pytest.mark.parametrize("held", ["shared", "encoder.embed_tokens", "both"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_t5s_embedding_under_either_name(tiny_pipeline, tmp_path, held, tied):
+    src = shutil.copytree(tiny_pipeline, tmp_path / "src")
+    folder, path = src / "text_encoder", src / "text_encoder" / "model.safetensors"
+    edit(folder / "config.json", tie_word_embeddings=tied)
+    tensors = state(src, "text_encoder")
+    value = tensors.pop("shared.weight")
+    names = ["shared", "encoder.embed_tokens"] if held == "both" else [held]
+    tensors |= {f"{name}.weight": value.clone() for name in names}
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    theirs = T5EncoderModel.from_pretrained(folder).encoder.embed_tokens.weight.detach().numpy()
+    read = read_pipeline(src, components=["text_encoder"]).components["text_encoder"].params
+    np.testing.assert_array_equal(read["shared"]["embedding"], theirs)
+    if held == "both":  # of which transformers takes the second, and no longer ties them
+        tensors["encoder.embed_tokens.weight"] *= 0.5
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+        words = "encoder.embed_tokens.weight and shared.weight with different values"
+        refused(lambda: read_pipeline(src), path, words)
+
+
+def test_a_variant_that_some_parts_have(torch_pipeline, tiny_pipeline, tmp_path, caplog):
+    """As diffusers: the plain files of the others."""
+    src = save(torch_pipeline, tiny_pipeline, tmp_path / "src")
+    with torch.no_grad():
+        network = PixArtTransformer2DModel.from_pretrained(src / "transformer")
+        network.proj_out.bias.add_(1)
+    network.save_pretrained(src / "transformer", variant="fp16")
+    pipeline, params = load_pipeline(src, variant="fp16")
+    assert "transformer/diffusion_pytorch_model.fp16.safetensors" in pipeline.folder.files
+    assert "vae/diffusion_pytorch_model.safetensors" in pipeline.folder.files
+    (said,) = [record for record in caplog.records if record.name == "gadjax.pipeline"]
+    assert pipeline.folder.files in said.getMessage()
+    theirs = PixArtAlphaPipeline.from_pretrained(src, variant="fp16")
+    bias = params["transformer"]["proj_out"]["bias"]
+    np.testing.assert_array_equal(bias, theirs.transformer.proj_out.bias.detach().numpy())
+    identity = text_fingerprint(src, variant="fp16")
+    assert identity == text_fingerprint(src)
+    (src / "vae" / "diffusion_pytorch_model.safetensors").rename(
+        src / "vae" / "diffusion_pytorch_model.bf16.safetensors"
+    )
+    refused(lambda: load_pipeline(src, variant="fp16"), src / "vae", "bf16", "the plain one")
 
 
 def test_dtypes_on_reading_and_writing(tiny_pipeline, tmp_path):

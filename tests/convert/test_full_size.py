@@ -45,7 +45,7 @@ def test_a_conversion_of_full_size_takes_twice_its_file_at_most(tiny_pipeline, t
     shutil.rmtree(folder / "transformer")
     (folder / "transformer").mkdir()
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
-    part = describe(folder, "transformer", ["diffusers", config["_class_name"]])
+    part = describe(folder, "transformer", {"transformer": ["diffusers", config["_class_name"]]})
     rng = np.random.default_rng(0)
 
     def tensors():

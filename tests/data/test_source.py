@@ -30,7 +30,7 @@ def tokenize(texts):
     """Lengths of the first words."""
     ids = np.zeros((len(texts), 14), np.int32)
     for row, text in zip(ids, texts, strict=True):
-        lengths = [len(word) for word in text.split()]
+        lengths = [len(word) for word in (text or "").split()]
         row[: len(lengths)] = lengths
     return ids, (ids > 0).astype(np.int32)
 

@@ -59,6 +59,19 @@ def test_rate_leaves_out_the_first_step(tmp_path, monkeypatch):
     assert [row["time"] for row in rows(tmp_path)] == [100.0, 102.0, 104.0]
 
 
+def test_images_are_the_students_samples_between_two_rows(tmp_path, monkeypatch):
+    """Whatever the critic does in a step, and however often a row is due."""
+    clock = iter([100.0, 104.0, 112.0])  # of steps 1, 2 and 4, which are read
+    config = default_config()
+    config.steps, config.batch, config.log.every, config.critic.updates = 4, 8, 2, 5
+    progress = Progress(tmp_path, config)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    for step in (1, 2, 3, 4):
+        progress.update(step, {"loss": 1.0})
+    progress.close()
+    assert [(row["step"], row["images_per_second"]) for row in rows(tmp_path)] == [(2, 2), (4, 2)]
+
+
 class Running:
     """A value still being computed: reading it before its step is done is an error."""
 

@@ -302,7 +302,7 @@ def test_a_student_learns_the_data_from_it_alone():
 
 def test_it_stands_beside_dmd_and_gad():
     total = DMD() + 0.01 * Adversarial(hidden=6) + 0.5 * GAD(steps=1)
-    total.check(4)
+    total.check(DDPM_WORLD.times[:-1])
     optimizers = dict.fromkeys(("student", "critic", "discriminator"), optax.adam(1e-2))
     params = {
         "student": DDPM.student_params(),
@@ -333,8 +333,8 @@ def test_it_stands_beside_dmd_and_gad():
     [
         ({"features": "student"}, r"adversarial.features: found 'student'; expected 'critic' or"),
         ({"loss": "wgan"}, r"adversarial.loss: found 'wgan'; expected 'softplus' or 'hinge'"),
-        ({"high": 980}, r"found low 0.0 and high 980; expected shares"),
-        ({"low": 0.5, "high": 0.4}, r"found low 0.5 and high 0.4; expected shares"),
+        ({"high": 980}, r"adversarial.high: found 980; expected a share from 0.0 to 1"),
+        ({"low": 0.5, "high": 0.4}, r"adversarial.high: found 0.4; expected a share from 0.5 to 1"),
         ({"hidden": 0}, r"adversarial.hidden: found 0; expected 1 or more"),
         ({"features": "critic"}, r"found 0 terms that train the critic; expected one"),
         ({"width": 3}, r"adversarial: found 'width'; expected weight, features"),
@@ -342,7 +342,7 @@ def test_it_stands_beside_dmd_and_gad():
 )
 def test_refusals(options, words):
     with pytest.raises(InputError, match=words) as caught:
-        build({"adversarial": options}, TERMS, 4)
+        build({"adversarial": options}, TERMS, DDPM_WORLD.times[:-1])
     assert "\n" not in str(caught.value)
 
 

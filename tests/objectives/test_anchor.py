@@ -1,9 +1,10 @@
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from closed_form import (
     DDPM_WORLD,
@@ -18,13 +19,18 @@ from closed_form import (
     make_batch,
     mixture_params,
 )
+from several import run_on_devices
 
 from gadjax.errors import InputError
-from gadjax.objectives import TERMS, Anchor, Needs, TeacherMap, build
+from gadjax.geometry import Directions
+from gadjax.objectives import DMD, TERMS, Anchor, Needs, Sum, TeacherMap, build
 from gadjax.objectives.anchor import secant
 from gadjax.objectives.base import sample_mean
 from gadjax.objectives.compose import Addable
-from gadjax.training.steps import drawn_steps, make_context
+from gadjax.plan.flops import flops
+from gadjax.training.sharding import batch_sharding, make_mesh, replicated
+from gadjax.training.state import create
+from gadjax.training.steps import drawn_steps, student_step
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 12
@@ -126,40 +132,132 @@ def test_it_trains_the_first_step_alone_and_towards_the_teacher(world, target):
 
 @dataclass(frozen=True)
 class End(Addable):
-    """Asks for the student's rollout to the end, as DMD through the whole of it does."""
+    """Asks for the student's walk to the end, as DMD through the whole of it does, or with tangents
+    for GAD of the whole map."""
 
-    needs = Needs(endpoint=True)
+    kind: str = "endpoint"
+
+    @property
+    def needs(self):
+        tangent = Directions() if self.kind == "tangent" else None
+        return Needs(endpoint=self.kind == "endpoint", whole=bool(tangent), tangent=tangent)
 
     def __call__(self, context):
-        return 0 * sample_mean(context.endpoint), {}
+        end = context.endpoint if self.needs.endpoint else context.whole[0]
+        return 0 * sample_mean(end), {}
+
+
+def slopes(world, term, batch, **more):
+    """The loss of each sample and the student's gradient of their mean."""
+    teacher, student = gaussian_params(), world.student_params(bend=0.2)
+
+    def loss(student):
+        loss_B = term(world.context(term, batch, student, None, teacher, **more))[0]
+        return loss_B.mean(), loss_B
+
+    (_, loss_B), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(student)
+    return jax.device_get((loss_B, slope))
 
 
 @each_world
-def test_where_the_student_walks_to_the_end_its_first_step_is_taken_from_there(world):
-    batch, teacher, student = make_batch(B), gaussian_params(), world.student_params(bend=0.2)
+@pytest.mark.parametrize("kind", ["endpoint", "tangent"])
+@pytest.mark.parametrize("anchor", [Anchor(steps=2), Anchor("x0", steps=2, until=700.0)])
+def test_where_the_student_walks_to_the_end_all_samples_train_the_first_step(world, kind, anchor):
+    """As one whose drawn step is the first does in a batch of such samples, there at weight 4."""
+    batch = make_batch(B)
+    first = batch._replace(stratum=jnp.zeros_like(batch.stratum))
+    alone, beside = slopes(world, anchor, first, shares=B), slopes(world, anchor + End(kind), batch)
+    for one, other in zip(*map(jax.tree.leaves, (alone, beside)), strict=True):
+        np.testing.assert_allclose(one / 4, other, rtol=1e-5, atol=1e-6)
 
-    def loss(term, student):
-        return term(world.context(term, batch, student, None, teacher))[0].mean()
 
-    def calls(term):
-        asked = []
-        seen = replace(
-            world.denoiser, apply=lambda *given: asked.append(0) or world.denoiser.apply(*given)
-        )
-        counting = replace(world.recipe(term), denoiser=seen)
+@pytest.mark.parametrize("beside", [(), (End(),)], ids=["drawn", "all"])
+def test_two_anchors_each_have_a_map_of_their_own(beside):
+    batch, terms = make_batch(B), (Anchor(steps=2), Anchor("x0", steps=3, until=700.0))
+    one, two = (slopes(FLOW_WORLD, Sum(()) + sum(beside, term), batch)[0] for term in terms)
+    both, _ = slopes(FLOW_WORLD, sum(beside, terms[0] + 0.5 * terms[1]), batch)
+    np.testing.assert_allclose(both, one + 0.5 * two, rtol=1e-5, atol=1e-6)
 
-        def loss(student):
-            return term(make_context(counting, term.needs, student, None, teacher, batch))[0]
 
-        jax.eval_shape(loss, student)
-        return len(asked)
+def test_all_samples_give_the_same_mean_at_a_quarter_of_the_variance():
+    """Over 4096 batches of 8, in which a drawn step is the first for 2."""
+    batch = make_batch(4096 * 8)
+    alone, beside = (
+        slopes(FLOW_WORLD, term, batch)[0].reshape(4096, 8).astype(float).mean(1)
+        for term in (Anchor(steps=2), Anchor(steps=2) + End())
+    )
+    error = (alone - beside).std() / 4096**0.5
+    assert abs(alone.mean() - beside.mean()) < 3 * error < 0.05 * beside.mean()
+    ratio = alone.var() / beside.var()
+    print(f"variance at drawn first steps / with all samples: {ratio:.2f}")
+    assert 3.5 < ratio < 4.5
 
-    alone, total = Anchor(steps=2), Anchor(steps=2) + End()
-    found = [jax.jit(jax.value_and_grad(partial(loss, term)))(student) for term in (alone, total)]
-    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+
+DPDMD = DMD(backprop="all") + 0.05 * Anchor(steps=2)
+PLAIN = {"student": optax.sgd(1.0), "critic": optax.sgd(1.0)}
+
+
+@dataclass(frozen=True)
+class Landing(Addable):
+    """Wants the anchor's map itself, which is then made once, at the drawn step."""
+
+    needs = Needs(maps={Anchor(steps=2).map: False})
+
+    def __call__(self, context):
+        return 0 * sample_mean(context.maps[Anchor(steps=2).map][0]), {}
+
+
+def test_a_map_that_others_want_is_made_once():
+    batch = make_batch(B)
+    alone, total = Anchor(steps=2), Anchor(steps=2) + Landing() + End()
+    for one, other in zip(
+        *(jax.tree.leaves(slopes(FLOW_WORLD, term, batch)) for term in (alone, total)), strict=True
+    ):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    # The walk to the drawn step, that step, and the teacher's map with and without the caption.
-    assert calls(total) == calls(alone) - 1
+
+
+def test_dpdmds_update_costs_no_more_for_four_times_the_samples():
+    batch = make_batch(B)
+    params = {"student": FLOW_WORLD.student_params(), "critic": gaussian_params(3)}
+
+    def cost(total):
+        recipe = FLOW_WORLD.recipe(total, optimizers=PLAIN)
+        state = create(params, PLAIN)
+        return flops(partial(student_step, recipe), state, gaussian_params(), batch)
+
+    all_of, some, none = cost(DPDMD), cost(DPDMD + Landing()), cost(DMD(backprop="all"))
+    useful = np.sum(np.asarray(drawn_steps(batch.stratum, 4)) == 0)
+    per = (all_of - none) / B, (some - none) / useful
+    print(f"operations of the anchor per sample that trains it: {per[1]:.0f} -> {per[0]:.0f}")
+    assert none < all_of <= some and per[0] <= per[1] / 4
+
+
+def moves(mesh, **more):
+    """By how much plain gradient steps move the student, and its losses."""
+    params = {"student": FLOW_WORLD.student_params(bend=0.2), "critic": gaussian_params(3)}
+    recipe = FLOW_WORLD.recipe(DPDMD, optimizers=PLAIN, shares=mesh.size, **more)
+    state = jax.device_put(create(params, PLAIN), replicated(mesh))
+    batch = jax.device_put(make_batch(16), batch_sharding(mesh))
+    new, metrics = jax.jit(partial(student_step, recipe))(state, gaussian_params(), batch)
+    return jax.device_get((new.params["student"], metrics))
+
+
+def assert_close(one, other):
+    for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def worker():
+    """On eight devices, whole and in microbatches, the update is what it is on one."""
+    one = moves(make_mesh({"data": 1}, jax.devices()[:1]))
+    assert float(one[1]["loss/anchor"]) > 0.1
+    assert_close(moves(make_mesh({"data": 1}, jax.devices()[:1]), microbatches=4), one)
+    for microbatches in (1, 2):
+        assert_close(moves(make_mesh({"data": 8}), microbatches=microbatches), one)
+
+
+def test_dpdmds_update_on_eight_devices_and_in_microbatches():
+    run_on_devices(8, __file__)
 
 
 def test_a_first_step_on_the_teachers_trajectory_has_no_loss():
@@ -182,9 +280,9 @@ def test_a_first_step_on_the_teachers_trajectory_has_no_loss():
 
 def test_one_step_leaves_nothing_for_the_base():
     config = {"anchor": {"weight": 0.05}, "dmd": {}}
-    build(config, TERMS, 2)
+    build(config, TERMS, DDPM_WORLD.times[:2])
     with pytest.raises(InputError, match="student.steps: found 1; expected at least 2"):
-        build(config, TERMS, 1)
+        build(config, TERMS, DDPM_WORLD.times[:1])
 
 
 def test_unknown_target():
@@ -202,3 +300,14 @@ def test_guidance_is_in_the_target():
     ]
     found = np.array(found)[:, drawn_steps(np.arange(B), 2) == 0]
     assert np.abs(found[0] - found[1]).min() > 1e-3
+
+
+@pytest.mark.parametrize("until", [1000.0, 1200, 0, -1.0, float("nan")])
+def test_an_end_that_is_not_within_the_students_walk(until):
+    words = f"objective.anchor.until: found {until}; expected a time between 0 and 1000.0"
+    with pytest.raises(InputError, match=words):
+        build({"anchor": {"until": until}}, TERMS, FLOW_WORLD.times[:-1])
+
+
+if __name__ == "__main__":
+    worker()

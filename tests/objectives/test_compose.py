@@ -17,11 +17,13 @@ from gadjax.objectives import (
     Needs,
     Regression,
     Sum,
+    as_config,
     build,
 )
-from gadjax.objectives.compose import Addable
+from gadjax.objectives.compose import STREAMS, Addable
 
 WORLD, B = DDPM_WORLD, 16
+TIMES = WORLD.times[:-1]
 
 
 def run(total):
@@ -39,9 +41,9 @@ def run(total):
 
 def test_a_term_of_weight_zero_leaves_no_trace():
     """Bit for bit, and nothing of what it needs is asked for."""
-    alone = build({"dmd": {"weight": 1.0}}, TERMS, 4)
+    alone = build({"dmd": {"weight": 1.0}}, TERMS, TIMES)
     config = {"dmd": {}, "gad": {"weight": 0.0, "steps": 7}, "anchor": {"weight": 0}}
-    beside = build(config, TERMS, 1)
+    beside = build(config, TERMS, TIMES[:1])
     assert beside == alone and beside.needs == alone.needs == DMD().needs
     assert DMD() + 0 * GAD() + 0.0 * (Anchor() + Regression()) == alone
     for a, b in zip(*map(jax.tree.leaves, (run(alone), run(beside))), strict=True):
@@ -64,6 +66,18 @@ def test_a_terms_random_numbers_do_not_depend_on_its_neighbours():
     (_, alone, _), (_, beside, _) = run(Sum(((1.0, DMD()),))), run(GADLift() + GAD() + DMD())
     assert float(beside["loss/dmd"]) == pytest.approx(float(alone["loss/dmd"]), rel=1e-5)
     assert float(beside["dmd/gap"]) == pytest.approx(float(alone["dmd/gap"]), rel=1e-5)
+
+
+def test_logs_take_the_names_of_the_config():
+    _, metrics, _ = run(build({"gad_lift": {}, "dmd": {}}, TERMS, TIMES))
+    assert set(metrics) == {"loss/gad_lift", "gad_lift/gap", "loss/dmd", "dmd/gap"}
+    assert set(run(GADLift() + DMD())[1]) == set(metrics)
+
+
+def test_the_random_streams_of_the_terms_are_as_they_were():
+    """By which recorded runs can be repeated."""
+    streams = {name: STREAMS.get(name, name) for name in TERMS}
+    assert streams == {name: kind.__name__.lower() for name, kind in TERMS.items()}
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,32 @@ def test_terms_do_not_share_their_draws():
     assert abs(one.mean() - 0.5) < 0.05 and one.min() >= 0 and one.max() < 1
 
 
+def test_two_terms_of_a_kind_keep_draws_and_metrics_of_their_own():
+    total = GADLift() + DMD() + 0.5 * GADLift(low=0.5)
+    assert total.names == ("gad_lift", "dmd", "gad_lift_2")
+    (_, one, _), (_, two, _) = run(GADLift() + DMD()), run(total)
+    assert {"loss/gad_lift_2", "gad_lift_2/gap"} == two.keys() - one.keys()
+    for name in one:  # the first of a kind is as it is alone
+        assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5)
+    batch, twice = make_batch(1000), First() + First()
+    context = WORLD.context(twice, batch)
+    a, b = (loss_B for _, _, loss_B, _ in twice.each(context))
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
+
+
+def test_a_config_numbers_the_terms_of_a_kind():
+    config = {"dmd": {}, "gad": {"weight": 0.5}, "gad_2": {"end": "clean"}, "gad_lift_12": {}}
+    total = build(config, TERMS, TIMES)
+    assert total.names == tuple(config) and as_config(total, TERMS) == config
+    assert total.parts == (DMD() + 0.5 * GAD() + GAD(end="clean") + GADLift()).parts
+    # One that is switched off leaves the other its name, and so its draws.
+    off = build(config | {"gad": {"weight": 0}}, TERMS, TIMES)
+    assert off.names == ("dmd", "gad_2", "gad_lift_12")
+    for name in ("gad_1", "gad_02", "gad_x", "gad_", "_2"):
+        with pytest.raises(InputError, match=f"objective: found '{name}'; expected one of adv"):
+            build({name: {}}, TERMS, TIMES)
+
+
 def test_sums_of_sums_are_sums():
     dmd, gad, anchor = DMD(), GAD(), Anchor()
     expected = ((2.0, dmd), (1.0, gad), (0.1, anchor))
@@ -106,8 +146,8 @@ def test_sums_of_sums_are_sums():
 def test_build_reads_configs():
     config = {"dmd": {"weight": 2.0, "low": 0.1}, "gad": {"weight": 0.5, "end": "clean"}}
     expected = 2 * DMD(low=0.1) + 0.5 * GAD(end="clean")
-    assert build(config, TERMS, 4) == expected
-    assert build(ConfigDict(config), TERMS, 4) == expected
+    assert build(config, TERMS, TIMES) == expected
+    assert build(ConfigDict(config), TERMS, TIMES) == expected
 
 
 @pytest.mark.parametrize(
@@ -133,6 +173,23 @@ def test_build_reads_configs():
         ({"sid": {"guidance": "long"}}, "objective.sid.guidance: found 'long'"),
         ({"dmd": {}, "gad": {"step_weights": [1.0]}}, "found 1 of them; expected 0 or 4"),
         ({"dmd": {"backprop": "last"}}, "objective.dmd.backprop: found 'last'"),
+        ({"gad": {"weight": float("nan")}}, "objective.gad.weight: found nan; expected a number"),
+        ({"dmd": {"low": "x"}}, "objective.dmd.low: found 'x'; expected a number"),
+        ({"gad": {"steps": 2.5}}, "objective.gad.steps: found 2.5; expected a whole number"),
+        ({"gad": {"normalize": 1}}, "objective.gad.normalize: found 1; expected True or False"),
+        ({"gad": {"loss": 1}}, "objective.gad.loss: found 1; expected a name"),
+        ({"anchor": {"until": "K"}}, "objective.anchor.until: found 'K'; expected a number"),
+        ({"dmd": {"low": -0.1}}, "objective.dmd.low: found -0.1; expected a share from 0 to"),
+        ({"dmd": {"low": 1, "high": 1}}, "objective.dmd.low: found 1; expected a share from 0 to"),
+        ({"dmd": {"high": 1.1}}, "objective.dmd.high: found 1.1; expected a share from 0.02 to 1"),
+        ({"sid": {"low": 0.6, "high": 0.5}}, "objective.sid.high: found 0.5; expected a share"),
+        ({"sid": {"low": float("nan")}}, "objective.sid.low: found nan; expected a share"),
+        ({"gad_lift": {"low": 0.99}}, "objective.gad_lift.high: found 0.98; expected a share"),
+        ({"tdm": {"gap": -1.0}}, "objective.tdm.gap: found -1.0; expected 0 or more"),
+        ({"tdm": {"floor": 899.0}}, "objective.tdm.floor: found 899.0; expected less than 899.0"),
+        ({"anchor": {"until": 899.0}}, "anchor.until: found 899.0; expected a time between 0 and"),
+        ({"denoising": {"balance": -0.5}}, "denoising.balance: found -0.5; expected 0 or more"),
+        ({"tdm": {}, "gad_script": {"step": 0.0}}, "gad_script.step: found 0.0; expected more"),
         (
             {"gad": {"direction": "rademacher"}, "gad_lift": {}, "tdm": {}},
             "found directions 1 x 'rademacher' and 1 x 'gaussian'; expected one choice",
@@ -141,12 +198,12 @@ def test_build_reads_configs():
 )
 def test_bad_configs(config, message):
     with pytest.raises(InputError) as error:
-        build(config, TERMS, 4)
+        build(config, TERMS, TIMES)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_one_trainer_may_serve_other_readers():
-    total = build({"tdm": {}, "gad_lift": {}, "gad_script": {}}, TERMS, 4)
+    total = build({"tdm": {}, "gad_lift": {}, "gad_script": {}}, TERMS, TIMES)
     batch, critic = make_batch(B), gaussian_params(3)
 
     @jax.jit

@@ -320,7 +320,7 @@ def map_error(world, student, teacher, samples=256):
     "total,bound",
     [
         (1.0 * Consistency(steps=4), 0.15),
-        (Consistency(steps=4) + 0.3 * GAD(end="clean", steps=32), 0.15),
+        (Consistency(steps=4) + 0.3 * GAD(end="clean", steps=32, loss="square"), 0.15),
     ],
     ids=["alone", "with gad"],
 )
@@ -370,10 +370,10 @@ def test_it_composes_in_a_world_of_four_steps():
 
 def test_refusals():
     with pytest.raises(InputError, match="objective.consistency.steps: found 0; expected 1"):
-        build({"consistency": {"steps": 0}}, TERMS, 1)
+        build({"consistency": {"steps": 0}}, TERMS, DDPM_WORLD.times[:1])
     with pytest.raises(InputError, match="objective.consistency: found 'warmup'; expected weight"):
-        build({"consistency": {"warmup": 1}}, TERMS, 1)
-    assert build({"consistency": {"images": True}}, TERMS, 1).needs.images
+        build({"consistency": {"warmup": 1}}, TERMS, DDPM_WORLD.times[:1])
+    assert build({"consistency": {"images": True}}, TERMS, DDPM_WORLD.times[:1]).needs.images
 
 
 def test_its_tangent_in_time_is_taken_where_attention_has_one():

@@ -29,7 +29,7 @@ from gadjax.objectives.gad import student_map, student_tangents
 from gadjax.rollout import interpolate_times, rollout
 from gadjax.training.steps import drawn_steps
 
-POLAR = {"loss": "polar"}
+SQUARE = {"loss": "square"}
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 ends = pytest.mark.parametrize("end", ["next", "clean"])
 
@@ -219,7 +219,7 @@ def test_the_mean_over_directions_is_the_distance_of_the_jacobians(direction):
     """E |(J_S - J_T) v|^2 / D = |J_S - J_T|_F^2 / D; here all samples share both Jacobians."""
     world, samples = one_step(FLOW_WORLD), 8192
     student, teacher = world.student_params(), gaussian_params()
-    term = GAD(steps=3, direction=direction, normalize=False)
+    term = GAD(steps=3, direction=direction, **SQUARE, normalize=False)
     batch = make_batch(samples)
     loss_B = np.asarray(world.losses(term)(batch, student, None, teacher)[0], float)
     times = np.linspace(world.times[0], world.times[1], 4)[:, None]
@@ -234,7 +234,7 @@ def test_the_mean_over_directions_is_the_distance_of_the_jacobians(direction):
 def test_zero_at_the_teachers_own_map_and_nowhere_near(world):
     batch, teacher = make_batch(16, told=0.0), gaussian_params()
     right = perfect_student(world, teacher, 4)
-    run = world.losses(GAD())
+    run = world.losses(GAD(**SQUARE))
     loss_B, metrics = run(batch, right, None, teacher)
     assert float(loss_B.max()) < 1e-9
     assert float(metrics["cosine"]) == pytest.approx(1, abs=1e-5)
@@ -251,8 +251,8 @@ def test_the_relative_loss_is_the_plain_one_over_the_targets_square():
     def run(student):
         context = world.context(GAD(), batch, student, None, teacher)
         wanted, found = context.maps[TeacherMap()][1][0], student_tangents(context, "next")[0]
-        plain, polar = (GAD(**more)(context)[0] for more in ({"normalize": False}, POLAR))
-        return GAD()(context), plain, polar, wanted, found
+        plain = GAD(**SQUARE, normalize=False)(context)[0]
+        return GAD(**SQUARE)(context), plain, GAD()(context)[0], wanted, found
 
     (relative, metrics), plain, polar, wanted, found = run(student)
     size = (wanted**2).mean((1, 2, 3))
@@ -309,7 +309,7 @@ def test_the_whole_map_is_every_step_of_both(world):
 
 def test_several_directions_are_the_mean_of_single_ones():
     """The loss over three directions, against their jvps taken one by one."""
-    world, term, batch = DDPM_WORLD, GAD(directions=3), make_batch(8)
+    world, term, batch = DDPM_WORLD, GAD(directions=3, **SQUARE), make_batch(8)
     student, teacher = world.student_params(bend=0.3), mixture_params()
 
     @jax.jit
@@ -378,12 +378,12 @@ def test_what_cannot_be_matched_is_flattened_by_the_square_and_not_by_the_polar_
     for c in (0.3, 0.8):
         found = c * wanted + (1 - c**2) ** 0.5 * other
         scales = np.linspace(0.05, 1.5, 146)
-        square, polar = (at(scales, found, wanted, **more) for more in ({}, POLAR))
+        square, polar = (at(scales, found, wanted, **more) for more in (SQUARE, {}))
         assert scales[square.argmin()] == pytest.approx(c, abs=0.006)
         assert scales[polar.argmin()] == pytest.approx(1, abs=0.006)
     near = wanted + 1e-3 * other
     for scale in (0.999, 1.001):
-        square, polar = (at([scale], near, wanted, **more)[0] for more in ({}, POLAR))
+        square, polar = (at([scale], near, wanted, **more)[0] for more in (SQUARE, {}))
         assert polar == pytest.approx(square, rel=3e-3)
 
 
@@ -401,7 +401,7 @@ def at(scales, found, wanted, **options):
     return np.array(values)
 
 
-@pytest.mark.parametrize("options", [{}, POLAR], ids=["square", "polar"])
+@pytest.mark.parametrize("options", [SQUARE, {}], ids=["square", "polar"])
 def test_reverse_over_forward_is_the_gradient_of_the_loss(options):
     """Against central differences in float64, along one way through every parameter.
 
@@ -431,10 +431,12 @@ def test_reverse_over_forward_is_the_gradient_of_the_loss(options):
 def test_bad_options():
     with pytest.raises(InputError, match="objective.gad.loss: found 'l1'; expected square or"):
         GAD(loss="l1")
+    with pytest.raises(InputError, match="normalize: found False beside the polar loss"):
+        GAD(normalize=False)
     with pytest.raises(InputError, match="found end 'x0'; expected 'next', 'clean' or 'whole'"):
         _ = GAD(end="x0").needs
     with pytest.raises(InputError, match="step_weights: found 2 of them; expected 0 or 4"):
-        GAD(step_weights=(1.0, 0.0)).check(4)
+        GAD(step_weights=(1.0, 0.0)).check(DDPM_WORLD.times[:-1])
     with pytest.raises(InputError, match="direction: found 'sphere'"):
         _ = GAD(direction="sphere").needs
     with pytest.raises(InputError, match="found a map of 0 steps"):

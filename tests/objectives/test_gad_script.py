@@ -19,7 +19,7 @@ def differences(term, bend=0.3, samples=B):
     @jax.jit
     def run(batch, student, critic, teacher):
         context = world.context(term, batch, student, critic, teacher)
-        x_tau, tau, _ = TDM().diffused(context)
+        x_tau, tau, _ = TDM().diffused(context.of("tdm"))
         raw = context.normal("perturbation")
         d = term.step * raw / jnp.sqrt((raw**2).sum((1, 2, 3), keepdims=True))
 
@@ -122,7 +122,7 @@ def test_the_gradient_is_the_difference_of_critic_and_teacher():
     @jax.jit
     def run(student):
         context = world.context(term, batch, student, critic, teacher)
-        x_tau, tau, _ = TDM().diffused(context)
+        x_tau, tau, _ = TDM().diffused(context.of("tdm"))
         raw = context.normal("perturbation")
         d = 0.1 * raw / jnp.sqrt((raw**2).sum((1, 2, 3), keepdims=True))
 
@@ -144,3 +144,27 @@ def test_the_gradient_is_the_difference_of_critic_and_teacher():
     clear = np.abs(error) > 1e-2
     for sample, row in zip(scale, clear, strict=True):
         assert not row.any() or np.ptp(sample[row]) < 1e-2 * sample[row].mean()
+
+
+def test_it_shares_x_tau_with_tdm():
+    """One draw for both losses, as the script has it: what the networks say there is said once."""
+    world, batch, total = DDPM_WORLD, make_batch(B), TDM() + GADScript()
+    asked = []
+
+    def losses(student, critic, teacher):
+        context = world.context(total, batch, student, critic, teacher)
+
+        def telling(x, t):
+            asked.append((x, t))
+            return context.critic(x, t)
+
+        return total(replace(context, critic=telling))[0], list(asked)
+
+    networks = world.student_params(bend=0.3), mixture_params(3), mixture_params(0)
+    _, found = jax.device_get(jax.jit(losses)(*networks))
+    (x, t), (moved, t_too), (same, t_three) = found
+    np.testing.assert_array_equal(t, t_too)
+    np.testing.assert_array_equal(t, t_three)
+    np.testing.assert_allclose(x, same, rtol=1e-6, atol=1e-6)
+    lengths = np.linalg.norm(rows(moved - x), axis=1)
+    np.testing.assert_allclose(lengths, GADScript().step, rtol=1e-3)

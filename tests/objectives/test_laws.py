@@ -129,7 +129,7 @@ def test_matching_distributions_keeps_a_rotated_map_and_gad_turns_it_back():
 
     matching = DMD() + GADLift()
     blind = errors(descend(world, matching, start, teacher))
-    seeing = errors(descend(world, matching + GAD(steps=32), start, teacher))
+    seeing = errors(descend(world, matching + GAD(steps=32, loss="square"), start, teacher))
     print("start", errors(start), "without", blind, "with", seeing)
     assert errors(start)[0] > 0.5 and blind[0] < 0.1 and seeing[0] < 0.1
     assert blind[1] > 1 and seeing[1] < 0.05

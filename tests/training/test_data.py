@@ -207,3 +207,24 @@ def prompts_only(tiny_pipeline, tmp_path):
     words = [str(word) for pair in flags.items() for word in pair]
     assert main(["embed", *words, "--length", str(LENGTH)]) == 0
     return tmp_path / "text"
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sana"])
+def test_a_dropped_caption_is_what_guidance_leads_away_from(folders, images, family):
+    """In SDXL that is no prompt but zeros, in SANA the empty one without its instruction."""
+    config = default_config()
+    config.teacher = str(folders(family))
+    length = 77 if family != "sana" else LENGTH
+    config.data.update(images=str(images), length=length, dropout=1.0)
+    pipeline, params = load_pipeline(folders(family))
+    source, null = open_data(config, pipeline)
+    batch = source.batch(0, 1)
+    for name in ("ids", "mask"):
+        np.testing.assert_array_equal(batch[name], null[name])
+    told = pipeline.encode_text(params, batch["ids"], batch["mask"])
+    untold = pipeline.encode_text(params, *pipeline.prompts.untold(None, length))
+    np.testing.assert_array_equal(told.text, untold.text)
+    assert np.any(np.asarray(told.text)) == (family != "sdxl")
+    config.data.dropout = 0.0
+    captions = open_data(config, pipeline)[0].batch(0, 1)
+    assert np.any(captions["ids"] != null["ids"])

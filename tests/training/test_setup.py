@@ -33,6 +33,13 @@ def refused(config) -> str:
     return str(error.value)
 
 
+def test_guidance_up_to_one_is_none(config):
+    """A user's number means what it means in sampling; objectives' own zeros are scales."""
+    for asked, scale in ((0, 1), (0.5, 1), (3, 3)):
+        config.guidance = asked
+        assert setup.prepare(config, abstract=True).recipe.guidance == scale
+
+
 def test_an_attention_without_a_forward_derivative(config, monkeypatch):
     """As most fused kernels are: jax.custom_vjp, which jax.jvp cannot pass."""
 
@@ -69,6 +76,10 @@ def test_an_attention_without_a_forward_derivative(config, monkeypatch):
             "found pictures of 32 x 32 in gadjax.worlds.shapes; expected 16 x 16",
         ),
         ({"objective": {"gad": {"steps": 0}}}, "found a map of 0 steps; expected 1 or more"),
+        (
+            {"objective": {"sid": {}, "anchor": {"until": 999}}},
+            "objective.anchor.until: found 999; expected a time between 0 and ",
+        ),
         (
             {"student": {"steps": 1, "timesteps": (899,)}, "objective": {"anchor": {}, "sid": {}}},
             "student.steps: found 1; expected at least 2",

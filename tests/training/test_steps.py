@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -22,7 +22,9 @@ from formula_steps import (
 )
 from ml_collections import ConfigDict
 
-from gadjax.objectives import DMD, GAD, TDM, Anchor, Needs
+from gadjax.geometry import Directions
+from gadjax.objectives import DMD, GAD, TDM, Anchor, Needs, TeacherMap
+from gadjax.objectives.compose import Addable
 from gadjax.training.setup import make_batch as batch_of
 from gadjax.training.state import create, make_optimizer
 from gadjax.training.steps import (
@@ -196,6 +198,47 @@ def test_a_text_is_read_once_for_all_evaluations(objective):
     np.testing.assert_allclose(metrics["student/loss"], others["student/loss"], rtol=1e-5)
 
 
+@dataclass(frozen=True)
+class Reading(Addable):
+    """A term whose critic's loss reads all that a term may ask for."""
+
+    needs = Needs(
+        student=True,
+        first=(TeacherMap("next", 3),),
+        tangent=Directions(),
+        maps={TeacherMap("next", 2): True},
+        endpoint=True,
+        teacher=True,
+        critic=True,
+    )
+
+    def __call__(self, context):
+        (said, dots), (arrived, moved) = context.student, context.maps[TeacherMap("next", 2)]
+        first = context.first[TeacherMap("next", 3)]
+        real = context.teacher(said.x0, context.t_B)
+        read = (said, dots, arrived, moved, first, context.endpoint, real)
+        return sum(jnp.sum(v**2, axis=tuple(range(1, v.ndim))) for v in rows(read)), {}
+
+    def critic_loss(self, context):
+        return self(context)[0] * jnp.sum(context.critic_params["logits"])
+
+
+def rows(tree):
+    """Every array with samples first."""
+    return [v[0] if v.ndim == 5 else v for v in jax.tree.leaves(tree)]
+
+
+def test_a_critics_loss_is_handed_what_its_term_asks_for():
+    """The very values that the student's loss is handed."""
+    recipe = replace(RECIPE, objective=1.0 * Reading())
+    given = start(), TEACHER, make_batch(B)
+    _, mine = jax.jit(partial(critic_step, recipe))(*given)
+    _, expected = jax.jit(partial(student_step, recipe))(*given)
+    scale = float(jnp.sum(given[0].params["critic"]["logits"]))
+    own = mine["critic/loss_B"] / scale
+    np.testing.assert_allclose(own, expected["student/loss_B"], rtol=1e-4)
+
+
 def test_a_critics_update_reads_the_students_text_once():
     found = []
     recipe = replace(RECIPE, denoiser=reading(found), objective=TDM())
@@ -287,3 +330,8 @@ def test_the_clip_is_by_the_global_norm():
     )
     mu = optax.tree_utils.tree_get(state, "mu")
     np.testing.assert_allclose(optax.global_norm(mu), 0.1 * 0.5, rtol=1e-5)
+    free = make_optimizer(ConfigDict(OPTIM | {"clip": 0.0}))
+    one = {"a": jnp.zeros(1)}
+    _, state = free.update({"a": jnp.full(1, 1e3)}, free.init(one), one)
+    mu = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose(mu["a"], 0.1 * 1e3, rtol=1e-5)

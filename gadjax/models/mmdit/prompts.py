@@ -68,10 +68,11 @@ def prompts(parts: TextParts, config: Config) -> SD3Prompts:
         check_width(parts.path, width, config.joint_attention_dim, "joint_attention_dim")
     pooled = sum(spec.projection_dim for spec in specs)
     check_width(parts.path, pooled, config.pooled_projection_dim, "pooled_projection_dim")
+    tokenizers = tuple(parts.tokenizer(name) for name in names)
     return SD3Prompts(
-        tuple(parts.tokenizer(name) for name in names),
+        tokenizers,
         tuple(parts.apply[name] for name in ("text_encoder", "text_encoder_2")),
         t5,
-        min(spec.max_position_embeddings for spec in specs),
+        parts.clip_length(tokenizers[0], "text_encoder", "text_encoder_2"),
         config.joint_attention_dim,
     )

@@ -12,6 +12,7 @@ from flax import nnx
 
 from gadjax.errors import InputError
 from gadjax.models import layers
+from gadjax.models.ignored import IGNORED
 from gadjax.models.module import Keys, scan_blocks, stack
 from gadjax.types import TextKV
 
@@ -31,9 +32,7 @@ FIXED = {
     "num_vector_embeds": None,
     "dropout": 0.0,
 }
-# Options that change nothing here: no group norm, no class table, softmax is float32 anyway.
-COSMETIC = ("norm_num_groups", "num_embeds_ada_norm", "upcast_attention", "use_linear_projection")
-COSMETIC += ("cross_attention_dim",)  # checked against the width
+READ_PAST = {*IGNORED[CLASS_NAMES[0]], "cross_attention_dim"}  # which is the width
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Config:
         for key, value in cfg.items():
             if key in FIXED and (value or None) != (FIXED[key] or None):
                 raise InputError(f"{key}: found {value!r}; expected {FIXED[key]!r}")
-            known = key in names or key in FIXED or key in COSMETIC or key.startswith("_")
+            known = key in names or key in FIXED or key in READ_PAST or key.startswith("_")
             if not known and value is not None:  # null stands for an option that is absent
                 raise InputError(f"{key}: found {value!r}; expected an option of PixArt")
         if cfg.get("_class_name") == "Transformer2DModel" and "norm_type" not in cfg:

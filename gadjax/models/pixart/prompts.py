@@ -1,7 +1,7 @@
 """PixArt's prompts: T5's last states and their mask (diffusers' PixArtAlphaPipeline)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gadjax.models.pixart.net import Config
 from gadjax.models.text.prompts import TextParts, Told, check_width
@@ -10,7 +10,7 @@ from gadjax.models.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class T5Prompts:
-    """In lower case. The pipeline's own length is 120 tokens, 300 that of PixArt-Sigma."""
+    """In lower case. length: PixArt-Sigma's pipeline has 300."""
 
     tokenizer: Tokenizer
     apply: Callable
@@ -35,4 +35,5 @@ def prompts(parts: TextParts, config: Config) -> T5Prompts:
     parts.need("text_encoder")
     width = parts.specs["text_encoder"].d_model
     check_width(parts.path, width, config.caption_channels, "caption_channels")
-    return T5Prompts(parts.tokenizer(clean=True), parts.apply["text_encoder"])
+    prompts = T5Prompts(parts.tokenizer(clean=True), parts.apply["text_encoder"])
+    return replace(prompts, length=300) if parts.pipeline == "PixArtSigmaPipeline" else prompts

@@ -10,6 +10,7 @@ from functools import cached_property
 import jax.numpy as jnp
 import numpy as np
 
+from gadjax.errors import InputError
 from gadjax.models.sana.net import Config
 from gadjax.models.text.prompts import TextParts, Told, check_width
 from gadjax.models.text.tokenizer import Tokenizer, preprocess
@@ -80,4 +81,10 @@ def prompts(parts: TextParts, config: Config) -> GemmaPrompts:
     parts.need("text_encoder")
     width = parts.specs["text_encoder"].hidden_size
     check_width(parts.path, width, config.caption_channels, "caption_channels")
-    return GemmaPrompts(parts.tokenizer(), parts.apply["text_encoder"])
+    sprint = parts.pipeline == "SanaSprintPipeline"
+    if sprint != config.guidance_embeds:
+        raise InputError(
+            f"{parts.path}: found a {parts.pipeline} with guidance_embeds {config.guidance_embeds} "
+            f"in transformer/config.json; expected {sprint}, as that pipeline tells its guidance"
+        )
+    return GemmaPrompts(parts.tokenizer(), parts.apply["text_encoder"], steps=2 if sprint else 20)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models.ignored import TENSORS, note_unknown
 from gadjax.models.module import KeyMap, Keys, scan_blocks, stack
 from gadjax.ops.attention import attention
 
@@ -41,6 +42,7 @@ class Config:
     eos_token_id: int = 49407
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
+    use_attention_mask: bool = False  # diffusers' own: StableDiffusionPipeline hides padding
     projected: bool = False  # CLIPTextModelWithProjection; `architectures` in the file
 
     @classmethod
@@ -53,11 +55,14 @@ class Config:
             _refuse("model_type", kind, "'clip_text_model'")
         values = {"projected": classes[0] == CLASS_NAMES[1]}
         used = {f.name: f for f in fields(cls) if f.name != "projected"}
-        # What else a file has is of training, the tokenizer or the file itself.
+        note_unknown(classes[0], cfg, used)
         for key, value in cfg.items():
             if key not in used:
                 continue
-            if key == "hidden_act":
+            if key == "use_attention_mask":
+                value = False if value is None else value
+                valid, expected = type(value) is bool, "true or false"
+            elif key == "hidden_act":
                 valid, expected = value in ACTIVATIONS, " or ".join(ACTIVATIONS)
             elif key == "layer_norm_eps":
                 valid, expected = type(value) is float and value > 0, "a positive number"
@@ -157,8 +162,8 @@ class Block(nnx.Module):
 class TextModel(nnx.Module):
     """`net(ids_BL int32, mask_BL=None) -> Encoded`, causal, without dropout.
 
-    mask_BL is 1 (or True) at tokens and 0 at padding that is not attended to; pipelines give
-    none. An id outside the vocabulary gives NaN.
+    mask_BL is 1 (or True) at tokens and 0 at padding that is not attended to. An id outside the
+    vocabulary gives NaN.
     Raises: InputError for a sequence longer than the table of positions.
     """
 
@@ -206,8 +211,7 @@ def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[
 
 KEYMAP = KeyMap(
     renames=((r"^blocks/", "encoder/layers/#/"), (r"^(?!text_projection/)", "text_model/")),
-    # Older files keep the numbers 0, 1, ... of the positions.
-    ignored=(r"^(text_model\.)?embeddings\.position_ids$",),
+    ignored=tuple(TENSORS["CLIPTextModel"]),
     # transformers 5 writes CLIPTextModel, of the two classes, without the prefix.
     aliases=((r"^(?=(embeddings|encoder|final_layer_norm)\.)", "text_model."),),
 )

@@ -15,13 +15,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models.ignored import note_unknown
 from gadjax.models.layers import gelu_tanh
 from gadjax.models.module import KeyMap, Keys, scan_blocks, stack
 
 CLASS_NAMES = ("Gemma2Model",)
 
-# Options with the values that are supported; those that are not named here are of training,
-# generation, the tokenizer or the file itself.
+# Options with the values that are supported.
 FIXED = {
     "model_type": ("gemma2",),
     "architectures": (list(CLASS_NAMES),),
@@ -56,8 +56,9 @@ class Config:
     def from_dict(cls, cfg: Mapping[str, Any]) -> "Config":
         """Read a config.json. Raises: InputError naming the key that is unsupported."""
         kinds = {f.name: (int,) if f.type is int else (int, float) for f in fields(cls)}
-        values = {}
-        for key, value in _with_flat_rope(cfg).items():
+        values, flat = {}, _with_flat_rope(cfg)
+        note_unknown(CLASS_NAMES[0], flat, (*kinds, *FIXED, "layer_types"))
+        for key, value in flat.items():
             if key in FIXED:
                 if value not in FIXED[key]:
                     _refuse(key, value, " or ".join(map(repr, FIXED[key])))

@@ -17,6 +17,7 @@ from gadjax.errors import InputError
 from gadjax.models.text.tokenizer import Tokenizer, load_tokenizer
 from gadjax.types import Params
 
+LARGEST = 1 << 32
 Tokens = tuple[np.ndarray, np.ndarray]  # ids_BL, mask_BL, int32
 
 
@@ -57,21 +58,45 @@ class TextParts:
     apply: Mapping[str, Callable[..., Any]]
     specs: Mapping[str, Any]
 
+    @property
+    def pipeline(self) -> str:
+        """The class of the pipeline in diffusers."""
+        return self.index["_class_name"]
+
     def need(self, *names: str) -> None:
         """Raises: InputError unless there are networks of these names."""
         for name in names:
             if name not in self.apply:
                 raise InputError(f"{self.path}: found no {name}; expected the text encoder's files")
 
-    def tokenizer(self, name: str = "tokenizer", *, clean: bool = False) -> Tokenizer:
-        """clean: whether the family's pipeline puts prompts in lower case."""
+    def tokenizer(
+        self, name: str = "tokenizer", *, clean: bool = False, learned: bool = False
+    ) -> Tokenizer:
+        """clean: whether the family's pipeline puts prompts in lower case. learned: whether it
+        knows learned concepts."""
         match self.index.get(name):
             case [str(), str(kind)]:
                 pass
             case _:
                 raise InputError(f"{self.path}: found no {name}; expected the tokenizer's files")
         encoder = self.specs[name.replace("tokenizer", "text_encoder")]
-        return load_tokenizer(self.path / name, kind, clean=clean, known=encoder.vocab_size)
+        known = encoder.vocab_size
+        return load_tokenizer(self.path / name, kind, clean=clean, known=known, learned=learned)
+
+    def clip_length(self, tokenizer: Tokenizer, *encoders: str) -> int:
+        """How many tokens these CLIPs are given: as many as the tokenizer's files say.
+
+        Raises: InputError where a CLIP has fewer positions.
+        """
+        length = tokenizer.backend.model_max_length
+        most = min(self.specs[name].max_position_embeddings for name in encoders)
+        if type(length) is not int or not 1 <= length <= most:
+            found = length if length < LARGEST else "none"  # transformers' number for none
+            raise InputError(
+                f"{tokenizer.backend.name_or_path}, model_max_length: found {found}; expected a "
+                f"number from 1 to {most}, the positions of {' and '.join(encoders)}"
+            )
+        return length
 
 
 def check_width(path: Path, found: int, expected: int, what: str) -> None:

@@ -17,12 +17,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models.ignored import note_unknown
 from gadjax.models.module import KeyMap, Keys, scan_blocks, stack
 
 CLASS_NAMES = ("T5EncoderModel",)
 
 # feed_forward_proj -> the activation transformers derives from it (dense_act_fn).
 ACTIVATIONS = {"relu": "relu", "gated-gelu": "gelu_new"}
+DERIVED = ("is_decoder", "is_gated_act", "dense_act_fn")  # what else may be said of them
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Config:
                 _refuse(field.name, None if value is MISSING else value, expected)
             values[field.name] = value
         config = cls(**values)
+        note_unknown(CLASS_NAMES[0], cfg, (*values, *DERIVED))
 
         derived = {
             "model_type": "t5",
@@ -238,8 +241,7 @@ KEYMAP = KeyMap(
             "encoder/block/0/layer/0/SelfAttention/relative_attention_bias/",
         ),
     ),
-    # The tied copy of shared.weight.
-    ignored=(r"^encoder\.embed_tokens\.weight$",),
+    twins=(("encoder.embed_tokens.weight", "shared.weight"),),
 )
 
 RULES = (

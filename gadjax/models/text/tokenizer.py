@@ -10,6 +10,8 @@ import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,18 +56,39 @@ def preprocess(texts: str | Sequence[str]) -> list[str]:
 class Tokenizer:
     """`tokenizer(texts, length) -> (ids_BL, mask_BL)`, both int32; B texts of L = `length` tokens.
 
-    clean: whether texts are preprocessed first. Short ones are padded on the right (mask 0). Long
-    ones are cut, which is logged; the tokens that close a text stay.
+    clean: whether texts are preprocessed first. Short ones are padded (mask 0) on the side that the
+    files say. Long ones are cut, which is logged; the tokens that close a text stay.
     known: how many ids the text encoder has, None for any. Raises: InputError for another id.
+    learned: whether a learned concept of several vectors is written out, `<cat>` as
+      `<cat> <cat>_1`, as diffusers' TextualInversionLoaderMixin does.
     """
 
     backend: "PreTrainedTokenizerBase"
     clean: bool = True
     known: int | None = None
+    learned: bool = False
+
+    @cached_property
+    def concepts(self) -> dict[str, str]:
+        """Token -> all the tokens of its vectors, where there are several."""
+        added, found = set(self.backend.added_tokens_encoder), {}
+        for token in sorted(added):
+            numbered = (f"{token}_{i}" for i in count(1))
+            if more := list(takewhile(added.__contains__, numbered)):
+                found[token] = " ".join([token, *more])
+        return found
+
+    def _written_out(self, text: str) -> str:
+        if here := [token for token in self.concepts if token in text]:
+            tokens = set(self.backend.tokenize(text))
+            for token in here:
+                text = text.replace(token, self.concepts[token]) if token in tokens else text
+        return text
 
     def __call__(self, texts: str | Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         texts = [texts] if isinstance(texts, str) else list(texts)
         texts = preprocess(texts) if self.clean else texts
+        texts = list(map(self._written_out, texts)) if self.learned else texts
         whole = self.backend(texts, truncation=False)["input_ids"]
         long = [len(ids) for ids in whole if len(ids) > length]
         if long:
@@ -74,8 +97,7 @@ class Tokenizer:
                 "%d): they were cut",
                 *(len(long), len(texts), length, max(long)),
             )
-        options = {"padding": "max_length", "max_length": length, "padding_side": "right"}
-        out = self.backend(texts, truncation=True, **options)
+        out = self.backend(texts, truncation=True, padding="max_length", max_length=length)
         ids_BL = np.asarray(out["input_ids"], np.int32)
         if self.known is not None and ids_BL.max(initial=0) >= self.known:
             raise InputError(
@@ -91,10 +113,11 @@ def load_tokenizer(
     *,
     clean: bool = True,
     known: int | None = None,
+    learned: bool = False,
 ) -> Tokenizer:
     """The tokenizer saved in a local folder; the network is never asked.
 
-    class_name: as model_index.json has it. clean, known: see Tokenizer.
+    class_name: as model_index.json has it. clean, known, learned: see Tokenizer.
     Raises: InputError for another class, a folder without its files, or with files that are not
     such a tokenizer's.
     """
@@ -114,6 +137,8 @@ def load_tokenizer(
         backend = loader.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+    if kind == "GemmaTokenizer":  # SanaPipeline sets it, whatever the files say
+        backend.padding_side = "right"
     # Of an empty or foreign vocabulary transformers still makes a tokenizer.
     if kind == "T5Tokenizer":
         if (ids := backend.convert_tokens_to_ids(list(SPECIAL))) != [0, 1, 2]:
@@ -124,7 +149,7 @@ def load_tokenizer(
         ids, _ = Tokenizer(backend, clean)(TRIED, 64)
         if ids.min() < 0:
             raise ValueError(f"id {ids.min()}")
-    return Tokenizer(backend, clean, known)
+    return Tokenizer(backend, clean, known, learned)
 
 
 @contextmanager

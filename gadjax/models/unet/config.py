@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from gadjax.errors import InputError
+from gadjax.models.ignored import IGNORED
 
 CLASS_NAMES = ("UNet2DConditionModel",)
 
@@ -42,8 +43,6 @@ FIXED = {
     "time_embedding_type": "positional",
     "timestep_post_act": None,
 }
-# Softmax is float32 anyway; the heads are those of an embedding of another type than text_time.
-COSMETIC = ("upcast_attention", "addition_embed_type_num_heads")
 PER_BLOCK = {"attention_head_dim": 8, "transformer_layers_per_block": 1}
 KINDS = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -93,7 +92,8 @@ class Config:
                 value = any(value)
             if key in FIXED and (value or None) != (FIXED[key] or None):
                 _refuse(key, cfg[key], repr(FIXED[key]))
-            known = key in names or key in FIXED or key in COSMETIC or key.startswith("_")
+            ignored = key in IGNORED[CLASS_NAMES[0]] or key.startswith("_")
+            known = key in names or key in FIXED or ignored
             if not known and value is not None:  # null stands for an option that is absent
                 _refuse(key, value, "an option of UNet2DConditionModel")
         if cfg.get("sample_size") is None:

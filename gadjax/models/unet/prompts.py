@@ -1,7 +1,7 @@
 """The prompts of Stable Diffusion 1.x and 2.x (one CLIP) and of SDXL (two).
 
-Follows diffusers' StableDiffusionPipeline and StableDiffusionXLPipeline. CLIP reads its padding
-too, so that the mask says nothing to the network; it is all ones.
+Follows diffusers' StableDiffusionPipeline and StableDiffusionXLPipeline. The network reads the
+states of the padding too, so that the mask says nothing to it; it is all ones.
 """
 
 from collections.abc import Callable
@@ -10,18 +10,22 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from gadjax.errors import InputError
 from gadjax.models.text.prompts import TextParts, Told, check_clip_length, check_width, side_by_side
 from gadjax.models.text.tokenizer import Tokenizer
 from gadjax.models.unet.config import Config
 
+SDXL = "StableDiffusionXLPipeline"
+
 
 @dataclass(frozen=True, eq=False)
 class ClipPrompts:
-    """CLIP's last states."""
+    """CLIP's last states. masked: whether padding is hidden from it (use_attention_mask)."""
 
     tokenizer: Tokenizer
     apply: Callable
     length: int
+    masked: bool = False
     steps: int = 50
     guidance: float = 7.5
 
@@ -36,7 +40,8 @@ class ClipPrompts:
         return length
 
     def encode(self, params, ids_BL, mask_BL):
-        text_BLD = self.apply(params["text_encoder"], ids_BL).last
+        seen = (mask_BL,) if self.masked else ()
+        text_BLD = self.apply(params["text_encoder"], ids_BL, *seen).last
         return Told(text_BLD, jnp.ones_like(mask_BL))
 
 
@@ -79,16 +84,26 @@ class TwoClipPrompts:
 
 def prompts(parts: TextParts, config: Config) -> ClipPrompts | TwoClipPrompts:
     """Two where the network is told a pooled vector."""
-    names = ["text_encoder"]
-    if config.addition_embed_type is not None:
-        names.append("text_encoder_2")
+    told = config.addition_embed_type is not None
+    if told != (parts.pipeline == SDXL):
+        raise InputError(
+            f"{parts.path}: found a {parts.pipeline} with addition_embed_type "
+            f"{config.addition_embed_type} in unet/config.json; expected it of {SDXL} alone"
+        )
+    names = ["text_encoder", "text_encoder_2"][: 1 + told]
     parts.need(*names)
     specs = [parts.specs[name] for name in names]
     width = sum(spec.hidden_size for spec in specs)
     check_width(parts.path, width, config.cross_attention_dim, "cross_attention_dim")
-    length = min(spec.max_position_embeddings for spec in specs)
-    if len(names) == 1:
-        return ClipPrompts(parts.tokenizer(), parts.apply["text_encoder"], length)
-    tokenizers = parts.tokenizer(), parts.tokenizer("tokenizer_2")
+    one = parts.tokenizer(learned=True)
+    length = parts.clip_length(one, "text_encoder")
+    if not told:
+        return ClipPrompts(one, parts.apply[names[0]], length, specs[0].use_attention_mask)
+    two = parts.tokenizer("tokenizer_2", learned=True)
+    if (other := parts.clip_length(two, "text_encoder_2")) != length:
+        raise InputError(
+            f"{parts.path / 'tokenizer_2'}, model_max_length: found {other}; expected {length}, as "
+            "of the first tokenizer"
+        )
     zeros = bool(parts.index.get("force_zeros_for_empty_prompt", True))
-    return TwoClipPrompts(tokenizers, *(parts.apply[name] for name in names), length, zeros)
+    return TwoClipPrompts((one, two), *(parts.apply[name] for name in names), length, zeros)

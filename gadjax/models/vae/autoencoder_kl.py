@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models.ignored import IGNORED
 from gadjax.models.layers import numbered
 from gadjax.models.module import KeyMap, Keys
 from gadjax.ops.attention import attention
@@ -40,7 +41,6 @@ RULES = (
 
 EPSILON = 1e-6
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
-_COSMETIC = ("sample_size", "force_upcast")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Config:
     def from_dict(cls, cfg: dict[str, Any]) -> "Config":
         """Read a config.json. Raises InputError naming the key of an unsupported option."""
         # null stands for an option that is absent, as shift_factor and latents_mean of most.
-        cfg = {k: v for k, v in cfg.items() if v is not None and k[0] != "_" and k not in _COSMETIC}
+        past = IGNORED[CLASS_NAMES[0]]
+        cfg = {k: v for k, v in cfg.items() if v is not None and k[0] != "_" and k not in past}
         blocks = cfg["block_out_channels"] = tuple(cfg.get("block_out_channels", (64,)))
         for side, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
             key, expected = f"{side}_block_types", [kind] * len(blocks)

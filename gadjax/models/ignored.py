@@ -1,0 +1,159 @@
+"""What is read past in the configurations and weights of others, each with its reason.
+
+Any other key of a configuration is used, or refused where its value asks for something else. A key
+that the class in diffusers or transformers does not have says nothing to that class either: of a
+network it is refused, of a text encoder named in a warning. Files of tokenizers are transformers'
+own to read; what its callers decide is in gadjax.models.text. tests/models/test_ignored.py compares
+these lists with the signatures of the classes.
+"""
+
+import functools
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_TRAINING = "of training alone"
+_NO_HEAD = "of a head that an encoder has not"
+_GENERATION = "of writing text, which an encoder does not"
+_ANSWER = "how a call gives its answer"
+_FILE = "about the file"
+_FLOAT32 = "softmax is float32 in any case"
+_CLIPPING = "read where samples are clipped or thresholded alone, which is refused"
+
+_TRANSFORMERS = {
+    "attention_dropout": _TRAINING,
+    "classifier_dropout": _TRAINING,
+    "dropout": _TRAINING,
+    "dropout_rate": _TRAINING,
+    "initializer_factor": _TRAINING,
+    "initializer_range": _TRAINING,
+    "gradient_checkpointing": _TRAINING,
+    "problem_type": _TRAINING,
+    "id2label": _NO_HEAD,
+    "label2id": _NO_HEAD,
+    "num_labels": _NO_HEAD,
+    "is_encoder_decoder": _GENERATION,
+    "bos_token_id": _GENERATION,
+    "pad_token_id": "the tokenizer's files say it",
+    "use_cache": _GENERATION,
+    "cache_implementation": _GENERATION,
+    "task_specific_params": _GENERATION,
+    "output_attentions": _ANSWER,
+    "output_hidden_states": _ANSWER,
+    "return_dict": _ANSWER,
+    "output_past": _ANSWER,
+    "chunk_size_feed_forward": "how it is computed, not what",
+    "torchscript": "how it is computed, not what",
+    "dtype": "the files' own is read, --dtype decides",
+    "torch_dtype": "the files' own is read, --dtype decides",
+    "_name_or_path": _FILE,
+    "transformers_version": _FILE,
+    "architectures": "model_index.json names the class",
+    "model_type": "model_index.json names the class",
+}
+_CLIP = _TRANSFORMERS | {
+    "tie_word_embeddings": _NO_HEAD,
+    "pooled_output_dim": "of another model that shared the file",
+}
+_T5 = _TRANSFORMERS | {
+    "eos_token_id": "the tokenizer's files say it",
+    "decoder_start_token_id": _GENERATION,
+    "num_decoder_layers": _GENERATION,
+    "n_positions": "positions are relative",
+    "scale_decoder_outputs": _GENERATION,
+    "tie_encoder_decoder": _GENERATION,
+    "tie_word_embeddings": "both spellings of the embedding are compared, whatever it says",
+}
+_GEMMA = _TRANSFORMERS | {
+    "eos_token_id": "the tokenizer's files say it",
+    "final_logit_softcapping": _NO_HEAD,
+    "max_position_embeddings": "positions are rotations, made for any length",
+    "tie_word_embeddings": _NO_HEAD,
+}
+_PIXART = {
+    "norm_num_groups": "there is no group norm",
+    "num_embeds_ada_norm": "there is no table of classes",
+    "upcast_attention": _FLOAT32,
+    "use_linear_projection": "of pictures that come without patches",
+}
+_THRESHOLDS = {"dynamic_thresholding_ratio": _CLIPPING, "sample_max_value": _CLIPPING}
+_CLIPPED = _THRESHOLDS | {"clip_sample_range": _CLIPPING}
+_DYNAMIC = "of dynamic shifting, which is refused"
+
+# Class -> key -> reason.
+IGNORED: dict[str, dict[str, str]] = {
+    "UNet2DConditionModel": {
+        "upcast_attention": _FLOAT32,
+        "addition_embed_type_num_heads": "of an embedding of another type than text_time",
+    },
+    "PixArtTransformer2DModel": _PIXART,
+    "Transformer2DModel": _PIXART,
+    "SanaTransformer2DModel": {},
+    "SD3Transformer2DModel": {},
+    "CLIPTextModel": _CLIP,
+    "CLIPTextModelWithProjection": _CLIP,
+    "T5EncoderModel": _T5,
+    "Gemma2Model": _GEMMA,
+    "AutoencoderKL": {
+        "sample_size": "of tiling, which is asked for in a call",
+        "force_upcast": "of float16, in which nothing is computed here",
+    },
+    "AutoencoderDC": {},
+    "DPMSolverMultistepScheduler": _THRESHOLDS
+    | {
+        "lower_order_final": "the last step is of order 1 in any case, as it ends at sigma 0",
+        "euler_at_final": "the last step is of order 1 in any case, as it ends at sigma 0",
+        "solver_type": "of order 2",
+        "time_shift_type": _DYNAMIC,
+        "flow_shift": "of a flow",
+    },
+    "DDIMScheduler": _CLIPPED,
+    "EulerDiscreteScheduler": {
+        "sigma_min": "of other spacings, which are refused",
+        "sigma_max": "of other spacings, which are refused",
+    },
+    "FlowMatchEulerDiscreteScheduler": dict.fromkeys(
+        (
+            "base_shift",
+            "max_shift",
+            "base_image_seq_len",
+            "max_image_seq_len",
+            "time_shift_type",
+        ),
+        _DYNAMIC,
+    ),
+    "PNDMScheduler": {},
+    "LCMScheduler": _CLIPPED
+    | {
+        "set_alpha_to_one": "no step ends before time 0",
+        "steps_offset": "times are those of original_inference_steps",
+        "timestep_spacing": "times are those of original_inference_steps",
+    },
+    "SCMScheduler": {
+        "sigma_data": "the pipeline divides by it what it multiplies",
+        "num_train_timesteps": "times are angles",
+    },
+}
+
+# Class -> regex of a tensor's key -> reason.
+TENSORS: dict[str, dict[str, str]] = {
+    "CLIPTextModel": {
+        r"^(text_model\.)?embeddings\.position_ids$": "the numbers 0, 1, ... of older files"
+    },
+}
+
+
+@functools.lru_cache(maxsize=64)
+def _warn(class_name: str, keys: tuple[str, ...]) -> None:
+    """Once in a process, as a command reads a configuration more than once."""
+    log.warning("config.json: %s: no options of %s; they are not read", ", ".join(keys), class_name)
+
+
+def note_unknown(class_name: str, config: Mapping[str, Any], used: Iterable[str]) -> None:
+    """A word about keys of a text encoder that are neither used nor IGNORED. null says nothing."""
+    known = {*used, *IGNORED[class_name]}
+    keys = [key for key, value in config.items() if value is not None and key not in known]
+    if keys := [key for key in keys if not key.startswith("_")]:
+        _warn(class_name, tuple(sorted(keys)))

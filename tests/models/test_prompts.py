@@ -1,0 +1,102 @@
+"""What the files of a tokenizer and of CLIP decide, as in diffusers' pipelines."""
+
+import json
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from checkpoints import edit, refused
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from gadjax.pipeline import load_pipeline
+
+PROMPTS = ["a red circle above the blue square", ""]
+
+
+@pytest.fixture
+def folder(folders, tmp_path):
+    return shutil.copytree(folders("sd15"), tmp_path / "sd15")
+
+
+def ours(folder, prompts=PROMPTS, length=None):
+    pipeline, params = load_pipeline(folder)
+    tokens = pipeline.tokens(prompts, length or pipeline.prompts.length)
+    return np.asarray(pipeline.encode_text(params, *tokens).text)
+
+
+def theirs(folder, prompts=PROMPTS, **told):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        found = pipeline.encode_prompt(
+            list(prompts),
+            device="cpu",
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            **told,
+        )
+    return found[0].numpy()
+
+
+def agree(found, wanted):
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_padding_that_clip_does_not_see(folder):
+    plain = ours(folder)
+    edit(folder / "text_encoder" / "config.json", use_attention_mask=True)
+    agree(ours(folder), theirs(folder))
+    assert np.abs(ours(folder) - plain).max() > 1e-2
+    edit(folder / "text_encoder" / "config.json", use_attention_mask="yes")
+    refused(lambda: ours(folder), "use_attention_mask: found 'yes'; expected true or false")
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_the_tokenizers_own_length(folders, family, tmp_path):
+    folder = shutil.copytree(folders(family), tmp_path / "copy")
+    for path in folder.glob("tokenizer*/tokenizer_config.json"):
+        edit(path, model_max_length=20)
+    several = {"prompt_2": None, "prompt_3": None}
+    told = {"max_sequence_length": 9, **several} if family == "sd3" else {}
+    agree(ours(folder, length=told.get("max_sequence_length")), theirs(folder, **told))
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    edit(path, model_max_length=78)
+    refused(lambda: ours(folder), path.parent, "model_max_length: found 78; expected", "77")
+    path.write_text(
+        json.dumps(
+            {k: v for k, v in json.loads(path.read_text()).items() if k != "model_max_length"}
+        )
+    )
+    refused(lambda: ours(folder), path.parent, "model_max_length: found none")
+    if family == "sdxl":
+        edit(path, model_max_length=30)
+        refused(lambda: ours(folder), "tokenizer_2", "model_max_length: found 20; expected 30")
+
+
+@pytest.mark.parametrize("family", ["sd15", "pixart", "sana"])
+def test_the_tokenizers_own_side(folders, family, tiny_pipeline, tmp_path):
+    """Whatever it is: SANA's pipeline pads on the right in any case."""
+    source = tiny_pipeline if family == "pixart" else folders(family)
+    folder = shutil.copytree(source, tmp_path / "copy")
+    edit(folder / "tokenizer" / "tokenizer_config.json", padding_side="left")
+    told = {"max_sequence_length": 12, "clean_caption": False} if family != "sd15" else {}
+    if family == "sana":
+        from gadjax.models.sana.prompts import INSTRUCTION
+
+        told["complex_human_instruction"] = INSTRUCTION.split("\n")
+    agree(ours(folder, length=told.get("max_sequence_length")), theirs(folder, **told))
+
+
+def test_a_learned_concept_of_several_vectors(folder):
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens(["<cat>", "<cat>_1", "<cat>_2", "<dog>"])
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    encoder.resize_token_embeddings(len(tokenizer))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    encoder.save_pretrained(folder / "text_encoder")
+    prompts = ["a red <cat> and a <dog>", "<cat>_1 alone", "circle"]
+    agree(ours(folder, prompts), theirs(folder, prompts))
+    ids, _ = load_pipeline(folder)[0].tokens(prompts, 77)
+    assert (ids[0] >= len(tokenizer) - 4).sum() == 4 and (ids[1] >= len(tokenizer) - 4).sum() == 1

@@ -1,0 +1,150 @@
+"""Counts of steps, updates and samples in runs whose critic has several updates a step."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from formula_run import Texts, prepare_with, train, write_config
+
+from gadjax.plan.flops import flops
+from gadjax.seal import committed
+from gadjax.training import loop
+from gadjax.training.compiled import compile_steps
+from gadjax.training.config import read_config
+from gadjax.training.loop import Preview, begin, host_batches
+from gadjax.training.masked import Update, scalars_of
+from gadjax.training.record import write_record
+from gadjax.training.setup import make_batch
+from gadjax.training.sharding import put
+from gadjax.training.steps import drawn_steps
+
+B, UPDATES = 8, 3  # of the critic for one of the student
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_haste():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def run(path):
+    config = read_config([f"--config={path}", f"--config.critic.updates={UPDATES}"])
+    return prepare_with(Texts())(config)
+
+
+@pytest.fixture(scope="module")
+def two_steps(run):
+    """The states and the updates of two steps: [(number, prompts, state, metrics)]."""
+    steps = compile_steps(run)
+    _, state = begin(run, steps, lambda shapes: None)
+    frozen, batches, found = put(run.frozen, steps.frozen), host_batches(run, steps, 0, 2), []
+    for _ in range(2):
+        for step in steps.order:
+            number, batch = next(batches)
+            state, metrics = step(state, frozen, batch, number)
+            found.append(jax.device_get((number, batch["which"], state, metrics)))
+    assert next(batches, None) is None
+    return found
+
+
+def test_a_step_is_the_critics_updates_and_one_of_the_student(two_steps):
+    roles = ["critic", "critic", "critic", "student"] * 2
+    assert [next(r for r in roles if f"{r}/loss" in m) for *_, m in two_steps] == roles
+    counts = []
+    for *_, state, _ in two_steps:
+        own = {role: int(optax.tree.get(opt, "count")) for role, opt in state.opt.items()}
+        counts.append((int(state.step), own["student"], own["critic"]))
+    first = [(0, 0, 1), (0, 0, 2), (0, 0, 3), (1, 1, 3)]
+    assert counts == first + [(1, 1, 4), (1, 1, 5), (1, 1, 6), (2, 2, 6)]
+
+
+def test_data_and_draws_are_numbered_by_update(run, two_steps):
+    """So that no two updates share prompts or noises, and a resumed run goes on where it was."""
+    assert [int(number) for number, *_ in two_steps] == list(range(8))
+    for number, which, *_ in two_steps:
+        expected = Texts().batch(int(number) * B, B)["which"]
+        np.testing.assert_array_equal(which, expected)
+    resumed = [int(number) for number, _ in host_batches(run, compile_steps(run), 1, 2)]
+    assert resumed == [4, 5, 6, 7]
+
+
+def test_the_average_follows_the_students_updates_alone(two_steps):
+    emas = [state.ema["step1"]["matrix"] for *_, state, _ in two_steps]
+    student = [state.params["student"]["step1"]["matrix"] for *_, state, _ in two_steps]
+    for k in (1, 2, 5, 6):
+        np.testing.assert_array_equal(emas[k], emas[k - 1])
+    for step, k in ((0, 3), (1, 7)):
+        decay = (1 + step) / (10 + step)
+        expected = decay * emas[k - 1] + (1 - decay) * student[k]
+        np.testing.assert_allclose(emas[k], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_row_has_the_last_of_the_critics_updates(two_steps):
+    begun = [Update(0, None, metrics) for *_, metrics in two_steps[4:]]
+    row = scalars_of(begun)
+    losses = [float(metrics["critic/loss"]) for *_, metrics in two_steps[4:7]]
+    assert float(row["critic/loss"]) == losses[2] and len(set(losses)) == 3
+
+
+def test_the_students_steps_are_drawn_evenly_among_its_own_updates(run):
+    """One of every four draws is the student's, and the grid has four steps."""
+    raw = {name: jnp.asarray(v) for name, v in Texts().batch(0, 2).items()}
+    steps = jax.jit(
+        lambda n: drawn_steps(make_batch(run.pipeline, run.frozen, raw, 0, n).stratum, 4)
+    )
+    for own in range(UPDATES + 1):
+        drawn = np.concatenate([steps(n) for n in range(own, 400, UPDATES + 1)])
+        assert np.bincount(drawn, minlength=4).min() > 30  # of 200, where 50 are expected
+
+
+def test_the_operations_of_a_step_count_every_update(run, tmp_path):
+    a, b = jnp.ones((4, 8)), jnp.ones((8, 16))
+    student, critic = jax.jit(lambda a, b: a @ b), jax.jit(lambda a, b: (a @ b) @ b.T)
+    steps = SimpleNamespace(student=student, critic=critic)
+    write_record(run, steps, tmp_path, a, b)
+    found = json.loads((tmp_path / "run.json").read_text())
+    own = flops(student, a, b), flops(critic, a, b)
+    assert own[1] == 2 * own[0]
+    assert found["flops_per_step"] == own[0] + UPDATES * own[1]
+    assert found["images_per_step"] == B
+
+
+class Broken(Texts):
+    """Every text is not a number from a sample on."""
+
+    def batch(self, index, size):
+        found = super().batch(index, size)
+        found["text"][np.arange(index, index + size) >= self.since] = np.nan
+        return found
+
+
+def test_updates_of_one_network_in_a_row_stop_a_run(path, tmp_path, monkeypatch, capsys):
+    """Two of the critic's a step: bad from step 4 on, it has three of them in step 5, where the
+    student has its second. Rows and checkpoints are counted in steps."""
+    bad = 3 * (2 + 1) * B
+    monkeypatch.setattr(loop, "prepare", prepare_with(Broken(since=bad)))
+    options = {"critic.updates": 2, "stop_after_bad": 3, "log.every": 3, "checkpoint.every": 3}
+    found = train(path, tmp_path / "run", *(f"--config.{k}={v}" for k, v in options.items()))
+    words = capsys.readouterr().err
+    assert found == 3 and "step 5: the last 3 updates of the critic were not finite" in words
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = {row["step"]: row for row in map(json.loads, lines)}
+    assert list(rows) == [3, 6]  # step 6 was under way when step 5 was looked at
+    assert (rows[3]["critic/bad"], rows[6]["critic/bad"], rows[6]["student/bad"]) == (0, 6, 3)
+    assert committed(tmp_path / "run" / "checkpoints") == [3]
+
+
+def test_previews_are_counted_in_steps():
+    due = [s for s in range(1, 8) if Preview.due(SimpleNamespace(every=3, last=7), s)]
+    assert due == [3, 6, 7]
