@@ -21,7 +21,7 @@ from gadjax.training.config import default_config
 
 def get_config():
     config = default_config()
-    config.teacher, config.data.embeddings = "a formula", "texts"
+    config.teacher, config.data.embeddings = "asset:a formula", "texts"
     config.objective = {"dmd": {}, "gad": {"steps": 1}}
     config.student.timesteps = (1000, 900, 750, 500)
     config.steps, config.batch, config.guidance = 8, 8, 1.7
@@ -68,6 +68,7 @@ def prepare_with(source):
             body="formula",
             latent=SHAPE,
             cond=lambda text, mask, pooled: Cond(text, mask),
+            denoiser=recipe.denoiser,
             sampling=Sampling(),
             folder=SimpleNamespace(
                 path=Path("formula"),
