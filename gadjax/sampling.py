@@ -82,7 +82,6 @@ def draw(
     )
 
 
-@settled()
 def for_prompts(
     f: Callable[..., jax.Array],
     pipeline: Pipeline,

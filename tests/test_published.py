@@ -15,6 +15,7 @@ from gadjax.convert.orbax_folder import outline_folder
 from gadjax.convert.tensors import expected_shapes
 from gadjax.errors import InputError
 from gadjax.pipeline import outline_pipeline
+from gadjax.seeds import make_key
 from gadjax.training.compiled import keeping
 from gadjax.training.config import read_config
 from gadjax.training.setup import make_batch, prepare
@@ -171,7 +172,7 @@ def test_a_paper_s_config_makes_both_updates(traced, name):
     assert kept is None or "sd3" in name
 
     def batch(frozen, raw):
-        return make_batch(run.pipeline, frozen, raw, 0, 0)
+        return make_batch(run.pipeline, frozen, raw, make_key(0), 0)
 
     made = jax.eval_shape(batch, run.frozen, raw)
 

@@ -74,12 +74,16 @@ def test_truncated(good, size):
         struct.pack("<Q", 9) + b'{"a": {}}',
         struct.pack("<Q", 100_000) + b"[" * 100_000,
         b"<!DOCTYPE html><html>not found</html>",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 10\n",
     ],
 )
 def test_garbage(good, data):
     good.write_bytes(data)
     refused(lambda: open_weights(good.parent), good, "corrupt", "expected a safetensors file")
+
+
+def test_a_git_lfs_pointer(good):
+    good.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 10\n")
+    refused(lambda: open_weights(good.parent), good, "git-lfs", "expected a safetensors file")
 
 
 def test_bytes_left_over(good):

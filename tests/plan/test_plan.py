@@ -21,6 +21,7 @@ from gadjax.plan.plan import plan
 from gadjax.plan.plan_table import table
 from gadjax.plan.programs import Compiled, Programs
 from gadjax.plan.traffic import traffic
+from gadjax.seeds import make_key
 from gadjax.training.config import read_config
 from gadjax.training.setup import make_batch, prepare
 from gadjax.training.steps import critic_step, student_step
@@ -83,7 +84,7 @@ def test_operations_are_those_of_the_steps(made, run):
     for name, step in {"critic": critic_step, "student": student_step}.items():
 
         def whole(state, frozen, raw, step=step):
-            batch = make_batch(run.pipeline, frozen, raw, 0, 0)
+            batch = make_batch(run.pipeline, frozen, raw, make_key(0), 0)
             return step(run.recipe, state, frozen["transformer"], batch)
 
         assert found["step"][name] == flops(whole, state, run.frozen, raw)

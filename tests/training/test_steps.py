@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from gadjax.geometry import Directions
 from gadjax.objectives import DMD, GAD, TDM, Anchor, Needs, TeacherMap
 from gadjax.objectives.compose import Addable
+from gadjax.seeds import make_key
 from gadjax.training.setup import make_batch as batch_of
 from gadjax.training.state import create, make_optimizer
 from gadjax.training.steps import (
@@ -112,7 +113,7 @@ def raw(samples):
 @cache
 def maker(seed):
     frozen = {"null": raw(1)}
-    return jax.jit(lambda raw, update: batch_of(PIPELINE, frozen, raw, seed, update))
+    return jax.jit(lambda raw, update: batch_of(PIPELINE, frozen, raw, make_key(seed), update))
 
 
 def host_batch(samples, seed, update):

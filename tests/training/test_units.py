@@ -12,6 +12,7 @@ from formula_run import Texts, prepare_with, train, write_config
 
 from gadjax.plan.flops import flops
 from gadjax.seal import committed
+from gadjax.seeds import make_key
 from gadjax.training import loop
 from gadjax.training.compiled import compile_steps
 from gadjax.training.config import read_config
@@ -101,7 +102,7 @@ def test_the_students_steps_are_drawn_evenly_among_its_own_updates(run):
     """One of every four draws is the student's, and the grid has four steps."""
     raw = {name: jnp.asarray(v) for name, v in Texts().batch(0, 2).items()}
     steps = jax.jit(
-        lambda n: drawn_steps(make_batch(run.pipeline, run.frozen, raw, 0, n).stratum, 4)
+        lambda n: drawn_steps(make_batch(run.pipeline, run.frozen, raw, make_key(0), n).stratum, 4)
     )
     for own in range(UPDATES + 1):
         drawn = np.concatenate([steps(n) for n in range(own, 400, UPDATES + 1)])

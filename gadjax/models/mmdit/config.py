@@ -36,8 +36,9 @@ class Config:
     def from_dict(cls, cfg: dict) -> "Config":
         """Read a diffusers config.json. Raises: InputError naming the first unsupported key."""
         names = {f.name for f in fields(cls)}  # of others null stands for an option that is absent
+        # These two only repeat another size; their defaults are diffusers'.
+        names |= {"caption_projection_dim", "out_channels"}
         given = {k: v for k, v in cfg.items() if k[:1] != "_" and (k in names or v is not None)}
-        # Both only repeat another size; the defaults are diffusers'.
         caption = given.pop("caption_projection_dim", 1152)
         out = given.pop("out_channels", 16)
         dual = tuple(given.pop("dual_attention_layers", None) or ())
