@@ -20,6 +20,7 @@ Six products of size N x M x K forward and fifteen in reverse, where a value tak
 import math
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 
 import jax
 import jax.numpy as jnp
@@ -200,4 +201,8 @@ def _backward(given, cotangents):
     return dq, dk, dv, None, *moving
 
 
-dual_attention.defvjp(_forward, _backward)
+# Over directions that share one value: newer JAX hands its cotangent to the first of them, and
+# refuses unless it is asked to; what is older hands it to all, which `shared` makes up for.
+NEWER = "generic_batching" in signature(jax.custom_vjp.defvjp).parameters
+BATCHING = {"generic_batching": True} if NEWER else {}
+dual_attention.defvjp(_forward, _backward, **BATCHING)

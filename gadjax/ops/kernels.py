@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gadjax.ops import pallas_gpu, pallas_tpu
-from gadjax.ops.dual_attention import dual_attention, kept, shared
+from gadjax.ops.dual_attention import BATCHING, dual_attention, kept, shared
 from gadjax.ops.placement import parts, placed, shares
 from gadjax.ops.spread import spread
 from gadjax.ops.tiles import joined, parted, rounded, unrounded
@@ -114,7 +114,7 @@ def _backward(kernels, given, cotangents):
     return dq, dk, dv, None, *moving
 
 
-dual_by.defvjp(_forward, _backward)
+dual_by.defvjp(_forward, _backward, **BATCHING)
 
 
 @cache

@@ -57,3 +57,5 @@ def _jaxprs(value):
     elif isinstance(value, tuple | list):
         for part in value:
             yield from _jaxprs(part)
+    elif (traced := getattr(value, "traced", None)) is not None:  # newer JAX's custom_vjp
+        yield from _jaxprs(traced.jaxpr)

@@ -44,7 +44,8 @@ def test_shapes_are_enough():
 
 
 def test_what_every_device_and_every_place_of_a_grid_does():
-    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    auto = (jax.sharding.AxisType.Auto,)  # newer JAX takes explicit axes by default
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=auto)
     each = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
     assert flops(each, jnp.zeros((12, 5)), B) == 4 * ONE
 
