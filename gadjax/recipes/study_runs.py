@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gadjax.api import Model, load
+from gadjax.api import Model, drawn_with, load
 from gadjax.assets import resolve
 from gadjax.data.prompts import read_prompts
 from gadjax.evaluation.evaluate import Plan, evaluate
@@ -40,21 +40,16 @@ def train_seeds(config: ConfigDict, seeds: Sequence[int]) -> tuple[list[Any], di
     recipe, body = keeping(run.recipe, run.frozen), run.pipeline.body
     each = config.critic.updates if len(recipe.optimizers) > 1 else 0
 
-    def update(step, carry, number, raw):
-        state, frozen, key = carry
-        batch = make_batch(run.pipeline, frozen, raw, key, number)
-        state, metrics = step(recipe, state, frozen.get(body), batch)
-        return (state, frozen, key), {k: metrics[k] for k in CURVES if k in metrics}
-
     def train(key, raws, frozen, first):
         def one_step(state, now):
-            carry, logged = (state, frozen, key), {}
+            logged = {}
             for place in range(each + 1):
                 raw = jax.tree.map(lambda x, place=place: x[place], now["raw"])
+                batch = make_batch(run.pipeline, frozen, raw, key, now["number"] + place)
                 step = student_step if place == each else critic_step
-                carry, metrics = update(step, carry, now["number"] + place, raw)
-                logged |= metrics
-            return carry[0], logged
+                state, metrics = step(recipe, state, frozen.get(body), batch)
+                logged |= {k: metrics[k] for k in CURVES if k in metrics}
+            return state, logged
 
         numbers = (each + 1) * jnp.arange(config.steps, dtype=jnp.uint32)
         return jax.lax.scan(one_step, run.start(first), {"number": numbers, "raw": raws})
@@ -92,8 +87,7 @@ class Evaluator:
 
     def __call__(self, config: ConfigDict, student: Any) -> dict[str, Any]:
         """Label and metrics of the student, and its pictures of the first prompts' first noise."""
-        teacher = load(config.teacher)
-        teacher = replace(teacher, sampling=replace(teacher.sampling, guidance=config.guidance))
+        teacher = drawn_with(load(config.teacher), guidance=config.guidance)
         params = teacher.params | {teacher.pipeline.body: student}
         model = Model("student", teacher.pipeline, params, sampling_of(config))
         known = self.known.setdefault(key_of(config), {})

@@ -25,7 +25,7 @@ What each term does to each base objective on the bundled world, at real guidanc
 
     python -m gadjax.recipes.study --seeds {seeds}
 
-Students of a bundled teacher from its own weights, 800 updates of 16 samples (more only where a row
+Students of a bundled teacher from its own weights, 800 steps of 16 samples (more only where a row
 says long), all else as in `gadjax/recipes/study.py`; judged on 64 prompts x 8 noises with 4
 tangents each and a library of 128 noises, the same ones for every row. A cell is the mean over
 runs of different seeds, with the half width of its 95 % interval over runs (Student's t).
