@@ -22,9 +22,11 @@ import jax
 from gadjax.errors import InputError
 from gadjax.recipes.study_runs import Evaluator, evaluations, train_seeds
 from gadjax.recipes.study_tables import row_path, write_tables
+from gadjax.settings import settled
 from gadjax.storage import write_whole
 from gadjax.training.config import as_json, default_config
 from gadjax.training.preview import grid, save_png
+from gadjax.training.setup import prepare
 
 BASES = {"regression": {"steps": 4}, "dmd": {}, "tdm": {}, "sid": {}}
 GAD = {"weight": 0.3, "steps": 4, "loss": "square"}
@@ -40,11 +42,18 @@ ADDED = {
 }
 ALONE = "none", "gad", "polar", "anchor", "gad_anchor", "polar_anchor"
 BESIDE = (*ALONE, "reg", "reg_polar", "reg_polar_anchor")
+
+
+def map_steps(steps: int) -> dict[str, dict]:
+    """The teacher's map in so many steps: the anchor's as well, which then shares GAD's walk."""
+    return {"gad": POLAR | {"steps": steps}, "anchor": ANCHOR | {"steps": steps}}
+
+
 # One thing changed beside dmd_polar_anchor: its name -> what it changes in the objective.
 CHANGES = {
-    "map_1": {"gad": POLAR | {"steps": 1}},
-    "map_2": {"gad": POLAR | {"steps": 2}},
-    "map_8": {"gad": POLAR | {"steps": 8}},
+    "map_1": map_steps(1),
+    "map_2": map_steps(2),
+    "map_8": map_steps(8),
     "weight_0.1": {"gad": POLAR | {"weight": 0.1}},
     "weight_1": {"gad": POLAR | {"weight": 1.0}},
     "directions_4": {"gad": POLAR | {"directions": 4}},
@@ -155,10 +164,12 @@ def config_of(cell: str):
     return config
 
 
+@settled()
 def run_cell(cell: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
     """Train and evaluate all seeds of a cell, and write its row and the picture of its first."""
     config, started = config_of(cell), time.perf_counter()
-    students, curves = train_seeds(config, range(seeds))
+    run = prepare(config)
+    students, curves = train_seeds(run, range(seeds))
     trained = time.perf_counter()
     reports = [evaluate(config, student) for student in students]
     rows = evaluate.teachers(config) | {"student": reports[0]}
@@ -168,7 +179,7 @@ def run_cell(cell: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
         "seeds": list(range(seeds)),
         "teachers": {k: r["metrics"] for k, r in evaluate.teachers(config).items()},
         "runs": [report["metrics"] for report in reports],
-        "evaluations": evaluations(config),
+        "evaluations": evaluations(run),
         "curves": curves,
         "seconds": {"training": trained - started, "evaluation": time.perf_counter() - trained},
         "device": jax.devices()[0].device_kind,

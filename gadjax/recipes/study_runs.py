@@ -16,9 +16,8 @@ from gadjax.evaluation.evaluate import Plan, evaluate
 from gadjax.evaluation.worlds import WORLDS
 from gadjax.plan.flops import flops
 from gadjax.seeds import make_key
-from gadjax.settings import settled
 from gadjax.training.compiled import keeping
-from gadjax.training.setup import Run, make_batch, prepare
+from gadjax.training.setup import Run, make_batch
 from gadjax.training.steps import critic_step, student_step
 from gadjax.training.workdir import sampling_of
 
@@ -28,16 +27,15 @@ EVERY = 20  # steps between two points of a curve
 SHOWN = 24  # pictures
 
 
-@settled()
-def train_seeds(config: ConfigDict, seeds: Sequence[int]) -> tuple[list[Any], dict[str, list]]:
+def train_seeds(run: Run, seeds: Sequence[int]) -> tuple[list[Any], dict[str, list]]:
     """The updates of `gadjax train`, for all seeds side by side in one compiled program.
 
     Returns:
       The students' averages, one parameter tree for each seed, and curves: metric -> its value
       at every EVERY-th step, mean over seeds.
     """
-    run = prepare(config)
-    recipe, body = keeping(run.recipe, run.frozen), run.pipeline.body
+    config, body = run.config, run.pipeline.body
+    recipe = keeping(run.recipe, run.frozen)
     each = config.critic.updates if len(recipe.optimizers) > 1 else 0
 
     def train(key, raws, frozen, first):
@@ -113,10 +111,9 @@ def key_of(config: ConfigDict) -> tuple:
     return config.teacher, config.guidance, config.student.steps
 
 
-def evaluations(config: ConfigDict) -> float:
+def evaluations(run: Run) -> float:
     """What a step costs, the critic's updates included, in evaluations of the network for each
     sample: the products and convolutions of the traced program over those of one evaluation."""
-    run = prepare(config)
     recipe, frozen = run.recipe, run.frozen
     raw = run.source.batch(0, run.config.batch)
     batch = jax.eval_shape(lambda f, r: make_batch(run.pipeline, f, r, make_key(0), 0), frozen, raw)

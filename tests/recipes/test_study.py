@@ -10,7 +10,7 @@ from gadjax.errors import InputError
 from gadjax.recipes import study, study_runs, study_tables
 from gadjax.training.config import read_config
 from gadjax.training.loop import train
-from gadjax.training.setup import student_times
+from gadjax.training.setup import prepare, student_times
 from gadjax.training.workdir import read_trained
 
 
@@ -40,13 +40,23 @@ def test_a_change_changes_one_term():
     base = objectives["dmd_polar_anchor"]
     for name, changed in study.CHANGES.items():
         assert {**base, **changed} == objectives[name]
-        assert sum(objectives[name][term] != base[term] for term in base) == 1
+        together = name.startswith("map_")  # one walk of the teacher for both
+        assert sum(objectives[name][term] != base[term] for term in base) == 1 + together
+
+
+def test_a_longer_map_costs_more():
+    costs = [cost_of(f"flow/{name}") for name in ("map_1", "map_2", "dmd_polar_anchor", "map_8")]
+    assert costs == sorted(costs) and costs[0] < 0.8 * costs[2]
+
+
+def cost_of(cell):
+    return study_runs.evaluations(prepare(study.config_of(cell)))
 
 
 def test_longer_rows_take_the_evaluations_of_the_row_they_are_compared_with():
-    cost = study_runs.evaluations(study.config_of("flow/dmd_polar_anchor"))
+    cost = cost_of("flow/dmd_polar_anchor")
     for name, (of, share) in study.LONGER.items():
-        own = study_runs.evaluations(study.config_of(f"flow/{of}"))
+        own = cost_of(f"flow/{of}")
         assert share == pytest.approx(cost / own, rel=0.05)
         assert study.config_of(f"flow/{name}").steps == round(800 * share)
 
@@ -67,7 +77,7 @@ def test_seeds_together_are_the_runs_of_the_train_command(config, tmp_path):
     config = read_config([f"--config={config}:all"])
     config.optim.update(warmup=1, decay=config.steps)
     config.critic.updates = 2
-    students, curves = study_runs.train_seeds(config, (0, 3))
+    students, curves = study_runs.train_seeds(prepare(config), (0, 3))
     config.seed = 3
     train(config, tmp_path / "run")
     params = read_trained(tmp_path / "run").params
