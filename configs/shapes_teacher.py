@@ -1,12 +1,12 @@
 """The bundled teacher: a PixArt of 1 M parameters on the captioned shapes, by plain denoising.
 
-Commands: python -m gadjax.recipes.folder --out DIR           (torch: random weights in the folder)
-          python -m gadjax.recipes.shapes_vae --folder DIR
-          python -m gadjax.recipes.shapes_text --folder DIR
+Commands: python -m gadjax.experiments.folder --out DIR    (torch: random weights in the folder)
+          python -m gadjax.experiments.shapes_vae --folder DIR
+          python -m gadjax.experiments.shapes_text --folder DIR
           gadjax train --config configs/shapes_teacher.py --workdir RUN --config.teacher=DIR
           gadjax export --workdir RUN --out TEACHER
 Variants: eps (default); flow, the flow teacher, from the eps teacher's weights:
-          python -m gadjax.recipes.flow_folder --out DIR
+          python -m gadjax.experiments.flow_folder --out DIR
           gadjax train --config configs/shapes_teacher.py:flow --workdir RUN --config.teacher=DIR
 Hardware: 2 CPU cores, on which a leg of it made 650 images/s: 40 minutes for all of it.
 Result:   as one run from the random start: not yet run. The bundled weights came from this recipe
@@ -42,7 +42,7 @@ def get_config(variant: str = "eps"):
     config.log.every = 100
     config.preview.every = 2000
     if variant == "flow":
-        config.teacher = ""  # --config.teacher=DIR of recipes.flow_folder
+        config.teacher = ""  # --config.teacher=DIR of experiments.flow_folder
         config.student.init = "teacher"
         config.objective = {"denoising": {}}
         config.steps = 8_000

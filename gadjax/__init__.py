@@ -10,11 +10,14 @@ The terms are in gadjax.objectives. Everything is imported when it is first aske
 
 import importlib
 
-__version__ = "0.1.0"
 __all__ = ["Model", "distill", "load", "objectives", "sample", "save"]
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gadjax")
     if name not in __all__:
         raise AttributeError(f"module 'gadjax' has no attribute {name!r}")
     if name == "objectives":
@@ -23,4 +26,4 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])

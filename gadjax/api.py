@@ -13,25 +13,25 @@ from typing import Any
 import numpy as np
 
 from gadjax.assets import resolve
-from gadjax.convert.atomic import put_back
-from gadjax.convert.files import fingerprint
-from gadjax.convert.orbax_folder import open_folder
-from gadjax.convert.recipe import read_sampling
-from gadjax.convert.tensors import tensors_from_params
 from gadjax.errors import InputError, RunStopped
-from gadjax.evaluation.model import Model as Drawn
-from gadjax.models.module import cast
+from gadjax.formats.orbax_folder import open_folder
+from gadjax.formats.sampling_config import read_sampling
+from gadjax.formats.state_dict import tensors_from_params
+from gadjax.formats.weights import fingerprint
+from gadjax.io.atomic import put_back
+from gadjax.io.image_grid import to_uint8
+from gadjax.io.storage import as_path, is_remote
+from gadjax.models.params import cast
 from gadjax.objectives import TERMS, Term, as_config
-from gadjax.pipeline import load_pipeline, make_pipeline, resized
-from gadjax.sampling import draw, initial_noise
-from gadjax.settings import settled
-from gadjax.storage import as_path, is_remote
-from gadjax.students import known_student
+from gadjax.pipelines.known_students import known_student
+from gadjax.pipelines.model import Model as Drawn
+from gadjax.pipelines.pipeline import load_pipeline, make_pipeline, resized
+from gadjax.pipelines.sampling import draw, initial_noise
+from gadjax.runtime.settings import settled
+from gadjax.training.checks import compute_dtype
 from gadjax.training.config import changed_config, default_config
 from gadjax.training.export import export
 from gadjax.training.loop import train
-from gadjax.training.preview import to_uint8
-from gadjax.training.setup import compute_dtype
 from gadjax.training.workdir import Trained, is_workdir, read_trained
 
 
@@ -69,8 +69,8 @@ def load(
     average; gs:// as well), or "asset:NAME" of what is bundled.
 
     dtype: that networks compute in. variant: of the weights' files, such as fp16. recipe: how it is
-    sampled, by a name of gadjax.students.KNOWN, where the folder does not say so itself. teacher:
-    of a workdir's run, if its folder has moved since.
+    sampled, by a name of gadjax.pipelines.known_students.KNOWN, where the folder does not say so
+    itself. teacher: of a workdir's run, if its folder has moved since.
     Raises: InputError for whatever is wrong with it.
     """
     compute, remote = compute_dtype(dtype), is_remote(name)

@@ -1,8 +1,29 @@
-"""The two ways a command ends badly on purpose, each said in one line."""
+"""The two ways a command ends badly on purpose, each said in one line.
 
-from gadjax.shown import printable
+And how text that others wrote (captions, names, values of configs) is shown in it: in a terminal an
+escape sequence would move the cursor or colour the rest.
+"""
+
+from reprlib import Repr
+from typing import Any
 
 LONGEST = 2000  # characters
+
+_SHORT = Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 10, 10, 10
+
+
+def printable(text: str) -> str:
+    """One line: characters that do not print are spelt out as `repr` spells them (\\n, \\x1b,
+    \\u202e); those that print stay as they are."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """`repr` in one line of at most `most` characters, of nested values the outside only."""
+    _SHORT.maxstring = _SHORT.maxother = most
+    text = printable(_SHORT.repr(value))
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 class _Said(Exception):

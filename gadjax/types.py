@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Params = dict[str, Any]
+PyTree = Any  # containers in containers, of arrays
 Metrics = dict[str, jax.Array]
 
 
@@ -58,3 +60,8 @@ class Batch(NamedTuple):
     key: jax.Array
     stratum: jax.Array
     x0: jax.Array | None = None
+
+
+def expand(a_B, x_BHWC):
+    """a_B with the trailing axes that let it multiply x_BHWC; scalars as they are."""
+    return a_B.reshape(a_B.shape + (1,) * (x_BHWC.ndim - a_B.ndim)) if jnp.ndim(a_B) else a_B

@@ -185,7 +185,7 @@ gpu_environment() {
 # said WORKDIR: its status.json, if there is one.
 said() {
     if [[ $1 == gs://* ]]; then
-        python -c 'import sys; from gadjax.storage import as_path
+        python -c 'import sys; from gadjax.io.storage import as_path
 path = as_path(sys.argv[1]) / "status.json"
 print(path.read_text() if path.exists() else "", end="")' "$1"
     elif [ -r "$1/status.json" ]; then

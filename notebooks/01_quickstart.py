@@ -23,8 +23,8 @@ import numpy as np
 import gadjax
 from gadjax.assets import resolve
 from gadjax.data.prompts import read_prompts
+from gadjax.io.image_grid import grid
 from gadjax.objectives import DMD, GAD, Anchor
-from gadjax.training.preview import grid
 
 UPDATES = 200  # ten times as many make a good student; these make a recognisable one
 OUT = Path("runs/notebooks")

@@ -22,12 +22,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from gadjax.bench import Bench, Mixture, table
-from gadjax.geometry import Directions
+from gadjax.analytic import Bench, Mixture, table
+from gadjax.diffusion.geometry import Directions
+from gadjax.io.image_grid import grid
 from gadjax.objectives import DMD, GAD, TERMS, Needs, Regression, TeacherMap, as_config
 from gadjax.objectives.base import sample_mean
 from gadjax.objectives.compose import Addable
-from gadjax.training.preview import grid
 
 OUT = Path("runs/notebooks")
 OUT.mkdir(parents=True, exist_ok=True)

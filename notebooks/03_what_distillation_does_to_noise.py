@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import gadjax
+from gadjax.io.image_grid import grid, to_uint8
 from gadjax.objectives import DMD, GAD
-from gadjax.sampling import clean_latent, draw, initial_noise
-from gadjax.training.preview import grid, to_uint8
+from gadjax.pipelines.sampling import clean_latent, draw, initial_noise
 
 UPDATES = 150
 TOP = 6  # singular directions that we look at

@@ -24,9 +24,9 @@ import torch
 from diffusers import PixArtAlphaPipeline
 
 import gadjax
+from gadjax.io.image_grid import grid
 from gadjax.objectives import DMD, GAD
-from gadjax.sampling import initial_noise
-from gadjax.training.preview import grid
+from gadjax.pipelines.sampling import initial_noise
 
 UPDATES = 60  # the folder is what this is about, not the pictures
 OUT = Path("runs/notebooks")

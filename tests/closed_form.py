@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gadjax.bench import teachers
-from gadjax.denoiser import Denoiser
-from gadjax.parameterization import from_prediction
-from gadjax.schedules import DDPM, Flow
-from gadjax.training.steps import Recipe, make_context
+from gadjax.analytic import teachers
+from gadjax.diffusion.denoiser import Denoiser
+from gadjax.diffusion.parameterization import from_prediction
+from gadjax.diffusion.schedules import DDPM, Flow
+from gadjax.training.context import make_context
+from gadjax.training.state import Recipe
 from gadjax.types import Batch, Cond, Prediction
 
 SHAPE, D = (2, 2, 2), 8

@@ -7,11 +7,11 @@ import numpy as np
 from closed_form import FLOW_WORLD, SHAPE, D, gaussian_params, mixture_params
 
 from gadjax.cli.main import main
-from gadjax.convert.recipe import Sampling
+from gadjax.formats.sampling_config import Sampling
 from gadjax.objectives import TERMS, build
-from gadjax.ops.placement import shares
+from gadjax.parallel.placement import shares
+from gadjax.parallel.sharding import check_batch, make_mesh
 from gadjax.training.setup import Run
-from gadjax.training.sharding import check_batch, make_mesh
 from gadjax.training.state import create, make_optimizer
 from gadjax.types import Cond
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gadjax.host import processes
+from gadjax.runtime import distributed
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,9 +23,9 @@ def start(command: list[str], number: int, count: int, port: int, devices: int, 
     env = os.environ | {"XLA_FLAGS": flags_for(devices), "JAX_PLATFORMS": "cpu"} | more
     if count > 1:
         env |= {
-            processes.ADDRESS: f"127.0.0.1:{port}",
-            processes.COUNT: str(count),
-            processes.NUMBER: str(number),
+            distributed.ADDRESS: f"127.0.0.1:{port}",
+            distributed.COUNT: str(count),
+            distributed.NUMBER: str(number),
         }
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipe)

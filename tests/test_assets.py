@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from gadjax.assets import resolve
-from gadjax.convert.recipe import read_sampling
 from gadjax.data.prompts import read_prompts
-from gadjax.pipeline import load_pipeline
-from gadjax.sampling import draw, initial_noise
+from gadjax.formats.sampling_config import read_sampling
+from gadjax.pipelines.pipeline import load_pipeline
+from gadjax.pipelines.sampling import draw, initial_noise
 from gadjax.worlds import oracle, shapes
 
 TEACHERS = [resolve(f"asset:{name}") for name in ("shapes_teacher", "shapes_flow_teacher")]

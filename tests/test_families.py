@@ -13,14 +13,14 @@ from checkpoints import edit, same, state
 from workdirs import make_workdir
 
 import gadjax
-from gadjax import parity
 from gadjax.cli.main import main
-from gadjax.convert.folder import read_pipeline
-from gadjax.convert.recipe import FILE
 from gadjax.errors import InputError
+from gadjax.formats.diffusers_folder import read_pipeline
+from gadjax.formats.sampling_config import FILE
 from gadjax.objectives import DMD, GAD, Anchor, Regression
-from gadjax.pipeline import load_pipeline, make_pipeline, outline_pipeline
-from gadjax.students import KNOWN, known_student
+from gadjax.pipelines import parity
+from gadjax.pipelines.known_students import KNOWN, known_student
+from gadjax.pipelines.pipeline import load_pipeline, make_pipeline, outline_pipeline
 
 PROMPTS = ("a red circle above the blue square", "")
 
@@ -108,8 +108,8 @@ def prefixed(key, tensors):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families.MAKERS)
 def test_a_map_of_the_noise_has_a_tangent(folders, family):
-    from gadjax.convert.recipe import Sampling
-    from gadjax.sampling import clean_latent
+    from gadjax.formats.sampling_config import Sampling
+    from gadjax.pipelines.sampling import clean_latent
 
     pipeline, params = load_pipeline(folders(family))
     length = LENGTH.get(family, 77)
@@ -251,7 +251,7 @@ def test_a_negative_prompt_and_another_size(folders, family, tmp_path):
     assert main(["sample", *map(str, arguments), *flags]) == 0
     from PIL import Image
 
-    from gadjax.sampling import initial_noise
+    from gadjax.pipelines.sampling import initial_noise
 
     ours = np.asarray(Image.open(tmp_path / "o" / "00000-0.png"), np.float32) / 255
     assert ours.shape == (*size, 3)

@@ -10,16 +10,17 @@ import pytest
 from jax.sharding import AbstractMesh
 from published import PUBLISHED, write_folder
 
-from gadjax.convert.network import read_network
-from gadjax.convert.orbax_folder import outline_folder
-from gadjax.convert.tensors import expected_shapes
 from gadjax.errors import InputError
-from gadjax.pipeline import outline_pipeline
+from gadjax.formats.orbax_folder import outline_folder
+from gadjax.formats.state_dict import expected_shapes
+from gadjax.models.registry import read_network
+from gadjax.parallel.sharding import AXES, path_name, shardings
+from gadjax.pipelines.pipeline import outline_pipeline
 from gadjax.seeds import make_key
-from gadjax.training.compiled import keeping
+from gadjax.training.batch import make_batch
+from gadjax.training.compile import keeping
 from gadjax.training.config import read_config
-from gadjax.training.setup import make_batch, prepare
-from gadjax.training.sharding import AXES, path_name, shardings
+from gadjax.training.setup import prepare
 from gadjax.training.steps import critic_step, student_step
 
 # Tensors in the files, and numbers in them, of every part.

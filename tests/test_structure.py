@@ -7,69 +7,57 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gadjax"
 
-# Each may import from itself and from what its row names (modules and packages of gadjax).
-MATHS = {"errors", "types", "schedules", "parameterization", "geometry", "ops", "seeds"}
-MODELS = MATHS | {"models", "reading", "shown"}
-DENOISER = MATHS | {"denoiser", "rollout"}
-CONVERT = MODELS | {"convert", "denoiser", "rollout", "assets", "shown"}
-CONVERT |= {"samplers", "scheduler_config", "schedulers", "seal", "walks"}
-PIPELINE = CONVERT | {"pipeline"}
-BENCH = {"errors", "types", "schedules", "parameterization", "denoiser", "rollout"} | {
-    "objectives",
+# The rooms, top-level modules and folders of gadjax, on their floors: each imports from itself and
+# from floors before its own, and from no other.
+FLOORS = (
+    "types errors assets",
     "seeds",
-    "settings",
-    "training",
-}
-MAY_IMPORT = {
-    "errors": {"shown"},
-    "shown": set(),
-    "types": set(),
-    "assets": set(),
-    "storage": {"errors"},
-    "reading": {"errors", "storage"},
-    "seal": {"errors", "reading", "storage"},
-    "schedules": {"errors"},
-    "parameterization": {"errors", "schedules", "types"},
-    "geometry": {"errors", "ops"},
-    "ops": {"errors", "seeds"},
-    "seeds": {"errors"},
-    "settings": {"seeds"},
-    "models": MODELS,
-    "denoiser": MATHS,
-    "rollout": MATHS,
-    "walks": MATHS,
-    "samplers": DENOISER,
-    "scheduler_config": MATHS | {"shown"},
-    "schedulers": DENOISER | {"samplers", "scheduler_config", "walks"},
-    "objectives": DENOISER,
-    "worlds": {"errors"},
-    "data": {"errors", "reading", "seeds", "shown", "types", "worlds"},
-    "pipeline": CONVERT,
-    "sampling": PIPELINE | {"settings"},
-    "students": PIPELINE,
-    "libtpu": set(),
-    "supervised": set(),
-    "supervisor": {"storage", "supervised"},
-    "host": {"errors", "reading", "seal", "shown", "storage", "types"},
-    "checkpoints": {"errors", "host", "reading", "seal", "storage", "training", "types"},
-    "plan": {"errors", "libtpu", "seeds", "settings", "training"},
-    "bench": BENCH,
-}
+    "io parallel worlds",
+    "ops data runtime",
+    "checkpoints diffusion models",
+    "objectives formats",
+    "pipelines",
+    "training evaluation",
+    "api plan analytic",
+    "experiments",
+    "cli",
+    "__init__ __main__",  # the front doors
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {".".join(("gadjax", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES}
+MODULES |= {name.removesuffix(".__init__") for name in MODULES}
+
+
+def room_of(path: Path) -> str:
+    """Of a file of the package."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports, wherever in it."""
+    """Dotted names that a file imports, wherever in it: also in functions and for types alone, and
+    modules that are named in strings for importlib."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level and node.module, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and node.value in MODULES - {"gadjax"}:
+            found.add(node.value)
+    return found | {name.rpartition(".")[0] for name in found if "." in name} - {"gadjax"}
+
+
+def rooms_of(path: Path) -> set[str]:
+    """The rooms of gadjax that a file imports from; the package itself, where it is for something
+    that only its __init__ has."""
+    names = [name.split(".") for name in imports(path) if f"{name}.".startswith("gadjax.")]
+    return {name[1] if len(name) > 1 and name[1] in FLOOR else "__init__" for name in names}
 
 
 def top_imports(path: Path) -> set[str]:
-    """The same for statements that run when the file is imported."""
+    """Names of modules in statements that run when the file is imported."""
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
@@ -79,24 +67,42 @@ def top_imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("part", sorted(MAY_IMPORT))
-def test_imports_point_one_way(part):
-    place = PACKAGE / part
-    files = place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]
-    for path in files:
-        names = {n.split(".")[1] for n in imports(path) if n.startswith("gadjax.")}
-        assert names <= MAY_IMPORT[part] | {part}, f"{path.name} imports {names}"
+def test_every_module_is_in_a_room():
+    assert {room_of(path) for path in FILES} == FLOOR.keys()
+    assert len(FLOOR) == len(" ".join(FLOORS).split())
+
+
+@pytest.mark.parametrize("room", FLOOR)
+def test_imports_point_one_way(room):
+    before = {other for other in FLOOR if FLOOR[other] < FLOOR[room]}
+    for path in FILES:
+        if room_of(path) == room:
+            up = rooms_of(path) - before - {room}
+            assert not up, f"{path.relative_to(PACKAGE)} imports from {', '.join(sorted(up))}"
 
 
 def test_nothing_imports_torch_at_the_top():
-    for path in PACKAGE.rglob("*.py"):
+    for path in FILES:
         heavy = {n.split(".")[0] for n in top_imports(path)} & {"torch", "diffusers", "tensorflow"}
         assert not heavy, f"{path} imports {heavy}"
 
 
 def test_maths_sees_no_config_logger_or_mesh():
     banned = {"ml_collections", "absl", "logging", "jax.sharding", "tqdm"}
-    for part in ("schedules", "parameterization", "geometry", "denoiser", "rollout"):
-        assert not imports(PACKAGE / f"{part}.py") & banned
-    for path in (PACKAGE / "objectives").glob("*.py"):
-        assert not imports(path) & banned, path
+    for room in ("diffusion", "objectives"):
+        for path in (PACKAGE / room).rglob("*.py"):
+            assert not imports(path) & banned, path
+
+
+def test_supervisor_answers_without_jax():
+    """It watches runs of others' programs too, and ends them when JAX does not answer."""
+    seen, waiting = set(), ["gadjax.runtime.supervisor"]
+    while waiting:
+        name = waiting.pop()
+        path = PACKAGE.joinpath(*name.split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        found = imports(path)
+        assert not {n.split(".")[0] for n in found} & {"jax", "numpy"}, name
+        waiting += found & MODULES - seen
+        seen |= found & MODULES
+    assert {name.split(".")[1] for name in seen} == {"errors", "io", "runtime"}

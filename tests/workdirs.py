@@ -8,10 +8,10 @@ import numpy as np
 import optax
 
 from gadjax.checkpoints.checkpoint import Checkpoints
-from gadjax.convert.files import fingerprint
-from gadjax.convert.folder import read_pipeline
-from gadjax.convert.tensors import tensors_from_params
-from gadjax.models.module import kept_of
+from gadjax.formats.diffusers_folder import read_pipeline
+from gadjax.formats.state_dict import tensors_from_params
+from gadjax.formats.weights import fingerprint
+from gadjax.models.params import kept_of
 from gadjax.training.config import as_json, default_config, write_json
 from gadjax.training.state import create
 

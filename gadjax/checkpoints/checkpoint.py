@@ -19,13 +19,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from gadjax.checkpoints.leaves import check_leaves, names_of, nested
+from gadjax.checkpoints.steps import committed, newest_sound
 from gadjax.errors import InputError, RunStopped
-from gadjax.host.processes import anywhere, from_first, lost
-from gadjax.seal import committed, complete_seal, find_fault, newest_sound, write_seal
-from gadjax.storage import absolute, faults, is_remote, move
-from gadjax.training.sharding import path_name
-from gadjax.training.state import TrainState
-from gadjax.types import Params
+from gadjax.io.manifest import complete_seal, find_fault, write_seal
+from gadjax.io.storage import absolute, faults, is_remote, move
+from gadjax.parallel.sharding import path_name
+from gadjax.runtime.distributed import anywhere, from_first, lost
+from gadjax.types import Params, PyTree
 
 ASIDE = "damaged"  # folder for what a restore skipped
 PARTS = {"ema": ("ema",), "student": ("params", "student"), "critic": ("params", "critic")}
@@ -72,7 +72,7 @@ class Checkpoints:
             },
         )
 
-    def save(self, step: int, state: TrainState, meta: dict) -> None:
+    def save(self, step: int, state: PyTree, meta: dict) -> None:
         """Write in the background, after the save before has ended. A step already there stays.
 
         Returns once `state` may be donated. meta: anything JSON holds.
@@ -93,7 +93,7 @@ class Checkpoints:
             self.saving, newest = None, self.manager.latest_step()
             raise RunStopped(f"{self.folder}: found step {newest}; expected none after {step}")
 
-    def restore(self, abstract: TrainState) -> tuple[int, TrainState, dict] | None:
+    def restore(self, abstract: PyTree) -> tuple[int, PyTree, dict] | None:
         """The newest sound step as (step, state, meta), or None where there are no checkpoints.
 
         abstract: ShapeDtypeStruct leaves, each with its sharding on the mesh to restore onto. A
@@ -202,7 +202,7 @@ class Checkpoints:
         self.manager.reload()
 
 
-def read_state(path: Path, abstract: TrainState) -> tuple[TrainState, dict]:
+def read_state(path: Path, abstract: PyTree) -> tuple[PyTree, dict]:
     """State and meta of the step in `path`, a sound one. abstract, raises: as `restore` has it."""
     with _restoring(path):
         check_leaves(path, names_of(_metadata(path)), names_of(abstract))

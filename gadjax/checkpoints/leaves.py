@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from gadjax.errors import InputError
-from gadjax.training.sharding import path_name
+from gadjax.parallel.sharding import path_name
 
 
 def check_leaves(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -15,14 +15,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed
+from gadjax.checkpoints.steps import newest_sound
 from gadjax.errors import RunStopped
-from gadjax.host.processes import from_first
-from gadjax.seal import newest_sound
-from gadjax.training.sharding import HOST, path_name, replicated
-from gadjax.training.state import TrainState
+from gadjax.parallel.sharding import HOST, path_name, replicated
+from gadjax.runtime.distributed import from_first
+from gadjax.types import PyTree
 
 
-def check_replicas(state: TrainState, step: int, checkpoints: Checkpoints) -> None:
+def check_replicas(state: PyTree, step: int, checkpoints: Checkpoints) -> None:
     """Compare all copies; every process calls it, in the same order, and learns the same.
 
     Raises: RunStopped naming the leaf, the devices and the newest checkpoint; nothing is saved.
@@ -43,7 +43,7 @@ def check_replicas(state: TrainState, step: int, checkpoints: Checkpoints) -> No
     )
 
 
-def differing(state: TrainState) -> dict[str, list[jax.Device]]:
+def differing(state: PyTree) -> dict[str, list[jax.Device]]:
     """Path of every leaf whose copies differ -> the devices of those unlike most, or of all copies
     where there is no majority."""
     leaves = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}

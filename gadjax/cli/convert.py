@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from gadjax import parity
 from gadjax.assets import resolve
 from gadjax.cli.output import storage, storage_dtype
-from gadjax.convert.atomic import atomic_folder, check_apart, check_target
-from gadjax.convert.folder import INDEX, PipelineFolder, check_pipeline
-from gadjax.convert.orbax_folder import (
+from gadjax.errors import InputError, RunStopped
+from gadjax.formats.diffusers_folder import INDEX, PipelineFolder, check_pipeline
+from gadjax.formats.fingerprints import text_fingerprint
+from gadjax.formats.orbax_folder import (
     MANIFEST,
     is_own,
     open_folder,
@@ -16,9 +16,9 @@ from gadjax.convert.orbax_folder import (
     write_diffusers,
     write_own,
 )
-from gadjax.convert.text import text_fingerprint
-from gadjax.errors import InputError, RunStopped
-from gadjax.settings import settled
+from gadjax.io.atomic import atomic_folder, check_apart, check_target
+from gadjax.pipelines import parity
+from gadjax.runtime.settings import settled
 from gadjax.training.workdir import is_workdir
 
 

@@ -43,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gadjax import __version__
-
-    print(f"gadjax {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"gadjax {version('gadjax')}, Python {platform.python_version()}, {platform.platform()}")
     for name in REQUIRED:
         print(f"{name} {version(name) or 'MISSING: every command needs it'}")
     for name, use in OPTIONAL.items():

@@ -14,17 +14,16 @@ from tqdm import tqdm
 
 from gadjax.assets import resolve
 from gadjax.cli.output import check_least, storage
-from gadjax.convert.atomic import atomic_folder, check_target
-from gadjax.convert.image import image_fingerprint
-from gadjax.convert.orbax_folder import open_folder
-from gadjax.convert.recipe import read_sampling
-from gadjax.convert.text import text_fingerprint
 from gadjax.data.embeddings import DTYPES, Encoded, Origin, write_embeddings
 from gadjax.data.images import BACKGROUND, Pictures, open_images
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError
-from gadjax.pipeline import Pipeline, make_pipeline
-from gadjax.settings import settled
+from gadjax.formats.fingerprints import image_fingerprint, text_fingerprint
+from gadjax.formats.orbax_folder import open_folder
+from gadjax.formats.sampling_config import read_sampling
+from gadjax.io.atomic import atomic_folder, check_target
+from gadjax.pipelines.pipeline import Pipeline, make_pipeline
+from gadjax.runtime.settings import settled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

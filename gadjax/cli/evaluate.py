@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gadjax.assets import resolve
-    from gadjax.convert.atomic import atomic_folder, check_target
     from gadjax.data.prompts import read_prompts
     from gadjax.evaluation.evaluate import Plan, evaluate
     from gadjax.evaluation.report import as_dict, as_markdown, write_report
+    from gadjax.io.atomic import atomic_folder, check_target
 
     check_target(args.out, overwrite=args.overwrite, marker=MARKER)
     prompts = read_prompts(resolve(args.prompts))
@@ -86,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
 def _distilled_at(student, name: str) -> float | None:
     """The teacher's guidance in the student's training; None where nothing says it."""
     from gadjax.assets import resolve
-    from gadjax.convert.recipe import read_teacher_guidance
-    from gadjax.storage import is_remote
+    from gadjax.formats.sampling_config import read_teacher_guidance
+    from gadjax.io.storage import is_remote
 
     if student.trained:
         return student.trained.config["guidance"] if student.trained.few_step else None
@@ -103,9 +104,9 @@ def _judged_at(guidance: float, distilled_at: float | None) -> str:
 
 
 def _world(name: str | None, teacher: Path):
-    from gadjax.convert.recipe import FILE, read_world
     from gadjax.errors import InputError
-    from gadjax.evaluation.worlds import WORLDS
+    from gadjax.evaluation.oracles import WORLDS
+    from gadjax.formats.sampling_config import FILE, read_world
 
     where = "--world"
     if name is None:
@@ -131,9 +132,7 @@ def _made_by(teacher, student) -> dict[str, Any]:
     """What a number can be traced back to: weights, program, machine."""
     import jax
 
-    from gadjax import __version__
-
     models = {"teacher": teacher, "student": student}
     found = {f"{name}'s {m.pipeline.body}": m.fingerprint for name, m in models.items()}
     device = jax.devices()[0].device_kind
-    return {**found, "gadjax": __version__, "jax": jax.__version__, "device": device}
+    return {**found, "gadjax": version("gadjax"), "jax": jax.__version__, "device": device}

@@ -9,15 +9,15 @@ import os
 import shutil
 from pathlib import Path
 
-from gadjax import parity
 from gadjax.assets import resolve
 from gadjax.cli.output import check_least, storage, storage_dtype
-from gadjax.convert.atomic import atomic_folder
-from gadjax.convert.export import note_verified, verified_text
-from gadjax.convert.recipe import FILE
 from gadjax.errors import InputError
-from gadjax.settings import settled
-from gadjax.storage import as_path
+from gadjax.formats.model_card import note_verified, verified_text
+from gadjax.formats.sampling_config import FILE
+from gadjax.io.atomic import atomic_folder
+from gadjax.io.storage import as_path
+from gadjax.pipelines import parity
+from gadjax.runtime.settings import settled
 from gadjax.training.export import export
 from gadjax.training.workdir import read_trained
 

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 from gadjax.errors import InputError
-from gadjax.storage import as_path, is_remote
-from gadjax.supervisor import Limits, supervise
+from gadjax.io.storage import as_path, is_remote
+from gadjax.runtime.supervisor import Limits, supervise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

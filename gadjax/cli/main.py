@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from gadjax import libtpu
 from gadjax.errors import InputError, RunStopped
+from gadjax.parallel import libtpu
 
 COMMANDS = {
     "train": "distil a student, or train a teacher",

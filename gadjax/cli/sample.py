@@ -16,14 +16,14 @@ from tqdm import tqdm
 from gadjax.api import Model, drawn_with, load
 from gadjax.assets import resolve
 from gadjax.cli.output import check_least, storage
-from gadjax.convert.atomic import atomic_folder, check_apart, check_target
 from gadjax.data.prompts import check_prompt, read_prompts
 from gadjax.errors import InputError, RunStopped
-from gadjax.sampling import BATCH, draw, initial_noise, sampler_and_times
+from gadjax.io.atomic import atomic_folder, check_apart, check_target
+from gadjax.io.image_grid import grid, save_png, to_uint8
+from gadjax.pipelines.known_students import KNOWN
+from gadjax.pipelines.sampling import BATCH, draw, initial_noise, sampler_and_times
+from gadjax.runtime.settings import settled
 from gadjax.seeds import check_seed
-from gadjax.settings import settled
-from gadjax.students import KNOWN
-from gadjax.training.preview import grid, save_png, to_uint8
 
 MARKER = "prompts.jsonl"
 SHOWN = 8  # prompts on the sheet, and pictures of each

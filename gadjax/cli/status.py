@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gadjax.host.status import read_status, table  # without JAX: it answers at once
+    from gadjax.runtime.status import read_status, table  # without JAX: it answers at once
 
     found = read_status(args.workdir)
     print(json.dumps(found) if args.json else table(found))

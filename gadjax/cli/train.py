@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from gadjax.errors import InputError
-from gadjax.storage import as_path, reach
+from gadjax.io.storage import as_path, reach
 from gadjax.training.config import read_config
 
 
@@ -32,10 +32,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     import jax
 
     from gadjax.cli.doctor import unused
-    from gadjax.host.processes import join
-    from gadjax.host.profile import parse_profile
+    from gadjax.runtime.distributed import join
+    from gadjax.runtime.profiler import parse_profile
     from gadjax.training.loop import train
-    from gadjax.training.reproduce import parse_step, reproduce
+    from gadjax.training.replay import parse_step, reproduce
 
     if again:
         step = parse_step(args.reproduce_step)

@@ -26,9 +26,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gadjax.data.prompts import read_prompts
-from gadjax.errors import InputError
-from gadjax.reading import open_file, read_json
-from gadjax.shown import shown
+from gadjax.errors import InputError, shown
+from gadjax.io.untrusted import open_file, read_json
 
 VERSION = 1
 TEXT, MASK, POOLED, LATENTS = "text.npy", "mask.npy", "pooled.npy", "latents.npy"

@@ -24,9 +24,8 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 from gadjax.data.prompts import check_prompt, read_prompts, read_records
-from gadjax.errors import InputError
-from gadjax.reading import open_file
-from gadjax.shown import printable, shown
+from gadjax.errors import InputError, printable, shown
+from gadjax.io.untrusted import open_file
 
 # Those of pictures that are decoded here, in the process: Pillow would also run Ghostscript on a
 # .png that is PostScript, and tries dozens of readers of rare formats.

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gadjax.errors import InputError
-from gadjax.reading import open_file, parse_json
-from gadjax.shown import shown
+from gadjax.errors import InputError, shown
+from gadjax.io.untrusted import open_file, parse_json
 
 MAX_LINE = 1 << 20  # bytes; a longer line is some other file
 MAX_PROMPT = 1 << 17  # bytes; in JSON six times as many, which with its key is still a line

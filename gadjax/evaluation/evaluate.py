@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from gadjax.convert.recipe import Sampling
 from gadjax.errors import InputError
-from gadjax.evaluation.catalogue import NEAR, NEAR_SHARE, Metric, catalogue
-from gadjax.evaluation.control import (
+from gadjax.evaluation.draw import draw_sets
+from gadjax.evaluation.metric_catalogue import NEAR, NEAR_SHARE, Metric, catalogue
+from gadjax.evaluation.metrics import Drawn, absent_metrics, flat, row_metrics
+from gadjax.evaluation.noise_control import (
     MOVE_COST,
     Control,
     carry_out,
@@ -17,14 +18,14 @@ from gadjax.evaluation.control import (
     make_library,
     read_library,
 )
-from gadjax.evaluation.control_metrics import absent_control, control_metrics
-from gadjax.evaluation.metrics import Drawn, absent_metrics, flat, row_metrics
-from gadjax.evaluation.model import Model, draw_sets
+from gadjax.evaluation.noise_control_metrics import absent_control, control_metrics
+from gadjax.evaluation.oracles import World
 from gadjax.evaluation.sensitivity import map_tangents
 from gadjax.evaluation.statistics import Estimate
-from gadjax.evaluation.worlds import World
-from gadjax.sampling import BATCH, initial_noise, sampler_and_times
-from gadjax.settings import settled
+from gadjax.formats.sampling_config import Sampling
+from gadjax.pipelines.model import Model
+from gadjax.pipelines.sampling import BATCH, initial_noise, sampler_and_times
+from gadjax.runtime.settings import settled
 
 LEAST = {"seeds": 2, "tangents": 0, "batch": 1, "library": 0, "moves": 0}
 

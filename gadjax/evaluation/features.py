@@ -1,7 +1,7 @@
 """A small convolutional network whose last layer but one describes pictures, and its folder.
 
 Distances between pictures need features; the bundled world has no public network that knows it,
-so one is shipped. It is trained by gadjax/recipes/shapes_features.py.
+so one is shipped. It is trained by gadjax/experiments/shapes_features.py.
 """
 
 import json
@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gadjax.convert.files import read_json
-from gadjax.convert.layout import read_header, write_file
-from gadjax.convert.tensors import params_from_tensors, tensors_from_params
 from gadjax.errors import InputError
-from gadjax.models.module import Functional, KeyMap, Keys, functional
+from gadjax.formats.safetensors_file import read_header, write_file
+from gadjax.formats.state_dict import params_from_tensors, tensors_from_params
+from gadjax.io.untrusted import read_json
+from gadjax.models.keymap import KeyMap
+from gadjax.models.module import Functional, Keys, functional
 from gadjax.types import Params
 
 KEYMAP = KeyMap()

@@ -7,9 +7,9 @@ import numpy as np
 
 from gadjax.evaluation.diversity import coverage, pairwise_distance, seed_alignment, vendi
 from gadjax.evaluation.frechet import frechet
+from gadjax.evaluation.oracles import World
 from gadjax.evaluation.sensitivity import compare_tangents
 from gadjax.evaluation.statistics import Estimate, geometric_mean, mean, ratio, wilson
-from gadjax.evaluation.worlds import World
 
 FROM_FEATURES = (
     "frechet",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from gadjax.evaluation.control import Control
 from gadjax.evaluation.evaluate import Evaluation
-from gadjax.training.preview import grid
+from gadjax.evaluation.noise_control import Control
+from gadjax.io.image_grid import grid
 
 SHEET = 4096  # pixels of width that the pictures may take
 SHOWN = 4, 4  # prompts, and seeds of each

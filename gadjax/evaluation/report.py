@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.evaluation import pictures
-from gadjax.evaluation.catalogue import GROUPS, SUMMARY, Metric
 from gadjax.evaluation.evaluate import Evaluation, Row
+from gadjax.evaluation.metric_catalogue import GROUPS, SUMMARY, Metric
 from gadjax.evaluation.statistics import Estimate
-from gadjax.shown import in_markdown
-from gadjax.training.preview import save_png
+from gadjax.io.image_grid import save_png
+from gadjax.io.markdown import in_markdown
 
 PICTURES = {  # of which group, by which function of its tasks
     "control": ("control.png", pictures.moves),

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gadjax.convert.recipe import Sampling
-from gadjax.geometry import tangent
-from gadjax.pipeline import Pipeline
-from gadjax.sampling import clean_latent, for_prompts
+from gadjax.diffusion.geometry import tangent
+from gadjax.formats.sampling_config import Sampling
+from gadjax.pipelines.pipeline import Pipeline
+from gadjax.pipelines.sampling import clean_latent, for_prompts
 from gadjax.types import Params
 
 

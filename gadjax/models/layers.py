@@ -11,7 +11,7 @@ from flax import nnx
 from gadjax.errors import InputError
 from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
-from gadjax.ops.placement import by_sample, parts, placed, shares
+from gadjax.parallel.placement import by_sample, parts, placed, shares
 from gadjax.types import TextKV
 
 PART = 2**23  # numbers of a hidden layer that a device makes at once in training ...

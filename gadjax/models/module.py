@@ -1,17 +1,14 @@
-"""From an nnx module to pure functions of a nested dict, and from its paths to a file's keys."""
+"""From an nnx module to pure functions of a nested dict."""
 
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 
 from gadjax.ops.dual_attention import KEPT
-from gadjax.ops.placement import by_sample
+from gadjax.parallel.placement import by_sample
 from gadjax.seeds import make_key
 from gadjax.types import Params, TextKV
 
@@ -104,69 +101,3 @@ def _narrows(primitive, *operands, **params) -> bool:
 RESULTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(KEPT), _narrows
 )
-
-
-def flatten(params: Params) -> dict[str, Any]:
-    """Nested dict -> {'a/b/c': leaf}."""
-    return traverse_util.flatten_dict(params, sep="/")
-
-
-def unflatten(flat: dict[str, Any]) -> Params:
-    """{'a/b/c': leaf} -> nested dict."""
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def kept_of(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """What is trained of a network's parameters, and what is not: the leaves whose path one of the
-    patterns is found in."""
-    flat = flatten(params)
-    kept = {path for path in flat if any(re.search(pattern, path) for pattern in patterns)}
-    parts = ({k: v for k, v in flat.items() if (k in kept) == side} for side in (False, True))
-    return tuple(unflatten(part) for part in parts)
-
-
-def overlay(params: Params, kept: Params | None) -> Params:
-    """A network's parameters from what `kept_of` parted; leaves of `params` come first."""
-    return unflatten({**flatten(kept), **flatten(params)}) if kept else params
-
-
-def cast(params: Params, dtype) -> Params:
-    """Every floating leaf in `dtype`; of shapes alone, shapes."""
-
-    def change(x):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        abstract = isinstance(x, jax.ShapeDtypeStruct)
-        return jax.ShapeDtypeStruct(x.shape, dtype) if abstract else x.astype(dtype)
-
-    return jax.tree.map(change, params)
-
-
-@dataclass(frozen=True)
-class KeyMap:
-    """How a parameter's path spells as a key of the diffusers file.
-
-    renames: regex substitutions, in order, on the '/'-joined path; '#' in the result stands for
-      the layer index, and marks a leaf whose leading axis is the layer. '#+13' counts from 13 on,
-      for a stack of layers behind another one.
-    ignored: regexes of file keys that are derived and read past; they are never written.
-    aliases: regex substitutions from older spellings of a file key to the current one.
-    twins: (key, other key) under which files have one tensor, once or twice; the other is written.
-    """
-
-    renames: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[str, ...] = ()
-    aliases: tuple[tuple[str, str], ...] = ()
-    twins: tuple[tuple[str, str], ...] = ()
-
-    def key(self, path: str) -> str:
-        for pattern, replacement in self.renames:
-            path = re.sub(pattern, replacement, path)
-        *parents, last = path.split("/")
-        last = "weight" if last in ("kernel", "scale", "embedding") else last
-        return ".".join([*parents, last])
-
-    def canonical(self, key: str) -> str:
-        for pattern, replacement in self.aliases:
-            key = re.sub(pattern, replacement, key)
-        return dict(self.twins).get(key, key)

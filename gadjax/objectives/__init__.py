@@ -3,13 +3,13 @@
 from gadjax.objectives.adversarial import Adversarial
 from gadjax.objectives.anchor import Anchor
 from gadjax.objectives.base import Context, Needs, TeacherMap, Term
+from gadjax.objectives.comparisons.gad_lift import GADLift
+from gadjax.objectives.comparisons.gad_script import GADScript
 from gadjax.objectives.compose import TERMS, Sum, as_config, build
 from gadjax.objectives.consistency import Consistency
 from gadjax.objectives.denoising import Denoising
 from gadjax.objectives.dmd import DMD
 from gadjax.objectives.gad import GAD
-from gadjax.objectives.gad_lift import GADLift
-from gadjax.objectives.gad_script import GADScript
 from gadjax.objectives.regression import Regression
 from gadjax.objectives.sid import SiD
 from gadjax.objectives.tdm import TDM

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
+from gadjax.objectives.common import between, check_shares, sg
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.dmd import between, check_shares
-from gadjax.objectives.matching import sg
-from gadjax.schedules import add_noise
 from gadjax.types import Params
 
 # Name -> loss of the student, and of the discriminator, from its logits.

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, TeacherMap, sample_mean
+from gadjax.objectives.common import sg
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.matching import sg
-from gadjax.schedules import expand
+from gadjax.types import expand
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from gadjax.denoiser import Denoiser
+from gadjax.diffusion.denoiser import Denoiser
+from gadjax.diffusion.geometry import Directions
 from gadjax.errors import InputError
-from gadjax.geometry import Directions
 from gadjax.types import Batch, Metrics, Prediction
 
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gadjax.diffusion.geometry import tangent
+from gadjax.diffusion.rollout import interpolate_times, rollout
+from gadjax.diffusion.schedules import NoiseSchedule, add_noise
 from gadjax.errors import InputError
-from gadjax.geometry import tangent
 from gadjax.objectives.base import Context, Needs, sample_mean
+from gadjax.objectives.common import sg
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.matching import sg
-from gadjax.rollout import interpolate_times, rollout
-from gadjax.schedules import NoiseSchedule, add_noise, expand
-from gadjax.types import Prediction
+from gadjax.types import Prediction, expand
 
 FLOOR = 0.1  # sCM's c: where g is below it, the loss becomes proportional to g^2
 

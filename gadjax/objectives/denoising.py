@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
+from gadjax.objectives.common import between
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.dmd import between
 
 
 @dataclass(frozen=True)

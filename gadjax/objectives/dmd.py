@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
+from gadjax.objectives.common import between, check_shares, mean_abs, pseudo_loss, sg
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.matching import mean_abs, pseudo_loss, sg
-from gadjax.schedules import add_noise
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,3 @@ class DMD(Addable):
             context.critic_params, sg(x0), context.normal("eps"), t_B, context.batch.cond
         )
         return loss_B * weight_B
-
-
-def between(context: Context, low: float, high: float):
-    """Times [B] of the schedule's spacing, uniform between two shares of its span."""
-    schedule = context.schedule
-    count = (schedule.last - schedule.clean) / schedule.spacing
-    place_B = jnp.floor((low + (high - low) * context.uniform("t")) * count) + 1
-    return place_B * schedule.spacing + schedule.clean
-
-
-def check_shares(name: str, low: float, high: float) -> None:
-    """Raises: InputError for what are no two shares of a schedule's span, the lower one first."""
-    if not 0 <= low < 1:
-        raise InputError(f"objective.{name}.low: found {low}; expected a share from 0 to below 1")
-    if not low <= high <= 1:
-        raise InputError(f"objective.{name}.high: found {high}; expected a share from {low} to 1")

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from gadjax.diffusion.geometry import Directions
 from gadjax.errors import InputError
-from gadjax.geometry import Directions
 from gadjax.objectives.base import Context, Needs, TeacherMap, sample_mean
+from gadjax.objectives.common import sg, student_tangents
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.matching import sg
-from gadjax.schedules import expand
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class GAD(Addable):
       normalize=False. Both are the same to second order where the tangents meet. Where the
       student can meet the teacher's only at a cosine c, the square is least at a norm of c times
       the teacher's: what cannot be matched is flattened.
-    direction, directions: kind and number J of the v (gadjax.geometry.Directions); the mean is
-      taken over them.
+    direction, directions: kind and number J of the v (gadjax.diffusion.geometry.Directions); the
+      mean is taken over them.
     step_weights: one weight for each step of the student's grid, () for 1 everywhere. Not with
       "whole".
     Cost: the student's value is the base's own; J tangents add J evaluations, and the teacher's map
@@ -86,20 +85,3 @@ class GAD(Addable):
             loss_B = loss_B * jnp.asarray(self.step_weights, jnp.float32)[context.step_B]
         ratio = jnp.sqrt(own_JB / size_JB)
         return loss_B, {"cosine": jnp.mean(sg(cosine_JB)), "norm_ratio": jnp.mean(sg(ratio))}
-
-
-def student_map(context: Context, end: str):
-    """The student's drawn step as a map of x_k: linear in what it says."""
-    return _landed(context, context.student[0], end)
-
-
-def student_tangents(context: Context, end: str):
-    """The tangents of that map along the context's directions: [J, B, H, W, C]."""
-    return jax.vmap(lambda said: _landed(context, said, end))(context.student[1])
-
-
-def _landed(context: Context, said, end: str):
-    if end == "clean":
-        return said.x0
-    alpha, sigma = context.schedule.alpha_sigma(context.next_B)
-    return expand(alpha, said.x0) * said.x0 + expand(sigma, said.eps) * said.eps

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from gadjax.objectives.base import Context, Needs, TeacherMap, sample_mean
+from gadjax.objectives.common import sg, student_map
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.gad import student_map
-from gadjax.objectives.matching import sg
 
 
 @dataclass(frozen=True)

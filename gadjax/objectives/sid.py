@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, sample_mean
+from gadjax.objectives.common import between, check_shares, mean_abs, sg
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.dmd import between, check_shares
-from gadjax.objectives.matching import mean_abs, sg
-from gadjax.schedules import add_noise
 
 # Name -> guidance of the teacher (None: the run's) and of the critic ("same": the teacher's).
 GUIDANCE = {"teacher": (None, 1), "lsg": (None, "same"), "zero": (1, 0), "anti": (1, -1)}

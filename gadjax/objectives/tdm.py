@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from gadjax.diffusion.schedules import renoise
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, sample_mean
+from gadjax.objectives.common import mean_abs, pseudo_loss, sg, student_map
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.gad import student_map
-from gadjax.objectives.matching import mean_abs, pseudo_loss, sg
-from gadjax.schedules import expand, renoise
+from gadjax.types import expand
 
 
 @dataclass(frozen=True)

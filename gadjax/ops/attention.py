@@ -1,10 +1,10 @@
 """Softmax attention: the one place where every network computes it.
 
 Two programs, chosen by what the pass is for. A pass for values alone may take whatever computes
-values fastest. A pass whose tangents are wanted (`tangent_pass`, which `gadjax.geometry` sets)
-takes value and tangent together, with a transpose of its own, so that reverse mode through jax.jvp
-keeps nothing of size N x M. Both by Pallas kernels where the program is placed on devices that
-have them (`gadjax.ops.kernels`), and in blocks of queries elsewhere.
+values fastest. A pass whose tangents are wanted (`tangent_pass`, which `gadjax.diffusion.geometry`
+sets) takes value and tangent together, with a transpose of its own, so that reverse mode through
+jax.jvp keeps nothing of size N x M. Both by Pallas kernels where the program is placed on devices
+that have them (`gadjax.ops.kernels`), and in blocks of queries elsewhere.
 """
 
 from functools import partial

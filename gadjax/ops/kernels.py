@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from gadjax.ops import pallas_gpu, pallas_tpu
 from gadjax.ops.dual_attention import BATCHING, dual_attention, kept, shared
-from gadjax.ops.placement import parts, placed, shares
 from gadjax.ops.spread import spread
 from gadjax.ops.tiles import joined, parted, rounded, unrounded
+from gadjax.parallel.placement import parts, placed, shares
 from gadjax.seeds import make_key
 
 MODULES = {"tpu": pallas_tpu, "gpu": pallas_gpu}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from gadjax.ops.placement import POSITIONS, SAMPLES, parts, placed, shares
+from gadjax.parallel.placement import POSITIONS, SAMPLES, parts, placed, shares
 
 
 def splitting(q: jax.Array) -> Mesh | None:

@@ -13,16 +13,17 @@ import jax
 from ml_collections import ConfigDict
 
 from gadjax.errors import InputError
-from gadjax.plan.flops import flops
-from gadjax.plan.hardware import GIB, Topology, find_topology
+from gadjax.ops.flops import flops
+from gadjax.parallel.hardware import GIB, Topology, find_topology
+from gadjax.parallel.sharding import SAMPLES, path_name
 from gadjax.plan.programs import BATCHES, Compiled, Programs, Say, programs_of, share
 from gadjax.plan.traffic import traffic
+from gadjax.runtime.settings import settled
 from gadjax.seeds import make_key
-from gadjax.settings import settled
-from gadjax.training.compiled import keeping
+from gadjax.training.batch import make_batch
+from gadjax.training.compile import keeping
 from gadjax.training.data import SOURCES
-from gadjax.training.setup import Run, make_batch, prepare
-from gadjax.training.sharding import SAMPLES, path_name
+from gadjax.training.setup import Run, prepare
 from gadjax.training.steps import critic_step, student_step
 
 TRIES = 4  # programs compiled in search of the largest batch

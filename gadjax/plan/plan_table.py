@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from gadjax.plan.hardware import GIB
+from gadjax.parallel.hardware import GIB
 from gadjax.plan.traffic import KINDS
 
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gadjax.errors import InputError
-from gadjax.plan.hardware import GIB, Topology
-from gadjax.settings import settled
-from gadjax.training.compiled import compile_steps
+from gadjax.parallel.hardware import GIB, Topology
+from gadjax.parallel.sharding import HOST, batch_sharding, replicated, shapes_at
+from gadjax.runtime.settings import settled
+from gadjax.training.compile import compile_steps
 from gadjax.training.setup import Run
-from gadjax.training.sharding import HOST, batch_sharding, replicated, shapes_at
 
 # What shortens compiling, by platform. For TPUs they are about code for buffers that have their
 # places by then; for GPUs nothing can be tried out without one; of CPUs, which stand in for

@@ -13,10 +13,9 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
 from gadjax import assets
-from gadjax.errors import InputError
-from gadjax.reading import read_json
-from gadjax.shown import shown
-from gadjax.storage import write_whole
+from gadjax.errors import InputError, shown
+from gadjax.io.storage import write_whole
+from gadjax.io.untrusted import read_json
 
 INPUTS = "inputs.json"  # in a workdir: fingerprints of what its run reads
 # What may change when a run is resumed; any other difference is another run.

@@ -8,8 +8,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from gadjax import assets
-from gadjax.convert.image import image_fingerprint
-from gadjax.convert.text import text_fingerprint
 from gadjax.data import fingerprints
 from gadjax.data.embeddings import open_embeddings
 from gadjax.data.images import open_images
@@ -24,7 +22,8 @@ from gadjax.data.source import (
     WorldSource,
 )
 from gadjax.errors import InputError
-from gadjax.pipeline import Pipeline
+from gadjax.formats.fingerprints import image_fingerprint, text_fingerprint
+from gadjax.pipelines.pipeline import Pipeline
 
 WITH_PICTURES = ("world", "images", "latents")
 SOURCES = ("prompts", "embeddings", *WITH_PICTURES)

@@ -8,16 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gadjax import parity
-from gadjax.convert.atomic import atomic_folder, check_apart, check_target, put_back
-from gadjax.convert.export import CARD, Export, card, read_license, read_report, recipe
-from gadjax.convert.files import fingerprint, open_weights, read_json
-from gadjax.convert.folder import INDEX, PipelineFolder, write_pipeline
-from gadjax.convert.orbax_folder import diffusers_folder, open_folder
-from gadjax.convert.recipe import FILE, Sampling, read_world
 from gadjax.errors import InputError
-from gadjax.scheduler_config import DPM, PIXART, student_scheduler_config
-from gadjax.schedulers import sampler_from_config
+from gadjax.formats.diffusers_folder import INDEX, PipelineFolder, write_pipeline
+from gadjax.formats.model_card import CARD, Export, card, read_license, read_report, recipe
+from gadjax.formats.orbax_folder import diffusers_folder, open_folder
+from gadjax.formats.sampling_config import FILE, Sampling, read_world
+from gadjax.formats.scheduler_config import DPM, PIXART, student_scheduler_config
+from gadjax.formats.schedulers import sampler_from_config
+from gadjax.formats.weights import fingerprint, open_weights
+from gadjax.io.atomic import atomic_folder, check_apart, check_target, put_back
+from gadjax.io.untrusted import read_json
+from gadjax.pipelines import parity
 from gadjax.training.workdir import Trained
 
 # Of what a scheduler returns of a single step PixArtAlphaPipeline takes the second, and DPM's

@@ -2,41 +2,30 @@
 
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.checkpoints.replicas import check_replicas
-from gadjax.checkpoints.saving import Saves
-from gadjax.convert.recipe import Sampling, read_sampling
+from gadjax.checkpoints.save_policy import Saves
 from gadjax.data.source import prefetch
-from gadjax.errors import InputError, RunStopped
-from gadjax.host.claim import LOCK, Claim
-from gadjax.host.goodput import Clock
-from gadjax.host.processes import (
-    Leaving,
-    agree,
-    beat,
-    check_devices,
-    losing_peers,
-    together,
-)
-from gadjax.host.profile import Profile
-from gadjax.host.progress import Progress, overview
-from gadjax.host.trackers import check_trackers
-from gadjax.models.module import overlay
-from gadjax.reading import read_json
-from gadjax.sampling import clean_latent, initial_noise
-from gadjax.settings import settled
-from gadjax.shown import printable
-from gadjax.storage import tolerant, write_whole
-from gadjax.training.compiled import Steps, compile_steps
+from gadjax.errors import InputError, RunStopped, printable
+from gadjax.formats.sampling_config import read_sampling
+from gadjax.io.storage import write_whole
+from gadjax.io.untrusted import read_json
+from gadjax.parallel.sharding import batch_sharding, put, rows_here, shapes_at
+from gadjax.runtime.distributed import Leaving, agree, beat, check_devices, losing_peers, together
+from gadjax.runtime.goodput import Clock
+from gadjax.runtime.profiler import Profile
+from gadjax.runtime.progress import Progress, overview
+from gadjax.runtime.settings import settled
+from gadjax.runtime.trackers import check_trackers
+from gadjax.runtime.workdir_lock import LOCK, Claim
+from gadjax.training.compile import Steps, compile_steps
 from gadjax.training.config import (
     INPUTS,
     as_json,
@@ -45,11 +34,10 @@ from gadjax.training.config import (
     with_teacher_found,
     write_json,
 )
-from gadjax.training.masked import Update, check_masked, scalars_of
-from gadjax.training.preview import grid, save_png
-from gadjax.training.record import write_record
-from gadjax.training.setup import Run, encode_raw, prepare
-from gadjax.training.sharding import batch_sharding, put, replicated, rows_here, shapes_at
+from gadjax.training.nonfinite import Update, check_masked, scalars_of
+from gadjax.training.previews import Preview
+from gadjax.training.run_record import write_record
+from gadjax.training.setup import Run, prepare
 from gadjax.training.state import TrainState
 
 # What a run may leave in its workdir that is killed before it has written its config.
@@ -74,7 +62,7 @@ def train(
     """Train until `steps`, resuming what the workdir holds; every process of the run calls it.
 
     devices: how many there have to be in all processes together. profile: (step, count) to trace
-    so many steps after that one. `status.json` says how it stands (`gadjax.host.claim`).
+    so many steps after that one. `status.json` says how it stands (`gadjax.runtime.workdir_lock`).
     Raises: InputError for a bad config, a workdir of another config or another run, processes that
     run different things; RunStopped where updates stay non-finite or nothing can be saved.
     """
@@ -228,51 +216,3 @@ def host_batches(
         return np.uint32(number), jax.tree.map(place, rows)
 
     return prefetch(fetch, done * each, stop * each)
-
-
-class Preview:
-    """Fixed prompts and noises drawn by the teacher and by the student's average, as a PNG."""
-
-    def __init__(self, run: Run, frozen: dict[str, Any], workdir: Path):
-        self.folder, self.scale = workdir / "previews", run.config.preview.scale
-        self.every, self.last = run.config.preview.every, run.config.steps
-        self.patient = run.config.checkpoint.failures > 0
-        with tolerant(self.folder, self.patient):
-            self.folder.mkdir(exist_ok=True)
-        pipeline, recipe = run.pipeline, run.recipe
-        needs, count = recipe.objective.needs, run.config.preview.prompts
-        raw = run.source.batch(0, count)
-        raw = {name: value for name, value in raw.items() if name not in ("image", "x0")}
-        noise = initial_noise(run.config.seed, count, pipeline.latent)
-
-        @partial(jax.jit, static_argnums=1, out_shardings=replicated(run.mesh))
-        def draw(params, sampling, frozen, raw):
-            cond = encode_raw(pipeline, frozen, raw)
-            null = encode_raw(pipeline, frozen, frozen["null"])
-            null = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), null)
-            params = overlay(params, frozen.get("kept"))
-            x0 = clean_latent(pipeline, params, sampling, noise, cond, null)
-            return pipeline.decode(frozen["vae"], x0)
-
-        many = Sampling(guidance=recipe.guidance)
-        few = Sampling(len(recipe.times) - 1, recipe.times[:-1], guidance=1)
-        # What is trained by plain denoising is itself sampled as a teacher is.
-        own = few if needs.distils else many
-        self.draw = lambda params: np.asarray(draw(params, own, frozen, raw))
-        self.teacher = None
-        if pipeline.body in frozen:
-            self.teacher = np.asarray(draw(frozen[pipeline.body], many, frozen, raw))
-
-    def due(self, step: int) -> bool:
-        return step % self.every == 0 or step == self.last
-
-    def __call__(self, state: TrainState, step: int) -> np.ndarray:
-        """Writes the picture of one step, and returns it: uint8 [H, W, 3]."""
-        rows = [("student", self.draw(state.ema))]
-        if self.teacher is not None:
-            rows.insert(0, ("teacher", self.teacher))
-        picture = grid(rows, None, self.scale)
-        if jax.process_index() == 0:
-            with tolerant(self.folder, self.patient):
-                save_png(picture, self.folder / f"{step:07d}.png")
-        return np.asarray(picture)

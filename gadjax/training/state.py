@@ -1,11 +1,15 @@
-"""What training changes, and nothing else: frozen networks are separate arguments."""
+"""What training changes, and nothing else: frozen networks are separate arguments. And what of a
+step is fixed when it is traced."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from gadjax.diffusion.denoiser import Denoiser
+from gadjax.objectives.base import Term
 from gadjax.types import Params
 
 
@@ -51,3 +55,26 @@ def make_optimizer(config, updates: int = 1) -> optax.GradientTransformation:
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
     )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a step that is fixed when it is traced.
+
+    times: the student's grid, its last entry the schedule's clean time.
+    guidance: the teacher's classifier-free guidance scale.
+    shares: in how many parts a mesh splits a batch.
+    """
+
+    denoiser: Denoiser
+    objective: Term
+    times: tuple[float, ...]
+    guidance: float
+    optimizers: dict[str, optax.GradientTransformation]
+    ema: float
+    microbatches: int = 1
+    shares: int = 1
+
+    def pairs(self, samples: int) -> bool:
+        """Whether two neighbours of a microbatch are on one device, whichever they are."""
+        return samples % (2 * self.shares) == 0

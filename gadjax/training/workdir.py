@@ -6,14 +6,14 @@ from typing import Any
 
 from gadjax import assets
 from gadjax.checkpoints.checkpoint import read_params
-from gadjax.convert.files import fingerprint
-from gadjax.convert.folder import Component
-from gadjax.convert.recipe import Sampling
-from gadjax.convert.tensors import check_keys, tensors_from_params
 from gadjax.errors import InputError
-from gadjax.models.module import kept_of, overlay
+from gadjax.formats.diffusers_folder import Component
+from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.state_dict import check_keys, tensors_from_params
+from gadjax.formats.weights import fingerprint
+from gadjax.io.storage import reach
+from gadjax.models.params import kept_of, overlay
 from gadjax.objectives import TERMS, build
-from gadjax.storage import reach
 from gadjax.types import Params
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from benchmarks.common import Figure, Size, cosine, make_batch, make_network, relative
 
-from gadjax.geometry import tangent
+from gadjax.diffusion.geometry import tangent
 
 STEPS = 1e-2, 0.1, 1.0  # of finite differences, along a direction of norm 1
 DTYPES = "bfloat16", "float16", "float32"

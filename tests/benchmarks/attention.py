@@ -19,14 +19,14 @@ from benchmarks.common import (
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gadjax.geometry import tangent
+from gadjax.diffusion.geometry import tangent
 from gadjax.models import layers
 from gadjax.ops.attention import attention as ours
-from gadjax.ops.placement import Placement, placed
-from gadjax.plan.flops import flops
-from gadjax.plan.hardware import find_topology
-from gadjax.training.setup import kernels_of
-from gadjax.training.sharding import make_mesh
+from gadjax.ops.flops import flops
+from gadjax.parallel.hardware import find_topology
+from gadjax.parallel.placement import Placement, placed
+from gadjax.parallel.sharding import make_mesh
+from gadjax.training.checks import kernels_of
 
 H = 1e-2
 T = 500.0

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gadjax.denoiser import Denoiser
+from gadjax.diffusion.denoiser import Denoiser
+from gadjax.diffusion.schedules import DDPM
 from gadjax.models import pixart
 from gadjax.models.module import functional
-from gadjax.schedules import DDPM
 from gadjax.types import Batch, Cond
 
 MIB = 2**20

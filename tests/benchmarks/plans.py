@@ -30,12 +30,12 @@ from benchmarks.common import Figure  # noqa: E402
 from benchmarks.placing import dump_to, placed  # noqa: E402
 from published import write_folder  # noqa: E402
 
-from gadjax.plan.hardware import GIB  # noqa: E402
+from gadjax.parallel.hardware import GIB  # noqa: E402
 from gadjax.plan.plan import plan  # noqa: E402
 from gadjax.plan.programs import HURRIED, Compiled, Programs, Say  # noqa: E402
-from gadjax.training import steps  # noqa: E402
+from gadjax.training import context  # noqa: E402
+from gadjax.training.checks import OFFLOAD  # noqa: E402
 from gadjax.training.config import read_config  # noqa: E402
-from gadjax.training.setup import OFFLOAD  # noqa: E402
 
 OUT = ROOT / "docs/results/plans"
 GAD = {"tdm": {}, "gad": {"weight": 1.0, "steps": 4}}
@@ -153,7 +153,7 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
     say = partial(print, file=sys.stderr, flush=True)
     with ExitStack() as meanwhile:
         if row.trains == DIFFERENCES:
-            meanwhile.enter_context(mock.patch.object(steps, "tangents", differences))
+            meanwhile.enter_context(mock.patch.object(context, "tangents", differences))
         if row.tight:
             meanwhile.enter_context(mock.patch.dict(HURRIED["tpu"], TIGHT))
         found = plan(config, row.topology, largest=row.largest, say=say)
@@ -161,7 +161,7 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
 
 
 def differences(f: Callable, x: jax.Array, v_J: jax.Array, h: float = 0.01):
-    """`gadjax.geometry.tangents` for one direction, as the released script has it."""
+    """`gadjax.diffusion.geometry.tangents` for one direction, as the released script has it."""
     value, moved = f(x), f(x + h * v_J[0])
     return value, jax.tree.map(lambda a, b: (b - a)[None] / h, value, moved)
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from benchmarks.common import Figure, Size, seconds
 from benchmarks.step import GRID, make_recipe, start
 
-from gadjax.denoiser import Denoiser
+from gadjax.diffusion.denoiser import Denoiser
 from gadjax.objectives import DMD, GAD, TDM, Anchor, GADScript
-from gadjax.plan.flops import flops
-from gadjax.plan.hardware import CHIPS
+from gadjax.ops.flops import flops
+from gadjax.parallel.hardware import CHIPS
 from gadjax.training.steps import critic_step, student_step
 
 ONE = 899.0, -1.0  # a grid of one step: the update starts from a given latent

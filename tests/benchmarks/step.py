@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from benchmarks.common import Figure, Size, make_batch, make_network, seconds
 from ml_collections import ConfigDict
 
-from gadjax.geometry import tangent
-from gadjax.models.module import cast
+from gadjax.diffusion.geometry import tangent
+from gadjax.experiments import study
+from gadjax.experiments.study_runs import evaluations as evaluations_of
+from gadjax.models.params import cast
 from gadjax.objectives import GAD, TDM, Term
-from gadjax.plan.flops import flops
-from gadjax.recipes import study
-from gadjax.recipes.study_runs import evaluations as evaluations_of
-from gadjax.training.compiled import compile_steps
+from gadjax.ops.flops import flops
+from gadjax.parallel.sharding import batch_sharding, put
+from gadjax.training.compile import compile_steps
 from gadjax.training.setup import Run, prepare
-from gadjax.training.sharding import batch_sharding, put
-from gadjax.training.state import create, make_optimizer
-from gadjax.training.steps import Recipe, critic_step, student_step
+from gadjax.training.state import Recipe, create, make_optimizer
+from gadjax.training.steps import critic_step, student_step
 
 GRID = (899.0, 674.0, 449.0, 224.0, -1.0)
 T = 500.0

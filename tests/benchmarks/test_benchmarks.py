@@ -11,7 +11,7 @@ import pytest
 from benchmarks import accuracy, attention, plans, run
 from benchmarks.common import Figure, Size
 
-from gadjax.plan.hardware import find_topology
+from gadjax.parallel.hardware import find_topology
 
 
 def test_a_figure_is_held_to_its_aim():
@@ -79,7 +79,7 @@ from pathlib import Path
 sys.path.insert(0, "tests")
 from benchmarks import placing
 placing.dump_to(folder := Path(sys.argv[1]))
-from gadjax.plan.hardware import find_topology
+from gadjax.parallel.hardware import find_topology
 from gadjax.plan.programs import programs_of
 from gadjax.plan.traffic import traffic
 from gadjax.training.config import read_config

@@ -10,7 +10,7 @@ from benchmarks.common import Size
 from diffusers import PixArtTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gadjax.schedules import DDPM
+from gadjax.diffusion.schedules import DDPM
 
 H, HUBER, GUIDANCE = 1e-2, 1e-3, 4.5
 GRID = 899, 674, 449, 224, -1

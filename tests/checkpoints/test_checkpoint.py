@@ -21,9 +21,9 @@ from several import flags_for
 
 from gadjax.checkpoints import checkpoint
 from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed, read_params
-from gadjax.checkpoints.saving import Saves
+from gadjax.checkpoints.save_policy import Saves
 from gadjax.errors import InputError, RunStopped
-from gadjax.seal import SEAL, find_fault, write_seal
+from gadjax.io.manifest import SEAL, find_fault, write_seal
 from gadjax.training.state import TrainState, create
 
 STATE = """
@@ -463,7 +463,7 @@ def test_other_meshes_read_the_same_bits(tmp_path):
         import numpy as np
         from jax.sharding import PartitionSpec as P
         from gadjax.checkpoints.checkpoint import Checkpoints
-        from gadjax.training.sharding import make_mesh, shardings
+        from gadjax.parallel.sharding import make_mesh, shardings
 
         rules = [("kernel", P(None, "fsdp")), ("table", P("fsdp", None)), ("scale", P("data"))]
         folder = Path(sys.argv[1])

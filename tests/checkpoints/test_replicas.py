@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from several import ROOT, run_on_devices, start
 
-from gadjax.supervisor import free_port
+from gadjax.runtime.supervisor import free_port
 
 # Mesh (data, fsdp, tensor) -> nothing is replicated along fsdp or tensor where a leaf is split.
 MESHES = (8, 1, 1), (2, 4, 1), (2, 2, 2)
@@ -32,7 +32,7 @@ LEAVES = {
 
 def put(mesh, memory=None):
     """LEAVES as the average of a state; only what is compared matters."""
-    from gadjax.training import sharding
+    from gadjax.parallel import sharding
     from gadjax.training.state import TrainState
 
     arrays = {name: x for name, (x, _) in LEAVES.items()}
@@ -85,7 +85,7 @@ def expect(state, name, devices):
 
 def worker() -> None:
     from gadjax.checkpoints.replicas import differing
-    from gadjax.training.sharding import AXES, HOST, make_mesh
+    from gadjax.parallel.sharding import AXES, HOST, make_mesh
 
     for sizes in MESHES:
         mesh = make_mesh(dict(zip(AXES, sizes, strict=False)))
@@ -127,9 +127,9 @@ def peers() -> None:
     """One of two processes, of four devices each; a copy of the second's is spoilt."""
     from gadjax.checkpoints.replicas import check_replicas, differing
     from gadjax.errors import RunStopped
-    from gadjax.host.processes import join
-    from gadjax.training import sharding
-    from gadjax.training.sharding import make_mesh
+    from gadjax.parallel import sharding
+    from gadjax.parallel.sharding import make_mesh
+    from gadjax.runtime.distributed import join
 
     join()
     mesh = make_mesh({"data": 2, "fsdp": 4})
@@ -157,7 +157,7 @@ def peers() -> None:
 def training(config: Path, workdir: Path) -> None:
     """A run one of whose devices changes a bit after step 3; it saves after 2 and 4."""
     from gadjax.cli.main import main
-    from gadjax.host.profile import Profile
+    from gadjax.runtime.profiler import Profile
 
     def spoil(self, step, state):
         if step == 3:

@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 from checkpoints import edit, same, state
 
-from gadjax import parity
-from gadjax.convert.folder import read_pipeline
+from gadjax.formats.diffusers_folder import read_pipeline
+from gadjax.pipelines import parity
 
 NETWORKS = ("transformer", "text_encoder", "vae")
 

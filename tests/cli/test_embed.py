@@ -7,10 +7,10 @@ import pytest
 from checkpoints import edit, refused
 from PIL import Image
 
-from gadjax.convert.text import text_fingerprint
 from gadjax.data.embeddings import open_embeddings
 from gadjax.data.images import open_images
-from gadjax.pipeline import load_pipeline
+from gadjax.formats.fingerprints import text_fingerprint
+from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.training.config import default_config
 from gadjax.training.data import open_data
 

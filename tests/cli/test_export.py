@@ -13,12 +13,13 @@ from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 from huggingface_hub import ModelCard
 from workdirs import LENGTH, TIMESTEPS, make_workdir
 
-from gadjax import load, parity
+from gadjax import load
 from gadjax.cli.main import main
-from gadjax.convert.folder import read_pipeline
-from gadjax.convert.recipe import Sampling, read_sampling, read_world
-from gadjax.pipeline import load_pipeline
-from gadjax.sampling import draw, initial_noise
+from gadjax.formats.diffusers_folder import read_pipeline
+from gadjax.formats.sampling_config import Sampling, read_sampling, read_world
+from gadjax.pipelines import parity
+from gadjax.pipelines.pipeline import load_pipeline
+from gadjax.pipelines.sampling import draw, initial_noise
 
 
 def transformer(folder):

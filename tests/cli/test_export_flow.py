@@ -8,11 +8,11 @@ import pytest
 import torch
 from workdirs import LENGTH, make_workdir
 
-from gadjax import parity
-from gadjax.convert.recipe import Sampling, read_sampling
-from gadjax.parity import diffusers_arguments
-from gadjax.pipeline import load_pipeline
-from gadjax.sampling import draw, initial_noise
+from gadjax.formats.sampling_config import Sampling, read_sampling
+from gadjax.pipelines import parity
+from gadjax.pipelines.parity import diffusers_arguments
+from gadjax.pipelines.pipeline import load_pipeline
+from gadjax.pipelines.sampling import draw, initial_noise
 
 PROMPTS = ["a blue circle above", "red square", ""]
 FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)

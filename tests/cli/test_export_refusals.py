@@ -8,10 +8,10 @@ import pytest
 from checkpoints import same, state
 from workdirs import make_workdir
 
-from gadjax import parity
-from gadjax.convert.files import fingerprint
-from gadjax.convert.folder import read_pipeline, write_pipeline
-from gadjax.convert.tensors import tensors_from_params
+from gadjax.formats.diffusers_folder import read_pipeline, write_pipeline
+from gadjax.formats.state_dict import tensors_from_params
+from gadjax.formats.weights import fingerprint
+from gadjax.pipelines import parity
 
 
 def test_the_report_is_of_these_weights(workdir, tmp_path, gadjax, fails, monkeypatch):

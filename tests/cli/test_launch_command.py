@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gadjax.cli.main import main
-from gadjax.storage import as_path
-from gadjax.supervisor import Limits
+from gadjax.io.storage import as_path
+from gadjax.runtime.supervisor import Limits
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from gadjax.cli.main import main
-from gadjax.plan import hardware
+from gadjax.parallel import hardware
 
 ARGUMENTS = (
     "--config=configs/shapes_gad.py:regression",
@@ -53,7 +53,7 @@ def test_bad_input_is_one_line(capsys):
 def test_cards_that_are_not_here_are_cpus_of_another_process():
     """What fixes their number is done before JAX starts."""
     code = (
-        "from gadjax.plan.hardware import find_topology;"
+        "from gadjax.parallel.hardware import find_topology;"
         "print(len(find_topology('h200:3').devices()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -11,7 +11,7 @@ from checkpoints import edit
 from PIL import Image
 from workdirs import make_workdir, numbers
 
-from gadjax.sampling import initial_noise
+from gadjax.pipelines.sampling import initial_noise
 
 LATENT = (8, 8, 4)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from gadjax.cli.output import storage
-from gadjax.convert.atomic import atomic_folder
 from gadjax.data import embeddings
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
 from gadjax.errors import InputError, RunStopped
+from gadjax.io.atomic import atomic_folder
 
 PROMPTS = ["a red circle", 'a "cross"', "圆", "a square\nbelow", "a triangle"]
 L, D = 3, 4

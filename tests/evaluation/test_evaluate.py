@@ -10,14 +10,15 @@ from PIL import Image
 
 from gadjax.assets import resolve
 from gadjax.cli.main import main
-from gadjax.convert.recipe import Sampling
 from gadjax.errors import InputError
-from gadjax.evaluation.catalogue import GROUPS, catalogue
-from gadjax.evaluation.evaluate import Evaluation, Model, Plan, Row, evaluate
+from gadjax.evaluation.evaluate import Evaluation, Plan, Row, evaluate
+from gadjax.evaluation.metric_catalogue import GROUPS, catalogue
+from gadjax.evaluation.oracles import WORLDS, Layout, Oracle, World
 from gadjax.evaluation.report import write_report
-from gadjax.evaluation.worlds import WORLDS, Layout, Oracle, World
-from gadjax.pipeline import load_pipeline
-from gadjax.sampling import draw, initial_noise
+from gadjax.formats.sampling_config import Sampling
+from gadjax.pipelines.model import Model
+from gadjax.pipelines.pipeline import load_pipeline
+from gadjax.pipelines.sampling import draw, initial_noise
 
 PROMPTS = ["red circle", "blue square", "green"]
 TEACHER = {"steps": 4, "guidance": 2.0, "length": 6}

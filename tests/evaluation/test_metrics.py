@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gadjax.evaluation.catalogue import catalogue
+from gadjax.evaluation.metric_catalogue import catalogue
 from gadjax.evaluation.metrics import Drawn, absent_metrics, row_metrics
-from gadjax.evaluation.worlds import Oracle, World
+from gadjax.evaluation.oracles import Oracle, World
 
 BEFORE = ("prompts", "diversity", "seeds", "sensitivity")
 NAMES = [name for name, metric in catalogue(World()).items() if metric.group in BEFORE]

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from gadjax.convert.recipe import Sampling
 from gadjax.evaluation.sensitivity import compare_tangents, map_tangents
-from gadjax.models.module import cast
-from gadjax.pipeline import load_pipeline
-from gadjax.sampling import clean_latent, for_prompts
+from gadjax.formats.sampling_config import Sampling
+from gadjax.models.params import cast
+from gadjax.pipelines.pipeline import load_pipeline
+from gadjax.pipelines.sampling import clean_latent, for_prompts
 
 PROMPTS = ["red circle", "a blue square above", ""]
 

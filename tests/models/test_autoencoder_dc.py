@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gadjax.convert.tensors import expected_shapes, params_from_tensors, tensors_from_params
 from gadjax.errors import InputError
-from gadjax.models.module import flatten, functional
+from gadjax.formats.state_dict import expected_shapes, params_from_tensors, tensors_from_params
+from gadjax.models.module import functional
+from gadjax.models.params import flatten
 from gadjax.models.vae import autoencoder_dc as dc
 from gadjax.models.vae import dc_blocks
 

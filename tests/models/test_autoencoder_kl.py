@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from gadjax.convert.tensors import expected_shapes, params_from_tensors, tensors_from_params
 from gadjax.errors import InputError
-from gadjax.models.module import flatten, functional
+from gadjax.formats.state_dict import expected_shapes, params_from_tensors, tensors_from_params
+from gadjax.models.module import functional
+from gadjax.models.params import flatten
 from gadjax.models.vae import autoencoder_kl as kl
 
 # Two sizes that differ in everything; the second as SD3 and FLUX have it.

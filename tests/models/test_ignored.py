@@ -9,9 +9,9 @@ import diffusers
 import pytest
 import transformers
 
-from gadjax.convert.network import COMPONENTS, read_network
+from gadjax.formats.schedulers import sampler_from_config
 from gadjax.models.ignored import IGNORED, note_unknown
-from gadjax.schedulers import sampler_from_config
+from gadjax.models.registry import COMPONENTS, read_network
 
 PUBLISHED = json.loads(Path(__file__).parents[1].joinpath("published.json").read_text())
 # Class -> the repository and part whose configuration is changed.

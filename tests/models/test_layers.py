@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gadjax import geometry
+from gadjax.diffusion import geometry
 from gadjax.models import layers, mmdit, pixart
 from gadjax.models.module import Keys, functional
-from gadjax.ops.placement import Placement, placed
-from gadjax.plan.flops import flops
-from gadjax.training.sharding import make_mesh
+from gadjax.ops.flops import flops
+from gadjax.parallel.placement import Placement, placed
+from gadjax.parallel.sharding import make_mesh
 
 CONFIGS = {
     pixart: {

@@ -10,12 +10,13 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from gadjax import geometry
-from gadjax.convert.tensors import expected_shapes, params_from_tensors, tensors_from_params
+from gadjax.diffusion import geometry
 from gadjax.errors import InputError
+from gadjax.formats.state_dict import expected_shapes, params_from_tensors, tensors_from_params
 from gadjax.models import mmdit
 from gadjax.models.mmdit import Config, build, keymap
-from gadjax.models.module import cast, flatten, functional, unflatten
+from gadjax.models.module import functional
+from gadjax.models.params import cast, flatten, unflatten
 from gadjax.types import Cond
 
 # What the two published repositories say.

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gadjax.geometry import tangent
+from gadjax.diffusion.geometry import tangent
 from gadjax.models.module import scan_blocks
-from gadjax.plan.flops import flops
+from gadjax.ops.flops import flops
 
 
 def feed_forward(x, up, down, gate):

@@ -9,10 +9,11 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from text_kv import assert_read_ahead
 
-from gadjax import geometry
-from gadjax.convert.tensors import expected_shapes, params_from_tensors, tensors_from_params
+from gadjax.diffusion import geometry
 from gadjax.errors import InputError
-from gadjax.models.module import cast, flatten, functional
+from gadjax.formats.state_dict import expected_shapes, params_from_tensors, tensors_from_params
+from gadjax.models.module import functional
+from gadjax.models.params import cast, flatten
 from gadjax.models.pixart import KEYMAP, RULES, Config, build
 from gadjax.models.pixart.net import CLASS_NAMES
 

@@ -11,10 +11,11 @@ import torch
 from diffusers import SanaTransformer2DModel
 from text_kv import assert_read_ahead
 
-from gadjax import geometry
-from gadjax.convert.tensors import expected_shapes, params_from_tensors, tensors_from_params
+from gadjax.diffusion import geometry
 from gadjax.errors import InputError
-from gadjax.models.module import cast, flatten, functional
+from gadjax.formats.state_dict import expected_shapes, params_from_tensors, tensors_from_params
+from gadjax.models.module import functional
+from gadjax.models.params import cast, flatten
 from gadjax.models.sana import (
     CLASS_NAMES,
     KEYMAP,

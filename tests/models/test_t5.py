@@ -8,9 +8,10 @@ import torch
 import transformers
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from gadjax.convert.tensors import expected_shapes, params_from_tensors, tensors_from_params
 from gadjax.errors import InputError
-from gadjax.models.module import cast, flatten, functional
+from gadjax.formats.state_dict import expected_shapes, params_from_tensors, tensors_from_params
+from gadjax.models.module import functional
+from gadjax.models.params import cast, flatten
 from gadjax.models.text import t5
 
 torch.set_num_threads(1)

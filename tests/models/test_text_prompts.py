@@ -10,7 +10,7 @@ import torch
 from checkpoints import edit, refused
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from gadjax.pipeline import load_pipeline
+from gadjax.pipelines.pipeline import load_pipeline
 
 PROMPTS = ["a red circle above the blue square", ""]
 

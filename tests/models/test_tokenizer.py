@@ -9,12 +9,7 @@ import torch
 import transformers
 
 from gadjax.errors import InputError
-from gadjax.models.text.tokenizer import (
-    Tokenizer,
-    build_word_tokenizer,
-    load_tokenizer,
-    preprocess,
-)
+from gadjax.models.text.tokenizer import Tokenizer, build_word_tokenizer, load_tokenizer, preprocess
 
 torch.set_num_threads(1)
 

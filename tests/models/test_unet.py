@@ -11,11 +11,12 @@ import pytest
 import torch
 from text_kv import assert_read_ahead
 
-from gadjax import geometry
-from gadjax.convert.tensors import expected_shapes, params_from_tensors, tensors_from_params
+from gadjax.diffusion import geometry
 from gadjax.errors import InputError
+from gadjax.formats.state_dict import expected_shapes, params_from_tensors, tensors_from_params
 from gadjax.models import unet
-from gadjax.models.module import cast, flatten, functional, unflatten
+from gadjax.models.module import functional
+from gadjax.models.params import cast, flatten, unflatten
 from gadjax.types import Cond
 
 torch.set_num_threads(1)

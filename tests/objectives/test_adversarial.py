@@ -32,12 +32,14 @@ from gadjax.cli.main import main
 from gadjax.errors import InputError
 from gadjax.models import pixart
 from gadjax.objectives import DMD, GAD, TERMS, Adversarial, build
-from gadjax.training.compiled import compile_steps
+from gadjax.parallel.sharding import path_name
+from gadjax.training.backward_simulation import drawn_steps
+from gadjax.training.compile import compile_steps
 from gadjax.training.config import read_config
+from gadjax.training.context import make_context
 from gadjax.training.setup import prepare
-from gadjax.training.sharding import path_name
 from gadjax.training.state import create
-from gadjax.training.steps import critic_step, drawn_steps, make_context, student_step
+from gadjax.training.steps import critic_step, student_step
 
 TOKENS, WIDTH, B = 2, 12, 8
 MIX = np.random.default_rng(9).normal(size=(2 * D + 2, TOKENS * WIDTH)) / 3

@@ -21,16 +21,17 @@ from closed_form import (
 )
 from several import run_on_devices
 
+from gadjax.diffusion.geometry import Directions
 from gadjax.errors import InputError
-from gadjax.geometry import Directions
 from gadjax.objectives import DMD, TERMS, Anchor, Needs, Sum, TeacherMap, build
 from gadjax.objectives.anchor import secant
 from gadjax.objectives.base import sample_mean
 from gadjax.objectives.compose import Addable
-from gadjax.plan.flops import flops
-from gadjax.training.sharding import batch_sharding, make_mesh, replicated
+from gadjax.ops.flops import flops
+from gadjax.parallel.sharding import batch_sharding, make_mesh, replicated
+from gadjax.training.backward_simulation import drawn_steps
 from gadjax.training.state import create
-from gadjax.training.steps import drawn_steps, student_step
+from gadjax.training.steps import student_step
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 12

@@ -24,11 +24,13 @@ from closed_form import (
 
 from gadjax.assets import resolve
 from gadjax.data.prompts import read_prompts
-from gadjax.objectives import DMD, GAD, TDM, GADLift, dmd, gad_lift
+from gadjax.objectives import DMD, GAD, TDM, GADLift, dmd
 from gadjax.objectives.base import sample_mean
-from gadjax.objectives.matching import pseudo_loss, sg
-from gadjax.pipeline import load_pipeline
-from gadjax.training.steps import Recipe, make_context
+from gadjax.objectives.common import pseudo_loss, sg
+from gadjax.objectives.comparisons import gad_lift
+from gadjax.pipelines.pipeline import load_pipeline
+from gadjax.training.context import make_context
+from gadjax.training.state import Recipe
 from gadjax.types import Batch, Cond
 
 GRID = (899.0, 674.0, 449.0, 224.0)  # the script's

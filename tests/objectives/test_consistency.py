@@ -19,12 +19,12 @@ from closed_form import (
     mixture_params,
 )
 
+from gadjax.diffusion.schedules import DDPM, Flow, add_noise
 from gadjax.errors import InputError
 from gadjax.objectives import DMD, GAD, TERMS, Consistency, Needs, build
 from gadjax.objectives.base import sample_mean
 from gadjax.objectives.consistency import along, uniform_angle, velocity
 from gadjax.ops.attention import tangent_pass
-from gadjax.schedules import DDPM, Flow, add_noise
 from gadjax.types import Prediction
 
 DEGREE = 6

@@ -15,10 +15,10 @@ from closed_form import (
     one_step,
 )
 
+from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives import DMD, Anchor
-from gadjax.schedules import add_noise
-from gadjax.training.steps import drawn_steps
+from gadjax.training.backward_simulation import drawn_steps
 from gadjax.types import Prediction
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)

@@ -21,13 +21,13 @@ from closed_form import (
     perfect_student,
 )
 
+from gadjax.diffusion.geometry import Directions, directions
+from gadjax.diffusion.rollout import interpolate_times, rollout
 from gadjax.errors import InputError
-from gadjax.geometry import Directions, directions
 from gadjax.objectives import GAD, Anchor, TeacherMap
 from gadjax.objectives.base import stream_keys
-from gadjax.objectives.gad import student_map, student_tangents
-from gadjax.rollout import interpolate_times, rollout
-from gadjax.training.steps import drawn_steps
+from gadjax.objectives.common import student_map, student_tangents
+from gadjax.training.backward_simulation import drawn_steps
 
 SQUARE = {"loss": "square"}
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)

@@ -16,16 +16,7 @@ from closed_form import (
     one_step,
 )
 
-from gadjax.objectives import (
-    DMD,
-    GAD,
-    TDM,
-    Anchor,
-    Denoising,
-    GADLift,
-    GADScript,
-    Regression,
-)
+from gadjax.objectives import DMD, GAD, TDM, Anchor, Denoising, GADLift, GADScript, Regression
 
 # Every term, in sums that may stand together.
 SUMS = {

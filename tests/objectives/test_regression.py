@@ -12,7 +12,7 @@ from closed_form import (
 )
 
 from gadjax.objectives import Anchor, Regression
-from gadjax.training.steps import drawn_steps
+from gadjax.training.backward_simulation import drawn_steps
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 

@@ -13,8 +13,8 @@ from closed_form import (
     one_step,
 )
 
+from gadjax.diffusion.schedules import add_noise
 from gadjax.objectives import DMD, GAD, Anchor, SiD
-from gadjax.schedules import add_noise
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 8

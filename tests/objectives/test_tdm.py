@@ -14,7 +14,7 @@ from closed_form import (
 )
 
 from gadjax.objectives import TDM, Anchor
-from gadjax.training.steps import drawn_steps
+from gadjax.training.backward_simulation import drawn_steps
 from gadjax.types import Prediction
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gadjax.geometry import tangent, tangents
+from gadjax.diffusion.geometry import tangent, tangents
 from gadjax.ops import dual_attention
 from gadjax.ops.attention import attention, tangent_pass, value_attention
 
@@ -215,7 +215,7 @@ def test_values_in_blocks_differentiate_in_every_way(blocks):
 def test_reverse_mode_may_keep_the_results_and_then_does_not_compute_them_again():
     """Of the six products of value and tangent, only those that the transpose itself needs."""
     from gadjax.models.module import scan_blocks
-    from gadjax.plan.flops import flops
+    from gadjax.ops.flops import flops
 
     x = jax.ShapeDtypeStruct((1, 64, 1, 16), jnp.float32)
     layers = jax.ShapeDtypeStruct((3, 16, 16), jnp.float32)

@@ -10,11 +10,11 @@ import pytest
 from attention_cases import case, truth, worst
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gadjax.geometry import tangents
+from gadjax.diffusion.geometry import tangents
 from gadjax.ops import kernels, pallas_gpu, pallas_tpu
 from gadjax.ops.attention import attention
-from gadjax.ops.placement import Placement, placed
-from gadjax.training.sharding import SAMPLES, make_mesh
+from gadjax.parallel.placement import Placement, placed
+from gadjax.parallel.sharding import SAMPLES, make_mesh
 
 B, N, H, K = 2, 40, 2, 8
 
@@ -112,7 +112,7 @@ def test_a_step_of_four_tpus_compiles_with_them(count, axis):
     """Through scan, recomputation and jax.shard_map, for chips that are not here."""
     pytest.importorskip("libtpu")
     from gadjax.models.module import scan_blocks
-    from gadjax.plan.hardware import find_topology
+    from gadjax.parallel.hardware import find_topology
 
     mesh = make_mesh({"data": 1, "fsdp": 2, axis: 2}, find_topology("v5e:2x2").devices())
     shape = jax.ShapeDtypeStruct(

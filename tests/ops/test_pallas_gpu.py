@@ -6,7 +6,7 @@ import pytest
 from attention_cases import both, case, error, error_of_directions, error_of_value
 
 from gadjax.ops import pallas_gpu
-from gadjax.plan.hardware import CARDS, find_topology
+from gadjax.parallel.hardware import CARDS, find_topology
 from gadjax.plan.programs import HURRIED
 
 CASES = {

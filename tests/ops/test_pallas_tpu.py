@@ -7,7 +7,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gadjax.ops import pallas_tpu
-from gadjax.plan.hardware import find_topology
+from gadjax.parallel.hardware import find_topology
 
 CASES = {
     "cross": (dict(queries=130, keys=530, moving=False, masked=True), 1e-5),

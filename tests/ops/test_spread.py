@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from several import run_on_devices
 
-from gadjax.geometry import tangents
+from gadjax.diffusion.geometry import tangents
 from gadjax.ops import dual_attention, kernels, pallas_tpu
 from gadjax.ops.attention import attention
-from gadjax.ops.placement import Placement, placed, whole
-from gadjax.training.sharding import AXES, make_mesh
+from gadjax.parallel.placement import Placement, placed, whole
+from gadjax.parallel.sharding import AXES, make_mesh
 
 B, N, H, K, TEXT = 2, 24, 2, 4, 11
 

@@ -12,18 +12,19 @@ import pytest
 from published import write_folder
 
 from gadjax.errors import InputError
-from gadjax.models.module import flatten
-from gadjax.plan import hardware
+from gadjax.models.params import flatten
+from gadjax.ops.flops import flops
+from gadjax.parallel import hardware
+from gadjax.parallel.hardware import CHIPS, GIB, TOPOLOGIES, Chip, Topology, find_topology
 from gadjax.plan import plan as planning
-from gadjax.plan.flops import flops
-from gadjax.plan.hardware import CHIPS, GIB, TOPOLOGIES, Chip, Topology, find_topology
 from gadjax.plan.plan import plan
 from gadjax.plan.plan_table import table
 from gadjax.plan.programs import Compiled, Programs
 from gadjax.plan.traffic import traffic
 from gadjax.seeds import make_key
+from gadjax.training.batch import make_batch
 from gadjax.training.config import read_config
-from gadjax.training.setup import make_batch, prepare
+from gadjax.training.setup import prepare
 from gadjax.training.steps import critic_step, student_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"

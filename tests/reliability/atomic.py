@@ -20,7 +20,7 @@ from figures import write_figures
 from real_runs import start, tail, write_pipeline
 from workdirs import make_workdir
 
-from gadjax.convert.orbax_folder import PARAMS, is_own, read_own
+from gadjax.formats.orbax_folder import PARAMS, is_own, read_own
 
 # Where kills are aimed, in turn: at any moment of a process's life, at the writing, and at the
 # moment in which the folders change places.

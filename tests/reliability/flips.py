@@ -26,7 +26,7 @@ from jax.sharding import SingleDeviceSharding
 from real_runs import make_config, start, tail
 
 from gadjax.checkpoints.checkpoint import Checkpoints
-from gadjax.seal import committed
+from gadjax.checkpoints.steps import committed
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,17 @@ from one_input import Target
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))  # for a script; pytest has it there
 
-from gadjax.convert.files import open_weights, write_weights  # noqa: E402
-from gadjax.convert.folder import read_pipeline  # noqa: E402
-from gadjax.convert.network import read_network  # noqa: E402
-from gadjax.convert.orbax_folder import open_folder, write_own  # noqa: E402
-from gadjax.convert.recipe import Sampling, read_sampling, read_world  # noqa: E402
-from gadjax.convert.text import text_fingerprint  # noqa: E402
+from gadjax.formats.diffusers_folder import read_pipeline  # noqa: E402
+from gadjax.formats.fingerprints import text_fingerprint  # noqa: E402
+from gadjax.formats.orbax_folder import open_folder, write_own  # noqa: E402
+from gadjax.formats.sampling_config import Sampling, read_sampling, read_world  # noqa: E402
+from gadjax.formats.scheduler_config import student_scheduler_config  # noqa: E402
+from gadjax.formats.schedulers import sampler_from_config  # noqa: E402
+from gadjax.formats.weights import open_weights, write_weights  # noqa: E402
+from gadjax.io.untrusted import read_json  # noqa: E402
+from gadjax.models.registry import read_network  # noqa: E402
 from gadjax.models.text.tokenizer import load_tokenizer  # noqa: E402
-from gadjax.pipeline import load_pipeline, outline_pipeline  # noqa: E402
-from gadjax.reading import read_json  # noqa: E402
-from gadjax.scheduler_config import student_scheduler_config  # noqa: E402
-from gadjax.schedulers import sampler_from_config  # noqa: E402
+from gadjax.pipelines.pipeline import load_pipeline, outline_pipeline  # noqa: E402
 
 PROMPTS = ["a red circle above", ""]
 CLASSES = {  # class -> family and part that has it

@@ -15,16 +15,16 @@ sys.path.insert(0, str(TESTS))  # for a script; pytest has it there
 
 from PIL import Image, ImageFont  # noqa: E402
 
-from gadjax.convert.export import read_license, read_report, report_lines  # noqa: E402
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings  # noqa: E402
 from gadjax.data.images import open_images  # noqa: E402
 from gadjax.data.prompts import read_prompts  # noqa: E402
-from gadjax.host.goodput import Clock  # noqa: E402
-from gadjax.host.status import read_status, table  # noqa: E402
-from gadjax.reading import read_json  # noqa: E402
-from gadjax.seal import COMMIT  # noqa: E402
+from gadjax.formats.model_card import read_license, read_report, report_lines  # noqa: E402
+from gadjax.io.image_grid import wrap  # noqa: E402
+from gadjax.io.manifest import COMMIT  # noqa: E402
+from gadjax.io.untrusted import read_json  # noqa: E402
+from gadjax.runtime.goodput import Clock  # noqa: E402
+from gadjax.runtime.status import read_status, table  # noqa: E402
 from gadjax.training.config import as_json, check_inputs, check_resume, default_config  # noqa: E402
-from gadjax.training.preview import wrap  # noqa: E402
 from gadjax.training.workdir import read_trained, recipe_of  # noqa: E402
 
 TEXTS = [

@@ -31,7 +31,7 @@ from real_runs import (
 )
 
 from gadjax.errors import InputError, RunStopped
-from gadjax.host.status import read_status
+from gadjax.runtime.status import read_status
 
 STEPS, EVERY = 160, 10
 PREVIEW = 30

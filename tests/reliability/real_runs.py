@@ -15,9 +15,9 @@ import numpy as np  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
 from tiny_run import write_config, write_pipeline  # noqa: E402
 
-from gadjax.convert.files import fingerprint  # noqa: E402
-from gadjax.seal import find_fault  # noqa: E402
-from gadjax.training.sharding import path_name  # noqa: E402
+from gadjax.formats.weights import fingerprint  # noqa: E402
+from gadjax.io.manifest import find_fault  # noqa: E402
+from gadjax.parallel.sharding import path_name  # noqa: E402
 
 
 def make_config(folder: Path) -> Path:

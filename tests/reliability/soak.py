@@ -20,7 +20,7 @@ import psutil
 from figures import write_figures
 from real_runs import make_config, names, rows, start, tail
 
-from gadjax.host.status import read_status
+from gadjax.runtime.status import read_status
 
 MIB = 2**20
 SAVES = 40  # and as many previews

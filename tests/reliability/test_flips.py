@@ -43,7 +43,7 @@ def test_every_file_is_drawn(steps):
 
 
 def test_what_is_not_found_is_told(steps, monkeypatch):
-    monkeypatch.setattr("gadjax.seal.find_fault", lambda folder: None)
+    monkeypatch.setattr("gadjax.checkpoints.steps.find_fault", lambda folder: None)
     monkeypatch.setattr("flips.draw", lambda *more: [Damage("flip", "commit_success.txt", 9)])
     _, failures = damage_many(steps, 1)
     assert len(failures) == 1 and "commit_success.txt" in failures[0] and "said []" in failures[0]

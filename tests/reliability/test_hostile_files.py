@@ -11,10 +11,10 @@ from checkpoints import STEM, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gadjax.convert.files import open_weights
-from gadjax.convert.layout import TYPES, read_header
 from gadjax.errors import LONGEST, InputError, RunStopped
-from gadjax.reading import JSON_LIMIT, is_name, read_json
+from gadjax.formats.safetensors_file import TYPES, read_header
+from gadjax.formats.weights import open_weights
+from gadjax.io.untrusted import JSON_LIMIT, is_name, read_json
 
 pytestmark = pytest.mark.usefixtures("hurry")
 FEW = settings(

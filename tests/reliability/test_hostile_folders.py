@@ -11,15 +11,15 @@ from checkpoints import STEM, edit, refused
 from fuzz import fuzz
 from hostile_folders import TARGETS
 
-from gadjax.convert.folder import check_pipeline, write_pipeline
-from gadjax.convert.network import read_network
-from gadjax.convert.orbax_folder import open_folder
-from gadjax.convert.text import text_fingerprint
 from gadjax.errors import InputError
+from gadjax.formats.diffusers_folder import check_pipeline, write_pipeline
+from gadjax.formats.fingerprints import text_fingerprint
+from gadjax.formats.orbax_folder import open_folder
+from gadjax.formats.schedulers import sampler_from_config
+from gadjax.io.untrusted import check_inside, read_json
+from gadjax.models.registry import read_network
 from gadjax.models.text.tokenizer import build_word_tokenizer, load_tokenizer
-from gadjax.pipeline import outline_pipeline
-from gadjax.reading import check_inside, read_json
-from gadjax.schedulers import sampler_from_config
+from gadjax.pipelines.pipeline import outline_pipeline
 
 pytestmark = pytest.mark.usefixtures("hurry")
 CHEAP = ("weights", "shards", "recipe")

@@ -18,9 +18,9 @@ from one_input import read_once
 from PIL import Image
 
 from gadjax.cli.main import main
-from gadjax.convert.export import read_license, read_report
 from gadjax.data.images import open_images, read_image
 from gadjax.errors import InputError
+from gadjax.formats.model_card import read_license, read_report
 
 INSTEAD = {
     "nothing": None,

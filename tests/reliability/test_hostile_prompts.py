@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 from PIL import ImageFont
 
 from gadjax.cli.main import main
-from gadjax.convert.export import Export, card
-from gadjax.convert.recipe import Sampling
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
 from gadjax.data.prompts import MAX_PROMPT, check_prompt, read_prompts
-from gadjax.errors import InputError
-from gadjax.evaluation.catalogue import catalogue
+from gadjax.errors import InputError, printable, shown
 from gadjax.evaluation.evaluate import Evaluation, Row
+from gadjax.evaluation.metric_catalogue import catalogue
+from gadjax.evaluation.oracles import WORLDS
 from gadjax.evaluation.report import as_markdown
-from gadjax.evaluation.worlds import WORLDS
-from gadjax.shown import in_markdown, printable, shown
-from gadjax.training.preview import grid, wrap
+from gadjax.formats.model_card import Export, card
+from gadjax.formats.sampling_config import Sampling
+from gadjax.io.image_grid import grid, wrap
+from gadjax.io.markdown import in_markdown
 
 HOSTILE = (
     "# a | b `c` *d* _e_ [f](http://x) ![g](h)",

@@ -10,10 +10,10 @@ import pytest
 from hostile_inputs import NOW, config, make_run
 
 from gadjax.errors import InputError, RunStopped
-from gadjax.host.goodput import Clock
-from gadjax.host.status import read_status, table
-from gadjax.host.trackers import _name_of
-from gadjax.seal import COMMIT
+from gadjax.io.manifest import COMMIT
+from gadjax.runtime.goodput import Clock
+from gadjax.runtime.status import read_status, table
+from gadjax.runtime.trackers import _name_of
 from gadjax.training.config import as_json, check_resume
 from gadjax.training.workdir import recipe_of
 

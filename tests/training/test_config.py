@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from gadjax.errors import InputError
+from gadjax.training.checks import student_times
 from gadjax.training.config import (
     as_json,
     check_resume,
@@ -13,7 +14,6 @@ from gadjax.training.config import (
     with_teacher_found,
     write_json,
 )
-from gadjax.training.setup import student_times
 
 HEAD = "from gadjax.training.config import default_config\n"
 PLAIN = HEAD + (

@@ -13,11 +13,11 @@ from PIL import Image
 
 from gadjax.cli.main import main
 from gadjax.data.source import ImageSource, LatentSource
-from gadjax.pipeline import load_pipeline
+from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.seeds import make_key
+from gadjax.training.batch import make_batch
 from gadjax.training.config import default_config
 from gadjax.training.data import open_data
-from gadjax.training.setup import make_batch
 
 LENGTH, BATCH = 8, 4
 CAPTIONS = ("red circle", "green square", "blue circle above red square", "a circle", "blue")

@@ -13,9 +13,9 @@ from gadjax.checkpoints import checkpoint
 from gadjax.checkpoints.checkpoint import read_params
 from gadjax.cli.main import main
 from gadjax.errors import RunStopped
-from gadjax.host.growing import Growing
-from gadjax.host.progress import Progress
-from gadjax.storage import tolerant, write_whole
+from gadjax.io.append_file import Growing
+from gadjax.io.storage import tolerant, write_whole
+from gadjax.runtime.progress import Progress
 from gadjax.training.config import default_config
 
 SEAL = checkpoint.write_seal  # which stands here for whatever a save writes

@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import AbstractMesh
 from several import run_on_devices
 
+from gadjax.diffusion.geometry import tangent
 from gadjax.errors import InputError
-from gadjax.geometry import tangent
 from gadjax.models import pixart, unet
 from gadjax.models.module import functional
-from gadjax.ops.placement import Placement, placed
-from gadjax.training.sharding import AXES, batch_sharding, make_mesh, shapes_at, shardings
+from gadjax.parallel.placement import Placement, placed
+from gadjax.parallel.sharding import AXES, batch_sharding, make_mesh, shapes_at, shardings
 
 LENGTH, TEXT, LATENT = 5, 8, 32
 CONFIG = pixart.Config(
@@ -76,7 +76,7 @@ UNET = "mesh.sequence: found 2; expected 1 for a UNet2DConditionModel, whose con
 
 
 def test_a_unet_has_a_sample_on_one_device():
-    from gadjax.training.setup import check_sequence
+    from gadjax.training.checks import check_sequence
 
     def pipeline(module):
         components = {"body": SimpleNamespace(module=module)}

@@ -10,7 +10,7 @@ import pytest
 from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.ops.attention import attention
-from gadjax.training import setup
+from gadjax.training import checks, setup
 from gadjax.training.config import default_config
 
 
@@ -121,12 +121,12 @@ def test_a_remat_that_is_none(config):
 
 @pytest.mark.parametrize("proven", [True, False])
 def test_kernels_by_platform(monkeypatch, proven):
-    monkeypatch.setattr(setup, "proven", lambda platform, dtype: proven)
+    monkeypatch.setattr(checks, "proven", lambda platform, dtype: proven)
 
     def chosen(choice, platform, here=True):
         device = SimpleNamespace(platform=platform)
         monkeypatch.setattr(jax, "devices", lambda: [device] if here else [])
-        return setup.kernels_of(choice, SimpleNamespace(devices=np.array([device])), None)
+        return checks.kernels_of(choice, SimpleNamespace(devices=np.array([device])), None)
 
     assert chosen("auto", "tpu") == chosen("pallas", "tpu") == "tpu"
     assert chosen("auto", "cpu") == chosen("jnp", "gpu") == chosen("jnp", "tpu") == ""

@@ -10,7 +10,7 @@ import pytest
 from several import start
 
 from gadjax.checkpoints.checkpoint import read_params
-from gadjax.supervisor import free_port
+from gadjax.runtime.supervisor import free_port
 
 pytestmark = pytest.mark.slow  # compiles the updates for eight devices
 PARTS = "student", "critic", "ema"

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from several import run_on_devices
 
-from gadjax import geometry
+from gadjax.diffusion import geometry
 from gadjax.models import layers, mmdit, pixart, sana, unet
-from gadjax.models.module import flatten, functional
-from gadjax.ops.placement import Placement, placed
-from gadjax.training.sharding import AXES, make_mesh, shardings
+from gadjax.models.module import functional
+from gadjax.models.params import flatten
+from gadjax.parallel.placement import Placement, placed
+from gadjax.parallel.sharding import AXES, make_mesh, shardings
 from gadjax.types import Cond
 
 pytestmark = pytest.mark.slow  # compiles every loss twice in float64

@@ -22,19 +22,15 @@ from formula_steps import (
 )
 from ml_collections import ConfigDict
 
-from gadjax.geometry import Directions
+from gadjax.diffusion.geometry import Directions
 from gadjax.objectives import DMD, GAD, TDM, Anchor, Needs, TeacherMap
 from gadjax.objectives.compose import Addable
 from gadjax.seeds import make_key
-from gadjax.training.setup import make_batch as batch_of
+from gadjax.training.backward_simulation import drawn_steps, own_latents
+from gadjax.training.batch import make_batch as batch_of
+from gadjax.training.context import make_context
 from gadjax.training.state import create, make_optimizer
-from gadjax.training.steps import (
-    critic_step,
-    drawn_steps,
-    make_context,
-    own_latents,
-    student_step,
-)
+from gadjax.training.steps import critic_step, student_step
 from gadjax.types import Cond, TextKV
 
 

@@ -10,18 +10,19 @@ import optax
 import pytest
 from formula_run import Texts, prepare_with, train, write_config
 
-from gadjax.plan.flops import flops
-from gadjax.seal import committed
+from gadjax.checkpoints.steps import committed
+from gadjax.ops.flops import flops
+from gadjax.parallel.sharding import put
 from gadjax.seeds import make_key
 from gadjax.training import loop
-from gadjax.training.compiled import compile_steps
+from gadjax.training.backward_simulation import drawn_steps
+from gadjax.training.batch import make_batch
+from gadjax.training.compile import compile_steps
 from gadjax.training.config import read_config
-from gadjax.training.loop import Preview, begin, host_batches
-from gadjax.training.masked import Update, scalars_of
-from gadjax.training.record import write_record
-from gadjax.training.setup import make_batch
-from gadjax.training.sharding import put
-from gadjax.training.steps import drawn_steps
+from gadjax.training.loop import begin, host_batches
+from gadjax.training.nonfinite import Update, scalars_of
+from gadjax.training.previews import Preview
+from gadjax.training.run_record import write_record
 
 B, UPDATES = 8, 3  # of the critic for one of the student
 

@@ -8,7 +8,7 @@ from gadjax.models import layers
 from gadjax.models.mmdit.config import Config
 from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
-from gadjax.ops.placement import whole
+from gadjax.parallel.placement import whole
 
 EPS = 1e-6  # of every norm
 

@@ -1,7 +1,7 @@
 """MMDiT parameter paths as diffusers spells them."""
 
+from gadjax.models.keymap import KeyMap
 from gadjax.models.mmdit.config import Config
-from gadjax.models.module import KeyMap
 
 
 def keymap(config: Config) -> KeyMap:

@@ -14,7 +14,7 @@ from gadjax.errors import InputError
 from gadjax.models.sana.net import Config
 from gadjax.models.text.prompts import TextParts, Told, check_width
 from gadjax.models.text.tokenizer import Tokenizer, preprocess
-from gadjax.schedules import expand
+from gadjax.types import expand
 
 # What the networks were trained with, to the letter.
 INSTRUCTION = """\

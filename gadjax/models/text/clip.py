@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
 from gadjax.models.ignored import TENSORS, note_unknown
-from gadjax.models.module import KeyMap, Keys, scan_blocks, stack
+from gadjax.models.keymap import KeyMap
+from gadjax.models.module import Keys, scan_blocks, stack
 from gadjax.ops.attention import attention
 
 CLASS_NAMES = ("CLIPTextModel", "CLIPTextModelWithProjection")

@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
 from gadjax.models.ignored import note_unknown
+from gadjax.models.keymap import KeyMap
 from gadjax.models.layers import gelu_tanh
-from gadjax.models.module import KeyMap, Keys, scan_blocks, stack
+from gadjax.models.module import Keys, scan_blocks, stack
 
 CLASS_NAMES = ("Gemma2Model",)
 

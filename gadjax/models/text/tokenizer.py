@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gadjax.errors import InputError
-from gadjax.reading import MIB, check_inside, is_leftover, open_file, read_json
-from gadjax.shown import shown
+from gadjax.errors import InputError, shown
+from gadjax.io.untrusted import MIB, check_inside, is_leftover, open_file, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5Tokenizer

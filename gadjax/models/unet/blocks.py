@@ -17,7 +17,7 @@ from gadjax.models import layers
 from gadjax.models.layers import numbered
 from gadjax.models.module import Keys, scan_blocks, stack
 from gadjax.models.unet.config import Config
-from gadjax.ops.placement import by_sample
+from gadjax.parallel.placement import by_sample
 
 TRANSFORMER_NORM_EPS = 1e-6  # of the group norm, which does not follow norm_eps
 LAYER_NORM_EPS = 1e-5

@@ -1,6 +1,6 @@
 """U-Net parameter paths as diffusers spells them."""
 
-from gadjax.models.module import KeyMap
+from gadjax.models.keymap import KeyMap
 
 KEYMAP = KeyMap(
     renames=(

@@ -14,8 +14,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models.keymap import KeyMap
 from gadjax.models.layers import numbered
-from gadjax.models.module import KeyMap, Keys
+from gadjax.models.module import Keys
 from gadjax.models.sana.blocks import RMSNorm
 from gadjax.models.vae.dc_blocks import (
     Downsample,

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
 from gadjax.models.ignored import IGNORED
+from gadjax.models.keymap import KeyMap
 from gadjax.models.layers import numbered
-from gadjax.models.module import KeyMap, Keys
+from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
 
 CLASS_NAMES = ("AutoencoderKL",)

@@ -1,0 +1,180 @@
+"""Every number of a report: its title, what it means, and which section it stands in."""
+
+from typing import NamedTuple
+
+from gadjax.evaluation.layout_control import STEPS
+from gadjax.evaluation.noise_control import PATHS, POINTS
+from gadjax.evaluation.oracles import World
+
+
+class Metric(NamedTuple):
+    title: str
+    meaning: str
+    group: str
+
+
+# Heading, and what was resampled for the intervals.
+GROUPS = {
+    "prompts": ("What the prompts ask for", "of adherence over pictures (Wilson)"),
+    "diversity": ("Diversity among the seeds of a prompt", "over prompts"),
+    "seeds": ("What a seed keeps", "over prompts"),
+    "sensitivity": ("Noise sensitivity", "over prompts"),
+    "retrieval": ("Noise retrieval", "over the library's noises, which all captions share"),
+    "control": ("Layout control", "over moves, each of which has a noise of its own"),
+    "path": ("Interpolation between noises", "over paths, each between two noises of its own"),
+}
+NEAR, NEAR_SHARE = 16, 0.1  # prompts also drawn from changed noise, and how much of it is new
+# One number for each thing that a user asks first.
+SUMMARY = (
+    "adherence",
+    "frechet",
+    "vendi_ratio",
+    "alignment_pixels",
+    "tangent_cosine",
+    "retrieval",
+    "control",
+    "path_agreement",
+)
+
+_BEFORE = {
+    "adherence": Metric(
+        "prompt adherence",
+        "share of the pictures that show what their prompt says, by the world's oracle",
+        "prompts",
+    ),
+    "frechet": Metric(
+        "Fréchet distance",
+        "between the features of these pictures and of the teacher's at other seeds of the same "
+        "prompts; the teacher's own value is the floor for this many pictures",
+        "prompts",
+    ),
+    "vendi": Metric(
+        "Vendi score",
+        "effective number of different pictures among the seeds of a prompt (cosine of features), "
+        "mean over prompts: 1 = all alike, number of seeds = all different",
+        "diversity",
+    ),
+    "vendi_ratio": Metric("Vendi score / teacher's", "1 = as diverse as the teacher", "diversity"),
+    "distance_features": Metric(
+        "distance between seeds, features",
+        "root mean square difference of two pictures of one prompt, mean over pairs and prompts",
+        "diversity",
+    ),
+    "distance_features_ratio": Metric(
+        "distance, features / teacher's", "1 = as diverse as the teacher", "diversity"
+    ),
+    "distance_pixels": Metric(
+        "distance between seeds, pixels", "the same of colour values in [-1, 1]", "diversity"
+    ),
+    "distance_pixels_ratio": Metric(
+        "distance, pixels / teacher's", "1 = as diverse as the teacher", "diversity"
+    ),
+    "coverage": Metric(
+        "coverage of open attributes",
+        "number of different words that a prompt's seeds show of an attribute which it leaves "
+        "open, in pictures of the world, mean over attributes and prompts",
+        "diversity",
+    ),
+    "coverage_ratio": Metric("coverage / teacher's", "1 = as much as the teacher", "diversity"),
+    "alignment_features": Metric(
+        "seed alignment, features",
+        "share of the pictures whose nearest among the teacher's pictures of that prompt is the "
+        "one from the same noise; chance is 1 / seeds",
+        "seeds",
+    ),
+    "alignment_pixels": Metric("seed alignment, pixels", "the same by colour values", "seeds"),
+    "identity_features": Metric(
+        "seed identity, features",
+        "share of the pictures whose nearest among the model's own from slightly changed noises "
+        f"(sqrt(1 - r^2) z + r n, r = {NEAR_SHARE}) of all seeds of that prompt is the one of the "
+        f"same seed; of the first {NEAR} prompts; chance is 1 / seeds",
+        "seeds",
+    ),
+    "identity_pixels": Metric("seed identity, pixels", "the same by colour values", "seeds"),
+    "tangent_cosine": Metric(
+        "noise sensitivity, cosine",
+        "between J v of this map from noise to x0 and of the teacher's, v a random direction, "
+        "mean: 1 = a change of noise does the same thing",
+        "sensitivity",
+    ),
+    "tangent_norm_ratio": Metric(
+        "noise sensitivity, norm / teacher's",
+        "|J v| over the teacher's, geometric mean: below 1 = noise is heard less",
+        "sensitivity",
+    ),
+    "retrieval": Metric(
+        "noise retrieval",
+        "captions that leave attributes open; for every word of those, the noises of the library "
+        "from which the teacher draws it: how often this model draws it from them too",
+        "retrieval",
+    ),
+    "retrieval_chance": Metric(
+        "chance of it",
+        "how often this model draws such a word from the library's other noises: what noises that "
+        "mean nothing would reach",
+        "retrieval",
+    ),
+}
+_AFTER = {
+    "control": Metric(
+        "layout control",
+        f"share of shapes that {STEPS[-1]} steps on the noise, along the gradient through this "
+        "model's own walk, bring to a wanted place, in a picture that still shows what the caption "
+        "names",
+        "control",
+    ),
+    **{
+        f"control_{n}": Metric(f"after {n} steps", "the same, on the way", "control")
+        for n in STEPS[:-1]
+    },
+    "control_angle": Metric(
+        "how far the noise went, degrees",
+        "angle between the noises before and after; of independent noises 90",
+        "control",
+    ),
+    "path_agreement": Metric(
+        "words along the path",
+        f"{PATHS} paths at most of {POINTS} noises, on the great arc between two: how often an "
+        "attribute that the caption leaves open has the word that it has in the teacher's picture "
+        "from the same noise",
+        "path",
+    ),
+    "path_length_features": Metric(
+        "length of the path, features",
+        "sum of the root mean square differences of neighbours, mean over paths",
+        "path",
+    ),
+    "path_length_features_ratio": Metric(
+        "length, features / teacher's", "below 1 = noise is heard less", "path"
+    ),
+    "path_length_pixels": Metric(
+        "length of the path, pixels", "the same of colour values in [-1, 1]", "path"
+    ),
+    "path_length_pixels_ratio": Metric(
+        "length, pixels / teacher's", "below 1 = noise is heard less", "path"
+    ),
+    "path_jump_features": Metric(
+        "largest jump, features",
+        f"the longest step as a share of its path's length, mean: even steps have "
+        f"{1 / (POINTS - 1):.3f}, one leap 1",
+        "path",
+    ),
+    "path_jump_pixels": Metric("largest jump, pixels", "the same by colour values", "path"),
+}
+
+
+def catalogue(world: World) -> dict[str, Metric]:
+    """Name -> what it is, in the order of the report; retrieval also by the world's attributes."""
+    apart = {}
+    if world.oracle and world.captions:
+        for name, is_open in zip(
+            world.oracle.attributes, world.oracle.left_open(world.captions).any(0), strict=True
+        ):
+            if is_open:
+                apart[f"retrieval_{name}"] = Metric(
+                    f"retrieval of {name}", "of one attribute alone", "retrieval"
+                )
+                apart[f"retrieval_{name}_chance"] = Metric(
+                    f"chance of it, {name}", "of one attribute alone", "retrieval"
+                )
+    return {**_BEFORE, **apart, **_AFTER}

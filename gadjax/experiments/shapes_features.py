@@ -1,0 +1,154 @@
+"""Recipe for the bundled world's evaluation features: python -m gadjax.experiments.shapes_features
+
+Trains a small network to read a rendered picture's attributes, and how badly it was spoilt, through
+linear heads on 32 features. The heads are thrown away; the features are shifted and scaled to zero
+mean and unit variance over the world's pictures.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gadjax.assets import resolve
+from gadjax.evaluation.features import Config, network, save_features
+from gadjax.experiments.fit import fit
+from gadjax.runtime.settings import settled
+from gadjax.seeds import make_key
+from gadjax.types import Params
+from gadjax.worlds import shapes
+
+CHOICES = shapes.ATTRIBUTES
+PLACE = ("x", "y", "radius")
+SPOILT = ("blur", "noise", "ghost")
+BLUR = np.exp(-0.5 * (np.arange(-4, 5) / 1.2) ** 2)  # 1.2 pixels
+MOST = {"blur": 1.0, "noise": 0.2, "ghost": 0.4}
+HELD_OUT = 4096
+
+
+def blur(image_BHWC: jax.Array) -> jax.Array:
+    """A separable Gaussian blur with repeated borders."""
+    taps, reach = BLUR / BLUR.sum(), len(BLUR) // 2
+    for axis in (1, 2):
+        pads = [(reach, reach) if i == axis else (0, 0) for i in range(4)]
+        padded, size = jnp.pad(image_BHWC, pads, mode="edge"), image_BHWC.shape[axis]
+        image_BHWC = sum(
+            float(tap) * jax.lax.slice_in_dim(padded, i, i + size, axis=axis)
+            for i, tap in enumerate(taps)
+        )
+    return image_BHWC
+
+
+def spoil(key: jax.Array, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Half of the pictures blurred, noisy and with a ghost of another picture; how much, [B, 3].
+
+    What few-step students get wrong must move the features, or a distance in them sees nothing.
+    """
+    keys = jax.random.split(key, 3)
+    count = len(image_BHWC)
+    amount = jax.random.uniform(keys[0], (count, 3))
+    amount *= jax.random.bernoulli(keys[1], 0.5, (count, 1))
+    soft, noise, ghost = (
+        amount[:, i, None, None, None] * MOST[name] for i, name in enumerate(SPOILT)
+    )
+    image_BHWC += ghost * (jnp.roll(image_BHWC, 1, axis=0) - image_BHWC)
+    image_BHWC += soft * (blur(image_BHWC) - image_BHWC)
+    return image_BHWC + noise * jax.random.normal(keys[2], image_BHWC.shape), amount
+
+
+def drawn(seed: int, indices: range) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """Pictures, the words' numbers, and centre and radius in [0, 1] [N, 3]."""
+    images, _, scenes = shapes.sample_batch(seed, indices)
+    labels = {
+        name: np.array([words.index(getattr(scene, name)) for scene in scenes])
+        for name, words in CHOICES.items()
+    }
+    places = np.array([[getattr(scene, name) for name in PLACE] for scene in scenes], np.float32)
+    return images, labels, places / np.float32([shapes.SIZE, shapes.SIZE, shapes.SIZE / 4])
+
+
+@settled()
+def train(config: Config, *, steps: int, batch: int, lr: float, seed: int):
+    """Fit the network and its heads.
+
+    Returns: the network's parameters and what the heads read off held-out pictures: the share of
+    right words by attribute, of pictures with all of them right, and the error of the place.
+    """
+    net = network(config)
+
+    def read(params, image):
+        features = net.apply(params["network"], image)
+        return {name: features @ h["kernel"] + h["bias"] for name, h in params["heads"].items()}
+
+    def loss(params, key, image, labels, place):
+        image, spoilt = spoil(key, image)
+        found = read(params, image)
+        words = sum(
+            optax.softmax_cross_entropy_with_integer_labels(found[name], labels[name]).mean()
+            for name in CHOICES
+        )
+        where = jnp.mean((found["place"] - place) ** 2)
+        how = jnp.mean((found["spoilt"] - spoilt) ** 2)
+        return words + 20 * where + 5 * how, {"words": words, "place": where, "spoilt": how}
+
+    sizes = {name: len(words) for name, words in CHOICES.items()}
+    sizes |= {"place": len(PLACE), "spoilt": len(SPOILT)}
+    first, second = jax.random.split(make_key(seed))
+    heads = {
+        name: {
+            "kernel": 0.1
+            * jax.random.normal(jax.random.fold_in(second, i), (config.features, size)),
+            "bias": jnp.zeros(size),
+        }
+        for i, (name, size) in enumerate(sizes.items())
+    }
+    params = fit(
+        {"network": net.init(first), "heads": heads},
+        loss,
+        lambda step: drawn(seed, range(step * batch, (step + 1) * batch)),
+        steps=steps,
+        lr=lr,
+        seed=seed,
+    )
+    images, labels, places = drawn(seed + 1, range(HELD_OUT))
+    found = jax.device_get(jax.jit(read)(params, images))
+    right = {name: found[name].argmax(1) == labels[name] for name in CHOICES}
+    scores = {name: float(hits.mean()) for name, hits in right.items()}
+    scores["all five"] = float(np.all(list(right.values()), axis=0).mean())
+    errors = (found["place"] - places) * np.float32([shapes.SIZE, shapes.SIZE, shapes.SIZE / 4])
+    scores |= {
+        f"{name}, pixels": float(error)
+        for name, error in zip(PLACE, np.sqrt((errors**2).mean(0)), strict=True)
+    }
+    features = np.asarray(jax.jit(net.apply)(params["network"], images))
+    return standardise(params["network"], features), scores
+
+
+def standardise(params: Params, features_ND: np.ndarray) -> Params:
+    """Parameters under which these features have mean 0 and standard deviation 1."""
+    mean, spread = features_ND.mean(0), features_ND.std(0)
+    last = params["linear_2"]
+    scaled = {"kernel": last["kernel"] / spread, "bias": (last["bias"] - mean) / spread}
+    return {**params, "linear_2": scaled}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=resolve("asset:shapes_features"))
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    config = Config()
+    params, scores = train(config, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
+    for name, score in scores.items():
+        print(f"held-out {name}: {score:.4f}")
+    save_features(args.out, config, params)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""The study: every base objective with and without each term, many seeds of a cell at once.
+
+    python -m gadjax.experiments.study [CELL ...] [--seeds 3] [--workers 1] [--budget SECONDS]
+                                   [--out docs/results/study]
+
+A cell is FAMILY/VARIANT, such as flow/dmd_polar_anchor; without any, all of them are done in
+order. A cell with a row in --out is finished; what it needs is bundled, and nothing is fetched.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import jax
+
+from gadjax.errors import InputError
+from gadjax.experiments.study_runs import Evaluator, evaluations, train_seeds
+from gadjax.experiments.study_tables import row_path, write_tables
+from gadjax.io.image_grid import grid, save_png
+from gadjax.io.storage import write_whole
+from gadjax.runtime.settings import settled
+from gadjax.training.config import as_json, default_config
+from gadjax.training.setup import prepare
+
+BASES = {"regression": {"steps": 4}, "dmd": {}, "tdm": {}, "sid": {}}
+GAD = {"weight": 0.3, "steps": 4, "loss": "square"}
+POLAR = GAD | {"loss": "polar"}
+ANCHOR = {"weight": 0.05, "target": "v", "steps": 4}
+REGRESSION = {"weight": 1.0, "steps": 4}
+ADDED = {
+    "none": {},
+    "reg": {"regression": REGRESSION},
+    "gad": {"gad": GAD},
+    "polar": {"gad": POLAR},
+    "anchor": {"anchor": ANCHOR},
+}
+ALONE = "none", "gad", "polar", "anchor", "gad_anchor", "polar_anchor"
+BESIDE = (*ALONE, "reg", "reg_polar", "reg_polar_anchor")
+
+
+def map_steps(steps: int) -> dict[str, dict]:
+    """The teacher's map in so many steps: the anchor's as well, which then shares GAD's walk."""
+    return {"gad": POLAR | {"steps": steps}, "anchor": ANCHOR | {"steps": steps}}
+
+
+# One thing changed beside dmd_polar_anchor: its name -> what it changes in the objective.
+CHANGES = {
+    "map_1": map_steps(1),
+    "map_2": map_steps(2),
+    "map_8": map_steps(8),
+    "weight_0.1": {"gad": POLAR | {"weight": 0.1}},
+    "weight_1": {"gad": POLAR | {"weight": 1.0}},
+    "directions_4": {"gad": POLAR | {"directions": 4}},
+    "low_frequency": {"gad": POLAR | {"direction": "low_frequency"}},
+    "control": {"gad": POLAR | {"direction": "control"}},
+    "clean": {"gad": POLAR | {"end": "clean"}},
+    "whole": {"gad": POLAR | {"end": "whole", "steps": 8}},
+    "first_step": {"gad": POLAR | {"step_weights": (4.0, 0.0, 0.0, 0.0)}},
+    "later_steps": {"gad": POLAR | {"step_weights": (0.0, 4 / 3, 4 / 3, 4 / 3)}},
+    "anchor_late": {"anchor": ANCHOR | {"until": 499.5}},
+    "anchor_weight_0.2": {"anchor": ANCHOR | {"weight": 0.2}},
+}
+# The same objective for as many network evaluations as dmd_polar_anchor takes.
+LONGER = {"dmd_long": ("dmd_none", 1.92), "dmd_reg_long": ("dmd_reg", 1.4)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A teacher, the guidance it is distilled and judged at, and the student's times."""
+
+    teacher: str
+    guidance: float
+    times: tuple[float, ...]
+    map_steps: int = 4  # of the teacher in one of the student's steps
+
+
+FLOW, EPS = "asset:shapes_flow_teacher", "asset:shapes_teacher"
+FLOW_4, EPS_4 = (999, 749.25, 499.5, 249.75), (899, 674, 449, 224)
+FAMILIES = {
+    "flow": Family(FLOW, 4.0, FLOW_4),
+    "flow_2_steps": Family(FLOW, 4.0, (999, 499.5)),
+    "flow_1_step": Family(FLOW, 4.0, (999,), map_steps=8),
+    "eps": Family(EPS, 4.0, EPS_4),
+    "flow_guidance_2": Family(FLOW, 2.0, FLOW_4),
+    "flow_guidance_7": Family(FLOW, 7.0, FLOW_4),
+}
+
+
+def objectives() -> dict[str, dict]:
+    """Variant -> objective, as a config spells it."""
+    found = {}
+    for base, options in BASES.items():
+        for added in ALONE if base == "regression" else BESIDE:
+            parts = (ADDED[name] for name in added.split("_"))
+            found[f"{base}_{added}"] = {base: options}
+            for part in parts:
+                found[f"{base}_{added}"] |= part
+    for name, changed in CHANGES.items():
+        found[name] = found["dmd_polar_anchor"] | changed
+    for weight in (0.3, 3.0):
+        beside = {"regression": REGRESSION | {"weight": weight}}
+        found[f"dmd_reg_{weight:g}"] = {"dmd": {}} | beside
+    found["script"] = {"tdm": {}, "gad_script": {}}
+    found["script_half"] = {"tdm": {}, "gad_script": {"half": True}}
+    return found | {name: found[of] for name, (of, _) in LONGER.items()}
+
+
+def cells() -> list[str]:
+    """All of the study, the ones that tell most first."""
+    grid = [f"{base}_{name}" for base in ("dmd", "tdm", "sid") for name in BESIDE]
+    alone = [f"regression_{name}" for name in ALONE]
+    dmd = [f"dmd_{name}" for name in BESIDE]
+    few = ["regression_none", "regression_polar_anchor", *dmd, "tdm_none", "tdm_polar_anchor"]
+    one = [f"dmd_{name}" for name in ("none", "reg", "gad", "polar", "reg_polar")]
+    one += ["regression_none", "regression_polar", "sid_none", "sid_polar"]
+    some = ["regression_none", "dmd_none", "dmd_reg", "dmd_polar", "dmd_polar_anchor"]
+    variants = {
+        "flow": [*alone, *grid, *LONGER, *CHANGES, "dmd_reg_0.3", "dmd_reg_3"],
+        "flow_2_steps": few,
+        "flow_1_step": one,
+        "eps": ["regression_none", "regression_polar_anchor", *dmd],
+        "flow_guidance_2": some,
+        "flow_guidance_7": some,
+    }
+    variants["flow"] += ["script", "script_half"]
+    return [f"{family}/{name}" for family in FAMILIES for name in variants[family]]
+
+
+def config_of(cell: str):
+    """The config of any family and variant. Raises: InputError for one that is not known."""
+    known, (name, _, variant) = objectives(), cell.partition("/")
+    if name not in FAMILIES or variant not in known:
+        raise InputError(
+            f"cell: found {cell!r}; expected FAMILY/VARIANT, of {', '.join(FAMILIES)} and "
+            f"{', '.join(known)}"
+        )
+    family = FAMILIES[name]
+    config = default_config()
+    config.teacher = family.teacher
+    config.guidance = family.guidance
+    config.student.update(steps=len(family.times), timesteps=family.times)
+    objective = {term: dict(options) for term, options in known[variant].items()}
+    for term in {"gad", "regression", "anchor"} & set(objective):
+        if objective[term]["steps"] == 4:
+            objective[term]["steps"] = family.map_steps
+    config.objective = objective
+    config.steps = round(800 * LONGER[variant][1]) if variant in LONGER else 800
+    config.batch = 16
+    config.remat = "none"
+    config.attention = "jnp"  # 16 positions: a kernel has nothing to gain
+    config.optim.update(lr=2e-4, warmup=20, decay=config.steps, b1=0.0, b2=0.95)
+    config.critic.update(updates=2, lr=4e-4)
+    config.ema = 0.98
+    config.data.update(prompts="asset:shapes_prompts.txt", length=16)
+    config.checkpoint.update(every=200, keep=1)
+    config.log.every = 20
+    config.preview.every = 400
+    return config
+
+
+@settled()
+def run_cell(cell: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
+    """Train and evaluate all seeds of a cell, and write its row and the picture of its first."""
+    config, started = config_of(cell), time.perf_counter()
+    run = prepare(config)
+    students, curves = train_seeds(run, range(seeds))
+    trained = time.perf_counter()
+    reports = [evaluate(config, student) for student in students]
+    rows = evaluate.teachers(config) | {"student": reports[0]}
+    found = {
+        "cell": cell,
+        "config": as_json(config),
+        "seeds": list(range(seeds)),
+        "teachers": {k: r["metrics"] for k, r in evaluate.teachers(config).items()},
+        "runs": [report["metrics"] for report in reports],
+        "evaluations": evaluations(run),
+        "curves": curves,
+        "seconds": {"training": trained - started, "evaluation": time.perf_counter() - trained},
+        "device": jax.devices()[0].device_kind,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    path = row_path(out, cell)
+    picture = grid([(row["label"], row["images"]) for row in rows.values()], None, scale=1)
+    save_png(picture, path.with_suffix(".png"))
+    write_whole(path, json.dumps(found) + "\n")
+
+
+_evaluator: Evaluator | None = None  # of this process, which keeps what the teachers draw
+
+
+def work(cell: str, seeds: int, out: Path, until: float) -> tuple[str, str]:
+    """`run_cell`, unless the clock is past `until`. The cell, and why it has no row."""
+    global _evaluator
+    if time.time() > until:
+        return cell, "not begun, as the budget is spent"
+    jax.config.update("jax_default_matmul_precision", "highest")  # a card's default is TF32
+    _evaluator = _evaluator or Evaluator()
+    try:
+        run_cell(cell, seeds, out, _evaluator)
+    except Exception as error:  # one cell's failure is not the others'
+        return cell, f"{type(error).__name__}: {error}"
+    return cell, ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cells", nargs="*", help="FAMILY/VARIANT; all of them by default")
+    parser.add_argument("--seeds", type=int, default=3, help="of every cell, trained together")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds; then none is begun")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/study"))
+    args = parser.parse_args()
+    for cell in args.cells:
+        config_of(cell)
+    args.out.mkdir(parents=True, exist_ok=True)
+    left = [c for c in args.cells or cells() if not row_path(args.out, c).is_file()]
+    job = partial(work, seeds=args.seeds, out=args.out, until=time.time() + args.budget)
+    started, failed = time.perf_counter(), 0
+    with get_context("spawn").Pool(args.workers) as pool:
+        for done, (cell, problem) in enumerate(pool.imap_unordered(job, left), 1):
+            failed += bool(problem)
+            seconds = time.perf_counter() - started
+            print(f"{done}/{len(left)} {cell}: {problem or 'done'}, {seconds:.0f} s", flush=True)
+    write_tables(args.out, cells())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"study: {error}", file=sys.stderr)
+        sys.exit(2)

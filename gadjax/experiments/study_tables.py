@@ -1,0 +1,100 @@
+"""The study's finished cells as tables in Markdown."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import t
+
+# Metric -> heading of the tables.
+METRICS = {
+    "adherence": "adherence",
+    "frechet": "Fréchet",
+    "vendi_ratio": "Vendi / teacher's",
+    "alignment_pixels": "seed alignment",
+    "tangent_cosine": "tangent cosine",
+    "tangent_norm_ratio": "tangent norm",
+    "retrieval": "retrieval",
+    "path_agreement": "words along the path",
+}
+LABELS = {"teacher": "teacher, 20 steps", "teacher_few": "teacher, the student's steps"}
+
+_TEXT = """
+What each term does to each base objective on the bundled world, at real guidance:
+
+    python -m gadjax.experiments.study --seeds {seeds}
+
+Students of a bundled teacher from its own weights, 800 steps of 16 samples (more only where a row
+says long), all else as in `gadjax/experiments/study.py`; judged on 64 prompts x 8 noises with 4
+tangents each and a library of 128 noises, the same ones for every row. A cell is the mean over
+runs of different seeds, with the half width of its 95 % interval over runs (Student's t).
+`reg` is regression to the teacher's next latent beside the base, `gad` the square loss and `polar`
+the polar one. Evaluations are those of the network for a sample and a step, critic updates
+included. Numbers, config and curves of every cell are in the .json beside this page. Measured
+{dates} on {devices}.
+"""
+
+
+def row_path(out: Path, cell: str) -> Path:
+    return out / f"{cell.replace('/', '-')}.json"
+
+
+def write_tables(out: Path, cells: Sequence[str]) -> None:
+    """README.md of the results: a table for each family, a row for each finished cell.
+
+    cells: FAMILY/VARIANT, in the order of the tables.
+    """
+    found = {
+        cell: json.loads(p.read_text()) for cell in cells if (p := row_path(out, cell)).is_file()
+    }
+    if not found:
+        return
+    rows = found.values()
+    text = _TEXT.strip().format(
+        seeds=max(len(row["seeds"]) for row in rows),
+        dates=" to ".join(sorted({row["date"] for row in rows})),
+        devices=", ".join(sorted({row["device"] for row in rows})),
+    )
+    lines = ["# The study", "", text, ""]
+    for family in dict.fromkeys(cell.split("/")[0] for cell in cells):
+        own = [cell for cell in cells if cell.startswith(f"{family}/")]
+        lines += [f"## {family.replace('_', ' ')}", ""]
+        lines += _table([(cell, found[cell]) for cell in own if cell in found])
+        missing = [cell.split("/")[1] for cell in own if cell not in found]
+        lines += [f"Not run yet: {', '.join(missing)}.", ""] if missing else []
+    (out / "README.md").write_text("\n".join(lines))
+
+
+def _table(rows: Sequence[tuple[str, dict]]) -> list[str]:
+    if not rows:
+        return []
+    heads = ["", "runs", *METRICS.values(), "evaluations"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for key, label in LABELS.items():
+        taken = rows[0][1]["teachers"][key]
+        lines.append(f"| {' | '.join([label, '', *_cells([taken]), ''])} |")
+    base = {row["cell"]: row["evaluations"] for _, row in rows}
+    for cell, row in rows:
+        family, variant = cell.split("/")
+        alone = base.get(f"{family}/{variant.split('_')[0]}_none")
+        cost = f"{row['evaluations']:.1f}"
+        cost += f" (x {row['evaluations'] / alone:.2f})" if alone else ""
+        name = variant.removesuffix("_none").replace("_", " ")
+        lines.append(f"| {' | '.join([name, str(len(row['runs'])), *_cells(row['runs']), cost])} |")
+    return [*lines, ""]
+
+
+def _cells(runs: Sequence[dict]) -> list[str]:
+    return [estimate([run[name] for run in runs if name in run]) for name in METRICS]
+
+
+def estimate(values: Sequence[float]) -> str:
+    """Mean, and the half width of its 95 % interval where there are several."""
+    if not values:
+        return ""
+    text = f"{np.mean(values):.3f}"
+    if len(values) > 1:
+        reach = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+        text += f" ± {reach:.3f}"
+    return text

@@ -1,0 +1,323 @@
+"""A diffusers pipeline folder <-> the parameters of its networks.
+
+Layout: model_index.json names the parts; each network has a folder with config.json and weights;
+scheduler and tokenizers are files without weights.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from gadjax.errors import InputError
+from gadjax.formats.pipeline_classes import corrected_network, corrected_scheduler
+from gadjax.formats.state_dict import (
+    Places,
+    check_dtypes,
+    check_keys,
+    place_tensors,
+    tensors_from_params,
+)
+from gadjax.formats.weights import (
+    STEMS,
+    Weights,
+    copy_folder,
+    copy_weights,
+    open_weights,
+    variant_of,
+    write_weights,
+)
+from gadjax.io.atomic import atomic_folder, check_target
+from gadjax.io.untrusted import check_files, check_inside, is_name, read_json
+from gadjax.models.keymap import KeyMap
+from gadjax.models.registry import COMPONENTS, keymap_of, read_network
+from gadjax.types import Params
+
+INDEX = "model_index.json"
+SCHEDULER = Path("scheduler", "scheduler_config.json")
+# Parts that no network here is made of: they are copied as they are.
+CARRIED = re.compile(r"scheduler|tokenizer(_\d+)?|feature_extractor|safety_checker")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of a pipeline.
+
+    config: as in the file; spec: as the pipeline uses it, the module's Config; abstract: shapes of
+    the parameters; places: where each tensor of `weights` goes; params: numpy arrays in the file's
+    dtype unless another was asked for, None when only checked.
+    """
+
+    name: str
+    library: str
+    module: ModuleType
+    config: dict[str, Any]
+    spec: Any
+    abstract: Params
+    weights: Weights
+    places: Places
+    params: Params | None = None
+
+    @property
+    def keymap(self) -> KeyMap:
+        return keymap_of(self.module, self.spec)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Regexes of the paths of parameters that no training changes."""
+        return getattr(self.module, "FROZEN", ())
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """What a pipeline folder holds. scheduler: its configuration as the pipeline uses it, empty
+    when there is none."""
+
+    path: Path
+    model_index: dict[str, Any]
+    scheduler: dict[str, Any]
+    components: dict[str, Component]
+
+    @property
+    def body(self) -> str:
+        """The name of the denoiser's network: "unet", or else "transformer"."""
+        return "unet" if "unet" in self.components else "transformer"
+
+    @property
+    def files(self) -> str:
+        """Which files the weights are from, in one line; shards are named by their index."""
+        firsts = (part.weights.files[0] for part in self.components.values() if part.weights.files)
+        return ", ".join(str(path.relative_to(self.path)) for path in firsts)
+
+    @property
+    def passed(self) -> list[str]:
+        """Files of the weights of `files` in another form, which diffusers does not read either."""
+        others = (path for part in self.components.values() for path in part.weights.passed)
+        return [str(path.relative_to(self.path)) for path in others]
+
+    @property
+    def encoders(self) -> list[str]:
+        """The names of the networks that turn prompts into what the denoiser is told."""
+        return [name for name in self.components if name.startswith("text_encoder")]
+
+
+def check_pipeline(
+    folder: Path, *, variant: str | None = None, allow_pickle: bool = False
+) -> PipelineFolder:
+    """Everything that can be known from configurations and headers, within seconds at any size.
+
+    Accounts for every tensor of every network by name, shape and dtype.
+    Raises: InputError for anything absent, damaged, unsupported or left over.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: found no such folder; expected a diffusers pipeline on this machine "
+            "(`hf download <repository> --local-dir <folder>` fetches one)"
+        )
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder}: found no {INDEX}; expected a diffusers pipeline folder")
+    model_index = read_json(folder / INDEX)
+    parts = _parts(folder / INDEX, model_index)
+    check_parts(folder, parts)
+    scheduler = read_scheduler(folder, model_index) if "scheduler" in parts else {}
+    for name in parts:
+        if CARRIED.fullmatch(name) and not _has_files(folder / name):
+            raise InputError(f"{folder / name}: found no files; expected those of the {name}")
+    networks = {name: of for name, of in parts.items() if not CARRIED.fullmatch(name)}
+    variants = {name: variant_of(folder / name, variant) for name in networks}
+    if variant is not None and not any(variants.values()):
+        raise InputError(
+            f"{folder}: found no variant {variant} of {', '.join(networks)}; expected files of it, "
+            "or no --variant, which reads the plain ones"
+        )
+    return PipelineFolder(
+        folder,
+        model_index,
+        scheduler,
+        {
+            name: _check_component(model_index, folder / name, *of, variants[name], allow_pickle)
+            for name, of in networks.items()
+        },
+    )
+
+
+def read_scheduler(folder: Path, model_index: Mapping[str, Any]) -> dict[str, Any]:
+    """scheduler_config.json as the folder's pipeline uses it."""
+    return corrected_scheduler(model_index, read_json(folder / SCHEDULER))
+
+
+def check_parts(folder: Path, parts: Iterable[str]) -> None:
+    """Raises: InputError where a file of a pipeline folder leads out of it, or is none."""
+    check_files(folder, folder)
+    for name in parts:
+        check_inside(folder / name, folder)
+
+
+def _parts(path: Path, model_index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Name -> (library, class) of the parts that are there; refuses a network without a port."""
+    parts = {}
+    for name, value in model_index.items():
+        # Other entries are arguments of the pipeline; [null, null] is a part left out.
+        if not isinstance(value, list) or value == [None, None]:
+            continue
+        if len(value) != 2 or not all(isinstance(word, str) for word in value):
+            raise InputError(f"{path}: found {name}: {value}; expected [library, class]")
+        if not is_name(name):
+            raise InputError(f"{path}: found a part named {name!r}; expected a folder's name")
+        if not CARRIED.fullmatch(name) and (value[1] not in COMPONENTS or value[0] not in STEMS):
+            near = difflib.get_close_matches(value[1], COMPONENTS, 1, cutoff=0)[0]
+            raise InputError(
+                f"{path}: found {name} of class {'.'.join(value)}; expected a supported class "
+                f"({near} is the nearest of {', '.join(COMPONENTS)})"
+            )
+        parts[name] = tuple(value)
+    if all(CARRIED.fullmatch(name) for name in parts):
+        raise InputError(f"{path}: found no networks; expected a diffusers pipeline")
+    return parts
+
+
+def _has_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _check_component(
+    index: Mapping[str, Any],
+    folder: Path,
+    library: str,
+    class_name: str,
+    variant: str | None,
+    allow_pickle: bool,
+) -> Component:
+    config = read_json(folder / "config.json")
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else class_name
+    found = config.get("_class_name", first)
+    if not isinstance(found, str) or COMPONENTS.get(found) != COMPONENTS[class_name]:
+        raise InputError(
+            f"{folder / 'config.json'}: found class {found}; expected {class_name}, as {INDEX} says"
+        )
+    used = corrected_network(index, folder.name, config)
+    module, spec, abstract = read_network(folder / "config.json", class_name, used)
+    weights = open_weights(folder, variant, library=library, allow_pickle=allow_pickle)
+    where = f"{weights.files[0]} ({class_name})"
+    places = check_keys(weights.shapes, abstract, keymap_of(module, spec), where)
+    check_dtypes(weights.dtypes, places, where)
+    return Component(folder.name, library, module, config, spec, abstract, weights, places)
+
+
+def read_pipeline(
+    folder: Path,
+    *,
+    dtype=None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    components: Collection[str] | None = None,
+) -> PipelineFolder:
+    """Check a pipeline folder, then read the parameters of its networks, or of the named ones.
+
+    dtype: of the parameters; None keeps each file's.
+    Raises: InputError as check_pipeline, before any data is read; then for values that are not
+      finite, in the file or in `dtype`.
+    """
+    pipeline = check_pipeline(folder, variant=variant, allow_pickle=allow_pickle)
+    wanted = pipeline.components if components is None else components
+    if absent := sorted(set(wanted) - set(pipeline.components)):
+        raise InputError(f"{folder}: found no {', '.join(absent)}; expected a network of that name")
+    return dataclasses.replace(
+        pipeline,
+        components={
+            name: dataclasses.replace(part, params=_read(part, dtype)) if name in wanted else part
+            for name, part in pipeline.components.items()
+        },
+    )
+
+
+def _read(part: Component, dtype) -> Params:
+    entries = part.weights.entries
+    for key, other in part.keymap.twins:
+        if key in entries and other in entries:
+            if not np.array_equal(entries[key].read(), entries[other].read()):
+                raise InputError(
+                    f"{entries[key].path}: found {key} and {other} with different values; expected "
+                    "the same, as these are two names of one tensor"
+                )
+    stream = part.weights.stream(part.places)
+    where = str(part.weights.files[0])
+    return place_tensors(stream, part.places, part.abstract, dtype, where)
+
+
+def write_pipeline(
+    src: Path,
+    dst: Path,
+    params: Mapping[str, Params],
+    *,
+    scheduler: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+    overwrite: bool = False,
+    dtype=None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+) -> Path:
+    """Write a complete pipeline folder: `src` with the given networks, all of it or nothing.
+
+    params: by name of the network; the configuration stays that of `src`. Every other part is
+    copied, its weights under plain names. scheduler: a replacement with its `_class_name`.
+    extra_files: name in the folder -> content. overwrite: replace a pipeline folder at `dst`.
+    dtype: of the given networks' files; None keeps the parameters'. variant, allow_pickle: how
+      to read `src`.
+    Returns: `dst`. Raises: InputError, with nothing written.
+    """
+    src, dst = Path(src), Path(dst)
+    check_target(dst, overwrite=overwrite, marker=INDEX)
+    if dst.resolve() in src.resolve().parents:
+        raise InputError(f"{dst}: found {src} inside it; expected a folder elsewhere")
+    pipeline = check_pipeline(src, variant=variant, allow_pickle=allow_pickle)
+    for name, given in params.items():
+        if name not in pipeline.components:
+            raise InputError(f"{src}: found no network {name}; expected one to replace")
+        part = pipeline.components[name]
+        shapes = {key: value.shape for key, value in _tensors(part, given)}
+        check_keys(shapes, part.abstract, part.keymap, f"{name} to be written")
+
+    model_index = dict(pipeline.model_index)
+    with atomic_folder(dst, overwrite=overwrite, marker=INDEX) as out:
+        for name, part in pipeline.components.items():
+            (out / name).mkdir()
+            shutil.copyfile(src / name / "config.json", out / name / "config.json")
+            if name in params:
+                tensors = _tensors(part, params[name])
+                stem = STEMS[part.library]["safetensors"]
+                write_weights(out / name, stem, tensors, dtype=dtype)
+            else:
+                copy_weights(part.weights, out / name)
+        for name in _parts(src / INDEX, model_index):
+            if CARRIED.fullmatch(name):
+                copy_folder(src / name, out / name)
+        for path in src.glob("LICENSE*"):
+            shutil.copyfile(path, out / path.name)
+        if scheduler is not None:
+            model_index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+            (out / SCHEDULER).parent.mkdir(exist_ok=True)
+            _write_json(out / SCHEDULER, scheduler)
+        _write_json(out / INDEX, model_index)
+        for name, content in (extra_files or {}).items():
+            data = content.encode() if isinstance(content, str) else content
+            (out / name).write_bytes(data)
+    return dst
+
+
+def _tensors(part: Component, params: Params):
+    return tensors_from_params(params, part.keymap, views=True)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,269 @@
+"""gadjax's own folder: a diffusers pipeline with its parameters kept by Orbax.
+
+  gadjax_folder.json  version; of each network: dtype and fingerprint; of its text: a fingerprint
+  params/NETWORK      one Orbax checkpoint each, by the paths of gadjax's networks, and its seal
+  the rest            model_index.json, configurations, tokenizer, scheduler, cards
+
+Orbax notices no flipped bit, so files are compared with their seal before parameters are read, and
+fingerprints after it.
+"""
+
+import json
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gadjax.errors import InputError, RunStopped
+from gadjax.formats.diffusers_folder import (
+    CARRIED,
+    INDEX,
+    SCHEDULER,
+    Component,
+    PipelineFolder,
+    check_parts,
+    read_pipeline,
+    read_scheduler,
+)
+from gadjax.formats.pipeline_classes import corrected_network
+from gadjax.formats.state_dict import check_keys, place_tensors, tensors_from_params
+from gadjax.formats.weights import (
+    STEMS,
+    WEIGHTS_NAME,
+    Weights,
+    copy_folder,
+    fingerprint,
+    write_weights,
+)
+from gadjax.io.atomic import partial_folder, put_back
+from gadjax.io.manifest import complete_seal, find_fault, write_seal
+from gadjax.io.untrusted import is_name, read_json
+from gadjax.models.params import flatten
+from gadjax.models.registry import COMPONENTS, read_network
+from gadjax.types import Params
+
+MANIFEST, PARAMS, VERSION = "gadjax_folder.json", "params", 1
+SMALL = ("*.json", "*.md", "LICENSE*", "NOTICE*")  # of the files at the root and beside weights
+
+
+def is_own(folder: Path) -> bool:
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def open_folder(
+    folder: Path,
+    *,
+    dtype=None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    components: Collection[str] | None = None,
+) -> PipelineFolder:
+    """Read a pipeline folder of either kind, as `read_pipeline` does."""
+    put_back(Path(folder))
+    if not is_own(folder):
+        return read_pipeline(
+            folder,
+            dtype=dtype,
+            variant=variant,
+            allow_pickle=allow_pickle,
+            components=components,
+        )
+    if variant is not None:
+        raise InputError(f"--variant: found {variant!r}; expected none, {folder} has no variants")
+    return read_own(folder, dtype=dtype, components=components)
+
+
+def read_own(
+    folder: Path, *, dtype=None, components: Collection[str] | None = None
+) -> PipelineFolder:
+    """Read the parameters of all networks of gadjax's own folder, or of the named ones.
+
+    dtype: of the parameters; None keeps the folder's.
+    Raises: InputError for whatever is absent, damaged or does not fit.
+    """
+    folder = Path(folder)
+    manifest, model_index = read_manifest(folder), read_json(folder / INDEX)
+    networks = manifest["networks"]
+    names = _parts(folder, model_index)
+    for name in names:
+        if not (folder / name).is_dir():
+            raise InputError(f"{folder / name}: found no such folder; expected the {name}'s files")
+    check_parts(folder, [*names, PARAMS])
+    wanted = networks if components is None else components
+    if absent := sorted(set(wanted) - set(networks)):
+        raise InputError(f"{folder}: found no {', '.join(absent)}; expected a network of that name")
+    parts = {}
+    for name, entry in networks.items():
+        part = describe(folder, name, model_index)
+        parts[name] = _read(part, entry["fingerprint"], dtype) if name in wanted else part
+    has_scheduler = (folder / SCHEDULER).is_file()
+    scheduler = read_scheduler(folder, model_index) if has_scheduler else {}
+    return PipelineFolder(folder, model_index, scheduler, parts)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """gadjax_folder.json. Raises: InputError unless it is one of this version."""
+    path = Path(folder) / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("version") != VERSION:
+        found = manifest.get("version")
+        raise InputError(f"{path}: found version {found!r}; expected {VERSION}")
+    networks = manifest.get("networks")
+    if (
+        not isinstance(manifest.get("text"), str)
+        or not isinstance(networks, dict)
+        or not all(
+            is_name(name) and isinstance(entry, dict) and isinstance(entry.get("fingerprint"), str)
+            for name, entry in networks.items()
+        )
+    ):
+        raise InputError(f"{path}: found no networks with fingerprints; expected gadjax's manifest")
+    return manifest
+
+
+def outline_folder(folder: Path) -> PipelineFolder:
+    """A pipeline folder from its configurations alone; it need not have weights.
+
+    Raises: InputError for whatever is absent or unsupported.
+    """
+    folder = Path(folder)
+    model_index = read_json(folder / INDEX)
+    names = _parts(folder, model_index)
+    check_parts(folder, names)
+    networks = [name for name in names if not CARRIED.fullmatch(name)]
+    parts = {name: describe(folder, name, model_index) for name in networks}
+    return PipelineFolder(folder, model_index, read_scheduler(folder, model_index), parts)
+
+
+def describe(folder: Path, name: str, model_index: Mapping[str, Any]) -> Component:
+    """A network without its parameters; its weights are empty, as there are no weight files."""
+    where, entry = folder / name / "config.json", model_index.get(name)
+    strings = isinstance(entry, list) and all(isinstance(word, str) for word in entry)
+    if not strings or len(entry) != 2 or entry[1] not in COMPONENTS or entry[0] not in STEMS:
+        raise InputError(f"{folder / INDEX}: found {name}: {entry}; expected [library, class]")
+    config = read_json(where)
+    used = corrected_network(model_index, name, config)
+    module, spec, abstract = read_network(where, entry[1], used)
+    weights = Weights(folder / PARAMS / name, None, (), {})
+    return Component(name, entry[0], module, config, spec, abstract, weights, {})
+
+
+def _read(part: Component, wanted: str, dtype) -> Component:
+    import orbax.checkpoint as ocp  # takes seconds, and diffusers' folders go without
+
+    path, keymap = part.weights.folder.absolute(), part.keymap
+    # Orbax's threads print a traceback of their own, later, of what is damaged.
+    if fault := find_fault(path):
+        raise InputError(f"{path}: corrupt: {fault}; expected what gadjax convert wrote")
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        held = handler.metadata(path).tree
+        _check_shapes(path, held, part.abstract)  # or what is claimed would be allocated
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), held)
+        params = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=kinds))
+    except InputError:
+        raise
+    except Exception as error:  # a damaged checkpoint fails in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: missing, truncated or corrupt: found {type(error).__name__} ({reason}); "
+            "expected parameters written by gadjax convert"
+        ) from None
+    tensors = dict(tensors_from_params(params, keymap, views=True))
+    places = check_keys({k: v.shape for k, v in tensors.items()}, part.abstract, keymap, str(path))
+    if (found := fingerprint(tensors.items())) != wanted:
+        raise InputError(f"{path}: corrupt: found fingerprint {found}; expected {wanted}")
+    if dtype is not None:
+        params = place_tensors(tensors.items(), places, part.abstract, dtype, str(path))
+    return replace(part, params=params)
+
+
+def _check_shapes(path: Path, held: Any, abstract: Params) -> None:
+    found = {key: tuple(leaf.shape) for key, leaf in flatten(held).items()}
+    wanted = {key: tuple(leaf.shape) for key, leaf in flatten(abstract).items()}
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise InputError(
+                f"{path}: {key}: found shape {found.get(key, 'none')}; expected "
+                f"{wanted.get(key, 'none')}, as the config.json of {path.name} says"
+            )
+
+
+def write_own(pipeline: PipelineFolder, out: Path, text: str) -> None:
+    """Write gadjax's own folder into `out`, an empty one. text: of the text encoder.
+
+    Raises: RunStopped where it cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    _copy_small(pipeline, out)
+    networks = {}
+    for name, part in pipeline.components.items():
+        path = (out / PARAMS / name).absolute()
+        try:
+            ocp.PyTreeCheckpointer().save(path, part.params)
+            write_seal(path)
+            complete_seal(path)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RunStopped(f"{out}: cannot be written: {reason}") from error
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(part.params)}
+        networks[name] = {
+            "dtype": ", ".join(sorted(dtypes)),
+            "fingerprint": fingerprint(tensors_from_params(part.params, part.keymap)),
+        }
+    manifest = {"version": VERSION, "networks": networks, "text": text}
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def write_diffusers(pipeline: PipelineFolder, out: Path) -> None:
+    """Write a diffusers pipeline folder into `out`, an empty one."""
+    _copy_small(pipeline, out)
+    for name, part in pipeline.components.items():
+        tensors = tensors_from_params(part.params, part.keymap, views=True)
+        write_weights(out / name, STEMS[part.library]["safetensors"], tensors)
+
+
+@contextmanager
+def diffusers_folder(folder: Path, beside: Path) -> Iterator[Path]:
+    """`folder` itself, or where it is gadjax's own, a diffusers folder made of it for a while.
+
+    beside: what it is made for; it is made beside that, and a kill leaves it to the next writer.
+    """
+    if not is_own(folder):
+        yield folder
+        return
+    with partial_folder(beside.resolve()) as made:
+        write_diffusers(read_own(folder), made)
+        yield made
+
+
+def _copy_small(pipeline: PipelineFolder, out: Path) -> None:
+    """Everything but weights: files at the root, configurations, scheduler and tokenizers."""
+    src = pipeline.path
+    _copy_files(src, out)
+    for name in _parts(src, pipeline.model_index):
+        if name in pipeline.components:
+            (out / name).mkdir()
+            _copy_files(src / name, out / name)
+        else:
+            copy_folder(src / name, out / name)
+
+
+def _copy_files(src: Path, out: Path) -> None:
+    for path in sorted({path for pattern in SMALL for path in src.glob(pattern)}):
+        if path.is_file() and path.name != MANIFEST and not WEIGHTS_NAME.fullmatch(path.name):
+            shutil.copyfile(path, out / path.name)
+
+
+def _parts(folder: Path, model_index: Mapping[str, Any]) -> list[str]:
+    names = [k for k, v in model_index.items() if isinstance(v, list) and v != [None, None]]
+    for name in names:
+        if not is_name(name):
+            raise InputError(f"{folder / INDEX}: found a part named {name!r}; expected a folder's")
+    return names

@@ -1,0 +1,175 @@
+"""From a diffusers scheduler_config.json to the walk that diffusers takes under it.
+
+Read here are the schedulers whose steps are those of gadjax.diffusion.rollout (DPM-Solver++ of
+order 1 and 2, Lu et al. 2022; DDIM, Song et al. 2021; Euler, and Euler in a flow) or of
+gadjax.diffusion.samplers (PNDM, LCM, SCM). Their grids are those of diffusers 0.42. A key that asks
+for another walk is refused, never ignored.
+"""
+
+from functools import partial
+
+import numpy as np
+
+from gadjax.diffusion.samplers import Sampler, consistency, plms
+from gadjax.diffusion.schedules import DDPM, Flow, NoiseSchedule, TrigFlow, shift_time
+from gadjax.errors import InputError
+from gadjax.formats.scheduler_config import (
+    DDIM,
+    DPM,
+    EULER,
+    FLOW_EULER,
+    LCM,
+    PNDM,
+    SCM,
+    choice,
+    number,
+    off,
+    parameterization_from_config,
+    positive,
+    schedule_from_config,
+)
+
+_RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def sampler_from_config(cfg: dict) -> Sampler:
+    """The walk that diffusers takes under this config.
+
+    Raises InputError, naming the key, for a scheduler or an option that takes another.
+    """
+    readers = {DPM: _dpm, DDIM: _ddim, EULER: _euler, FLOW_EULER: _flow_euler}
+    readers |= {PNDM: _pndm, LCM: _lcm, SCM: _scm}
+    name = choice(cfg, "_class_name", None, *readers)
+    parameterization_from_config(cfg)
+    return readers[name](cfg, schedule_from_config(cfg))
+
+
+def _dpm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+    off(cfg, *_RESPACINGS, "use_lu_lambdas", "use_dynamic_shifting", "thresholding")
+    off(cfg, "variance_type")
+    choice(cfg, "algorithm_type", "dpmsolver++", "dpmsolver++")
+    choice(cfg, "lambda_min_clipped", -float("inf"), -float("inf"))
+    # With the end at sigma = 0 the last step is of order 1 in any case, so that neither
+    # lower_order_final nor euler_at_final changes anything below order 3.
+    choice(cfg, "final_sigmas_type", "zero", "zero")
+    order = choice(cfg, "solver_order", 2, 1, 2)
+    if order == 2:
+        choice(cfg, "solver_type", "midpoint", "midpoint")
+    if isinstance(schedule, Flow):
+        grid = partial(_dpm_flow_grid, schedule.steps, positive(cfg, "flow_shift", 1.0))
+        return Sampler(schedule, grid, order, takes_timesteps=False)
+    spacing = choice(cfg, "timestep_spacing", "linspace", "linspace", "leading", "trailing")
+    grid = partial(_dpm_grid, schedule.steps, spacing, number(cfg, "steps_offset", 0))
+    return Sampler(schedule, grid, order)
+
+
+def _dpm_grid(total: int, spacing: str, offset: int, n: int) -> np.ndarray:
+    if spacing == "linspace":
+        starts = np.linspace(0, total - 1, n + 1).round()[:0:-1]
+    elif spacing == "leading":
+        starts = np.arange(1, n + 1)[::-1] * (total // (n + 1)) + offset
+    else:
+        starts = np.arange(total, 0, -total / n).round() - 1
+    return np.append(starts, DDPM.clean)
+
+
+def _dpm_flow_grid(total: int, shift: float, n: int) -> np.ndarray:
+    share = (1 - np.linspace(1, 1 / total, n + 1))[::-1]
+    times = shift * share / (1 + (shift - 1) * share) * total
+    # The network is told their whole part (see tells_whole_times), which for n = 3 is 332 of
+    # 332.99999999999994: what float32 would round up to a whole number stays below it.
+    single = times.astype(np.float32)
+    below = np.nextafter(single, np.float32(0)).astype(np.float64)
+    return np.where(np.floor(single) > np.floor(times), below, times)
+
+
+def _ddim(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+    off(cfg, "thresholding")
+    choice(cfg, "clip_sample", True, False)
+    spacing = choice(cfg, "timestep_spacing", "leading", "leading", "trailing", "linspace")
+    end = schedule.clean if cfg.get("set_alpha_to_one", True) else 0.0
+    offset = number(cfg, "steps_offset", 0)
+    grid = partial(_ddim_grid, schedule.steps, spacing, offset, end)
+    return Sampler(schedule, grid, takes_timesteps=False)
+
+
+def _ddim_grid(total: int, spacing: str, offset: int, end: float, n: int) -> np.ndarray:
+    stride = total // n
+    if spacing == "leading":
+        starts = np.arange(n)[::-1] * stride + offset
+    elif spacing == "trailing":
+        starts = np.arange(total, 0, -total / n).round() - 1
+    else:
+        starts = np.linspace(0, total - 1, n).round()[::-1]
+    reached = starts - stride
+    if np.any(reached[:-1] != starts[1:]):
+        raise InputError(
+            f"steps: found {n}, with which the steps of {DDIM} do not join under timestep_spacing "
+            f"{spacing!r}; expected a divisor of {total} under 'trailing', or 'leading'"
+        )
+    return np.append(starts, reached[-1] if reached[-1] >= 0 else end)
+
+
+def _euler(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+    # Its latents are x / alpha, and under 'leading' alone the first of them is z / alpha.
+    off(cfg, *_RESPACINGS)
+    choice(cfg, "timestep_spacing", "linspace", "leading")
+    choice(cfg, "timestep_type", "discrete", "discrete")
+    choice(cfg, "interpolation_type", "linear", "linear")
+    choice(cfg, "final_sigmas_type", "zero", "zero")
+    offset = number(cfg, "steps_offset", 0)
+    return Sampler(schedule, partial(_euler_grid, schedule.steps, offset))
+
+
+def _euler_grid(total: int, offset: int, n: int) -> np.ndarray:
+    return np.append(np.arange(n)[::-1] * (total // n) + offset, DDPM.clean)
+
+
+def _flow_euler(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+    off(cfg, *_RESPACINGS, "use_dynamic_shifting", "invert_sigmas", "shift_terminal")
+    off(cfg, "stochastic_sampling")
+    grid = partial(_flow_euler_grid, schedule.steps, positive(cfg, "shift", 1.0))
+    return Sampler(schedule, grid)
+
+
+def _flow_euler_grid(total: int, shift: float, n: int) -> np.ndarray:
+    # Shifted twice: diffusers spaces n times evenly between ends that are shifted already.
+    even = np.linspace(total, shift_time(1.0, shift, total), n)
+    return np.append(shift_time(even, shift, total), Flow.clean)
+
+
+def _pndm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+    choice(cfg, "skip_prk_steps", False, True)
+    # Its history is of what the network says, which is of one kind with the step in eps alone.
+    choice(cfg, "prediction_type", "epsilon", "epsilon")
+    spacing = choice(cfg, "timestep_spacing", "leading", "leading")
+    end = schedule.clean if cfg.get("set_alpha_to_one", False) else 0.0
+    offset = number(cfg, "steps_offset", 0)
+    grid = partial(_ddim_grid, schedule.steps, spacing, offset, end)
+    return Sampler(schedule, grid, takes_timesteps=False, walk=plms, extra=1)
+
+
+def _lcm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+    off(cfg, "thresholding", "clip_sample")
+    original = int(number(cfg, "original_inference_steps", 50))
+    scaling = number(cfg, "timestep_scaling", 10.0)
+    grid = partial(_lcm_grid, schedule.steps, original)
+    return Sampler(schedule, grid, walk=partial(consistency, scaling=scaling), renoises=True)
+
+
+def _lcm_grid(total: int, original: int, n: int) -> np.ndarray:
+    if n > original:
+        raise InputError(f"steps: found {n}; expected at most {original}, LCM's own")
+    origin = (np.arange(1, original + 1) * (total // original) - 1)[::-1]
+    chosen = np.floor(np.linspace(0, original, n, endpoint=False)).astype(int)
+    return np.append(origin[chosen], DDPM.clean)
+
+
+def _scm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+    return Sampler(schedule, _scm_grid, walk=consistency, renoises=True)
+
+
+def _scm_grid(n: int) -> np.ndarray:
+    # SanaSprintPipeline's own: of two steps the second starts at 1.3.
+    last = TrigFlow.last
+    return np.array([last, 1.3, 0.0]) if n == 2 else np.linspace(last, 0.0, n + 1)

@@ -1,0 +1,280 @@
+"""The weight files of one component, read and written as diffusers and transformers name them."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gadjax.errors import InputError
+from gadjax.formats.safetensors_file import Tensor, read_header, target_dtype, write_file
+from gadjax.formats.state_dict import LISTED, all_finite
+from gadjax.formats.torch_pickle import PickledTensor, read_pickle
+from gadjax.io.untrusted import INDEX_LIMIT, is_leftover, is_name, read_json
+
+MAX_SHARD_BYTES = 10 * 10**9  # as diffusers splits
+
+# Library -> the stems of its safetensors and of its pickles.
+STEMS = {
+    "diffusers": {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"},
+    "transformers": {"safetensors": "model", "bin": "pytorch_model"},
+}
+# The variant stands before the ending, before .json of an index, or, in older ones, before .index
+# or before all of these.
+WEIGHTS_NAME = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)(\.(?P<variant>\w+))?"
+    r"\.(?P<kind>safetensors|bin)"
+    r"(?P<index>(\.(?P<older_variant>\w+))?\.index(\.(?P<index_variant>\w+))?\.json)?"
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a component's weight files hold, from their headers.
+
+    variant: the one whose files these are, None for the plain ones. files: all of them, an index
+    first. entries: by key, in the order of the data. passed: other files of the same weights, which
+    the library does not read beside these.
+    """
+
+    folder: Path
+    variant: str | None
+    files: tuple[Path, ...]
+    entries: dict[str, Tensor | PickledTensor]
+    passed: tuple[Path, ...] = ()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: entry.shape for key, entry in self.entries.items()}
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        return {key: entry.dtype for key, entry in self.entries.items()}
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        return self.stream()
+
+    def stream(self, keys: Collection[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """(key, array) one at a time, in the order of the files; all keys or the given ones.
+
+        Raises: InputError naming file and tensor at the first that is not finite.
+        """
+        for key, entry in self.entries.items():
+            if keys is not None and key not in keys:
+                continue
+            value = entry.read()
+            if not all_finite(value):
+                raise InputError(f"{entry.path}: found NaN or infinity in {key}; expected none")
+            yield key, value
+
+
+def open_weights(
+    folder: Path,
+    variant: str | None = None,
+    *,
+    library: str | None = None,
+    allow_pickle: bool = False,
+) -> Weights:
+    """Find a component's weights and read their headers, not their data.
+
+    variant: "" takes the plain files; None those or, in their absence, the only variant there is.
+    library: whose class reads them, which decides the names and which goes first; None for both.
+    allow_pickle: read torch's .bin too, by its weights-only reader.
+    Raises: InputError for a folder, file, shard or header that is not as it should be.
+    """
+    folder = Path(folder)
+    (path, *passed), kind, variant = _choose(folder, variant, library)
+    if kind == "bin" and not allow_pickle:
+        raise InputError(
+            f"{path}: found a pickle, which can run code when it is opened; expected safetensors "
+            "(allow_pickle reads it by torch's weights-only reader)"
+        )
+    read = read_header if kind == "safetensors" else read_pickle
+    if path.suffix != ".json":
+        return Weights(folder, variant, (path,), read(path), tuple(passed))
+    shards = _read_index(path)
+    entries: dict[str, Tensor | PickledTensor] = {}
+    for shard, keys in shards.items():
+        held = read(shard)
+        if set(held) != keys:
+            lacking, extra = sorted(keys - set(held)), sorted(set(held) - keys)
+            what = f"no {_some(lacking)}" if lacking else f"{_some(extra)} beside the named ones"
+            raise InputError(f"{shard}: found {what}; expected the tensors named by {path.name}")
+        entries |= held
+    return Weights(folder, variant, (path, *shards), entries, tuple(passed))
+
+
+def variant_of(folder: Path, variant: str | None) -> str | None:
+    """What `open_weights` is asked for where a pipeline is asked for `variant`: as in diffusers
+    that, or the plain files of a component which has nothing of it."""
+    if variant is None:
+        return None
+    second = (name.split(".")[1] for name in _names(folder) if "." in name)
+    return variant if any(part.startswith(variant) for part in second) else ""
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: found no such folder; expected one with weights")
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"{folder}: found {error.strerror}; expected a folder to read") from None
+
+
+def _choose(
+    folder: Path, variant: str | None, library: str | None
+) -> tuple[list[Path], str, str | None]:
+    """The file or index to read, and the others of its kind and variant; its kind and variant."""
+    stems = [(name, STEMS[name]) for name in ([library] if library else STEMS)]
+    found: dict[str, dict[str | None, list[tuple[int, Path]]]] = {"safetensors": {}, "bin": {}}
+    names = _names(folder)
+    for owner, stem in stems:
+        for match in filter(None, map(WEIGHTS_NAME.fullmatch, names)):
+            if match["stem"] == stem[match["kind"]]:
+                of = match["variant"] or match["older_variant"] or match["index_variant"]
+                place = found[match["kind"]].setdefault(of, [])
+                place.append((_rank(owner, match), folder / match[0]))
+    variant, only = variant or None, variant is None
+    for kind, variants in found.items():
+        if only and None not in variants and len(variants) == 1:
+            (variant,) = variants
+        if variant in variants:
+            return [path for _, path in sorted(variants[variant])], kind, variant
+    held = sorted({of or "the plain one" for variants in found.values() for of in variants})
+    if held and only:
+        raise InputError(f"{folder}: found variants {', '.join(held)}; expected one to be chosen")
+    if held and variant is None:
+        raise InputError(
+            f"{folder}: found variants {', '.join(held)}; expected the one asked for, or the plain "
+            "one"
+        )
+    if held:
+        raise InputError(f"{folder}: found no variant {variant}; expected {' or '.join(held)}")
+    wanted = " or ".join(f"{stem['safetensors']}.safetensors" for _, stem in stems)
+    raise InputError(
+        f"{folder}: found no weights, only {_some(names) or 'nothing'}; expected {wanted}, whole "
+        "or with an index"
+    )
+
+
+def _rank(library: str, match: re.Match) -> int:
+    """The place of a file in the order in which its library looks: diffusers takes an index of
+    safetensors before a whole file, transformers after it. Neither knows the oldest spelling."""
+    if not match["index"]:
+        return 2
+    if match["variant"]:
+        return 5
+    first = library == "diffusers" and match["kind"] == "safetensors"
+    return (0 if first else 3) + bool(match["older_variant"])
+
+
+def _read_index(path: Path) -> dict[Path, set[str]]:
+    """Shard -> the keys that an index places in it; all shards are there."""
+    weight_map = read_json(path, INDEX_LIMIT).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(is_name, weight_map.values())):
+        raise InputError(f"{path}: found no usable weight_map; expected tensor -> file beside it")
+    shards: dict[Path, set[str]] = {}
+    for key, name in weight_map.items():
+        shards.setdefault(path.parent / name, set()).add(key)
+    if missing := sorted(shard.name for shard in shards if not shard.is_file()):
+        raise InputError(f"{path}: found no shard {_some(missing)}; expected it beside the index")
+    return dict(sorted(shards.items()))
+
+
+def write_weights(
+    folder: Path,
+    stem: str,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    variant: str | None = None,
+    dtype=None,
+) -> list[Path]:
+    """Write a component's tensors as one safetensors file or, when too large, shards and an index.
+
+    stem: diffusion_pytorch_model for a diffusers class, model for one of transformers. tensors:
+    may be strided views, which are laid out one at a time. dtype: cast the floating ones; None
+    keeps theirs.
+    Returns: the files. Raises: InputError naming a tensor that is not finite in its dtype.
+    """
+    tensors = dict(tensors)
+    shards: list[dict[str, np.ndarray]] = []
+    total = filled = 0
+    for key, value in tensors.items():
+        size = value.size * target_dtype(value, dtype).itemsize
+        if not shards or (filled and filled + size > max_shard_bytes):
+            shards.append({})
+            filled = 0
+        shards[-1][key] = value
+        filled, total = filled + size, total + size
+    folder.mkdir(parents=True, exist_ok=True)
+    base = stem if variant is None else f"{stem}.{variant}"
+    parts = [f"-{i + 1:05d}-of-{len(shards):05d}" for i in range(len(shards))]
+    names = [f"{base}{part if len(shards) > 1 else ''}.safetensors" for part in parts]
+    for name, shard in zip(names, shards, strict=True):
+        write_file(folder / name, shard, dtype)
+    written = [folder / name for name in names]
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {k: n for n, shard in zip(names, shards, strict=True) for k in shard},
+        }
+        ending = "json" if variant is None else f"{variant}.json"
+        written.insert(0, folder / f"{stem}.safetensors.index.{ending}")
+        written[0].write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return written
+
+
+def copy_weights(weights: Weights, folder: Path) -> None:
+    """Copy weight files as they are, under plain names: without their variant."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in weights.files:
+        target = folder / _plain(path.name, weights.variant)
+        if path.suffix != ".json":
+            shutil.copyfile(path, target)
+            continue
+        index = read_json(path, INDEX_LIMIT)
+        index["weight_map"] = {
+            key: _plain(name, weights.variant) for key, name in index["weight_map"].items()
+        }
+        target.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_folder(src: Path, dst: Path) -> None:
+    """Copy what is in a folder, with the modes of new files: a teacher's may be read-only. What a
+    Mac leaves beside files stays where it is."""
+    dst.mkdir(exist_ok=True)
+    for path in sorted(src.iterdir()):
+        if path.is_dir():
+            copy_folder(path, dst / path.name)
+        elif not is_leftover(path.name):
+            shutil.copyfile(path, dst / path.name)
+
+
+def _plain(name: str, variant: str | None) -> str:
+    return name if variant is None else name.replace(f".{variant}", "", 1)
+
+
+def fingerprint(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
+    """32 hex digits for names, shapes, dtypes and values, whatever the order and the files.
+
+    tensors: opened weights, or `tensors_from_params` of what was read from them: both give the
+    same.
+    """
+    digests = []
+    for key, value in tensors:
+        digest = hashlib.blake2b(f"{key}\0{value.dtype}\0{value.shape}\0".encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        digests.append(digest.digest())
+    return hashlib.blake2b(b"".join(sorted(digests)), digest_size=16).hexdigest()

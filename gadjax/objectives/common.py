@@ -1,0 +1,61 @@
+"""What several terms share."""
+
+import jax
+import jax.numpy as jnp
+
+from gadjax.errors import InputError
+from gadjax.objectives.base import Context, sample_mean
+from gadjax.types import expand
+
+sg = jax.lax.stop_gradient
+
+
+def pseudo_loss(x, gradient, norm_B, huber: float = 0.0):
+    """A per-sample loss [B] whose gradient with respect to x is gradient / norm_B / numel.
+
+    huber: with c > 0, sqrt(d^2 + c^2) - c of the difference instead of half its square, as the
+      released TDM script has it: the gradient's direction elementwise, its size saturated at c.
+    """
+    if huber:
+        difference = x - sg(x - gradient)
+        return sample_mean(jnp.sqrt(difference**2 + huber**2) - huber) / norm_B
+    difference = x - sg(x - gradient / expand(norm_B, x))
+    return 0.5 * sample_mean(difference**2)
+
+
+def mean_abs(x, floor: float = 1e-4):
+    """mean |x| per sample [B], without gradient; the floor keeps 1 / mean |x| finite."""
+    return jnp.maximum(sg(sample_mean(jnp.abs(x))), floor)
+
+
+def between(context: Context, low: float, high: float):
+    """Times [B] of the schedule's spacing, uniform between two shares of its span."""
+    schedule = context.schedule
+    count = (schedule.last - schedule.clean) / schedule.spacing
+    place_B = jnp.floor((low + (high - low) * context.uniform("t")) * count) + 1
+    return place_B * schedule.spacing + schedule.clean
+
+
+def check_shares(name: str, low: float, high: float) -> None:
+    """Raises: InputError for what are no two shares of a schedule's span, the lower one first."""
+    if not 0 <= low < 1:
+        raise InputError(f"objective.{name}.low: found {low}; expected a share from 0 to below 1")
+    if not low <= high <= 1:
+        raise InputError(f"objective.{name}.high: found {high}; expected a share from {low} to 1")
+
+
+def student_map(context: Context, end: str):
+    """The student's drawn step as a map of x_k: linear in what it says."""
+    return _landed(context, context.student[0], end)
+
+
+def student_tangents(context: Context, end: str):
+    """The tangents of that map along the context's directions: [J, B, H, W, C]."""
+    return jax.vmap(lambda said: _landed(context, said, end))(context.student[1])
+
+
+def _landed(context: Context, said, end: str):
+    if end == "clean":
+        return said.x0
+    alpha, sigma = context.schedule.alpha_sigma(context.next_B)
+    return expand(alpha, said.x0) * said.x0 + expand(sigma, said.eps) * said.eps

@@ -1,0 +1,120 @@
+"""Pictures from a pipeline folder: prompts and noise in, arrays out."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gadjax.diffusion.samplers import Sampler, sample
+from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.scheduler_config import PIXART, student_scheduler_config
+from gadjax.formats.schedulers import sampler_from_config
+from gadjax.pipelines.pipeline import Pipeline
+from gadjax.runtime.settings import settled
+from gadjax.seeds import make_key
+from gadjax.types import Cond, Params
+
+BATCH = 64
+
+
+@settled()
+def initial_noise(seed: int, count: int, latent: tuple[int, int, int]) -> np.ndarray:
+    """Standard normal [count, H, W, C]; number i depends on (seed, i) alone, not on the count."""
+    key = make_key(seed)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    return np.asarray(jax.vmap(lambda k: jax.random.normal(k, latent, jnp.float32))(keys))
+
+
+def sampler_and_times(pipeline: Pipeline, sampling: Sampling) -> tuple[Sampler, np.ndarray]:
+    """Which steps are taken and between which times [steps + 1].
+
+    Raises: InputError for steps or timesteps that the folder's scheduler cannot take.
+    """
+    sampler = pipeline.sampler
+    if sampling.timesteps is None:
+        times = sampler.times(sampling.steps)
+        if sampling.steps == 1 and pipeline.folder.model_index["_class_name"] == PIXART:
+            times[-1] = sampler.schedule.clean  # of a single step it takes x0
+        return sampler, times
+    if not sampler.renoises:
+        config = student_scheduler_config(pipeline.folder.scheduler, sampling.timesteps)
+        sampler = sampler_from_config(config)
+    return sampler, sampler.times(timesteps=sampling.timesteps)
+
+
+def clean_latent(
+    pipeline: Pipeline, params: Params, sampling: Sampling, z_BHWC, cond: Cond, null: Cond
+) -> jax.Array:
+    """The map from noise to x0 that is walked when a picture is drawn; differentiable.
+
+    params: of the denoiser. null: the empty prompt, unread where there is no guidance.
+    """
+    sampler, times = sampler_and_times(pipeline, sampling)
+    if sampling.scale != 1:
+        z_BHWC = sampling.scale * z_BHWC
+    scale = pipeline.denoiser.scale_of(sampling.guidance)
+    predict = pipeline.denoiser.guide(params, cond, null, scale)
+    return sample(predict, sampler, z_BHWC, times)
+
+
+def draw(
+    pipeline: Pipeline,
+    params: dict[str, Params],
+    sampling: Sampling,
+    prompts: Sequence[str],
+    noise_NHWC: np.ndarray,
+    *,
+    batch: int = BATCH,
+    progress: Callable[[int], object] = lambda count: None,
+) -> np.ndarray:
+    """One picture for each of N prompts, from its own noise: float32 [N, H, W, 3] in [-1, 1].
+
+    params: by network, as load_pipeline returns them. progress: told how many are done each time.
+    """
+
+    def images(params, z, cond, null):
+        x0 = clean_latent(pipeline, params[pipeline.body], sampling, z, cond, null)
+        return pipeline.decode(params["vae"], x0)
+
+    return for_prompts(
+        images, pipeline, params, sampling, prompts, (noise_NHWC,), batch=batch, progress=progress
+    )
+
+
+def for_prompts(
+    f: Callable[..., jax.Array],
+    pipeline: Pipeline,
+    params: dict[str, Params],
+    sampling: Sampling,
+    prompts: Sequence[str],
+    arrays: tuple[np.ndarray, ...],
+    *,
+    batch: int = BATCH,
+    progress: Callable[[int], object] = lambda count: None,
+) -> np.ndarray:
+    """f(params, *arrays, cond, null) under one jit, in batches of one size: the last is padded.
+
+    arrays: each [N, ...] for N prompts.
+    """
+    count = len(prompts)
+    batch = min(batch, count)
+    inputs = (*arrays, *pipeline.tokens(prompts, sampling.length))
+    untold = pipeline.prompts.untold(sampling.negative, sampling.length)
+    params = jax.device_put(params)
+
+    @jax.jit
+    def run(params, inputs, untold):
+        *arrays, ids, mask = inputs
+        null = pipeline.encode_text(params, *untold)
+        null = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), null)
+        return f(params, *arrays, pipeline.encode_text(params, ids, mask), null)
+
+    parts = []
+    for start in range(0, count, batch):
+        places = np.minimum(np.arange(start, start + batch), count - 1)
+        part = run(params, tuple(x[places] for x in inputs), untold)
+        done = min(batch, count - start)
+        parts.append(np.asarray(part)[:done])
+        progress(done)
+    return np.concatenate(parts)

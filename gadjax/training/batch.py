@@ -1,0 +1,43 @@
+"""Host arrays to what an update is handed."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gadjax.pipelines.pipeline import Pipeline
+from gadjax.types import Batch, Cond
+
+
+def encode_raw(pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Array]) -> Cond:
+    """Token ids, or embeddings written ahead of time, to what the denoiser is told."""
+    if "text" in raw:
+        pooled = raw["pooled"].astype(jnp.float32) if "pooled" in raw else None
+        return pipeline.cond(raw["text"].astype(jnp.float32), raw["mask"], pooled)
+    return pipeline.encode_text(frozen, raw["ids"], raw["mask"])
+
+
+def make_batch(
+    pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Array], key: jax.Array, update
+) -> Batch:
+    """Host arrays to a Batch. Every sample's key is (the run's, update, its place in the batch)."""
+
+    samples = raw["mask"].shape[0]
+    now = jax.random.fold_in(key, update)
+    places = jnp.arange(samples)
+    keys = jax.vmap(partial(jax.random.fold_in, now))(places)
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), pipeline.latent))(
+        keys
+    )
+    null = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (samples, *x.shape[1:])),
+        encode_raw(pipeline, frozen, frozen["null"]),
+    )
+    # Even: neighbours are a pair to `drawn_steps`.
+    offset = 2 * jax.random.randint(jax.random.fold_in(now, samples), (), 0, 1 << 20)
+    x0 = raw.get("x0")
+    if "image" in raw:
+        x0 = pipeline.encode_image(frozen["vae"], raw["image"])
+    cond = jax.tree.map(lambda x: jax.lax.stop_gradient(x), encode_raw(pipeline, frozen, raw))
+    return Batch(cond, null, noise, keys, (places + offset).astype(jnp.int32), x0)

@@ -1,0 +1,67 @@
+"""What a run shows while it goes: the same prompts and noises every time."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gadjax.formats.sampling_config import Sampling
+from gadjax.io.image_grid import grid, save_png
+from gadjax.io.storage import tolerant
+from gadjax.models.params import overlay
+from gadjax.parallel.sharding import replicated
+from gadjax.pipelines.sampling import clean_latent, initial_noise
+from gadjax.training.batch import encode_raw
+from gadjax.training.setup import Run
+from gadjax.training.state import TrainState
+
+
+class Preview:
+    """Fixed prompts and noises drawn by the teacher and by the student's average, as a PNG."""
+
+    def __init__(self, run: Run, frozen: dict[str, Any], workdir: Path):
+        self.folder, self.scale = workdir / "previews", run.config.preview.scale
+        self.every, self.last = run.config.preview.every, run.config.steps
+        self.patient = run.config.checkpoint.failures > 0
+        with tolerant(self.folder, self.patient):
+            self.folder.mkdir(exist_ok=True)
+        pipeline, recipe = run.pipeline, run.recipe
+        needs, count = recipe.objective.needs, run.config.preview.prompts
+        raw = run.source.batch(0, count)
+        raw = {name: value for name, value in raw.items() if name not in ("image", "x0")}
+        noise = initial_noise(run.config.seed, count, pipeline.latent)
+
+        @partial(jax.jit, static_argnums=1, out_shardings=replicated(run.mesh))
+        def draw(params, sampling, frozen, raw):
+            cond = encode_raw(pipeline, frozen, raw)
+            null = encode_raw(pipeline, frozen, frozen["null"])
+            null = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), null)
+            params = overlay(params, frozen.get("kept"))
+            x0 = clean_latent(pipeline, params, sampling, noise, cond, null)
+            return pipeline.decode(frozen["vae"], x0)
+
+        many = Sampling(guidance=recipe.guidance)
+        few = Sampling(len(recipe.times) - 1, recipe.times[:-1], guidance=1)
+        # What is trained by plain denoising is itself sampled as a teacher is.
+        own = few if needs.distils else many
+        self.draw = lambda params: np.asarray(draw(params, own, frozen, raw))
+        self.teacher = None
+        if pipeline.body in frozen:
+            self.teacher = np.asarray(draw(frozen[pipeline.body], many, frozen, raw))
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.last
+
+    def __call__(self, state: TrainState, step: int) -> np.ndarray:
+        """Writes the picture of one step, and returns it: uint8 [H, W, 3]."""
+        rows = [("student", self.draw(state.ema))]
+        if self.teacher is not None:
+            rows.insert(0, ("teacher", self.teacher))
+        picture = grid(rows, None, self.scale)
+        if jax.process_index() == 0:
+            with tolerant(self.folder, self.patient):
+                save_png(picture, self.folder / f"{step:07d}.png")
+        return np.asarray(picture)

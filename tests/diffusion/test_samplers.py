@@ -1,0 +1,157 @@
+"""PNDM, LCM and SCM against diffusers' own; where these draw noise, both get the same."""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from gadjax.diffusion.denoiser import Denoiser
+from gadjax.diffusion.samplers import keys_of, renoise, sample
+from gadjax.errors import InputError
+from gadjax.formats.scheduler_config import (
+    parameterization_from_config,
+    schedule_from_config,
+    student_scheduler_config,
+)
+from gadjax.formats.schedulers import sampler_from_config
+from gadjax.types import Cond
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+PNDM = dict(_class_name="PNDMScheduler", skip_prk_steps=True, **SD)
+LCM = dict(_class_name="LCMScheduler")
+SCM = dict(_class_name="SCMScheduler", sigma_data=0.5, prediction_type="trigflow")
+CONFIGS = {
+    "pndm-sd": dict(PNDM, steps_offset=1, set_alpha_to_one=False, clip_sample=False),
+    "pndm-one": dict(PNDM, set_alpha_to_one=True),
+    "lcm": LCM,
+    "lcm-v": dict(LCM, **SD, prediction_type="v_prediction", timestep_scaling=3.0),
+}
+SHAPE = (2, 4, 3, 4)
+NOISE = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+MIX = (np.random.default_rng(1).normal(size=(4, 4)) / 2).astype(np.float32)
+TOLERANCE = 5e-6
+
+
+def network(xp, x, t):
+    return xp.tanh(x @ MIX + xp.sin(t / 200))
+
+
+def ours(config, times):
+    sampler = sampler_from_config(config)
+
+    def apply(params, x, t, cond):
+        return network(jnp, x, t[:, None, None, None])
+
+    denoiser = Denoiser(apply, schedule_from_config(config), parameterization_from_config(config))
+    with jax.disable_jit():
+        return sample(lambda x, t: denoiser({}, x, t, Cond(None, None)), sampler, NOISE, times)
+
+
+class Noises:
+    """Gives diffusers' schedulers the noises that ours draw, step by step."""
+
+    def __init__(self, monkeypatch, module):
+        self.step = 0
+        monkeypatch.setattr(module, "randn_tensor", self)
+
+    def __call__(self, shape, **ignored):
+        assert tuple(shape) == SHAPE
+        drawn = renoise(keys_of(jnp.asarray(NOISE)), self.step, jnp.asarray(NOISE))
+        self.step += 1
+        return torch.tensor(np.array(drawn))
+
+
+def theirs(config, monkeypatch, scale=1.0, **given):
+    module = getattr(diffusers.schedulers, "scheduling_" + config["_class_name"][:-9].lower())
+    noises = Noises(monkeypatch, module) if hasattr(module, "randn_tensor") else None
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    scheduler.set_timesteps(**given)
+    x = torch.tensor(NOISE) * scale
+    for t in scheduler.timesteps[: None if scale == 1 else -1]:
+        said = scale * torch.tensor(network(np, np.asarray(x) / scale, np.float32(t)))
+        result = scheduler.step(said, t, x)
+        x = result.prev_sample
+    return np.asarray(x) / scale, scheduler.timesteps.numpy(), noises
+
+
+def assert_close(found, expected):
+    assert np.abs(np.asarray(found) - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    "steps", [1, 2, 3, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8, 20))]
+)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_ends_equal_diffusers(config, steps, monkeypatch):
+    end, told, noises = theirs(config, monkeypatch, num_inference_steps=steps)
+    times = sampler_from_config(config).times(steps)
+    starts = list(dict.fromkeys(told.tolist()))  # PNDM tells its second time twice
+    np.testing.assert_array_equal(times[:-1], starts)
+    assert noises is None or noises.step == steps - 1
+    assert_close(ours(config, times), end)
+
+
+@pytest.mark.parametrize("timesteps", [[999, 749, 499, 249], [625], [399]])
+def test_lcm_takes_the_times_of_known_students(timesteps, monkeypatch):
+    config = dict(LCM, **SD)
+    given = {"timesteps": timesteps} if len(timesteps) > 1 else {"timesteps": timesteps}
+    end, told, _ = theirs(config, monkeypatch, **given)
+    np.testing.assert_array_equal(told, timesteps)
+    times = sampler_from_config(config).times(timesteps=timesteps)
+    assert_close(ours(config, times), end)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_scm_ends_equal_diffusers_in_units_of_its_sigma(steps, monkeypatch):
+    more = {} if steps == 2 else {"intermediate_timesteps": None}
+    given = {"num_inference_steps": steps, **more}
+    end, told, _ = theirs(SCM, monkeypatch, 0.5, **given)
+    times = sampler_from_config(SCM).times(steps)
+    np.testing.assert_allclose(times, told, rtol=1e-6)
+    assert_close(ours(SCM, times), end)
+
+
+def test_a_walk_that_draws_is_a_function_of_its_noise():
+    times = sampler_from_config(LCM).times(3)
+    first = ours(LCM, times)
+    np.testing.assert_array_equal(first, ours(LCM, times))
+    keys = keys_of(jnp.asarray(NOISE))
+    drawn = [renoise(keys, step, jnp.asarray(NOISE)) for step in (0, 1)]
+    assert not np.allclose(drawn[0], drawn[1]) and not np.allclose(drawn[0][0], drawn[0][1])
+    # The smallest change of a sample's noise changes its own draws and no other's.
+    other = NOISE.copy()
+    other[0, 0, 0, 0] = np.nextafter(other[0, 0, 0, 0], np.float32(9))
+    moved = renoise(keys_of(jnp.asarray(other)), 0, jnp.asarray(NOISE))
+    assert not np.allclose(moved[0], drawn[0][0])
+    np.testing.assert_array_equal(moved[1], drawn[0][1])
+
+
+@pytest.mark.parametrize(
+    "config, key",
+    [
+        (dict(PNDM, skip_prk_steps=False), "skip_prk_steps"),
+        (dict(PNDM, prediction_type="v_prediction"), "prediction_type"),
+        (dict(PNDM, timestep_spacing="linspace"), "timestep_spacing"),
+        (dict(LCM, clip_sample=True), "clip_sample"),
+        (dict(SCM, prediction_type="epsilon"), "prediction_type"),
+    ],
+)
+def test_another_walk_is_refused(config, key):
+    with pytest.raises(InputError, match=f"scheduler_config.json, {key}: found"):
+        sampler_from_config(config)
+
+
+def test_what_they_cannot_take_is_refused():
+    with pytest.raises(InputError, match="timesteps: found .* diffusers takes no other"):
+        sampler_from_config(CONFIGS["pndm-sd"]).times(timesteps=[899, 449])
+    with pytest.raises(InputError, match="steps: found 51; expected at most 50"):
+        sampler_from_config(LCM).times(51)
+    for config in (SCM, LCM):
+        assert sampler_from_config(config).renoises
+        with pytest.raises(InputError, match="deterministic steps"):
+            student_scheduler_config(config, [999])

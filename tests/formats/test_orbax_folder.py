@@ -1,0 +1,53 @@
+"""gadjax's own folder is read wherever a pipeline folder is."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import params_of, refused
+
+from gadjax.formats.diffusers_folder import read_pipeline
+from gadjax.formats.orbax_folder import diffusers_folder, open_folder, read_own, write_own
+from gadjax.pipelines.pipeline import load_pipeline
+
+
+@pytest.fixture(scope="module")
+def own(tiny_pipeline, tmp_path_factory):
+    out = tmp_path_factory.mktemp("own")
+    write_own(read_pipeline(tiny_pipeline), out, "digits")
+    return out
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def test_load_pipeline_reads_either(own, tiny_pipeline):
+    (ours, params), (theirs, wanted) = load_pipeline(own), load_pipeline(tiny_pipeline)
+    assert_same(params, wanted)
+    assert ours.latent == theirs.latent and ours.denoiser.schedule == theirs.denoiser.schedule
+    texts = ["red square", ""]
+    for a, b in zip(ours.tokens(texts, 6), theirs.tokens(texts, 6), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_some_networks_in_another_dtype(own, tiny_pipeline):
+    asked = {"components": ("vae",), "dtype": ml_dtypes.bfloat16}
+    ours, theirs = read_own(own, **asked), read_pipeline(tiny_pipeline, **asked)
+    assert ours.components["transformer"].params is None
+    assert_same(ours.components["vae"].params, theirs.components["vae"].params)
+
+
+def test_a_diffusers_folder_for_a_while(own, tiny_pipeline, tmp_path):
+    with diffusers_folder(tiny_pipeline, tmp_path / "out") as folder:
+        assert folder == tiny_pipeline
+    with diffusers_folder(own, tmp_path / "out") as folder:
+        assert_same(params_of(read_pipeline(folder)), params_of(read_pipeline(tiny_pipeline)))
+    assert not any(tmp_path.iterdir())
+
+
+def test_refusals(own):
+    refused(lambda: open_folder(own, variant="fp16"), "--variant", own)
+    refused(lambda: read_own(own, components=("unet",)), own, "no unet")

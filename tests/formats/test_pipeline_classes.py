@@ -1,0 +1,198 @@
+"""What pipelines of diffusers decide beside their folders: the value that diffusers itself uses.
+
+One test for each row of the table in docs/models.md."""
+
+import inspect
+import json
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from checkpoints import edit, refused
+
+from gadjax.formats.diffusers_folder import check_pipeline
+from gadjax.formats.orbax_folder import outline_folder
+from gadjax.formats.pipeline_classes import PIPELINES, SD
+from gadjax.formats.sampling_config import FILE
+from gadjax.formats.schedulers import sampler_from_config
+from gadjax.pipelines import parity
+from gadjax.pipelines.pipeline import load_pipeline, outline_pipeline
+
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+NOTHING = dict.fromkeys(("unet", "vae", "text_encoder", "tokenizer"))
+
+
+@pytest.fixture
+def folder(folders, tmp_path):
+    """A copy of a small Stable Diffusion."""
+    return shutil.copytree(folders("sd15"), tmp_path / "sd15")
+
+
+def scheduler_of(folder, index, **config):
+    """The folder under another scheduler; the file may name another class than model_index.json."""
+    edit(folder / "model_index.json", scheduler=["diffusers", index])
+    config = {"_class_name": index, **BETAS} | config
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, **NOTHING).scheduler
+    return check_pipeline(folder).scheduler, theirs
+
+
+def same_walk(ours, theirs, steps):
+    theirs.set_timesteps(steps)
+    found = sampler_from_config(ours).times(steps)[:-1]
+    wanted = list(dict.fromkeys(theirs.timesteps.tolist()))  # PNDM takes its second time twice
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("index", "file"),
+    [("DDIMScheduler", "PNDMScheduler"), ("PNDMScheduler", "DDIMScheduler")],
+)
+def test_the_schedulers_class_is_the_indexs(folder, index, file):
+    more = {"skip_prk_steps": True, "use_flow_sigmas": True, "clip_sample": False}
+    ours, theirs = scheduler_of(folder, index, _class_name=file, **more)
+    assert ours["_class_name"] == type(theirs).__name__ == index
+    assert outline_folder(folder).scheduler == ours
+    same_walk(ours, theirs, 7)
+
+
+STEPPERS = {
+    "PNDMScheduler": {"skip_prk_steps": True},
+    "DDIMScheduler": {},
+    "DPMSolverMultistepScheduler": {"timestep_spacing": "leading"},
+    "EulerDiscreteScheduler": {"timestep_spacing": "leading"},
+}
+
+
+@pytest.mark.parametrize("index", STEPPERS)
+@pytest.mark.parametrize("offset", [{}, {"steps_offset": 0}, {"steps_offset": 3}])
+def test_stable_diffusions_offset_is_one(folder, index, offset):
+    ours, theirs = scheduler_of(folder, index, **STEPPERS[index], **offset)
+    same_walk(ours, theirs, 10)
+    assert theirs.config.steps_offset == 1
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_sample": True}])
+def test_stable_diffusion_does_not_clip(folder, clip):
+    ours, theirs = scheduler_of(folder, "DDIMScheduler", **clip)
+    assert theirs.config.clip_sample is False
+    same_walk(ours, theirs, 4)  # a clipping one would be refused
+
+
+def test_other_pipelines_keep_both(tiny_pipeline, tmp_path):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "tiny")
+    edit(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    ours = check_pipeline(folder).scheduler
+    assert "steps_offset" not in ours or ours["steps_offset"] == 0
+    refused(lambda: outline_pipeline(folder), "clip_sample: found True")
+
+
+def test_values_listed_as_defaults_are_dropped(folder):
+    """With which a configuration of another class is read."""
+    listed = {"_use_default_values": ["set_alpha_to_one"], "set_alpha_to_one": False}
+    ours, theirs = scheduler_of(folder, "DDIMScheduler", **listed)
+    assert theirs.config.set_alpha_to_one is True and "set_alpha_to_one" not in ours
+
+
+@pytest.mark.parametrize(
+    ("version", "side"), [("0.6.0", 64), ("0.9.0.dev0", 8), ("0.10.2", 8), (None, 8)]
+)
+def test_the_sample_size_of_old_configs(folder, version, side):
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    del config["_diffusers_version"]
+    path.write_text(json.dumps(config | ({"_diffusers_version": version} if version else {})))
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    assert theirs.unet.config.sample_size == side
+    assert load_pipeline(folder)[0].latent[:2] == (side, side)
+
+
+def test_an_autoencoders_shift_is_sd3s_alone(folder, folders, tmp_path):
+    edit(folder / "vae" / "config.json", shift_factor=0.3)
+    assert load_pipeline(folder)[0].folder.components["vae"].spec.shift_factor == 0
+    three = outline_pipeline(folders("sd3"))[0].folder.components["vae"].spec
+    assert three.shift_factor == 0.0609
+    pipeline, params = load_pipeline(folder)
+    x = np.random.default_rng(0).standard_normal((1, *pipeline.latent), np.float32)
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+    latents = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    image = vae.decode(latents / vae.config.scaling_factor).sample  # as StableDiffusionPipeline
+    ours = pipeline.decode(params["vae"], x)
+    wanted = image.detach().clamp(-1, 1).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+FAMILIES = ("sd15", "sdxl", "sana", "sana_sprint", "sd3", "PixArtAlphaPipeline", "SIGMA")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_guidance_and_length_are_the_calls_defaults(folders, family, tiny_pipeline, tmp_path):
+    if family in ("PixArtAlphaPipeline", "SIGMA"):
+        folder = shutil.copytree(tiny_pipeline, tmp_path / "tiny")
+        kind = family.replace("SIGMA", "PixArtSigmaPipeline")
+        edit(folder / "model_index.json", _class_name=kind)
+    else:
+        folder = folders(family)
+    pipeline, _ = outline_pipeline(folder)
+    kind = getattr(diffusers, pipeline.folder.model_index["_class_name"])
+    told = {name: p.default for name, p in inspect.signature(kind.__call__).parameters.items()}
+    assert pipeline.sampling.steps == told["num_inference_steps"]
+    assert pipeline.sampling.guidance == told["guidance_scale"]
+    assert pipeline.sampling.length == told.get("max_sequence_length", 77)
+
+
+def test_one_ddim_step_of_pixart_is_its_x0(tiny_pipeline, tmp_path):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "tiny")
+    edit(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    options = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 500}
+    edit(folder / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler", **options)
+    (folder / FILE).write_text(json.dumps({"steps": 1, "guidance": 1.0, "length": 8}))
+    assert parity.compare_pictures(folder, parity.PROMPTS[:1]) <= 1e-4
+
+
+def test_a_pipeline_of_another_class_is_refused(folder):
+    known = set(PIPELINES) - {SD}
+    for kind in ("StableDiffusionImg2ImgPipeline", None):
+        edit(folder / "model_index.json", _class_name=kind)
+        refused(lambda: outline_pipeline(folder), "model_index.json, _class_name: found", *known)
+    edit(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    refused(lambda: outline_pipeline(folder), "addition_embed_type None", "XLPipeline alone")
+
+
+def test_encoders_of_another_class_are_refused(folder, folders, tmp_path):
+    """CLIPs with a projection say their pooled vector first."""
+    projected = ["transformers", "CLIPTextModelWithProjection"]
+    edit(folder / "model_index.json", text_encoder=projected)
+    words = "text_encoder: found 'CLIPTextModelWithProjection'; expected CLIPTextModel"
+    refused(lambda: outline_pipeline(folder), words)
+    other = shutil.copytree(folders("sdxl"), tmp_path / "sdxl")
+    edit(other / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"])
+    words = "text_encoder_2: found 'CLIPTextModel'; expected CLIPTextModelWithProjection"
+    refused(lambda: outline_pipeline(other), words)
+
+
+def test_sanas_pipeline_and_its_network_go_together(folders, tmp_path):
+    for family, kind in (("sana", "SanaSprintPipeline"), ("sana_sprint", "SanaPipeline")):
+        folder = shutil.copytree(folders(family), tmp_path / family)
+        found = check_pipeline(folder).scheduler["_class_name"]
+        edit(folder / "model_index.json", _class_name=kind)
+        words = f"scheduler: found '{found}' of a {kind}; expected SCMScheduler of SanaSprintPip"
+        refused(lambda: outline_pipeline(folder), words)  # noqa: B023
+        other = "SCMScheduler" if family == "sana" else "DDIMScheduler"
+        edit(folder / "model_index.json", scheduler=["diffusers", other])
+        file = folder / "scheduler" / "scheduler_config.json"
+        file.write_text(
+            json.dumps(
+                {"prediction_type": "trigflow"} if family == "sana" else {"clip_sample": False}
+            )
+        )
+        refused(lambda: outline_pipeline(folder), f"found a {kind} with guidance_embeds")  # noqa: B023
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_pipelines_that_scale_no_latents_are_refused_with_euler(folders, family, tmp_path):
+    folder = shutil.copytree(folders(family), tmp_path / family)
+    edit(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    refused(lambda: outline_pipeline(folder), "scheduler: found EulerDiscreteScheduler; expected")

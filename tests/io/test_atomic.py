@@ -1,0 +1,182 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import refused
+
+from gadjax.errors import InputError
+from gadjax.io import atomic
+from gadjax.io.atomic import atomic_folder, check_target, partial_folder, put_back
+
+
+def test_atomic_folder(tmp_path):
+    dst = tmp_path / "deep" / "out"
+    with atomic_folder(dst) as partial:
+        (partial / "a").write_text("1")
+        assert partial.parent == dst.parent and not dst.exists()
+    assert [p.name for p in dst.parent.iterdir()] == ["out"]
+    assert (dst / "a").read_text() == "1"
+    assert dst.stat().st_mode == dst.parent.stat().st_mode
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_atomic_folder_keeps_the_old_on_an_error(tmp_path, error):
+    dst = tmp_path / "out"
+    for old in ([], ["kept"]):
+        for name in old:
+            dst.mkdir()
+            (dst / name).write_text("old")
+        with pytest.raises(error), atomic_folder(dst, overwrite=True) as partial:
+            (partial / "a").write_text("1")
+            raise error
+        assert sorted(p.name for p in tmp_path.rglob("*")) == (["kept", "out"] if old else [])
+
+
+@pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
+def exchanges(request, monkeypatch) -> bool:
+    """Whether the file system can exchange two folders."""
+    if not request.param:
+        monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    return request.param
+
+
+def test_atomic_folder_replaces(tmp_path, exchanges):
+    dst = tmp_path / "out"
+    dst.mkdir()
+    with atomic_folder(dst) as partial:  # empty: nothing is lost
+        (partial / "a").write_text("1")
+    refused(lambda: atomic_folder(dst).__enter__(), dst, "a folder with files in it")
+    other = lambda: atomic_folder(dst, overwrite=True, marker="b").__enter__()  # noqa: E731
+    refused(other, dst, "a folder without b")
+    with atomic_folder(dst, overwrite=True, marker="a") as partial:
+        (partial / "c").write_text("2")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["c", "out"]
+
+
+def test_this_system_exchanges_folders_in_one_step(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.mkdir()
+    assert not atomic._exchange(a, b)  # there is no b
+    b.mkdir()
+    (b / "of b").touch()
+    assert atomic._exchange(a, b)
+    assert (a / "of b").exists() and not any(b.iterdir())
+
+
+def test_atomic_folder_refuses(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(lambda: atomic_folder(tmp_path / "file").__enter__(), "found a file")
+    refused(lambda: atomic_folder(tmp_path / "file" / "out").__enter__(), "a folder to write in")
+    with pytest.raises(InputError, match="with files"), atomic_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("1")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("2")  # another process was faster
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "out", "theirs"]
+
+
+def test_a_folder_in_one_that_is_being_filled_is_part_of_it(tmp_path):
+    with atomic_folder(tmp_path / "out") as outer, atomic_folder(outer) as inner:
+        assert inner == outer
+        (inner / "a").touch()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "out"]
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
+    dst, left = tmp_path / "out", tmp_path / "out.partial-dead"
+    (left / "deep").mkdir(parents=True)
+    another = tmp_path / "out2.partial-dead"
+    another.mkdir()
+    with atomic_folder(dst) as first, atomic_folder(dst) as second:  # both live
+        assert first.exists() and second.exists() and not left.exists()
+        with partial_folder(dst) as third:
+            assert first.exists() and second.exists() and third.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", another.name]
+
+
+def test_what_was_moved_aside_is_put_back(tmp_path, caplog):
+    dst, aside = tmp_path / "out", tmp_path / "out.replaced-dead"
+    aside.mkdir()
+    (aside / "a").write_text("old")
+    with atomic._if_left(aside):  # its writer lives
+        put_back(dst)
+        assert not dst.exists()
+    refused(lambda: check_target(dst), dst, "a folder with files in it")
+    assert (dst / "a").read_text() == "old" and not aside.exists()
+    assert "put back" in caplog.text
+    aside.mkdir()
+    put_back(dst)  # nothing to do: dst is there
+    assert aside.exists()
+    with atomic_folder(dst, overwrite=True):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# Writers that are killed before their first event, their second, and so on until one ends: an event
+# is what Python says to its auditors, every file opened, renamed, removed or locked.
+KILLED = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+from gadjax.convert import atomic
+
+dst = Path(sys.argv[1], "out")
+if sys.argv[2] == "False":
+    atomic._exchange = lambda a, b: False
+
+def write(word):
+    with atomic.atomic_folder(dst, overwrite=True) as new:
+        (new / "deep").mkdir()
+        for name in ("a", "deep/b"):
+            (new / name).write_text(word)
+
+def killed(events):
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = events
+    def hook(event, arguments):
+        nonlocal left
+        left -= event.partition(".")[0] in ("open", "os", "shutil", "fcntl", "ctypes")
+        if left == -1:  # os.kill itself is an event
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    write("new")
+    os._exit(0)
+
+def found():
+    paths = (path for path in dst.rglob("*") if path.is_file())
+    files = {str(path.relative_to(dst)): path.read_text() for path in paths}
+    return "missing" if not dst.exists() else next(
+        (word for word in ("old", "new") if files == {"a": word, "deep/b": word}), "mixed"
+    )
+
+code, seen = -signal.SIGKILL, []
+while code == -signal.SIGKILL:
+    write("old")
+    code = killed(len(seen))
+    at_once = found()
+    atomic.put_back(dst)
+    seen.append((at_once, found()))
+    write("next")
+    assert os.listdir(dst.parent) == ["out"], os.listdir(dst.parent)
+assert code == 0
+print(json.dumps(seen))
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, exchanges):
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path, str(exchanges)],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    at_once, later = zip(*json.loads(done.stdout), strict=True)
+    assert len(later) > 20 and set(later) == {"old", "new"}
+    assert list(later) == sorted(later, reverse=True)  # the old, then the new
+    # Between two renames there is neither, until the next command puts the old one back.
+    assert ("missing" in at_once) != exchanges and "mixed" not in at_once
+    assert done.stderr.count("put back") == at_once.count("missing")

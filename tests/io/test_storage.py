@@ -1,0 +1,319 @@
+"""Workdirs in an object store, tested against one in memory (`fake_gcs`)."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import fsspec
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from fake_gcs import serve
+from jax.sharding import SingleDeviceSharding
+
+from gadjax.checkpoints.checkpoint import Checkpoints, read_params
+from gadjax.cli.main import main
+from gadjax.errors import InputError, RunStopped
+from gadjax.io.manifest import find_fault
+from gadjax.io.storage import as_path, listing, reach, write_whole
+from gadjax.runtime import workdir_lock as claims
+from gadjax.runtime.goodput import Clock
+from gadjax.runtime.profiler import Profile
+from gadjax.runtime.progress import Progress
+from gadjax.runtime.status import read_status
+from gadjax.runtime.supervisor import _say_stopped
+from gadjax.runtime.workdir_lock import Claim
+from gadjax.training.config import default_config
+from gadjax.training.state import create
+
+
+@pytest.fixture(scope="module")
+def server():
+    """(store, environment); clients keep its address, so there is one for all tests."""
+    with serve() as (store, environment), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+        patch.setitem(sys.modules, "tensorflow", None)
+        yield store, environment
+
+
+@pytest.fixture
+def store(server):
+    store, _ = server
+    yield store
+    store.refuse = lambda request: None
+
+
+@pytest.fixture
+def workdir(store):
+    return as_path(f"gs://bucket/runs/{uuid.uuid4().hex[:8]}")
+
+
+def test_a_folder_stays_a_folder_and_other_stores_are_refused(tmp_path, monkeypatch):
+    assert as_path(str(tmp_path)) == tmp_path and type(as_path("a/b")) is type(tmp_path)
+    for text in ("s3://bucket/run", "http://x/y", "gs://"):
+        with pytest.raises(InputError, match=r"--workdir: found \S*; expected a folder or gs://"):
+            as_path(text)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs gcsfs; expected pip install 'gadjax\[gcs\]'"):
+        as_path("gs://bucket/run")
+
+
+def test_a_store_that_refuses_is_named_before_any_work(store, workdir, tmp_path, capsys):
+    reach(workdir, write=True)
+    with pytest.raises(InputError, match="gs://other/run: found nothing at .*; expected a bucket"):
+        reach(as_path("gs://other/run"))
+    store.refuse = lambda request: 403
+    config = tmp_path / "config.py"
+    config.write_text("from gadjax.training.config import default_config as get_config\n")
+    for command in (
+        ["train", "--config", str(config), "--workdir", str(workdir)],
+        ["status", str(workdir)],
+        ["export", "--workdir", str(workdir), "--out", "never"],
+    ):
+        assert main(command) == 2
+        line = capsys.readouterr().err
+        assert f"{workdir}: found Forbidden" in line and line.count("\n") == 1
+
+
+def make_state():
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {"student": {"kernel": jax.random.normal(keys[0], (64, 48))}}
+    params["critic"] = {"kernel": jax.random.normal(keys[1], (8, 8)).astype(jnp.bfloat16)}
+    return create(params, {role: optax.adam(0.1) for role in params})
+
+
+def shapes(state):
+    place = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+
+
+def restore(folder, state):
+    checkpoints = Checkpoints(folder)
+    try:
+        return checkpoints.restore(shapes(state))
+    finally:
+        checkpoints.close()
+
+
+def test_checkpoints(store, workdir, caplog):
+    folder, state = workdir / "checkpoints", make_state()
+    root = str(folder).removeprefix("gs://bucket/")
+    checkpoints = Checkpoints(folder, keep=2)
+    assert checkpoints.restore(shapes(state)) is None
+    for step in (2, 4, 6):
+        checkpoints.save(step, state, {"seed": step})
+    checkpoints.manager.wait_until_finished()
+    assert {name.split("/")[0] for name in listing(folder)} == {"4", "6"}
+    made = store.generations
+    assert made[f"{root}/6/seal.json"] < made[f"{root}/6/commit_success.txt"]
+    assert find_fault(folder / "6") is None
+    checkpoints.close()  # completes the seal
+    sealed = json.loads((folder / "6" / "seal.json").read_text())
+    assert sealed.keys() == listing(folder / "6").keys() and find_fault(folder / "6") is None
+    for name in ("_CHECKPOINT_METADATA", "seal.json", "stray"):
+        before = store.objects.get(f"{root}/6/{name}", b"")
+        store.put(f"{root}/6/{name}", before + b" ")
+        assert name in find_fault(folder / "6")
+        if before:
+            store.put(f"{root}/6/{name}", before)
+        else:
+            store.remove(f"{root}/6/{name}")
+    assert find_fault(folder / "6") is None
+
+    step, same, meta = restore(folder, state)
+    assert (step, meta) == (6, {"seed": 6})
+    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(state), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    step, params, _ = read_params(folder, "student")
+    assert step == 6 and np.array_equal(params["kernel"], state.params["student"]["kernel"])
+
+    # A save that was killed before its commit is none, and does not hinder the next one.
+    store.put(f"{root}/8/state/d/half", b"half")
+    store.put(f"{root}/8/seal.json", b"{}")
+    assert read_params(folder)[0] == 6
+    with pytest.raises(InputError, match="found 6, 4; expected 8"):
+        read_params(folder, "ema", 8)
+
+    name = max((n for n in made if f"{root}/6/" in n), key=lambda n: len(store.objects[n]))
+    data = bytearray(store.objects[name])
+    data[len(data) // 2] ^= 8
+    store.put(name, data)
+    assert "its checksum differs" in find_fault(folder / "6")
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.restore(shapes(state))[0] == 4
+    assert f"{folder}/6: damaged checkpoint skipped" in caplog.text
+    assert "6/seal.json" in listing(workdir / "damaged")
+    for step in (6, 8):
+        checkpoints.save(step, state, {"again": step})
+    checkpoints.close()
+    assert restore(folder, state)[2] == {"again": 8}
+    assert "6/seal.json" in listing(workdir / "damaged")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_checkpoint_that_the_store_refuses_stops_the_run(store, workdir):
+    folder, state = workdir / "checkpoints", make_state()
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(2, state, {})
+    checkpoints.wait()
+    store.refuse = lambda request: 403 if request.startswith("POST") else None
+    with pytest.raises(RunStopped, match="checkpoints/4: cannot be written: .*refused"):
+        checkpoints.save(4, state, {})
+        checkpoints.wait()
+    store.refuse = lambda request: 403
+    with pytest.raises(RunStopped, match="checkpoints: cannot be read: Forbidden"):
+        read_params(folder)  # rather than to say that there are none
+    store.refuse = lambda request: None
+    assert restore(folder, state)[0] == 2
+
+
+def test_one_run_at_a_time(workdir, monkeypatch, caplog):
+    monkeypatch.setattr(claims, "RENEW", 0.2)
+    monkeypatch.setattr(claims, "STALE", 1.5)
+    monkeypatch.setattr(claims, "LOOK", 0.1)
+    with Claim(workdir, 10) as claim:
+        claim.say("running", 3)
+        with pytest.raises(InputError, match="another run .*process [0-9]+ on .*one at a time"):
+            Claim(workdir, 10)
+    assert not (workdir / "lock").exists()
+    assert json.loads((workdir / "status.json").read_text())["step"] == 3
+
+    # Killed: the lock stays, and nobody renews it.
+    dead = {"holder": "process 1 on earth", "time": time.time(), "token": "dead"}
+    write_whole(workdir / "lock", json.dumps(dead))
+    began = time.monotonic()
+    with Claim(workdir, 10) as claim:
+        assert 1 < time.monotonic() - began < 10
+        assert "found process 1 on earth; waiting" in caplog.text
+    write_whole(workdir / "lock", json.dumps(dead | {"time": time.time() - 60}))
+    began = time.monotonic()
+    with pytest.raises(RunStopped, match="another run that took it over"):
+        with Claim(workdir, 10) as claim:
+            assert time.monotonic() - began < 1
+            write_whole(workdir / "lock", json.dumps(dead))
+            claim.lock.thread.join(5)
+            claim.say("running", 4)
+    assert json.loads((workdir / "lock").read_text()) == dead
+    assert json.loads((workdir / "status.json").read_text())["step"] == 3
+
+
+def test_a_lock_that_cannot_be_written(store, workdir):
+    store.refuse = lambda request: 403 if request.startswith("POST") else None
+    with pytest.raises(InputError, match="found a folder that cannot be written .Forbidden"):
+        Claim(workdir, 10)
+
+
+def report(workdir, start=0):
+    config = default_config()
+    config.steps, config.batch, config.log.every = 8, 1, 1
+    return Progress(workdir, config, start, Clock())
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_run_says(store, workdir, caplog):
+    def uploads():
+        return sum("POST /upload" in request for request in store.asked)
+
+    with report(workdir) as progress:
+        progress.note("resumed at step 0")
+        for step in (1, 2, 3):
+            progress.update(step, {"loss": 1.0})
+        assert [row["step"] for row in rows(workdir)] == [1]  # and no more for half a minute
+        before = uploads()
+        progress.sync()  # with a checkpoint
+        assert [row["step"] for row in rows(workdir)] == [1, 2] and uploads() == before + 3
+        store.refuse = lambda request: 403
+        progress.sync()
+        assert "cannot be written now: Forbidden" in caplog.text
+        progress.update(4, {"loss": 1.0})
+        store.refuse = lambda request: None
+    assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4]
+    with report(workdir, 2) as progress:
+        progress.update(3, {"loss": 2.0})
+    assert [(row["step"], row["loss"]) for row in rows(workdir)] == [(1, 1), (2, 1), (3, 2)]
+    logged = (workdir / "train.log").read_text()
+    assert "resumed at step 0" in logged and logged.count("step 3/8") == 2
+    assert '"starts": 2' in (workdir / "goodput.json").read_text()
+
+
+def test_status(store, workdir):
+    with pytest.raises(InputError, match="no such folder; expected a workdir"):
+        read_status(workdir)
+    write_whole(workdir / "config.json", json.dumps({"steps": 9, "batch": 2, "log": {"every": 1}}))
+    with Claim(workdir, 9) as claim:
+        claim.say("running", 2)
+    with report(workdir) as progress:
+        progress.update(3, {"loss": 1.5})
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints.save(2, make_state(), {})
+    checkpoints.close()
+    write_whole(workdir / "checkpoints" / "4" / "seal.json", "{}")  # not committed
+    write_whole(workdir / "previews" / "0000002.png", b"PNG")
+    said = (workdir / "status.json").read_text()
+    _say_stopped(workdir / "status.json", "it hung")  # as gadjax launch does
+    assert read_status(workdir)["text"] == "stopped: it hung"
+    write_whole(workdir / "status.json", said)
+    found = read_status(str(workdir))
+    assert (found["state"], found["step"], found["metrics"]) == ("running", 3, {"loss": 1.5})
+    assert found["checkpoint"]["step"] == 2 and found["checkpoint"]["age_seconds"] > 0
+    assert found["preview"] == f"{workdir}/previews/0000002.png"
+
+
+def test_a_profile_is_copied(workdir, monkeypatch):
+    def start(folder):  # the real one ends the process where a test before has loaded libtpu
+        (Path(folder) / "plugins").mkdir(parents=True)
+        (Path(folder) / "plugins" / "host.xplane.pb").write_bytes(b"trace")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", start)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    said = []
+    profile = Profile((0, 1), workdir, said.append)
+    profile.at(0, ())
+    jax.block_until_ready(jnp.ones(3) + 1)
+    profile.at(1, ())
+    assert said == [f"profile of steps 1 to 1: {workdir}/profile"]
+    assert any(name.endswith(".xplane.pb") for name in listing(workdir / "profile"))
+    assert not os.path.exists(profile.local)
+
+
+@pytest.mark.slow
+def test_a_whole_run(server, workdir, config, tmp_path):
+    _, environment = server
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "gadjax", *map(str, arguments)],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+        )
+
+    train = ["train", "--config", config, "--workdir", workdir, "--config.preview.every=2"]
+    done = run(*train, "--config.steps=2")
+    assert done.returncode == 0, done.stderr
+    done = run(*train, "--config.steps=4", "--profile=2:1")
+    assert done.returncode == 0 and "resumed at step 2" in done.stderr, done.stderr
+    found = {name.split("/")[0] for name in listing(workdir)}
+    expected = {"config.json", "status.json", "run.json", "goodput.json", "metrics.jsonl"}
+    assert found == expected | {"train.log", "checkpoints", "previews", "profile"}
+    assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4]
+    done = run("status", workdir)
+    assert "done" in done.stdout and "step 4, " in done.stdout, done.stderr
+    done = run("export", "--workdir", workdir, "--out", tmp_path / "student")
+    assert done.returncode == 0 and "average of step 4" in done.stdout, done.stderr
+    (tmp_path / "prompts.txt").write_text("red circle\n")
+    prompts = ["--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "pictures"]
+    done = run("sample", "--model", workdir, *prompts)
+    assert done.returncode == 0 and (tmp_path / "pictures" / "00000-0.png").exists(), done.stderr

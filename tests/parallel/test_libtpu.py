@@ -1,0 +1,49 @@
+"""Where libtpu is installed and there is no TPU, nothing but `gadjax plan` loads it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ASK = """
+import os, sys
+from gadjax.parallel import libtpu
+libtpu.TPUS = (sys.argv[1],)
+libtpu.find_spec = lambda name: name in sys.argv[2:] or None
+libtpu.entry_points = lambda group: ()
+libtpu.leave_alone()
+print(os.environ.get("JAX_PLATFORMS"), os.environ.get("TPU_ACCELERATOR_TYPE"))
+"""
+
+
+def run(*command: str, **own: str) -> subprocess.CompletedProcess:
+    """A process that is told nothing of platforms but `own`."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_PLATFORMS", "TPU_"))}
+    env |= {"PYTHONPATH": str(ROOT)} | own
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "tpu,installed,own,found",
+    [
+        ("none", ("libtpu",), {}, "cpu None"),
+        ("none", ("libtpu",), {"JAX_PLATFORMS": ""}, "cpu None"),
+        ("none", ("libtpu",), {"JAX_PLATFORMS": "cuda"}, "cuda None"),
+        ("none", ("libtpu", "jax_plugins"), {}, "None v5litepod-4"),  # of a GPU
+        ("none", (), {}, "None None"),
+        ("/*", ("libtpu",), {}, "None None"),
+        ("none", ("libtpu",), {"TPU_ACCELERATOR_TYPE": "v5p-8"}, "None v5p-8"),
+    ],
+)
+def test_jax_is_kept_from_libtpu_only_where_there_is_no_tpu(tpu, installed, own, found):
+    asked = run("-c", ASK, tpu, *installed, **own)
+    assert asked.stdout.strip() == found, asked.stderr
+
+
+def test_a_command_says_nothing_of_libtpu():
+    asked = run("-m", "gadjax", "doctor")
+    assert asked.returncode == 0 and "devices: " in asked.stdout
+    assert asked.stderr == "" and "libtpu" not in asked.stdout

@@ -1,0 +1,100 @@
+"""Drawing: the pictures that diffusers draws, whatever the batch."""
+
+import numpy as np
+import pytest
+
+from gadjax.errors import InputError
+from gadjax.formats.sampling_config import Sampling
+from gadjax.pipelines.pipeline import load_pipeline
+from gadjax.pipelines.sampling import draw, initial_noise, sampler_and_times
+
+PROMPTS = ["red circle", "a blue square above", "green"]
+LENGTH = 8
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_pipeline):
+    return load_pipeline(tiny_pipeline)
+
+
+def theirs(pipe, noise, sampling):
+    import torch
+
+    steps = {"num_inference_steps": sampling.steps, "timesteps": sampling.timesteps}
+    return pipe(
+        PROMPTS,
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+        guidance_scale=sampling.guidance,
+        height=16,
+        width=16,
+        max_sequence_length=LENGTH,
+        clean_caption=False,
+        use_resolution_binning=False,
+        output_type="np",
+        **{key: value for key, value in steps.items() if value is not None},
+    ).images
+
+
+def test_the_teacher_draws_as_diffusers_does(torch_pipeline, loaded):
+    pipeline, params = loaded
+    noise = initial_noise(0, 3, pipeline.latent)
+    sampling = Sampling(5, None, 3.0, LENGTH)
+    ours = draw(pipeline, params, sampling, PROMPTS, noise)
+    torch_pipeline.set_progress_bar_config(disable=True)
+    wanted = 2 * theirs(torch_pipeline, noise, sampling) - 1
+    assert wanted.std() > 0.1
+    np.testing.assert_allclose(ours, wanted, atol=2e-5)
+
+
+def test_a_student_draws_as_diffusers_does(torch_pipeline, loaded):
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
+
+    from gadjax.formats.scheduler_config import student_scheduler_config
+
+    pipeline, params = loaded
+    config = student_scheduler_config(pipeline.folder.scheduler, (899, 674, 300))
+    pipe = PixArtAlphaPipeline(
+        **{
+            **torch_pipeline.components,
+            "scheduler": DPMSolverMultistepScheduler.from_config(config),
+        }
+    )
+    pipe.set_progress_bar_config(disable=True)
+    noise = initial_noise(0, 3, pipeline.latent)
+    sampling = Sampling(3, (899, 674, 300), 1.0, LENGTH)
+    ours = draw(pipeline, params, sampling, PROMPTS, noise)
+    np.testing.assert_allclose(ours, 2 * theirs(pipe, noise, sampling) - 1, atol=2e-5)
+
+
+def test_batches_make_no_difference(loaded):
+    pipeline, params = loaded
+    noise = initial_noise(3, 3, pipeline.latent)
+    done = []
+    whole = draw(pipeline, params, Sampling(2, None, 2.0, LENGTH), PROMPTS, noise)
+    parts = draw(
+        *(pipeline, params, Sampling(2, None, 2.0, LENGTH), PROMPTS, noise),
+        batch=2,
+        progress=done.append,
+    )
+    assert whole.shape == (3, 16, 16, 3) and whole.dtype == np.float32
+    assert np.abs(whole).max() <= 1
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    assert done == [2, 1]
+
+
+def test_noise_is_a_function_of_seed_and_place():
+    few, many = initial_noise(5, 2, (4, 6, 3)), initial_noise(5, 7, (4, 6, 3))
+    assert many.shape == (7, 4, 6, 3) and many.dtype == np.float32
+    np.testing.assert_array_equal(few, many[:2])
+    assert not np.any(initial_noise(6, 7, (4, 6, 3)) == many)
+    assert abs(initial_noise(0, 64, (8, 8, 4)).std() - 1) < 0.02
+
+
+def test_timesteps_are_walked_by_steps_of_order_one(loaded):
+    pipeline, _ = loaded
+    sampler, times = sampler_and_times(pipeline, Sampling(2, (899.0, 449.0), 1.0, 16))
+    assert sampler.order == 1 and times.tolist() == [899, 449, -1]
+    sampler, times = sampler_and_times(pipeline, Sampling(7))
+    assert sampler.order == 2 and len(times) == 8
+    with pytest.raises(InputError, match="timesteps"):
+        sampler_and_times(pipeline, Sampling(2, (1200.0, 449.0), 1.0, 16))

@@ -1,0 +1,188 @@
+"""Several real processes on one machine: they find each other, agree, and leave together."""
+
+import signal
+import threading
+
+import pytest
+from several import start
+
+from gadjax.errors import InputError
+from gadjax.runtime import distributed
+from gadjax.runtime.supervisor import free_port
+
+WORKER = """
+import os, signal, sys
+from pathlib import Path
+from gadjax.errors import InputError, RunStopped
+from gadjax.runtime import distributed
+from gadjax.runtime.distributed import Leaving, agree, check_devices, join, together
+
+join()
+import jax
+number = jax.process_index()
+
+def show(name, f):
+    try:
+        print(f"{name}: {f()}", flush=True)
+    except (InputError, RunStopped) as error:
+        print(f"{name}: {type(error).__name__}: {error}", flush=True)
+
+def fail():
+    if number == 1:
+        raise RunStopped("no room")
+    return "fine"
+
+show("devices", lambda: (jax.device_count(), jax.local_device_count()))
+show("asked", lambda: check_devices(16))
+show("same", lambda: agree({"lr": 1}, Path("run")))
+show("config", lambda: agree({"lr": number}, Path("run")))
+show("workdir", lambda: agree({"lr": 1}, Path(f"run{number}")))
+distributed._code = lambda: f"print({number})"
+show("code", lambda: agree({"lr": 1}, Path("run")))
+show("all", lambda: together(lambda: "fine"))
+show("one", lambda: together(fail))
+with Leaving() as leaving:
+    for step in range(1, 10_000):
+        if step == 5 and number == 1:  # this one alone is told
+            os.kill(os.getpid(), signal.SIGUSR1)
+        # As every training step does, which keeps processes together.
+        together(lambda: None)
+        if leaving.asked(step):
+            break
+print(f"left: {step}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def said():
+    """What both processes printed, by name."""
+    port = free_port()
+    both = [start(["-c", WORKER], number, 2, port, 4) for number in (0, 1)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    return [
+        dict(line.split(": ", 1) for line in output.splitlines() if ": " in line)
+        for output in outputs
+    ]
+
+
+def test_they_find_each_other(said):
+    assert [words["devices"] for words in said] == ["(8, 4)"] * 2
+
+
+def test_a_number_of_devices_that_was_not_asked_for_is_said_by_all(said):
+    for words in said:
+        assert words["asked"].startswith("InputError: --devices: found 8 in 2 processes; expected")
+
+
+def test_processes_that_run_the_same_agree(said):
+    assert [words["same"] for words in said] == ["None"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("config", "another config"),
+        ("workdir", "another workdir"),
+        ("code", "other code of gadjax"),
+    ],
+)
+def test_processes_that_differ_all_end(said, name, what):
+    for number, words in enumerate(said):
+        assert words[name].startswith(
+            f"InputError: process {1 - number}: found {what} than on process {number}"
+        )
+
+
+def test_what_fails_on_one_ends_all_as_it_does(said):
+    assert [words["all"] for words in said] == ["fine"] * 2
+    assert said[1]["one"] == "RunStopped: no room"
+    assert said[0]["one"].startswith("RunStopped: process 1 ended")
+
+
+def test_all_leave_after_the_same_step_whoever_was_told(said):
+    steps = [int(words["left"]) for words in said]
+    assert steps[0] == steps[1] and 5 <= steps[0] < 9_999
+
+
+LOSES = """
+import jax
+from gadjax.errors import RunStopped
+from gadjax.runtime import distributed
+distributed.alone = lambda: False
+for error in (RunStopped("no room"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: memory")):
+    try:
+        with distributed.losing_peers():
+            raise error
+    except Exception as found:
+        print(found is error, flush=True)
+with distributed.losing_peers():
+    raise RunStopped("checkpoints/8: cannot be written") from RuntimeError("Gloo AllGather failed")
+"""
+
+
+def test_a_lost_peer_is_not_a_fault_of_this_run():
+    process = start(["-c", LOSES], 0, 1, 0, 1)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == -signal.SIGABRT
+    assert output.splitlines()[:3] == [
+        "True",
+        "True",
+        "gadjax: a peer was lost: Gloo AllGather failed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS: found nothing"),
+        (
+            {"JAX_NUM_PROCESSES": "two", "JAX_COORDINATOR_ADDRESS": "a:1"},
+            "JAX_NUM_PROCESSES: found 'two'",
+        ),
+        (
+            {
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_COORDINATOR_ADDRESS": "a:1",
+                "JAX_PROCESS_ID": "2",
+            },
+            "JAX_PROCESS_ID: found 2; expected 0 to 1",
+        ),
+        ({"GADJAX_PEER_TIMEOUT": "soon"}, "GADJAX_PEER_TIMEOUT: found 'soon'"),
+        (
+            {
+                "SLURM_LOCALID": "0",
+                "SLURM_GPUS_ON_NODE": "8",
+                "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+            },
+            "SLURM: found 1 tasks on a node of 8 GPUs",
+        ),
+    ],
+)
+def test_variables_that_are_wrong_are_named(monkeypatch, given, words):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError) as error:
+        distributed.join()
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_task_for_each_card_is_what_slurm_should_give(monkeypatch):
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "8(x2)")
+    distributed._check_slurm()
+
+
+def test_signals_are_left_to_the_main_thread():
+    """A worker's run cannot take them, and goes on without."""
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with distributed.Leaving() as leaving:
+            found.append(leaving.asked(1))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False] and signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,101 @@
+"""Where the time goes: that it adds up, over restarts and crashes as well."""
+
+import json
+
+import pytest
+
+from gadjax.runtime.goodput import Clock
+
+
+class Time:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def pass_(self, seconds):
+        self.now += seconds
+
+
+def steps(clock, time, numbers):
+    """A start: ten seconds until its first step, then four for each (one of them for data)."""
+    time.pass_(10)
+    for number in numbers:
+        with clock("data"):
+            time.pass_(1)
+        clock.stepped(number)
+        time.pass_(3)
+
+
+def record(workdir):
+    return json.loads((workdir / "goodput.json").read_text())
+
+
+def test_all_the_time_is_somewhere(tmp_path):
+    time = Time()
+    clock = Clock(time)
+    clock.resume(tmp_path, 0)
+    steps(clock, time, [1, 2, 3])
+    with clock("checkpoint"):
+        time.pass_(5)
+        with clock("preview"):
+            time.pass_(2)
+        time.pass_(1)
+    assert clock.share() == 9 / 30
+    clock.write()
+    expected = {"compile": 11, "step": 9, "data": 2, "checkpoint": 6, "preview": 2, "lost": 0}
+    assert record(tmp_path) == {"step": 3, "steps": 3, "starts": 1, "seconds": expected}
+
+
+def test_a_block_that_fails_still_ends(tmp_path):
+    time = Time()
+    clock = Clock(time)
+    clock.stepped(1)
+    with pytest.raises(OSError), clock("checkpoint"):
+        time.pass_(2)
+        raise OSError
+    time.pass_(3)
+    assert clock.share() == 3 / 5
+
+
+@pytest.mark.parametrize(("restored", "lost"), [(5, 0), (3, 6), (0, 15)])
+def test_steps_that_are_done_again_are_lost(tmp_path, restored, lost):
+    time = Time()
+    first = Clock(time)
+    first.resume(tmp_path, 0)
+    steps(first, time, [1, 2, 3, 4, 5])
+    first.write()
+    time.pass_(1000)  # killed, and nobody there
+    second = Clock(time)
+    second.resume(tmp_path, restored)
+    second.write()
+    seconds = record(tmp_path)["seconds"]
+    assert seconds["lost"] == lost and seconds["step"] == 15 - lost
+    assert sum(seconds.values()) == 10 + 5 * 4
+    assert record(tmp_path)["starts"] == 2
+    steps(second, time, range(restored + 1, 8))
+    second.write()
+    assert sum(record(tmp_path)["seconds"].values()) == 30 + 10 + 4 * (7 - restored)
+    # Nothing is lost twice.
+    third = Clock(time)
+    third.resume(tmp_path, 7)
+    third.write()
+    assert record(tmp_path)["seconds"]["lost"] == lost
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"seconds": {"step": 1}}'])
+def test_a_record_that_cannot_be_read_begins_anew(tmp_path, text):
+    (tmp_path / "goodput.json").write_text(text)
+    clock = Clock(Time())
+    clock.resume(tmp_path, 3)
+    clock.write()
+    assert record(tmp_path)["starts"] == 1 and record(tmp_path)["step"] == 3
+
+
+def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Clock(Time()).write()
+    assert not list(tmp_path.iterdir())

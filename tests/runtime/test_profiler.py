@@ -1,0 +1,79 @@
+"""Profiles on demand: which steps they hold, and that nothing else waits or stops for them."""
+
+import jax
+import pytest
+
+from gadjax.cli.main import main
+from gadjax.errors import InputError
+from gadjax.runtime.profiler import Profile, parse_profile
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What was asked of JAX, in order."""
+    made = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda state: made.append(("wait", state)))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: made.append(str(folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: made.append("stop"))
+    return made
+
+
+def walk(profile, first, last):
+    """A run's loop, whose state is how many steps are done."""
+    for done in range(first, last):
+        profile.at(done, done)
+    profile.close(last, last)
+
+
+def test_it_holds_the_steps_that_were_asked_for(calls, tmp_path):
+    notes = []
+    walk(Profile((3, 2), tmp_path, notes.append), 0, 9)
+    assert calls == [("wait", 3), str(tmp_path / "profile"), ("wait", 5), "stop"]
+    assert notes == [f"profile of steps 4 to 5: {tmp_path / 'profile'}"]
+
+
+def test_it_ends_with_the_run(calls, tmp_path):
+    notes = []
+    walk(Profile((3, 9), tmp_path, notes.append), 0, 5)
+    assert calls[-2:] == [("wait", 5), "stop"] and notes[0].startswith("profile of steps 4 to 5:")
+
+
+def test_without_one_nobody_waits(calls, tmp_path):
+    walk(Profile(None, tmp_path, print), 0, 9)
+    assert calls == []
+
+
+def test_steps_that_are_done_already(calls, tmp_path):
+    notes = []
+    walk(Profile((3, 2), tmp_path, notes.append), 4, 9)
+    assert calls == [] and notes == ["no profile: found step 4; expected to begin at 3"]
+
+
+def test_a_fault_ends_the_profile_alone(calls, tmp_path, monkeypatch):
+    def fail(folder):
+        raise RuntimeError("only one profile\nat a time")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", fail)
+    notes = []
+    walk(Profile((3, 2), tmp_path, notes.append), 0, 9)
+    assert calls == [("wait", 3)]
+    assert notes == ["no profile: RuntimeError: only one profile at a time"]
+
+
+@pytest.mark.parametrize("text", ["a:b", "-1:2", "3:0", "3", "3:", "1:2:3", "", "9:1"])
+def test_bad_values_are_refused(text):
+    assert parse_profile("8:1", 9) == (8, 1)
+    with pytest.raises(InputError, match="--profile: found"):
+        parse_profile(text, 9)
+
+
+def test_the_command_refuses_them_before_any_work(tmp_path, capsys):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from gadjax.training.config import default_config\n\n"
+        "def get_config():\n    return default_config()\n"
+    )
+    run = tmp_path / "run"
+    assert main(["train", "--config", str(path), "--workdir", str(run), "--profile=3:0"]) == 2
+    line = capsys.readouterr().err
+    assert "--profile" in line and line.count("\n") == 1 and not run.exists()

@@ -1,0 +1,86 @@
+"""The same numbers whatever JAX is told in the environment or by a program."""
+
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+import pytest
+
+import gadjax
+from gadjax.errors import InputError
+from gadjax.pipelines.sampling import initial_noise
+from gadjax.seeds import make_key
+
+# What changes the noise of a seed, or ends a program for what is meant here.
+OTHERS = {
+    "jax_enable_x64": True,
+    "jax_default_prng_impl": "rbg",
+    "jax_threefry_partitionable": False,
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
+    "jax_transfer_guard": "disallow",
+}
+
+
+@contextmanager
+def told(**settings):
+    """As the variables of the same names tell every thread."""
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def test_a_noise_is_of_the_seed_alone():
+    # The figures are those of JAX's own default settings.
+    wanted = [0.415283, -1.379870]
+    for name, value in [("jax_enable_x64", False), *OTHERS.items()]:
+        with told(**{name: value}):
+            found = initial_noise(5, 2, (2, 2, 1))
+            assert found.dtype == np.float32 and found.shape == (2, 2, 2, 1)
+            np.testing.assert_allclose(found[:, 0, 0, 0], wanted, atol=1e-6)
+
+
+def distilled(teacher):
+    """A student of one update, with noise of every kind, and what it draws."""
+    prompts = ["red circle", "green square"]
+    objective = gadjax.objectives.GAD(steps=1) + gadjax.objectives.Anchor(steps=1)
+    changes = {"batch": 2, "remat": "none", "data": {"length": 8}, "guidance": 3, "seed": 3}
+    student = gadjax.distill(teacher, objective, prompts, steps=2, updates=1, **changes)
+    images = gadjax.sample(student, prompts, seed=2)
+    return images, jax.device_get(student.trained.params)
+
+
+def test_a_student_and_its_pictures_are_of_their_seeds_alone(tiny_pipeline):
+    images, params = distilled(tiny_pipeline)
+    with told(**OTHERS):
+        found, others = distilled(tiny_pipeline)
+    np.testing.assert_array_equal(found, images)
+    jax.tree.map(np.testing.assert_array_equal, others, params)
+
+
+def test_a_run_without_compiling_is_refused(tiny_pipeline):
+    with told(jax_disable_jit=True), pytest.raises(InputError, match="JAX_DISABLE_JIT: found"):
+        distilled(tiny_pipeline)
+
+
+def test_every_bit_of_a_seed_counts():
+    for seed in (0, 7, 2**32 - 1):
+        known = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
+        np.testing.assert_array_equal(jax.random.key_data(make_key(seed)), known)
+    seeds = (7, 2**32 + 7, 2**63 + 7, 2**64 - 1)
+    drawn = [initial_noise(seed, 1, (2, 2, 1)) for seed in seeds]
+    assert len({x.tobytes() for x in drawn}) == len(seeds)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_of_more_bits_is_refused(seed):
+    line = f"seed: found {seed}; expected 0 to 2.64 - 1"
+    with pytest.raises(InputError, match=line):
+        make_key(seed)
+    with pytest.raises(InputError, match=line):
+        gadjax.distill("asset:shapes_teacher", {"regression": {}}, ["a"], seed=seed)
