@@ -18,16 +18,16 @@ from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.sampling_config import read_sampling
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
-from gadjax.io.atomic import put_back
+from gadjax.io.atomic import restore_replaced
 from gadjax.io.image_grid import to_uint8
 from gadjax.io.storage import as_path, is_remote
 from gadjax.models.params import cast
 from gadjax.objectives import TERMS, Term, as_config
-from gadjax.pipelines.known_students import known_student
+from gadjax.pipelines.known_students import published_student
 from gadjax.pipelines.model import Model as Drawn
 from gadjax.pipelines.pipeline import load_pipeline, make_pipeline, resized
 from gadjax.pipelines.sampling import draw, initial_noise
-from gadjax.runtime.settings import settled
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.checks import compute_dtype
 from gadjax.training.config import changed_config, default_config
 from gadjax.training.export import export
@@ -47,8 +47,8 @@ class Model(Drawn):
     @property
     def fingerprint(self) -> str:
         """Of the transformer's weights as they were read, whatever they compute in."""
-        part = self.pipeline.folder.components[self.pipeline.body]
-        params = self.trained.complete(part) if self.trained else part.params
+        part = self.pipeline.folder.components[self.pipeline.backbone]
+        params = self.trained.full_params(part) if self.trained else part.params
         return fingerprint(tensors_from_params(params, part.keymap))
 
     def __repr__(self) -> str:
@@ -56,7 +56,7 @@ class Model(Drawn):
         return f"<{self.name}: {sampling.steps} steps, guidance {sampling.guidance:g}>"
 
 
-@settled()
+@pinned_jax_config()
 def load(
     name: str | Path,
     *,
@@ -69,7 +69,7 @@ def load(
     average; gs:// as well), or "asset:NAME" of what is bundled.
 
     dtype: that networks compute in. variant: of the weights' files, such as fp16. recipe: how it is
-    sampled, by a name of gadjax.pipelines.known_students.KNOWN, where the folder does not say so
+    sampled, by a name of gadjax.pipelines.known_students.PUBLISHED_STUDENTS, where the folder does not say so
     itself. teacher: of a workdir's run, if its folder has moved since.
     Raises: InputError for whatever is wrong with it.
     """
@@ -81,7 +81,7 @@ def load(
     folder = source
     if trained:
         folder = trained.teacher if teacher is None else resolve(str(teacher))
-        put_back(folder)
+        restore_replaced(folder)
         if not folder.is_dir():
             raise InputError(
                 f"{folder}: found no such folder; expected the teacher of {name} (--teacher, or of "
@@ -90,14 +90,16 @@ def load(
     pipeline, params = load_pipeline(folder, dtype=compute, variant=variant)
     sampling = trained.sampling if trained else read_sampling(source, pipeline.sampling)
     if trained:
-        params[pipeline.body] = trained.complete(pipeline.folder.components[pipeline.body])
+        params[pipeline.backbone] = trained.full_params(
+            pipeline.folder.components[pipeline.backbone]
+        )
     if recipe is not None:
-        pipeline, sampling = known_student(recipe, pipeline)
+        pipeline, sampling = published_student(recipe, pipeline)
     return Model(str(name), pipeline, cast(params, compute), sampling, trained)
 
 
-@settled()
-def drawn_with(
+@pinned_jax_config()
+def with_sampling(
     model: Model,
     steps: int | None = None,
     guidance: float | None = None,
@@ -129,7 +131,7 @@ def drawn_with(
     return model if size is None else replace(model, pipeline=resized(model.pipeline, size))
 
 
-@settled()
+@pinned_jax_config()
 def sample(
     model: Model,
     prompts: str | Sequence[str],
@@ -148,7 +150,7 @@ def sample(
     finite.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    model = drawn_with(model, steps, guidance, negative, size)
+    model = with_sampling(model, steps, guidance, negative, size)
     noise = initial_noise(seed, len(prompts), model.pipeline.latent)
     images = draw(model.pipeline, model.params, model.sampling, prompts, noise)
     if not np.isfinite(images).all():
@@ -156,7 +158,7 @@ def sample(
     return to_uint8(images)
 
 
-@settled()
+@pinned_jax_config()
 def distill(
     teacher: Model | str | Path,
     objective: Term | Mapping[str, Mapping[str, Any]],
@@ -199,7 +201,7 @@ def distill(
         return replace(load(run), name=name)
 
 
-@settled()
+@pinned_jax_config()
 def save(
     model: Model, out: str | Path, *, report: str | Path | None = None, overwrite: bool = False
 ) -> dict[str, Any] | None:

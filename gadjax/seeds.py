@@ -5,7 +5,7 @@ import numpy as np
 
 from gadjax.errors import InputError
 
-GENERATOR = "threefry2x32"
+PRNG_IMPL = "threefry2x32"
 BITS = 64
 
 
@@ -20,4 +20,4 @@ def make_key(seed: int) -> jax.Array:
     """Of all bits of a seed; `jax.random.key` leaves out the upper 32. Raises: as `check_seed`."""
     check_seed(seed)
     words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    return jax.random.wrap_key_data(words, impl=GENERATOR)
+    return jax.random.wrap_key_data(words, impl=PRNG_IMPL)

@@ -29,7 +29,7 @@ class Cond(NamedTuple):
     mask: jax.Array
     extras: Any = None
 
-    def each(self, f: Callable[..., Any], *others: "Cond") -> "Cond":
+    def map(self, f: Callable[..., Any], *others: "Cond") -> "Cond":
         """f of every array, samples first, as jax.tree.map calls it."""
 
         def of(x, *rest):

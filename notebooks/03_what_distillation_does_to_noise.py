@@ -107,7 +107,9 @@ def at_noise(model, prompt):
         null = pipeline.encode_text(params, *untold)
 
         def x0(z):
-            return clean_latent(pipeline, params[pipeline.body], sampling, z[None], cond, null)[0]
+            return clean_latent(pipeline, params[pipeline.backbone], sampling, z[None], cond, null)[
+                0
+            ]
 
         return singular_directions(x0, z, directions)
 

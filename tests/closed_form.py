@@ -19,7 +19,7 @@ from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.parameterization import from_prediction
 from gadjax.diffusion.schedules import DDPM, Flow
 from gadjax.training.context import make_context
-from gadjax.training.state import Recipe
+from gadjax.training.state import StepSpec
 from gadjax.types import Batch, Cond, Prediction
 
 SHAPE, D = (2, 2, 2), 8
@@ -70,14 +70,14 @@ class World:
             for k in range(len(self.times) - 1)
         }
 
-    def recipe(self, objective, **more) -> Recipe:
+    def step_spec(self, objective, **more) -> StepSpec:
         given = dict(guidance=GUIDANCE, optimizers={}, ema=0.999) | more
-        return Recipe(denoiser=self.denoiser, objective=objective, times=self.times, **given)
+        return StepSpec(denoiser=self.denoiser, objective=objective, times=self.times, **given)
 
     def context(self, term, batch, student=None, critic=None, teacher=None, **more):
         """What the training step hands to a term."""
-        recipe, needs = self.recipe(term, **more), term.needs
-        return make_context(recipe, needs, student, critic, teacher, batch)
+        step_spec, needs = self.step_spec(term, **more), term.needs
+        return make_context(step_spec, needs, student, critic, teacher, batch)
 
     def losses(self, term, **more):
         """Jitted (batch, student, critic, teacher) -> (loss_B, metrics)."""

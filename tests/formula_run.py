@@ -7,12 +7,12 @@ import numpy as np
 from closed_form import FLOW_WORLD, SHAPE, D, gaussian_params, mixture_params
 
 from gadjax.cli.main import main
-from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.objectives import TERMS, build
-from gadjax.parallel.placement import shares
+from gadjax.parallel.placement import batch_shards
 from gadjax.parallel.sharding import check_batch, make_mesh
 from gadjax.training.setup import Run
-from gadjax.training.state import create, make_optimizer
+from gadjax.training.state import create_state, make_optimizer
 from gadjax.types import Cond
 
 CAPTIONS = "a fox", "an owl", "a\x1b[31m crab", "a bee", "a whale", "an ant", "a yak"
@@ -57,19 +57,19 @@ def prepare_with(source):
         objective = build(config.objective, TERMS, FLOW_WORLD.times[:-1])
         optimizers = {role: make_optimizer(config.optim) for role in ("student", "critic")}
         parts = check_batch(config.batch, config.microbatch or config.batch, mesh)
-        recipe = FLOW_WORLD.recipe(
+        step_spec = FLOW_WORLD.step_spec(
             objective,
             guidance=config.guidance,
             optimizers=optimizers,
             microbatches=parts,
-            shares=shares(mesh),
+            batch_shards=batch_shards(mesh),
         )
         pipeline = SimpleNamespace(
-            body="formula",
+            backbone="formula",
             latent=SHAPE,
             cond=lambda text, mask, pooled: Cond(text, mask),
-            denoiser=recipe.denoiser,
-            sampling=Sampling(),
+            denoiser=step_spec.denoiser,
+            sampling=SamplingConfig(),
             folder=SimpleNamespace(
                 path=Path("formula"),
                 components={"formula": SimpleNamespace(module=SimpleNamespace(RULES=()))},
@@ -79,12 +79,14 @@ def prepare_with(source):
         return Run(
             config=config,
             pipeline=pipeline,
-            recipe=recipe,
+            step_spec=step_spec,
             mesh=mesh,
             source=source,
             frozen={"null": null, "formula": gaussian_params()},
-            first=FLOW_WORLD.student_params(bend=0.2),
-            start=lambda first: create({"student": first, "critic": mixture_params(3)}, optimizers),
+            initial_params=FLOW_WORLD.student_params(bend=0.2),
+            start=lambda initial_params: create_state(
+                {"student": initial_params, "critic": mixture_params(3)}, optimizers
+            ),
             fingerprint="formula",
         )
 

@@ -8,22 +8,22 @@ import optax
 from closed_form import FLOW_WORLD, gaussian_params, mixture_params
 
 from gadjax.objectives import DMD, GAD, Anchor
-from gadjax.training.state import create
+from gadjax.training.state import create_state
 from gadjax.training.steps import critic_step, student_step
 
 WORLD, B = FLOW_WORLD, 16
 TOTAL = DMD() + 0.5 * GAD(steps=2) + 0.05 * Anchor()
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 OPTIMIZERS = {"student": ADAM, "critic": ADAM}
-RECIPE = WORLD.recipe(TOTAL, optimizers=OPTIMIZERS, ema=0.9)
+STEP_SPEC = WORLD.step_spec(TOTAL, optimizers=OPTIMIZERS, ema=0.9)
 TEACHER = gaussian_params()
-train_student = jax.jit(partial(student_step, RECIPE))
-train_critic = jax.jit(partial(critic_step, RECIPE))
+train_student = jax.jit(partial(student_step, STEP_SPEC))
+train_critic = jax.jit(partial(critic_step, STEP_SPEC))
 
 
 def start():
     params = {"student": WORLD.student_params(bend=0.2), "critic": mixture_params(3)}
-    return create(params, OPTIMIZERS)
+    return create_state(params, OPTIMIZERS)
 
 
 def equal(a, b):

@@ -16,11 +16,11 @@ import gadjax
 from gadjax.cli.main import main
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import read_pipeline
-from gadjax.formats.sampling_config import FILE
+from gadjax.formats.sampling_config import GADJAX_JSON
 from gadjax.objectives import DMD, GAD, Anchor, Regression
 from gadjax.pipelines import parity
-from gadjax.pipelines.known_students import KNOWN, known_student
-from gadjax.pipelines.pipeline import load_pipeline, make_pipeline, outline_pipeline
+from gadjax.pipelines.known_students import PUBLISHED_STUDENTS, published_student
+from gadjax.pipelines.pipeline import abstract_pipeline, load_pipeline, make_pipeline
 
 PROMPTS = ("a red circle above the blue square", "")
 
@@ -28,7 +28,7 @@ PROMPTS = ("a red circle above the blue square", "")
 def told(folder, tmp_path, **sampling):
     """A copy of the folder with a gadjax.json."""
     path = shutil.copytree(folder, tmp_path / "told")
-    (path / FILE).write_text(json.dumps(sampling))
+    (path / GADJAX_JSON).write_text(json.dumps(sampling))
     return path
 
 
@@ -108,18 +108,18 @@ def prefixed(key, tensors):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families.MAKERS)
 def test_a_map_of_the_noise_has_a_tangent(folders, family):
-    from gadjax.formats.sampling_config import Sampling
+    from gadjax.formats.sampling_config import SamplingConfig
     from gadjax.pipelines.sampling import clean_latent
 
     pipeline, params = load_pipeline(folders(family))
     length = LENGTH.get(family, 77)
-    sampling = Sampling(2, None, 2.0, length)
+    sampling = SamplingConfig(2, None, 2.0, length)
     z, v = np.random.default_rng(0).standard_normal((2, 1, *pipeline.latent), np.float32)
     cond = pipeline.encode_text(params, *pipeline.tokens(PROMPTS[:1], length))
-    null = pipeline.encode_text(params, *pipeline.prompts.untold(None, length))
+    null = pipeline.encode_text(params, *pipeline.prompts.negative_tokens(None, length))
 
     def walk(z):
-        return clean_latent(pipeline, params[pipeline.body], sampling, z, cond, null)
+        return clean_latent(pipeline, params[pipeline.backbone], sampling, z, cond, null)
 
     _, tangent = jax.jit(lambda z, v: jax.jvp(walk, (z,), (v,)))(z, v)
     assert np.isfinite(tangent).all() and np.abs(tangent).max() > 1e-3
@@ -143,11 +143,11 @@ def test_a_student_goes_back_to_diffusers(folders, family, tmp_path):
     data = {"length": LENGTH.get(family, 77)}
     make_workdir(run, folder, timesteps=timesteps, data=data)
     assert main(["export", "--workdir", str(run), "--out", str(out)]) == 0
-    assert json.loads((out / FILE).read_text())["verified"]["max_difference"] <= 1e-4
-    body = "unet" if (folder / "unet").is_dir() else "transformer"
-    for key, tensor in state(out, body).items():
+    assert json.loads((out / GADJAX_JSON).read_text())["verified"]["max_difference"] <= 1e-4
+    backbone = "unet" if (folder / "unet").is_dir() else "transformer"
+    for key, tensor in state(out, backbone).items():
         moved = 1 if key == "pos_embed.pos_embed" else 1 - 0.02 * 2
-        torch.testing.assert_close(tensor, state(folder, body)[key] * moved, rtol=1e-6, atol=0)
+        torch.testing.assert_close(tensor, state(folder, backbone)[key] * moved, rtol=1e-6, atol=0)
 
 
 RECIPES = {
@@ -163,18 +163,20 @@ RECIPES = {
 def test_known_students_are_drawn_as_their_authors_do(folders, recipe, tmp_path):
     """Under the scheduler and arguments that their authors give diffusers."""
     folder = folders(RECIPES[recipe])
-    pipeline, sampling = known_student(recipe, load_pipeline(folder)[0])
+    pipeline, sampling = published_student(recipe, load_pipeline(folder)[0])
     written = {"steps": sampling.steps, "guidance": sampling.guidance, "scale": sampling.scale}
     if sampling.timesteps:
         written["timesteps"] = list(sampling.timesteps)
     path = told(folder, tmp_path, length=LENGTH.get(RECIPES[recipe], 77), **written)
-    if KNOWN[recipe].scheduler:
+    if PUBLISHED_STUDENTS[recipe].scheduler:
         theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
-        made = getattr(diffusers, KNOWN[recipe].scheduler).from_config(theirs.scheduler.config)
+        made = getattr(diffusers, PUBLISHED_STUDENTS[recipe].scheduler).from_config(
+            theirs.scheduler.config
+        )
         shutil.rmtree(path / "scheduler")
         made.save_pretrained(path / "scheduler")
         index = json.loads((path / "model_index.json").read_text())
-        index["scheduler"] = ["diffusers", KNOWN[recipe].scheduler]
+        index["scheduler"] = ["diffusers", PUBLISHED_STUDENTS[recipe].scheduler]
         (path / "model_index.json").write_text(json.dumps(index))
         stored = load_pipeline(path)[0]
         assert stored.denoiser.schedule == pipeline.denoiser.schedule
@@ -187,19 +189,19 @@ def test_a_recipe_keeps_what_its_scheduler_reads_of_the_folders(folders, tmp_pat
     """As from_config does: Euler has no clip_sample, LCM has."""
     path = shutil.copytree(folders("sdxl"), tmp_path / "sdxl")
     edit(path / "scheduler" / "scheduler_config.json", clip_sample=True)
-    pipeline, _ = outline_pipeline(path)
+    pipeline, _ = abstract_pipeline(path)
     theirs = diffusers.EulerDiscreteScheduler.from_pretrained(path / "scheduler")
     assert diffusers.LCMScheduler.from_config(theirs.config).config.clip_sample is True
     with pytest.raises(InputError, match="clip_sample: found True; expected false"):
-        known_student("dmd2-sdxl", pipeline)
+        published_student("dmd2-sdxl", pipeline)
 
 
 def test_a_recipe_of_another_family_is_refused(folders):
     pipeline, _ = load_pipeline(folders("sd15"))
     with pytest.raises(InputError, match="expected a StableDiffusionXLPipeline for dmd2-sdxl"):
-        known_student("dmd2-sdxl", pipeline)
+        published_student("dmd2-sdxl", pipeline)
     with pytest.raises(InputError, match="recipe: found 'x'; expected one of tdm-pixart"):
-        known_student("x", pipeline)
+        published_student("x", pipeline)
 
 
 def broken(folder, path, part, **changes):
@@ -229,7 +231,7 @@ def test_sd3_goes_without_its_t5(folders, tmp_path):
     gone = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     folder = broken(folders("sd3"), tmp_path / "x", "model_index.json", **gone)
     shutil.rmtree(folder / "text_encoder_3")
-    (folder / FILE).write_text(json.dumps({"steps": 2, "guidance": 2.0, "length": 9}))
+    (folder / GADJAX_JSON).write_text(json.dumps({"steps": 2, "guidance": 2.0, "length": 9}))
     assert parity.compare_pictures(folder, PROMPTS) <= 1e-4
 
 

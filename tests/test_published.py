@@ -11,14 +11,14 @@ from jax.sharding import AbstractMesh
 from published import PUBLISHED, write_folder
 
 from gadjax.errors import InputError
-from gadjax.formats.orbax_folder import outline_folder
+from gadjax.formats.orbax_folder import abstract_folder
 from gadjax.formats.state_dict import expected_shapes
 from gadjax.models.registry import read_network
 from gadjax.parallel.sharding import AXES, path_name, shardings
-from gadjax.pipelines.pipeline import outline_pipeline
+from gadjax.pipelines.pipeline import abstract_pipeline
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
-from gadjax.training.compile import keeping
+from gadjax.training.compile import with_untrained
 from gadjax.training.config import read_config
 from gadjax.training.setup import prepare
 from gadjax.training.steps import critic_step, student_step
@@ -65,7 +65,7 @@ def repositories(tmp_path_factory):
 
 @pytest.mark.parametrize("name", INVENTORY)
 def test_every_tensor_is_accounted_for(repositories, name):
-    folder = outline_folder(repositories(name))
+    folder = abstract_folder(repositories(name))
     found = {}
     for part in folder.components.values():
         shapes = [shape for *_, shape in expected_shapes(part.abstract, part.keymap).values()]
@@ -87,13 +87,13 @@ WHOLE = 1 << 16  # of a parameter that every device may hold
 
 @pytest.mark.parametrize("name", ["stable-diffusion-xl-base-1.0", "stable-diffusion-3.5-medium"])
 def test_no_large_parameter_is_whole_on_every_device(repositories, name):
-    check_spread(outline_folder(repositories(name)))
+    check_spread(abstract_folder(repositories(name)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INVENTORY)
 def test_no_large_parameter_of_any_is_whole_on_every_device(repositories, name):
-    check_spread(outline_folder(repositories(name)))
+    check_spread(abstract_folder(repositories(name)))
 
 
 def check_spread(folder):
@@ -141,7 +141,7 @@ def traced(repositories, tmp_path):
             ]
         )
         run = prepare(config, abstract=True)
-        return run, jax.eval_shape(run.start, run.first)
+        return run, jax.eval_shape(run.start, run.initial_params)
 
     return call
 
@@ -154,10 +154,10 @@ SLOW = ("sd2_gad.py:one_gad", "sana_gad.py:both", "sdxl.py")
 )
 def test_a_paper_s_config_makes_a_state(traced, name):
     run, state = traced(name)
-    part = run.pipeline.folder.components[run.pipeline.body]
+    part = run.pipeline.folder.components[run.pipeline.backbone]
     student = sum(leaf.size for leaf in jax.tree.leaves(state.params["student"]))
-    kept = sum(leaf.size for leaf in jax.tree.leaves(run.frozen.get("kept", {})))
-    assert student + kept == INVENTORY[CONFIGS[name]][part.name][1]
+    untrained = sum(leaf.size for leaf in jax.tree.leaves(run.frozen.get("untrained", {})))
+    assert student + untrained == INVENTORY[CONFIGS[name]][part.name][1]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(run.frozen[part.name])} == {"bfloat16"}
     mesh = AbstractMesh((8, 32, 1, 1), AXES)
@@ -169,8 +169,8 @@ def test_a_paper_s_config_makes_a_state(traced, name):
 def test_a_paper_s_config_makes_both_updates(traced, name):
     run, state = traced(name)
     raw = run.source.batch(0, 2)
-    kept = run.frozen.get("kept")
-    assert kept is None or "sd3" in name
+    untrained = run.frozen.get("untrained")
+    assert untrained is None or "sd3" in name
 
     def batch(frozen, raw):
         return make_batch(run.pipeline, frozen, raw, make_key(0), 0)
@@ -178,24 +178,26 @@ def test_a_paper_s_config_makes_both_updates(traced, name):
     made = jax.eval_shape(batch, run.frozen, raw)
 
     def updated(step, state, frozen, batch):
-        return step(keeping(run.recipe, frozen), state, frozen[run.pipeline.body], batch)[0]
+        return step(
+            with_untrained(run.step_spec, frozen), state, frozen[run.pipeline.backbone], batch
+        )[0]
 
     def shapes(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
-    for step in [student_step] + [critic_step] * (len(run.recipe.optimizers) > 1):
+    for step in [student_step] + [critic_step] * (len(run.step_spec.optimizers) > 1):
         after = jax.eval_shape(functools.partial(updated, step), state, run.frozen, made)
         assert shapes(after) == shapes(state)
 
 
 def test_a_config_without_its_part_is_named(repositories, tmp_path):
     folder = repositories("stable-diffusion-2-base")
-    pipeline, params = outline_pipeline(folder)
+    pipeline, params = abstract_pipeline(folder)
     assert pipeline.latent == (64, 64, 4) and pipeline.upscale == 8
     assert pipeline.sampling.length == 77 and params["unet"] is pipeline.networks["unet"].abstract
     (tmp_path / "x").mkdir()
     with pytest.raises(InputError, match="model_index.json"):
-        outline_folder(tmp_path / "x")
+        abstract_folder(tmp_path / "x")
 
 
 @pytest.mark.parametrize("name", sorted(INVENTORY))

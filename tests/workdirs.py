@@ -11,9 +11,9 @@ from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.formats.diffusers_folder import read_pipeline
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
-from gadjax.models.params import kept_of
+from gadjax.models.params import split_frozen
 from gadjax.training.config import as_json, default_config, write_json
-from gadjax.training.state import create
+from gadjax.training.state import create_state
 
 TIMESTEPS = (899, 674, 449, 224)
 LENGTH = 8
@@ -32,14 +32,14 @@ def make_workdir(
     config.data.length = LENGTH
     config.update(changes)
     pipeline = read_pipeline(teacher)
-    part = pipeline.components[pipeline.body]
+    part = pipeline.components[pipeline.backbone]
     identity = fingerprint(tensors_from_params(part.params, part.keymap))
     folder.mkdir(parents=True)
     write_json(config, folder / "config.json")
     checkpoints = Checkpoints(folder / "checkpoints")
-    first, _ = kept_of(part.params, part.frozen)
+    first, _ = split_frozen(part.params, part.frozen)
     for step in (1, 2):
-        state = create(
+        state = create_state(
             {"student": jax.tree.map(lambda x, s=step: jnp.asarray(x) + 0.01 * s, first)},
             {"student": optax.sgd(1e-3)},
         )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gadjax.analytic.result import Reference, Result, judge
+from gadjax.analytic.result import Reference, Result, compare_maps
 from gadjax.analytic.teachers import Gaussian, Mixture, jacobians
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.parameterization import from_prediction
@@ -17,9 +17,9 @@ from gadjax.diffusion.rollout import rollout
 from gadjax.diffusion.schedules import DDPM, Flow, NoiseSchedule
 from gadjax.errors import InputError, RunStopped
 from gadjax.objectives import Sum, Term
-from gadjax.runtime.settings import settled
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
-from gadjax.training.state import Recipe, create
+from gadjax.training.state import StepSpec, create_state
 from gadjax.training.steps import CRITICS, critic_step, student_step
 from gadjax.types import Batch, Cond, Params, Prediction
 
@@ -75,7 +75,9 @@ class Bench:
     @property
     def scale(self) -> float:
         """Root mean square of the data's elements."""
-        return float(np.sqrt((self.teacher.variation + np.sum(self.teacher.mean**2)) / self.dim))
+        return float(
+            np.sqrt((self.teacher.total_variance + np.sum(self.teacher.mean**2)) / self.dim)
+        )
 
     @cached_property
     def denoiser(self) -> Denoiser:
@@ -171,15 +173,15 @@ class Bench:
         sample = np.asarray(self.teacher.sample(keys[1], SAMPLES), float)
         return Reference(noise, sample, *self.teacher.map(noise[:few], *ends))
 
-    @settled()
+    @pinned_jax_config()
     def measure(self, f: Callable, params: Params | None = None) -> Result:
         """Any map (params, z_ND) -> x_ND that takes every noise by itself."""
         reference = self.reference
         few = len(reference.end)
         samples, jacobian = followed(f, few, params, reference.noise)
-        return judge(self.teacher, reference, samples, jacobian, params)
+        return compare_maps(self.teacher, reference, samples, jacobian, params)
 
-    @settled()
+    @pinned_jax_config()
     def fit(
         self, objective: Term, updates: int = 500, seed: int = 0, start: Params | None = None
     ) -> Result:
@@ -240,7 +242,7 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
     if "discriminator" in roles:
         own = jax.random.fold_in(key, 2)
         params["discriminator"] = objective.init_discriminator(own, 2 * bench.dim)
-    recipe = Recipe(bench.denoiser, objective, bench.times, 1, optimizers, ema=0.98)
+    step_spec = StepSpec(bench.denoiser, objective, bench.times, 1, optimizers, ema=0.98)
 
     def batch(number):
         return bench.make_batch(
@@ -248,15 +250,15 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
         )
 
     def critics(state, number):
-        state, _ = critic_step(recipe, state, {}, batch(number))
+        state, _ = critic_step(step_spec, state, {}, batch(number))
         return state, state.bad
 
     def update(state, number):
         first = number * (each + 1)
         if each:
             state, _ = jax.lax.scan(critics, state, first + jnp.arange(each))
-        state, _ = student_step(recipe, state, {}, batch(first + each))
+        state, _ = student_step(step_spec, state, {}, batch(first + each))
         return state, {role: state.bad[role] > 0 for role in roles}
 
-    state, bad = jax.lax.scan(update, create(params, optimizers), jnp.arange(updates))
+    state, bad = jax.lax.scan(update, create_state(params, optimizers), jnp.arange(updates))
     return state.ema, {role: jnp.sum(count) for role, count in bad.items()}

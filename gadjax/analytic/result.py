@@ -49,7 +49,7 @@ class Result:
     params: Params | None = None
 
 
-def judge(
+def compare_maps(
     teacher: Gaussian | Mixture,
     reference: Reference,
     samples_ND: np.ndarray,
@@ -70,7 +70,7 @@ def judge(
         mode_spread=float(np.sqrt(np.mean(square_N) / dim)),
         sliced_wasserstein=sliced_wasserstein(samples, reference.sample),
         transport_cost=float(
-            np.mean(np.sum((samples[: len(end)] - end) ** 2, axis=1)) / teacher.variation
+            np.mean(np.sum((samples[: len(end)] - end) ** 2, axis=1)) / teacher.total_variance
         ),
         jacobian_error=float(np.sqrt(np.sum((found - wanted) ** 2) / np.sum(wanted**2))),
         jacobian_cosine=float(np.mean(cosine)),

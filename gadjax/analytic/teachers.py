@@ -109,7 +109,7 @@ class Gaussian:
         return len(self.mean)
 
     @property
-    def variation(self) -> float:
+    def total_variance(self) -> float:
         """The trace of the covariance."""
         return float(self.variance.sum())
 
@@ -174,7 +174,7 @@ class Mixture:
         return self.weights @ self.means
 
     @property
-    def variation(self) -> float:
+    def total_variance(self) -> float:
         """The trace of the covariance."""
         away = np.sum((self.means - self.mean) ** 2, axis=1)
         return float(self.weights @ (away + self.dim * self.variances))

@@ -19,12 +19,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from gadjax.checkpoints.leaves import check_leaves, names_of, nested
-from gadjax.checkpoints.steps import committed, newest_sound
+from gadjax.checkpoints.steps import committed_steps, latest_valid_step
 from gadjax.errors import InputError, RunStopped
-from gadjax.io.manifest import complete_seal, find_fault, write_seal
-from gadjax.io.storage import absolute, faults, is_remote, move
+from gadjax.io.manifest import finalize_manifest, verify, write_manifest
+from gadjax.io.storage import absolute, is_remote, move, write_errors
 from gadjax.parallel.sharding import path_name
-from gadjax.runtime.distributed import anywhere, from_first, lost
+from gadjax.runtime.distributed import any_process, broadcast_from_first, is_lost_peer
 from gadjax.types import Params, PyTree
 
 ASIDE = "damaged"  # folder for what a restore skipped
@@ -49,12 +49,12 @@ class Checkpoints:
         Raises: RunStopped where the folder cannot be made.
         """
         logging.getLogger("absl").addFilter(_not_orbax_error)
-        self.folder, self.faults = absolute(folder), faults(folder)
+        self.folder, self.write_errors = absolute(folder), write_errors(folder)
         self.saving: int | None = None
         self.keep, self.broken = keep, False
         try:
             self.manager = self._open()
-        except self.faults as error:
+        except self.write_errors as error:
             raise RunStopped(f"{self.folder}: cannot be written: {_line(error)}") from error
 
     def _open(self) -> ocp.CheckpointManager:
@@ -105,10 +105,10 @@ class Checkpoints:
         self.wait()
         step, skipped = None, []
         if jax.process_index() == 0:  # which reads for the seals; the others follow it
-            step, skipped = newest_sound(self.folder)
-        step = from_first(-1 if step is None else step)
+            step, skipped = latest_valid_step(self.folder)
+        step = broadcast_from_first(-1 if step is None else step)
         if step < 0:
-            if from_first(len(skipped)):
+            if broadcast_from_first(len(skipped)):
                 raise RunStopped(_none_sound(self.folder, skipped))
             return None
         path = self.folder / str(step)
@@ -132,7 +132,7 @@ class Checkpoints:
         try:
             self._finish()
             self.manager.close()
-        except self.faults as error:
+        except self.write_errors as error:
             raise self._failed(error) from error
 
     def _finish(self) -> None:
@@ -142,7 +142,7 @@ class Checkpoints:
             # Of a save whose tasks were cancelled Orbax says nothing.
             if self.folder.is_dir() and not path.is_dir():
                 raise OSError(errno.ECANCELED, "Orbax gave it up")
-            complete_seal(path)
+            finalize_manifest(path)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -154,15 +154,15 @@ class Checkpoints:
         error = None
         try:
             yield
-        except self.faults as found:
+        except self.write_errors as found:
             error = found
-            if lost(error):
+            if is_lost_peer(error):
                 raise self._failed(error) from error
-        if not anywhere(error is not None):
+        if not any_process(error is not None):
             return
         failed = self._failed(error or OSError(errno.EIO, "it failed in another process"))
         self.saving, self.broken = None, True
-        with suppress(*self.faults):
+        with suppress(*self.write_errors):
             self._mend()
         raise failed from error
 
@@ -172,7 +172,7 @@ class Checkpoints:
         if not is_remote(self.folder) and not self.folder.is_dir():
             raise FileNotFoundError(errno.ENOENT, "the folder is gone")
         if self.broken:
-            with suppress(*self.faults):
+            with suppress(*self.write_errors):
                 self.manager.close()
             self.manager, self.broken = self._open(), False
 
@@ -183,10 +183,10 @@ class Checkpoints:
         """Orbax calls it in the background on process 0, after the files, before the commit."""
         temporary = sorted(self.folder.glob(f"{self.saving}.orbax-checkpoint-tmp*"))
         for path in temporary or [self.folder / str(self.saving)]:
-            write_seal(path)
+            write_manifest(path)
 
     def _set_aside(self, skipped: list[Path]) -> None:
-        if not from_first(len(skipped)):
+        if not broadcast_from_first(len(skipped)):
             return
         if jax.process_index() == 0:
             remote = is_remote(self.folder)  # where Orbax removes what is not a committed step
@@ -225,14 +225,14 @@ def read_params(
     folder = absolute(folder)
     if part not in PARTS:
         raise InputError(f"part: found {part!r}; expected one of {', '.join(PARTS)}")
-    steps = committed(folder)
+    steps = committed_steps(folder)
     if not steps or step is not None and step not in steps:
         found = ", ".join(map(str, steps)) or "no checkpoint"
         raise InputError(f"{folder}: found {found}; expected {'one' if step is None else step}")
-    if step is not None and (fault := find_fault(folder / str(step))):
+    if step is not None and (fault := verify(folder / str(step))):
         raise InputError(f"{folder / str(step)}: found a damaged checkpoint ({fault})")
     if step is None:
-        step, skipped = newest_sound(folder)
+        step, skipped = latest_valid_step(folder)
     if step is None:
         raise RunStopped(_none_sound(folder, skipped))
     path = folder / str(step)

@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed
-from gadjax.checkpoints.steps import newest_sound
+from gadjax.checkpoints.steps import latest_valid_step
 from gadjax.errors import RunStopped
-from gadjax.parallel.sharding import HOST, path_name, replicated
-from gadjax.runtime.distributed import from_first
+from gadjax.parallel.sharding import HOST_MEMORY, path_name, replicated
+from gadjax.runtime.distributed import broadcast_from_first
 from gadjax.types import PyTree
 
 
@@ -27,13 +27,15 @@ def check_replicas(state: PyTree, step: int, checkpoints: Checkpoints) -> None:
 
     Raises: RunStopped naming the leaf, the devices and the newest checkpoint; nothing is saved.
     """
-    wrong = differing(state)
+    wrong = differing_leaves(state)
     if not wrong:
         return
     with suppress(SaveFailed):  # then it is one before
         checkpoints.wait()
     first = jax.process_index() == 0
-    newest = from_first((newest_sound(checkpoints.folder)[0] if first else None) or 0)
+    newest = broadcast_from_first(
+        (latest_valid_step(checkpoints.folder)[0] if first else None) or 0
+    )
     name, devices = next(iter(wrong.items()))
     held = ", ".join(f"device {d.id} (process {d.process_index})" for d in devices)
     more = f", and {len(wrong) - 1} more leaves that differ" if len(wrong) > 1 else ""
@@ -43,7 +45,7 @@ def check_replicas(state: PyTree, step: int, checkpoints: Checkpoints) -> None:
     )
 
 
-def differing(state: PyTree) -> dict[str, list[jax.Device]]:
+def differing_leaves(state: PyTree) -> dict[str, list[jax.Device]]:
     """Path of every leaf whose copies differ -> the devices of those unlike most, or of all copies
     where there is no majority."""
     leaves = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
@@ -87,7 +89,7 @@ def _sums(x: jax.Array, place: NamedSharding) -> jax.Array:
     One changed element always changes it, anything else but once in 2**32 times: elements are
     mixed with their positions, one to one, before they are added.
     """
-    if place.memory_kind == HOST:
+    if place.memory_kind == HOST_MEMORY:
         x = jax.device_put(x, NamedSharding(place.mesh, place.spec))
     every = PartitionSpec(place.mesh.axis_names)
     return jax.shard_map(_sum, mesh=place.mesh, in_specs=place.spec, out_specs=every)(x)

@@ -6,7 +6,7 @@ from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed
 from gadjax.types import PyTree
 
 
-class Saves:
+class SavePolicy:
     """Saves of one run, of which some may fail: the run goes on, and the next one is tried as if
     nothing had been."""
 

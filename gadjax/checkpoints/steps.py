@@ -5,16 +5,20 @@ import os
 from pathlib import Path
 
 from gadjax.errors import RunStopped
-from gadjax.io.manifest import COMMIT, find_fault
-from gadjax.io.storage import is_remote, listing
+from gadjax.io.manifest import COMMIT_MARKER, verify
+from gadjax.io.storage import is_remote, list_objects
 
 log = logging.getLogger(__name__)
 
 
-def committed(folder: Path) -> list[int]:
+def committed_steps(folder: Path) -> list[int]:
     """The steps below `folder` that were committed, newest first. Raises: RunStopped."""
     if is_remote(folder):
-        names = [name.removesuffix(f"/{COMMIT}") for name in listing(folder) if COMMIT in name]
+        names = [
+            name.removesuffix(f"/{COMMIT_MARKER}")
+            for name in list_objects(folder)
+            if COMMIT_MARKER in name
+        ]
     else:
         try:
             names = os.listdir(folder)
@@ -25,13 +29,13 @@ def committed(folder: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def newest_sound(folder: Path, before: int | None = None) -> tuple[int | None, list[Path]]:
+def latest_valid_step(folder: Path, before: int | None = None) -> tuple[int | None, list[Path]]:
     """The newest step (of those before one) that agrees with its seal, and those after it, which do
     not."""
     skipped: list[Path] = []
-    for step in (step for step in committed(folder) if before is None or step < before):
+    for step in (step for step in committed_steps(folder) if before is None or step < before):
         path = folder / str(step)
-        fault = find_fault(path)
+        fault = verify(path)
         if fault is None:
             return step, skipped
         log.warning("%s: damaged checkpoint skipped: %s", path, fault)

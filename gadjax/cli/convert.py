@@ -10,15 +10,15 @@ from gadjax.formats.diffusers_folder import INDEX, PipelineFolder, check_pipelin
 from gadjax.formats.fingerprints import text_fingerprint
 from gadjax.formats.orbax_folder import (
     MANIFEST,
-    is_own,
+    is_gadjax_folder,
     open_folder,
-    read_own,
-    write_diffusers,
-    write_own,
+    read_gadjax_folder,
+    write_diffusers_folder,
+    write_gadjax_folder,
 )
-from gadjax.io.atomic import atomic_folder, check_apart, check_target
+from gadjax.io.atomic import atomic_folder, check_no_overlap, check_target
 from gadjax.pipelines import parity
-from gadjax.runtime.settings import settled
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.workdir import is_workdir
 
 
@@ -34,28 +34,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
 
 
-@settled()
+@pinned_jax_config()
 def run(args: argparse.Namespace) -> int:
     src, dtype = resolve(args.src), storage_dtype(args.dtype)
-    back = is_own(src)
+    back = is_gadjax_folder(src)
     marker = INDEX if back else MANIFEST
     if args.check:
         parity.require("--check")
     if is_workdir(src):
         raise InputError(f"{src}: found a workdir; expected a pipeline folder (see gadjax export)")
     check_target(args.dst, overwrite=args.overwrite, marker=marker)
-    check_apart(args.dst, src)
+    check_no_overlap(args.dst, src)
     reading = {"variant": args.variant, "allow_pickle": args.allow_pickle}
     pipeline = open_folder(src, dtype=dtype, **reading)
     with storage(args.dst), atomic_folder(args.dst, overwrite=args.overwrite, marker=marker) as out:
         if back:
-            write_diffusers(pipeline, out)
+            write_diffusers_folder(pipeline, out)
         else:
             has_text = "text_encoder" in pipeline.components
             text = text_fingerprint(src, dtype=dtype, **reading) if has_text else ""
-            write_own(pipeline, out, text)
+            write_gadjax_folder(pipeline, out, text)
         if args.check:
-            own = pipeline if back else read_own(out)
+            own = pipeline if back else read_gadjax_folder(out)
             other = check_pipeline(out) if back else check_pipeline(src, **reading)
             _check(own, other, dtype, args.dst)
     kind = "a diffusers folder" if back else "gadjax's own folder"

@@ -23,7 +23,7 @@ from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.sampling_config import read_sampling
 from gadjax.io.atomic import atomic_folder, check_target
 from gadjax.pipelines.pipeline import Pipeline, make_pipeline
-from gadjax.runtime.settings import settled
+from gadjax.runtime.settings import pinned_jax_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", help="of the weights' files, such as fp16")
 
 
-@settled()
+@pinned_jax_config()
 def run(args: argparse.Namespace) -> int:
     check_target(args.out)
     check_least("--length", args.length, 1)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         pictures = open_images(resolve(args.images), column, args.background)
     prompts = pictures.captions if pictures else read_prompts(resolve(args.prompts), column)
     folder = open_folder(source, variant=args.variant, components=())
-    needed = [*folder.encoders, *(["vae"] if pictures else [])]
+    needed = [*folder.text_encoders, *(["vae"] if pictures else [])]
     folder = open_folder(source, variant=args.variant, components=needed)
     pipeline, origin = make_pipeline(folder), Origin(text_fingerprint(source, variant=args.variant))
     length = args.length or read_sampling(source, pipeline.sampling).length
@@ -87,12 +87,14 @@ def _text_encoder(pipeline: Pipeline, length: int, size: int):
     """Up to `size` prompts -> what is written of them, one size being compiled; of None what
     guidance leads away from, without a leading axis."""
     run = jax.jit(pipeline.prompts.encode)
-    params = {name: pipeline.folder.components[name].params for name in pipeline.folder.encoders}
+    params = {
+        name: pipeline.folder.components[name].params for name in pipeline.folder.text_encoders
+    }
     params = jax.device_put(params)
 
     def encode(prompts: list[str] | None) -> Encoded:
         if prompts is None:
-            tokens = pipeline.prompts.untold(None, length)
+            tokens = pipeline.prompts.negative_tokens(None, length)
         else:
             tokens = pipeline.tokens(prompts + [""] * (size - len(prompts)), length)
         told = run(params, *tokens)._asdict()

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gadjax.assets import resolve
     from gadjax.data.prompts import read_prompts
-    from gadjax.evaluation.evaluate import Plan, evaluate
+    from gadjax.evaluation.evaluate import EvaluationConfig, evaluate
     from gadjax.evaluation.report import as_dict, as_markdown, write_report
     from gadjax.io.atomic import atomic_folder, check_target
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     guidance = distilled_at if args.teacher_guidance is None else args.teacher_guidance
     changes = {"steps": args.teacher_steps, "guidance": guidance}
     teacher = _model("--teacher", args.teacher, args.dtype, changes)
-    plan = Plan(args.seeds, args.tangents, args.batch, args.library, args.moves)
+    plan = EvaluationConfig(args.seeds, args.tangents, args.batch, args.library, args.moves)
     evaluation = evaluate(teacher, student, prompts, world, plan)
     judged_at = _judged_at(teacher.sampling.guidance, distilled_at)
     if distilled_at not in (None, teacher.sampling.guidance):
@@ -91,7 +91,7 @@ def _distilled_at(student, name: str) -> float | None:
     from gadjax.io.storage import is_remote
 
     if student.trained:
-        return student.trained.config["guidance"] if student.trained.few_step else None
+        return student.trained.config["guidance"] if student.trained.is_few_step else None
     return None if is_remote(name) else read_teacher_guidance(resolve(name))
 
 
@@ -106,11 +106,11 @@ def _judged_at(guidance: float, distilled_at: float | None) -> str:
 def _world(name: str | None, teacher: Path):
     from gadjax.errors import InputError
     from gadjax.evaluation.oracles import WORLDS
-    from gadjax.formats.sampling_config import FILE, read_world
+    from gadjax.formats.sampling_config import GADJAX_JSON, read_world
 
     where = "--world"
     if name is None:
-        name, where = read_world(teacher) or "none", f"{teacher / FILE}, world"
+        name, where = read_world(teacher) or "none", f"{teacher / GADJAX_JSON}, world"
     if name not in WORLDS:
         raise InputError(f"{where}: found {name!r}; expected one of {', '.join(WORLDS)}")
     return name, WORLDS[name]
@@ -133,6 +133,6 @@ def _made_by(teacher, student) -> dict[str, Any]:
     import jax
 
     models = {"teacher": teacher, "student": student}
-    found = {f"{name}'s {m.pipeline.body}": m.fingerprint for name, m in models.items()}
+    found = {f"{name}'s {m.pipeline.backbone}": m.fingerprint for name, m in models.items()}
     device = jax.devices()[0].device_kind
     return {**found, "gadjax": version("gadjax"), "jax": jax.__version__, "device": device}

@@ -12,12 +12,12 @@ from pathlib import Path
 from gadjax.assets import resolve
 from gadjax.cli.output import check_least, storage, storage_dtype
 from gadjax.errors import InputError
-from gadjax.formats.model_card import note_verified, verified_text
-from gadjax.formats.sampling_config import FILE
+from gadjax.formats.model_card import record_verification, verified_text
+from gadjax.formats.sampling_config import GADJAX_JSON
 from gadjax.io.atomic import atomic_folder
 from gadjax.io.storage import as_path
 from gadjax.pipelines import parity
-from gadjax.runtime.settings import settled
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.export import export
 from gadjax.training.workdir import read_trained
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", type=Path, metavar="DIR", help="check an earlier export, only")
 
 
-@settled()
+@pinned_jax_config()
 def run(args: argparse.Namespace) -> int:
     if args.verify is not None:
         return _verify_only(args.verify)
@@ -65,12 +65,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _verify_only(folder: Path) -> int:
     parity.require("--verify")
-    if not (folder / FILE).is_file():
-        raise InputError(f"{folder}: found no {FILE}; expected a folder written by gadjax export")
+    if not (folder / GADJAX_JSON).is_file():
+        raise InputError(
+            f"{folder}: found no {GADJAX_JSON}; expected a folder written by gadjax export"
+        )
     verified = parity.verify(folder)
-    with storage(folder), atomic_folder(folder, overwrite=True, marker=FILE) as new:
+    with storage(folder), atomic_folder(folder, overwrite=True, marker=GADJAX_JSON) as new:
         shutil.copytree(folder, new, copy_function=_link, dirs_exist_ok=True)
-        note_verified(new, verified)
+        record_verification(new, verified)
     print(verified_text(str(folder), verified))
     return 0
 

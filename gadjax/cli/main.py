@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, 2 for bad input (one line on stderr), or 3 where the run stopped itself."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     _keep_compiled()
-    libtpu.leave_alone()
+    libtpu.disable_without_tpu()
     if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = _Parser(prog="gadjax", description=__doc__)

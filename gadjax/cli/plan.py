@@ -35,9 +35,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     from gadjax.plan.plan import plan
     from gadjax.plan.plan_table import table
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(f"gadjax plan: {text}", file=sys.stderr, flush=True)
 
-    found = plan(config, args.topology, utilisation=args.utilisation, largest=args.largest, say=say)
+    found = plan(config, args.topology, utilisation=args.utilisation, largest=args.largest, log=log)
     print(json.dumps(found) if args.json else table(found))
     return 0

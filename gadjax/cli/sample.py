@@ -13,16 +13,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from gadjax.api import Model, drawn_with, load
+from gadjax.api import Model, load, with_sampling
 from gadjax.assets import resolve
 from gadjax.cli.output import check_least, storage
 from gadjax.data.prompts import check_prompt, read_prompts
 from gadjax.errors import InputError, RunStopped
-from gadjax.io.atomic import atomic_folder, check_apart, check_target
+from gadjax.io.atomic import atomic_folder, check_no_overlap, check_target
 from gadjax.io.image_grid import grid, save_png, to_uint8
-from gadjax.pipelines.known_students import KNOWN
+from gadjax.pipelines.known_students import PUBLISHED_STUDENTS
 from gadjax.pipelines.sampling import BATCH, draw, initial_noise, sampler_and_times
-from gadjax.runtime.settings import settled
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import check_seed
 
 MARKER = "prompts.jsonl"
@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative", help="prompt that guidance leads away from")
     parser.add_argument("--size", help="of pictures, HEIGHTxWIDTH in pixels")
     parser.add_argument(
-        "--recipe", help=f"of a known student, where the folder has none: {', '.join(KNOWN)}"
+        "--recipe",
+        help=f"of a known student, where the folder has none: {', '.join(PUBLISHED_STUDENTS)}",
     )
     parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt")
     parser.add_argument("--batch", type=int, default=BATCH, help="pictures at a time")
@@ -53,18 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace earlier pictures")
 
 
-@settled()
+@pinned_jax_config()
 def run(args: argparse.Namespace) -> int:
     source = resolve(args.model)
     check_target(args.out, overwrite=args.overwrite, marker=MARKER)
-    check_apart(args.out, source, resolve(args.prompts))
+    check_no_overlap(args.out, source, resolve(args.prompts))
     for flag in ("steps", "per_prompt", "batch"):
         check_least(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
     check_seed(args.seed, "--seed", args.per_prompt)
     check_prompt(args.negative or "", "--negative")
     prompts = read_prompts(resolve(args.prompts))
-    if args.recipe not in (None, *KNOWN):
-        raise InputError(f"--recipe: found {args.recipe!r}; expected one of {', '.join(KNOWN)}")
+    if args.recipe not in (None, *PUBLISHED_STUDENTS):
+        raise InputError(
+            f"--recipe: found {args.recipe!r}; expected one of {', '.join(PUBLISHED_STUDENTS)}"
+        )
     size = _size(args.size)
     model = load(
         args.model,
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         teacher=args.teacher,
     )
     try:
-        model = drawn_with(model, args.steps, args.guidance, args.negative, size)
+        model = with_sampling(model, args.steps, args.guidance, args.negative, size)
     except InputError as error:
         raise InputError(f"--{error}") from error
     sampler_and_times(model.pipeline, model.sampling)  # refuses steps that cannot be taken

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from gadjax.errors import InputError
-from gadjax.io.storage import as_path, reach
+from gadjax.io.storage import as_path, check_access
 from gadjax.training.config import read_config
 
 
@@ -28,19 +28,19 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     again = args.reproduce_step is not None
     if again and args.profile is not None:
         raise InputError("--profile: found it beside --reproduce-step; expected one of the two")
-    reach(workdir, write=not again)
+    check_access(workdir, write=not again)
     import jax
 
     from gadjax.cli.doctor import unused
     from gadjax.runtime.distributed import join
     from gadjax.runtime.profiler import parse_profile
     from gadjax.training.loop import train
-    from gadjax.training.replay import parse_step, reproduce
+    from gadjax.training.replay import parse_step, replay_step
 
     if again:
         step = parse_step(args.reproduce_step)
         join()
-        reproduce(config, workdir, step, args.devices)
+        replay_step(config, workdir, step, args.devices)
         return 0
     profile = parse_profile(args.profile, config.steps) if args.profile is not None else None
     join()

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gadjax.data.prompts import read_prompts
-from gadjax.errors import InputError, shown
+from gadjax.errors import InputError, short_repr
 from gadjax.io.untrusted import open_file, read_json
 
 VERSION = 1
@@ -92,7 +92,7 @@ class Embeddings:
     def _same(self, key: str, found: Any, expected: Any, what: str) -> None:
         if found != expected:
             raise InputError(
-                f"{self.folder / MANIFEST}: found {key} {shown(found)}; expected {expected!r} "
+                f"{self.folder / MANIFEST}: found {key} {short_repr(found)}; expected {expected!r} "
                 f"({what})"
             )
 
@@ -248,7 +248,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         wanted |= {"vae": text, "latent": (_is_shape, "three positive integers")}
     for key, (valid, expected) in wanted.items():
         if not valid(value := manifest.get(key)):
-            raise InputError(f"{path}: found {key} {shown(value)}; expected {expected}")
+            raise InputError(f"{path}: found {key} {short_repr(value)}; expected {expected}")
     return manifest
 
 

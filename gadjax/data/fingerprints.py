@@ -16,11 +16,11 @@ ROWS = 256  # of an array that are read
 THREADS = 32  # on network storage a size is a round trip
 
 
-def of_prompts(prompts: Sequence[str]) -> str:
+def fingerprint_prompts(prompts: Sequence[str]) -> str:
     return _digest(text.encode() for text in prompts)
 
 
-def of_pictures(pictures: Pictures) -> str:
+def fingerprint_pictures(pictures: Pictures) -> str:
     """Of all names and captions, and of the files' sizes: of many pictures, evenly chosen ones.
 
     Raises: InputError for a file that is gone.
@@ -38,7 +38,7 @@ def of_pictures(pictures: Pictures) -> str:
         return _digest([*texts, *pool.map(size, _chosen(len(pictures.names), MOST))])
 
 
-def of_embeddings(found: Embeddings) -> str:
+def fingerprint_embeddings(found: Embeddings) -> str:
     """Of the prompts, of what wrote the folder, and of evenly chosen rows of its arrays."""
     arrays = found.text_NLD, found.mask_NL, found.pooled_NP, found.latent_NHWC
     rows = (

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 from gadjax.data.prompts import check_prompt, read_prompts, read_records
-from gadjax.errors import InputError, printable, shown
+from gadjax.errors import InputError, escape_nonprintable, short_repr
 from gadjax.io.untrusted import open_file
 
 # Those of pictures that are decoded here, in the process: Pillow would also run Ghostscript on a
@@ -105,7 +105,7 @@ def check_background(colour: str) -> None:
         ImageColor.getrgb(colour)
     except (ValueError, AttributeError):
         raise InputError(
-            f"background: found {shown(colour)}; expected a colour, such as white or #808080"
+            f"background: found {short_repr(colour)}; expected a colour, such as white or #808080"
         ) from None
 
 
@@ -138,7 +138,7 @@ def _listed(folder: Path) -> _Listing:
                 continue
             ending = path.suffix.lower()
             if ending not in kinds:
-                found.left[printable(ending) or "without suffix"] += 1
+                found.left[escape_nonprintable(ending) or "without suffix"] += 1
             elif kinds[ending].setdefault(_composed(str(path)), str(path)) != str(path):
                 raise InputError(
                     f"{folder / path}: found another file of that name, with its accents written "
@@ -190,7 +190,7 @@ def _records(
         picture = found.pictures.get(_composed(str(metadata.parent / name)))
         if picture is None:
             raise InputError(
-                f"{folder / metadata}: found {NAME} {shown(name)}; expected one of the pictures in "
+                f"{folder / metadata}: found {NAME} {short_repr(name)}; expected one of the pictures in "
                 f"{folder / metadata.parent}"
             )
         yield picture, caption

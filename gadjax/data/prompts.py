@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gadjax.errors import InputError, shown
+from gadjax.errors import InputError, short_repr
 from gadjax.io.untrusted import open_file, parse_json
 
 MAX_LINE = 1 << 20  # bytes; a longer line is some other file
@@ -101,10 +101,10 @@ def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]
                 f"{where}: found broken JSON ({reason}); expected one object per line"
             ) from error
         if not isinstance(record, dict):
-            raise InputError(f"{where}: found {shown(record)}; expected an object")
+            raise InputError(f"{where}: found {short_repr(record)}; expected an object")
         for column in columns:
             if column not in record:
-                found = shown(list(record))
+                found = short_repr(list(record))
                 raise InputError(f"{where}: found keys {found}; expected {column!r}")
         yield tuple(_prompt(record[column], where, column) for column in columns)
 
@@ -128,7 +128,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
             for column in columns:
                 if header.count(column) != 1:
                     raise InputError(
-                        f"{where}: found columns {shown(header)}; expected {column!r} once"
+                        f"{where}: found columns {short_repr(header)}; expected {column!r} once"
                     )
             continue
         # A comma in a prompt without quotes would otherwise cut the prompt there.
@@ -142,7 +142,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 def _prompt(value: Any, where: str, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: found {shown(value)} as {column!r}; expected text")
+        raise InputError(f"{where}: found {short_repr(value)} as {column!r}; expected text")
     check_prompt(value := value.strip(), where)
     return value
 

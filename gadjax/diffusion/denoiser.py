@@ -20,7 +20,7 @@ class Denoiser:
       float32 (float64 where x is), because x0 = (x - sigma eps) / alpha magnifies rounding.
     features: the same arguments -> [B, N, D], what the network makes of them half-way: what a
       discriminator reads. None where the family has none.
-    embedded: whether guidance is told to the network, as cond.extras["guidance"], and not applied
+    guidance_embedded: whether guidance is told to the network, as cond.extras["guidance"], and not applied
       to what it says.
     text_kv: (params, text_BLD) -> what the network makes of a text whatever x and t are, in which
       form `apply` and `features` take it too. None where there is no such thing.
@@ -30,10 +30,10 @@ class Denoiser:
     schedule: NoiseSchedule
     parameterization: str
     features: Callable[[Params, jax.Array, jax.Array, Cond], jax.Array] | None = None
-    embedded: bool = False
+    guidance_embedded: bool = False
     text_kv: Callable[[Params, jax.Array], Any] | None = None
 
-    def reading(self, params: Params, cond: Cond) -> Cond:
+    def cache_text(self, params: Params, cond: Cond) -> Cond:
         """The same, the text's keys and values in the text's place: once for many evaluations."""
         if self.text_kv is None:
             return cond
@@ -42,7 +42,7 @@ class Denoiser:
     def raw(self, params: Params, x_BHWC, t_B, cond: Cond):
         """The network's own output, float32. t_B: [B] or a scalar, in the network's units."""
         t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
-        if self.embedded and "guidance" not in (cond.extras or {}):
+        if self.guidance_embedded and "guidance" not in (cond.extras or {}):
             cond = self._told(cond, 1.0, t_B)
         return self.apply(params, x_BHWC, t_B, cond).astype(x_BHWC.dtype)
 
@@ -56,37 +56,37 @@ class Denoiser:
     def __call__(self, params: Params, x_BHWC, t_B, cond: Cond) -> Prediction:
         return self.read(self.raw(params, x_BHWC, t_B, cond), x_BHWC, t_B)
 
-    def scale_of(self, guidance: float) -> float:
+    def guidance_scale(self, guidance: float) -> float:
         """What a user's guidance is as a scale: every number up to 1 asks for none, as in
         diffusers, so that the prompt alone is told. A network that is told its guidance is told
         the number itself."""
-        return guidance if self.embedded or guidance > 1 else 1.0
+        return guidance if self.guidance_embedded or guidance > 1 else 1.0
 
     def guided_raw(self, params: Params, x_BHWC, t_B, cond: Cond, null: Cond, scale):
         """Classifier-free guidance null + scale (cond - null), both in one call of the network.
 
         scale: a float or [B]. The Python numbers 1 and 0 leave the other half out. Where guidance
-        is embedded the network is told the scale, and the other half is not there.
+        is guidance_embedded the network is told the scale, and the other half is not there.
         """
         return self._guide(params, cond, null, scale)(x_BHWC, t_B)
 
-    def guide(self, params: Params, cond: Cond, null: Cond, scale) -> Callable[..., Prediction]:
+    def guided_fn(self, params: Params, cond: Cond, null: Cond, scale) -> Callable[..., Prediction]:
         """guided as a function of (x_BHWC, t_B), for many evaluations: it reads the text once."""
-        raw = self._guide(params, cond, null, scale, self.reading)
+        raw = self._guide(params, cond, null, scale, self.cache_text)
         return lambda x_BHWC, t_B: self.read(raw(x_BHWC, t_B), x_BHWC, t_B)
 
-    def _guide(self, params, cond, null, scale, reading=lambda _, cond: cond):
+    def _guide(self, params, cond, null, scale, cache_text=lambda _, cond: cond):
         alone = isinstance(scale, int | float) and scale in (0, 1)
-        if self.embedded or alone:
-            told = reading(params, cond if self.embedded or scale else null)
+        if self.guidance_embedded or alone:
+            told = cache_text(params, cond if self.guidance_embedded or scale else null)
 
             def once(x_BHWC, t_B):
-                at = self._told(told, scale, x_BHWC[:, 0, 0, 0]) if self.embedded else told
+                at = self._told(told, scale, x_BHWC[:, 0, 0, 0]) if self.guidance_embedded else told
                 return self.raw(params, x_BHWC, t_B, at)
 
             return once
 
-        both = reading(params, jax.tree.map(_beside, cond, null))
+        both = cache_text(params, jax.tree.map(_beside, cond, null))
 
         def twice(x_BHWC, t_B):
             t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])

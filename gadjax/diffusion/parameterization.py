@@ -9,7 +9,7 @@ sigma (1/100 at its start), so rounding grows by that factor.
 
 from gadjax.types import Prediction, expand
 
-KINDS = ("eps", "v", "x0", "flow")
+PARAMETERIZATIONS = ("eps", "v", "x0", "flow")
 
 
 def to_prediction(kind: str, raw, x_t, alpha, sigma) -> Prediction:

@@ -55,13 +55,13 @@ def rollout(
     *,
     order: int = 1,
     last_order: int = 1,
-    cut_first: bool = False,
+    detach_first_step: bool = False,
 ) -> Trajectory:
     """Walk from times[0] to times[n].
 
     predict: (x_BHWC, t_B or scalar) -> Prediction.
     times: [n + 1], or [n + 1, B] where every sample walks its own interval.
-    cut_first: no gradient passes from the second step on into what the first one returned
+    detach_first_step: no gradient passes from the second step on into what the first one returned
       (nor does a tangent: jax.jvp of a cut walk with respect to x_BHWC is zero). What
       prediction[0] says keeps its gradient.
     """
@@ -69,7 +69,7 @@ def rollout(
         jnp.asarray(v, x_BHWC.dtype) for v in coefficients(schedule, times, order, last_order)
     )
     starts = jnp.asarray(times[:-1], x_BHWC.dtype)
-    cut = jnp.zeros(len(starts), bool).at[0].set(cut_first)
+    cut = jnp.zeros(len(starts), bool).at[0].set(detach_first_step)
 
     def step(carry, now):
         x, before = carry
@@ -77,7 +77,7 @@ def rollout(
         said = predict(x, t)
         after = expand(a, x) * x + expand(b, x) * said.x0 + expand(c, x) * before
         kept = after, said.x0
-        if cut_first:
+        if detach_first_step:
             kept = jax.tree.map(lambda v: jnp.where(cut, jax.lax.stop_gradient(v), v), kept)
         return kept, (x, said)
 

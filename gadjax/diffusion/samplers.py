@@ -15,7 +15,7 @@ import numpy as np
 from gadjax.diffusion.rollout import rollout
 from gadjax.diffusion.schedules import DDPM, NoiseSchedule
 from gadjax.errors import InputError
-from gadjax.seeds import GENERATOR
+from gadjax.seeds import PRNG_IMPL
 from gadjax.types import Prediction
 
 
@@ -35,9 +35,9 @@ class Sampler:
     order: int = 1
     last_order: int = 1
     takes_timesteps: bool = True
-    walk: Callable[..., jax.Array] | None = None
-    extra: int = 0
-    renoises: bool = False
+    sample_fn: Callable[..., jax.Array] | None = None
+    extra_evaluations: int = 0
+    stochastic: bool = False
 
     def times(
         self, steps: int | None = None, timesteps: Sequence[float] | None = None
@@ -102,8 +102,8 @@ def sample(
 
     predict, times: as gadjax.diffusion.rollout.rollout takes them.
     """
-    if sampler.walk is not None:
-        return sampler.walk(predict, sampler.schedule, z_BHWC, times)
+    if sampler.sample_fn is not None:
+        return sampler.sample_fn(predict, sampler.schedule, z_BHWC, times)
     orders = {"order": sampler.order, "last_order": sampler.last_order}
     return rollout(predict, sampler.schedule, z_BHWC, times, **orders).end
 
@@ -159,7 +159,7 @@ def consistency(
     The new noise of a sample is drawn from its own x_BHWC's bits, so that a picture stays a
     function of the noise it starts from. Derivatives hold it fixed.
     """
-    keys = keys_of(x_BHWC)
+    keys = keys_from_noise(x_BHWC)
     for k, (t, after) in enumerate(zip(times[:-1], times[1:], strict=True)):
         x0 = predict(x_BHWC, jnp.asarray(t, x_BHWC.dtype)).x0
         if scaling:
@@ -168,19 +168,19 @@ def consistency(
         if k == len(times) - 2:
             return x0
         alpha, sigma = schedule.alpha_sigma(np.asarray(after))
-        x_BHWC = float(alpha) * x0 + float(sigma) * renoise(keys, k, x_BHWC)
+        x_BHWC = float(alpha) * x0 + float(sigma) * step_noise(keys, k, x_BHWC)
 
 
-def keys_of(x_BHWC: jax.Array) -> jax.Array:
+def keys_from_noise(x_BHWC: jax.Array) -> jax.Array:
     """A key for each sample, made of its bits."""
     flat = jax.lax.stop_gradient(x_BHWC).astype(jnp.float32).reshape(len(x_BHWC), -1)
     bits = jax.lax.bitcast_convert_type(flat, jnp.uint32)
     odd = 2 * jnp.arange(bits.shape[1], dtype=jnp.uint32) + 1
-    key = partial(jax.random.key, impl=GENERATOR)
+    key = partial(jax.random.key, impl=PRNG_IMPL)
     return jax.vmap(key)(jnp.sum(bits * odd, axis=1, dtype=jnp.uint32))
 
 
-def renoise(keys_B: jax.Array, step: int, x_BHWC: jax.Array) -> jax.Array:
+def step_noise(keys_B: jax.Array, step: int, x_BHWC: jax.Array) -> jax.Array:
     """The noise that step number `step` adds."""
     keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
     draw = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:], jnp.float32))

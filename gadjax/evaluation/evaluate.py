@@ -9,29 +9,29 @@ from tqdm import tqdm
 from gadjax.errors import InputError
 from gadjax.evaluation.draw import draw_sets
 from gadjax.evaluation.metric_catalogue import NEAR, NEAR_SHARE, Metric, catalogue
-from gadjax.evaluation.metrics import Drawn, absent_metrics, flat, row_metrics
+from gadjax.evaluation.metrics import ModelOutputs, absent_metrics, merge_leading_axes, row_metrics
 from gadjax.evaluation.noise_control import (
     MOVE_COST,
-    Control,
-    carry_out,
-    choose_moves,
+    ControlResults,
+    choose_targets,
+    classify_library,
     make_library,
-    read_library,
+    optimize_noise,
 )
 from gadjax.evaluation.noise_control_metrics import absent_control, control_metrics
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.sensitivity import map_tangents
 from gadjax.evaluation.statistics import Estimate
-from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.sampling import BATCH, initial_noise, sampler_and_times
-from gadjax.runtime.settings import settled
+from gadjax.runtime.settings import pinned_jax_config
 
 LEAST = {"seeds": 2, "tangents": 0, "batch": 1, "library": 0, "moves": 0}
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationConfig:
     """seeds: pictures of each prompt. tangents: directions of noise for each prompt, every one at
     a seed of its own; 0 leaves noise sensitivity out. batch: pictures at a time. library: noises
     for the tasks of noise control, where the world has them; 0 leaves these out. moves: of a shape
@@ -50,7 +50,7 @@ class Row:
 
     key: str
     label: str
-    sampling: Sampling
+    sampling: SamplingConfig
     evaluations: int
     images_PSHWC: np.ndarray
     metrics: dict[str, Estimate]
@@ -64,16 +64,16 @@ class Evaluation:
     rows: list[Row]
     catalogue: dict[str, Metric]
     absent: dict[str, str]
-    control: Control | None = None
+    control: ControlResults | None = None
 
 
-@settled()
+@pinned_jax_config()
 def evaluate(
     teacher: Model,
     student: Model,
     prompts: Sequence[str],
     world: World,
-    plan: Plan,
+    plan: EvaluationConfig,
     known: dict[str, tuple] | None = None,
 ) -> Evaluation:
     """Draw P prompts from S noises each in three ways, and compare.
@@ -118,25 +118,25 @@ def evaluate(
             if "others" in images:
                 others = _features(world, _by_prompt(images["others"], plan.seeds))
             if library:
-                controlled[key] = read_library(library, images)
+                controlled[key] = classify_library(library, images)
             if moves:
                 # The teacher, which comes first, decides what a move is for everyone.
-                wishes = wishes or choose_moves(library, controlled["teacher"].words_CLA, moves)
-                moved = carry_out(model, library, wishes, controlled[key], plan.batch, bar)
+                wishes = wishes or choose_targets(library, controlled["teacher"].words_CLA, moves)
+                moved = optimize_noise(model, library, wishes, controlled[key], plan.batch, bar)
                 controlled[key] = replace(controlled[key], moved=moved)
             if key != "student":
                 known[key] = drawn[key], others, controlled.get(key), wishes
-    control = Control(library, wishes, controlled) if library else None
+    control = ControlResults(library, wishes, controlled) if library else None
     return _evaluation(models, drawn, others, prompts, world, control)
 
 
 def _evaluation(
     models: dict[str, Model],
-    drawn: dict[str, Drawn],
+    drawn: dict[str, ModelOutputs],
     others: np.ndarray | None,
     prompts: Sequence[str],
     world: World,
-    control: Control | None,
+    control: ControlResults | None,
 ) -> Evaluation:
     listed, rows = catalogue(world), []
     for key, model in models.items():
@@ -152,7 +152,9 @@ def _evaluation(
     return Evaluation(rows, listed, absent, control)
 
 
-def _check(models: dict[str, Model], prompts: Sequence[str], world: World, plan: Plan) -> None:
+def _check(
+    models: dict[str, Model], prompts: Sequence[str], world: World, plan: EvaluationConfig
+) -> None:
     for name, least in LEAST.items():
         if getattr(plan, name) < least:
             raise InputError(f"{name}: found {getattr(plan, name)}; expected {least} or more")
@@ -177,13 +179,13 @@ def _check(models: dict[str, Model], prompts: Sequence[str], world: World, plan:
         )
     for prompt in prompts if world.oracle else ():
         try:
-            world.oracle.read(prompt)
+            world.oracle.parse(prompt)
         except InputError as error:
             raise InputError(f"prompts: {error} (or world none)") from None
 
 
 def _sets(
-    prompts: Sequence[str], latent: tuple[int, int, int], plan: Plan
+    prompts: Sequence[str], latent: tuple[int, int, int], plan: EvaluationConfig
 ) -> dict[str, tuple[list[str], np.ndarray]]:
     """Every prompt at its seeds and at the `others` after them, and the first prompts `near` their
     own seeds: z -> sqrt(1 - r^2) z + r n. Seed by seed."""
@@ -205,10 +207,12 @@ def _sets(
 
 def _read(
     images: dict[str, np.ndarray], tangents: np.ndarray | None, seeds: int, world: World
-) -> Drawn:
+) -> ModelOutputs:
     own, near = (_by_prompt(images[name], seeds) for name in ("own", "near"))
-    words = world.oracle and world.oracle.see(flat(own)).reshape(*own.shape[:2], -1)
-    return Drawn(own, _features(world, own), tangents, words, near, _features(world, near))
+    words = world.oracle and world.oracle.classify(merge_leading_axes(own)).reshape(
+        *own.shape[:2], -1
+    )
+    return ModelOutputs(own, _features(world, own), tangents, words, near, _features(world, near))
 
 
 def _by_prompt(images: np.ndarray, seeds: int) -> np.ndarray:
@@ -219,10 +223,12 @@ def _by_prompt(images: np.ndarray, seeds: int) -> np.ndarray:
 def _features(world: World, images_PSHWC: np.ndarray) -> np.ndarray | None:
     if world.extractor is None:
         return None
-    return world.extractor(flat(images_PSHWC)).reshape(*images_PSHWC.shape[:2], -1)
+    return world.extractor(merge_leading_axes(images_PSHWC)).reshape(*images_PSHWC.shape[:2], -1)
 
 
-def _tangents(model: Model, prompts: Sequence[str], plan: Plan, bar: tqdm) -> np.ndarray | None:
+def _tangents(
+    model: Model, prompts: Sequence[str], plan: EvaluationConfig, bar: tqdm
+) -> np.ndarray | None:
     """J v of each prompt's map from noise to x0: [T, P, H, W, C]."""
     if not plan.tangents:
         return None

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from gadjax.errors import InputError
-from gadjax.formats.safetensors_file import read_header, write_file
+from gadjax.formats.safetensors_file import read_header, write_safetensors
 from gadjax.formats.state_dict import params_from_tensors, tensors_from_params
 from gadjax.io.untrusted import read_json
 from gadjax.models.keymap import KeyMap
@@ -65,7 +65,7 @@ def network(config: Config) -> Functional:
 def save_features(folder: Path, config: Config, params: Params) -> None:
     """Write config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(
+    write_safetensors(
         folder / "model.safetensors", dict(tensors_from_params(jax.device_get(params), KEYMAP))
     )
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")

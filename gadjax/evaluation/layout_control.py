@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gadjax.pipelines.model import Model
-from gadjax.pipelines.sampling import clean_latent, for_prompts
+from gadjax.pipelines.sampling import clean_latent, map_prompts
 
-STEPS = (0, 2, 5, 10)  # of the gradient, after which a picture is looked at
-LARGEST = 0.2  # a step as a share of the noise's norm
-GRADIENT = 4  # network evaluations that the gradient of one is counted as: two of them forward
+SNAPSHOT_STEPS = (0, 2, 5, 10)  # of the gradient, after which a picture is looked at
+MAX_STEP = 0.2  # a step as a share of the noise's norm
+GRADIENT_EVALUATIONS = (
+    4  # network evaluations that the gradient of one is counted as: two of them forward
+)
 
 
-def move_noise(
+def polyak_descent(
     model: Model,
     prompts: Sequence[str],
     noise_NHWC: np.ndarray,
@@ -40,7 +42,7 @@ def move_noise(
 
     def walk(params, z, places, cond, null):
         def off(z):
-            x0 = clean_latent(pipeline, params[pipeline.body], model.sampling, z, cond, null)
+            x0 = clean_latent(pipeline, params[pipeline.backbone], model.sampling, z, cond, null)
             image = pipeline.decode(params["vae"], x0)
             found = jax.vmap(distance)(image, places)
             return found.sum(), (found, image)  # every sample's gradient at once
@@ -48,13 +50,13 @@ def move_noise(
         def step(z, _):
             g, (found, image) = jax.grad(off, has_aux=True)(z)
             both = (x.reshape(len(x), -1) for x in (z, image))
-            return towards(z, g, found), jnp.concatenate([*both], axis=1)
+            return polyak_step(z, g, found), jnp.concatenate([*both], axis=1)
 
         # The last gradient is not used: cheaper than compiling the walk a second time without it.
-        _, states = jax.lax.scan(step, z, None, length=STEPS[-1] + 1)
-        return states[jnp.array(STEPS)].swapaxes(0, 1)
+        _, states = jax.lax.scan(step, z, None, length=SNAPSHOT_STEPS[-1] + 1)
+        return states[jnp.array(SNAPSHOT_STEPS)].swapaxes(0, 1)
 
-    states = for_prompts(
+    states = map_prompts(
         walk,
         pipeline,
         model.params,
@@ -70,11 +72,11 @@ def move_noise(
     return z.reshape(*z.shape[:2], *latent), images.reshape(*z.shape[:2], *sides, 3)
 
 
-def towards(z_BHWC: jax.Array, g_BHWC: jax.Array, distance_B: jax.Array) -> jax.Array:
-    """One step of `move_noise`."""
+def polyak_step(z_BHWC: jax.Array, g_BHWC: jax.Array, distance_B: jax.Array) -> jax.Array:
+    """One step of `polyak_descent`."""
     tiny = jnp.finfo(z_BHWC.dtype).tiny
     size, slope = _norm(z_BHWC), jnp.maximum(_norm(g_BHWC), tiny)
-    reach = jnp.minimum(distance_B[:, None, None, None] / slope, LARGEST * size)
+    reach = jnp.minimum(distance_B[:, None, None, None] / slope, MAX_STEP * size)
     moved = z_BHWC - reach * (g_BHWC / slope)
     return moved * (size / jnp.maximum(_norm(moved), tiny))
 
@@ -83,7 +85,7 @@ def _norm(x_BHWC: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(x_BHWC**2, axis=(1, 2, 3), keepdims=True))
 
 
-def angles(a_NHWC: np.ndarray, b_NHWC: np.ndarray) -> np.ndarray:
+def angles_degrees(a_NHWC: np.ndarray, b_NHWC: np.ndarray) -> np.ndarray:
     """Between N pairs of noises, in degrees; independent ones are at about 90."""
     a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (a_NHWC, b_NHWC))
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)

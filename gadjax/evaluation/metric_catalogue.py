@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from gadjax.evaluation.layout_control import STEPS
+from gadjax.evaluation.layout_control import SNAPSHOT_STEPS
 from gadjax.evaluation.noise_control import PATHS, POINTS
 from gadjax.evaluation.oracles import World
 
@@ -118,14 +118,14 @@ _BEFORE = {
 _AFTER = {
     "control": Metric(
         "layout control",
-        f"share of shapes that {STEPS[-1]} steps on the noise, along the gradient through this "
+        f"share of shapes that {SNAPSHOT_STEPS[-1]} steps on the noise, along the gradient through this "
         "model's own walk, bring to a wanted place, in a picture that still shows what the caption "
         "names",
         "control",
     ),
     **{
         f"control_{n}": Metric(f"after {n} steps", "the same, on the way", "control")
-        for n in STEPS[:-1]
+        for n in SNAPSHOT_STEPS[:-1]
     },
     "control_angle": Metric(
         "how far the noise went, degrees",

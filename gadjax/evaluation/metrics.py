@@ -23,7 +23,7 @@ FROM_FEATURES = (
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ModelOutputs:
     """P prompts at S seeds by one model: pictures, their features, T tangents of every prompt.
 
     words_PSA: what the world's oracle sees. near: pictures and features of the first Q prompts
@@ -39,8 +39,8 @@ class Drawn:
 
 
 def row_metrics(
-    row: Drawn,
-    teacher: Drawn,
+    row: ModelOutputs,
+    teacher: ModelOutputs,
     others_PSD: np.ndarray | None,
     prompts: Sequence[str],
     world: World,
@@ -52,7 +52,7 @@ def row_metrics(
     found = {}
     if world.oracle:
         captions = [prompt for prompt in prompts for _ in range(row.words_PSA.shape[1])]
-        hits = world.oracle.adheres(flat(row.words_PSA), captions)
+        hits = world.oracle.adheres(merge_leading_axes(row.words_PSA), captions)
         found["adherence"] = wilson(int(np.sum(hits)), len(hits))
         open_PA = world.oracle.left_open(prompts)
         if open_PA.any():
@@ -63,7 +63,9 @@ def row_metrics(
                 found["coverage_ratio"] = ratio(counts, wanted)
     if row.features_PSD is not None:
         if others_PSD is not None and _enough(others_PSD):
-            found["frechet"] = Estimate(frechet(flat(row.features_PSD), flat(others_PSD)))
+            found["frechet"] = Estimate(
+                frechet(merge_leading_axes(row.features_PSD), merge_leading_axes(others_PSD))
+            )
         scores = vendi(row.features_PSD)
         found["vendi"] = mean(scores)
         if row is not teacher:
@@ -74,14 +76,16 @@ def row_metrics(
     found |= _seed_metrics("pixels", *sets, row is teacher)
     if row.tangents_TPHWC is not None and row is not teacher:
         turns, count = row.tangents_TPHWC.shape[:2]
-        cosine, size = compare_tangents(flat(row.tangents_TPHWC), flat(teacher.tangents_TPHWC))
+        cosine, size = compare_tangents(
+            merge_leading_axes(row.tangents_TPHWC), merge_leading_axes(teacher.tangents_TPHWC)
+        )
         found["tangent_cosine"] = mean(cosine.reshape(turns, count).mean(0))
         logs = np.log(np.maximum(size, np.finfo(np.float64).tiny)).reshape(turns, count)
         found["tangent_norm_ratio"] = geometric_mean(np.exp(logs.mean(0)))
     return found
 
 
-def absent_metrics(teacher: Drawn, prompts: Sequence[str], world: World) -> dict[str, str]:
+def absent_metrics(teacher: ModelOutputs, prompts: Sequence[str], world: World) -> dict[str, str]:
     """Metric -> why it is not there."""
     absent = {}
     if world.oracle is None:
@@ -124,7 +128,7 @@ def _pixels(images_PSHWC: np.ndarray) -> np.ndarray:
     return images_PSHWC.reshape(*images_PSHWC.shape[:2], -1)
 
 
-def flat(x: np.ndarray) -> np.ndarray:
+def merge_leading_axes(x: np.ndarray) -> np.ndarray:
     """The first two axes as one."""
     return x.reshape(-1, *x.shape[2:])
 

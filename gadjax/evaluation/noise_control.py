@@ -12,15 +12,20 @@ from tqdm import tqdm
 
 from gadjax.evaluation.draw import check_finite
 from gadjax.evaluation.interpolation import slerp
-from gadjax.evaluation.layout_control import GRADIENT, STEPS, angles, move_noise
-from gadjax.evaluation.metrics import flat
+from gadjax.evaluation.layout_control import (
+    GRADIENT_EVALUATIONS,
+    SNAPSHOT_STEPS,
+    angles_degrees,
+    polyak_descent,
+)
+from gadjax.evaluation.metrics import merge_leading_axes
 from gadjax.evaluation.oracles import World
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.sampling import initial_noise
 
 SEED = 1_000_003  # of the library: no prompt's pictures start from its noises
 PATHS, POINTS = 16, 9
-MOVE_COST = GRADIENT * (STEPS[-1] + 1)  # of each, in pictures drawn
+MOVE_COST = GRADIENT_EVALUATIONS * (SNAPSHOT_STEPS[-1] + 1)  # of each, in pictures drawn
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def make_library(world: World, count: int, latent: tuple[int, int, int]) -> Libr
 
 
 @dataclass(frozen=True)
-class Moves:
+class LayoutTargets:
     """N wishes: what noise n of the library draws under caption captions[n] shall be at places[n].
 
     No two share a noise, so that they are independent.
@@ -73,7 +78,7 @@ class Moves:
     places: tuple[str, ...]
 
 
-def choose_moves(library: Library, teacher_CLA: np.ndarray, count: int) -> Moves:
+def choose_targets(library: Library, teacher_CLA: np.ndarray, count: int) -> LayoutTargets:
     """To places other than where the teacher's picture is, at random.
 
     Noise n gets the first caption from n mod C on of which the teacher draws what it names.
@@ -81,7 +86,7 @@ def choose_moves(library: Library, teacher_CLA: np.ndarray, count: int) -> Moves
     rng = np.random.default_rng(0)
     world, (total, noises) = library.world, teacher_CLA.shape[:2]
     prompts = [caption for caption in library.captions for _ in range(noises)]
-    fits_CL = world.oracle.adheres(flat(teacher_CLA), prompts).reshape(total, noises)
+    fits_CL = world.oracle.adheres(merge_leading_axes(teacher_CLA), prompts).reshape(total, noises)
     column = world.oracle.attributes.index(world.layout.attribute)
     captions, places = [], []
     for n in range(min(count, noises)):
@@ -90,11 +95,11 @@ def choose_moves(library: Library, teacher_CLA: np.ndarray, count: int) -> Moves
         others = [word for word in world.layout.places if word != teacher_CLA[caption, n, column]]
         captions.append(caption)
         places.append(others[rng.integers(len(others))])
-    return Moves(np.array(captions), tuple(places))
+    return LayoutTargets(np.array(captions), tuple(places))
 
 
 @dataclass(frozen=True)
-class Moved:
+class LayoutResult:
     """Pictures after each of STEPS steps, whether they show what was wished for, and how far the
     noises went in all, in degrees."""
 
@@ -104,34 +109,34 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Controlled:
+class NoiseControl:
     """What one model drew: the library, the paths, and what was moved."""
 
     images_CLHWC: np.ndarray
     words_CLA: np.ndarray
     paths_MKHWC: np.ndarray
     path_words_MKA: np.ndarray
-    moved: Moved | None = None
+    moved: LayoutResult | None = None
 
 
 @dataclass(frozen=True)
-class Control:
+class ControlResults:
     """The tasks, and what each model made of them, by its row's key."""
 
     library: Library
-    moves: Moves | None
-    rows: dict[str, Controlled]
+    moves: LayoutTargets | None
+    rows: dict[str, NoiseControl]
 
 
-def read_library(library: Library, images: dict[str, np.ndarray]) -> Controlled:
+def classify_library(library: Library, images: dict[str, np.ndarray]) -> NoiseControl:
     """What the pictures of `Library.sets` show."""
-    see = library.world.oracle.see
+    classify = library.world.oracle.classify
     shape = len(library.captions), len(library.noise_LHWC)
     images_CL = images["library"].reshape(*shape, *images["library"].shape[1:])
-    words_CL = see(images["library"]).reshape(*shape, -1)
+    words_CL = classify(images["library"]).reshape(*shape, -1)
     paths = _whole(library, images_CL, images["paths"])
-    words = _whole(library, words_CL, see(images["paths"]))
-    return Controlled(images_CL, words_CL, paths, words)
+    words = _whole(library, words_CL, classify(images["paths"]))
+    return NoiseControl(images_CL, words_CL, paths, words)
 
 
 def _whole(library: Library, drawn_CL: np.ndarray, between: np.ndarray) -> np.ndarray:
@@ -145,32 +150,34 @@ def _whole(library: Library, drawn_CL: np.ndarray, between: np.ndarray) -> np.nd
     )
 
 
-def carry_out(
+def optimize_noise(
     model: Model,
     library: Library,
-    moves: Moves,
-    start: Controlled,
+    moves: LayoutTargets,
+    start: NoiseControl,
     batch: int,
     bar: tqdm,
-) -> Moved:
+) -> LayoutResult:
     """Follow the model's own gradient to each place."""
     world = library.world
     prompts = [library.captions[c] for c in moves.captions]
     places = np.array([world.layout.places[word] for word in moves.places], np.float32)
     noise = library.noise_LHWC[: len(prompts)]
-    ways, images = move_noise(
+    ways, images = polyak_descent(
         model,
         prompts,
         noise,
         places,
         world.layout.distance,
-        batch=max(1, batch // GRADIENT),
+        batch=max(1, batch // GRADIENT_EVALUATIONS),
         progress=lambda done: bar.update(done * MOVE_COST * model.evaluations),
     )
     check_finite(model, images)
     images_RN = images.swapaxes(0, 1)
     # Before the first step, the pictures are those of the library.
-    words = world.oracle.see(flat(images_RN[1:])).reshape(len(STEPS) - 1, len(prompts), -1)
+    words = world.oracle.classify(merge_leading_axes(images_RN[1:])).reshape(
+        len(SNAPSHOT_STEPS) - 1, len(prompts), -1
+    )
     first = start.words_CLA[moves.captions, np.arange(len(prompts))]
     words_RNA = np.concatenate([first[None], words])
     column = world.oracle.attributes.index(world.layout.attribute)
@@ -178,4 +185,4 @@ def carry_out(
         world.oracle.adheres(seen_NA, prompts) & (seen_NA[:, column] == np.array(moves.places))
         for seen_NA in words_RNA
     ]
-    return Moved(images_RN, np.stack(reached), angles(noise, ways[:, -1]))
+    return LayoutResult(images_RN, np.stack(reached), angles_degrees(noise, ways[:, -1]))

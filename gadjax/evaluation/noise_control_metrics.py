@@ -5,15 +5,15 @@ from collections.abc import Callable
 import numpy as np
 
 from gadjax.evaluation.interpolation import largest_jump, path_steps
-from gadjax.evaluation.layout_control import STEPS
+from gadjax.evaluation.layout_control import SNAPSHOT_STEPS
 from gadjax.evaluation.metric_catalogue import catalogue
-from gadjax.evaluation.noise_control import Control, Controlled
+from gadjax.evaluation.noise_control import ControlResults, NoiseControl
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.retrieval import retrieval
 from gadjax.evaluation.statistics import Estimate, mean, ratio
 
 
-def control_metrics(control: Control, key: str) -> dict[str, Estimate]:
+def control_metrics(control: ControlResults, key: str) -> dict[str, Estimate]:
     """Every metric of one row that can be taken; the teacher's are not compared with itself."""
     row, teacher = control.rows[key], control.rows["teacher"]
     world = control.library.world
@@ -21,7 +21,9 @@ def control_metrics(control: Control, key: str) -> dict[str, Estimate]:
     if row.moved:
         hits = row.moved.reached_RN.astype(float)
         found["control"] = mean(hits[-1])
-        found |= {f"control_{n}": mean(h) for n, h in zip(STEPS[:-1], hits[:-1], strict=True)}
+        found |= {
+            f"control_{n}": mean(h) for n, h in zip(SNAPSHOT_STEPS[:-1], hits[:-1], strict=True)
+        }
         found["control_angle"] = mean(row.moved.angles_N)
     if row is not teacher:
         told_MKA = teacher.path_words_MKA != ""
@@ -38,7 +40,7 @@ def control_metrics(control: Control, key: str) -> dict[str, Estimate]:
     return found
 
 
-def absent_control(control: Control | None, taken: set[str], world: World) -> dict[str, str]:
+def absent_control(control: ControlResults | None, taken: set[str], world: World) -> dict[str, str]:
     """Metric of noise control that is not among the `taken` -> why."""
     absent = {}
     for name, metric in catalogue(world).items():
@@ -59,7 +61,7 @@ def absent_control(control: Control | None, taken: set[str], world: World) -> di
     return absent
 
 
-def _retrieval(row: Controlled, teacher: Controlled, world: World) -> dict[str, Estimate]:
+def _retrieval(row: NoiseControl, teacher: NoiseControl, world: World) -> dict[str, Estimate]:
     open_CA = world.oracle.left_open(world.captions)
     columns = np.flatnonzero(open_CA.any(0)).tolist()
     groups = {"retrieval": columns}
@@ -73,7 +75,7 @@ def _retrieval(row: Controlled, teacher: Controlled, world: World) -> dict[str, 
     return found
 
 
-def _open_along(control: Control) -> np.ndarray:
+def _open_along(control: ControlResults) -> np.ndarray:
     """What the caption of each path leaves open: [M, A]."""
     open_CA = control.library.world.oracle.left_open(control.library.captions)
     return open_CA[[c for c, _, _ in control.library.paths]]

@@ -32,17 +32,17 @@ class Oracle:
     """
 
     attributes: tuple[str, ...]
-    see: Callable[[np.ndarray], np.ndarray]
-    read: Callable[[str], dict[str, str]]
+    classify: Callable[[np.ndarray], np.ndarray]
+    parse: Callable[[str], dict[str, str]]
 
     def adheres(self, words_NA: np.ndarray, captions: Sequence[str]) -> np.ndarray:
         """Whether each picture is one of the world's and shows what its caption names: bool [N]."""
-        named = np.array([[self.read(c).get(a, "") for a in self.attributes] for c in captions])
+        named = np.array([[self.parse(c).get(a, "") for a in self.attributes] for c in captions])
         return np.all((words_NA == named) | (named == ""), axis=1) & (words_NA[:, 0] != "")
 
     def left_open(self, captions: Sequence[str]) -> np.ndarray:
         """Which attributes each caption does not name: bool [N, A]."""
-        return np.array([[a not in self.read(c) for a in self.attributes] for c in captions])
+        return np.array([[a not in self.parse(c) for a in self.attributes] for c in captions])
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,6 @@ WORLDS = {
         shapes_features,
         shapes.SIZE,
         layout.CAPTIONS,
-        Layout("position", layout.PLACES, layout.squared_distance),
+        Layout("position", layout.POSITION_CENTRES, layout.squared_distance),
     ),
 }

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from gadjax.evaluation.evaluate import Evaluation
-from gadjax.evaluation.noise_control import Control
+from gadjax.evaluation.noise_control import ControlResults
 from gadjax.io.image_grid import grid
 
 SHEET = 4096  # pixels of width that the pictures may take
@@ -30,7 +30,7 @@ def samples(evaluation: Evaluation, prompts: Sequence[str]) -> Image.Image:
     return grid(shown, captions, scale)
 
 
-def moves(control: Control, labels: dict[str, str]) -> Image.Image:
+def moves(control: ControlResults, labels: dict[str, str]) -> Image.Image:
     """Moves of a shape by its noise: before and after, with the wanted place marked."""
     side = control.rows["teacher"].images_CLHWC.shape[2]
     scale, asked = _scale(side), control.moves
@@ -64,7 +64,7 @@ def _mark(images_NHWC: np.ndarray, place: Sequence[float], reach: int) -> None:
         images_NHWC[:, bottom - arm + 1 : bottom + 1, edge] = MARK
 
 
-def paths(control: Control, labels: dict[str, str]) -> Image.Image:
+def paths(control: ControlResults, labels: dict[str, str]) -> Image.Image:
     """Walks from one noise to another, one block of lines for each."""
     shape = control.rows["teacher"].paths_MKHWC.shape
     scale = _scale(shape[3])

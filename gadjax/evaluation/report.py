@@ -10,7 +10,7 @@ from gadjax.evaluation.evaluate import Evaluation, Row
 from gadjax.evaluation.metric_catalogue import GROUPS, SUMMARY, Metric
 from gadjax.evaluation.statistics import Estimate
 from gadjax.io.image_grid import save_png
-from gadjax.io.markdown import in_markdown
+from gadjax.io.markdown import escape_markdown
 
 PICTURES = {  # of which group, by which function of its tasks
     "control": ("control.png", pictures.moves),
@@ -60,10 +60,12 @@ def as_markdown(evaluation: Evaluation, settings: dict[str, Any]) -> str:
         lines += ["", "## Absent", ""]
         for why in dict.fromkeys(evaluation.absent.values()):
             titles = [listed[n].title for n, other in evaluation.absent.items() if other == why]
-            lines.append(f"- {in_markdown(why)}: {'; '.join(titles)}")
+            lines.append(f"- {escape_markdown(why)}: {'; '.join(titles)}")
     lines += ["", "## Settings", ""]
-    lines += [f"- {in_markdown(name)}: {in_markdown(value)}" for name, value in settings.items()]
-    lines += [f"- {in_markdown(row.label)}: {in_markdown(_spelt(row))}" for row in rows]
+    lines += [
+        f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in settings.items()
+    ]
+    lines += [f"- {escape_markdown(row.label)}: {escape_markdown(_spelt(row))}" for row in rows]
     return "\n".join([*lines, ""])
 
 
@@ -71,7 +73,7 @@ def _table(
     evaluation: Evaluation, names: Sequence[str], drawn: Mapping[str, Sequence[str]] | None = None
 ) -> list[str]:
     rows = evaluation.rows
-    labels = (in_markdown(row.label) for row in rows)
+    labels = (escape_markdown(row.label) for row in rows)
     lines = ["| | " + " | ".join(labels) + " |", "|---|" + "---|" * len(rows)]
     for title, texts in (drawn or {}).items():
         lines.append(f"| {title} | " + " | ".join(texts) + " |")

@@ -5,16 +5,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gadjax.diffusion.geometry import tangent
-from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.pipelines.pipeline import Pipeline
-from gadjax.pipelines.sampling import clean_latent, for_prompts
+from gadjax.pipelines.sampling import clean_latent, map_prompts
 from gadjax.types import Params
 
 
 def map_tangents(
     pipeline: Pipeline,
     params: dict[str, Params],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     prompts: Sequence[str],
     noise_NHWC: np.ndarray,
     directions_NHWC: np.ndarray,
@@ -29,12 +29,12 @@ def map_tangents(
 
     def moved(params, z, v, cond, null):
         def x0(z):
-            return clean_latent(pipeline, params[pipeline.body], sampling, z, cond, null)
+            return clean_latent(pipeline, params[pipeline.backbone], sampling, z, cond, null)
 
         return tangent(x0, z, v)[1]
 
     arrays = (noise_NHWC, directions_NHWC)
-    return for_prompts(
+    return map_prompts(
         moved, pipeline, params, sampling, prompts, arrays, batch=batch, progress=progress
     )
 

@@ -16,7 +16,7 @@ import optax
 from gadjax.assets import resolve
 from gadjax.evaluation.features import Config, network, save_features
 from gadjax.experiments.fit import fit
-from gadjax.runtime.settings import settled
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
 from gadjax.types import Params
 from gadjax.worlds import shapes
@@ -70,7 +70,7 @@ def drawn(seed: int, indices: range) -> tuple[np.ndarray, dict[str, np.ndarray],
     return images, labels, places / np.float32([shapes.SIZE, shapes.SIZE, shapes.SIZE / 4])
 
 
-@settled()
+@pinned_jax_config()
 def train(config: Config, *, steps: int, batch: int, lr: float, seed: int):
     """Fit the network and its heads.
 

@@ -19,7 +19,7 @@ from gadjax.experiments.folder import read_config, replace_component
 from gadjax.models.module import functional
 from gadjax.models.text import t5
 from gadjax.models.text.tokenizer import load_tokenizer
-from gadjax.runtime.settings import settled
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
 from gadjax.worlds import shapes
 
@@ -27,7 +27,7 @@ LENGTH = 16  # the longest caption has 14 words
 CHOICES = {name: ("", *words) for name, words in shapes.ATTRIBUTES.items()}
 
 
-@settled()
+@pinned_jax_config()
 def train(config: t5.Config, tokenizer, *, steps: int, batch: int, lr: float, seed: int):
     """Fit the encoder; returns its parameters and the share of held-out captions read right."""
     net = functional(t5.build(config, remat=False))

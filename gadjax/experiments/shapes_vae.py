@@ -15,14 +15,14 @@ from gadjax.experiments.fit import fit
 from gadjax.experiments.folder import read_config, replace_component
 from gadjax.models.module import functional
 from gadjax.models.vae import autoencoder_kl
-from gadjax.runtime.settings import settled
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
 from gadjax.worlds import shapes
 
 KL = 2e-4  # weight of the mean KL per latent element, against the mean square per colour value
 
 
-@settled()
+@pinned_jax_config()
 def train(config: autoencoder_kl.Config, *, steps: int, batch: int, lr: float, seed: int):
     """Fit the autoencoder on the world.
 

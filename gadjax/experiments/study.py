@@ -23,8 +23,8 @@ from gadjax.errors import InputError
 from gadjax.experiments.study_runs import Evaluator, evaluations, train_seeds
 from gadjax.experiments.study_tables import row_path, write_tables
 from gadjax.io.image_grid import grid, save_png
-from gadjax.io.storage import write_whole
-from gadjax.runtime.settings import settled
+from gadjax.io.storage import write_atomic
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.config import as_json, default_config
 from gadjax.training.setup import prepare
 
@@ -41,7 +41,7 @@ ADDED = {
     "anchor": {"anchor": ANCHOR},
 }
 ALONE = "none", "gad", "polar", "anchor", "gad_anchor", "polar_anchor"
-BESIDE = (*ALONE, "reg", "reg_polar", "reg_polar_anchor")
+COMBINED = (*ALONE, "reg", "reg_polar", "reg_polar_anchor")
 
 
 def map_steps(steps: int) -> dict[str, dict]:
@@ -96,7 +96,7 @@ def objectives() -> dict[str, dict]:
     """Variant -> objective, as a config spells it."""
     found = {}
     for base, options in BASES.items():
-        for added in ALONE if base == "regression" else BESIDE:
+        for added in ALONE if base == "regression" else COMBINED:
             parts = (ADDED[name] for name in added.split("_"))
             found[f"{base}_{added}"] = {base: options}
             for part in parts:
@@ -113,9 +113,9 @@ def objectives() -> dict[str, dict]:
 
 def cells() -> list[str]:
     """All of the study, the ones that tell most first."""
-    grid = [f"{base}_{name}" for base in ("dmd", "tdm", "sid") for name in BESIDE]
+    grid = [f"{base}_{name}" for base in ("dmd", "tdm", "sid") for name in COMBINED]
     alone = [f"regression_{name}" for name in ALONE]
-    dmd = [f"dmd_{name}" for name in BESIDE]
+    dmd = [f"dmd_{name}" for name in COMBINED]
     few = ["regression_none", "regression_polar_anchor", *dmd, "tdm_none", "tdm_polar_anchor"]
     one = [f"dmd_{name}" for name in ("none", "reg", "gad", "polar", "reg_polar")]
     one += ["regression_none", "regression_polar", "sid_none", "sid_polar"]
@@ -164,7 +164,7 @@ def config_of(cell: str):
     return config
 
 
-@settled()
+@pinned_jax_config()
 def run_cell(cell: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
     """Train and evaluate all seeds of a cell, and write its row and the picture of its first."""
     config, started = config_of(cell), time.perf_counter()
@@ -188,7 +188,7 @@ def run_cell(cell: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
     path = row_path(out, cell)
     picture = grid([(row["label"], row["images"]) for row in rows.values()], None, scale=1)
     save_png(picture, path.with_suffix(".png"))
-    write_whole(path, json.dumps(found) + "\n")
+    write_atomic(path, json.dumps(found) + "\n")
 
 
 _evaluator: Evaluator | None = None  # of this process, which keeps what the teachers draw

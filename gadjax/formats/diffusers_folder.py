@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gadjax.errors import InputError
-from gadjax.formats.pipeline_classes import corrected_network, corrected_scheduler
+from gadjax.formats.pipeline_classes import effective_network_config, effective_scheduler_config
 from gadjax.formats.state_dict import (
     Places,
     check_dtypes,
@@ -29,14 +29,14 @@ from gadjax.formats.state_dict import (
 from gadjax.formats.weights import (
     STEMS,
     Weights,
+    component_variant,
     copy_folder,
     copy_weights,
     open_weights,
-    variant_of,
     write_weights,
 )
 from gadjax.io.atomic import atomic_folder, check_target
-from gadjax.io.untrusted import check_files, check_inside, is_name, read_json
+from gadjax.io.untrusted import check_files_no_escape, check_no_escape, is_safe_filename, read_json
 from gadjax.models.keymap import KeyMap
 from gadjax.models.registry import COMPONENTS, keymap_of, read_network
 from gadjax.types import Params
@@ -87,7 +87,7 @@ class PipelineFolder:
     components: dict[str, Component]
 
     @property
-    def body(self) -> str:
+    def backbone(self) -> str:
         """The name of the denoiser's network: "unet", or else "transformer"."""
         return "unet" if "unet" in self.components else "transformer"
 
@@ -98,13 +98,13 @@ class PipelineFolder:
         return ", ".join(str(path.relative_to(self.path)) for path in firsts)
 
     @property
-    def passed(self) -> list[str]:
+    def unused_files(self) -> list[str]:
         """Files of the weights of `files` in another form, which diffusers does not read either."""
-        others = (path for part in self.components.values() for path in part.weights.passed)
+        others = (path for part in self.components.values() for path in part.weights.unused_files)
         return [str(path.relative_to(self.path)) for path in others]
 
     @property
-    def encoders(self) -> list[str]:
+    def text_encoders(self) -> list[str]:
         """The names of the networks that turn prompts into what the denoiser is told."""
         return [name for name in self.components if name.startswith("text_encoder")]
 
@@ -133,7 +133,7 @@ def check_pipeline(
         if CARRIED.fullmatch(name) and not _has_files(folder / name):
             raise InputError(f"{folder / name}: found no files; expected those of the {name}")
     networks = {name: of for name, of in parts.items() if not CARRIED.fullmatch(name)}
-    variants = {name: variant_of(folder / name, variant) for name in networks}
+    variants = {name: component_variant(folder / name, variant) for name in networks}
     if variant is not None and not any(variants.values()):
         raise InputError(
             f"{folder}: found no variant {variant} of {', '.join(networks)}; expected files of it, "
@@ -152,14 +152,14 @@ def check_pipeline(
 
 def read_scheduler(folder: Path, model_index: Mapping[str, Any]) -> dict[str, Any]:
     """scheduler_config.json as the folder's pipeline uses it."""
-    return corrected_scheduler(model_index, read_json(folder / SCHEDULER))
+    return effective_scheduler_config(model_index, read_json(folder / SCHEDULER))
 
 
 def check_parts(folder: Path, parts: Iterable[str]) -> None:
     """Raises: InputError where a file of a pipeline folder leads out of it, or is none."""
-    check_files(folder, folder)
+    check_files_no_escape(folder, folder)
     for name in parts:
-        check_inside(folder / name, folder)
+        check_no_escape(folder / name, folder)
 
 
 def _parts(path: Path, model_index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -171,7 +171,7 @@ def _parts(path: Path, model_index: Mapping[str, Any]) -> dict[str, tuple[str, s
             continue
         if len(value) != 2 or not all(isinstance(word, str) for word in value):
             raise InputError(f"{path}: found {name}: {value}; expected [library, class]")
-        if not is_name(name):
+        if not is_safe_filename(name):
             raise InputError(f"{path}: found a part named {name!r}; expected a folder's name")
         if not CARRIED.fullmatch(name) and (value[1] not in COMPONENTS or value[0] not in STEMS):
             near = difflib.get_close_matches(value[1], COMPONENTS, 1, cutoff=0)[0]
@@ -205,7 +205,7 @@ def _check_component(
         raise InputError(
             f"{folder / 'config.json'}: found class {found}; expected {class_name}, as {INDEX} says"
         )
-    used = corrected_network(index, folder.name, config)
+    used = effective_network_config(index, folder.name, config)
     module, spec, abstract = read_network(folder / "config.json", class_name, used)
     weights = open_weights(folder, variant, library=library, allow_pickle=allow_pickle)
     where = f"{weights.files[0]} ({class_name})"
@@ -243,7 +243,7 @@ def read_pipeline(
 
 def _read(part: Component, dtype) -> Params:
     entries = part.weights.entries
-    for key, other in part.keymap.twins:
+    for key, other in part.keymap.tied_keys:
         if key in entries and other in entries:
             if not np.array_equal(entries[key].read(), entries[other].read()):
                 raise InputError(

@@ -8,11 +8,11 @@ import numpy as np
 
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import Component
-from gadjax.formats.orbax_folder import is_own, read_manifest
+from gadjax.formats.orbax_folder import is_gadjax_folder, read_manifest
 from gadjax.formats.safetensors_file import Tensor
 from gadjax.formats.state_dict import tensors_from_params
-from gadjax.formats.weights import fingerprint, open_weights, variant_of
-from gadjax.io.untrusted import check_inside, is_leftover, open_file
+from gadjax.formats.weights import component_variant, fingerprint, open_weights
+from gadjax.io.untrusted import check_no_escape, is_macos_metadata, open_file
 
 LOOKED_AT = 64  # bytes of each tensor
 
@@ -28,7 +28,7 @@ def text_fingerprint(
     Raises: InputError for a folder without them.
     """
     folder = Path(folder)
-    if is_own(folder):
+    if is_gadjax_folder(folder):
         return read_manifest(folder)["text"]
     digest = hashlib.blake2b(digest_size=16)
     # Their numbers end the names: the first is text_encoder with tokenizer.
@@ -36,15 +36,17 @@ def text_fingerprint(
     for number in sorted({"", *numbers}):
         encoder, tokenizer = folder / f"text_encoder{number}", folder / f"tokenizer{number}"
         for part in (encoder, tokenizer):
-            check_inside(part, folder)
+            check_no_escape(part, folder)
         files = sorted(
-            path for path in tokenizer.glob("*") if path.is_file() and not is_leftover(path.name)
+            path
+            for path in tokenizer.glob("*")
+            if path.is_file() and not is_macos_metadata(path.name)
         )
         if not files:
             raise InputError(f"{tokenizer}: found no files; expected those of a tokenizer")
         weights = open_weights(
             encoder,
-            variant_of(encoder, variant),
+            component_variant(encoder, variant),
             library="transformers",
             allow_pickle=allow_pickle,
         )

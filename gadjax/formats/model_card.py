@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gadjax.errors import InputError, printable
-from gadjax.formats.sampling_config import FILE, Sampling
-from gadjax.io.markdown import in_markdown
+from gadjax.errors import InputError, escape_nonprintable
+from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
+from gadjax.io.markdown import escape_markdown
 from gadjax.io.untrusted import read_json
 
 CARD, FORMAT = "README.md", 1
@@ -31,7 +31,7 @@ class Export:
     """
 
     name: str
-    sampling: Sampling
+    sampling: SamplingConfig
     times: tuple[float, ...] | None
     step: int
     part: str
@@ -46,7 +46,7 @@ class Export:
     report: Mapping[str, Any] | None = None
 
 
-def recipe(export: Export, verified: Mapping[str, Any] | None) -> str:
+def metadata_json(export: Export, verified: Mapping[str, Any] | None) -> str:
     """The text of gadjax.json. verified: what the comparison with diffusers gave, None without."""
     teacher = {"name": export.teacher, "fingerprint": export.fingerprint}
     if export.times is not None:
@@ -89,7 +89,7 @@ def _front(export: Export) -> list[str]:
 
 def _yaml(text: str) -> str:
     """YAML reads JSON's strings, but not its pairs of escapes for a character beyond 16 bits."""
-    return json.dumps(printable(text), ensure_ascii=False)
+    return json.dumps(escape_nonprintable(text), ensure_ascii=False)
 
 
 def _origin(export: Export) -> list[str]:
@@ -105,17 +105,17 @@ def _origin(export: Export) -> list[str]:
         drawn = f"{sampling.steps} step{many}, from the time{many} {times}, without guidance"
         guidance = [f"| guidance of the teacher | {config['guidance']:g} |"]
     return [
-        f"# {in_markdown(export.name)}",
+        f"# {escape_markdown(export.name)}",
         "",
-        f"{made} {in_markdown(export.teacher)} by gadjax {version('gadjax')}. It draws in {drawn}.",
+        f"{made} {escape_markdown(export.teacher)} by gadjax {version('gadjax')}. It draws in {drawn}.",
         "",
         "| | |",
         "|---|---|",
-        f"| objective | {in_markdown(objective_text(config['objective']))} |",
+        f"| objective | {escape_markdown(objective_text(config['objective']))} |",
         f"| updates | {export.step}, of {config['batch']} samples each |",
         f"| weights | {'moving average' if export.part == 'ema' else 'as last updated'} |",
         *guidance,
-        f"| teacher's transformer | {in_markdown(export.fingerprint)} |",
+        f"| teacher's transformer | {escape_markdown(export.fingerprint)} |",
         f"| length of a prompt | {sampling.length} tokens |",
         "",
     ]
@@ -123,7 +123,7 @@ def _origin(export: Export) -> list[str]:
 
 def _use(export: Export) -> list[str]:
     height, width, channels = export.latent
-    name = shlex.quote(printable(export.name))
+    name = shlex.quote(escape_nonprintable(export.name))
     called = ", ".join(f"{key}={value!r}" for key, value in export.arguments.items())
     return [
         "## Use",
@@ -171,10 +171,10 @@ def verified_text(folder: str, verified: Mapping[str, Any] | None) -> str:
     )
 
 
-def note_verified(folder: Path, verified: Mapping[str, Any]) -> None:
+def record_verification(folder: Path, verified: Mapping[str, Any]) -> None:
     """Say in an exported folder's gadjax.json and card that it was verified."""
-    found = read_json(folder / FILE) | {"verified": dict(verified)}
-    _replace(folder / FILE, json.dumps(found, indent=2) + "\n")
+    found = read_json(folder / GADJAX_JSON) | {"verified": dict(verified)}
+    _replace(folder / GADJAX_JSON, json.dumps(found, indent=2) + "\n")
     path = folder / CARD
     if path.is_file():
         text = path.read_text(encoding="utf-8")
@@ -234,7 +234,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     rows = list(report["rows"].values())
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     lines = [
-        "| | " + " | ".join(in_markdown(row["label"]) for row in rows) + " |",
+        "| | " + " | ".join(escape_markdown(row["label"]) for row in rows) + " |",
         "|---" * (len(rows) + 1) + "|",
     ]
     lines.append(
@@ -242,7 +242,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     )
     for name in names:
         cells = (_cell(row["metrics"].get(name)) for row in rows)
-        lines.append(f"| {in_markdown(name.replace('_', ' '))} | " + " | ".join(cells) + " |")
+        lines.append(f"| {escape_markdown(name.replace('_', ' '))} | " + " | ".join(cells) + " |")
     return lines
 
 

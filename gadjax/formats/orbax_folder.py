@@ -30,7 +30,7 @@ from gadjax.formats.diffusers_folder import (
     read_pipeline,
     read_scheduler,
 )
-from gadjax.formats.pipeline_classes import corrected_network
+from gadjax.formats.pipeline_classes import effective_network_config
 from gadjax.formats.state_dict import check_keys, place_tensors, tensors_from_params
 from gadjax.formats.weights import (
     STEMS,
@@ -40,9 +40,9 @@ from gadjax.formats.weights import (
     fingerprint,
     write_weights,
 )
-from gadjax.io.atomic import partial_folder, put_back
-from gadjax.io.manifest import complete_seal, find_fault, write_seal
-from gadjax.io.untrusted import is_name, read_json
+from gadjax.io.atomic import partial_folder, restore_replaced
+from gadjax.io.manifest import finalize_manifest, verify, write_manifest
+from gadjax.io.untrusted import is_safe_filename, read_json
 from gadjax.models.params import flatten
 from gadjax.models.registry import COMPONENTS, read_network
 from gadjax.types import Params
@@ -51,7 +51,7 @@ MANIFEST, PARAMS, VERSION = "gadjax_folder.json", "params", 1
 SMALL = ("*.json", "*.md", "LICENSE*", "NOTICE*")  # of the files at the root and beside weights
 
 
-def is_own(folder: Path) -> bool:
+def is_gadjax_folder(folder: Path) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
@@ -64,8 +64,8 @@ def open_folder(
     components: Collection[str] | None = None,
 ) -> PipelineFolder:
     """Read a pipeline folder of either kind, as `read_pipeline` does."""
-    put_back(Path(folder))
-    if not is_own(folder):
+    restore_replaced(Path(folder))
+    if not is_gadjax_folder(folder):
         return read_pipeline(
             folder,
             dtype=dtype,
@@ -75,10 +75,10 @@ def open_folder(
         )
     if variant is not None:
         raise InputError(f"--variant: found {variant!r}; expected none, {folder} has no variants")
-    return read_own(folder, dtype=dtype, components=components)
+    return read_gadjax_folder(folder, dtype=dtype, components=components)
 
 
-def read_own(
+def read_gadjax_folder(
     folder: Path, *, dtype=None, components: Collection[str] | None = None
 ) -> PipelineFolder:
     """Read the parameters of all networks of gadjax's own folder, or of the named ones.
@@ -99,7 +99,7 @@ def read_own(
         raise InputError(f"{folder}: found no {', '.join(absent)}; expected a network of that name")
     parts = {}
     for name, entry in networks.items():
-        part = describe(folder, name, model_index)
+        part = abstract_component(folder, name, model_index)
         parts[name] = _read(part, entry["fingerprint"], dtype) if name in wanted else part
     has_scheduler = (folder / SCHEDULER).is_file()
     scheduler = read_scheduler(folder, model_index) if has_scheduler else {}
@@ -118,7 +118,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         not isinstance(manifest.get("text"), str)
         or not isinstance(networks, dict)
         or not all(
-            is_name(name) and isinstance(entry, dict) and isinstance(entry.get("fingerprint"), str)
+            is_safe_filename(name)
+            and isinstance(entry, dict)
+            and isinstance(entry.get("fingerprint"), str)
             for name, entry in networks.items()
         )
     ):
@@ -126,7 +128,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def outline_folder(folder: Path) -> PipelineFolder:
+def abstract_folder(folder: Path) -> PipelineFolder:
     """A pipeline folder from its configurations alone; it need not have weights.
 
     Raises: InputError for whatever is absent or unsupported.
@@ -136,18 +138,18 @@ def outline_folder(folder: Path) -> PipelineFolder:
     names = _parts(folder, model_index)
     check_parts(folder, names)
     networks = [name for name in names if not CARRIED.fullmatch(name)]
-    parts = {name: describe(folder, name, model_index) for name in networks}
+    parts = {name: abstract_component(folder, name, model_index) for name in networks}
     return PipelineFolder(folder, model_index, read_scheduler(folder, model_index), parts)
 
 
-def describe(folder: Path, name: str, model_index: Mapping[str, Any]) -> Component:
+def abstract_component(folder: Path, name: str, model_index: Mapping[str, Any]) -> Component:
     """A network without its parameters; its weights are empty, as there are no weight files."""
     where, entry = folder / name / "config.json", model_index.get(name)
     strings = isinstance(entry, list) and all(isinstance(word, str) for word in entry)
     if not strings or len(entry) != 2 or entry[1] not in COMPONENTS or entry[0] not in STEMS:
         raise InputError(f"{folder / INDEX}: found {name}: {entry}; expected [library, class]")
     config = read_json(where)
-    used = corrected_network(model_index, name, config)
+    used = effective_network_config(model_index, name, config)
     module, spec, abstract = read_network(where, entry[1], used)
     weights = Weights(folder / PARAMS / name, None, (), {})
     return Component(name, entry[0], module, config, spec, abstract, weights, {})
@@ -158,7 +160,7 @@ def _read(part: Component, wanted: str, dtype) -> Component:
 
     path, keymap = part.weights.folder.absolute(), part.keymap
     # Orbax's threads print a traceback of their own, later, of what is damaged.
-    if fault := find_fault(path):
+    if fault := verify(path):
         raise InputError(f"{path}: corrupt: {fault}; expected what gadjax convert wrote")
     handler = ocp.PyTreeCheckpointHandler()
     try:
@@ -194,7 +196,7 @@ def _check_shapes(path: Path, held: Any, abstract: Params) -> None:
             )
 
 
-def write_own(pipeline: PipelineFolder, out: Path, text: str) -> None:
+def write_gadjax_folder(pipeline: PipelineFolder, out: Path, text: str) -> None:
     """Write gadjax's own folder into `out`, an empty one. text: of the text encoder.
 
     Raises: RunStopped where it cannot be written.
@@ -207,8 +209,8 @@ def write_own(pipeline: PipelineFolder, out: Path, text: str) -> None:
         path = (out / PARAMS / name).absolute()
         try:
             ocp.PyTreeCheckpointer().save(path, part.params)
-            write_seal(path)
-            complete_seal(path)
+            write_manifest(path)
+            finalize_manifest(path)
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise RunStopped(f"{out}: cannot be written: {reason}") from error
@@ -221,7 +223,7 @@ def write_own(pipeline: PipelineFolder, out: Path, text: str) -> None:
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def write_diffusers(pipeline: PipelineFolder, out: Path) -> None:
+def write_diffusers_folder(pipeline: PipelineFolder, out: Path) -> None:
     """Write a diffusers pipeline folder into `out`, an empty one."""
     _copy_small(pipeline, out)
     for name, part in pipeline.components.items():
@@ -235,11 +237,11 @@ def diffusers_folder(folder: Path, beside: Path) -> Iterator[Path]:
 
     beside: what it is made for; it is made beside that, and a kill leaves it to the next writer.
     """
-    if not is_own(folder):
+    if not is_gadjax_folder(folder):
         yield folder
         return
     with partial_folder(beside.resolve()) as made:
-        write_diffusers(read_own(folder), made)
+        write_diffusers_folder(read_gadjax_folder(folder), made)
         yield made
 
 
@@ -264,6 +266,6 @@ def _copy_files(src: Path, out: Path) -> None:
 def _parts(folder: Path, model_index: Mapping[str, Any]) -> list[str]:
     names = [k for k, v in model_index.items() if isinstance(v, list) and v != [None, None]]
     for name in names:
-        if not is_name(name):
+        if not is_safe_filename(name):
             raise InputError(f"{folder / INDEX}: found a part named {name!r}; expected a folder's")
     return names

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gadjax.errors import InputError, shown
+from gadjax.errors import InputError, short_repr
 from gadjax.formats.scheduler_config import EULER, PIXART, SCM
 
 SD, SDXL, SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
@@ -54,20 +54,20 @@ def check_classes(path: Path, index: Mapping[str, Any]) -> None:
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in PIPELINES:
         raise InputError(
-            f"{path}, _class_name: found {shown(kind)}; expected one of {', '.join(PIPELINES)}"
+            f"{path}, _class_name: found {short_repr(kind)}; expected one of {', '.join(PIPELINES)}"
         )
     for name, classes in PIPELINES[kind].items():
         entry = index.get(name)
         if isinstance(entry, list) and entry[-1] not in (None, *classes):
             raise InputError(
-                f"{path}, {name}: found {shown(entry[-1])}; expected {' or '.join(classes)}, for "
+                f"{path}, {name}: found {short_repr(entry[-1])}; expected {' or '.join(classes)}, for "
                 f"which {kind} is made"
             )
     entry = index.get("scheduler")
     scheduler = entry[-1] if isinstance(entry, list) else None
     if (kind == SPRINT) != (scheduler == SCM):
         raise InputError(
-            f"{path}, scheduler: found {shown(scheduler)} of a {kind}; expected {SCM} of {SPRINT} "
+            f"{path}, scheduler: found {short_repr(scheduler)} of a {kind}; expected {SCM} of {SPRINT} "
             "alone, which tells the network another time and latent"
         )
     if scheduler == EULER and kind in UNSCALED:
@@ -77,7 +77,9 @@ def check_classes(path: Path, index: Mapping[str, Any]) -> None:
         )
 
 
-def corrected_scheduler(index: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def effective_scheduler_config(
+    index: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
     """A scheduler_config.json as the pipeline uses it: of the class that model_index.json names,
     without the values that it lists as defaults; Stable Diffusion's without two old faults."""
     defaults = config.get("_use_default_values") or ()
@@ -92,7 +94,7 @@ def corrected_scheduler(index: Mapping[str, Any], config: Mapping[str, Any]) -> 
     return found
 
 
-def corrected_network(
+def effective_network_config(
     index: Mapping[str, Any], name: str, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A network's config.json as the pipeline uses it."""

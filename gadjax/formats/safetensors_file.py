@@ -130,7 +130,7 @@ def target_dtype(value: np.ndarray, dtype) -> np.dtype:
     return np.dtype(dtype) if dtype is not None and floating else value.dtype
 
 
-def write_file(path: Path, tensors: Mapping[str, np.ndarray], dtype=None) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtype=None) -> None:
     """Write one safetensors file; strided arrays are laid out one at a time.
 
     Raises: InputError naming a tensor with values that are not finite, before or after the cast.

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gadjax.errors import InputError, shown
+from gadjax.errors import InputError, short_repr
 from gadjax.io.untrusted import read_json
 
-FILE = "gadjax.json"
+GADJAX_JSON = "gadjax.json"
 LARGEST, MOST = 1e9, 10_000  # of any number; of steps, and of the tokens of a prompt
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingConfig:
     """What a picture is drawn with.
 
     timesteps: the times that the steps start from, noisiest first; the steps are then of order 1.
@@ -42,12 +42,12 @@ class Sampling:
         return found if self.timesteps is None else {**found, "timesteps": list(self.timesteps)}
 
 
-def read_sampling(folder: Path, default: Sampling) -> Sampling:
+def read_sampling(folder: Path, default: SamplingConfig) -> SamplingConfig:
     """The folder's gadjax.json; `default` where it has none. Other keys are left alone.
 
     Raises: InputError naming file and key for a value that makes no sense.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / GADJAX_JSON
     if not os.path.lexists(path):
         return default
     cfg = read_json(path)
@@ -56,7 +56,7 @@ def read_sampling(folder: Path, default: Sampling) -> Sampling:
         numbers = isinstance(timesteps, list) and all(_is_number(t) for t in timesteps)
         if not numbers or not timesteps or sorted(set(timesteps), reverse=True) != timesteps:
             raise InputError(
-                f"{path}, timesteps: found {shown(timesteps)}; expected numbers in falling order"
+                f"{path}, timesteps: found {short_repr(timesteps)}; expected numbers in falling order"
             )
         timesteps = tuple(float(t) for t in timesteps)
     steps = _whole(path, cfg, "steps", len(timesteps) if timesteps else default.steps)
@@ -66,20 +66,20 @@ def read_sampling(folder: Path, default: Sampling) -> Sampling:
         )
     guidance = cfg.get("guidance", default.guidance)
     if not _is_number(guidance):
-        raise InputError(f"{path}, guidance: found {shown(guidance)}; expected a number")
+        raise InputError(f"{path}, guidance: found {short_repr(guidance)}; expected a number")
     scale = cfg.get("scale", default.scale)
     if not _is_number(scale) or scale <= 0:
-        raise InputError(f"{path}, scale: found {shown(scale)}; expected a positive number")
+        raise InputError(f"{path}, scale: found {short_repr(scale)}; expected a positive number")
     length = _whole(path, cfg, "length", default.length)
-    return Sampling(steps, timesteps, float(guidance), length, scale=float(scale))
+    return SamplingConfig(steps, timesteps, float(guidance), length, scale=float(scale))
 
 
 def read_world(folder: Path) -> str | None:
     """The name of the world that the folder's gadjax.json says it was trained on, if any."""
-    path = Path(folder) / FILE
+    path = Path(folder) / GADJAX_JSON
     world = read_json(path).get("world") if os.path.lexists(path) else None
     if world is not None and not isinstance(world, str):
-        raise InputError(f"{path}, world: found {shown(world)}; expected a name")
+        raise InputError(f"{path}, world: found {short_repr(world)}; expected a name")
     return world
 
 
@@ -88,11 +88,13 @@ def read_teacher_guidance(folder: Path) -> float | None:
 
     Raises: InputError for a value that is no number.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / GADJAX_JSON
     teacher = read_json(path).get("teacher") if os.path.lexists(path) else None
     guidance = teacher.get("guidance") if isinstance(teacher, dict) else None
     if guidance is not None and not _is_number(guidance):
-        raise InputError(f"{path}, teacher.guidance: found {shown(guidance)}; expected a number")
+        raise InputError(
+            f"{path}, teacher.guidance: found {short_repr(guidance)}; expected a number"
+        )
     return guidance
 
 
@@ -104,6 +106,6 @@ def _whole(path: Path, cfg: dict[str, Any], key: str, default: int) -> int:
     value = cfg.get(key, default)
     if type(value) is not int or not 1 <= value <= MOST:
         raise InputError(
-            f"{path}, {key}: found {shown(value)}; expected a whole number from 1 to {MOST}"
+            f"{path}, {key}: found {short_repr(value)}; expected a whole number from 1 to {MOST}"
         )
     return value

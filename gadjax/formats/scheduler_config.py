@@ -6,7 +6,7 @@ Values assumed for keys that a config lacks are those of diffusers 0.42.
 from collections.abc import Sequence
 
 from gadjax.diffusion.schedules import DDPM, Flow, NoiseSchedule, TrigFlow
-from gadjax.errors import InputError, shown
+from gadjax.errors import InputError, short_repr
 
 DPM = "DPMSolverMultistepScheduler"
 DDIM = "DDIMScheduler"
@@ -69,7 +69,7 @@ def parameterization_from_config(cfg: dict) -> str:
     return PREDICTION_TYPES[choice(cfg, "prediction_type", "epsilon", *allowed)]
 
 
-def tells_whole_times(cfg: dict) -> bool:
+def floors_timesteps(cfg: dict) -> bool:
     """Whether diffusers steps from a time but tells the network its whole part only."""
     return cfg.get("_class_name") == DPM and is_flow(cfg)
 
@@ -127,7 +127,7 @@ def is_flow(cfg: dict) -> bool:
 
 def refused(cfg: dict, key: str, found, expected: str) -> InputError:
     absent = "" if key in cfg else " (assumed, the key is absent)"
-    found = f"{shown(found)}{absent}"
+    found = f"{short_repr(found)}{absent}"
     return InputError(f"scheduler_config.json, {key}: found {found}; expected {expected}")
 
 

@@ -76,7 +76,7 @@ def _dpm_grid(total: int, spacing: str, offset: int, n: int) -> np.ndarray:
 def _dpm_flow_grid(total: int, shift: float, n: int) -> np.ndarray:
     share = (1 - np.linspace(1, 1 / total, n + 1))[::-1]
     times = shift * share / (1 + (shift - 1) * share) * total
-    # The network is told their whole part (see tells_whole_times), which for n = 3 is 332 of
+    # The network is told their whole part (see floors_timesteps), which for n = 3 is 332 of
     # 332.99999999999994: what float32 would round up to a whole number stays below it.
     single = times.astype(np.float32)
     below = np.nextafter(single, np.float32(0)).astype(np.float64)
@@ -146,7 +146,7 @@ def _pndm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
     end = schedule.clean if cfg.get("set_alpha_to_one", False) else 0.0
     offset = number(cfg, "steps_offset", 0)
     grid = partial(_ddim_grid, schedule.steps, spacing, offset, end)
-    return Sampler(schedule, grid, takes_timesteps=False, walk=plms, extra=1)
+    return Sampler(schedule, grid, takes_timesteps=False, sample_fn=plms, extra_evaluations=1)
 
 
 def _lcm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
@@ -154,7 +154,7 @@ def _lcm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
     original = int(number(cfg, "original_inference_steps", 50))
     scaling = number(cfg, "timestep_scaling", 10.0)
     grid = partial(_lcm_grid, schedule.steps, original)
-    return Sampler(schedule, grid, walk=partial(consistency, scaling=scaling), renoises=True)
+    return Sampler(schedule, grid, sample_fn=partial(consistency, scaling=scaling), stochastic=True)
 
 
 def _lcm_grid(total: int, original: int, n: int) -> np.ndarray:
@@ -166,7 +166,7 @@ def _lcm_grid(total: int, original: int, n: int) -> np.ndarray:
 
 
 def _scm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
-    return Sampler(schedule, _scm_grid, walk=consistency, renoises=True)
+    return Sampler(schedule, _scm_grid, sample_fn=consistency, stochastic=True)
 
 
 def _scm_grid(n: int) -> np.ndarray:

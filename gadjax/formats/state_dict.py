@@ -65,9 +65,9 @@ def check_keys(
     ignored = [re.compile(pattern) for pattern in keymap.ignored]
     by_name: dict[str, str] = {}
     repeated = []
-    twins = dict(keymap.twins)
+    tied_keys = dict(keymap.tied_keys)
     for key in shapes:
-        if any(pattern.search(key) for pattern in ignored) or twins.get(key) in shapes:
+        if any(pattern.search(key) for pattern in ignored) or tied_keys.get(key) in shapes:
             continue
         first = by_name.setdefault(keymap.canonical(key), key)
         if first != key:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from gadjax.errors import InputError
-from gadjax.formats.safetensors_file import Tensor, read_header, target_dtype, write_file
+from gadjax.formats.safetensors_file import Tensor, read_header, target_dtype, write_safetensors
 from gadjax.formats.state_dict import LISTED, all_finite
 from gadjax.formats.torch_pickle import PickledTensor, read_pickle
-from gadjax.io.untrusted import INDEX_LIMIT, is_leftover, is_name, read_json
+from gadjax.io.untrusted import MAX_INDEX_BYTES, is_macos_metadata, is_safe_filename, read_json
 
 MAX_SHARD_BYTES = 10 * 10**9  # as diffusers splits
 
@@ -46,7 +46,7 @@ class Weights:
     variant: str | None
     files: tuple[Path, ...]
     entries: dict[str, Tensor | PickledTensor]
-    passed: tuple[Path, ...] = ()
+    unused_files: tuple[Path, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,7 +88,7 @@ def open_weights(
     Raises: InputError for a folder, file, shard or header that is not as it should be.
     """
     folder = Path(folder)
-    (path, *passed), kind, variant = _choose(folder, variant, library)
+    (path, *unused_files), kind, variant = _choose(folder, variant, library)
     if kind == "bin" and not allow_pickle:
         raise InputError(
             f"{path}: found a pickle, which can run code when it is opened; expected safetensors "
@@ -96,7 +96,7 @@ def open_weights(
         )
     read = read_header if kind == "safetensors" else read_pickle
     if path.suffix != ".json":
-        return Weights(folder, variant, (path,), read(path), tuple(passed))
+        return Weights(folder, variant, (path,), read(path), tuple(unused_files))
     shards = _read_index(path)
     entries: dict[str, Tensor | PickledTensor] = {}
     for shard, keys in shards.items():
@@ -106,10 +106,10 @@ def open_weights(
             what = f"no {_some(lacking)}" if lacking else f"{_some(extra)} beside the named ones"
             raise InputError(f"{shard}: found {what}; expected the tensors named by {path.name}")
         entries |= held
-    return Weights(folder, variant, (path, *shards), entries, tuple(passed))
+    return Weights(folder, variant, (path, *shards), entries, tuple(unused_files))
 
 
-def variant_of(folder: Path, variant: str | None) -> str | None:
+def component_variant(folder: Path, variant: str | None) -> str | None:
     """What `open_weights` is asked for where a pipeline is asked for `variant`: as in diffusers
     that, or the plain files of a component which has nothing of it."""
     if variant is None:
@@ -181,8 +181,8 @@ def _rank(library: str, match: re.Match) -> int:
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
     """Shard -> the keys that an index places in it; all shards are there."""
-    weight_map = read_json(path, INDEX_LIMIT).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(map(is_name, weight_map.values())):
+    weight_map = read_json(path, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(is_safe_filename, weight_map.values())):
         raise InputError(f"{path}: found no usable weight_map; expected tensor -> file beside it")
     shards: dict[Path, set[str]] = {}
     for key, name in weight_map.items():
@@ -223,7 +223,7 @@ def write_weights(
     parts = [f"-{i + 1:05d}-of-{len(shards):05d}" for i in range(len(shards))]
     names = [f"{base}{part if len(shards) > 1 else ''}.safetensors" for part in parts]
     for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, shard, dtype)
+        write_safetensors(folder / name, shard, dtype)
     written = [folder / name for name in names]
     if len(shards) > 1:
         index = {
@@ -244,7 +244,7 @@ def copy_weights(weights: Weights, folder: Path) -> None:
         if path.suffix != ".json":
             shutil.copyfile(path, target)
             continue
-        index = read_json(path, INDEX_LIMIT)
+        index = read_json(path, MAX_INDEX_BYTES)
         index["weight_map"] = {
             key: _plain(name, weights.variant) for key, name in index["weight_map"].items()
         }
@@ -258,7 +258,7 @@ def copy_folder(src: Path, dst: Path) -> None:
     for path in sorted(src.iterdir()):
         if path.is_dir():
             copy_folder(path, dst / path.name)
-        elif not is_leftover(path.name):
+        elif not is_macos_metadata(path.name):
             shutil.copyfile(path, dst / path.name)
 
 

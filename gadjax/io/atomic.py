@@ -34,7 +34,7 @@ def check_target(dst: Path, *, overwrite: bool = False, marker: str | None = Non
       wrote before is ever removed.
     Raises: InputError.
     """
-    put_back(dst)
+    restore_replaced(dst)
     if dst.is_file():
         raise InputError(f"{dst}: found a file; expected a new or empty folder")
     if not dst.is_dir() or not any(dst.iterdir()):
@@ -47,7 +47,7 @@ def check_target(dst: Path, *, overwrite: bool = False, marker: str | None = Non
         )
 
 
-def check_apart(out: Path, *sources: Path) -> None:
+def check_no_overlap(out: Path, *sources: Path) -> None:
     """Raises: InputError where writing `out` would replace what is read."""
     target = out.resolve()
     for source in (source.resolve() for source in sources):
@@ -105,7 +105,7 @@ def partial_folder(dst: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def put_back(dst: Path) -> None:
+def restore_replaced(dst: Path) -> None:
     """Where a killed process had moved `dst` aside to replace it: back to its name.
 
     Raises: InputError where it cannot be moved.

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from gadjax.errors import InputError, printable
-from gadjax.io.storage import write_whole
+from gadjax.errors import InputError, escape_nonprintable
+from gadjax.io.storage import write_atomic
 
 GAP, MARGIN, LINES = 4, 12, 4  # pixels between pictures and around all; lines of a caption
 LONGEST = 1000  # characters of a caption, more than fit
@@ -35,7 +35,7 @@ def grid(
     size = int(np.clip(height / 8, 11, 18))
     font, small = ImageFont.load_default(size + 1), ImageFont.load_default(size)
     line = round(size * 1.3)
-    texts = [wrap(text, small, width - GAP) for text in captions or []]
+    texts = [wrap_text(text, small, width - GAP) for text in captions or []]
     left = MARGIN + max(round(font.getlength(label)) for label, _ in rows) + MARGIN
     top = MARGIN + line * max((len(text) for text in texts), default=0) + (GAP if texts else 0)
     sheet = Image.new(
@@ -67,16 +67,16 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(x * 127.5 + 127.5, 0, 255)).astype(np.uint8)
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Lines of at most `width` pixels, at most four; what does not fit ends in an ellipsis."""
     lines = [""]
     text = text if len(text) <= LONGEST else text[:LONGEST] + "…"
     for word in text.split():
-        longer = f"{lines[-1]} {printable(word)}".strip()
+        longer = f"{lines[-1]} {escape_nonprintable(word)}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer
         else:
-            lines.append(printable(word))
+            lines.append(escape_nonprintable(word))
     cut = len(lines) > LINES
     lines = lines[:LINES]
     for number, line in enumerate(lines):
@@ -92,4 +92,4 @@ def save_png(image: Image.Image, path: Path) -> None:
     """Write a whole file or none."""
     data = io.BytesIO()
     image.save(data, format="PNG")
-    write_whole(path, data.getvalue())
+    write_atomic(path, data.getvalue())

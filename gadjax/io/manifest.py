@@ -13,32 +13,35 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.errors import RunStopped
-from gadjax.io.storage import is_remote, listing, store_errors, write_whole
+from gadjax.io.storage import is_remote, list_objects, store_errors, write_atomic
 from gadjax.io.untrusted import parse_json
 
-SEAL = "seal.json"
-COMMIT = "commit_success.txt"
-LATE = ("_CHECKPOINT_METADATA", COMMIT)  # Orbax writes these when it commits a step
-OWN = (SEAL, f"{SEAL}.new")
+MANIFEST = "manifest.json"
+COMMIT_MARKER = "commit_success.txt"
+WRITTEN_AT_COMMIT = (
+    "_CHECKPOINT_METADATA",
+    COMMIT_MARKER,
+)  # Orbax writes these when it commits a step
+OWN = (MANIFEST, f"{MANIFEST}.new")
 CHANGED = "its own CRC-32 differs"
 
 Sums = dict[str, dict[str, Any]]
 
 
-def write_seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Before the commit: sizes and checksums of all files below `folder` but the late ones."""
-    _write(folder, _sums(folder, lambda name: name not in OWN + LATE))
+    _write(folder, _sums(folder, lambda name: name not in OWN + WRITTEN_AT_COMMIT))
 
 
-def complete_seal(folder: Path) -> None:
+def finalize_manifest(folder: Path) -> None:
     """After the commit: those of the late ones too. Raises: OSError; ValueError for a bad seal."""
     wanted, whole = _read(folder)
     if not whole:
-        raise ValueError(f"{SEAL}: {CHANGED}")
-    _write(folder, wanted | _sums(folder, LATE.__contains__))
+        raise ValueError(f"{MANIFEST}: {CHANGED}")
+    _write(folder, wanted | _sums(folder, WRITTEN_AT_COMMIT.__contains__))
 
 
-def find_fault(folder: Path) -> str | None:
+def verify(folder: Path) -> str | None:
     """The first file that contradicts the seal, and how; None where all agree.
 
     A run that died right after a commit left its step without the sums of the late files.
@@ -48,18 +51,18 @@ def find_fault(folder: Path) -> str | None:
         wanted, whole = _read(folder)
         found = _sums(folder, lambda name: name not in OWN)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        return f"{SEAL}: missing"
+        return f"{MANIFEST}: missing"
     except (ValueError, TypeError, AttributeError):
-        return f"{SEAL}: cannot be read"
+        return f"{MANIFEST}: cannot be read"
     except OSError as error:
         if error.errno == errno.EIO and not is_remote(folder):  # a disk that rots says so itself
             return f"{error.filename}: cannot be read: {error.strerror}"
         raise RunStopped(f"{folder}: cannot be read: {error.strerror}") from error
     if not whole:
-        return f"{SEAL}: {CHANGED}"
+        return f"{MANIFEST}: {CHANGED}"
     for name in sorted(wanted.keys() | found.keys()):
-        if name not in wanted and name.rpartition("/")[2] not in LATE:
-            return f"found {name}, which {SEAL} does not name"
+        if name not in wanted and name.rpartition("/")[2] not in WRITTEN_AT_COMMIT:
+            return f"found {name}, which {MANIFEST} does not name"
         if name in wanted and (difference := _difference(found.get(name), wanted[name])):
             return f"{name}: {difference}"
     return None
@@ -67,7 +70,7 @@ def find_fault(folder: Path) -> str | None:
 
 def _sums(folder: Path, wants: Callable[[str], bool]) -> Sums:
     if is_remote(folder):
-        return {name: sums for name, sums in sorted(listing(folder).items()) if wants(name)}
+        return {name: sums for name, sums in sorted(list_objects(folder).items()) if wants(name)}
     files = (path for path in folder.rglob("*") if path.is_file())
     names = sorted(filter(wants, (str(path.relative_to(folder)) for path in files)))
     with ThreadPoolExecutor(4) as pool:
@@ -87,24 +90,24 @@ def _sum(path: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, sums: Sums) -> None:
-    write_whole(folder / SEAL, _text(sums))
+    write_atomic(folder / MANIFEST, _text(sums))
 
 
 def _text(sums: Sums) -> bytes:
     """With the seal's own checksum as its last entry, which has no size."""
-    own = {SEAL: {"crc32": zlib.crc32(json.dumps(sums).encode())}}
+    own = {MANIFEST: {"crc32": zlib.crc32(json.dumps(sums).encode())}}
     return (json.dumps(sums | own, indent=1) + "\n").encode()
 
 
 def _read(folder: Path) -> tuple[Sums, bool]:
     """What a seal says of other files, and whether it is bit for bit as it was written."""
-    path = folder / SEAL
+    path = folder / MANIFEST
     if not is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError("a pipe or a device, which may have no end")
     with store_errors(folder):
         data = path.read_bytes()
     entries = {name: dict(entry) for name, entry in parse_json(data).items()}
-    sums = {name: entry for name, entry in entries.items() if name != SEAL}
+    sums = {name: entry for name, entry in entries.items() if name != MANIFEST}
     return sums, data == _text(sums)
 
 

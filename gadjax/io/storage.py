@@ -57,7 +57,7 @@ def absolute(path: Any) -> Any:
     return path if is_remote(path) else Path(path).absolute()
 
 
-def reach(path: Any, write: bool = False) -> None:
+def check_access(path: Any, write: bool = False) -> None:
     """One request to the store. write: for its bucket itself, as Orbax makes when it deletes.
 
     Raises: InputError where the store refuses, or has no such bucket.
@@ -85,7 +85,7 @@ def client() -> Any:
     return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
-def put(path: Any, data: bytes, new: bool = False) -> None:
+def put_object(path: Any, data: bytes, new: bool = False) -> None:
     """An object, which appears when all of it is there. new: only where there is none.
 
     Raises: FileExistsError; OSError.
@@ -94,11 +94,11 @@ def put(path: Any, data: bytes, new: bool = False) -> None:
         client().pipe_file(str(path), data, mode="create" if new else "overwrite")
 
 
-def write_whole(path: Any, data: str | bytes) -> None:
+def write_atomic(path: Any, data: str | bytes) -> None:
     """Write a file that is the old one or the new one at any instant. Raises: OSError."""
     data = data.encode() if isinstance(data, str) else data
     if is_remote(path):
-        return put(path, data)
+        return put_object(path, data)
     new = path.with_name(f"{path.name}.new")
     try:
         new.write_bytes(data)
@@ -117,7 +117,7 @@ def move(old: Any, new: Any) -> None:
         old.rename(new)
 
 
-def listing(folder: Any) -> dict[str, dict[str, Any]]:
+def list_objects(folder: Any) -> dict[str, dict[str, Any]]:
     """{size, crc32c} of every object below a folder of a store, by its path in there.
 
     Raises: RunStopped where the store does not answer: that is not to be taken for an empty folder.
@@ -134,7 +134,7 @@ def listing(folder: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def faults(path: Any) -> tuple[type[Exception], ...]:
+def write_errors(path: Any) -> tuple[type[Exception], ...]:
     """What Orbax lets through where it cannot write."""
     return (Exception,) if is_remote(path) else (OSError, ValueError, RuntimeError)
 
@@ -154,7 +154,7 @@ def store_errors(path: Any) -> Iterator[None]:
 
 
 @contextmanager
-def tolerant(path: Any, patient: bool = False) -> Iterator[None]:
+def warn_on_write_error(path: Any, tolerate: bool = False) -> Iterator[None]:
     """For a file that is written again soon: a store that fails once is no reason to stop a run,
     nor is a folder where the run is to bear that (patient). It is said once per failure.
 
@@ -165,7 +165,7 @@ def tolerant(path: Any, patient: bool = False) -> Iterator[None]:
         _failing.discard(str(path))
     except OSError as error:
         text = error.strerror or error
-        if not (patient or is_remote(path)):
+        if not (tolerate or is_remote(path)):
             raise RunStopped(f"{path}: cannot be written: {text}") from error
         if str(path) not in _failing:
             log.warning("%s: cannot be written now: %s", path, text)

@@ -12,8 +12,8 @@ from gadjax.errors import InputError
 from gadjax.io.storage import is_remote
 
 MIB = 1 << 20
-JSON_LIMIT = 16 * MIB  # of a configuration or a manifest; published ones have a few KiB
-INDEX_LIMIT = 64 * MIB  # of an index of shards; some hundred bytes for each tensor
+MAX_JSON_BYTES = 16 * MIB  # of a configuration or a manifest; published ones have a few KiB
+MAX_INDEX_BYTES = 64 * MIB  # of an index of shards; some hundred bytes for each tensor
 DEPTH = 64  # of values inside values
 NAME_LIMIT = 255  # bytes of a file's name
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -50,7 +50,7 @@ def open_file(path: Path, expected: str) -> Iterator[BinaryIO]:
             raise InputError(f"{path}: found {error.strerror}; expected {expected}") from None
 
 
-def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object, also of a store. limit: of bytes.
 
     Raises: InputError when it is absent, unreadable, too large or something else.
@@ -105,7 +105,7 @@ def _check_depth(value: Any, room: int) -> None:
             _check_depth(inner, room - 1)
 
 
-def is_name(text: Any) -> bool:
+def is_safe_filename(text: Any) -> bool:
     """Whether it names a file in a folder, and nothing outside."""
     return (
         isinstance(text, str)
@@ -116,12 +116,12 @@ def is_name(text: Any) -> bool:
     )
 
 
-def is_leftover(name: str) -> bool:
+def is_macos_metadata(name: str) -> bool:
     """Whether a file is one that a Mac puts beside others: it belongs to no format."""
     return name.startswith("._") or name == ".DS_Store"
 
 
-def check_inside(folder: Path, root: Path) -> None:
+def check_no_escape(folder: Path, root: Path) -> None:
     """Look through a folder of `root`, all of it, and through the files that lie beside it.
 
     A link must lead to a file in `root`; or, in the hub's cache, whose snapshots are links, to one
@@ -141,7 +141,7 @@ def check_inside(folder: Path, root: Path) -> None:
                 ) from None
 
 
-def check_files(folder: Path, root: Path) -> None:
+def check_files_no_escape(folder: Path, root: Path) -> None:
     """The same for the files in a folder alone, not for the folders in it."""
     allowed = _allowed(root)
     for path in folder.iterdir():

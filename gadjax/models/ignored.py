@@ -138,7 +138,7 @@ IGNORED: dict[str, dict[str, str]] = {
 }
 
 # Class -> regex of a tensor's key -> reason.
-TENSORS: dict[str, dict[str, str]] = {
+IGNORED_TENSORS: dict[str, dict[str, str]] = {
     "CLIPTextModel": {
         r"^(text_model\.)?embeddings\.position_ids$": "the numbers 0, 1, ... of older files"
     },
@@ -151,7 +151,7 @@ def _warn(class_name: str, keys: tuple[str, ...]) -> None:
     log.warning("config.json: %s: no options of %s; they are not read", ", ".join(keys), class_name)
 
 
-def note_unknown(class_name: str, config: Mapping[str, Any], used: Iterable[str]) -> None:
+def warn_unknown_keys(class_name: str, config: Mapping[str, Any], used: Iterable[str]) -> None:
     """A word about keys of a text encoder that are neither used nor IGNORED. null says nothing."""
     known = {*used, *IGNORED[class_name]}
     keys = [key for key, value in config.items() if value is not None and key not in known]

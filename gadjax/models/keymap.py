@@ -19,7 +19,7 @@ class KeyMap:
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
-    twins: tuple[tuple[str, str], ...] = ()
+    tied_keys: tuple[tuple[str, str], ...] = ()
 
     def key(self, path: str) -> str:
         for pattern, replacement in self.renames:
@@ -31,4 +31,4 @@ class KeyMap:
     def canonical(self, key: str) -> str:
         for pattern, replacement in self.aliases:
             key = re.sub(pattern, replacement, key)
-        return dict(self.twins).get(key, key)
+        return dict(self.tied_keys).get(key, key)

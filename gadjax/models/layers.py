@@ -11,12 +11,19 @@ from flax import nnx
 from gadjax.errors import InputError
 from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
-from gadjax.parallel.placement import by_sample, parts, placed, shares
+from gadjax.parallel.placement import (
+    batch_shards,
+    constrain_batch,
+    current_placement,
+    sequence_shards,
+)
 from gadjax.types import TextKV
 
-PART = 2**23  # numbers of a hidden layer that a device makes at once in training ...
-PARTS = 4  # ... unless it took more parts than these, each of which reads and writes the sum
-MASKED = -10_000.0  # finite, so that a prompt without any token attends evenly instead of to NaN
+MAX_CHUNK_ELEMENTS = 2**23  # numbers of a hidden layer that a device makes at once in training ...
+MAX_CHUNKS = 4  # ... unless it took more parts than these, each of which reads and writes the sum
+MASKED_LOGIT = (
+    -10_000.0
+)  # finite, so that a prompt without any token attends evenly instead of to NaN
 
 
 def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
@@ -44,7 +51,7 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
 
 def mask_bias(mask_BM: jax.Array) -> jax.Array:
     """1 = keep, 0 = discard -> float32 bias [B, 1, 1, M] on attention logits."""
-    return ((1.0 - mask_BM.astype(jnp.float32)) * MASKED)[:, None, None, :]
+    return ((1.0 - mask_BM.astype(jnp.float32)) * MASKED_LOGIT)[:, None, None, :]
 
 
 def timestep_sinusoid(t_B: jax.Array, channels: int) -> jax.Array:
@@ -148,7 +155,7 @@ class Mlp(nnx.Module):
         """
         count, shards = 1, 1
         if again:
-            count, shards = hidden_parts(x_BND.shape, self.linear_1.out_features)
+            count, shards = hidden_chunks(x_BND.shape, self.linear_1.out_features)
         if count == 1:
             return base_BND + gate * self(x_BND)
 
@@ -162,7 +169,7 @@ class Mlp(nnx.Module):
         def add(total_BND, weights):
             enter, bias, leave = (weight.astype(x_BND.dtype) for weight in weights)
             part = self.activation(x_BND @ enter + bias) @ leave
-            return by_sample(total_BND + gate * part, tokens=True), None
+            return constrain_batch(total_BND + gate * part, tokens=True), None
 
         first, last = self.linear_1, self.linear_2
         wide = jnp.promote_types(x_BND.dtype, jnp.float32)  # or each part would round the sum
@@ -172,15 +179,20 @@ class Mlp(nnx.Module):
         return total_BND.astype(base_BND.dtype)
 
 
-def hidden_parts(shape: tuple[int, ...], hidden: int) -> tuple[int, int]:
+def hidden_chunks(shape: tuple[int, ...], hidden: int) -> tuple[int, int]:
     """In how many parts so wide a layer over [B, N, D] is made, and how many devices share it."""
-    if placed.value is None:
+    if current_placement.value is None:
         return 1, 1
-    mesh = placed.value.mesh
+    mesh = current_placement.value.mesh
     shards = math.gcd(hidden, mesh.shape["tensor"])
-    size = shape[0] * shape[1] * hidden // (shares(mesh) * parts(mesh, shape[1]) * shards)
-    counts = [n for n in range(1, PARTS + 1) if hidden % (n * shards) == 0]
-    return next((n for n in counts if size <= n * PART), counts[-1]), shards
+    size = (
+        shape[0]
+        * shape[1]
+        * hidden
+        // (batch_shards(mesh) * sequence_shards(mesh, shape[1]) * shards)
+    )
+    counts = [n for n in range(1, MAX_CHUNKS + 1) if hidden % (n * shards) == 0]
+    return next((n for n in counts if size <= n * MAX_CHUNK_ELEMENTS), counts[-1]), shards
 
 
 class Attention(nnx.Module):
@@ -235,5 +247,5 @@ class Attention(nnx.Module):
 def text_kv(blocks: nnx.Module, text_BMC: jax.Array) -> TextKV:
     """Keys and values of the text in the cross-attention ("attn2") of every block of a stack."""
     return jax.lax.map(
-        lambda block: by_sample(block.attn2.keys_values(text_BMC), free=True), blocks
+        lambda block: constrain_batch(block.attn2.keys_values(text_BMC), unconstrained=True), blocks
     )

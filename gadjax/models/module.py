@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from gadjax.ops.dual_attention import KEPT
-from gadjax.parallel.placement import by_sample
+from gadjax.ops.dual_attention import ATTENTION_CHECKPOINT
+from gadjax.parallel.placement import constrain_batch
 from gadjax.seeds import make_key
 from gadjax.types import Params, TextKV
 
@@ -56,27 +56,27 @@ def stack(make: Callable[[Keys], nnx.Module], count: int, rngs: Keys) -> nnx.Mod
 
 
 def scan_blocks(
-    blocks: nnx.Module, x, call: Callable[..., Any], remat: bool | str, told: Any = None
+    blocks: nnx.Module, x, call: Callable[..., Any], remat: bool | str, context: Any = None
 ):
     """Run stacked blocks in order: `x = call(block, x)`; remat: see `recomputed`.
 
     told: what each is told as well, `call(block, x, told)`. Of a text's keys and values, in as many
       layers or more, each gets its own.
     """
-    layers, of_text = len(jax.tree.leaves(blocks)[0]), isinstance(told, TextKV)
+    layers, of_text = len(jax.tree.leaves(blocks)[0]), isinstance(context, TextKV)
 
     def body(x, layer):
         block, kv = layer
-        more = kv if of_text else told
-        x = call(block, by_sample(x, tokens=True), *(() if more is None else (more,)))
-        return by_sample(x, tokens=True), None
+        more = kv if of_text else context
+        x = call(block, constrain_batch(x, tokens=True), *(() if more is None else (more,)))
+        return constrain_batch(x, tokens=True), None
 
-    kv = jax.tree.map(lambda a: a[:layers], told) if of_text else None
+    kv = jax.tree.map(lambda a: a[:layers], context) if of_text else None
     # prevent_cse is for code outside scan; inside, it only blocks fusion.
-    return jax.lax.scan(recomputed(body, remat, prevent_cse=False), x, (blocks, kv))[0]
+    return jax.lax.scan(checkpointed(body, remat, prevent_cse=False), x, (blocks, kv))[0]
 
 
-def recomputed(f: Callable, remat: bool | str, **options) -> Callable:
+def checkpointed(f: Callable, remat: bool | str, **options) -> Callable:
     """f, which reverse mode computes again where `remat` is set. "results": all of it but what
     softmax attentions and feed-forwards give."""
     if not remat:
@@ -99,5 +99,5 @@ def _narrows(primitive, *operands, **params) -> bool:
 
 
 RESULTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_only_these_names(KEPT), _narrows
+    jax.checkpoint_policies.save_only_these_names(ATTENTION_CHECKPOINT), _narrows
 )

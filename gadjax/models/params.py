@@ -21,7 +21,7 @@ def unflatten(flat: dict[str, Any]) -> Params:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def kept_of(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
+def split_frozen(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
     """What is trained of a network's parameters, and what is not: the leaves whose path one of the
     patterns is found in."""
     flat = flatten(params)
@@ -30,8 +30,8 @@ def kept_of(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
     return tuple(unflatten(part) for part in parts)
 
 
-def overlay(params: Params, kept: Params | None) -> Params:
-    """A network's parameters from what `kept_of` parted; leaves of `params` come first."""
+def merge_params(params: Params, kept: Params | None) -> Params:
+    """A network's parameters from what `split_frozen` parted; leaves of `params` come first."""
     return unflatten({**flatten(kept), **flatten(params)}) if kept else params
 
 

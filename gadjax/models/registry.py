@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from gadjax.errors import InputError, shown
+from gadjax.errors import InputError, short_repr
 from gadjax.models.keymap import KeyMap
 from gadjax.models.module import functional
 from gadjax.types import Params
@@ -92,11 +92,11 @@ def _check(spec: Any) -> None:
         value, hint = getattr(spec, field.name), hints[field.name]
         if not _fits(value, hint):
             kind = str(hint) if typing.get_args(hint) else hint.__name__
-            raise InputError(f"{field.name}: found {shown(value)}; expected {kind}")
+            raise InputError(f"{field.name}: found {short_repr(value)}; expected {kind}")
         largest, items = next(most for word, most in LIMITS.items() if word in field.name)
         if not _moderate(value, largest, items):
             raise InputError(
-                f"{field.name}: found {shown(value)}; expected at most {largest}, and at most "
+                f"{field.name}: found {short_repr(value)}; expected at most {largest}, and at most "
                 f"{items} items of a list"
             )
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
-from gadjax.objectives.common import between, check_shares, sg
+from gadjax.objectives.common import check_span_fractions, sg, uniform_timesteps
 from gadjax.objectives.compose import Addable
 from gadjax.types import Params
 
@@ -57,7 +57,7 @@ class Adversarial(Addable):
                     f"objective.adversarial.{name}: found {getattr(self, name)!r}; expected "
                     + " or ".join(map(repr, known))
                 )
-        check_shares("adversarial", self.low, self.high)
+        check_span_fractions("adversarial", self.low, self.high)
         if self.hidden < 1:
             raise InputError(
                 f"objective.adversarial.hidden: found {self.hidden}; expected 1 or more"
@@ -72,7 +72,7 @@ class Adversarial(Addable):
     def __call__(self, context: Context):
         seen = self.seen(context, context.student[0].x0)
         fake_B = logits(context.discriminator_params, seen)
-        return LOSSES[self.loss][0](fake_B) * context.base_B, {"logit": jnp.mean(fake_B)}
+        return LOSSES[self.loss][0](fake_B) * context.base_weight_B, {"logit": jnp.mean(fake_B)}
 
     def discriminator_loss(self, context: Context):
         def judged(x0):
@@ -80,11 +80,11 @@ class Adversarial(Addable):
             return logits(context.discriminator_params, sg(seen) + SHARE * (seen - sg(seen)))
 
         fake_B, real_B = judged(context.student[0].x0), judged(context.batch.x0)
-        return LOSSES[self.loss][1](fake_B, real_B) * context.base_B
+        return LOSSES[self.loss][1](fake_B, real_B) * context.base_weight_B
 
     def seen(self, context: Context, x0):
         """The features [B, N, D] of x0, noised."""
-        t_B = between(context, self.low, self.high)
+        t_B = uniform_timesteps(context, self.low, self.high)
         x_t = add_noise(context.schedule, x0, context.normal("eps"), t_B)
         params = getattr(context, f"{self.features}_params")
         return context.denoiser.features(params, x_t, t_B, context.batch.cond)

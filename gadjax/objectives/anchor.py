@@ -42,7 +42,7 @@ class Anchor(Addable):
 
     @property
     def needs(self) -> Needs:
-        return Needs(first=(self.map,), cut_first=True)
+        return Needs(first=(self.map,), detach_first_step=True)
 
     def check(self, times: Sequence[float]) -> None:
         if self.until is not None and not 0 < self.until < times[0]:
@@ -53,7 +53,7 @@ class Anchor(Addable):
 
     def __call__(self, context: Context):
         said, arrived, weight_B = context.first[self.map]
-        arrived, context = sg(arrived), context.at_first()
+        arrived, context = sg(arrived), context.at_first_step()
         end_B = context.map_end(self.map)
         if self.target == "x0":
             error = said.x0 - sg(context.teacher(arrived, end_B).x0)

@@ -51,16 +51,16 @@ class Needs:
     maps: teacher maps -> whether their tangents are wanted too.
     teacher: the term reads the teacher itself.
     jvp: the term takes forward derivatives of a network itself.
-    endpoint: where the student's whole rollout ends, cut where `cut_first` says so.
+    endpoint: where the student's whole rollout ends, cut where `detach_first_step` says so.
     critic: the term reads the critic, which must then be trained.
     discriminator: the term reads the discriminator, which must then be trained.
-    cut_first: the first step belongs to another term: no base gradient may pass it.
+    detach_first_step: the first step belongs to another term: no base gradient may pass it.
     images: clean latents from the data.
     """
 
     student: bool = False
     first: tuple[TeacherMap, ...] = ()
-    whole: bool = False
+    full_map: bool = False
     tangent: Directions | None = None
     maps: Mapping[TeacherMap, bool] = field(default_factory=dict)
     teacher: bool = False
@@ -68,11 +68,11 @@ class Needs:
     endpoint: bool = False
     critic: bool = False
     discriminator: bool = False
-    cut_first: bool = False
+    detach_first_step: bool = False
     images: bool = False
 
     @property
-    def distils(self) -> bool:
+    def uses_teacher(self) -> bool:
         """Whether there is a teacher in it at all; plain denoising has none."""
         return bool(self.maps or self.first) or self.teacher or self.critic or self.discriminator
 
@@ -98,7 +98,7 @@ def _spelt(directions: Directions) -> str:
     return f"{directions.count} x {directions.kind!r}"
 
 
-class First(NamedTuple):
+class FirstStep(NamedTuple):
     """Beside a teacher's map from z: what the student says at z, where the map ends [B, H, W, C],
     and the weight [B] of each sample, by which the mean over B is one over the samples that have
     all this. The others' numbers are finite and mean nothing."""
@@ -136,11 +136,11 @@ class Context:
     x_BHWC: jax.Array | None = None
     direction_JBHWC: jax.Array | None = None
     student: tuple[Prediction, Prediction | None] | None = None
-    first: Mapping[TeacherMap, First] = field(default_factory=dict)
-    whole: tuple[jax.Array, jax.Array | None] | None = None
+    first: Mapping[TeacherMap, FirstStep] = field(default_factory=dict)
+    full_map: tuple[jax.Array, jax.Array | None] | None = None
     maps: Mapping[TeacherMap, tuple[jax.Array, jax.Array | None]] = field(default_factory=dict)
     endpoint: jax.Array | None = None
-    cut_first: bool = False
+    detach_first_step: bool = False
     stream: str = ""
 
     @cached_property
@@ -159,7 +159,7 @@ class Context:
             return self.next_B
         return jnp.where(self.step_B == 0, spec.until, self.next_B)
 
-    def at_first(self) -> "Context":
+    def at_first_step(self) -> "Context":
         """The same context with every sample at the first step, whose latent is z."""
         return replace(self, step_B=jnp.zeros_like(self.step_B), x_BHWC=self.batch.noise)
 
@@ -168,20 +168,20 @@ class Context:
         return self.denoiser.schedule
 
     @cached_property
-    def base_B(self):
+    def base_weight_B(self):
         """Weight of each sample in a base objective: where the first step is somebody else's,
         0 there and n / (n - 1) elsewhere, so that the mean over B is the mean over the others."""
-        if not self.cut_first:
+        if not self.detach_first_step:
             return jnp.ones(self.batch.noise.shape[0], jnp.float32)
         n = len(self.times) - 1
         return (self.step_B > 0) * jnp.float32(n / (n - 1))
 
     @cached_property
-    def first_B(self):
+    def first_step_weight_B(self):
         """Weight of each sample in a term about the first step alone, where the drawn one is it."""
         return (self.step_B == 0) * jnp.float32(len(self.times) - 1)
 
-    def named(self, name: str) -> "Context":
+    def with_stream(self, name: str) -> "Context":
         """The same context with random numbers of its own, so that terms do not share draws."""
         return replace(self, stream=f"{self.stream}/{name}")
 

@@ -28,7 +28,7 @@ def mean_abs(x, floor: float = 1e-4):
     return jnp.maximum(sg(sample_mean(jnp.abs(x))), floor)
 
 
-def between(context: Context, low: float, high: float):
+def uniform_timesteps(context: Context, low: float, high: float):
     """Times [B] of the schedule's spacing, uniform between two shares of its span."""
     schedule = context.schedule
     count = (schedule.last - schedule.clean) / schedule.spacing
@@ -36,7 +36,7 @@ def between(context: Context, low: float, high: float):
     return place_B * schedule.spacing + schedule.clean
 
 
-def check_shares(name: str, low: float, high: float) -> None:
+def check_span_fractions(name: str, low: float, high: float) -> None:
     """Raises: InputError for what are no two shares of a schedule's span, the lower one first."""
     if not 0 <= low < 1:
         raise InputError(f"objective.{name}.low: found {low}; expected a share from 0 to below 1")

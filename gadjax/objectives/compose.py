@@ -55,7 +55,7 @@ class Sum:
 
     def __post_init__(self):
         parts = tuple(p for p in self.parts if p[0] != 0)
-        names = numbered(type(term) for _, term in parts)
+        names = default_names(type(term) for _, term in parts)
         if self.names:
             given = zip(self.parts, self.names, strict=True)
             names = tuple(name for (weight, _), name in given if weight != 0)
@@ -72,14 +72,14 @@ class Sum:
     def needs(self) -> Needs:
         return reduce(or_, (term.needs for _, term in self.parts), Needs())
 
-    def each(self, context: Context) -> Iterator[tuple[str, float, jax.Array, Metrics]]:
+    def term_losses(self, context: Context) -> Iterator[tuple[str, float, jax.Array, Metrics]]:
         """Name, weight, per-sample loss [B] and scalars of every term."""
         for (weight, term), name in zip(self.parts, self.names, strict=True):
-            yield name, weight, *term(context.named(STREAMS.get(name, name)))
+            yield name, weight, *term(context.with_stream(STREAMS.get(name, name)))
 
     def __call__(self, context: Context):
         total_B, metrics = 0.0, {}
-        for name, weight, loss_B, extra in self.each(context):
+        for name, weight, loss_B, extra in self.term_losses(context):
             metrics |= {f"loss/{name}": jnp.mean(loss_B)}
             metrics |= {f"{name}/{key}": value for key, value in extra.items()}
             total_B = total_B + (loss_B if weight == 1 else weight * loss_B)
@@ -97,7 +97,7 @@ class Sum:
                 raise InputError(
                     f"objective: found {len(trainers)} terms that train the {role}; expected one"
                 )
-        if self.needs.cut_first and len(times) < 2:
+        if self.needs.detach_first_step and len(times) < 2:
             raise InputError(
                 f"student.steps: found {len(times)}; expected at least 2, because the anchor takes "
                 "the first step and the base objective needs another"
@@ -109,10 +109,10 @@ class Sum:
             if hasattr(term, "check"):
                 term.check(times)
 
-    def needs_of(self, roles: Iterable[str]) -> Needs:
+    def trainer_needs(self, roles: Iterable[str]) -> Needs:
         """What the terms that train these networks need, under the cut of the whole sum."""
         found = (term.needs for role in roles for term in self._trainers(role))
-        return reduce(or_, found, Needs(cut_first=self.needs.cut_first))
+        return reduce(or_, found, Needs(detach_first_step=self.needs.detach_first_step))
 
     def _trainers(self, role: str) -> list[Term]:
         return [term for _, term in self.parts if hasattr(term, f"{role}_loss")]
@@ -124,14 +124,14 @@ class Sum:
 
     def critic_loss(self, context: Context):
         (term,) = self._trainers("critic")
-        return term.critic_loss(context.named("critic"))
+        return term.critic_loss(context.with_stream("critic"))
 
     def discriminator_loss(self, context: Context):
         (term,) = self._trainers("discriminator")
-        return term.discriminator_loss(context.named("discriminator"))
+        return term.discriminator_loss(context.with_stream("discriminator"))
 
 
-def numbered(kinds: Iterable[type]) -> tuple[str, ...]:
+def default_names(kinds: Iterable[type]) -> tuple[str, ...]:
     """Names of terms of these kinds in a sum."""
     known, counts, names = {kind: name for name, kind in TERMS.items()}, Counter(), []
     for kind in kinds:
@@ -141,7 +141,7 @@ def numbered(kinds: Iterable[type]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def kind_of(name: str, terms: Mapping[str, type]) -> type | None:
+def term_class(name: str, terms: Mapping[str, type]) -> type | None:
     """The kind of the term NAME, or of one more, NAME_2; None for an unknown name."""
     more = re.fullmatch(r"(.+)_([2-9]|[1-9][0-9]+)", name)
     return terms.get(name) or (terms.get(more[1]) if more else None)
@@ -155,7 +155,7 @@ def build(config: Mapping[str, Mapping], terms: Mapping[str, type], times: Seque
     """
     parts = []
     for name, options in config.items():
-        kind = kind_of(name, terms)
+        kind = term_class(name, terms)
         if kind is None:
             raise InputError(f"objective: found {name!r}; expected one of {', '.join(terms)}")
         if not hasattr(options, "items"):
@@ -192,7 +192,7 @@ def as_config(objective: Term | Mapping, terms: Mapping[str, type]) -> Mapping[s
     config = {}
     for (weight, term), name in zip(total.parts, total.names, strict=True):
         kind = type(term)
-        if kind_of(name, terms) is not kind:
+        if term_class(name, terms) is not kind:
             raise InputError(
                 f"objective: found {kind.__name__}, which no config can name; expected one of "
                 f"{', '.join(terms)} (or gadjax.objectives.TERMS['mine'] = {kind.__name__})"

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
-from gadjax.objectives.common import between
+from gadjax.objectives.common import uniform_timesteps
 from gadjax.objectives.compose import Addable
 
 
@@ -34,7 +34,7 @@ class Denoising(Addable):
 
     def __call__(self, context: Context):
         schedule = context.schedule
-        t_B = between(context, 0.0, 1.0)
+        t_B = uniform_timesteps(context, 0.0, 1.0)
         batch = context.batch
         loss_B = context.denoiser.denoising_loss(
             context.student_params, batch.x0, batch.noise, t_B, batch.cond

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
-from gadjax.objectives.common import between, check_shares, mean_abs, pseudo_loss, sg
+from gadjax.objectives.common import (
+    check_span_fractions,
+    mean_abs,
+    pseudo_loss,
+    sg,
+    uniform_timesteps,
+)
 from gadjax.objectives.compose import Addable
 
 
@@ -34,7 +40,7 @@ class DMD(Addable):
             raise InputError(
                 f"objective.dmd.backprop: found {self.backprop!r}; expected 'step' or 'all'"
             )
-        check_shares("dmd", self.low, self.high)
+        check_span_fractions("dmd", self.low, self.high)
 
     @property
     def needs(self) -> Needs:
@@ -45,12 +51,12 @@ class DMD(Addable):
     def output(self, context: Context):
         """The student's x0 and the weight of each sample."""
         if self.backprop == "all":
-            return context.endpoint, jnp.ones_like(context.base_B)
-        return context.student[0].x0, context.base_B
+            return context.endpoint, jnp.ones_like(context.base_weight_B)
+        return context.student[0].x0, context.base_weight_B
 
     def __call__(self, context: Context):
         x0, weight_B = self.output(context)
-        t_B = between(context, self.low, self.high)
+        t_B = uniform_timesteps(context, self.low, self.high)
         x_t = sg(add_noise(context.schedule, x0, context.normal("eps"), t_B))
         fake, real = context.critic(x_t, t_B).x0, context.teacher(x_t, t_B).x0
         loss_B = pseudo_loss(x0, sg(fake - real), mean_abs(sg(x0) - real))
@@ -59,7 +65,7 @@ class DMD(Addable):
     def critic_loss(self, context: Context):
         """Plain denoising on the student's own pictures, t uniform over the whole span."""
         x0, weight_B = self.output(context)
-        t_B = between(context, 0.0, 1.0)
+        t_B = uniform_timesteps(context, 0.0, 1.0)
         loss_B = context.denoiser.denoising_loss(
             context.critic_params, sg(x0), context.normal("eps"), t_B, context.batch.cond
         )

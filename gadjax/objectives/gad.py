@@ -54,10 +54,10 @@ class GAD(Addable):
 
     @property
     def needs(self) -> Needs:
-        whole = self.end == "whole"
+        full_map = self.end == "whole"
         return Needs(
-            student=not whole,
-            whole=whole,
+            student=not full_map,
+            full_map=full_map,
             tangent=Directions(self.direction, self.directions),
             maps={TeacherMap(self.end, self.steps): True},
         )
@@ -72,7 +72,7 @@ class GAD(Addable):
 
     def __call__(self, context: Context):
         wanted = sg(context.maps[TeacherMap(self.end, self.steps)][1])
-        found = context.whole[1] if self.end == "whole" else student_tangents(context, self.end)
+        found = context.full_map[1] if self.end == "whole" else student_tangents(context, self.end)
         mean = jax.vmap(sample_mean)
         size_JB, own_JB = mean(wanted**2), mean(found**2)
         cosine_JB = mean(found * wanted) * jax.lax.rsqrt(size_JB * own_JB)

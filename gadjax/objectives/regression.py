@@ -30,4 +30,4 @@ class Regression(Addable):
         if self.end == "whole":
             return sample_mean((context.endpoint - arrived) ** 2), {}
         loss_B = sample_mean((student_map(context, self.end) - arrived) ** 2)
-        return loss_B * context.base_B, {}
+        return loss_B * context.base_weight_B, {}

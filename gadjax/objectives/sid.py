@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, sample_mean
-from gadjax.objectives.common import between, check_shares, mean_abs, sg
+from gadjax.objectives.common import check_span_fractions, mean_abs, sg, uniform_timesteps
 from gadjax.objectives.compose import Addable
 
 # Name -> guidance of the teacher (None: the run's) and of the critic ("same": the teacher's).
@@ -41,7 +41,7 @@ class SiD(Addable):
                 f"objective.sid.guidance: found {self.guidance!r}; expected one of "
                 f"{', '.join(GUIDANCE)}"
             )
-        check_shares("sid", self.low, self.high)
+        check_span_fractions("sid", self.low, self.high)
 
     def scales(self, context: Context):
         teacher, critic = GUIDANCE[self.guidance]
@@ -50,19 +50,19 @@ class SiD(Addable):
 
     def __call__(self, context: Context):
         x0 = context.student[0].x0
-        t_B = between(context, self.low, self.high)
+        t_B = uniform_timesteps(context, self.low, self.high)
         x_t = add_noise(context.schedule, x0, context.normal("eps"), t_B)
         scale, own = self.scales(context)
         real, fake = context.teacher(x_t, t_B, scale).x0, context.critic(x_t, t_B, own).x0
         gap = real - fake
         loss_B = sample_mean(gap * ((real - x0) - self.alpha * gap)) / mean_abs(sg(x0 - real))
-        return loss_B * context.base_B, {"gap": jnp.mean(jnp.abs(gap))}
+        return loss_B * context.base_weight_B, {"gap": jnp.mean(jnp.abs(gap))}
 
     def critic_loss(self, context: Context):
         """Plain denoising on the student's own pictures, guided as F is read."""
         batch, x0 = context.batch, sg(context.student[0].x0)
-        t_B, eps = between(context, 0.0, 1.0), context.normal("eps")
+        t_B, eps = uniform_timesteps(context, 0.0, 1.0), context.normal("eps")
         loss_B = context.denoiser.denoising_loss(
             context.critic_params, x0, eps, t_B, batch.cond, batch.null, self.scales(context)[1]
         )
-        return loss_B * context.base_B
+        return loss_B * context.base_weight_B

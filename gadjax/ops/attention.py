@@ -11,8 +11,14 @@ from functools import partial
 
 import jax
 
-from gadjax.ops.dual_attention import dual_attention, kept, mix, over_blocks, softmax
-from gadjax.ops.kernels import dual_by, kernels_for, value_by
+from gadjax.ops.dual_attention import (
+    dual_attention,
+    mix,
+    named_for_checkpoint,
+    over_query_blocks,
+    softmax,
+)
+from gadjax.ops.kernels import dual_with_kernels, kernels_for, value_with_kernels
 
 # A part of what jax.jit caches by, so that a function traced for one kind of pass is traced anew
 # for the other.
@@ -40,7 +46,11 @@ def attention(
 
 def _still(q, k, v, bias):
     kernels = kernels_for(q, k, bias)
-    return value_attention(q, k, v, bias) if kernels is None else value_by(kernels, q, k, v, bias)
+    return (
+        value_attention(q, k, v, bias)
+        if kernels is None
+        else value_with_kernels(kernels, q, k, v, bias)
+    )
 
 
 def value_attention(q, k, v, bias=None):
@@ -50,7 +60,7 @@ def value_attention(q, k, v, bias=None):
         (q,), (k, v) = queries, keys
         return mix(softmax(q, k, bias), v).astype(v.dtype), ()
 
-    return kept(over_blocks(block, (q,), (k, v), bias)[0])
+    return named_for_checkpoint(over_query_blocks(block, (q,), (k, v), bias)[0])
 
 
 _moving = jax.custom_jvp(_still)
@@ -67,5 +77,5 @@ def _jvp(primals, tangents):
     if zero[1] and zero[2]:
         tk = tv = None
     kernels = kernels_for(q, k, bias)
-    dual = dual_attention if kernels is None else partial(dual_by, kernels)
+    dual = dual_attention if kernels is None else partial(dual_with_kernels, kernels)
     return dual(q, k, v, bias, tq, tk, tv)

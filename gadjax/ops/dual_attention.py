@@ -26,19 +26,23 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gadjax.ops.spread import splitting, spread
+from gadjax.ops.spread import sequence_mesh, spread
 
-KEPT = "attention"  # as checkpoint policies call what reverse mode may keep of an attention
-CELLS = 2**19  # logits of one head that exist at once; more are computed a block of queries a time
+ATTENTION_CHECKPOINT = (
+    "attention"  # as checkpoint policies call what reverse mode may keep of an attention
+)
+MAX_LOGITS = (
+    2**19
+)  # logits of one head that exist at once; more are computed a block of queries a time
 
 
 def query_blocks(queries: int, keys: int, arrays: int = 1) -> int:
     """In how many blocks of queries an attention is computed that holds that many arrays of logits
     for every one that attention alone holds."""
-    return min(queries, -(-arrays * queries * keys // CELLS))
+    return min(queries, -(-arrays * queries * keys // MAX_LOGITS))
 
 
-def over_blocks(f: Callable, queries: tuple, keys: tuple, bias, arrays: int = 1):
+def over_query_blocks(f: Callable, queries: tuple, keys: tuple, bias, arrays: int = 1):
     """f(queries, keys, bias) with its first result [B, N, ...] from blocks, the others summed over
     them; every device has blocks of its own where a sample's queries are split over devices.
 
@@ -46,7 +50,7 @@ def over_blocks(f: Callable, queries: tuple, keys: tuple, bias, arrays: int = 1)
     it has N rows. f returns (a tree like the queries, a tree like the keys, to be summed). What
     plain reverse mode needs of one of several blocks it computes again.
     """
-    run, mesh = partial(_in_blocks, f, arrays), splitting(queries[0])
+    run, mesh = partial(_in_blocks, f, arrays), sequence_mesh(queries[0])
     if mesh is None:
         return run(queries, keys, bias)
     return spread(run, mesh, queries, keys, bias)
@@ -138,19 +142,19 @@ def dual_attention(q, k, v, bias, tq, tk, tv):
         to = to if tv is None else to + mix(p, tv)
         return (o.astype(v.dtype), to.astype(v.dtype)), ()
 
-    return over_blocks(block, (q, tq), (k, v, tk, tv), bias, arrays=2)[0]
+    return over_query_blocks(block, (q, tq), (k, v, tk, tv), bias, arrays=2)[0]
 
 
-def kept(results):
+def named_for_checkpoint(results):
     """The results, by the name under which a checkpoint policy may keep them."""
-    return jax.tree.map(lambda x: checkpoint_name(x, KEPT), results)
+    return jax.tree.map(lambda x: checkpoint_name(x, ATTENTION_CHECKPOINT), results)
 
 
 def _forward(*given):
-    return kept(dual_attention(*given)), given
+    return named_for_checkpoint(dual_attention(*given)), given
 
 
-def shared(f: Callable) -> Callable:
+def vmappable_transpose(f: Callable) -> Callable:
     """f(do, *others), a transpose, for jax.vmap over directions that share one value.
 
     Then do is not batched, while what f returns for the operands of the value is, and
@@ -161,13 +165,13 @@ def shared(f: Callable) -> Callable:
     @fair.def_vmap
     def rule(size, batched, do, *others):
         axes = jax.tree.map(lambda b: 0 if b else None, batched)
-        found = shared(jax.vmap(f, axes))(do if batched[0] else do / size, *others)
+        found = vmappable_transpose(jax.vmap(f, axes))(do if batched[0] else do / size, *others)
         return found, jax.tree.map(lambda _: True, found)
 
     return fair
 
 
-@shared
+@vmappable_transpose
 def _transpose(do, eo, q, k, v, bias, tq, tk, tv):
     scale = q.shape[-1] ** -0.5
 
@@ -191,7 +195,7 @@ def _transpose(do, eo, q, k, v, bias, tq, tk, tv):
         return (dq.astype(q.dtype), dtq.astype(q.dtype)), (dk, dv, dtk, dtv)
 
     queries, keys = (q, tq, do, eo), (k, v, tk, tv)
-    (dq, dtq), summed = over_blocks(block, queries, keys, bias, arrays=2)
+    (dq, dtq), summed = over_query_blocks(block, queries, keys, bias, arrays=2)
     dk, dv, dtk, dtv = jax.tree.map(lambda x: x.astype(k.dtype), summed)
     return dq, dk, dv, dtq, dtk, dtv
 
@@ -204,5 +208,5 @@ def _backward(given, cotangents):
 # Over directions that share one value: newer JAX hands its cotangent to the first of them, and
 # refuses unless it is asked to; what is older hands it to all, which `shared` makes up for.
 NEWER = "generic_batching" in signature(jax.custom_vjp.defvjp).parameters
-BATCHING = {"generic_batching": True} if NEWER else {}
-dual_attention.defvjp(_forward, _backward, **BATCHING)
+DEFVJP_OPTIONS = {"generic_batching": True} if NEWER else {}
+dual_attention.defvjp(_forward, _backward, **DEFVJP_OPTIONS)

@@ -14,10 +14,10 @@ def flops(f: Callable, *args) -> float:
     unknown length count once, and of branches the dearest. Work whose result nobody uses is left
     out by the compiler and counted here.
     """
-    return count(jax.make_jaxpr(f)(*args).jaxpr)
+    return jaxpr_flops(jax.make_jaxpr(f)(*args).jaxpr)
 
 
-def count(jaxpr: Jaxpr) -> float:
+def jaxpr_flops(jaxpr: Jaxpr) -> float:
     """The same of a program that is traced already. What is cut over a mesh counts on every device,
     a kernel as often as its grid has places."""
     return sum(_cost(eqn) for eqn in jaxpr.eqns)
@@ -33,7 +33,7 @@ def _cost(eqn) -> float:
         kernel = eqn.invars[1].aval.shape
         outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / outputs
-    inner = [count(jaxpr) for value in eqn.params.values() for jaxpr in _jaxprs(value)]
+    inner = [jaxpr_flops(jaxpr) for value in eqn.params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner)
     return sum(inner) * _times(name, eqn.params)

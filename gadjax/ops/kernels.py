@@ -10,13 +10,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gadjax.ops import pallas_gpu, pallas_tpu
-from gadjax.ops.dual_attention import BATCHING, dual_attention, kept, shared
+from gadjax.ops.dual_attention import (
+    DEFVJP_OPTIONS,
+    dual_attention,
+    named_for_checkpoint,
+    vmappable_transpose,
+)
 from gadjax.ops.spread import spread
-from gadjax.ops.tiles import joined, parted, rounded, unrounded
-from gadjax.parallel.placement import parts, placed, shares
+from gadjax.ops.tiles import join_rounding, merge_heads, split_heads, split_rounding
+from gadjax.parallel.placement import batch_shards, current_placement, sequence_shards
 from gadjax.seeds import make_key
 
-MODULES = {"tpu": pallas_tpu, "gpu": pallas_gpu}
+KERNEL_MODULES = {"tpu": pallas_tpu, "gpu": pallas_gpu}
 CLOSE = 0.05  # of the largest number: five times what rounding to bfloat16 comes to
 log = logging.getLogger(__name__)
 
@@ -30,28 +35,30 @@ class Kernels(NamedTuple):
 
 def kernels_for(q, k, bias) -> Kernels | None:
     """Those that take these queries, keys and bias, where the program's devices have any."""
-    place = placed.value
+    place = current_placement.value
     if place is None or not place.kernels:
         return None
-    module, mesh = MODULES[place.kernels], place.mesh
+    module, mesh = KERNEL_MODULES[place.kernels], place.mesh
     batch, positions, *rest = q.shape
-    part = jax.ShapeDtypeStruct((batch, positions // parts(mesh, positions), *rest), q.dtype)
-    if batch % shares(mesh) or not module.supported(part, k, bias):
+    part = jax.ShapeDtypeStruct(
+        (batch, positions // sequence_shards(mesh, positions), *rest), q.dtype
+    )
+    if batch % batch_shards(mesh) or not module.supported(part, k, bias):
         return None
     return Kernels(module, mesh)
 
 
-def value_by(kernels: Kernels, q, k, v, bias):
+def value_with_kernels(kernels: Kernels, q, k, v, bias):
     """Attention [B, N, H, K]; for reverse mode alone, once."""
 
     def run(queries, keys, bias):
         return kernels.module.value(*queries, *keys, bias), ()
 
-    return kept(spread(run, kernels.mesh, (q,), (k, v), bias)[0])
+    return named_for_checkpoint(spread(run, kernels.mesh, (q,), (k, v), bias)[0])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def dual_by(kernels: Kernels, q, k, v, bias, tq, tk, tv):
+def dual_with_kernels(kernels: Kernels, q, k, v, bias, tq, tk, tv):
     """`dual_attention` by kernels."""
     o, to, *_ = _dual(kernels, q, k, v, bias, tq, tk, tv)
     return o.astype(v.dtype), to.astype(v.dtype)
@@ -89,9 +96,9 @@ def _dual(kernels, q, k, v, bias, tq, tk, tv):
 
 def _forward(kernels, q, k, v, bias, tq, tk, tv):
     o, to, *rows = _dual(kernels, q, k, v, bias, tq, tk, tv)
-    results, rest = zip(rounded(o, v.dtype), rounded(to, v.dtype), strict=True)
-    results, rest, rows = kept((results, joined(rest), rows))
-    return results, (joined((q, k, v, tq, tk, tv, *results)), bias, rest, rows)
+    results, rest = zip(split_rounding(o, v.dtype), split_rounding(to, v.dtype), strict=True)
+    results, rest, rows = named_for_checkpoint((results, merge_heads(rest), rows))
+    return results, (merge_heads((q, k, v, tq, tk, tv, *results)), bias, rest, rows)
 
 
 def _backward(kernels, given, cotangents):
@@ -101,27 +108,27 @@ def _backward(kernels, given, cotangents):
         dq, dk, dv, dtq, dtk, dtv = found
         return (dq, dtq), (dk, dv, dtk, dtv)
 
-    @shared
+    @vmappable_transpose
     def transpose(do, eo, q, k, v, bias, tq, tk, tv, *saved):
         queries, keys = (do, eo, q, tq, *saved), (k, v, tk, tv)
         (dq, dtq), (dk, dv, dtk, dtv) = spread(run, kernels.mesh, queries, keys, bias)
         return dq, dk, dv, dtq, dtk, dtv
 
     waiting, bias, rest, rows = given
-    (q, k, v, tq, tk, tv, *found), rest = parted((waiting, rest), cotangents[0].shape[2])
-    found = map(unrounded, found, rest)
+    (q, k, v, tq, tk, tv, *found), rest = split_heads((waiting, rest), cotangents[0].shape[2])
+    found = map(join_rounding, found, rest)
     dq, dk, dv, *moving = transpose(*cotangents, q, k, v, bias, tq, tk, tv, *found, *rows)
     return dq, dk, dv, None, *moving
 
 
-dual_by.defvjp(_forward, _backward, **BATCHING)
+dual_with_kernels.defvjp(_forward, _backward, **DEFVJP_OPTIONS)
 
 
 @cache
-def proven(platform: str, dtype: str) -> bool:
+def kernels_validated(platform: str, dtype: str) -> bool:
     """Whether a platform's kernels compile for the device of this process and give what the op in
     blocks gives, for an attention of `dtype` and its transpose. Says so where they do not."""
-    module, key = MODULES[platform], make_key(0)
+    module, key = KERNEL_MODULES[platform], make_key(0)
     shapes = [(2, length, 1, 72) for length in (200, 150, 150, 200, 150, 150, 200, 200)]
     x = [jax.random.normal(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)]
     bias = jnp.zeros((2, 1, 1, 150)).at[0, ..., 75:].set(-10_000.0)

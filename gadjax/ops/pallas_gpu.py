@@ -5,7 +5,7 @@ program for each block of queries, which goes through the keys; reverse one for 
 queries (dq and dtq) and one for each block of keys (dk, dv, dtk, dtv). Loads and stores are masked,
 so that nothing is padded or moved in memory; a tile's channels are the next power of two.
 
-On an H200 (JAX 0.11.2) right in bfloat16 and wrong in float32, where `kernels.proven` refuses them;
+On an H200 (JAX 0.11.2) right in bfloat16 and wrong in float32, where `kernels.kernels_validated` refuses them;
 else checked by Pallas' interpreter, and compiled for A100, H100 and B200 too. Block sizes, warps
 and stages are not tuned; on an H100 with heads of 72 in bfloat16 the kernels take 227 to 255
 registers a thread and spill at most 20 bytes. Products of float32 follow
@@ -165,11 +165,11 @@ def _forward_kernel(n, m, channels, queries, keys, bias, out, rows):
     def step(i, state):
         k = _read(keys, i, m, channels)
         row = _bias(bias, i, channels, 0)
-        return tiles.absorb(state, *tiles.logits(q, k, row, scale), k[1], k[3])
+        return tiles.add_tile(state, *tiles.logits(q, k, row, scale), k[1], k[3])
 
-    state = tiles.empty(*q[0].shape, q[1] is not None)
+    state = tiles.initial_state(*q[0].shape, q[1] is not None)
     state = jax.lax.fori_loop(0, pl.cdiv(m, _block(channels)), step, state)
-    found, columns = tiles.finish(state)
+    found, columns = tiles.finalize(state)
     _write(out, found, mine, n, channels)
     _write(rows, jax.tree.map(lambda x: x.sum(-1), columns), mine, n, channels)
 
@@ -200,4 +200,4 @@ def _key_kernel(n, m, channels, queries, keys, bias, rows, out):
     _write(out, (dk, dv, dtk, dtv), mine, m, channels)
 
 
-value = tiles.value_of(_forward, _reverse)
+value = tiles.make_value_attention(_forward, _reverse)

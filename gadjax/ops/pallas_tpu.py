@@ -144,7 +144,7 @@ def _forward(queries, keys, bias, interpret):
         (batch, heads, *steps),
         ((queries, down), (keys, along), (bias, along)),
         ((out, down), (rows, down)),
-        jax.eval_shape(lambda: tiles.empty(n, channels, tangent)),
+        jax.eval_shape(lambda: tiles.initial_state(n, channels, tangent)),
         interpret,
     )
     rows = rows[..., :positions]
@@ -202,15 +202,15 @@ def _forward_kernel(queries, keys, bias, out, rows, *state):
 
     @pl.when(step == 0)
     def _():
-        _write(state, tiles.empty(*queries[0].shape[::-1], queries[1] is not None))
+        _write(state, tiles.initial_state(*queries[0].shape[::-1], queries[1] is not None))
 
     keys = _turned(keys)
     s, ts = tiles.logits(_turned(queries), keys, _read(bias), queries[0].shape[0] ** -0.5)
-    _write(state, tiles.absorb(_read(state), s, ts, keys[1], keys[3]))
+    _write(state, tiles.add_tile(_read(state), s, ts, keys[1], keys[3]))
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
-        found, columns = tiles.finish(_read(state))
+        found, columns = tiles.finalize(_read(state))
         _write(out, _turned(found))
         rows[...] = jnp.concatenate(jax.tree.leaves(columns), axis=1).T
 
@@ -248,4 +248,4 @@ def _accumulate(sums, found, out, factors):
         _write(out, [(ref[...] * by).T for ref, by in zip(sums, factors, strict=False)])
 
 
-value = tiles.value_of(_forward, _reverse)
+value = tiles.make_value_attention(_forward, _reverse)

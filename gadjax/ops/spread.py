@@ -6,15 +6,23 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from gadjax.parallel.placement import POSITIONS, SAMPLES, parts, placed, shares
+from gadjax.parallel.placement import (
+    BATCH_AXES,
+    SEQUENCE_AXIS,
+    batch_shards,
+    current_placement,
+    sequence_shards,
+)
 
 
-def splitting(q: jax.Array) -> Mesh | None:
+def sequence_mesh(q: jax.Array) -> Mesh | None:
     """The mesh that the program is placed on, where it splits the positions of these queries."""
-    if placed.value is None:
+    if current_placement.value is None:
         return None
-    mesh = placed.value.mesh
-    return None if q.shape[0] % shares(mesh) or parts(mesh, q.shape[1]) == 1 else mesh
+    mesh = current_placement.value.mesh
+    return (
+        None if q.shape[0] % batch_shards(mesh) or sequence_shards(mesh, q.shape[1]) == 1 else mesh
+    )
 
 
 def spread(f: Callable, mesh: Mesh, queries: Any, keys: Any, bias: jax.Array | None) -> Any:
@@ -31,24 +39,24 @@ def spread(f: Callable, mesh: Mesh, queries: Any, keys: Any, bias: jax.Array | N
     """
     q, k = (jax.tree.leaves(tree)[0] for tree in (queries, keys))
     heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
-    rows = POSITIONS if parts(mesh, q.shape[1]) > 1 else None
+    rows = SEQUENCE_AXIS if sequence_shards(mesh, q.shape[1]) > 1 else None
     # Keys of the queries' own tokens lie where those do; others (a text's) are everywhere.
     own = rows if k.shape[1] == q.shape[1] else None
 
     def place(x, along):
-        return PartitionSpec(SAMPLES, *((along, heads) if x.ndim == 4 else (heads, along)))
+        return PartitionSpec(BATCH_AXES, *((along, heads) if x.ndim == 4 else (heads, along)))
 
     def row(x):
-        axes = zip(x.shape, (SAMPLES, heads, rows), strict=False)
+        axes = zip(x.shape, (BATCH_AXES, heads, rows), strict=False)
         return PartitionSpec(*(axis if size > 1 else None for size, axis in axes))
 
     def gather(x):
-        return jax.lax.all_gather(x, POSITIONS, axis=1, tiled=True) if own else x
+        return jax.lax.all_gather(x, SEQUENCE_AXIS, axis=1, tiled=True) if own else x
 
     def total(x):
         if own:
-            return jax.lax.psum_scatter(x, POSITIONS, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(x, POSITIONS) if rows else x
+            return jax.lax.psum_scatter(x, SEQUENCE_AXIS, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(x, SEQUENCE_AXIS) if rows else x
 
     def on_one(queries, keys, bias):
         each, summed = f(queries, jax.tree.map(gather, keys), bias)

@@ -8,7 +8,7 @@ a pass without tangents None, and tk and tv also where the keys do not move:
     rows = lse, r, mu, s        [n, 1]    what reverse mode has to know of a row's other keys
 
 Names and formulas are those of `gadjax.ops.dual_attention`. Two things make them local to a tile.
-Forward, the tangent is centred as it is summed: `absorb` keeps mu = rowsum(P S.) of the keys so
+Forward, the tangent is centred as it is summed: `add_tile` keeps mu = rowsum(P S.) of the keys so
 far beside the softmax's largest logit and sum, and corrects the sum when mu changes. (Summing
 P S. v and taking mu o off at the end loses digits where tangents are of bfloat16 and mu is large.)
 In reverse, rowsum(P G) = do . o + eo . o. - s mu with s = eo . o, so that
@@ -40,7 +40,7 @@ def key_bias(bias, keys: int, padded: int):
     return jnp.pad(bias, [(0, 0)] * 3 + [(0, padded - keys)], constant_values=LOW)
 
 
-def joined(tree):
+def merge_heads(tree):
     """Arrays [B, N, H, K] as [B, N, H K], in which they wait for reverse mode: on a TPU a head of
     72 numbers by itself takes the room of 128.
 
@@ -49,12 +49,12 @@ def joined(tree):
     return jax.lax.optimization_barrier(jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tree))
 
 
-def parted(tree, heads: int):
+def split_heads(tree, heads: int):
     """Inverse of `joined`."""
     return jax.tree.map(lambda x: x.reshape(*x.shape[:2], heads, -1), tree)
 
 
-def rounded(x, dtype):
+def split_rounding(x, dtype):
     """A result x, of float32, in `dtype`, and what rounding took off; None where it took nothing.
 
     Reverse mode needs more of a result than bfloat16 has; the two are no larger than x, and the
@@ -68,7 +68,7 @@ def rounded(x, dtype):
     return near.astype(dtype), (x - near).astype(dtype)
 
 
-def unrounded(x, rest):
+def join_rounding(x, rest):
     """Inverse of `rounded`, to twice the digits of its parts."""
     return x if rest is None else x.astype(jnp.float32) + rest
 
@@ -112,13 +112,13 @@ def logits(queries, keys, bias, scale, product=queries_down):
     return s, ts * scale
 
 
-def empty(rows: int, channels: int, tangent: bool):
-    """The state of `absorb` before the first key."""
+def initial_state(rows: int, channels: int, tangent: bool):
+    """The state of `add_tile` before the first key."""
     column, block = jnp.zeros((rows, 1), jnp.float32), jnp.zeros((rows, channels), jnp.float32)
     return (column + LOW, column, block, *((column, block) if tangent else ()))
 
 
-def absorb(state, s, ts, v, tv):
+def add_tile(state, s, ts, v, tv):
     """The state after a tile.
 
     Its parts: the largest logit; the sums of e and e v, where e is exp(S - largest); and with
@@ -137,7 +137,7 @@ def absorb(state, s, ts, v, tv):
     return top, total, acc + dot(p.astype(v.dtype), v), *tangent
 
 
-def finish(state):
+def finalize(state):
     """(o, o.) and (lse, mu), the second of each None without tangents."""
     largest, total, acc, *tangent = state
     mu, moved = tangent or (None, None)
@@ -185,7 +185,7 @@ def key_sums(queries, keys, bias, rows, scale):
     return dk, dv, *((None, None) if tk is None else (dot(es, q), dot(p, eo)))
 
 
-def value_of(forward, reverse):
+def make_value_attention(forward, reverse):
     """value(q, k, v, bias=None, *, interpret=False), attention alone, of a backend's two calls."""
 
     @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -194,13 +194,13 @@ def value_of(forward, reverse):
 
     def attend_forward(q, k, v, bias, interpret):
         (o, _), (lse, _) = forward((q, None), (k, v, None, None), bias, interpret)
-        o, rest = rounded(o, v.dtype)
-        return o, (joined((q, k, v, o, rest)), bias, lse)
+        o, rest = split_rounding(o, v.dtype)
+        return o, (merge_heads((q, k, v, o, rest)), bias, lse)
 
     def attend_reverse(interpret, saved, do):
         waiting, bias, lse = saved
-        q, k, v, *o = parted(waiting, do.shape[2])
-        rows = row_sums(do, None, unrounded(*o), None, lse, None)
+        q, k, v, *o = split_heads(waiting, do.shape[2])
+        rows = row_sums(do, None, join_rounding(*o), None, lse, None)
         queries, keys = (q, None, do, None), (k, v, None, None)
         (dq, _), (dk, dv, *_) = reverse(queries, keys, bias, rows, interpret)
         return dq, dk, dv, None

@@ -68,9 +68,9 @@ TOPOLOGIES = {
     "v6e": FLAT,
     "tpu7x": SOLID[:5],
 }
-CARDS = [name for name in CHIPS if name not in TOPOLOGIES]
+GPUS = [name for name in CHIPS if name not in TOPOLOGIES]
 GPU = "h100"  # what "gpu" means
-PLUGINS = "jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"  # of jax[cuda13], jax[cuda12]
+CUDA_PLUGINS = "jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"  # of jax[cuda13], jax[cuda12]
 NODE = 8  # cards of a machine
 # What XLA compiles for, where it cannot ask the card (OpenXLA's target_config/specs): major compute
 # capability, multiprocessors, float32 units, bytes of shared memory and of it for a block of each,
@@ -123,7 +123,7 @@ class Topology:
 
     def devices(self) -> list[Any]:
         """Devices to compile for. Raises: InputError where there is nothing to compile with."""
-        if self.chip.name in CARDS:
+        if self.chip.name in GPUS:
             return _cpus(self.count) if self.estimate else _gpus(self)
         return _tpus(self.name)
 
@@ -139,16 +139,16 @@ def find_topology(name: str) -> Topology:
         count = math.prod(map(int, size.split("x"))) * PER_PLACE.get(kind, 1)
         return Topology(name, CHIPS[kind], count * int(slices or 1), False)
     card = GPU if kind == "gpu" else kind
-    if card in CARDS and not slices and re.fullmatch("[1-9][0-9]{0,3}", size):
+    if card in GPUS and not slices and re.fullmatch("[1-9][0-9]{0,3}", size):
         return Topology(name, CHIPS[card], int(size), not _has_cuda())
     known = "; ".join(f"{kind}: {', '.join(sizes)}" for kind, sizes in TOPOLOGIES.items())
     raise InputError(
         f"--topology: found {name!r}; expected CHIP:SIZE ({known}), several slices of one as "
-        f"2*CHIP:SIZE, or CARD:COUNT with one of {', '.join(CARDS)}, or gpu:COUNT"
+        f"2*CHIP:SIZE, or CARD:COUNT with one of {', '.join(GPUS)}, or gpu:COUNT"
     )
 
 
-def peak_of(device_kind: str) -> float | None:
+def peak_flops(device_kind: str) -> float | None:
     """bfloat16 FLOP/s of a device by `jax.Device.device_kind`; None where it is not known."""
     return CHIPS[KINDS[device_kind]].peak if device_kind in KINDS else None
 
@@ -159,7 +159,7 @@ def _tpus(name: str) -> list[Any]:
             f"--topology: found no libtpu, which compiles for {name}; expected it (pip install "
             "libtpu)"
         )
-    for key, value in libtpu.QUIET.items():
+    for key, value in libtpu.QUIET_ENV.items():
         os.environ.setdefault(key, value)
     # libtpu ends the process over one that it does not know.
     flags = os.environ.get("XLA_FLAGS", "").split()
@@ -182,10 +182,10 @@ def _tpus(name: str) -> list[Any]:
 
 
 def _has_cuda() -> bool:
-    parent, *_ = PLUGINS[0].partition(".")
+    parent, *_ = CUDA_PLUGINS[0].partition(".")
     if importlib.util.find_spec(parent) is None:
         return False
-    return any(importlib.util.find_spec(name) for name in PLUGINS)
+    return any(importlib.util.find_spec(name) for name in CUDA_PLUGINS)
 
 
 def _gpus(where: Topology) -> list[Any]:

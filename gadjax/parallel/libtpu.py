@@ -10,9 +10,12 @@ from glob import glob
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
-TPUS = "/dev/accel[0-9]*", "/dev/vfio/[0-9]*"  # the chips of a machine, as its kernel shows them
+TPU_DEVICE_GLOBS = (
+    "/dev/accel[0-9]*",
+    "/dev/vfio/[0-9]*",
+)  # the chips of a machine, as its kernel shows them
 # libtpu looks for a TPU, and for the others that use it, unless it is told.
-QUIET = {
+QUIET_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -24,14 +27,19 @@ QUIET = {
 }
 
 
-def leave_alone() -> None:
+def disable_without_tpu() -> None:
     """Before JAX starts. Does nothing in a program that has JAX already, or that says itself what
     JAX computes on, and where there may be a TPU."""
     chosen = any(k.startswith("TPU_") for k in os.environ) or os.environ.get("JAX_PLATFORMS")
-    if "jax" in sys.modules or chosen or any(map(glob, TPUS)) or find_spec("libtpu") is None:
+    if (
+        "jax" in sys.modules
+        or chosen
+        or any(map(glob, TPU_DEVICE_GLOBS))
+        or find_spec("libtpu") is None
+    ):
         return
     if find_spec("jax_plugins") is None and not entry_points(group="jax_plugins"):
         os.environ["JAX_PLATFORMS"] = "cpu"
     else:  # of a GPU, say: JAX chooses
-        for key, value in QUIET.items():
+        for key, value in QUIET_ENV.items():
             os.environ.setdefault(key, value)

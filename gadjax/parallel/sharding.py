@@ -11,12 +11,14 @@ from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gadjax.errors import InputError
-from gadjax.parallel.placement import POSITIONS, SAMPLES, shares
+from gadjax.parallel.placement import BATCH_AXES, SEQUENCE_AXIS, batch_shards
 
-AXES = (*SAMPLES, "tensor", POSITIONS)
+AXES = (*BATCH_AXES, "tensor", SEQUENCE_AXIS)
 SMALL = 2**16  # elements below which a leaf that no rule names is replicated
-HOST = "pinned_host"  # JAX's name for the host's memory
-HEADS = ((r"(^|/)discriminator/", PartitionSpec()),)  # of a training state, beside its networks
+HOST_MEMORY = "pinned_host"  # JAX's name for the host's memory
+DISCRIMINATOR_RULES = (
+    (r"(^|/)discriminator/", PartitionSpec()),
+)  # of a training state, beside its networks
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -127,19 +129,19 @@ def last_cut(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*[None] * fits[-1], "fsdp") if fits else PartitionSpec()
 
 
-def shapes_at(tree: Any, places: Any) -> Any:
+def shapes_with_shardings(tree: Any, places: Any) -> Any:
     """Arrays or their shapes as shapes that know their shardings."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
     )
 
 
-def on_host(tree: Any) -> Any:
+def in_host_memory(tree: Any) -> Any:
     """The same shardings in the host's memory."""
-    return jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST), tree)
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST_MEMORY), tree)
 
 
-def put(tree: Any, places: Any) -> Any:
+def put_on_mesh(tree: Any, places: Any) -> Any:
     """Arrays that every process has whole, on their places of the mesh."""
     if jax.process_count() == 1:
         return jax.device_put(tree, places)
@@ -153,10 +155,10 @@ def put(tree: Any, places: Any) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis over all devices but those that share samples."""
-    return NamedSharding(mesh, PartitionSpec(SAMPLES))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def rows_here(sharding: NamedSharding, size: int) -> tuple[int, int]:
+def local_rows(sharding: NamedSharding, size: int) -> tuple[int, int]:
     """From and to which row of a batch the devices of this process hold samples."""
     parts = sharding.addressable_devices_indices_map((size,)).values()
     begins, ends, _ = zip(*(part[0].indices(size) for part in parts), strict=True)
@@ -171,9 +173,9 @@ def check_batch(batch: int, microbatch: int, mesh: Mesh) -> int:
     """The number of microbatches. Raises: InputError where the mesh does not divide one."""
     if microbatch <= 0 or batch % microbatch:
         raise InputError(f"microbatch: found {microbatch}; expected a divisor of batch ({batch})")
-    if microbatch % (count := shares(mesh)):
+    if microbatch % (count := batch_shards(mesh)):
         raise InputError(
             f"microbatch: found {microbatch}; expected a multiple of the mesh's {count} shares "
-            f"({' x '.join(SAMPLES)})"
+            f"({' x '.join(BATCH_AXES)})"
         )
     return batch // microbatch

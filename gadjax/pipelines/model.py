@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.pipelines.pipeline import Pipeline
 from gadjax.types import Params
 
@@ -14,18 +14,20 @@ class Model:
     name: str
     pipeline: Pipeline
     params: dict[str, Params]
-    sampling: Sampling
+    sampling: SamplingConfig
 
     @property
     def evaluations(self) -> int:
         """Of the network, for one picture."""
         steps = self.sampling.steps
         if self.sampling.timesteps is None:
-            steps += self.pipeline.sampler.extra if steps > 1 else 0
+            steps += self.pipeline.sampler.extra_evaluations if steps > 1 else 0
         return steps * (2 if self.guided else 1)
 
     @property
     def guided(self) -> bool:
         """Whether pictures are drawn with classifier-free guidance."""
         denoiser = self.pipeline.denoiser
-        return not denoiser.embedded and denoiser.scale_of(self.sampling.guidance) != 1
+        return (
+            not denoiser.guidance_embedded and denoiser.guidance_scale(self.sampling.guidance) != 1
+        )

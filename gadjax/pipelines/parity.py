@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from gadjax.diffusion.samplers import keys_of, renoise
+from gadjax.diffusion.samplers import keys_from_noise, step_noise
 from gadjax.diffusion.schedules import Flow
 from gadjax.errors import InputError, RunStopped
 from gadjax.formats.diffusers_folder import INDEX, Component, PipelineFolder
-from gadjax.formats.sampling_config import Sampling, read_sampling
+from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.io.untrusted import read_json
 from gadjax.models.module import functional
 from gadjax.pipelines.pipeline import load_pipeline
@@ -180,7 +180,7 @@ _OWN = {"PixArt": _CLEANED, "Sana": _CLEANED}
 _LENGTH = ("PixArt", "Sana", "StableDiffusion3")
 
 
-def diffusers_arguments(pipeline: str, sampling: Sampling) -> dict[str, Any]:
+def diffusers_arguments(pipeline: str, sampling: SamplingConfig) -> dict[str, Any]:
     """Arguments of a pipeline's class, beside prompt and latents, with which it draws the same."""
     if sampling.timesteps is None:
         found = {"num_inference_steps": sampling.steps}
@@ -239,7 +239,7 @@ def compare_pictures(folder: Path, prompts: Sequence[str]) -> float:
 
 
 def _pictures(
-    folder: Path, sampling: Sampling, prompts: Sequence[str], noise_BHWC: np.ndarray
+    folder: Path, sampling: SamplingConfig, prompts: Sequence[str], noise_BHWC: np.ndarray
 ) -> np.ndarray:
     """What diffusers draws. Schedulers that add noise are given the one that gadjax adds."""
     import torch
@@ -271,7 +271,7 @@ def _same_noise(scheduler, noise_BHWC: np.ndarray) -> Iterator[None]:
     x = jax.numpy.asarray(noise_BHWC)
 
     def draw(shape, **ignored):
-        noise = np.asarray(renoise(keys_of(x), next(step), x))
+        noise = np.asarray(step_noise(keys_from_noise(x), next(step), x))
         return torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
 
     before, module.randn_tensor = module.randn_tensor, draw

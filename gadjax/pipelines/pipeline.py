@@ -16,17 +16,17 @@ from gadjax.diffusion.samplers import Sampler
 from gadjax.diffusion.schedules import TrigFlow
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import INDEX, PipelineFolder
-from gadjax.formats.orbax_folder import open_folder, outline_folder
+from gadjax.formats.orbax_folder import abstract_folder, open_folder
 from gadjax.formats.pipeline_classes import check_classes
-from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import (
+    floors_timesteps,
     parameterization_from_config,
     schedule_from_config,
-    tells_whole_times,
 )
 from gadjax.formats.schedulers import sampler_from_config
 from gadjax.models.module import Functional, functional
-from gadjax.models.text.prompts import Prompts, TextParts
+from gadjax.models.text.prompts import PromptEncoder, TextComponents
 from gadjax.seeds import make_key
 from gadjax.types import Cond, Params, expand
 
@@ -44,18 +44,18 @@ class Pipeline:
     networks: dict[str, Functional]
     denoiser: Denoiser
     sampler: Sampler
-    prompts: Prompts
+    prompts: PromptEncoder
     latent: tuple[int, int, int]
 
     @property
-    def body(self) -> str:
+    def backbone(self) -> str:
         """The name of the denoiser's network: "transformer" or "unet"."""
-        return self.folder.body
+        return self.folder.backbone
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingConfig:
         """What the family's pipeline in diffusers draws with unless it is told."""
-        return Sampling(self.prompts.steps, None, self.prompts.guidance, self.prompts.length)
+        return SamplingConfig(self.prompts.steps, None, self.prompts.guidance, self.prompts.length)
 
     def encode_text(self, params: dict[str, Params], ids_BL, mask_BL) -> Cond:
         """Token ids to what the denoiser is told. params: by network."""
@@ -63,7 +63,7 @@ class Pipeline:
 
     def cond(self, text_BLD, mask_BL, pooled_BP=None) -> Cond:
         """Text embeddings and the size that the pictures will have."""
-        part = self.folder.components[self.body]
+        part = self.folder.components[self.backbone]
         height, width = (side * self.upscale for side in self.latent[:2])
         extras = part.module.extras(part.spec, text_BLD.shape[0], height, width, pooled_BP)
         return Cond(text_BLD, mask_BL, extras)
@@ -90,7 +90,7 @@ class Pipeline:
         the empty prompt."""
         ids, mask = self.prompts.tokens([prompt or "" for prompt in prompts], length)
         if gone := [i for i, prompt in enumerate(prompts) if prompt is None]:
-            ids[gone], mask[gone] = self.prompts.untold(None, length)
+            ids[gone], mask[gone] = self.prompts.negative_tokens(None, length)
         return ids, mask
 
 
@@ -109,18 +109,18 @@ def load_pipeline(
     """
     folder = open_folder(path, variant=variant, allow_pickle=allow_pickle)
     mixed = variant and any(not part.weights.variant for part in folder.components.values())
-    if folder.passed or mixed:
-        beside = f" (and not {', '.join(folder.passed)})" if folder.passed else ""
+    if folder.unused_files or mixed:
+        beside = f" (and not {', '.join(folder.unused_files)})" if folder.unused_files else ""
         log.warning("%s: read %s%s", folder.path, folder.files, beside)
     pipeline = make_pipeline(folder, dtype=dtype, remat=remat)
     return pipeline, {name: part.params for name, part in folder.components.items()}
 
 
-def outline_pipeline(
+def abstract_pipeline(
     path: Path, *, dtype=jnp.float32, remat: bool = False
 ) -> tuple[Pipeline, dict[str, Params]]:
     """load_pipeline from configurations alone: the parameters are shapes."""
-    pipeline = make_pipeline(outline_folder(path), dtype=dtype, remat=remat)
+    pipeline = make_pipeline(abstract_folder(path), dtype=dtype, remat=remat)
     return pipeline, {name: network.abstract for name, network in pipeline.networks.items()}
 
 
@@ -130,7 +130,7 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
     Raises: InputError for a folder without a denoiser, its text encoders or an autoencoder, or
     whose parts do not go together.
     """
-    for name in (folder.body, "vae"):
+    for name in (folder.backbone, "vae"):
         if name not in folder.components:
             raise InputError(f"{folder.path}: found no {name}; expected a text-to-image pipeline")
     check_classes(folder.path / INDEX, folder.model_index)
@@ -138,17 +138,17 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
         name: functional(part.module.build(part.spec, dtype=dtype, remat=remat))
         for name, part in folder.components.items()
     }
-    part, vae = folder.components[folder.body], folder.components["vae"]
+    part, vae = folder.components[folder.backbone], folder.components["vae"]
     if part.spec.in_channels != vae.spec.latent_channels:
         raise InputError(
             f"{folder.path}: found a vae of {vae.spec.latent_channels} latent channels; expected "
-            f"{part.spec.in_channels}, as its {folder.body} takes"
+            f"{part.spec.in_channels}, as its {folder.backbone} takes"
         )
     side = part.spec.sample_size
     return Pipeline(
         folder=folder,
         networks=networks,
-        denoiser=_denoiser(folder, networks[folder.body]),
+        denoiser=_denoiser(folder, networks[folder.backbone]),
         sampler=sampler_from_config(folder.scheduler),
         prompts=part.module.prompts(_text_parts(folder, networks), part.spec),
         latent=(side, side, part.spec.in_channels),
@@ -170,9 +170,9 @@ def resized(pipeline: Pipeline, size: tuple[int, int]) -> Pipeline:
     text = jax.eval_shape(
         pipeline.encode_text,
         {name: network.abstract for name, network in pipeline.networks.items()},
-        *pipeline.prompts.untold(None, pipeline.prompts.length),
+        *pipeline.prompts.negative_tokens(None, pipeline.prompts.length),
     )
-    network = pipeline.networks[pipeline.body]
+    network = pipeline.networks[pipeline.backbone]
     try:
         jax.eval_shape(pipeline.denoiser.raw, network.abstract, jnp.zeros((1, *latent)), 1.0, text)
     except InputError as error:
@@ -183,18 +183,18 @@ def resized(pipeline: Pipeline, size: tuple[int, int]) -> Pipeline:
 def with_scheduler(pipeline: Pipeline, scheduler: dict[str, Any]) -> Pipeline:
     """The same networks under another scheduler_config.json."""
     folder = replace(pipeline.folder, scheduler=scheduler)
-    denoiser = _denoiser(folder, pipeline.networks[folder.body])
+    denoiser = _denoiser(folder, pipeline.networks[folder.backbone])
     sampler = sampler_from_config(scheduler)
     return replace(pipeline, folder=folder, denoiser=denoiser, sampler=sampler)
 
 
 def _denoiser(folder: PipelineFolder, network: Functional) -> Denoiser:
-    part = folder.components[folder.body]
+    part = folder.components[folder.backbone]
     schedule = schedule_from_config(folder.scheduler)
     predictor = part.module.predictor(network.apply, part.spec)
     features = part.module.features(network.apply)
-    if tells_whole_times(folder.scheduler):
-        predictor, features = told_whole(predictor), told_whole(features)
+    if floors_timesteps(folder.scheduler):
+        predictor, features = floor_timesteps(predictor), floor_timesteps(features)
     if isinstance(schedule, TrigFlow):
         predictor, features = trigflow(predictor), None
     text_kv = getattr(part.module, "TEXT_KV", None)
@@ -203,13 +203,13 @@ def _denoiser(folder: PipelineFolder, network: Functional) -> Denoiser:
         schedule,
         parameterization_from_config(folder.scheduler),
         features,
-        embedded=getattr(part.spec, "guidance_embeds", False),
+        guidance_embedded=getattr(part.spec, "guidance_embeds", False),
         text_kv=text_kv and partial(network.apply, method=text_kv),
     )
 
 
-def _text_parts(folder: PipelineFolder, networks: dict[str, Functional]) -> TextParts:
-    return TextParts(
+def _text_parts(folder: PipelineFolder, networks: dict[str, Functional]) -> TextComponents:
+    return TextComponents(
         folder.path,
         folder.model_index,
         {name: network.apply for name, network in networks.items()},
@@ -217,7 +217,7 @@ def _text_parts(folder: PipelineFolder, networks: dict[str, Functional]) -> Text
     )
 
 
-def told_whole(network: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def floor_timesteps(network: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """A network told the whole part of t, as diffusers tells it; the schedule keeps t itself.
 
     A derivative in t is the network's own at that whole time, not the zero of a rounded one.
@@ -246,6 +246,6 @@ def trigflow(network: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return call
 
 
-def random_like(network: Functional, seed: int) -> Params:
+def random_params(network: Functional, seed: int) -> Params:
     """Fresh parameters of a network."""
     return jax.jit(network.init)(make_key(seed))

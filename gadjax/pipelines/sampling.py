@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from gadjax.diffusion.samplers import Sampler, sample
-from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import PIXART, student_scheduler_config
 from gadjax.formats.schedulers import sampler_from_config
 from gadjax.pipelines.pipeline import Pipeline
-from gadjax.runtime.settings import settled
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
 from gadjax.types import Cond, Params
 
 BATCH = 64
 
 
-@settled()
+@pinned_jax_config()
 def initial_noise(seed: int, count: int, latent: tuple[int, int, int]) -> np.ndarray:
     """Standard normal [count, H, W, C]; number i depends on (seed, i) alone, not on the count."""
     key = make_key(seed)
@@ -26,7 +26,7 @@ def initial_noise(seed: int, count: int, latent: tuple[int, int, int]) -> np.nda
     return np.asarray(jax.vmap(lambda k: jax.random.normal(k, latent, jnp.float32))(keys))
 
 
-def sampler_and_times(pipeline: Pipeline, sampling: Sampling) -> tuple[Sampler, np.ndarray]:
+def sampler_and_times(pipeline: Pipeline, sampling: SamplingConfig) -> tuple[Sampler, np.ndarray]:
     """Which steps are taken and between which times [steps + 1].
 
     Raises: InputError for steps or timesteps that the folder's scheduler cannot take.
@@ -37,14 +37,14 @@ def sampler_and_times(pipeline: Pipeline, sampling: Sampling) -> tuple[Sampler, 
         if sampling.steps == 1 and pipeline.folder.model_index["_class_name"] == PIXART:
             times[-1] = sampler.schedule.clean  # of a single step it takes x0
         return sampler, times
-    if not sampler.renoises:
+    if not sampler.stochastic:
         config = student_scheduler_config(pipeline.folder.scheduler, sampling.timesteps)
         sampler = sampler_from_config(config)
     return sampler, sampler.times(timesteps=sampling.timesteps)
 
 
 def clean_latent(
-    pipeline: Pipeline, params: Params, sampling: Sampling, z_BHWC, cond: Cond, null: Cond
+    pipeline: Pipeline, params: Params, sampling: SamplingConfig, z_BHWC, cond: Cond, null: Cond
 ) -> jax.Array:
     """The map from noise to x0 that is walked when a picture is drawn; differentiable.
 
@@ -53,15 +53,15 @@ def clean_latent(
     sampler, times = sampler_and_times(pipeline, sampling)
     if sampling.scale != 1:
         z_BHWC = sampling.scale * z_BHWC
-    scale = pipeline.denoiser.scale_of(sampling.guidance)
-    predict = pipeline.denoiser.guide(params, cond, null, scale)
+    scale = pipeline.denoiser.guidance_scale(sampling.guidance)
+    predict = pipeline.denoiser.guided_fn(params, cond, null, scale)
     return sample(predict, sampler, z_BHWC, times)
 
 
 def draw(
     pipeline: Pipeline,
     params: dict[str, Params],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     prompts: Sequence[str],
     noise_NHWC: np.ndarray,
     *,
@@ -74,19 +74,19 @@ def draw(
     """
 
     def images(params, z, cond, null):
-        x0 = clean_latent(pipeline, params[pipeline.body], sampling, z, cond, null)
+        x0 = clean_latent(pipeline, params[pipeline.backbone], sampling, z, cond, null)
         return pipeline.decode(params["vae"], x0)
 
-    return for_prompts(
+    return map_prompts(
         images, pipeline, params, sampling, prompts, (noise_NHWC,), batch=batch, progress=progress
     )
 
 
-def for_prompts(
+def map_prompts(
     f: Callable[..., jax.Array],
     pipeline: Pipeline,
     params: dict[str, Params],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     prompts: Sequence[str],
     arrays: tuple[np.ndarray, ...],
     *,
@@ -100,20 +100,20 @@ def for_prompts(
     count = len(prompts)
     batch = min(batch, count)
     inputs = (*arrays, *pipeline.tokens(prompts, sampling.length))
-    untold = pipeline.prompts.untold(sampling.negative, sampling.length)
+    negative_tokens = pipeline.prompts.negative_tokens(sampling.negative, sampling.length)
     params = jax.device_put(params)
 
     @jax.jit
-    def run(params, inputs, untold):
+    def run(params, inputs, negative_tokens):
         *arrays, ids, mask = inputs
-        null = pipeline.encode_text(params, *untold)
+        null = pipeline.encode_text(params, *negative_tokens)
         null = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), null)
         return f(params, *arrays, pipeline.encode_text(params, ids, mask), null)
 
     parts = []
     for start in range(0, count, batch):
         places = np.minimum(np.arange(start, start + batch), count - 1)
-        part = run(params, tuple(x[places] for x in inputs), untold)
+        part = run(params, tuple(x[places] for x in inputs), negative_tokens)
         done = min(batch, count - start)
         parts.append(np.asarray(part)[:done])
         progress(done)

@@ -15,13 +15,20 @@ from ml_collections import ConfigDict
 from gadjax.errors import InputError
 from gadjax.ops.flops import flops
 from gadjax.parallel.hardware import GIB, Topology, find_topology
-from gadjax.parallel.sharding import SAMPLES, path_name
-from gadjax.plan.programs import BATCHES, Compiled, Programs, Say, programs_of, share
+from gadjax.parallel.sharding import BATCH_AXES, path_name
+from gadjax.plan.programs import (
+    BATCHES_ON_CHIP,
+    Compiled,
+    Log,
+    Programs,
+    build_programs,
+    bytes_per_chip,
+)
 from gadjax.plan.traffic import traffic
-from gadjax.runtime.settings import settled
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
-from gadjax.training.compile import keeping
+from gadjax.training.compile import with_untrained
 from gadjax.training.data import SOURCES
 from gadjax.training.setup import Run, prepare
 from gadjax.training.steps import critic_step, student_step
@@ -29,14 +36,14 @@ from gadjax.training.steps import critic_step, student_step
 TRIES = 4  # programs compiled in search of the largest batch
 
 
-@settled()
+@pinned_jax_config()
 def plan(
     config: ConfigDict,
     topology: str,
     *,
     utilisation: float = 0.4,
     largest: bool = False,
-    say: Say = lambda text: None,
+    log: Log = lambda text: None,
 ) -> dict[str, Any]:
     """Everything that `gadjax plan` prints, by name; bytes are a chip's.
 
@@ -53,7 +60,7 @@ def plan(
     if not any(config.data[name] for name in SOURCES):
         config.data.prompts = "asset:shapes_demo_prompts.txt"  # tokens of any prompts are alike
     run = prepare(config, abstract=True, devices=where.devices())
-    programs = programs_of(run, where)
+    programs = build_programs(run, where)
     batch = config.batch
     held = _held(programs, batch)
     _check_state(held, where, run)
@@ -61,7 +68,7 @@ def plan(
     count = {name: count[name] for name in programs.steps}
     work = {name: _operations(programs, name, batch) for name in programs.steps}
     with ThreadPoolExecutor() as pool:  # XLA works on each with little more than one core
-        compiled = pool.map(lambda name: programs.compile(name, batch, say), programs.steps)
+        compiled = pool.map(lambda name: programs.compile(name, batch, log), programs.steps)
         done = dict(zip(programs.steps, compiled, strict=True))
     shapes, update = dict(run.mesh.shape), sum(work[name] * count[name] for name in work)
     speed = utilisation * where.chip.peak / update * batch
@@ -76,7 +83,7 @@ def plan(
         "objective": list(config.objective),
         "mesh": shapes,
         "batch": batch,
-        "microbatches": run.recipe.microbatches,
+        "microbatches": run.step_spec.microbatches,
         "memory": {
             "capacity": where.chip.memory,
             "held": held,
@@ -98,7 +105,7 @@ def plan(
         "seconds": {name: step.seconds for name, step in done.items()},
     }
     if largest:
-        found["largest"] = _largest(programs, batch, done, say)
+        found["largest"] = _largest(programs, batch, done, log)
     return found
 
 
@@ -109,7 +116,9 @@ def _operations(programs: Programs, name: str, batch: int) -> float:
 
     def update(state, frozen, raw):
         made = make_batch(run.pipeline, frozen, raw, make_key(0), 0)
-        return step(keeping(run.recipe, frozen), state, frozen.get(run.pipeline.body), made)
+        return step(
+            with_untrained(run.step_spec, frozen), state, frozen.get(run.pipeline.backbone), made
+        )
 
     given = *programs.held, programs.raw(batch)
     return flops(update, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given))
@@ -119,19 +128,19 @@ def _held(programs: Programs, batch: int) -> dict[str, int]:
     """Bytes that a chip holds between updates, by what they are, from shapes alone."""
     state, frozen = programs.held
     pipeline = programs.run.pipeline
-    texts = list(pipeline.folder.encoders)
-    other = {k: v for k, v in frozen.items() if k not in (pipeline.body, "vae", *texts)}
+    texts = list(pipeline.folder.text_encoders)
+    other = {k: v for k, v in frozen.items() if k not in (pipeline.backbone, "vae", *texts)}
     parts = {f"{role} parameters": tree for role, tree in state.params.items()} | {
         "optimizer moments": state.opt,
         "EMA": state.ema,
-        "teacher": frozen.get(pipeline.body),
+        "teacher": frozen.get(pipeline.backbone),
         "text encoders": [frozen.get(name) for name in texts],
         "vae": frozen.get("vae"),
         "other frozen": other,
         "counters": [state.step, state.bad],
     }
-    found = {name: sum(map(share, jax.tree.leaves(tree))) for name, tree in parts.items()}
-    found["batches"] = BATCHES * sum(map(share, programs.raw(batch).values()))
+    found = {name: sum(map(bytes_per_chip, jax.tree.leaves(tree))) for name, tree in parts.items()}
+    found["batches"] = BATCHES_ON_CHIP * sum(map(bytes_per_chip, programs.raw(batch).values()))
     return found
 
 
@@ -152,7 +161,11 @@ def _check_state(held: dict[str, int], where: Topology, run: Run) -> None:
 def _padding(held: dict[str, int], done: dict[str, Compiled]) -> float | None:
     """What the arguments of a program take beyond their numbers."""
     found = [step.arguments for step in done.values() if step.arguments is not None]
-    return max(found) - sum(held.values()) + held["batches"] * (1 - 1 / BATCHES) if found else None
+    return (
+        max(found) - sum(held.values()) + held["batches"] * (1 - 1 / BATCHES_ON_CHIP)
+        if found
+        else None
+    )
 
 
 def _traffic(done: dict[str, Compiled], count: dict[str, int], chips: int) -> dict[str, Any] | None:
@@ -183,16 +196,16 @@ def _replicated(programs: Programs) -> dict[str, Any] | None:
     return {"name": path_name(path), "elements": size} if size else None
 
 
-def _largest(programs: Programs, batch: int, done: dict[str, Compiled], say: Say) -> dict[str, Any]:
+def _largest(programs: Programs, batch: int, done: dict[str, Compiled], log: Log) -> dict[str, Any]:
     """The largest batch with which the dearer update fits: a line through two, and a check."""
     run = programs.run
-    unit = math.prod(run.mesh.shape[axis] for axis in SAMPLES) * run.recipe.microbatches
+    unit = math.prod(run.mesh.shape[axis] for axis in BATCH_AXES) * run.step_spec.microbatches
     name = max(done, key=lambda name: done[name].peak or math.inf)
     first = batch // unit
     known = {first: done[name]}
     if known[first].fits or first > 1:
         second = 2 * first if known[first].fits else 1
-        known[second] = programs.compile(name, second * unit, say)
+        known[second] = programs.compile(name, second * unit, log)
     for _ in range(TRIES):
         low = max((n for n, one in known.items() if one.fits), default=0)
         beyond = min((n for n, one in known.items() if not one.fits), default=math.inf)
@@ -200,7 +213,7 @@ def _largest(programs: Programs, batch: int, done: dict[str, Compiled], say: Say
         if not low or wanted <= low or low + 1 == beyond:
             break
         wanted = min(wanted, beyond - 1)
-        known[wanted] = programs.compile(name, wanted * unit, say)
+        known[wanted] = programs.compile(name, wanted * unit, log)
         if known[wanted].fits:
             break
     best = max((n for n, one in known.items() if one.fits), default=0)

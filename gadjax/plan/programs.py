@@ -12,15 +12,15 @@ import numpy as np
 
 from gadjax.errors import InputError
 from gadjax.parallel.hardware import GIB, Topology
-from gadjax.parallel.sharding import HOST, batch_sharding, replicated, shapes_at
-from gadjax.runtime.settings import settled
+from gadjax.parallel.sharding import HOST_MEMORY, batch_sharding, replicated, shapes_with_shardings
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.compile import compile_steps
 from gadjax.training.setup import Run
 
 # What shortens compiling, by platform. For TPUs they are about code for buffers that have their
 # places by then; for GPUs nothing can be tried out without one; of CPUs, which stand in for
 # GPUs, nobody runs the code.
-HURRIED = {
+FAST_COMPILE_OPTIONS = {
     "tpu": {
         "xla_jf_critical_path_scheduler": False,
         "xla_jf_naive_bundle_packer": True,
@@ -32,14 +32,14 @@ HURRIED = {
 }
 # Newer JAX has but optimization_level, which changes what a program needs of a TPU's memory.
 if hasattr(jax.config, "jax_exec_time_optimization_effort"):
-    HURRIED["tpu"]["exec_time_optimization_effort"] = -1.0
+    FAST_COMPILE_OPTIONS["tpu"]["exec_time_optimization_effort"] = -1.0
 # As in the host's loop: one batch in use and two that are put on the chips ahead of it.
-BATCHES = 3
+BATCHES_ON_CHIP = 3
 # XLA's scheduler then takes less memory, which has been a way round failures of libtpu.
 LESS_OVERLAP = "LIBTPU_INIT_ARGS=--xla_tpu_scheduler_percent_shared_memory_limit=10"
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available|Used ([\d.]+)([KMGT]) of")
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Compiled(NamedTuple):
@@ -67,10 +67,10 @@ class Programs(NamedTuple):
         update = jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated(self.run.mesh))
         return *self.held, self.raw(batch), update
 
-    @settled()  # also in a thread
-    def compile(self, name: str, batch: int, say: Say) -> Compiled:
-        say(f"compiling the {name} step, {batch} samples ...")
-        options = HURRIED[self.run.mesh.devices.flat[0].platform]
+    @pinned_jax_config()  # also in a thread
+    def compile(self, name: str, batch: int, log: Log) -> Compiled:
+        log(f"compiling the {name} step, {batch} samples ...")
+        options = FAST_COMPILE_OPTIONS[self.run.mesh.devices.flat[0].platform]
         start = time.perf_counter()
         try:
             lowered = self.steps[name].lower(*self.arguments(batch))
@@ -85,15 +85,19 @@ class Programs(NamedTuple):
             seconds = time.perf_counter() - start
             found = NEEDED.search(str(error))
             number, unit = [x for x in found.groups() if x] if found else ("", "")
-            say(f"the {name} step does not fit ({seconds:.0f} s)")
+            log(f"the {name} step does not fit ({seconds:.0f} s)")
             peak = float(number) * UNITS[unit] if found else None
             return Compiled(False, peak, None, None, said, seconds)
         seconds = time.perf_counter() - start
         found = done.memory_analysis()
         arguments = found.argument_size_in_bytes
         rest = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        peak = arguments + rest + (BATCHES - 1) * sum(map(share, self.raw(batch).values()))
-        say(f"compiled the {name} step in {seconds:.0f} s")
+        peak = (
+            arguments
+            + rest
+            + (BATCHES_ON_CHIP - 1) * sum(map(bytes_per_chip, self.raw(batch).values()))
+        )
+        log(f"compiled the {name} step in {seconds:.0f} s")
         return Compiled(
             peak <= self.where.chip.memory,
             peak,
@@ -104,7 +108,7 @@ class Programs(NamedTuple):
         )
 
 
-def programs_of(run: Run, where: Topology) -> Programs:
+def build_programs(run: Run, where: Topology) -> Programs:
     # What one update does not read lies on the chip all the same: hence keep_unused.
     compiled = compile_steps(run, keep_unused=True)
 
@@ -116,18 +120,18 @@ def programs_of(run: Run, where: Topology) -> Programs:
             name: np.broadcast_to(value, (batch, *value.shape[1:]))
             for name, value in sample.items()
         }
-        return shapes_at(shapes, dict.fromkeys(shapes, place))
+        return shapes_with_shardings(shapes, dict.fromkeys(shapes, place))
 
     steps = {"critic": compiled.critic, "student": compiled.student}
     held = (
-        shapes_at(jax.eval_shape(run.start, run.first), compiled.state),
-        shapes_at(run.frozen, compiled.frozen),
+        shapes_with_shardings(jax.eval_shape(run.start, run.initial_params), compiled.state),
+        shapes_with_shardings(run.frozen, compiled.frozen),
     )
     return Programs(run, {k: v for k, v in steps.items() if v}, held, raw, where)
 
 
-def share(leaf) -> int:
+def bytes_per_chip(leaf) -> int:
     """Bytes of a leaf in one chip's own memory."""
-    if leaf.sharding.memory_kind == HOST:
+    if leaf.sharding.memory_kind == HOST_MEMORY:
         return 0
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gadjax.errors import InputError, RunStopped
-from gadjax.io.storage import write_whole
+from gadjax.io.storage import write_atomic
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = "GADJAX_HEARTBEAT"  # a file that the supervisor reads
@@ -65,7 +65,7 @@ def join() -> None:
             raise RunStopped(f"the processes did not find each other: {text}") from error
 
 
-def alone() -> bool:
+def is_single_process() -> bool:
     """Whether this process is all of the run."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
@@ -103,9 +103,9 @@ def check_devices(expected: int | None) -> None:
         )
 
 
-def agree(config: dict, workdir: Path) -> None:
+def check_same_on_all(config: dict, workdir: Path) -> None:
     """Raises: InputError on every process where one runs another config, code or packages."""
-    if alone():
+    if is_single_process():
         return
     texts = {
         "another config": json.dumps(config, sort_keys=True),
@@ -128,9 +128,9 @@ def _code() -> str:
     return "".join(path.read_text() for path in sorted(folder.rglob("*.py")))
 
 
-def together(f: Callable[[], T]) -> T:
+def run_on_all_processes(f: Callable[[], T]) -> T:
     """f() on every process. Where it fails on one, all end as that one does, none waiting."""
-    if alone():
+    if is_single_process():
         return f()
     error = found = None
     try:
@@ -149,7 +149,7 @@ def together(f: Callable[[], T]) -> T:
 
 
 @contextmanager
-def losing_peers() -> Iterator[None]:
+def abort_on_lost_peer() -> Iterator[None]:
     """Where an update or a save fails because another process is gone, this one says so and aborts,
     as JAX makes it do where the loss is noticed between updates: whatever else it began would wait
     for the others. status.json stays as it is, so that launchers start the run again."""
@@ -157,36 +157,42 @@ def losing_peers() -> Iterator[None]:
         yield
     except (jax.errors.JaxRuntimeError, RunStopped) as error:
         cause = error.__cause__ or error
-        if not lost(cause):
+        if not is_lost_peer(cause):
             raise
         text = " ".join(str(cause).split())
         print(f"gadjax: a peer was lost: {text[:200]}", file=sys.stderr, flush=True)
         os.abort()
 
 
-def lost(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException) -> bool:
     """Whether it says that another process is gone, with which nothing can be agreed."""
-    return not alone() and any(name in str(error) for name in LOST)
+    return not is_single_process() and any(name in str(error) for name in LOST)
 
 
-def anywhere(value: bool) -> bool:
+def any_process(value: bool) -> bool:
     """Whether it is so on any process."""
-    return value if alone() else bool(multihost_utils.process_allgather(np.bool_(value)).any())
+    return (
+        value
+        if is_single_process()
+        else bool(multihost_utils.process_allgather(np.bool_(value)).any())
+    )
 
 
-def from_first(value: int) -> int:
+def broadcast_from_first(value: int) -> int:
     """Process 0's value, on every process."""
-    return value if alone() else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    return (
+        value if is_single_process() else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    )
 
 
-class Leaving:
+class PreemptionHandler:
     """Turns SIGTERM, SIGUSR1 or SIGINT into a request to save and leave.
 
     A second signal of a kind ends the process as usual. Of several processes JAX's own notice is
     taken, which finds a step at which all of them save, whichever of them was told.
     """
 
-    def __enter__(self) -> "Leaving":
+    def __enter__(self) -> "PreemptionHandler":
         self.told = False
         self.shared = jax.distributed.is_initialized()
         kinds = [signal.SIGUSR1, signal.SIGINT] + [signal.SIGTERM] * (not self.shared)
@@ -201,7 +207,7 @@ class Leaving:
         if self.shared:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def asked(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether to save and leave after this step; to be asked once a step."""
         if self.shared:
             return multihost_utils.reached_preemption_sync_point(step)
@@ -212,7 +218,7 @@ class Leaving:
             signal.signal(kind, handler)
 
 
-def beat(step: int) -> None:
+def write_heartbeat(step: int) -> None:
     """Tell a supervisor that a step was begun."""
     if path := os.environ.get(HEARTBEAT):
-        write_whole(Path(path), json.dumps({"step": step, "time": time.time()}))
+        write_atomic(Path(path), json.dumps({"step": step, "time": time.time()}))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gadjax.errors import InputError
-from gadjax.io.storage import write_whole
+from gadjax.io.storage import write_atomic
 from gadjax.io.untrusted import read_json
 
 GOODPUT = "goodput.json"
@@ -15,7 +15,7 @@ GOODPUT = "goodput.json"
 KINDS = ("step", "data", "checkpoint", "preview", "compile", "lost")
 
 
-class Clock:
+class GoodputClock:
     """Seconds of the host by kind, over all starts of a run.
 
     compile: a start up to its first step (loading, restoring, compiling). data, checkpoint,
@@ -87,7 +87,7 @@ class Clock:
         self._turn(self.kind)
         seconds = {kind: round(value, 3) for kind, value in self.seconds.items()}
         record = {"step": self.step, "steps": self.steps, "starts": self.starts}
-        write_whole(self.file, json.dumps(record | {"seconds": seconds}) + "\n")
+        write_atomic(self.file, json.dumps(record | {"seconds": seconds}) + "\n")
 
     def _turn(self, kind: str) -> str:
         now, before = self.now(), self.kind

@@ -40,7 +40,7 @@ class Profile:
         self.folder, self.note, self.running = workdir / PROFILE, note, False
         self.local: Any = self.folder  # the profiler writes on disks only
 
-    def at(self, done: int, state: Any) -> None:
+    def before_step(self, done: int, state: Any) -> None:
         """To be told before every step how many are done, and of the newest state."""
         if self.steps is None:
             return
@@ -65,7 +65,7 @@ class Profile:
         """The run ends here."""
         if self.running:
             self.steps = self.steps[0], done
-            self.at(done, state)
+            self.before_step(done, state)
 
     def _stop(self, done: int, state: Any) -> None:
         jax.block_until_ready(state)

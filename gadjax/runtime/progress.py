@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from gadjax.errors import RunStopped
-from gadjax.io.append_file import Growing
-from gadjax.io.storage import is_remote, tolerant, write_whole
-from gadjax.runtime.goodput import GOODPUT, Clock
+from gadjax.io.append_file import AppendFile
+from gadjax.io.storage import is_remote, warn_on_write_error, write_atomic
+from gadjax.runtime.goodput import GOODPUT, GoodputClock
 from gadjax.runtime.trackers import Trackers
 from gadjax.types import Params
 
@@ -42,7 +42,7 @@ class Progress:
         workdir: Path,
         config: ConfigDict,
         start: int = 0,
-        clock: Clock | None = None,
+        clock: GoodputClock | None = None,
         enabled: bool | None = None,
     ):
         """start: steps done so far. clock: of this start, told of every step. enabled: by default
@@ -56,9 +56,9 @@ class Progress:
         self.patient = config.checkpoint.failures > 0
         self.pending: tuple[int, dict[str, Any]] | None = None
         self.mark: tuple[int, float] | None = None  # step and time that the rate counts from
-        self.files: dict[str, Growing] = {}
+        self.files: dict[str, AppendFile] = {}
         self.due = 0.0  # when a store is written to again
-        self.clock = clock or Clock()
+        self.clock = clock or GoodputClock()
         self.bar = None
         if not self.enabled:
             return
@@ -67,7 +67,7 @@ class Progress:
             self.workdir.mkdir(parents=True, exist_ok=True)
             _keep_until(self.workdir / "metrics.jsonl", start)
             for file in ("train.log", "metrics.jsonl"):
-                self.files[file] = Growing(self.workdir / file)
+                self.files[file] = AppendFile(self.workdir / file)
         except OSError as error:
             text = error.strerror or error
             raise RunStopped(f"{self.workdir}: cannot be written: {text}") from error
@@ -121,9 +121,9 @@ class Progress:
             return
         began = time.monotonic()
         for file in self.files.values() if is_remote(self.workdir) else ():
-            with tolerant(file.path):
+            with warn_on_write_error(file.path):
                 file.upload()
-        with tolerant(self.workdir / GOODPUT, self.patient):
+        with warn_on_write_error(self.workdir / GOODPUT, self.patient):
             self.clock.write()
         now = time.monotonic()
         self.due = now + max(PAUSE, (now - began) / PART) if is_remote(self.workdir) else 0.0
@@ -193,11 +193,11 @@ class Progress:
             self._write("train.log", f"{stamp}  {line}")
 
     def _write(self, name: str, line: str) -> None:
-        with tolerant(self.workdir / name, self.patient):
+        with warn_on_write_error(self.workdir / name, self.patient):
             self.files[name].add(line)
 
 
-def overview(params: Params) -> str:
+def parameter_table(params: Params) -> str:
     """A table of every parameter's path, shape, size and dtype, and their total."""
     from clu import parameter_overview
 
@@ -211,7 +211,7 @@ def _keep_until(path: Path, step: int) -> None:
     lines = path.read_bytes().decode("utf-8", "replace").splitlines()
     kept = [line for line in lines if (done := _step(line)) is not None and done <= step]
     if kept != lines:
-        write_whole(path, "".join(f"{line}\n" for line in kept))
+        write_atomic(path, "".join(f"{line}\n" for line in kept))
 
 
 def _step(line: str) -> int | None:

@@ -10,16 +10,16 @@ from contextlib import ExitStack, contextmanager
 
 import jax
 
-from gadjax.seeds import GENERATOR
+from gadjax.seeds import PRNG_IMPL
 
 
 @contextmanager
-def settled() -> Iterator[None]:
+def pinned_jax_config() -> Iterator[None]:
     """For this thread; also a decorator, for every function that begins work with JAX."""
     with ExitStack() as stack:
         for setting, value in (
             (jax.enable_x64, False),
-            (jax.default_prng_impl, GENERATOR),
+            (jax.default_prng_impl, PRNG_IMPL),
             (jax.threefry_partitionable, True),
             (jax.numpy_dtype_promotion, "standard"),
             (jax.numpy_rank_promotion, "allow"),

@@ -12,9 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from gadjax.errors import InputError, printable
-from gadjax.io.manifest import COMMIT
-from gadjax.io.storage import as_path, is_remote, reach
+from gadjax.errors import InputError, escape_nonprintable
+from gadjax.io.manifest import COMMIT_MARKER
+from gadjax.io.storage import as_path, check_access, is_remote
 from gadjax.io.untrusted import read_json
 from gadjax.runtime.goodput import GOODPUT, KINDS, shares
 
@@ -58,7 +58,7 @@ def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]
     now: Unix seconds. Raises: InputError for what is no workdir, or cannot be read.
     """
     workdir, now = as_path(workdir, "WORKDIR"), time.time() if now is None else now
-    reach(workdir)
+    check_access(workdir)
     config = _json(workdir / "config.json")
     sizes = _fields(config, {"steps": _count, "batch": _positive})
     if len(sizes) < 2:
@@ -157,7 +157,7 @@ def table(found: dict[str, Any]) -> str:
     head = f"{found['workdir']}: {found['text']}"
     block = [f"  {name:<12}{text}" for name, text in lines]
     warning = [f"  WARNING: {found['warning']}"] if found["warning"] else []
-    return "\n".join(map(printable, [head, *block, *warning]))
+    return "\n".join(map(escape_nonprintable, [head, *block, *warning]))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _checkpoint(folder: Path, now: float) -> dict[str, Any] | None:
     remote = is_remote(folder)
     marks = {
         int(path.parent.name): path
-        for path in folder.glob(f"[0-9]*/{COMMIT}")
+        for path in folder.glob(f"[0-9]*/{COMMIT_MARKER}")
         if path.parent.name.isdecimal()
     }
     for step in sorted(marks, reverse=True):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from gadjax.io.storage import write_whole
+from gadjax.io.storage import write_atomic
 from gadjax.runtime.child_process import NAMES, Child
 
 POLL = 0.1  # seconds between looks
@@ -126,7 +126,7 @@ class _Supervisor:
         if self.fault is None:
             return 0
         if self.final and not self.asked and self.workdir:
-            _say_stopped(self.workdir / "status.json", self.fault)
+            _write_stopped_status(self.workdir / "status.json", self.fault)
         return 3
 
     def _hand_on(self) -> None:
@@ -210,7 +210,7 @@ def _say(text: str) -> None:
         pass  # the terminal is gone; the processes are still to be watched
 
 
-def _say_stopped(path: Path, reason: str) -> None:
+def _write_stopped_status(path: Path, reason: str) -> None:
     """Of a run that its status.json still takes to be running."""
     try:
         status = json.loads(path.read_text())
@@ -218,7 +218,7 @@ def _say_stopped(path: Path, reason: str) -> None:
             return
         status |= {"status": "stopped", "time": time.time(), "reason": reason}
         status["text"] = f"stopped: {reason}"
-        write_whole(path, json.dumps(status) + "\n")
+        write_atomic(path, json.dumps(status) + "\n")
     except FileNotFoundError:
         pass  # it had not come so far
     except Exception as error:  # a store's clients raise anything

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gadjax.errors import InputError
-from gadjax.io.storage import is_remote, write_whole
+from gadjax.io.storage import is_remote, write_atomic
 from gadjax.io.untrusted import read_json
 
 IDS = "trackers.json"  # under which name each knows the run, in the workdir
@@ -44,7 +44,7 @@ class WandB:
         self.image = wandb.Image
         self.run = wandb.init(
             project=config.log.project,
-            id=_name_of(workdir, "wandb"),
+            id=_run_id(workdir, "wandb"),
             name=workdir.name,
             dir=tempfile.gettempdir() if is_remote(workdir) else str(workdir),
             config=config.to_dict(),
@@ -73,7 +73,7 @@ class Trackio:
         self.image = trackio.Image
         self.run = trackio.init(
             project=config.log.project,
-            name=f"{workdir.name}-{_name_of(workdir, 'trackio')}",
+            name=f"{workdir.name}-{_run_id(workdir, 'trackio')}",
             config=config.to_dict(),
             resume="allow",
             embed=False,
@@ -157,7 +157,7 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def _name_of(workdir: Path, tracker: str) -> str:
+def _run_id(workdir: Path, tracker: str) -> str:
     """Under which the tracker knows the run, the same in every start. Raises: OSError."""
     file = workdir / IDS
     names = {}
@@ -165,7 +165,7 @@ def _name_of(workdir: Path, tracker: str) -> str:
         names = read_json(file)
     if not isinstance(names.get(tracker), str):
         names[tracker] = uuid.uuid4().hex[:8]
-        write_whole(file, json.dumps(names) + "\n")
+        write_atomic(file, json.dumps(names) + "\n")
     return names[tracker]
 
 

@@ -14,32 +14,32 @@ from types import TracebackType
 from typing import Any
 
 from gadjax.errors import InputError, RunStopped
-from gadjax.io.storage import is_remote, put, store_errors, write_whole
+from gadjax.io.storage import is_remote, put_object, store_errors, write_atomic
 
 STATUS = "status.json"
 LOCK = "lock"
 # Seconds. A store knows of no process that died, so the holder of a lock there writes it again
-# every RENEW seconds, and one that was not renewed for STALE is nobody's: long enough for a client
+# every RENEW_SECONDS seconds, and one that was not renewed for STALE_SECONDS is nobody's: long enough for a client
 # to get over a store that fails, short enough to be waited for by a start after a crash.
-RENEW, STALE, LOOK = 20, 120, 2
+RENEW_SECONDS, STALE_SECONDS, POLL_SECONDS = 20, 120, 2
 
 log = logging.getLogger(__name__)
 
 
-class Claim:
+class WorkdirLock:
     """The hold of a run on its workdir, which ends with process 0, however that ends.
 
     status.json: {"status": "running", "done", "preempted" or "stopped", "step", "steps", "time",
     "reason", "text"}; text is what a person reads ("preempted at step 40").
     """
 
-    def __init__(self, workdir: Path, steps: int, mine: bool = True):
+    def __init__(self, workdir: Path, steps: int, is_owner: bool = True):
         """mine: whether this process is the one to hold it and to write.
 
         Raises: InputError where another run holds the workdir, or it cannot be written.
         """
-        self.workdir, self.steps, self.mine, self.step = workdir, steps, mine, 0
-        if not mine:
+        self.workdir, self.steps, self.is_owner, self.step = workdir, steps, is_owner, 0
+        if not is_owner:
             return
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -54,13 +54,13 @@ class Claim:
                 "one that can"
             ) from error
 
-    def say(self, status: str, step: int, reason: str = "") -> None:
+    def write_status(self, status: str, step: int, reason: str = "") -> None:
         """Write status.json; where there is no room for it, nothing.
 
         Raises: RunStopped where the workdir has become another run's.
         """
         self.step = step
-        if not self.mine:
+        if not self.is_owner:
             return
         if self.lock.lost:
             raise RunStopped(f"{self.workdir}: found another run that took it over")
@@ -74,9 +74,9 @@ class Claim:
             "text": text.get(status, status),
         }
         with suppress(OSError):
-            write_whole(self.workdir / STATUS, json.dumps(said) + "\n")
+            write_atomic(self.workdir / STATUS, json.dumps(said) + "\n")
 
-    def __enter__(self) -> "Claim":
+    def __enter__(self) -> "WorkdirLock":
         return self
 
     def __exit__(
@@ -85,10 +85,12 @@ class Claim:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self.mine:
+        if not self.is_owner:
             return
         if error is not None and not self.lock.lost:
-            self.say("stopped", self.step, " ".join(str(error).split()) or type(error).__name__)
+            self.write_status(
+                "stopped", self.step, " ".join(str(error).split()) or type(error).__name__
+            )
         self.lock.close()
 
 
@@ -121,7 +123,7 @@ class _Lease:
     """An object in a store, renewed by a thread, and removed when the run ends.
 
     Of two starts that find no lock one gets it. Two that take over the same stale lock in the same
-    instant are not excluded, nor is a run that was cut off from the store for STALE seconds: it
+    instant are not excluded, nor is a run that was cut off from the store for STALE_SECONDS seconds: it
     learns of the other with its next renewal, and stops with its next checkpoint.
     """
 
@@ -153,19 +155,21 @@ class _Lease:
             holder, age = str(lock["holder"]), time.time() - float(lock["time"])
         except (ValueError, LookupError, TypeError):
             holder, age = "unknown", 0.0
-        if age >= STALE:
+        if age >= STALE_SECONDS:
             return
-        until = time.monotonic() + min(STALE, STALE - age)  # a clock may be ahead of this one
+        until = time.monotonic() + min(
+            STALE_SECONDS, STALE_SECONDS - age
+        )  # a clock may be ahead of this one
         log.warning("%s: found %s; waiting whether it still writes", self.path, holder)
         while time.monotonic() < until:
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
             if (now := self._read()) is None:
                 return
             if now != found:
                 raise _Held(holder)
 
     def _renew(self) -> None:
-        while not self.ended.wait(RENEW):
+        while not self.ended.wait(RENEW_SECONDS):
             with suppress(OSError):  # it is tried again
                 if self.token not in (self._read() or self.token):
                     self.lost = True
@@ -181,7 +185,7 @@ class _Lease:
 
     def _write(self, new: bool = False) -> None:
         said = json.dumps({"holder": _me(), "time": time.time(), "token": self.token})
-        put(self.path, said.encode(), new)
+        put_object(self.path, said.encode(), new)
 
 
 def _me() -> str:

@@ -34,7 +34,7 @@ def make_batch(
         lambda x: jnp.broadcast_to(x, (samples, *x.shape[1:])),
         encode_raw(pipeline, frozen, frozen["null"]),
     )
-    # Even: neighbours are a pair to `drawn_steps`.
+    # Even: neighbours are a pair to `stratified_step_indices`.
     offset = 2 * jax.random.randint(jax.random.fold_in(now, samples), (), 0, 1 << 20)
     x0 = raw.get("x0")
     if "image" in raw:

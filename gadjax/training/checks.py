@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 
 from gadjax.diffusion.geometry import tangent
 from gadjax.errors import InputError
-from gadjax.models.params import overlay
-from gadjax.ops.kernels import MODULES, proven
-from gadjax.parallel.placement import POSITIONS
+from gadjax.models.params import merge_params
+from gadjax.ops.kernels import KERNEL_MODULES, kernels_validated
+from gadjax.parallel.placement import SEQUENCE_AXIS
 from gadjax.pipelines.pipeline import Pipeline
-from gadjax.runtime.distributed import anywhere
+from gadjax.runtime.distributed import any_process
 from gadjax.training.batch import encode_raw
 from gadjax.types import Params
 
@@ -22,11 +22,11 @@ OFFLOAD = "teacher", "optimizer", "ema"
 ATTENTION = "auto", "jnp", "pallas"
 
 
-def outline(pipeline: Pipeline, frozen: dict[str, Any], params: Params, f: Callable):
+def lower_abstract(pipeline: Pipeline, frozen: dict[str, Any], params: Params, f: Callable):
     """f(params, x_BHWC, t_B, cond) of one sample traced and lowered, but not compiled."""
 
     def run(params, frozen):
-        params = overlay(params, frozen.get("kept"))
+        params = merge_params(params, frozen.get("untrained"))
         cond = encode_raw(pipeline, frozen, frozen["null"])
         return f(params, jnp.zeros((1, *pipeline.latent)), jnp.zeros(1), cond)
 
@@ -41,7 +41,7 @@ def check_tangents(pipeline: Pipeline, frozen: dict[str, Any], params: Params) -
         return tangent(lambda x: pipeline.denoiser.raw(params, x, t, cond), x, x)
 
     try:
-        outline(pipeline, frozen, params, moved)
+        lower_abstract(pipeline, frozen, params, moved)
     except (TypeError, ValueError, NotImplementedError) as error:
         why = str(error).split(".")[0]
         raise InputError(
@@ -82,7 +82,7 @@ def check_schedule(name: str, optim: ConfigDict) -> None:
         )
 
 
-def kernels_of(choice: str, mesh: Mesh, dtype: str) -> str:
+def select_kernels(choice: str, mesh: Mesh, dtype: str) -> str:
     """Whose attention kernels a run takes. Raises: InputError for what its devices do not have.
 
     "auto" tries those for GPUs first, on every process: on an H200 they are right in bfloat16 and
@@ -91,31 +91,31 @@ def kernels_of(choice: str, mesh: Mesh, dtype: str) -> str:
     if choice not in ATTENTION:
         raise InputError(f"attention: found {choice!r}; expected one of {', '.join(ATTENTION)}")
     platform = mesh.devices.flat[0].platform
-    if choice == "pallas" and platform not in MODULES:
+    if choice == "pallas" and platform not in KERNEL_MODULES:
         raise InputError(
-            f"attention: found 'pallas' on a {platform}; expected one of {', '.join(MODULES)}"
+            f"attention: found 'pallas' on a {platform}; expected one of {', '.join(KERNEL_MODULES)}"
         )
-    if choice == "jnp" or platform not in MODULES:
+    if choice == "jnp" or platform not in KERNEL_MODULES:
         return ""
     if choice == "auto" and platform == "gpu" and mesh.devices.flat[0] in jax.devices():
-        return "" if anywhere(not proven(platform, dtype)) else platform
+        return "" if any_process(not kernels_validated(platform, dtype)) else platform
     return platform
 
 
 def check_sequence(pipeline: Pipeline, mesh: Mesh) -> None:
     """Raises: InputError for a network that does not take a sample on several devices."""
     module = pipeline.folder.components[pipeline.body].module
-    if mesh.shape[POSITIONS] > 1 and (why := getattr(module, "WHOLE", "")):
+    if mesh.shape[SEQUENCE_AXIS] > 1 and (why := getattr(module, "WHOLE", "")):
         raise InputError(
-            f"mesh.sequence: found {mesh.shape[POSITIONS]}; expected 1 for a "
+            f"mesh.sequence: found {mesh.shape[SEQUENCE_AXIS]}; expected 1 for a "
             f"{module.CLASS_NAMES[0]}, {why}"
         )
 
 
-def check_offload(names: Sequence[str], distils: bool) -> None:
+def check_offload(names: Sequence[str], uses_teacher: bool) -> None:
     """Raises: InputError for what cannot wait in the host's memory."""
     for name in names:
         if name not in OFFLOAD:
             raise InputError(f"offload: found {name!r}; expected some of {', '.join(OFFLOAD)}")
-    if "teacher" in names and not distils:
+    if "teacher" in names and not uses_teacher:
         raise InputError("offload: found 'teacher' in a run without one; expected it left out")

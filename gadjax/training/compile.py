@@ -6,28 +6,34 @@ from typing import Any
 
 import jax
 
-from gadjax.models.params import overlay
-from gadjax.parallel.placement import Placement, by_sample, placed
-from gadjax.parallel.sharding import HEADS, batch_sharding, on_host, replicated, shardings
+from gadjax.models.params import merge_params
+from gadjax.parallel.placement import Placement, constrain_batch, current_placement
+from gadjax.parallel.sharding import (
+    DISCRIMINATOR_RULES,
+    batch_sharding,
+    in_host_memory,
+    replicated,
+    shardings,
+)
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
-from gadjax.training.checks import kernels_of
+from gadjax.training.checks import select_kernels
 from gadjax.training.setup import Run
-from gadjax.training.state import Recipe
+from gadjax.training.state import StepSpec
 from gadjax.training.steps import critic_step, student_step
 
 
-def keeping(recipe: Recipe, frozen: dict[str, Any]) -> Recipe:
+def with_untrained(step_spec: StepSpec, frozen: dict[str, Any]) -> StepSpec:
     """The recipe for states without the parameters that are never trained."""
-    if "kept" not in frozen:
-        return recipe
-    denoiser, kept = recipe.denoiser, frozen["kept"]
+    if "untrained" not in frozen:
+        return step_spec
+    denoiser, untrained = step_spec.denoiser, frozen["untrained"]
 
     def whole(f):
-        return f and (lambda params, *arguments: f(overlay(params, kept), *arguments))
+        return f and (lambda params, *arguments: f(merge_params(params, untrained), *arguments))
 
     changed = {name: whole(getattr(denoiser, name)) for name in ("apply", "features", "text_kv")}
-    return replace(recipe, denoiser=replace(denoiser, **changed))
+    return replace(step_spec, denoiser=replace(denoiser, **changed))
 
 
 @dataclass(frozen=True)
@@ -51,24 +57,24 @@ def compile_steps(
     """
     mesh, seed = run.mesh, run.config.seed
     parts = run.pipeline.folder.components
-    body = run.pipeline.body
-    rules = HEADS + parts[body].module.RULES
-    state_sh = shardings(jax.eval_shape(run.start, run.first), rules, mesh)
+    backbone = run.pipeline.backbone
+    rules = DISCRIMINATOR_RULES + parts[backbone].module.RULES
+    state_sh = shardings(jax.eval_shape(run.start, run.initial_params), rules, mesh)
     frozen_sh = {
-        name: shardings(tree, parts[body if name == "kept" else name].module.RULES, mesh)
-        if name in parts or name == "kept"
+        name: shardings(tree, parts[backbone if name == "untrained" else name].module.RULES, mesh)
+        if name in parts or name == "untrained"
         else jax.tree.map(lambda _: replicated(mesh), tree)
         for name, tree in run.frozen.items()
     }
-    kernels = kernels_of(run.config.attention, mesh, run.config.dtype)
+    kernels = select_kernels(run.config.attention, mesh, run.config.dtype)
     away = run.config.offload
     state_home, frozen_home = state_sh, frozen_sh
     if "teacher" in away:
-        frozen_home = frozen_sh | {body: on_host(frozen_sh[body])}
+        frozen_home = frozen_sh | {backbone: in_host_memory(frozen_sh[backbone])}
     if "optimizer" in away:
-        state_home = state_home._replace(opt=on_host(state_sh.opt))
+        state_home = state_home._replace(opt=in_host_memory(state_sh.opt))
     if "ema" in away:
-        state_home = state_home._replace(ema=on_host(state_sh.ema))
+        state_home = state_home._replace(ema=in_host_memory(state_sh.ema))
     options = {
         "in_shardings": (state_home, frozen_home, batch_sharding(mesh), replicated(mesh)),
         "out_shardings": (state_home, replicated(mesh)),
@@ -80,15 +86,17 @@ def compile_steps(
         def update(state, frozen, raw, number):
             if "teacher" in away:
                 frozen = jax.device_put(frozen, frozen_sh)
-            with placed(Placement(mesh, kernels)):
-                batch = by_sample(make_batch(run.pipeline, frozen, raw, make_key(seed), number))
-                recipe = keeping(run.recipe, frozen)
-                return wrap(step)(recipe, state, frozen.get(body), batch)
+            with current_placement(Placement(mesh, kernels)):
+                batch = constrain_batch(
+                    make_batch(run.pipeline, frozen, raw, make_key(seed), number)
+                )
+                step_spec = with_untrained(run.step_spec, frozen)
+                return wrap(step)(step_spec, state, frozen.get(backbone), batch)
 
         update.__name__ = step.__name__  # as profiles call it
         return jax.jit(update, **options)
 
-    critic = compiled(critic_step) if len(run.recipe.optimizers) > 1 else None
+    critic = compiled(critic_step) if len(run.step_spec.optimizers) > 1 else None
     student = compiled(student_step)
     order = (critic,) * (run.config.critic.updates if critic else 0) + (student,)
     return Steps(student, critic, order, state_home, frozen_home)

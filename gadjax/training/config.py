@@ -13,8 +13,8 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
 from gadjax import assets
-from gadjax.errors import InputError, shown
-from gadjax.io.storage import write_whole
+from gadjax.errors import InputError, short_repr
+from gadjax.io.storage import write_atomic
 from gadjax.io.untrusted import read_json
 
 INPUTS = "inputs.json"  # in a workdir: fingerprints of what its run reads
@@ -171,7 +171,7 @@ def _check_keys(found: Mapping, known: dict, prefix: str, whole: bool = True) ->
 
 
 def write_json(config: ConfigDict, path: Path) -> None:
-    write_whole(path, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+    write_atomic(path, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
@@ -191,7 +191,7 @@ def as_json(config: ConfigDict) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def with_teacher_found(config: ConfigDict) -> ConfigDict:
+def with_resolved_teacher(config: ConfigDict) -> ConfigDict:
     """The config with the teacher's folder from the root on: what is drawn from a workdir later may
     be drawn from another folder."""
     config = ConfigDict(config)
@@ -212,10 +212,10 @@ def check_resume(saved: dict, config: ConfigDict, where: Path) -> None:
     """
     saved = _filled(saved, as_json(default_config()))
     saved["teacher"] = _from_root(saved["teacher"])  # as it was given, in older ones
-    asked = as_json(with_teacher_found(config))
+    asked = as_json(with_resolved_teacher(config))
     changed = [d for d in differences(saved, asked) if d[0].split(".")[0] not in MAY_CHANGE]
     if changed:
-        values = ((key, shown(old, 200), shown(new, 200)) for key, old, new in changed)
+        values = ((key, short_repr(old, 200), short_repr(new, 200)) for key, old, new in changed)
         text = "; ".join(f"{key}: found {old}, asked for {new}" for key, old, new in values)
         raise InputError(f"{where}: belongs to another config ({text}); expected the same values")
 
@@ -234,7 +234,7 @@ def check_inputs(workdir: Path, config: ConfigDict, inputs: dict[str, str]) -> N
             what = "text encoders" if key == "teacher" else "contents"
             raise InputError(
                 f"{key} {config[key]}: found other {what} (fingerprint {found}); expected those "
-                f"with which the run in {workdir} was begun ({shown(saved[key])})"
+                f"with which the run in {workdir} was begun ({short_repr(saved[key])})"
             )
 
 

@@ -8,14 +8,18 @@ import jax.numpy as jnp
 
 from gadjax.diffusion.geometry import control_directions, directions, tangents
 from gadjax.diffusion.rollout import Trajectory, interpolate_times, rollout
-from gadjax.objectives.base import Context, First, Needs, TeacherMap, stream_keys
-from gadjax.training.backward_simulation import at_own_step, drawn_steps, own_latents
-from gadjax.training.state import Recipe
+from gadjax.objectives.base import Context, FirstStep, Needs, TeacherMap, stream_keys
+from gadjax.training.backward_simulation import (
+    backward_simulate,
+    select_step,
+    stratified_step_indices,
+)
+from gadjax.training.state import StepSpec
 from gadjax.types import Batch, Params, Prediction
 
 
 def make_context(
-    recipe: Recipe,
+    step_spec: StepSpec,
     needs: Needs,
     student: Params,
     critic: Params | None,
@@ -24,27 +28,27 @@ def make_context(
     discriminator: Params | None = None,
 ) -> Context:
     """Meet every need once and hand the results over."""
-    denoiser, schedule, times = recipe.denoiser, recipe.denoiser.schedule, recipe.times
+    denoiser, schedule, times = step_spec.denoiser, step_spec.denoiser.schedule, step_spec.times
     # A walk to the end has everybody's first step; a map that other terms want too is made once, at
     # the drawn step.
-    walks = needs.endpoint or needs.whole
+    walks = needs.endpoint or needs.full_map
     apart = [spec for spec in needs.first if walks and spec not in needs.maps]
     shared = {spec: False for spec in needs.first if spec not in apart}
     student_too = needs.student or bool(needs.first and not walks)
     needs = replace(needs, maps=shared | dict(needs.maps), student=student_too)
 
     guided = None
-    if needs.distils:
-        guided = denoiser.guide(teacher, batch.cond, batch.null, recipe.guidance)
+    if needs.uses_teacher:
+        guided = denoiser.guided_fn(teacher, batch.cond, batch.null, step_spec.guidance)
     # A drawn step that is differentiated by itself makes keys and values again with its blocks:
     # kept through the teacher's map and the backward pass they are dearer than they are made.
-    drawn = needs.distils and not walks
-    told = batch.cond if drawn else denoiser.reading(student, batch.cond)
+    drawn = needs.uses_teacher and not walks
+    told = batch.cond if drawn else denoiser.cache_text(student, batch.cond)
 
     def teacher_at(x, t, scale=None):
         if guided and scale is None:
             return guided(x, t)
-        scale = recipe.guidance if scale is None else scale
+        scale = step_spec.guidance if scale is None else scale
         return denoiser.guided(teacher, x, t, batch.cond, batch.null, scale)
 
     def critic_at(x, t, scale=1):
@@ -57,34 +61,40 @@ def make_context(
         denoiser=denoiser,
         batch=batch,
         times=times,
-        guidance=recipe.guidance,
+        guidance=step_spec.guidance,
         teacher=teacher_at,
         critic=None if critic is None else critic_at,
         teacher_params=teacher,
         critic_params=critic,
         student_params=student,
         discriminator_params=discriminator,
-        step_B=drawn_steps(batch.stratum, len(times) - 1),
-        cut_first=needs.cut_first,
+        step_B=stratified_step_indices(batch.stratum, len(times) - 1),
+        detach_first_step=needs.detach_first_step,
     )
     noise, ends = batch.noise, {}
     if apart:
-        firsts = (teacher_map(context.at_first(), teacher_at, spec) for spec in apart)
+        firsts = (teacher_map(context.at_first_step(), teacher_at, spec) for spec in apart)
         # The teacher is through before anything of the student's waits for reverse mode.
         noise, found = jax.lax.optimization_barrier((noise, [f(z) for f, z in firsts]))
         ends = dict(zip(apart, found, strict=True))
     walk = said = None
-    if needs.endpoint and (needs.cut_first or not needs.whole):
-        walk = rollout(student_at, schedule, noise, jnp.asarray(times), cut_first=needs.cut_first)
+    if needs.endpoint and (needs.detach_first_step or not needs.full_map):
+        walk = rollout(
+            student_at,
+            schedule,
+            noise,
+            jnp.asarray(times),
+            detach_first_step=needs.detach_first_step,
+        )
         context = replace(context, endpoint=walk.end)
-        said = first_of(walk)
+        said = first_prediction(walk)
 
     if needs.student or any(spec.end != "whole" for spec in needs.maps):
         if walk is None:
             held, cond = jax.lax.stop_gradient((student, told))
-            x = own_latents(recipe, held, batch._replace(cond=cond), context.step_B)
+            x = backward_simulate(step_spec, held, batch._replace(cond=cond), context.step_B)
         else:  # the rollout to the end has been there
-            x = at_own_step(jax.lax.stop_gradient(walk.x), context.step_B)
+            x = select_step(jax.lax.stop_gradient(walk.x), context.step_B)
         context = replace(context, x_BHWC=x)
     maps = {spec: teacher_map(context, teacher_at, spec) for spec in needs.maps}
     v = None
@@ -103,28 +113,28 @@ def make_context(
         own = pair(lambda x: student_at(x, context.t_B), x, needs.tangent)
         context = replace(context, student=own)
         said = said or own[0]
-    if needs.whole:
+    if needs.full_map:
 
-        def whole(z):
+        def full_map(z):
             walk = rollout(student_at, schedule, z, jnp.asarray(times))
-            return walk.end, first_of(walk) if needs.first else None
+            return walk.end, first_prediction(walk) if needs.first else None
 
-        value, dots = pair(whole, noise, needs.tangent)
-        context = replace(context, whole=(value[0], dots and dots[0]))
+        value, dots = pair(full_map, noise, needs.tangent)
+        context = replace(context, full_map=(value[0], dots and dots[0]))
         if walk is None:
             said = value[1]
-        if not needs.cut_first:
+        if not needs.detach_first_step:
             context = replace(context, endpoint=value[0])
     first = {}
     for spec in needs.first:
         if spec in ends:
-            first[spec] = First(said, ends[spec], jnp.ones_like(context.first_B))
+            first[spec] = FirstStep(said, ends[spec], jnp.ones_like(context.first_step_weight_B))
         else:
-            first[spec] = First(said, context.maps[spec][0], context.first_B)
+            first[spec] = FirstStep(said, context.maps[spec][0], context.first_step_weight_B)
     return replace(context, first=first)
 
 
-def first_of(walk: Trajectory) -> Prediction:
+def first_prediction(walk: Trajectory) -> Prediction:
     """What the network said at the first step of a walk."""
     return jax.tree.map(lambda said: said[0], walk.prediction)
 

@@ -46,14 +46,14 @@ def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str,
     if data.embeddings or data.latents:
         embeddings = open_embeddings(assets.resolve(data.embeddings or data.latents))
         identity = text_fingerprint(assets.resolve(config.teacher))
-        embeddings.check(identity, pipeline.prompts.rows(data.length))
+        embeddings.check(identity, pipeline.prompts.embed_length(data.length))
         null = {name: value[None] for name, value in embeddings.null.items()}
         if data.embeddings:
             return EmbeddingSource(embeddings, config.seed), null
         vae = pipeline.folder.components["vae"]
         embeddings.check_latents(image_fingerprint(vae), pipeline.latent)
         return LatentSource(embeddings, config.seed, data.dropout), null
-    ids, mask = pipeline.prompts.untold(None, data.length)
+    ids, mask = pipeline.prompts.negative_tokens(None, data.length)
     null = {"ids": ids, "mask": mask}
     sides = tuple(side * pipeline.upscale for side in pipeline.latent[:2])
     if data.world:
@@ -71,19 +71,19 @@ def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str,
     return PromptSource(*tokenize(prompts), config.seed), null
 
 
-def inputs_of(config: ConfigDict, source: Source) -> dict[str, str]:
+def input_fingerprints(config: ConfigDict, source: Source) -> dict[str, str]:
     """Key of the config -> fingerprint of what lies there, for what may become something else under
     its name. What the key of the teacher says is of its text encoders: its network has its own."""
     data = config.data
     found = {"teacher": text_fingerprint(assets.resolve(config.teacher))}
     if data.prompts:
         prompts = read_prompts(assets.resolve(data.prompts), data.column)
-        found["data.prompts"] = fingerprints.of_prompts(prompts)
+        found["data.prompts"] = fingerprints.fingerprint_prompts(prompts)
     if data.images:
-        found["data.images"] = fingerprints.of_pictures(source.pictures)
+        found["data.images"] = fingerprints.fingerprint_pictures(source.pictures)
     for name in ("embeddings", "latents"):
         if data[name]:
-            found[f"data.{name}"] = fingerprints.of_embeddings(source.embeddings)
+            found[f"data.{name}"] = fingerprints.fingerprint_embeddings(source.embeddings)
     return found
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import INDEX, PipelineFolder, write_pipeline
-from gadjax.formats.model_card import CARD, Export, card, read_license, read_report, recipe
+from gadjax.formats.model_card import CARD, Export, card, metadata_json, read_license, read_report
 from gadjax.formats.orbax_folder import diffusers_folder, open_folder
-from gadjax.formats.sampling_config import FILE, Sampling, read_world
+from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig, read_world
 from gadjax.formats.scheduler_config import DPM, PIXART, student_scheduler_config
 from gadjax.formats.schedulers import sampler_from_config
 from gadjax.formats.weights import fingerprint, open_weights
-from gadjax.io.atomic import atomic_folder, check_apart, check_target, put_back
+from gadjax.io.atomic import atomic_folder, check_no_overlap, check_target, restore_replaced
 from gadjax.io.untrusted import read_json
 from gadjax.pipelines import parity
 from gadjax.training.workdir import Trained
@@ -46,41 +46,43 @@ def export(
     measured = report and read_report(report)
     check_target(out, overwrite=overwrite, marker=INDEX)
     source = teacher or trained.teacher
-    check_apart(out, trained.workdir, source)
-    put_back(source)
+    check_no_overlap(out, trained.workdir, source)
+    restore_replaced(source)
     if not source.is_dir():
         raise InputError(
             f"{source}: found no such folder; expected the teacher of {trained.workdir} "
             "(--teacher says where it is now)"
         )
     folder = open_folder(source, components=())
-    body = folder.body
-    folder = open_folder(source, components=(body,))
-    weights = trained.complete(folder.components[body])
+    backbone = folder.backbone
+    folder = open_folder(source, components=(backbone,))
+    weights = trained.full_params(folder.components[backbone])
     scheduler, sampling = _drawn_by(trained, folder)
     made = _describe(out.resolve().name, trained, folder, scheduler, sampling, measured)
 
     with atomic_folder(out, overwrite=overwrite, marker=INDEX) as new:
         with diffusers_folder(source, out) as src:
-            params = {body: weights}
+            params = {backbone: weights}
             write_pipeline(src, new, params, scheduler=scheduler, dtype=dtype)
         index = read_json(new / INDEX) | {"_class_name": made.pipeline}
         (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _check_report(report, measured, new / body)
-        (new / FILE).write_text(recipe(made, None), encoding="utf-8")
+        _check_report(report, measured, new / backbone)
+        (new / GADJAX_JSON).write_text(metadata_json(made, None), encoding="utf-8")
         verified = None if parity.missing() else parity.verify(new)
-        (new / FILE).write_text(recipe(made, verified), encoding="utf-8")
+        (new / GADJAX_JSON).write_text(metadata_json(made, verified), encoding="utf-8")
         (new / CARD).write_text(card(made, verified), encoding="utf-8")
     return verified
 
 
-def _drawn_by(trained: Trained, teacher: PipelineFolder) -> tuple[dict[str, Any] | None, Sampling]:
+def _drawn_by(
+    trained: Trained, teacher: PipelineFolder
+) -> tuple[dict[str, Any] | None, SamplingConfig]:
     """A replacement for the teacher's scheduler, None to keep it, and what diffusers is told.
 
     Raises: InputError for timesteps that diffusers could not take.
     """
     sampling = trained.sampling
-    if not trained.few_step:
+    if not trained.is_few_step:
         return None, sampling
     pipeline = teacher.model_index.get("_class_name", "")
     scheduler = student_scheduler_config(teacher.scheduler, sampling.timesteps, pipeline)
@@ -90,9 +92,14 @@ def _drawn_by(trained: Trained, teacher: PipelineFolder) -> tuple[dict[str, Any]
 
 
 def _describe(
-    name: str, trained: Trained, teacher: PipelineFolder, scheduler, sampling: Sampling, report
+    name: str,
+    trained: Trained,
+    teacher: PipelineFolder,
+    scheduler,
+    sampling: SamplingConfig,
+    report,
 ) -> Export:
-    spec, world = teacher.components[teacher.body].spec, trained.config["data"]["world"]
+    spec, world = teacher.components[teacher.backbone].spec, trained.config["data"]["world"]
     bundled = world.startswith("gadjax.worlds.")
     pipeline = teacher.model_index.get("_class_name", "DiffusionPipeline")
     if scheduler and scheduler["_class_name"] == DPM and sampling.steps == 1:

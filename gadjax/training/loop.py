@@ -11,30 +11,37 @@ from ml_collections import ConfigDict
 
 from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.checkpoints.replicas import check_replicas
-from gadjax.checkpoints.save_policy import Saves
+from gadjax.checkpoints.save_policy import SavePolicy
 from gadjax.data.source import prefetch
-from gadjax.errors import InputError, RunStopped, printable
+from gadjax.errors import InputError, RunStopped, escape_nonprintable
 from gadjax.formats.sampling_config import read_sampling
-from gadjax.io.storage import write_whole
+from gadjax.io.storage import write_atomic
 from gadjax.io.untrusted import read_json
-from gadjax.parallel.sharding import batch_sharding, put, rows_here, shapes_at
-from gadjax.runtime.distributed import Leaving, agree, beat, check_devices, losing_peers, together
-from gadjax.runtime.goodput import Clock
+from gadjax.parallel.sharding import batch_sharding, local_rows, put_on_mesh, shapes_with_shardings
+from gadjax.runtime.distributed import (
+    PreemptionHandler,
+    abort_on_lost_peer,
+    check_devices,
+    check_same_on_all,
+    run_on_all_processes,
+    write_heartbeat,
+)
+from gadjax.runtime.goodput import GoodputClock
 from gadjax.runtime.profiler import Profile
-from gadjax.runtime.progress import Progress, overview
-from gadjax.runtime.settings import settled
+from gadjax.runtime.progress import Progress, parameter_table
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.runtime.trackers import check_trackers
-from gadjax.runtime.workdir_lock import LOCK, Claim
+from gadjax.runtime.workdir_lock import LOCK, WorkdirLock
 from gadjax.training.compile import Steps, compile_steps
 from gadjax.training.config import (
     INPUTS,
     as_json,
     check_inputs,
     check_resume,
-    with_teacher_found,
+    with_resolved_teacher,
     write_json,
 )
-from gadjax.training.nonfinite import Update, check_masked, scalars_of
+from gadjax.training.nonfinite import Update, check_nonfinite, merge_scalars
 from gadjax.training.previews import Preview
 from gadjax.training.run_record import write_record
 from gadjax.training.setup import Run, prepare
@@ -48,11 +55,11 @@ Restore = Callable[[TrainState], tuple[int, TrainState, dict] | None]  # as `Che
 class Watch(NamedTuple):
     """How a start is looked at: where its time goes, and (step, count) of what is profiled."""
 
-    clock: Clock
+    clock: GoodputClock
     profile: tuple[int, int] | None
 
 
-@settled()
+@pinned_jax_config()
 def train(
     config: ConfigDict,
     workdir: Path,
@@ -66,24 +73,24 @@ def train(
     Raises: InputError for a bad config, a workdir of another config or another run, processes that
     run different things; RunStopped where updates stay non-finite or nothing can be saved.
     """
-    watch = Watch(Clock(), profile)
+    watch = Watch(GoodputClock(), profile)
     if devices is not None:
         check_devices(devices)
-    agree(as_json(config), workdir)
-    config = with_teacher_found(config)
-    together(lambda: check_trackers(config.log.trackers))
-    together(lambda: _check_workdir(config, workdir))
-    run = together(lambda: prepare(config))
-    together(lambda: check_inputs(workdir, config, run.inputs))
+    check_same_on_all(as_json(config), workdir)
+    config = with_resolved_teacher(config)
+    run_on_all_processes(lambda: check_trackers(config.log.trackers))
+    run_on_all_processes(lambda: _check_workdir(config, workdir))
+    run = run_on_all_processes(lambda: prepare(config))
+    run_on_all_processes(lambda: check_inputs(workdir, config, run.inputs))
     steps = compile_steps(run)
-    with together(lambda: _claim(config, workdir, run.inputs)) as claim:
+    with run_on_all_processes(lambda: _claim(config, workdir, run.inputs)) as claim:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         try:
-            with losing_peers(), Leaving() as leaving:
+            with abort_on_lost_peer(), PreemptionHandler() as leaving:
                 step = _loop(run, steps, checkpoints, claim, leaving, watch)
         finally:
             checkpoints.close()
-        claim.say("done" if step == config.steps else "preempted", step)
+        claim.write_status("done" if step == config.steps else "preempted", step)
 
 
 def _check_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -94,14 +101,14 @@ def _check_workdir(config: ConfigDict, workdir: Path) -> None:
         raise InputError(f"{workdir}: found files but no config.json; expected an empty folder")
 
 
-def _claim(config: ConfigDict, workdir: Path, inputs: dict[str, str]) -> Claim:
-    claim = Claim(workdir, config.steps, mine=jax.process_index() == 0)
-    if claim.mine:
+def _claim(config: ConfigDict, workdir: Path, inputs: dict[str, str]) -> WorkdirLock:
+    claim = WorkdirLock(workdir, config.steps, is_owner=jax.process_index() == 0)
+    if claim.is_owner:
         name = "config.json"
         try:
             write_json(config, workdir / name)
             name = INPUTS
-            write_whole(workdir / name, json.dumps(inputs, indent=2) + "\n")
+            write_atomic(workdir / name, json.dumps(inputs, indent=2) + "\n")
         except OSError as error:
             text = error.strerror or error
             raise RunStopped(f"{workdir}/{name}: cannot be written: {text}") from error
@@ -112,35 +119,37 @@ def _loop(
     run: Run,
     steps: Steps,
     checkpoints: Checkpoints,
-    claim: Claim,
-    leaving: Leaving,
+    claim: WorkdirLock,
+    leaving: PreemptionHandler,
     watch: Watch,
 ) -> int:
     """Returns the number of steps done."""
     config, workdir, clock = run.config, claim.workdir, watch.clock
     done, state = begin(run, steps, checkpoints.restore)
     resumed = done > 0
-    claim.say("running", done)
-    frozen = put(run.frozen, steps.frozen)
+    claim.write_status("running", done)
+    frozen = put_on_mesh(run.frozen, steps.frozen)
     meta = {"config": as_json(config), "teacher": run.fingerprint}
     show = Preview(run, frozen, workdir) if config.preview.every else None
     before: list[Update] = []
     with Progress(workdir, config, done, clock) as progress:
-        saves = Saves(checkpoints, config.checkpoint.failures, progress.note)
-        progress.note(f"resumed at step {done}" if resumed else overview(state.params["student"]))
-        if run.recipe.objective.needs.distils:
+        saves = SavePolicy(checkpoints, config.checkpoint.failures, progress.note)
+        progress.note(
+            f"resumed at step {done}" if resumed else parameter_table(state.params["student"])
+        )
+        if run.step_spec.objective.needs.uses_teacher:
             own = read_sampling(run.pipeline.folder.path, run.pipeline.sampling).guidance
-            own = run.pipeline.denoiser.scale_of(own)
-            progress.note(f"teacher: {printable(config.teacher)}")
-            progress.note(guidance_note(run.recipe.guidance, own))
+            own = run.pipeline.denoiser.guidance_scale(own)
+            progress.note(f"teacher: {escape_nonprintable(config.teacher)}")
+            progress.note(guidance_note(run.step_spec.guidance, own))
         if show and show.due(done):  # a run that was killed had saved this step, not yet shown it
             progress.image(done, "preview", show(state, done))
         batches = host_batches(run, steps, done, config.steps)
         profile = Profile(watch.profile, workdir, progress.note)
         leave = False
         while done < config.steps and not leave:
-            beat(done)
-            profile.at(done, state)
+            write_heartbeat(done)
+            profile.before_step(done, state)
             begun: list[Update] = []
             for step in steps.order:
                 with clock("data"):
@@ -149,11 +158,11 @@ def _loop(
                 begun.append(Update(int(update) * config.batch, batch.get("which"), metrics))
             done += 1
             claim.step = done
-            leave = leaving.asked(done)
-            progress.update(done, scalars_of(begun))
+            leave = leaving.should_stop(done)
+            progress.update(done, merge_scalars(begun))
             if progress.enabled and not before:  # the first step of this start
                 write_record(run, steps, workdir, state, frozen, batch, update)
-            check_masked(before, done - 1, config.stop_after_bad, progress.note)
+            check_nonfinite(before, done - 1, config.stop_after_bad, progress.note)
             before = begun
             last = done == config.steps
             if done % config.checkpoint.every == 0 or last or leave:
@@ -161,11 +170,11 @@ def _loop(
                 with clock("checkpoint"):
                     check_replicas(state, done, checkpoints)
                     saves.save(done, state, meta, last=last or leave)
-                claim.say("running", done)
+                claim.write_status("running", done)
             if show and show.due(done):
                 with clock("preview"):
                     progress.image(done, "preview", show(state, done))
-        check_masked(before, done, config.stop_after_bad, progress.note)
+        check_nonfinite(before, done, config.stop_after_bad, progress.note)
         profile.close(done, state)
         with clock("checkpoint"):
             checkpoints.wait()
@@ -180,10 +189,12 @@ def guidance_note(guidance: float, own: float) -> str:
 
 def begin(run: Run, steps: Steps, restore: Restore) -> tuple[int, TrainState]:
     """The step and the state that `restore` finds, or step 0 and what a run starts from."""
-    found = restore(shapes_at(jax.eval_shape(run.start, run.first), steps.state))
+    found = restore(
+        shapes_with_shardings(jax.eval_shape(run.start, run.initial_params), steps.state)
+    )
     if found is None:
-        first = put(run.first, steps.state.params["student"])
-        return 0, jax.jit(run.start, out_shardings=steps.state)(first)
+        initial_params = put_on_mesh(run.initial_params, steps.state.params["student"])
+        return 0, jax.jit(run.start, out_shardings=steps.state)(initial_params)
     step, state, meta = found
     if meta["teacher"] != run.fingerprint:
         raise InputError(
@@ -200,9 +211,9 @@ def host_batches(
     their use; every process makes the samples of its own devices."""
     each = len(steps.order)  # data and keys are numbered by update, the critic's included
     size, sharding = run.config.batch, batch_sharding(run.mesh)
-    low, high = rows_here(sharding, size)
+    low, high = local_rows(sharding, size)
 
-    @settled()  # in a thread of its own
+    @pinned_jax_config()  # in a thread of its own
     def fetch(number: int):
         rows = run.source.batch(number * size + low, high - low)
 

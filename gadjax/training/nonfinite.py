@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gadjax.errors import RunStopped
-from gadjax.training.updates import divided
+from gadjax.training.updates import split_metrics
 from gadjax.types import Metrics
 
 SHOWN = 16  # numbers of samples in a line
@@ -29,12 +29,12 @@ class Update(NamedTuple):
     metrics: Metrics
 
 
-def scalars_of(updates: Sequence[Update]) -> Metrics:
+def merge_scalars(updates: Sequence[Update]) -> Metrics:
     """What is reported of a step: of every scalar that of the last update that says it."""
-    return {name: x for update in updates for name, x in divided(update.metrics)[0].items()}
+    return {name: x for update in updates for name, x in split_metrics(update.metrics)[0].items()}
 
 
-def check_masked(
+def check_nonfinite(
     updates: Sequence[Update], step: int, most: int, note: Callable[[str], None]
 ) -> None:
     """Say which of a step's updates were masked: what was not finite, and of which samples.
@@ -49,7 +49,7 @@ def check_masked(
             if not count:
                 continue
             role = name.removesuffix("/bad")
-            cause = cause_of(update, role)
+            cause = nonfinite_cause(update, role)
             if count >= most:
                 raise RunStopped(
                     f"step {step}: the last {count} updates of the {role} were not finite and were "
@@ -59,7 +59,7 @@ def check_masked(
             note(f"step {step}: an update of the {role} was not finite and was left out: {cause}")
 
 
-def cause_of(update: Update, role: str) -> str:
+def nonfinite_cause(update: Update, role: str) -> str:
     """What of a masked update was not finite, and of which samples: those whose own loss was not,
     or the whole batch."""
     metrics = jax.device_get(update.metrics)
@@ -72,14 +72,14 @@ def cause_of(update: Update, role: str) -> str:
         what = "the gradient of a finite loss"
     else:
         what = "the optimizer's update for a finite gradient"
-    kind, numbers = numbers_of(update, len(metrics[f"{role}/loss_B"]))
+    kind, numbers = sample_numbers(update, len(metrics[f"{role}/loss_B"]))
     chosen = numbers[bad] if len(bad) else numbers
     shown = ", ".join(map(str, chosen[:SHOWN]))
     more = f" and {len(chosen) - SHOWN} more" if len(chosen) > SHOWN else ""
     return f"{what} of {kind if len(bad) else f'the whole batch, {kind}'} {shown}{more}"
 
 
-def numbers_of(update: Update, size: int) -> tuple[str, np.ndarray]:
+def sample_numbers(update: Update, size: int) -> tuple[str, np.ndarray]:
     """What the samples of an update are called: "prompts" by their place in the file from 0, or
     "samples" by their place in the stream; and the numbers [B]."""
     if update.which is None:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.io.image_grid import grid, save_png
-from gadjax.io.storage import tolerant
-from gadjax.models.params import overlay
+from gadjax.io.storage import warn_on_write_error
+from gadjax.models.params import merge_params
 from gadjax.parallel.sharding import replicated
 from gadjax.pipelines.sampling import clean_latent, initial_noise
 from gadjax.training.batch import encode_raw
@@ -26,10 +26,10 @@ class Preview:
         self.folder, self.scale = workdir / "previews", run.config.preview.scale
         self.every, self.last = run.config.preview.every, run.config.steps
         self.patient = run.config.checkpoint.failures > 0
-        with tolerant(self.folder, self.patient):
+        with warn_on_write_error(self.folder, self.patient):
             self.folder.mkdir(exist_ok=True)
-        pipeline, recipe = run.pipeline, run.recipe
-        needs, count = recipe.objective.needs, run.config.preview.prompts
+        pipeline, step_spec = run.pipeline, run.step_spec
+        needs, count = step_spec.objective.needs, run.config.preview.prompts
         raw = run.source.batch(0, count)
         raw = {name: value for name, value in raw.items() if name not in ("image", "x0")}
         noise = initial_noise(run.config.seed, count, pipeline.latent)
@@ -39,14 +39,14 @@ class Preview:
             cond = encode_raw(pipeline, frozen, raw)
             null = encode_raw(pipeline, frozen, frozen["null"])
             null = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), null)
-            params = overlay(params, frozen.get("kept"))
+            params = merge_params(params, frozen.get("untrained"))
             x0 = clean_latent(pipeline, params, sampling, noise, cond, null)
             return pipeline.decode(frozen["vae"], x0)
 
-        many = Sampling(guidance=recipe.guidance)
-        few = Sampling(len(recipe.times) - 1, recipe.times[:-1], guidance=1)
+        many = SamplingConfig(guidance=step_spec.guidance)
+        few = SamplingConfig(len(step_spec.times) - 1, step_spec.times[:-1], guidance=1)
         # What is trained by plain denoising is itself sampled as a teacher is.
-        own = few if needs.distils else many
+        own = few if needs.uses_teacher else many
         self.draw = lambda params: np.asarray(draw(params, own, frozen, raw))
         self.teacher = None
         if pipeline.body in frozen:
@@ -62,6 +62,6 @@ class Preview:
             rows.insert(0, ("teacher", self.teacher))
         picture = grid(rows, None, self.scale)
         if jax.process_index() == 0:
-            with tolerant(self.folder, self.patient):
+            with warn_on_write_error(self.folder, self.patient):
                 save_png(picture, self.folder / f"{step:07d}.png")
         return np.asarray(picture)

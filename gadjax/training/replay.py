@@ -19,19 +19,19 @@ from ml_collections import ConfigDict
 
 from gadjax import assets
 from gadjax.checkpoints.checkpoint import read_state
-from gadjax.checkpoints.steps import committed, newest_sound
+from gadjax.checkpoints.steps import committed_steps, latest_valid_step
 from gadjax.data.prompts import read_prompts
-from gadjax.errors import InputError, shown
+from gadjax.errors import InputError, short_repr
 from gadjax.io.storage import absolute
 from gadjax.io.untrusted import read_json
-from gadjax.parallel.sharding import put
-from gadjax.runtime.distributed import agree, check_devices, together
-from gadjax.runtime.settings import settled
+from gadjax.parallel.sharding import put_on_mesh
+from gadjax.runtime.distributed import check_devices, check_same_on_all, run_on_all_processes
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.compile import Steps, compile_steps
-from gadjax.training.config import as_json, check_inputs, check_resume, with_teacher_found
-from gadjax.training.instrument import Seen, looking
+from gadjax.training.config import as_json, check_inputs, check_resume, with_resolved_teacher
+from gadjax.training.instrument import FiniteCounter, instrument
 from gadjax.training.loop import begin, host_batches
-from gadjax.training.nonfinite import Update, cause_of, numbers_of, scalars_of
+from gadjax.training.nonfinite import Update, merge_scalars, nonfinite_cause, sample_numbers
 from gadjax.training.setup import Run, prepare
 from gadjax.training.state import TrainState
 from gadjax.types import Metrics
@@ -42,12 +42,12 @@ WORST = 5  # samples that are named of each term
 def parse_step(text: str) -> int:
     """Raises: InputError for what is no number of a step."""
     if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < 1:
-        raise InputError(f"--reproduce-step: found {shown(text)}; expected a step, 1 or more")
+        raise InputError(f"--reproduce-step: found {short_repr(text)}; expected a step, 1 or more")
     return int(text)
 
 
-@settled()
-def reproduce(config: ConfigDict, workdir: Path, step: int, devices: int | None = None) -> None:
+@pinned_jax_config()
+def replay_step(config: ConfigDict, workdir: Path, step: int, devices: int | None = None) -> None:
     """Do `step` of the workdir's run again and print what there is to see of it; every process of
     the run calls it. config, devices: as `gadjax.training.loop.train` takes them.
 
@@ -56,17 +56,17 @@ def reproduce(config: ConfigDict, workdir: Path, step: int, devices: int | None 
     """
     if devices is not None:
         check_devices(devices)
-    agree(as_json(config), workdir)
-    config = with_teacher_found(config)
-    row = together(lambda: _row_of(config, workdir, step))
-    run = together(lambda: prepare(config))
-    together(lambda: check_inputs(workdir, config, run.inputs))
+    check_same_on_all(as_json(config), workdir)
+    config = with_resolved_teacher(config)
+    row = run_on_all_processes(lambda: _row_of(config, workdir, step))
+    run = run_on_all_processes(lambda: prepare(config))
+    run_on_all_processes(lambda: check_inputs(workdir, config, run.inputs))
     steps = compile_steps(run)
     start, state = begin(run, steps, lambda shapes: _newest(workdir, step, shapes))
     again = step - 1 - start
     where = f"checkpoint {start}" if start else "the start"
     _say(f"replaying {again} step{'s' * (again != 1)} from {where}")
-    frozen = put(run.frozen, steps.frozen)
+    frozen = put_on_mesh(run.frozen, steps.frozen)
     batches = host_batches(run, steps, start, step)
     for _ in range(again):
         for update in steps.order:
@@ -74,7 +74,7 @@ def reproduce(config: ConfigDict, workdir: Path, step: int, devices: int | None 
             state, metrics = update(state, frozen, batch, number)
         jax.block_until_ready(metrics)  # or batches of many steps would wait on the devices
     begun = _look(run, steps, (state, frozen), batches)
-    values = {name: float(x) for name, x in jax.device_get(scalars_of(begun)).items()}
+    values = {name: float(x) for name, x in jax.device_get(merge_scalars(begun)).items()}
     _compare(step, values, row, config.log.every)
 
 
@@ -95,7 +95,9 @@ def _row_of(config: ConfigDict, workdir: Path, step: int) -> dict[str, Any] | No
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue  # what a kill left of a line
     said = read_json(status).get("step") if status.is_file() else None
-    done = max([*rows, *committed(workdir / "checkpoints"), said if isinstance(said, int) else 0])
+    done = max(
+        [*rows, *committed_steps(workdir / "checkpoints"), said if isinstance(said, int) else 0]
+    )
     if step > done:
         raise InputError(
             f"--reproduce-step: found {step}; expected 1 to {done}, the steps that {workdir} is "
@@ -106,20 +108,20 @@ def _row_of(config: ConfigDict, workdir: Path, step: int) -> dict[str, Any] | No
 
 def _newest(workdir: Path, step: int, shapes: TrainState) -> tuple[int, TrainState, dict] | None:
     folder = absolute(workdir / "checkpoints")
-    found, _ = newest_sound(folder, before=step)
+    found, _ = latest_valid_step(folder, before=step)
     return None if found is None else (found, *read_state(folder / str(found), shapes))
 
 
 def _look(run: Run, steps: Steps, held: tuple[TrainState, Any], batches: Iterator) -> list[Update]:
     """The step's updates done one by one, each after a look at it. held: state, frozen networks."""
-    seen = Seen()
-    looks = compile_steps(run, wrap=looking(seen))
+    seen = FiniteCounter()
+    looks = compile_steps(run, wrap=instrument(seen))
     (state, frozen), begun = held, []
     for look, step in zip(looks.order, steps.order, strict=True):
         number, batch = next(batches)
         first, which = int(number) * run.config.batch, batch.get("which")
         state, found = look(state, frozen, batch, number)
-        counts = seen.take()
+        counts = seen.pop()
         found = jax.device_get(found)
         state, metrics = step(state, frozen, batch, number)
         update = Update(first, which, metrics)
@@ -134,12 +136,12 @@ def _report(run: Run, update: Update, looked: Metrics, counts: dict[str, tuple[i
     names = [name for name in looked if name.endswith("loss_B")]
     roles = [name.removesuffix("/bad") for name in metrics if name.endswith("/bad")]
     size = run.config.batch
-    kind, numbers = numbers_of(update, size)
+    kind, numbers = sample_numbers(update, size)
     texts = _texts(run, update.first, numbers)
     _say(f"\nupdate {update.first // size}, of the {' and the '.join(roles)}")
     for role in roles:
         if metrics[f"{role}/bad"]:
-            _say(f"  left out, for {cause_of(update, role)}")
+            _say(f"  left out, for {nonfinite_cause(update, role)}")
     _say(f"  {kind}: {', '.join(map(str, numbers))}")
     for name, (all_of, bad) in sorted(counts.items()):
         _say(f"  {name}: {f'{bad} of {all_of} NOT finite' if bad else 'finite'}")
@@ -169,10 +171,10 @@ def _texts(run: Run, first: int, numbers: np.ndarray) -> list[str]:
         if data.cache:  # its samples are the world's first ones in another order
             numbers = source.order(first, len(numbers))
         _, captions, _ = import_module(data.world).sample_batch(run.config.seed, numbers.tolist())
-        return [shown(text) for text in captions]
+        return [short_repr(text) for text in captions]
     else:
         captions = source.embeddings.prompts
-    return [shown(captions[number]) for number in numbers]
+    return [short_repr(captions[number]) for number in numbers]
 
 
 def _compare(step: int, values: dict[str, float], row: dict[str, Any] | None, every: int) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import jax
 
-from gadjax.io.storage import tolerant, write_whole
-from gadjax.ops.flops import count
-from gadjax.parallel.hardware import peak_of
+from gadjax.io.storage import warn_on_write_error, write_atomic
+from gadjax.ops.flops import jaxpr_flops
+from gadjax.parallel.hardware import peak_flops
 from gadjax.training.compile import Steps
 from gadjax.training.setup import Run
 
@@ -28,21 +28,21 @@ def write_record(run: Run, steps: Steps, workdir: Path, *arguments) -> None:
     times = {steps.student: 1}
     if steps.critic:
         times[steps.critic] = run.config.critic.updates
-    work = sum(n * count(step.trace(*arguments).jaxpr.jaxpr) for step, n in times.items())
+    work = sum(n * jaxpr_flops(step.trace(*arguments).jaxpr.jaxpr) for step, n in times.items())
     kind = jax.devices()[0].device_kind
     record = {
         "devices": jax.device_count(),
         "device": kind,
         "processes": jax.process_count(),
         "flops_per_step": work,
-        "peak_flops": peak_of(kind),  # of one device
+        "peak_flops": peak_flops(kind),  # of one device
         "images_per_step": run.config.batch,
-        # What JAX was told from outside; of what `settled` sets, nothing is taken.
+        # What JAX was told from outside; of what `pinned_jax_config` sets, nothing is taken.
         "environment": {
             name: text for name, text in sorted(os.environ.items()) if name.startswith(SETTINGS)
         },
         "matmul_precision": jax.config.jax_default_matmul_precision,
         "versions": {name: version(name) for name in PACKAGES},
     }
-    with tolerant(workdir / RUN, run.config.checkpoint.failures > 0):
-        write_whole(workdir / RUN, json.dumps(record, indent=2) + "\n")
+    with warn_on_write_error(workdir / RUN, run.config.checkpoint.failures > 0):
+        write_atomic(workdir / RUN, json.dumps(record, indent=2) + "\n")

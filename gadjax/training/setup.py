@@ -14,11 +14,11 @@ from gadjax.data.source import Source
 from gadjax.errors import InputError
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
-from gadjax.models.params import cast, kept_of
+from gadjax.models.params import cast, split_frozen
 from gadjax.objectives import TERMS, build
-from gadjax.parallel.placement import shares
+from gadjax.parallel.placement import batch_shards
 from gadjax.parallel.sharding import check_batch, make_mesh
-from gadjax.pipelines.pipeline import Pipeline, load_pipeline, outline_pipeline, random_like
+from gadjax.pipelines.pipeline import Pipeline, abstract_pipeline, load_pipeline, random_params
 from gadjax.pipelines.sampling import sampler_and_times
 from gadjax.seeds import check_seed, make_key
 from gadjax.training.checks import (
@@ -27,14 +27,14 @@ from gadjax.training.checks import (
     check_sequence,
     check_tangents,
     compute_dtype,
-    kernels_of,
-    outline,
+    lower_abstract,
+    select_kernels,
     student_times,
 )
-from gadjax.training.data import WITH_PICTURES, inputs_of, open_data
-from gadjax.training.state import Recipe, TrainState, create, make_optimizer
+from gadjax.training.data import WITH_PICTURES, input_fingerprints, open_data
+from gadjax.training.state import StepSpec, TrainState, create_state, make_optimizer
 from gadjax.training.steps import CRITICS
-from gadjax.training.workdir import sampling_of
+from gadjax.training.workdir import sampling_from_config
 from gadjax.types import Params
 
 REMAT = {"none": False, "results": "results", "block": True}  # as networks are told
@@ -46,14 +46,14 @@ class Run:
 
     config: ConfigDict
     pipeline: Pipeline
-    recipe: Recipe
+    step_spec: StepSpec
     mesh: Mesh
     source: Source
     frozen: dict[str, Any]
-    first: Params  # what student and critic start from
+    initial_params: Params  # what student and critic start from
     start: Callable[[Params], TrainState]
     fingerprint: str  # of the teacher's transformer
-    inputs: dict[str, str] = field(default_factory=dict)  # as `inputs_of`
+    inputs: dict[str, str] = field(default_factory=dict)  # as `input_fingerprints`
 
 
 def prepare(
@@ -83,13 +83,13 @@ def prepare(
     if config.remat not in REMAT:
         raise InputError(f"remat: found {config.remat!r}; expected one of {', '.join(REMAT)}")
     remat = REMAT[config.remat]
-    kernels_of(config.attention, mesh, config.dtype)
-    check_offload(config.offload, objective.needs.distils)
-    read = outline_pipeline if abstract else load_pipeline
+    select_kernels(config.attention, mesh, config.dtype)
+    check_offload(config.offload, objective.needs.uses_teacher)
+    read = abstract_pipeline if abstract else load_pipeline
     pipeline, params = read(assets.resolve(config.teacher), dtype=dtype, remat=remat)
     check_sequence(pipeline, mesh)
-    sampling = sampling_of(config)
-    if pipeline.sampler.renoises:
+    sampling = sampling_from_config(config)
+    if pipeline.sampler.stochastic:
         raise InputError(
             f"teacher: found the scheduler {pipeline.folder.scheduler['_class_name']}, whose steps "
             "add noise; expected one with deterministic steps"
@@ -110,59 +110,68 @@ def prepare(
             f"critic.updates: found {config.critic.updates}; expected 1 or more, because the "
             f"objective needs a {' and a '.join(list(optimizers)[1:])}"
         )
-    recipe = Recipe(
+    step_spec = StepSpec(
         denoiser=pipeline.denoiser,
         objective=objective,
         times=(*times, pipeline.denoiser.schedule.clean),
-        guidance=pipeline.denoiser.scale_of(float(config.guidance)),
+        guidance=pipeline.denoiser.guidance_scale(float(config.guidance)),
         optimizers=optimizers,
         ema=config.ema,
         microbatches=microbatches,
-        shares=shares(mesh),
+        batch_shards=batch_shards(mesh),
     )
     data = config.data
     source, null = open_data(config, pipeline)
     frozen = {"null": null} | {
         name: cast(params[name], dtype)
         for name, wanted in (
-            (pipeline.body, objective.needs.distils),
-            *((name, not (data.embeddings or data.latents)) for name in pipeline.folder.encoders),
+            (pipeline.backbone, objective.needs.uses_teacher),
+            *(
+                (name, not (data.embeddings or data.latents))
+                for name in pipeline.folder.text_encoders
+            ),
             ("vae", objective.needs.images and not data.latents or config.preview.every),
         )
         if wanted
     }
 
-    part = pipeline.folder.components[pipeline.body]
-    first, kept = kept_of(params[pipeline.body], part.frozen)
+    part = pipeline.folder.components[pipeline.backbone]
+    initial_params, untrained = split_frozen(params[pipeline.backbone], part.frozen)
     if config.student.init == "random":
-        network = pipeline.networks[pipeline.body]
-        fresh = network.abstract if abstract else random_like(network, config.seed)
-        first, _ = kept_of(fresh, part.frozen)
-    if kept:
-        frozen["kept"] = kept
+        network = pipeline.networks[pipeline.backbone]
+        fresh = network.abstract if abstract else random_params(network, config.seed)
+        initial_params, _ = split_frozen(fresh, part.frozen)
+    if untrained:
+        frozen["untrained"] = untrained
 
     if objective.needs.tangent or objective.needs.jvp:
-        check_tangents(pipeline, frozen, first)
+        check_tangents(pipeline, frozen, initial_params)
     if objective.needs.discriminator:
         if pipeline.denoiser.features is None:
             raise InputError(
                 "objective: found a discriminator; expected a family whose networks show features"
             )
-        features = outline(pipeline, frozen, first, pipeline.denoiser.features).out_info
+        features = lower_abstract(
+            pipeline, frozen, initial_params, pipeline.denoiser.features
+        ).out_info
     key = make_key(config.seed)
 
-    def start(first: Params) -> TrainState:
-        first = cast(first, jnp.float32)
+    def start(initial_params: Params) -> TrainState:
+        initial_params = cast(initial_params, jnp.float32)
         roles = {
-            role: jax.tree.map(jnp.copy, first) for role in optimizers if role != "discriminator"
+            role: jax.tree.map(jnp.copy, initial_params)
+            for role in optimizers
+            if role != "discriminator"
         }
         if objective.needs.discriminator:
             roles["discriminator"] = objective.init_discriminator(key, features.shape[-1])
-        return create(roles, optimizers)
+        return create_state(roles, optimizers)
 
     identity = "" if abstract else fingerprint(tensors_from_params(part.params, part.keymap))
-    inputs = {} if abstract else inputs_of(config, source)
-    return Run(config, pipeline, recipe, mesh, source, frozen, first, start, identity, inputs)
+    inputs = {} if abstract else input_fingerprints(config, source)
+    return Run(
+        config, pipeline, step_spec, mesh, source, frozen, initial_params, start, identity, inputs
+    )
 
 
 def critic_optim(config: ConfigDict) -> ConfigDict:

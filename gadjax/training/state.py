@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
     bad: dict[str, jax.Array]
 
 
-def create(params: dict[str, Params], optimizers: dict[str, optax.GradientTransformation]):
+def create_state(params: dict[str, Params], optimizers: dict[str, optax.GradientTransformation]):
     """A state at step 0; the EMA is a copy, so that both may be donated."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -58,7 +58,7 @@ def make_optimizer(config, updates: int = 1) -> optax.GradientTransformation:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StepSpec:
     """Everything about a step that is fixed when it is traced.
 
     times: the student's grid, its last entry the schedule's clean time.
@@ -73,8 +73,8 @@ class Recipe:
     optimizers: dict[str, optax.GradientTransformation]
     ema: float
     microbatches: int = 1
-    shares: int = 1
+    batch_shards: int = 1
 
-    def pairs(self, samples: int) -> bool:
+    def can_pair(self, samples: int) -> bool:
         """Whether two neighbours of a microbatch are on one device, whichever they are."""
-        return samples % (2 * self.shares) == 0
+        return samples % (2 * self.batch_shards) == 0

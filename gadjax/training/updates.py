@@ -15,7 +15,7 @@ def accumulate(
     params: Params,
     batch: Batch,
     microbatches: int,
-    pairs: Callable[[int], bool],
+    can_pair: Callable[[int], bool],
 ):
     """Loss, metrics and gradients of the whole batch, one microbatch at a time.
 
@@ -30,12 +30,12 @@ def accumulate(
 
     def part_of(params, part):
         (value, metrics), grads = value_and_grad(params, part)
-        scalars, own = divided(metrics)
+        scalars, own = split_metrics(metrics)
         return ((value, scalars), grads), own
 
     # Strided: every device keeps the samples it has, and a share of every microbatch; neighbours
     # stay together where they walk together.
-    together = 2 if pairs(len(batch.stratum) // microbatches) else 1
+    together = 2 if can_pair(len(batch.stratum) // microbatches) else 1
 
     def dealt(x, before, after):
         x = x.reshape(before, after, together, *x.shape[1:]).swapaxes(0, 1)
@@ -57,18 +57,18 @@ def accumulate(
     return (value, scalars | own), grads
 
 
-def divided(metrics: Metrics) -> tuple[Metrics, Metrics]:
+def split_metrics(metrics: Metrics) -> tuple[Metrics, Metrics]:
     """The scalars, and what has an entry per sample."""
     own = {name: value for name, value in metrics.items() if jnp.ndim(value)}
     return {name: value for name, value in metrics.items() if name not in own}, own
 
 
-def chosen(good, new, old):
+def tree_where(good, new, old):
     """The new tree where good, the old one otherwise."""
     return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
 
 
-def where_good(good, change: Callable, waiting, given):
+def apply_if_finite(good, change: Callable, waiting, given):
     """change(waiting, given) -> both anew, where good; otherwise both as they are.
 
     What waits may do so in the host's memory, and goes back there. Then it is fetched in a branch,
@@ -77,7 +77,7 @@ def where_good(good, change: Callable, waiting, given):
     """
     spaces = jax.tree.map(lambda x: jax.typeof(x).memory_space, waiting)
     if jax.memory.Space.Host not in jax.tree.leaves(spaces):
-        return chosen(good, change(waiting, given), (waiting, given))
+        return tree_where(good, change(waiting, given), (waiting, given))
 
     def branch(waiting, given):
         waiting, given = change(jax.device_put(waiting, jax.memory.Space.Device), given)
@@ -101,11 +101,11 @@ def apply_update(
         updates, new = optimizers[role].update(grads, opt, params)
         good = jnp.isfinite(optax.tree.norm(updates))
         moved = optax.apply_updates(params, updates)
-        return chosen(good, new, opt), (chosen(good, moved, params), good)
+        return tree_where(good, new, opt), (tree_where(good, moved, params), good)
 
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     given = state.params[role], jnp.zeros_like(good)
-    opt, (params, good) = where_good(good, change, state.opt[role], given)
+    opt, (params, good) = apply_if_finite(good, change, state.opt[role], given)
     bad = jnp.where(good, 0, state.bad[role] + 1)
     state = state._replace(
         params=state.params | {role: params},

@@ -8,11 +8,11 @@ from gadjax import assets
 from gadjax.checkpoints.checkpoint import read_params
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import Component
-from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.state_dict import check_keys, tensors_from_params
 from gadjax.formats.weights import fingerprint
-from gadjax.io.storage import reach
-from gadjax.models.params import kept_of, overlay
+from gadjax.io.storage import check_access
+from gadjax.models.params import merge_params, split_frozen
 from gadjax.objectives import TERMS, build
 from gadjax.types import Params
 
@@ -30,18 +30,18 @@ class Trained:
     params: Params
     config: dict[str, Any]
     fingerprint: str
-    sampling: Sampling
+    sampling: SamplingConfig
 
     @property
     def teacher(self) -> Path:
         return assets.resolve(self.config["teacher"])
 
     @property
-    def few_step(self) -> bool:
+    def is_few_step(self) -> bool:
         """Whether it is a student with timesteps of its own, rather than a teacher."""
         return self.sampling.timesteps is not None
 
-    def complete(self, teacher: Component) -> Params:
+    def full_params(self, teacher: Component) -> Params:
         """All parameters of the network: those that were trained, and those that never are.
 
         teacher: the network that the run was started with. Raises: InputError for another one.
@@ -54,7 +54,7 @@ class Trained:
                 f"{where}: found weights with fingerprint {found}; expected {self.fingerprint}, "
                 f"the teacher of {self.workdir}"
             )
-        params = overlay(self.params, kept_of(teacher.params, teacher.frozen)[1])
+        params = merge_params(self.params, split_frozen(teacher.params, teacher.frozen)[1])
         shapes = {k: v.shape for k, v in tensors_from_params(params, keymap, views=True)}
         check_keys(shapes, teacher.abstract, keymap, f"{self.workdir}, step {self.step}")
         return params
@@ -70,23 +70,23 @@ def read_trained(workdir: Path, part: str = "ema", step: int | None = None) -> T
     Raises: InputError for a folder that is no workdir, or of a run that cannot have been, and as
     `read_params`.
     """
-    reach(workdir)
+    check_access(workdir)
     if not is_workdir(workdir):
         found = "no such folder" if not workdir.is_dir() else "no config.json and checkpoints"
         raise InputError(f"{workdir}: found {found}; expected a workdir of gadjax train")
     step, params, meta = read_params(workdir / "checkpoints", part, step)
-    config, teacher, sampling = recipe_of(meta, f"{workdir}, step {step}")
+    config, teacher, sampling = parse_run_metadata(meta, f"{workdir}, step {step}")
     return Trained(workdir, step, part, params, config, teacher, sampling)
 
 
-def recipe_of(meta: Any, where: str) -> tuple[dict[str, Any], str, Sampling]:
+def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, SamplingConfig]:
     """A checkpoint's config, the fingerprint of its teacher, and how its weights are sampled.
 
     Raises: InputError where it is not what `gadjax train` writes.
     """
     try:
         config, teacher = meta["config"], meta["teacher"]
-        sampling = sampling_of(config)
+        sampling = sampling_from_config(config)
         texts = teacher, config["teacher"], config["data"]["world"]
         numbers = *(sampling.timesteps or ()), config["guidance"]
         counts = sampling.length, sampling.steps, config["batch"]
@@ -102,12 +102,12 @@ def recipe_of(meta: Any, where: str) -> tuple[dict[str, Any], str, Sampling]:
     return config, teacher, sampling
 
 
-def sampling_of(config: dict[str, Any]) -> Sampling:
+def sampling_from_config(config: dict[str, Any]) -> SamplingConfig:
     """How a run's weights are sampled: a student in its own steps, without guidance; what learns
     by plain denoising as teachers are."""
     timesteps = tuple(config["student"]["timesteps"])
     length = config["data"]["length"]
     needs = build(config["objective"], TERMS, timesteps).needs
-    if needs.distils:
-        return Sampling(len(timesteps), timesteps, 1.0, length)
-    return Sampling(guidance=config["guidance"], length=length)
+    if needs.uses_teacher:
+        return SamplingConfig(len(timesteps), timesteps, 1.0, length)
+    return SamplingConfig(guidance=config["guidance"], length=length)

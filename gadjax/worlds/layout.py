@@ -19,7 +19,7 @@ CAPTIONS = (
     "a green cross",
 )
 # The middle of every position's cell, (x, y) in pixels.
-PLACES = {
+POSITION_CENTRES = {
     word: tuple(float(np.mean(CELLS[cell])) for cell in cells) for word, cells in POSITIONS.items()
 }
 

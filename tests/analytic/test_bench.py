@@ -218,7 +218,7 @@ def test_every_term_trains_here(name, family):
     bench = Bench(RING, family, steps=4, **SMALL)
     start = bench.init(jax.random.key(0))
     needs = term.needs
-    alone = not needs.cut_first and (not needs.critic or hasattr(term, "critic_loss"))
+    alone = not needs.detach_first_step and (not needs.critic or hasattr(term, "critic_loss"))
     result = bench.fit(term if alone else DMD() + term, 20, start=start)
     assert np.all(np.isfinite(result.samples)) and np.isfinite(result.jacobian_error)
     for key, value in result.params.items():

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from gadjax.analytic import Bench, Gaussian, Mixture, table
-from gadjax.analytic.result import judge, sliced_wasserstein
+from gadjax.analytic.result import compare_maps, sliced_wasserstein
 
 # Its ODE from pure noise is the identity.
 PLAIN = Bench(Gaussian(np.zeros(2), np.eye(2), np.ones(2)))
@@ -30,12 +30,12 @@ def test_a_mixtures_own_map_is_perfect_and_one_of_its_modes_is_not():
     bench = Bench(Mixture.ring())
     end, jacobian = bench.reference[2:]
     few = bench.reference._replace(sample=bench.reference.sample[: len(end)])
-    right = judge(bench.teacher, few, end, jacobian)
+    right = compare_maps(bench.teacher, few, end, jacobian)
     assert right.sliced_wasserstein < 0.1 and right.mode_spread == pytest.approx(1, rel=0.05)
     assert right.modes_covered == 1 and right.transport_cost == 0 == right.jacobian_error
     assert right.jacobian_cosine == pytest.approx(1)
     stuck = np.broadcast_to(bench.teacher.means[0], end.shape)
-    wrong = judge(bench.teacher, few, stuck, 0 * jacobian)
+    wrong = compare_maps(bench.teacher, few, stuck, 0 * jacobian)
     assert wrong.modes_covered == 1 / 8 and wrong.mode_spread == 0 and wrong.jacobian_error == 1
     assert wrong.jacobian_cosine == 0 and wrong.transport_cost > 1
 
@@ -49,7 +49,7 @@ def test_a_mode_is_covered_by_half_of_its_share():
     def covered(share, where=2.0):
         right = np.arange(4096) < share * 4096
         samples = np.where(right, where, -2.0)[:, None]
-        return judge(teacher, few, samples, empty).modes_covered
+        return compare_maps(teacher, few, samples, empty).modes_covered
 
     assert [covered(0.09), covered(0.11), covered(0.59), covered(0.61)] == [0.5, 1, 1, 0.5]
     # 3 standard deviations of |x|^2 away is 1 + 3 sqrt(2) = 2.29^2.

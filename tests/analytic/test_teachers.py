@@ -104,9 +104,9 @@ def test_samples_have_the_teachers_moments(teacher):
     count = 40_000
     x = np.asarray(teacher.sample(jax.random.key(0), count), float)
     assert x.shape == (count, teacher.dim)
-    error = 5 * np.sqrt(teacher.variation / count)
+    error = 5 * np.sqrt(teacher.total_variance / count)
     np.testing.assert_allclose(x.mean(0), teacher.mean, atol=error)
-    assert np.trace(np.cov(x.T)) == pytest.approx(teacher.variation, rel=0.03)
+    assert np.trace(np.cov(x.T)) == pytest.approx(teacher.total_variance, rel=0.03)
 
 
 @pytest.mark.parametrize("dim", [2, 64])
@@ -135,6 +135,6 @@ def test_a_ring_is_a_ring():
     teacher = Mixture.ring(modes=6, dim=3, radius=2.0, std=0.5)
     np.testing.assert_allclose(np.linalg.norm(teacher.means, axis=1), 2)
     np.testing.assert_allclose(teacher.means[:, 2], 0)
-    assert teacher.dim == 3 and teacher.variation == pytest.approx(4 + 3 * 0.25)
+    assert teacher.dim == 3 and teacher.total_variance == pytest.approx(4 + 3 * 0.25)
     with pytest.raises(InputError, match="bench: found a ring of 6 in 1 dim"):
         Mixture.ring(6, dim=1)

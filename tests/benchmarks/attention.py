@@ -24,9 +24,9 @@ from gadjax.models import layers
 from gadjax.ops.attention import attention as ours
 from gadjax.ops.flops import flops
 from gadjax.parallel.hardware import find_topology
-from gadjax.parallel.placement import Placement, placed
+from gadjax.parallel.placement import Placement, current_placement
 from gadjax.parallel.sharding import make_mesh
-from gadjax.training.checks import kernels_of
+from gadjax.training.checks import select_kernels
 
 H = 1e-2
 T = 500.0
@@ -96,12 +96,12 @@ def operator(shape: tuple[int, int, int], batch: int, rounds: int) -> Iterator[F
 
 def place(devices) -> Placement:
     mesh = make_mesh({"data": 1}, devices[:1])
-    return Placement(mesh, kernels_of("auto", mesh, "bfloat16"))
+    return Placement(mesh, select_kernels("auto", mesh, "bfloat16"))
 
 
 def operator_programs(given, where: Placement):
     """Forward and reverse of the tangent attention and of the plain one, compiled for a place."""
-    with placed(where):
+    with current_placement(where):
         return {
             name: jax.jit(pushed(f, push)).lower(*given).compile()
             for name, f, push in (("ours", ours, tangent), ("plain", plain, plain_jvp))

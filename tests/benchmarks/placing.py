@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gadjax.plan.programs import BATCHES, Compiled, Programs, Say, share
+from gadjax.plan.programs import BATCHES_ON_CHIP, Compiled, Log, Programs, bytes_per_chip
 
 ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(.*)", re.MULTILINE)
 compile_whole = Programs.compile
@@ -23,16 +23,16 @@ def dump_to(folder: Path) -> None:
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
-def placed(folder: Path, programs: Programs, name: str, batch: int, say: Say) -> Compiled:
+def placed(folder: Path, programs: Programs, name: str, batch: int, log: Log) -> Compiled:
     """`programs.compile(name, batch, say)`, earlier where `folder` tells; once for a folder."""
     start, before = time.perf_counter(), None
-    whole = ThreadPoolExecutor(1).submit(compile_whole, programs, name, batch, say)
+    whole = ThreadPoolExecutor(1).submit(compile_whole, programs, name, batch, log)
     while not whole.done():
         time.sleep(1)
         found = reports(folder, name)
         if found and found == before:  # written to the end
             text, assignment = found
-            extra = (BATCHES - 1) * sum(map(share, programs.raw(batch).values()))
+            extra = (BATCHES_ON_CHIP - 1) * sum(map(bytes_per_chip, programs.raw(batch).values()))
             peak, arguments, temporary = sizes_of(assignment)
             seconds = time.perf_counter() - start
             fits = peak + extra <= programs.where.chip.memory

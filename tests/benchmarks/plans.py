@@ -32,7 +32,7 @@ from published import write_folder  # noqa: E402
 
 from gadjax.parallel.hardware import GIB  # noqa: E402
 from gadjax.plan.plan import plan  # noqa: E402
-from gadjax.plan.programs import HURRIED, Compiled, Programs, Say  # noqa: E402
+from gadjax.plan.programs import FAST_COMPILE_OPTIONS, Compiled, Log, Programs  # noqa: E402
 from gadjax.training import context  # noqa: E402
 from gadjax.training.checks import OFFLOAD  # noqa: E402
 from gadjax.training.config import read_config  # noqa: E402
@@ -150,13 +150,13 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
     config.mesh.update(data=row.data, fsdp=row.fsdp)
     config.batch, config.microbatch, config.offload = row.batch * chips, 0, row.offload
     config.remat = row.remat
-    say = partial(print, file=sys.stderr, flush=True)
+    log = partial(print, file=sys.stderr, flush=True)
     with ExitStack() as meanwhile:
         if row.trains == DIFFERENCES:
             meanwhile.enter_context(mock.patch.object(context, "tangents", differences))
         if row.tight:
-            meanwhile.enter_context(mock.patch.dict(HURRIED["tpu"], TIGHT))
-        found = plan(config, row.topology, largest=row.largest, say=say)
+            meanwhile.enter_context(mock.patch.dict(FAST_COMPILE_OPTIONS["tpu"], TIGHT))
+        found = plan(config, row.topology, largest=row.largest, log=log)
         return found | {"teacher": repository}
 
 
@@ -175,9 +175,9 @@ def make_row(name: str, path: Path) -> None:
     path.write_text(text + "\n")
 
 
-def compiled_apart(row: str, folder: Path, programs: Programs, name: str, batch: int, say: Say):
+def compiled_apart(row: str, folder: Path, programs: Programs, name: str, batch: int, log: Log):
     """`programs.compile(name, batch, say)` in a process of its own."""
-    say(f"compiling the {name} step, {batch} samples ...")
+    log(f"compiling the {name} step, {batch} samples ...")
     path = folder / f"{name}{batch}.json"
     command = [sys.executable, __file__, row, "--to", path, "--update", name, "--batch", str(batch)]
     subprocess.run(command, check=True)
@@ -190,9 +190,9 @@ def make_update(name: str, path: Path, update: str, batch: int) -> None:
     folder.mkdir()
     dump_to(folder / "dumps")
 
-    def compile_it(programs: Programs, one: str, _: int, say: Say) -> None:
+    def compile_it(programs: Programs, one: str, _: int, log: Log) -> None:
         if one == update:
-            found = placed(folder / "dumps", programs, one, batch, say)
+            found = placed(folder / "dumps", programs, one, batch, log)
             path.write_text(json.dumps(found._asdict()))
             os._exit(0)
 

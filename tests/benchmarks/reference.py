@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from benchmarks.common import Figure, Size, seconds
-from benchmarks.step import GRID, make_recipe, start
+from benchmarks.step import GRID, make_step_spec, start
 
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.objectives import DMD, GAD, TDM, Anchor, GADScript
@@ -77,17 +77,18 @@ def torch_seconds(size: Size, half: str, remat: bool, names: set[str], rounds: i
 
 def make_update(size, objective, times, critic, dtype, remat) -> tuple[Callable, float, float]:
     """An update that goes on from its own last state; its FLOPs; those of one evaluation."""
-    recipe = make_recipe(size, objective, times, dtype, remat)
-    shapes = jax.eval_shape(partial(start, size, recipe, dtype))
+    step_spec = make_step_spec(size, objective, times, dtype, remat)
+    shapes = jax.eval_shape(partial(start, size, step_spec, dtype))
     steps = [student_step] + [critic_step] * critic
-    cost = sum(flops(partial(step, recipe), *shapes) for step in steps)
-    denoiser: Denoiser = recipe.denoiser
+    cost = sum(flops(partial(step, step_spec), *shapes) for step in steps)
+    denoiser: Denoiser = step_spec.denoiser
     _, params, batch = shapes
     u = flops(lambda p, b: denoiser.raw(p, b.noise, 500.0, b.cond), params, batch)
     compiled = [
-        jax.jit(partial(step, recipe), donate_argnums=0).lower(*shapes).compile() for step in steps
+        jax.jit(partial(step, step_spec), donate_argnums=0).lower(*shapes).compile()
+        for step in steps
     ]
-    held = list(jax.jit(partial(start, size, recipe, dtype))())
+    held = list(jax.jit(partial(start, size, step_spec, dtype))())
 
     def update():
         for step in compiled:

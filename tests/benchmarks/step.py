@@ -14,10 +14,10 @@ from gadjax.experiments.study_runs import evaluations as evaluations_of
 from gadjax.models.params import cast
 from gadjax.objectives import GAD, TDM, Term
 from gadjax.ops.flops import flops
-from gadjax.parallel.sharding import batch_sharding, put
+from gadjax.parallel.sharding import batch_sharding, put_on_mesh
 from gadjax.training.compile import compile_steps
 from gadjax.training.setup import Run, prepare
-from gadjax.training.state import Recipe, create, make_optimizer
+from gadjax.training.state import StepSpec, create_state, make_optimizer
 from gadjax.training.steps import critic_step, student_step
 
 GRID = (899.0, 674.0, 449.0, 224.0, -1.0)
@@ -27,9 +27,11 @@ VARIANTS = (*(f"{base}_{added}" for base in study.BASES for added in ADDED), "sc
 OPTIM = {"lr": 1e-5, "warmup": 0, "decay": 0, "b1": 0.0, "b2": 0.95, "weight_decay": 0, "clip": 1}
 
 
-def make_recipe(size: Size, objective: Term, times=GRID, dtype=jnp.float32, remat=True) -> Recipe:
+def make_step_spec(
+    size: Size, objective: Term, times=GRID, dtype=jnp.float32, remat=True
+) -> StepSpec:
     roles = ("student", "critic") if objective.needs.critic else ("student",)
-    return Recipe(
+    return StepSpec(
         denoiser=make_network(size, dtype, remat)[1],
         objective=objective,
         times=times,
@@ -39,11 +41,12 @@ def make_recipe(size: Size, objective: Term, times=GRID, dtype=jnp.float32, rema
     )
 
 
-def start(size: Size, recipe: Recipe, dtype=jnp.float32):
+def start(size: Size, step_spec: StepSpec, dtype=jnp.float32):
     """(state, teacher in `dtype`, batch), all of whose networks are one random network."""
     params = make_network(size)[0].init(jax.random.key(0))
-    state = create(
-        {role: jax.tree.map(jnp.copy, params) for role in recipe.optimizers}, recipe.optimizers
+    state = create_state(
+        {role: jax.tree.map(jnp.copy, params) for role in step_spec.optimizers},
+        step_spec.optimizers,
     )
     return state, cast(params, dtype), make_batch(size)
 
@@ -73,9 +76,9 @@ def evaluations(size: Size) -> Iterator[Figure]:
         yield Figure(f"of these: {who}, u", amount, note=note)
 
     def spent(step, objective, times, remat=True):
-        recipe = make_recipe(size, objective, times, remat=remat)
-        state = jax.eval_shape(lambda: start(size, recipe)[0])
-        return flops(partial(step, recipe), state, params, batch) / u
+        step_spec = make_step_spec(size, objective, times, remat=remat)
+        state = jax.eval_shape(lambda: start(size, step_spec)[0])
+        return flops(partial(step, step_spec), state, params, batch) / u
 
     one, base, gad = (899.0, -1.0), 1.0 * TDM(), 1.0 * GAD(steps=1)
     given, own = "student_step from a given latent", "student_step with its own walk"
@@ -152,13 +155,13 @@ class Bench:
 
     def __init__(self, run: Run):
         self.run, self.steps = run, compile_steps(run)
-        first = jax.device_put(run.first, self.steps.state.params["student"])
-        self.state = jax.jit(run.start, out_shardings=self.steps.state)(first)
+        initial_params = jax.device_put(run.initial_params, self.steps.state.params["student"])
+        self.state = jax.jit(run.start, out_shardings=self.steps.state)(initial_params)
         self.frozen = jax.device_put(run.frozen, self.steps.frozen)
         self.critics = run.config.critic.updates if self.steps.critic else 0
         self.update = 0
         # Placed as the loop's are: for other arguments a step is compiled anew.
-        self.raw = put(run.source.batch(0, run.config.batch), batch_sharding(run.mesh))
+        self.raw = put_on_mesh(run.source.batch(0, run.config.batch), batch_sharding(run.mesh))
 
     def iterate(self, raws=None):
         """raws: an iterator of host batches, of which each update takes one; else one is reused."""

@@ -80,13 +80,13 @@ sys.path.insert(0, "tests")
 from benchmarks import placing
 placing.dump_to(folder := Path(sys.argv[1]))
 from gadjax.parallel.hardware import find_topology
-from gadjax.plan.programs import programs_of
+from gadjax.plan.programs import build_programs
 from gadjax.plan.traffic import traffic
 from gadjax.training.config import read_config
 from gadjax.training.setup import prepare
 config = read_config(["--config=configs/shapes_gad.py:dmd", "--config.mesh.fsdp=4"])
 where = find_topology("v5e:2x2")
-programs = programs_of(prepare(config, abstract=True, devices=where.devices()), where)
+programs = build_programs(prepare(config, abstract=True, devices=where.devices()), where)
 done = placing.compile_whole(programs, "student", config.batch, print)
 text, assignment = placing.reports(folder, "student")
 print(json.dumps([

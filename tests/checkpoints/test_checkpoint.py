@@ -21,14 +21,14 @@ from several import flags_for
 
 from gadjax.checkpoints import checkpoint
 from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed, read_params
-from gadjax.checkpoints.save_policy import Saves
+from gadjax.checkpoints.save_policy import SavePolicy
 from gadjax.errors import InputError, RunStopped
-from gadjax.io.manifest import SEAL, find_fault, write_seal
-from gadjax.training.state import TrainState, create
+from gadjax.io.manifest import MANIFEST, verify, write_manifest
+from gadjax.training.state import TrainState, create_state
 
 STATE = """
 import jax, jax.numpy as jnp, optax
-from gadjax.training.state import create
+from gadjax.training.state import create_state
 
 @jax.jit
 def make_state():
@@ -40,7 +40,7 @@ def make_state():
     params = {"student": net(keys[0], keys[1]), "critic": net(keys[2], keys[3])}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
         optax.linear_schedule(0.0, 1e-3, 5)))
-    state = create(params, {role: optimizer for role in params})
+    state = create_state(params, {role: optimizer for role in params})
     updates, opt = optimizer.update(params["student"], state.opt["student"], params["student"])
     return state._replace(step=jnp.int32(7), opt=state.opt | {"student": opt},
                           bad=state.bad | {"critic": jnp.int32(2)})
@@ -106,7 +106,7 @@ def test_nothing_there(tmp_path, state):
 
 def test_state_may_be_donated_while_it_is_written(tmp_path):
     leaf = {"w": jax.random.normal(jax.random.key(0), (2048, 1024))}
-    state = create({"student": leaf}, {"student": optax.sgd(0.1)})
+    state = create_state({"student": leaf}, {"student": optax.sgd(0.1)})
     wanted = jax.tree.map(lambda x: np.array(x, copy=True), state)
     change = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path)
@@ -124,9 +124,9 @@ def files_of(step: Path) -> set[str]:
 
 def test_every_committed_step_is_sealed_with_every_file(folder):
     for step in (folder / "2", folder / "4"):
-        assert json.loads((step / "seal.json").read_text()).keys() == files_of(step)
+        assert json.loads((step / "manifest.json").read_text()).keys() == files_of(step)
         assert {"state/_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt"} < files_of(step)
-        assert find_fault(step) is None
+        assert verify(step) is None
 
 
 def cut(path: Path) -> None:
@@ -137,7 +137,7 @@ def add_file(path: Path) -> None:
     path.with_name("stray").write_text("of another step")
 
 
-NAMES = "state/_METADATA", "meta/metadata", "seal.json", "_CHECKPOINT_METADATA", "largest"
+NAMES = "state/_METADATA", "meta/metadata", "manifest.json", "_CHECKPOINT_METADATA", "largest"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,21 +164,21 @@ def test_a_damaged_step_is_named_and_skipped(folder, state, damage, name, caplog
 
 def test_a_seal_notices_every_bit_of_itself(tmp_path):
     (tmp_path / "a").write_bytes(b"weights")
-    write_seal(tmp_path)
-    seal = tmp_path / SEAL
+    write_manifest(tmp_path)
+    seal = tmp_path / MANIFEST
     whole = seal.read_bytes()
-    assert find_fault(tmp_path) is None and whole.count(b"\n") > 5
+    assert verify(tmp_path) is None and whole.count(b"\n") > 5
     for bit in range(8 * len(whole)):
         data = bytearray(whole)
         data[bit // 8] ^= 1 << bit % 8
         seal.write_bytes(data)
-        assert find_fault(tmp_path).startswith("seal.json: "), bit
+        assert verify(tmp_path).startswith("manifest.json: "), bit
     for length in range(len(whole)):
         seal.write_bytes(whole[:length])
-        assert find_fault(tmp_path).startswith("seal.json: "), length
+        assert verify(tmp_path).startswith("manifest.json: "), length
     for text in ("[]", "1", '{"a": 1}', "[" * 100_000, '{"../a": {"size": 7}}'):
         seal.write_text(text)
-        assert find_fault(tmp_path), text
+        assert verify(tmp_path), text
 
 
 def test_a_run_that_died_right_after_a_commit(folder, state):
@@ -187,28 +187,28 @@ def test_a_run_that_died_right_after_a_commit(folder, state):
     checkpoints.save(6, state, {})
     checkpoints.manager.wait_until_finished()
     late = {"_CHECKPOINT_METADATA", "commit_success.txt"}
-    assert files_of(folder / "6") - json.loads((folder / "6" / SEAL).read_text()).keys() == late
+    assert files_of(folder / "6") - json.loads((folder / "6" / MANIFEST).read_text()).keys() == late
     for name in late:
         flip(folder / "6" / name)
-    (folder / "6" / "seal.json.new").write_text("half")
+    (folder / "6" / "manifest.json.new").write_text("half")
     step, found, _ = restore(folder, shapes(state))
     assert step == 6
     assert_same(found, state)
 
 
 def test_a_seal_without_its_own_checksum(folder, state):
-    path = folder / "4" / SEAL
+    path = folder / "4" / MANIFEST
     seal = json.loads(path.read_text())
-    del seal[SEAL]
+    del seal[MANIFEST]
     path.write_text(json.dumps(seal, indent=1) + "\n")
     assert restore(folder, shapes(state))[0] == 2
 
 
 def test_a_seal_that_is_a_pipe_is_not_waited_for(folder):
-    seal = folder / "4" / SEAL
+    seal = folder / "4" / MANIFEST
     seal.unlink()
     os.mkfifo(seal)
-    assert find_fault(seal.parent) == "seal.json: cannot be read"
+    assert verify(seal.parent) == "manifest.json: cannot be read"
 
 
 def test_a_disk_that_cannot_be_read(folder, state, monkeypatch, caplog):
@@ -302,7 +302,7 @@ def test_a_read_that_fails_on_right_bytes_is_no_damage(folder, state, monkeypatc
 def test_read_params_of_a_run_without_critic(tmp_path, state):
     checkpoints = Checkpoints(tmp_path)
     only = {"student": state.params["student"]}
-    checkpoints.save(1, create(only, {"student": optax.sgd(0.1)}), {})
+    checkpoints.save(1, create_state(only, {"student": optax.sgd(0.1)}), {})
     checkpoints.close()
     with pytest.raises(InputError, match="found no critic"):
         read_params(tmp_path, "critic")
@@ -343,9 +343,9 @@ def assert_left(folder: Path, wanted: list[str]) -> None:
 
 # Where a save fails: after the files, as it begins, or after the commit.
 PLACES = (
-    "gadjax.checkpoints.checkpoint.write_seal",
+    "gadjax.checkpoints.checkpoint.write_manifest",
     "orbax.checkpoint.StandardCheckpointHandler.async_save",
-    "gadjax.checkpoints.checkpoint.complete_seal",
+    "gadjax.checkpoints.checkpoint.finalize_manifest",
 )
 
 
@@ -368,7 +368,7 @@ def test_a_save_that_fails(tmp_path, state, monkeypatch, caplog, place):
     checkpoints.close()
     # What Orbax still makes in the background, when the rest is removed, goes at the next start.
     step, found, meta = restore(tmp_path, shapes(state))
-    sealed = place.endswith("complete_seal")  # all but the files of the commit
+    sealed = place.endswith("finalize_manifest")  # all but the files of the commit
     assert_left(tmp_path, ["4", "5"] if sealed else ["2", "5"])
     assert (step, meta) == (5, {"step": 5})
     assert_same(found, state)
@@ -377,7 +377,7 @@ def test_a_save_that_fails(tmp_path, state, monkeypatch, caplog, place):
 def test_what_a_failed_save_leaves_is_removed(folder, state, monkeypatch):
     """At once: it may be what fills the disk."""
     checkpoints = Checkpoints(folder)
-    monkeypatch.setattr("gadjax.checkpoints.checkpoint.write_seal", fail)
+    monkeypatch.setattr("gadjax.checkpoints.checkpoint.write_manifest", fail)
     checkpoints.save(6, state, {})
     with pytest.raises(SaveFailed):
         checkpoints.wait()
@@ -393,7 +393,7 @@ def test_a_save_that_is_cancelled_is_not_taken_for_one_that_went_well(folder, st
 
     checkpoints = Checkpoints(folder)
     with monkeypatch.context() as patch:
-        patch.setattr("gadjax.checkpoints.checkpoint.write_seal", cancel)
+        patch.setattr("gadjax.checkpoints.checkpoint.write_manifest", cancel)
         checkpoints.save(6, state, {})
         with pytest.raises(SaveFailed, match="/6: cannot be written: Orbax gave it up$"):
             checkpoints.wait()
@@ -419,7 +419,7 @@ def test_a_mount_that_is_lost_and_comes_back(tmp_path, state):
     assert restore(folder, shapes(state))[0] == 4
 
 
-@pytest.mark.parametrize("name", ["write_seal", "complete_seal"])
+@pytest.mark.parametrize("name", ["write_manifest", "finalize_manifest"])
 def test_so_many_saves_in_a_row_may_fail(tmp_path, state, monkeypatch, name):
     seal = getattr(checkpoint, name)
 
@@ -431,7 +431,7 @@ def test_so_many_saves_in_a_row_may_fail(tmp_path, state, monkeypatch, name):
     monkeypatch.setattr(checkpoint, name, fail_some)
     said = []
     checkpoints = Checkpoints(tmp_path)
-    saves = Saves(checkpoints, 2, said.append)
+    saves = SavePolicy(checkpoints, 2, said.append)
     for step in range(1, 7):  # with 3, the count begins again
         saves.save(step, state, {}, last=False)
     assert [line[len(str(tmp_path)) :] for line in said] == [
@@ -441,13 +441,13 @@ def test_so_many_saves_in_a_row_may_fail(tmp_path, state, monkeypatch, name):
     with pytest.raises(SaveFailed, match="/6: cannot be written"):
         saves.save(7, state, {}, last=False)
     checkpoints.close()
-    assert restore(tmp_path, shapes(state))[0] == (3 if name == "write_seal" else 6)
+    assert restore(tmp_path, shapes(state))[0] == (3 if name == "write_manifest" else 6)
 
 
 def test_the_last_save_may_not_fail(tmp_path, state, monkeypatch):
     said = []
     checkpoints = Checkpoints(tmp_path)
-    saves = Saves(checkpoints, 5, said.append)
+    saves = SavePolicy(checkpoints, 5, said.append)
     monkeypatch.setattr(PLACES[1], fail)
     saves.save(1, state, {}, last=False)
     with pytest.raises(SaveFailed, match="/2: cannot be written"):

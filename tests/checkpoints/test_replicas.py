@@ -30,7 +30,7 @@ LEAVES = {
 }
 
 
-def put(mesh, memory=None):
+def put_on_mesh(mesh, memory=None):
     """LEAVES as the average of a state; only what is compared matters."""
     from gadjax.parallel import sharding
     from gadjax.training.state import TrainState
@@ -40,8 +40,8 @@ def put(mesh, memory=None):
         name: NamedSharding(mesh, PartitionSpec(*spec), memory_kind=memory)
         for name, (_, spec) in LEAVES.items()
     }
-    step = sharding.put(np.int32(0), sharding.replicated(mesh))
-    return TrainState(step, {}, sharding.put(arrays, homes), {}, {})
+    step = sharding.put_on_mesh(np.int32(0), sharding.replicated(mesh))
+    return TrainState(step, {}, sharding.put_on_mesh(arrays, homes), {}, {})
 
 
 def change(x, number, how):
@@ -78,19 +78,19 @@ def opposite(part):
 
 
 def expect(state, name, devices):
-    from gadjax.checkpoints.replicas import differing
+    from gadjax.checkpoints.replicas import differing_leaves
 
-    assert differing(state) == ({f"ema/{name}": devices} if devices else {})
+    assert differing_leaves(state) == ({f"ema/{name}": devices} if devices else {})
 
 
 def worker() -> None:
-    from gadjax.checkpoints.replicas import differing
-    from gadjax.parallel.sharding import AXES, HOST, make_mesh
+    from gadjax.checkpoints.replicas import differing_leaves
+    from gadjax.parallel.sharding import AXES, HOST_MEMORY, make_mesh
 
     for sizes in MESHES:
         mesh = make_mesh(dict(zip(AXES, sizes, strict=False)))
-        state = put(mesh)
-        assert differing(state) == {}
+        state = put_on_mesh(mesh)
+        assert differing_leaves(state) == {}
         for number, (name, x) in enumerate(state.ema.items()):
             for how in [flip(0), flip(8 * x.dtype.itemsize - 1)]:
                 spoilt, device = change(x, (3 * number) % 8, how)
@@ -99,20 +99,20 @@ def worker() -> None:
                 wrong = [device] if len(copies) > 2 else sorted(copies, key=order(mesh))
                 expect(state._replace(ema=state.ema | {name: spoilt}), name, wrong)
     mesh = make_mesh({"data": 8})
-    state = put(mesh)
+    state = put_on_mesh(mesh)
     for how in (swap, opposite):
         spoilt, device = change(state.ema["wide"], 5, how)
         expect(state._replace(ema=state.ema | {"wide": spoilt}), "wide", [device])
-    state = put(mesh, HOST)
-    assert differing(state) == {}
+    state = put_on_mesh(mesh, HOST_MEMORY)
+    assert differing_leaves(state) == {}
     spoilt, device = change(state.ema["tall"], 6, flip(3))
     expect(state._replace(ema=state.ema | {"tall": spoilt}), "tall", [device])
     # Where nothing is replicated nothing is done.
     mesh = make_mesh({"fsdp": 8})
     alone = jax.device_put(np.arange(16.0), NamedSharding(mesh, PartitionSpec("fsdp")))
     spoilt, _ = change(alone, 2, flip(0))
-    state = put(make_mesh({"data": 1}, jax.devices()[:1]))
-    assert differing(state._replace(step=spoilt)) == {}
+    state = put_on_mesh(make_mesh({"data": 1}, jax.devices()[:1]))
+    assert differing_leaves(state._replace(step=spoilt)) == {}
 
 
 def places(x):
@@ -125,7 +125,7 @@ def order(mesh):
 
 def peers() -> None:
     """One of two processes, of four devices each; a copy of the second's is spoilt."""
-    from gadjax.checkpoints.replicas import check_replicas, differing
+    from gadjax.checkpoints.replicas import check_replicas, differing_leaves
     from gadjax.errors import RunStopped
     from gadjax.parallel import sharding
     from gadjax.parallel.sharding import make_mesh
@@ -133,15 +133,17 @@ def peers() -> None:
 
     join()
     mesh = make_mesh({"data": 2, "fsdp": 4})
-    state = put(mesh)
-    assert differing(state) == {}
+    state = put_on_mesh(mesh)
+    assert differing_leaves(state) == {}
     # Sums over devices and processes come out the same on all.
     rows = RNG.normal(size=(64, 48)).astype(np.float32)
-    rows = sharding.put(rows, sharding.batch_sharding(mesh))
-    weight = sharding.put(RNG.normal(size=(48, 40)).astype(np.float32), sharding.replicated(mesh))
+    rows = sharding.put_on_mesh(rows, sharding.batch_sharding(mesh))
+    weight = sharding.put_on_mesh(
+        RNG.normal(size=(48, 40)).astype(np.float32), sharding.replicated(mesh)
+    )
     gradient = jax.grad(lambda w, x: jax.numpy.sin(x @ w).sum())
     state.ema["summed"] = jax.jit(gradient, out_shardings=sharding.replicated(mesh))(weight, rows)
-    assert differing(state) == {}
+    assert differing_leaves(state) == {}
     if jax.process_index() == 1:
         state.ema["ints"], device = change(state.ema["ints"], 2, flip(5))
     checkpoints = SimpleNamespace(wait=lambda: None, folder=Path("no such folder"))
@@ -165,7 +167,10 @@ def training(config: Path, workdir: Path) -> None:
             place["kernel"], _ = change(place["kernel"], 5, flip(20))
 
     command = ["train", "--config", f"{config}:tdm", "--workdir", str(workdir)]
-    at, Profile.at = Profile.at, spoil  # is called with the state before every step
+    before_step, Profile.before_step = (
+        Profile.before_step,
+        spoil,
+    )  # is called with the state before every step
     with redirect_stderr(StringIO()) as said:
         assert main([*command, "--config.mesh.data=8"]) == 3
     line = said.getvalue().splitlines()[-1]
@@ -173,7 +178,7 @@ def training(config: Path, workdir: Path) -> None:
     assert "step 4: params/student/proj_out/kernel: found other bits on device 5 (process " in line
     assert "1 more leaves that differ" in line and "newest sound checkpoint is 2" in line
     assert sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*")) == ["2"]
-    Profile.at = at
+    Profile.before_step = before_step
     assert main([*command, "--config.mesh.data=8"]) == 0
 
 

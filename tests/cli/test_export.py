@@ -16,7 +16,7 @@ from workdirs import LENGTH, TIMESTEPS, make_workdir
 from gadjax import load
 from gadjax.cli.main import main
 from gadjax.formats.diffusers_folder import read_pipeline
-from gadjax.formats.sampling_config import Sampling, read_sampling, read_world
+from gadjax.formats.sampling_config import SamplingConfig, read_sampling, read_world
 from gadjax.pipelines import parity
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise
@@ -43,7 +43,7 @@ def test_the_weights_are_the_average(student, tiny_pipeline):
 
 def test_what_the_folder_says_of_itself(student, tiny_pipeline):
     found = json.loads((student / "gadjax.json").read_text())
-    assert read_sampling(student, Sampling()) == Sampling(4, TIMESTEPS, 1.0, LENGTH)
+    assert read_sampling(student, SamplingConfig()) == SamplingConfig(4, TIMESTEPS, 1.0, LENGTH)
     assert found["timesteps"] == list(TIMESTEPS)
     assert found["objective"] == {"dmd": {}, "gad": {"weight": 0.3, "steps": 4}}
     assert found["trained"] == {"steps": 2, "batch": 32, "weights": "ema"}
@@ -109,7 +109,7 @@ def test_a_teacher_keeps_its_scheduler(tiny_pipeline, tmp_path, gadjax):
     gadjax("export", "--workdir", workdir, "--out", out)
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         assert json.loads((out / name).read_text()) == json.loads((teacher / name).read_text())
-    assert read_sampling(out, Sampling()) == Sampling(20, None, 2.5, LENGTH)
+    assert read_sampling(out, SamplingConfig()) == SamplingConfig(20, None, 2.5, LENGTH)
     assert "timesteps" not in json.loads((out / "gadjax.json").read_text())
     assert read_world(out) == "shapes"
     card = ModelCard.load(out / "README.md")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from workdirs import LENGTH, make_workdir
 
-from gadjax.formats.sampling_config import Sampling, read_sampling
+from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.pipelines import parity
 from gadjax.pipelines.parity import diffusers_arguments
 from gadjax.pipelines.pipeline import load_pipeline
@@ -32,7 +32,7 @@ def flow_pipeline(torch_pipeline, tmp_path_factory):
 
 def difference(folder, sampling=None):
     """Between gadjax's and diffusers' pictures, from 0 to 1, from the same latents."""
-    sampling = sampling or read_sampling(folder, Sampling())
+    sampling = sampling or read_sampling(folder, SamplingConfig())
     pipeline, params = load_pipeline(folder)
     noise = initial_noise(7, len(PROMPTS), pipeline.latent)
     ours = draw(pipeline, params, sampling, PROMPTS, noise) / 2 + 0.5
@@ -52,7 +52,7 @@ def difference(folder, sampling=None):
 def test_a_flow_teacher_draws_as_diffusers_does(flow_pipeline, steps):
     pipeline, _ = load_pipeline(flow_pipeline)
     assert pipeline.sampler.order == 2
-    assert difference(flow_pipeline, Sampling(steps, None, 3.0, LENGTH)) <= 2e-5
+    assert difference(flow_pipeline, SamplingConfig(steps, None, 3.0, LENGTH)) <= 2e-5
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_flow_student_keeps_the_grid(
     out = tmp_path / "student"
     gadjax("export", "--workdir", workdir, "--out", out)
     steps = len(timesteps)
-    assert read_sampling(out, Sampling()) == Sampling(steps, None, 1.0, LENGTH)
+    assert read_sampling(out, SamplingConfig()) == SamplingConfig(steps, None, 1.0, LENGTH)
     assert "timesteps" not in json.loads((out / "gadjax.json").read_text())
     scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     expected = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1, "flow_shift": 1.0}
@@ -106,7 +106,7 @@ def test_a_student_of_one_step_from_training_to_diffusers(
     run, out = tmp_path / "run", tmp_path / "student"
     gadjax("train", "--config", config, "--workdir", run)
     gadjax("export", "--workdir", run, "--out", out)
-    assert read_sampling(out, Sampling()) == Sampling(1, None, 1.0, LENGTH)
+    assert read_sampling(out, SamplingConfig()) == SamplingConfig(1, None, 1.0, LENGTH)
     verified = json.loads((out / "gadjax.json").read_text())["verified"]
     assert verified["prompts"] == 3 and verified["max_difference"] <= 2e-5
     gadjax("sample", "--model", run, "--prompts", prompts, "--out", tmp_path / "by_run")

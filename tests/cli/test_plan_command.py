@@ -26,7 +26,7 @@ def here(monkeypatch, request):
 
 def test_json_is_all_that_stdout_holds(capsys, monkeypatch):
     """Without prompts too, and on one device, so that no other process is needed."""
-    monkeypatch.setattr(hardware, "PLUGINS", ("jax_plugins.none",))
+    monkeypatch.setattr(hardware, "CUDA_PLUGINS", ("jax_plugins.none",))
     assert main(["plan", "--topology=gpu:1", "--json", *ARGUMENTS]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)

@@ -5,14 +5,19 @@ import pytest
 from PIL import Image
 
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
-from gadjax.data.fingerprints import _chosen, of_embeddings, of_pictures, of_prompts
+from gadjax.data.fingerprints import (
+    _chosen,
+    fingerprint_embeddings,
+    fingerprint_pictures,
+    fingerprint_prompts,
+)
 from gadjax.data.images import open_images
 
 
 def test_prompts_by_their_texts_and_order():
-    assert of_prompts(["ab", "c"]) == of_prompts(["ab", "c"])
+    assert fingerprint_prompts(["ab", "c"]) == fingerprint_prompts(["ab", "c"])
     others = [["a", "bc"], ["c", "ab"], ["ab"], ["ab", "c", "c"]]
-    assert len({of_prompts(prompts) for prompts in (["ab", "c"], *others)}) == 5
+    assert len({fingerprint_prompts(prompts) for prompts in (["ab", "c"], *others)}) == 5
 
 
 def test_pictures_by_names_captions_and_sizes(tmp_path):
@@ -22,14 +27,14 @@ def test_pictures_by_names_captions_and_sizes(tmp_path):
 
     write("a.png", "one")
     write("b.png", "two")
-    first = of_pictures(open_images(tmp_path))
+    first = fingerprint_pictures(open_images(tmp_path))
     write("a.png", "one")
-    assert of_pictures(open_images(tmp_path)) == first
+    assert fingerprint_pictures(open_images(tmp_path)) == first
     write("a.png", "other")
-    renamed = of_pictures(open_images(tmp_path))
+    renamed = fingerprint_pictures(open_images(tmp_path))
     write("a.png", "one")
     Image.effect_noise((9, 9), 50).save(tmp_path / "b.png")
-    assert len({first, renamed, of_pictures(open_images(tmp_path))}) == 3
+    assert len({first, renamed, fingerprint_pictures(open_images(tmp_path))}) == 3
 
 
 @pytest.mark.parametrize("changed", ["prompt", "text", "x0", "origin"])
@@ -46,7 +51,7 @@ def test_embeddings_by_what_they_hold(tmp_path, changed):
         prompts = ["x", "y", "other" if changed == "prompt" else "z"]
         (tmp_path / name).mkdir()
         write_embeddings(tmp_path / name, prompts, [batch], null, origin=origin)
-        return of_embeddings(open_embeddings(tmp_path / name))
+        return fingerprint_embeddings(open_embeddings(tmp_path / name))
 
     assert write("one") == write("two") != write("three", changed)
 

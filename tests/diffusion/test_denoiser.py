@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gadjax.diffusion.denoiser import Denoiser
-from gadjax.diffusion.parameterization import KINDS, from_prediction, to_prediction
+from gadjax.diffusion.parameterization import PARAMETERIZATIONS, from_prediction, to_prediction
 from gadjax.diffusion.schedules import DDPM, Flow, add_noise
 from gadjax.types import Cond, Prediction
 
@@ -30,7 +30,7 @@ NULL = Cond(drawn(5, (B, 7, 6)), jnp.ones((B, 7)).at[:, 2:].set(0))
 X, T = drawn(6), jnp.array([20.0, 431.0, 880.0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARAMETERIZATIONS)
 @pytest.mark.parametrize("schedule", [DDPM(), Flow()], ids=["ddpm", "flow"])
 def test_call_reads_the_networks_output(kind, schedule):
     found = Denoiser(apply, schedule, kind)(PARAMS, X, T, COND)
@@ -62,7 +62,7 @@ def test_half_precision_networks_answer_in_the_latents_dtype():
         assert denoiser(PARAMS, X.astype(jnp.float64), T, COND).x0.dtype == jnp.float64
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARAMETERIZATIONS)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.5, np.array([0.5, 1.0, 7.0], np.float32)])
 def test_guidance(kind, scale):
     denoiser = Denoiser(apply, DDPM(), kind)
@@ -96,9 +96,9 @@ def test_guidance_of_one_is_one_half():
         np.testing.assert_allclose(a, b, **ABOUT)
 
 
-@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("guidance_embedded", [False, True])
 @pytest.mark.parametrize("scale", [0, 1, 3.0, jnp.array([0.0, 1.0, 3.0])], ids=str)
-def test_a_guide_reads_the_text_once(scale, embedded):
+def test_a_guide_reads_the_text_once(scale, guidance_embedded):
     read = []
 
     def text_kv(params, text):
@@ -107,16 +107,16 @@ def test_a_guide_reads_the_text_once(scale, embedded):
 
     def reads(params, x, t, cond):
         text = cond.text["read"] if isinstance(cond.text, dict) else cond.text
-        x = x * cond.extras["guidance"][:, None, None, None] if embedded else x
+        x = x * cond.extras["guidance"][:, None, None, None] if guidance_embedded else x
         return apply(params, x, t, cond._replace(text=text))
 
-    denoiser = Denoiser(reads, DDPM(), "eps", embedded=embedded, text_kv=text_kv)
-    guide = denoiser.guide(PARAMS, COND, NULL, scale)
+    denoiser = Denoiser(reads, DDPM(), "eps", guidance_embedded=guidance_embedded, text_kv=text_kv)
+    guided_fn = denoiser.guided_fn(PARAMS, COND, NULL, scale)
     for t in (T, 431.0):
-        found, expected = guide(X, t), denoiser.guided(PARAMS, X, t, COND, NULL, scale)
+        found, expected = guided_fn(X, t), denoiser.guided(PARAMS, X, t, COND, NULL, scale)
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_array_equal(a, b)
-    alone = embedded or isinstance(scale, int)
+    alone = guidance_embedded or isinstance(scale, int)
     assert read == [B if alone else 2 * B]
 
 
@@ -129,7 +129,7 @@ def test_guidance_carries_extras():
     np.testing.assert_allclose(found.x0, 4 * X, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARAMETERIZATIONS)
 @pytest.mark.parametrize("schedule", [DDPM(), Flow()], ids=["ddpm", "flow"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32])
 def test_denoising_loss(kind, schedule, dtype):
@@ -145,7 +145,7 @@ def test_denoising_loss(kind, schedule, dtype):
 
 def test_a_users_guidance_up_to_one_is_none():
     """A network that is told its guidance is told every number."""
-    for embedded in (False, True):
-        denoiser = Denoiser(None, None, "eps", embedded=embedded)
-        found = [denoiser.scale_of(number) for number in (-1, 0, 0.5, 1, 1.5)]
-        assert found == ([-1, 0, 0.5, 1, 1.5] if embedded else [1, 1, 1, 1, 1.5])
+    for guidance_embedded in (False, True):
+        denoiser = Denoiser(None, None, "eps", guidance_embedded=guidance_embedded)
+        found = [denoiser.guidance_scale(number) for number in (-1, 0, 0.5, 1, 1.5)]
+        assert found == ([-1, 0, 0.5, 1, 1.5] if guidance_embedded else [1, 1, 1, 1, 1.5])

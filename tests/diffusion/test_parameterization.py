@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gadjax.diffusion.parameterization import KINDS, from_prediction, to_prediction
+from gadjax.diffusion.parameterization import PARAMETERIZATIONS, from_prediction, to_prediction
 from gadjax.diffusion.schedules import DDPM, Flow, add_noise
 from gadjax.types import Prediction
 
@@ -20,7 +20,7 @@ def drawn(schedule, times, dtype):
     return x0, eps, add_noise(schedule, x0, eps, jnp.asarray(times, dtype)), alpha, sigma
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARAMETERIZATIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_every_cycle_closes(kind, schedule):
     times = TIMES[TIMES > schedule.clean]
@@ -34,7 +34,7 @@ def test_every_cycle_closes(kind, schedule):
         np.testing.assert_allclose(read.eps, eps, atol=1e-12)
         again = from_prediction(kind, read, alpha, sigma)
         np.testing.assert_allclose(again, raw, atol=1e-12)
-        for other in KINDS:
+        for other in PARAMETERIZATIONS:
             there = from_prediction(other, read, alpha, sigma)
             back = from_prediction(
                 kind, to_prediction(other, there, x_t, alpha, sigma), alpha, sigma
@@ -42,7 +42,7 @@ def test_every_cycle_closes(kind, schedule):
             np.testing.assert_allclose(back, raw, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARAMETERIZATIONS)
 def test_any_raw_output_is_consistent_with_x_t(kind):
     """Whatever a network says, x0 and eps read from it make up x_t."""
     with jax.enable_x64(True):
@@ -61,7 +61,7 @@ def test_definitions():
     a, s = float(alpha[0]), float(sigma[0])
     np.testing.assert_allclose(from_prediction("v", pair, a, s), a * eps - s * x0, atol=1e-6)
     np.testing.assert_allclose(from_prediction("flow", pair, a, s), eps - x0, atol=1e-6)
-    for kind in KINDS:  # scalars and [B] mean the same
+    for kind in PARAMETERIZATIONS:  # scalars and [B] mean the same
         raw = from_prediction(kind, pair, alpha, sigma)
         for one, many in zip(
             to_prediction(kind, raw, x_t, a, s),

@@ -155,7 +155,7 @@ def test_cut_first_cuts_what_the_first_step_returned_and_nothing_else(order):
             step = jnp.argmin(jnp.abs(jnp.asarray(times[:-1]) - t))
             return smooth(schedule, w[step])(x, t)
 
-        return rollout(predict, schedule, z, times, order=order, cut_first=cut)
+        return rollout(predict, schedule, z, times, order=order, detach_first_step=cut)
 
     def later(w, x, before):
         """Steps 2 to 4 alone, from the (constant) second state and, at order 2, first x0."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gadjax.diffusion.denoiser import Denoiser
-from gadjax.diffusion.samplers import keys_of, renoise, sample
+from gadjax.diffusion.samplers import keys_from_noise, sample, step_noise
 from gadjax.errors import InputError
 from gadjax.formats.scheduler_config import (
     parameterization_from_config,
@@ -61,7 +61,7 @@ class Noises:
 
     def __call__(self, shape, **ignored):
         assert tuple(shape) == SHAPE
-        drawn = renoise(keys_of(jnp.asarray(NOISE)), self.step, jnp.asarray(NOISE))
+        drawn = step_noise(keys_from_noise(jnp.asarray(NOISE)), self.step, jnp.asarray(NOISE))
         self.step += 1
         return torch.tensor(np.array(drawn))
 
@@ -120,13 +120,13 @@ def test_a_walk_that_draws_is_a_function_of_its_noise():
     times = sampler_from_config(LCM).times(3)
     first = ours(LCM, times)
     np.testing.assert_array_equal(first, ours(LCM, times))
-    keys = keys_of(jnp.asarray(NOISE))
-    drawn = [renoise(keys, step, jnp.asarray(NOISE)) for step in (0, 1)]
+    keys = keys_from_noise(jnp.asarray(NOISE))
+    drawn = [step_noise(keys, step, jnp.asarray(NOISE)) for step in (0, 1)]
     assert not np.allclose(drawn[0], drawn[1]) and not np.allclose(drawn[0][0], drawn[0][1])
     # The smallest change of a sample's noise changes its own draws and no other's.
     other = NOISE.copy()
     other[0, 0, 0, 0] = np.nextafter(other[0, 0, 0, 0], np.float32(9))
-    moved = renoise(keys_of(jnp.asarray(other)), 0, jnp.asarray(NOISE))
+    moved = step_noise(keys_from_noise(jnp.asarray(other)), 0, jnp.asarray(NOISE))
     assert not np.allclose(moved[0], drawn[0][0])
     np.testing.assert_array_equal(moved[1], drawn[0][1])
 
@@ -152,6 +152,6 @@ def test_what_they_cannot_take_is_refused():
     with pytest.raises(InputError, match="steps: found 51; expected at most 50"):
         sampler_from_config(LCM).times(51)
     for config in (SCM, LCM):
-        assert sampler_from_config(config).renoises
+        assert sampler_from_config(config).stochastic
         with pytest.raises(InputError, match="deterministic steps"):
             student_scheduler_config(config, [999])

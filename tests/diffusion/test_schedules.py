@@ -9,7 +9,7 @@ import torch
 
 from gadjax.diffusion.schedules import DDPM, Flow, TrigFlow, add_noise, renoise, shift_time
 from gadjax.errors import InputError
-from gadjax.objectives.common import between
+from gadjax.objectives.common import uniform_timesteps
 from gadjax.objectives.consistency import uniform_angle
 from gadjax.types import expand
 
@@ -62,7 +62,7 @@ def test_losses_draw_times_from_the_first_noised_one_to_the_last():
         context = SimpleNamespace(schedule=schedule, uniform=lambda name: share)
         span, spacing = schedule.last - schedule.clean, schedule.spacing
         for low, high in ((0.0, 1.0), (0.02, 0.98), (0.3, 0.3)):
-            t = np.asarray(between(context, low, high), float)
+            t = np.asarray(uniform_timesteps(context, low, high), float)
             np.testing.assert_allclose(t[0], schedule.clean + low * span + spacing, atol=1e-3)
             last = max(high, low + 1 / 1000) * span + schedule.clean
             np.testing.assert_allclose(t[-1], last, atol=1e-3)

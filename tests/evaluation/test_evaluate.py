@@ -11,11 +11,11 @@ from PIL import Image
 from gadjax.assets import resolve
 from gadjax.cli.main import main
 from gadjax.errors import InputError
-from gadjax.evaluation.evaluate import Evaluation, Plan, Row, evaluate
+from gadjax.evaluation.evaluate import Evaluation, EvaluationConfig, Row, evaluate
 from gadjax.evaluation.metric_catalogue import GROUPS, catalogue
 from gadjax.evaluation.oracles import WORLDS, Layout, Oracle, World
 from gadjax.evaluation.report import write_report
-from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise
@@ -95,9 +95,11 @@ def test_flags_and_overwriting(folders, tmp_path, capsys, monkeypatch):
     )
     assert main(arguments(folders, tmp_path / "out", *more)) == 0
     teacher, student, prompts, world, plan = asked[0]
-    assert teacher.sampling == Sampling(2, None, 1.0, 6)
-    assert student.sampling == Sampling(2, (899.0, 449.0), 1.0, 6)
-    assert prompts == PROMPTS and plan == Plan(2, 0, 3, 5, 4) and world is WORLDS["none"]
+    assert teacher.sampling == SamplingConfig(2, None, 1.0, 6)
+    assert student.sampling == SamplingConfig(2, (899.0, 449.0), 1.0, 6)
+    assert (
+        prompts == PROMPTS and plan == EvaluationConfig(2, 0, 3, 5, 4) and world is WORLDS["none"]
+    )
     report = tmp_path / "out" / "report.md"
     assert capsys.readouterr().out == report.read_text()
 
@@ -168,21 +170,21 @@ def test_bad_input(folders, tmp_path, capsys, more, message):
 
 @pytest.fixture(scope="module")
 def teacher(folders):
-    return Model("teacher", *load_pipeline(folders / "teacher"), Sampling(**TEACHER))
+    return Model("teacher", *load_pipeline(folders / "teacher"), SamplingConfig(**TEACHER))
 
 
 def colours(images_NHWC):
     return images_NHWC.mean((1, 2)) - 0.1
 
 
-def see(images_NHWC):
+def classify(images_NHWC):
     """Bright pictures show something, at the side that is brighter."""
     left, right = (x.mean((1, 2, 3)) for x in np.split(images_NHWC, 2, axis=2))
     sides = np.where(left > right, "left", "right")
     return np.where(images_NHWC.mean((1, 2, 3))[:, None] > -0.2, sides[:, None], "")
 
 
-def read(caption):
+def parse(caption):
     named = [word for word in caption.split() if word in SIDES.places]
     return {"side": named[0]} if named else {}
 
@@ -194,13 +196,13 @@ def brighter(image_HWC, place_2):
 
 
 SIDES = Layout("side", {"left": (4.0, 8.0), "right": (12.0, 8.0)}, brighter)
-WORLD = World(Oracle(("side",), see, read), colours, None, ("red circle", "blue"), SIDES)
+WORLD = World(Oracle(("side",), classify, parse), colours, None, ("red circle", "blue"), SIDES)
 
 
 @pytest.fixture(scope="module")
 def itself(teacher):
     """A teacher evaluated as its own student, all tasks included."""
-    return evaluate(teacher, teacher, PROMPTS, WORLD, Plan(2, 2, 8, 4, 3))
+    return evaluate(teacher, teacher, PROMPTS, WORLD, EvaluationConfig(2, 2, 8, 4, 3))
 
 
 def test_a_student_that_is_its_teacher(itself):
@@ -214,7 +216,7 @@ def test_a_student_that_is_its_teacher(itself):
             np.testing.assert_allclose(found, 1, atol=1e-6)
         else:
             assert found == first.metrics[name]
-    words = see(first.images_PSHWC.reshape(6, 16, 16, 3))
+    words = classify(first.images_PSHWC.reshape(6, 16, 16, 3))
     assert first.metrics["adherence"].value == np.mean(words != "")
     assert first.metrics["frechet"].value > 0
     # Four steps of four are no hurry.
@@ -228,14 +230,14 @@ def test_what_was_controlled(itself, teacher):
     noise, asked = control.library.noise_LHWC, control.moves
     alone = draw(teacher.pipeline, teacher.params, teacher.sampling, ["blue"] * 4, noise)
     np.testing.assert_allclose(row.images_CLHWC[1], alone, atol=1e-5)
-    assert row.words_CLA.tolist() == [see(images).tolist() for images in row.images_CLHWC]
+    assert row.words_CLA.tolist() == [classify(images).tolist() for images in row.images_CLHWC]
     # Every move makes its own half brighter.
     before, after = row.moved.images_RNHWC[[0, -1]]
     for n, word in enumerate(asked.places):
         place = np.array(SIDES.places[word])
         assert brighter(after[n], place) < brighter(before[n], place)
         np.testing.assert_allclose(before[n], row.images_CLHWC[asked.captions[n], n], atol=1e-5)
-        assert row.moved.reached_RN[-1, n] == (see(after[n : n + 1])[0, 0] == word)
+        assert row.moved.reached_RN[-1, n] == (classify(after[n : n + 1])[0, 0] == word)
     assert itself.rows[2].metrics["control"].value == row.moved.reached_RN[-1].mean()
 
 
@@ -261,12 +263,12 @@ def test_a_seed_is_that_of_the_sample_command(itself, teacher):
 
 
 def test_prompts_that_the_oracle_cannot_read(teacher):
-    def read(caption):
+    def parse(caption):
         raise InputError(f"caption: found {caption!r}; expected another")
 
-    world = World(Oracle(("side",), see, read))
+    world = World(Oracle(("side",), classify, parse))
     with pytest.raises(InputError, match="prompts: caption: found 'red circle'"):
-        evaluate(teacher, teacher, PROMPTS, world, Plan())
+        evaluate(teacher, teacher, PROMPTS, world, EvaluationConfig())
 
 
 def test_pictures_that_are_not_finite(teacher):
@@ -276,7 +278,7 @@ def test_pictures_that_are_not_finite(teacher):
     }
     broken = replace(teacher, name="--teacher x", params=broken)
     with pytest.raises(InputError, match="--teacher x: found pictures that are not finite"):
-        evaluate(broken, teacher, PROMPTS, World(), Plan(2, 0))
+        evaluate(broken, teacher, PROMPTS, World(), EvaluationConfig(2, 0))
 
 
 @pytest.mark.parametrize("moves", [0, pytest.param(2, marks=pytest.mark.slow)])

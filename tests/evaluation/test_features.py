@@ -100,10 +100,10 @@ def test_the_shipped_files_are_small():
 def test_worlds():
     images, captions, _ = shapes.sample_batch(3, range(4))
     world = WORLDS["shapes"]
-    words = world.oracle.see(images)
+    words = world.oracle.classify(images)
     assert world.oracle.adheres(words, captions).all()
     assert not world.oracle.adheres(words, ["a purple cross at the bottom right"] * 4).any()
-    assert not world.oracle.adheres(world.oracle.see(0 * images), ["a shape"] * 4).any()
+    assert not world.oracle.adheres(world.oracle.classify(0 * images), ["a shape"] * 4).any()
     assert world.oracle.left_open(["a small red shape"]).tolist() == [
         [name in ("shape", "position", "background") for name in world.oracle.attributes]
     ]

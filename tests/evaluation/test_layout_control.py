@@ -5,11 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gadjax.evaluation.layout_control import LARGEST, STEPS, angles, move_noise, towards
-from gadjax.formats.sampling_config import Sampling
+from gadjax.evaluation.layout_control import (
+    MAX_STEP,
+    SNAPSHOT_STEPS,
+    angles_degrees,
+    polyak_descent,
+    polyak_step,
+)
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import load_pipeline
-from gadjax.pipelines.sampling import clean_latent, draw, for_prompts, initial_noise
+from gadjax.pipelines.sampling import clean_latent, draw, initial_noise, map_prompts
 
 PROMPTS = ["red circle", "blue square", "green"]
 
@@ -27,23 +33,23 @@ def test_a_step_is_polyak_s_up_to_a_cap_and_stays_on_the_sphere(z):
     g = np.random.default_rng(1).standard_normal(z.shape).astype(np.float32)
     g -= z * ((g * z).sum((1, 2, 3)) / (z**2).sum((1, 2, 3)))[:, None, None, None]
     distance = np.array([0.0, 0.3, 1e6]).astype(np.float32)
-    moved = towards(jnp.array(z), jnp.array(g), jnp.array(distance))
+    moved = polyak_step(jnp.array(z), jnp.array(g), jnp.array(distance))
     np.testing.assert_allclose(norms(moved), norms(z), rtol=1e-6)
     # g is tangent to the sphere: the angle's tangent is the length of the step over |z|.
-    reach = [0, 0.3 / norms(g)[1] / norms(z)[1], LARGEST]
-    np.testing.assert_allclose(np.tan(np.radians(angles(z, moved))), reach, atol=1e-3)
+    reach = [0, 0.3 / norms(g)[1] / norms(z)[1], MAX_STEP]
+    np.testing.assert_allclose(np.tan(np.radians(angles_degrees(z, moved))), reach, atol=1e-3)
     assert np.sum((np.asarray(moved) - z)[1] * g[1]) < 0
 
 
 def test_no_slope_no_step(z):
-    moved = towards(jnp.array(z), jnp.zeros(z.shape), jnp.ones(3))
+    moved = polyak_step(jnp.array(z), jnp.zeros(z.shape), jnp.ones(3))
     np.testing.assert_allclose(moved, z, rtol=1e-6)
 
 
 def test_angles():
     a = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
     b = np.array([[2.0, 0.0], [0.0, 3.0], [-1.0, -1.0]])
-    np.testing.assert_allclose(angles(a, b), [0, 90, 180], atol=1e-6)
+    np.testing.assert_allclose(angles_degrees(a, b), [0, 90, 180], atol=1e-6)
 
 
 def brightness(image_HWC, place_2):
@@ -55,14 +61,14 @@ def brightness(image_HWC, place_2):
 def test_the_whole_walk_against_steps_taken_by_hand(tiny_pipeline):
     """A random network and a batch that has to be padded; gradients with no rematerialisation."""
     pipeline, params = load_pipeline(tiny_pipeline)
-    sampling = Sampling(2, None, 2.0, 6)
+    sampling = SamplingConfig(2, None, 2.0, 6)
     model = Model("model", pipeline, params, sampling)
     z = initial_noise(0, 3, pipeline.latent)
     places = np.float32([[0.1, 0.0], [-0.2, 0.0], [0.3, 0.0]])
-    ways, images = move_noise(model, PROMPTS, z, places, brightness, batch=2)
-    assert ways.shape == (3, len(STEPS), *pipeline.latent)
+    ways, images = polyak_descent(model, PROMPTS, z, places, brightness, batch=2)
+    assert ways.shape == (3, len(SNAPSHOT_STEPS), *pipeline.latent)
     np.testing.assert_array_equal(ways[:, 0], z)
-    for r in range(len(STEPS)):
+    for r in range(len(SNAPSHOT_STEPS)):
         np.testing.assert_allclose(norms(ways[:, r]), norms(z), rtol=1e-5)
 
     def step(params, z, places, cond, null):
@@ -71,13 +77,13 @@ def test_the_whole_walk_against_steps_taken_by_hand(tiny_pipeline):
             return jax.vmap(brightness)(pipeline.decode(params["vae"], x0), places)
 
         value, pull = jax.vjp(off, z)
-        return towards(z, pull(jnp.ones(len(z)))[0], value)
+        return polyak_step(z, pull(jnp.ones(len(z)))[0], value)
 
     def run(z):
-        return for_prompts(step, pipeline, params, sampling, PROMPTS, (z, places), batch=3)
+        return map_prompts(step, pipeline, params, sampling, PROMPTS, (z, places), batch=3)
 
     by_hand = run(run(z))
-    np.testing.assert_allclose(ways[:, STEPS.index(2)], by_hand, atol=1e-3)
+    np.testing.assert_allclose(ways[:, SNAPSHOT_STEPS.index(2)], by_hand, atol=1e-3)
     for r in (0, -1):
         alone = draw(pipeline, params, sampling, PROMPTS, ways[:, r])
         np.testing.assert_allclose(images[:, r], alone, atol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gadjax.evaluation.metric_catalogue import catalogue
-from gadjax.evaluation.metrics import Drawn, absent_metrics, row_metrics
+from gadjax.evaluation.metrics import ModelOutputs, absent_metrics, row_metrics
 from gadjax.evaluation.oracles import Oracle, World
 
 BEFORE = ("prompts", "diversity", "seeds", "sensitivity")
@@ -27,7 +27,7 @@ BOTH = World(ORACLE.oracle, lambda images: None)
 def drawn(seed, width=4, tangents=2, oracle=True):
     rng = np.random.default_rng(seed)
     words = np.array([["", ""], ["dot", "red"], ["dot", "blue"], ["bar", "red"]])
-    return Drawn(
+    return ModelOutputs(
         rng.uniform(-1, 1, (3, 5, 8, 8, 3)),
         rng.standard_normal((3, 5, width)) if width else None,
         rng.standard_normal((tangents, 3, 4, 4, 2)) if tangents else None,

@@ -8,12 +8,12 @@ import pytest
 from gadjax.evaluation.metric_catalogue import catalogue
 from gadjax.evaluation.noise_control import (
     POINTS,
-    Control,
-    Moved,
-    Moves,
-    choose_moves,
+    ControlResults,
+    LayoutResult,
+    LayoutTargets,
+    choose_targets,
+    classify_library,
     make_library,
-    read_library,
 )
 from gadjax.evaluation.noise_control_metrics import absent_control, control_metrics
 from gadjax.evaluation.oracles import WORLDS, Layout, Oracle, World
@@ -22,12 +22,12 @@ CAPTIONS = ("a dot", "a bar", "a dot above")
 SHAPES, PLACES = ("dot", "bar"), ("above", "below", "beside")
 
 
-def read(caption):
+def parse(caption):
     words = caption.split()[1:]
     return dict(zip(("shape", "place"), words, strict=False))
 
 
-def see(images_NHWC):
+def classify(images_NHWC):
     """The first two numbers of a picture are its words, one below zero is no picture at all."""
     numbers = images_NHWC.reshape(len(images_NHWC), -1)[:, :2].astype(int)
     words = [[SHAPES[s], PLACES[p]] if s >= 0 else ["", ""] for s, p in numbers]
@@ -35,7 +35,7 @@ def see(images_NHWC):
 
 
 WORLD = World(
-    Oracle(("shape", "place"), see, read),
+    Oracle(("shape", "place"), classify, parse),
     lambda images: images.reshape(len(images), -1)[:, :2],
     None,
     CAPTIONS,
@@ -74,7 +74,7 @@ def test_what_is_drawn(library):
 
 def test_paths_begin_and_end_in_the_library(library):
     images = drawn(library, 0)
-    found = read_library(library, images)
+    found = classify_library(library, images)
     assert found.paths_MKHWC.shape == (6, POINTS, 2, 2, 3)
     for m, (c, a, b) in enumerate(library.paths):
         assert (c, a, b) == (m % 3, 2 * m, 2 * m + 1)
@@ -83,12 +83,12 @@ def test_paths_begin_and_end_in_the_library(library):
     between = images["paths"].reshape(6, POINTS - 2, 2, 2, 3)
     np.testing.assert_array_equal(found.paths_MKHWC[:, 1:-1], between)
     flat = found.paths_MKHWC.reshape(-1, 2, 2, 3)
-    np.testing.assert_array_equal(found.path_words_MKA.reshape(-1, 2), see(flat))
+    np.testing.assert_array_equal(found.path_words_MKA.reshape(-1, 2), classify(flat))
 
 
 def test_moves_start_from_what_the_teacher_got_right_and_lead_elsewhere(library):
-    teacher = read_library(library, drawn(library, 0))
-    moves = choose_moves(library, teacher.words_CLA, 10)
+    teacher = classify_library(library, drawn(library, 0))
+    moves = choose_targets(library, teacher.words_CLA, 10)
     assert len(moves.captions) == 10
     for n, (c, place) in enumerate(zip(moves.captions, moves.places, strict=True)):
         assert teacher.words_CLA[c, n, 1] != place
@@ -96,25 +96,27 @@ def test_moves_start_from_what_the_teacher_got_right_and_lead_elsewhere(library)
         assert fits[c] or not fits.any()
         if fits[n % 3]:
             assert c == n % 3
-    assert len(choose_moves(library, teacher.words_CLA, 99).places) == NOISES
+    assert len(choose_targets(library, teacher.words_CLA, 99).places) == NOISES
 
 
 def row(library, seed, reached):
-    found = read_library(library, drawn(library, seed))
+    found = classify_library(library, drawn(library, seed))
     hits = np.array(reached, bool)
-    return replace(found, moved=Moved(np.zeros((4, 3, 2, 2, 3)), hits, np.array([0.0, 30, 60])))
+    return replace(
+        found, moved=LayoutResult(np.zeros((4, 3, 2, 2, 3)), hits, np.array([0.0, 30, 60]))
+    )
 
 
 @pytest.fixture(scope="module")
 def control(library):
-    moves = Moves(np.zeros(3, int), ("above",) * 3)
+    moves = LayoutTargets(np.zeros(3, int), ("above",) * 3)
     early, late = [[0, 0, 0]] * 3, [[1, 1, 0]]
     rows = {
         "teacher": row(library, 0, early + late),
         "student": row(library, 1, [[1, 0, 0]] * 4),
         "same": row(library, 0, early + late),
     }
-    return Control(library, moves, rows)
+    return ControlResults(library, moves, rows)
 
 
 def test_every_metric_is_taken(control):
@@ -169,7 +171,7 @@ def test_why_there_is_nothing(world, why):
 
 
 def test_why_there_are_no_moves(library):
-    still = Control(library, None, {"teacher": read_library(library, drawn(library, 0))})
+    still = ControlResults(library, None, {"teacher": classify_library(library, drawn(library, 0))})
     taken = set(control_metrics(still, "teacher"))
     absent = absent_control(still, taken, WORLD)
     assert absent["control"] == "no moves asked for" and "path_jump_pixels" not in absent
@@ -183,9 +185,9 @@ def test_a_teacher_that_draws_nothing_of_the_world(library):
     images = drawn(library, 0)
     for part in images.values():
         part[:, 0, 0, 0] = -1
-    nothing = read_library(library, images)
-    assert len(choose_moves(library, nothing.words_CLA, 4).places) == 4
-    control = Control(library, None, {"teacher": nothing, "student": replace(nothing)})
+    nothing = classify_library(library, images)
+    assert len(choose_targets(library, nothing.words_CLA, 4).places) == 4
+    control = ControlResults(library, None, {"teacher": nothing, "student": replace(nothing)})
     found = control_metrics(control, "student")
     absent = absent_control(control, set(found), WORLD)
     assert (
@@ -205,4 +207,4 @@ def test_the_shapes_world():
         "retrieval_background",
     ]
     for place in world.layout.places:
-        assert world.oracle.read(f"a circle at the {place}")[world.layout.attribute] == place
+        assert world.oracle.parse(f"a circle at the {place}")[world.layout.attribute] == place

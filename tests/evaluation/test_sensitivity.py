@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from gadjax.evaluation.sensitivity import compare_tangents, map_tangents
-from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.models.params import cast
 from gadjax.pipelines.pipeline import load_pipeline
-from gadjax.pipelines.sampling import clean_latent, for_prompts
+from gadjax.pipelines.sampling import clean_latent, map_prompts
 
 PROMPTS = ["red circle", "a blue square above", ""]
 
@@ -34,7 +34,7 @@ def test_a_map_that_hears_nothing():
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(3, None, 2.5, 6), Sampling(2, (899.0, 449.0), 1.0, 6)],
+    [SamplingConfig(3, None, 2.5, 6), SamplingConfig(2, (899.0, 449.0), 1.0, 6)],
     ids=["teacher", "student"],
 )
 def test_tangents_are_derivatives(tiny_pipeline, sampling):
@@ -51,7 +51,7 @@ def test_tangents_are_derivatives(tiny_pipeline, sampling):
         args = pipeline, params, sampling
         found = map_tangents(*args, PROMPTS, z, v, batch=3)
         h = 1e-4
-        ends = for_prompts(x0, *args, PROMPTS * 2, (np.concatenate([z + h * v, z - h * v]),))
+        ends = map_prompts(x0, *args, PROMPTS * 2, (np.concatenate([z + h * v, z - h * v]),))
         wanted = (ends[:3] - ends[3:]) / (2 * h)
     assert np.abs(found - wanted).max() < 1e-6 * np.abs(wanted).max()
     assert np.abs(wanted).max() > 1e-3

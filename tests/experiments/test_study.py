@@ -19,7 +19,7 @@ def test_every_base_has_its_rows():
     cells = study.cells()
     assert len(set(cells)) == len(cells)
     for base in ("dmd", "sid", "tdm"):
-        for added in study.BESIDE:
+        for added in study.COMBINED:
             assert f"flow/{base}_{added}" in cells
     assert {"flow/regression_none", "flow/script_half", "flow/whole", "flow/dmd_long"} <= set(cells)
     assert not any("anchor" in cell for cell in cells if cell.startswith("flow_1_step"))

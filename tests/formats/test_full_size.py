@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from published import PUBLISHED
 
-from gadjax.formats.orbax_folder import describe
+from gadjax.formats.orbax_folder import abstract_component
 from gadjax.formats.state_dict import expected_shapes
 from gadjax.formats.weights import fingerprint, open_weights, write_weights
 
@@ -45,7 +45,9 @@ def test_a_conversion_of_full_size_takes_twice_its_file_at_most(tiny_pipeline, t
     shutil.rmtree(folder / "transformer")
     (folder / "transformer").mkdir()
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
-    part = describe(folder, "transformer", {"transformer": ["diffusers", config["_class_name"]]})
+    part = abstract_component(
+        folder, "transformer", {"transformer": ["diffusers", config["_class_name"]]}
+    )
     rng = np.random.default_rng(0)
 
     def tensors():

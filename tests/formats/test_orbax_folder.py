@@ -7,14 +7,19 @@ import pytest
 from checkpoints import params_of, refused
 
 from gadjax.formats.diffusers_folder import read_pipeline
-from gadjax.formats.orbax_folder import diffusers_folder, open_folder, read_own, write_own
+from gadjax.formats.orbax_folder import (
+    diffusers_folder,
+    open_folder,
+    read_gadjax_folder,
+    write_gadjax_folder,
+)
 from gadjax.pipelines.pipeline import load_pipeline
 
 
 @pytest.fixture(scope="module")
 def own(tiny_pipeline, tmp_path_factory):
     out = tmp_path_factory.mktemp("own")
-    write_own(read_pipeline(tiny_pipeline), out, "digits")
+    write_gadjax_folder(read_pipeline(tiny_pipeline), out, "digits")
     return out
 
 
@@ -35,7 +40,7 @@ def test_load_pipeline_reads_either(own, tiny_pipeline):
 
 def test_some_networks_in_another_dtype(own, tiny_pipeline):
     asked = {"components": ("vae",), "dtype": ml_dtypes.bfloat16}
-    ours, theirs = read_own(own, **asked), read_pipeline(tiny_pipeline, **asked)
+    ours, theirs = read_gadjax_folder(own, **asked), read_pipeline(tiny_pipeline, **asked)
     assert ours.components["transformer"].params is None
     assert_same(ours.components["vae"].params, theirs.components["vae"].params)
 
@@ -50,4 +55,4 @@ def test_a_diffusers_folder_for_a_while(own, tiny_pipeline, tmp_path):
 
 def test_refusals(own):
     refused(lambda: open_folder(own, variant="fp16"), "--variant", own)
-    refused(lambda: read_own(own, components=("unet",)), own, "no unet")
+    refused(lambda: read_gadjax_folder(own, components=("unet",)), own, "no unet")

@@ -13,12 +13,12 @@ import torch
 from checkpoints import edit, refused
 
 from gadjax.formats.diffusers_folder import check_pipeline
-from gadjax.formats.orbax_folder import outline_folder
+from gadjax.formats.orbax_folder import abstract_folder
 from gadjax.formats.pipeline_classes import PIPELINES, SD
-from gadjax.formats.sampling_config import FILE
+from gadjax.formats.sampling_config import GADJAX_JSON
 from gadjax.formats.schedulers import sampler_from_config
 from gadjax.pipelines import parity
-from gadjax.pipelines.pipeline import load_pipeline, outline_pipeline
+from gadjax.pipelines.pipeline import abstract_pipeline, load_pipeline
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 NOTHING = dict.fromkeys(("unet", "vae", "text_encoder", "tokenizer"))
@@ -54,7 +54,7 @@ def test_the_schedulers_class_is_the_indexs(folder, index, file):
     more = {"skip_prk_steps": True, "use_flow_sigmas": True, "clip_sample": False}
     ours, theirs = scheduler_of(folder, index, _class_name=file, **more)
     assert ours["_class_name"] == type(theirs).__name__ == index
-    assert outline_folder(folder).scheduler == ours
+    assert abstract_folder(folder).scheduler == ours
     same_walk(ours, theirs, 7)
 
 
@@ -86,7 +86,7 @@ def test_other_pipelines_keep_both(tiny_pipeline, tmp_path):
     edit(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     ours = check_pipeline(folder).scheduler
     assert "steps_offset" not in ours or ours["steps_offset"] == 0
-    refused(lambda: outline_pipeline(folder), "clip_sample: found True")
+    refused(lambda: abstract_pipeline(folder), "clip_sample: found True")
 
 
 def test_values_listed_as_defaults_are_dropped(folder):
@@ -112,7 +112,7 @@ def test_the_sample_size_of_old_configs(folder, version, side):
 def test_an_autoencoders_shift_is_sd3s_alone(folder, folders, tmp_path):
     edit(folder / "vae" / "config.json", shift_factor=0.3)
     assert load_pipeline(folder)[0].folder.components["vae"].spec.shift_factor == 0
-    three = outline_pipeline(folders("sd3"))[0].folder.components["vae"].spec
+    three = abstract_pipeline(folders("sd3"))[0].folder.components["vae"].spec
     assert three.shift_factor == 0.0609
     pipeline, params = load_pipeline(folder)
     x = np.random.default_rng(0).standard_normal((1, *pipeline.latent), np.float32)
@@ -135,7 +135,7 @@ def test_steps_guidance_and_length_are_the_calls_defaults(folders, family, tiny_
         edit(folder / "model_index.json", _class_name=kind)
     else:
         folder = folders(family)
-    pipeline, _ = outline_pipeline(folder)
+    pipeline, _ = abstract_pipeline(folder)
     kind = getattr(diffusers, pipeline.folder.model_index["_class_name"])
     told = {name: p.default for name, p in inspect.signature(kind.__call__).parameters.items()}
     assert pipeline.sampling.steps == told["num_inference_steps"]
@@ -148,7 +148,7 @@ def test_one_ddim_step_of_pixart_is_its_x0(tiny_pipeline, tmp_path):
     edit(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     options = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 500}
     edit(folder / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler", **options)
-    (folder / FILE).write_text(json.dumps({"steps": 1, "guidance": 1.0, "length": 8}))
+    (folder / GADJAX_JSON).write_text(json.dumps({"steps": 1, "guidance": 1.0, "length": 8}))
     assert parity.compare_pictures(folder, parity.PROMPTS[:1]) <= 1e-4
 
 
@@ -156,9 +156,9 @@ def test_a_pipeline_of_another_class_is_refused(folder):
     known = set(PIPELINES) - {SD}
     for kind in ("StableDiffusionImg2ImgPipeline", None):
         edit(folder / "model_index.json", _class_name=kind)
-        refused(lambda: outline_pipeline(folder), "model_index.json, _class_name: found", *known)
+        refused(lambda: abstract_pipeline(folder), "model_index.json, _class_name: found", *known)
     edit(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    refused(lambda: outline_pipeline(folder), "addition_embed_type None", "XLPipeline alone")
+    refused(lambda: abstract_pipeline(folder), "addition_embed_type None", "XLPipeline alone")
 
 
 def test_encoders_of_another_class_are_refused(folder, folders, tmp_path):
@@ -166,11 +166,11 @@ def test_encoders_of_another_class_are_refused(folder, folders, tmp_path):
     projected = ["transformers", "CLIPTextModelWithProjection"]
     edit(folder / "model_index.json", text_encoder=projected)
     words = "text_encoder: found 'CLIPTextModelWithProjection'; expected CLIPTextModel"
-    refused(lambda: outline_pipeline(folder), words)
+    refused(lambda: abstract_pipeline(folder), words)
     other = shutil.copytree(folders("sdxl"), tmp_path / "sdxl")
     edit(other / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"])
     words = "text_encoder_2: found 'CLIPTextModel'; expected CLIPTextModelWithProjection"
-    refused(lambda: outline_pipeline(other), words)
+    refused(lambda: abstract_pipeline(other), words)
 
 
 def test_sanas_pipeline_and_its_network_go_together(folders, tmp_path):
@@ -179,7 +179,7 @@ def test_sanas_pipeline_and_its_network_go_together(folders, tmp_path):
         found = check_pipeline(folder).scheduler["_class_name"]
         edit(folder / "model_index.json", _class_name=kind)
         words = f"scheduler: found '{found}' of a {kind}; expected SCMScheduler of SanaSprintPip"
-        refused(lambda: outline_pipeline(folder), words)  # noqa: B023
+        refused(lambda: abstract_pipeline(folder), words)  # noqa: B023
         other = "SCMScheduler" if family == "sana" else "DDIMScheduler"
         edit(folder / "model_index.json", scheduler=["diffusers", other])
         file = folder / "scheduler" / "scheduler_config.json"
@@ -188,11 +188,11 @@ def test_sanas_pipeline_and_its_network_go_together(folders, tmp_path):
                 {"prediction_type": "trigflow"} if family == "sana" else {"clip_sample": False}
             )
         )
-        refused(lambda: outline_pipeline(folder), f"found a {kind} with guidance_embeds")  # noqa: B023
+        refused(lambda: abstract_pipeline(folder), f"found a {kind} with guidance_embeds")  # noqa: B023
 
 
 @pytest.mark.parametrize("family", ["sana", "sd3"])
 def test_pipelines_that_scale_no_latents_are_refused_with_euler(folders, family, tmp_path):
     folder = shutil.copytree(folders(family), tmp_path / family)
     edit(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
-    refused(lambda: outline_pipeline(folder), "scheduler: found EulerDiscreteScheduler; expected")
+    refused(lambda: abstract_pipeline(folder), "scheduler: found EulerDiscreteScheduler; expected")

@@ -6,8 +6,8 @@ import pytest
 
 from gadjax.errors import InputError
 from gadjax.formats.sampling_config import (
-    FILE,
-    Sampling,
+    GADJAX_JSON,
+    SamplingConfig,
     read_sampling,
     read_teacher_guidance,
     read_world,
@@ -15,22 +15,25 @@ from gadjax.formats.sampling_config import (
 
 
 def test_defaults_without_a_file(tmp_path):
-    assert read_sampling(tmp_path, Sampling()) == Sampling(20, None, 4.5, 120)
+    assert read_sampling(tmp_path, SamplingConfig()) == SamplingConfig(20, None, 4.5, 120)
     assert read_world(tmp_path) is None
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(4, (899.0, 674.0, 449.0, 224.0), 1.0, 16), Sampling(12, None, 3.0, 300)]
+    "sampling",
+    [SamplingConfig(4, (899.0, 674.0, 449.0, 224.0), 1.0, 16), SamplingConfig(12, None, 3.0, 300)],
 )
 def test_round_trip(tmp_path, sampling):
-    (tmp_path / FILE).write_text(json.dumps({**sampling.to_dict(), "world": "shapes", "by": 1}))
-    assert read_sampling(tmp_path, Sampling()) == sampling
+    (tmp_path / GADJAX_JSON).write_text(
+        json.dumps({**sampling.to_dict(), "world": "shapes", "by": 1})
+    )
+    assert read_sampling(tmp_path, SamplingConfig()) == sampling
     assert read_world(tmp_path) == "shapes"
 
 
 def test_timesteps_alone_say_how_many(tmp_path):
-    (tmp_path / FILE).write_text('{"timesteps": [999, 1]}')
-    assert read_sampling(tmp_path, Sampling()) == Sampling(2, (999.0, 1.0))
+    (tmp_path / GADJAX_JSON).write_text('{"timesteps": [999, 1]}')
+    assert read_sampling(tmp_path, SamplingConfig()) == SamplingConfig(2, (999.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -52,15 +55,15 @@ def test_timesteps_alone_say_how_many(tmp_path):
     ],
 )
 def test_refused(tmp_path, text, message):
-    (tmp_path / FILE).write_text(text)
+    (tmp_path / GADJAX_JSON).write_text(text)
     with pytest.raises(InputError) as error:
-        read_sampling(tmp_path, Sampling())
-    assert message in str(error.value) and FILE in str(error.value)
+        read_sampling(tmp_path, SamplingConfig())
+    assert message in str(error.value) and GADJAX_JSON in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_world_is_a_name(tmp_path):
-    (tmp_path / FILE).write_text('{"world": 3}')
+    (tmp_path / GADJAX_JSON).write_text('{"world": 3}')
     with pytest.raises(InputError, match="world: found 3"):
         read_world(tmp_path)
 
@@ -70,12 +73,12 @@ def test_a_world_is_a_name(tmp_path):
     [("{}", None), ('{"teacher": "x"}', None), ('{"teacher": {"guidance": 4}}', 4)],
 )
 def test_the_guidance_that_a_student_was_distilled_at(tmp_path, text, guidance):
-    (tmp_path / FILE).write_text(text)
+    (tmp_path / GADJAX_JSON).write_text(text)
     assert read_teacher_guidance(tmp_path) == guidance
 
 
 def test_the_guidance_of_a_distillation_is_a_number(tmp_path):
     assert read_teacher_guidance(tmp_path) is None
-    (tmp_path / FILE).write_text('{"teacher": {"guidance": "4"}}')
+    (tmp_path / GADJAX_JSON).write_text('{"teacher": {"guidance": "4"}}')
     with pytest.raises(InputError, match="teacher.guidance: found '4'; expected a number"):
         read_teacher_guidance(tmp_path)

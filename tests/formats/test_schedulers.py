@@ -13,13 +13,13 @@ from gadjax.diffusion.samplers import sample
 from gadjax.diffusion.schedules import DDPM, Flow
 from gadjax.errors import InputError
 from gadjax.formats.scheduler_config import (
+    floors_timesteps,
     parameterization_from_config,
     schedule_from_config,
     student_scheduler_config,
-    tells_whole_times,
 )
 from gadjax.formats.schedulers import sampler_from_config
-from gadjax.pipelines.pipeline import told_whole
+from gadjax.pipelines.pipeline import floor_timesteps
 from gadjax.types import Cond
 
 torch.set_num_threads(1)
@@ -95,7 +95,7 @@ def our_predict(config):
     def apply(params, x, t, cond):
         return network(jnp, x, t[:, None, None, None])
 
-    apply = told_whole(apply) if tells_whole_times(config) else apply
+    apply = floor_timesteps(apply) if floors_timesteps(config) else apply
     denoiser = Denoiser(apply, schedule_from_config(config), parameterization_from_config(config))
     return lambda x, t: denoiser({}, x, t, Cond(None, None))
 
@@ -103,7 +103,7 @@ def our_predict(config):
 def ours_told(config, times):
     """What the network is told of the times [n + 1], in float32 as everywhere."""
     started = times[:-1].astype(np.float32)
-    return np.floor(started) if tells_whole_times(config) else started
+    return np.floor(started) if floors_timesteps(config) else started
 
 
 def assert_close(found, expected):

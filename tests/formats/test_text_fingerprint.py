@@ -10,7 +10,7 @@ from checkpoints import edit, refused
 
 from gadjax.formats.diffusers_folder import read_pipeline
 from gadjax.formats.fingerprints import text_fingerprint
-from gadjax.formats.orbax_folder import write_own
+from gadjax.formats.orbax_folder import write_gadjax_folder
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_other_parts_do_not_matter(copy, tiny_pipeline, tmp_path):
     assert text_fingerprint(copy) == wanted
     own = tmp_path / "own"
     own.mkdir()
-    write_own(read_pipeline(tiny_pipeline), own, wanted)
+    write_gadjax_folder(read_pipeline(tiny_pipeline), own, wanted)
     assert text_fingerprint(own) == wanted
 
 

@@ -9,7 +9,7 @@ from checkpoints import refused
 
 from gadjax.errors import InputError
 from gadjax.io import atomic
-from gadjax.io.atomic import atomic_folder, check_target, partial_folder, put_back
+from gadjax.io.atomic import atomic_folder, check_target, partial_folder, restore_replaced
 
 
 def test_atomic_folder(tmp_path):
@@ -101,13 +101,13 @@ def test_what_was_moved_aside_is_put_back(tmp_path, caplog):
     aside.mkdir()
     (aside / "a").write_text("old")
     with atomic._if_left(aside):  # its writer lives
-        put_back(dst)
+        restore_replaced(dst)
         assert not dst.exists()
     refused(lambda: check_target(dst), dst, "a folder with files in it")
     assert (dst / "a").read_text() == "old" and not aside.exists()
     assert "put back" in caplog.text
     aside.mkdir()
-    put_back(dst)  # nothing to do: dst is there
+    restore_replaced(dst)  # nothing to do: dst is there
     assert aside.exists()
     with atomic_folder(dst, overwrite=True):
         pass
@@ -156,7 +156,7 @@ while code == -signal.SIGKILL:
     write("old")
     code = killed(len(seen))
     at_once = found()
-    atomic.put_back(dst)
+    atomic.restore_replaced(dst)
     seen.append((at_once, found()))
     write("next")
     assert os.listdir(dst.parent) == ["out"], os.listdir(dst.parent)

@@ -21,17 +21,17 @@ from jax.sharding import SingleDeviceSharding
 from gadjax.checkpoints.checkpoint import Checkpoints, read_params
 from gadjax.cli.main import main
 from gadjax.errors import InputError, RunStopped
-from gadjax.io.manifest import find_fault
-from gadjax.io.storage import as_path, listing, reach, write_whole
+from gadjax.io.manifest import verify
+from gadjax.io.storage import as_path, check_access, list_objects, write_atomic
 from gadjax.runtime import workdir_lock as claims
-from gadjax.runtime.goodput import Clock
+from gadjax.runtime.goodput import GoodputClock
 from gadjax.runtime.profiler import Profile
 from gadjax.runtime.progress import Progress
 from gadjax.runtime.status import read_status
-from gadjax.runtime.supervisor import _say_stopped
-from gadjax.runtime.workdir_lock import Claim
+from gadjax.runtime.supervisor import _write_stopped_status
+from gadjax.runtime.workdir_lock import WorkdirLock
 from gadjax.training.config import default_config
-from gadjax.training.state import create
+from gadjax.training.state import create_state
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def test_a_folder_stays_a_folder_and_other_stores_are_refused(tmp_path, monkeypa
 
 
 def test_a_store_that_refuses_is_named_before_any_work(store, workdir, tmp_path, capsys):
-    reach(workdir, write=True)
+    check_access(workdir, write=True)
     with pytest.raises(InputError, match="gs://other/run: found nothing at .*; expected a bucket"):
-        reach(as_path("gs://other/run"))
+        check_access(as_path("gs://other/run"))
     store.refuse = lambda request: 403
     config = tmp_path / "config.py"
     config.write_text("from gadjax.training.config import default_config as get_config\n")
@@ -88,7 +88,7 @@ def make_state():
     keys = jax.random.split(jax.random.key(0), 2)
     params = {"student": {"kernel": jax.random.normal(keys[0], (64, 48))}}
     params["critic"] = {"kernel": jax.random.normal(keys[1], (8, 8)).astype(jnp.bfloat16)}
-    return create(params, {role: optax.adam(0.1) for role in params})
+    return create_state(params, {role: optax.adam(0.1) for role in params})
 
 
 def shapes(state):
@@ -112,22 +112,22 @@ def test_checkpoints(store, workdir, caplog):
     for step in (2, 4, 6):
         checkpoints.save(step, state, {"seed": step})
     checkpoints.manager.wait_until_finished()
-    assert {name.split("/")[0] for name in listing(folder)} == {"4", "6"}
+    assert {name.split("/")[0] for name in list_objects(folder)} == {"4", "6"}
     made = store.generations
-    assert made[f"{root}/6/seal.json"] < made[f"{root}/6/commit_success.txt"]
-    assert find_fault(folder / "6") is None
+    assert made[f"{root}/6/manifest.json"] < made[f"{root}/6/commit_success.txt"]
+    assert verify(folder / "6") is None
     checkpoints.close()  # completes the seal
-    sealed = json.loads((folder / "6" / "seal.json").read_text())
-    assert sealed.keys() == listing(folder / "6").keys() and find_fault(folder / "6") is None
-    for name in ("_CHECKPOINT_METADATA", "seal.json", "stray"):
+    sealed = json.loads((folder / "6" / "manifest.json").read_text())
+    assert sealed.keys() == list_objects(folder / "6").keys() and verify(folder / "6") is None
+    for name in ("_CHECKPOINT_METADATA", "manifest.json", "stray"):
         before = store.objects.get(f"{root}/6/{name}", b"")
         store.put(f"{root}/6/{name}", before + b" ")
-        assert name in find_fault(folder / "6")
+        assert name in verify(folder / "6")
         if before:
             store.put(f"{root}/6/{name}", before)
         else:
             store.remove(f"{root}/6/{name}")
-    assert find_fault(folder / "6") is None
+    assert verify(folder / "6") is None
 
     step, same, meta = restore(folder, state)
     assert (step, meta) == (6, {"seed": 6})
@@ -138,7 +138,7 @@ def test_checkpoints(store, workdir, caplog):
 
     # A save that was killed before its commit is none, and does not hinder the next one.
     store.put(f"{root}/8/state/d/half", b"half")
-    store.put(f"{root}/8/seal.json", b"{}")
+    store.put(f"{root}/8/manifest.json", b"{}")
     assert read_params(folder)[0] == 6
     with pytest.raises(InputError, match="found 6, 4; expected 8"):
         read_params(folder, "ema", 8)
@@ -147,16 +147,16 @@ def test_checkpoints(store, workdir, caplog):
     data = bytearray(store.objects[name])
     data[len(data) // 2] ^= 8
     store.put(name, data)
-    assert "its checksum differs" in find_fault(folder / "6")
+    assert "its checksum differs" in verify(folder / "6")
     checkpoints = Checkpoints(folder)
     assert checkpoints.restore(shapes(state))[0] == 4
     assert f"{folder}/6: damaged checkpoint skipped" in caplog.text
-    assert "6/seal.json" in listing(workdir / "damaged")
+    assert "6/manifest.json" in list_objects(workdir / "damaged")
     for step in (6, 8):
         checkpoints.save(step, state, {"again": step})
     checkpoints.close()
     assert restore(folder, state)[2] == {"again": 8}
-    assert "6/seal.json" in listing(workdir / "damaged")
+    assert "6/manifest.json" in list_objects(workdir / "damaged")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -177,31 +177,31 @@ def test_a_checkpoint_that_the_store_refuses_stops_the_run(store, workdir):
 
 
 def test_one_run_at_a_time(workdir, monkeypatch, caplog):
-    monkeypatch.setattr(claims, "RENEW", 0.2)
-    monkeypatch.setattr(claims, "STALE", 1.5)
-    monkeypatch.setattr(claims, "LOOK", 0.1)
-    with Claim(workdir, 10) as claim:
-        claim.say("running", 3)
+    monkeypatch.setattr(claims, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(claims, "STALE_SECONDS", 1.5)
+    monkeypatch.setattr(claims, "POLL_SECONDS", 0.1)
+    with WorkdirLock(workdir, 10) as claim:
+        claim.write_status("running", 3)
         with pytest.raises(InputError, match="another run .*process [0-9]+ on .*one at a time"):
-            Claim(workdir, 10)
+            WorkdirLock(workdir, 10)
     assert not (workdir / "lock").exists()
     assert json.loads((workdir / "status.json").read_text())["step"] == 3
 
     # Killed: the lock stays, and nobody renews it.
     dead = {"holder": "process 1 on earth", "time": time.time(), "token": "dead"}
-    write_whole(workdir / "lock", json.dumps(dead))
+    write_atomic(workdir / "lock", json.dumps(dead))
     began = time.monotonic()
-    with Claim(workdir, 10) as claim:
+    with WorkdirLock(workdir, 10) as claim:
         assert 1 < time.monotonic() - began < 10
         assert "found process 1 on earth; waiting" in caplog.text
-    write_whole(workdir / "lock", json.dumps(dead | {"time": time.time() - 60}))
+    write_atomic(workdir / "lock", json.dumps(dead | {"time": time.time() - 60}))
     began = time.monotonic()
     with pytest.raises(RunStopped, match="another run that took it over"):
-        with Claim(workdir, 10) as claim:
+        with WorkdirLock(workdir, 10) as claim:
             assert time.monotonic() - began < 1
-            write_whole(workdir / "lock", json.dumps(dead))
+            write_atomic(workdir / "lock", json.dumps(dead))
             claim.lock.thread.join(5)
-            claim.say("running", 4)
+            claim.write_status("running", 4)
     assert json.loads((workdir / "lock").read_text()) == dead
     assert json.loads((workdir / "status.json").read_text())["step"] == 3
 
@@ -209,13 +209,13 @@ def test_one_run_at_a_time(workdir, monkeypatch, caplog):
 def test_a_lock_that_cannot_be_written(store, workdir):
     store.refuse = lambda request: 403 if request.startswith("POST") else None
     with pytest.raises(InputError, match="found a folder that cannot be written .Forbidden"):
-        Claim(workdir, 10)
+        WorkdirLock(workdir, 10)
 
 
 def report(workdir, start=0):
     config = default_config()
     config.steps, config.batch, config.log.every = 8, 1, 1
-    return Progress(workdir, config, start, Clock())
+    return Progress(workdir, config, start, GoodputClock())
 
 
 def rows(workdir):
@@ -251,20 +251,20 @@ def test_what_a_run_says(store, workdir, caplog):
 def test_status(store, workdir):
     with pytest.raises(InputError, match="no such folder; expected a workdir"):
         read_status(workdir)
-    write_whole(workdir / "config.json", json.dumps({"steps": 9, "batch": 2, "log": {"every": 1}}))
-    with Claim(workdir, 9) as claim:
-        claim.say("running", 2)
+    write_atomic(workdir / "config.json", json.dumps({"steps": 9, "batch": 2, "log": {"every": 1}}))
+    with WorkdirLock(workdir, 9) as claim:
+        claim.write_status("running", 2)
     with report(workdir) as progress:
         progress.update(3, {"loss": 1.5})
     checkpoints = Checkpoints(workdir / "checkpoints")
     checkpoints.save(2, make_state(), {})
     checkpoints.close()
-    write_whole(workdir / "checkpoints" / "4" / "seal.json", "{}")  # not committed
-    write_whole(workdir / "previews" / "0000002.png", b"PNG")
+    write_atomic(workdir / "checkpoints" / "4" / "manifest.json", "{}")  # not committed
+    write_atomic(workdir / "previews" / "0000002.png", b"PNG")
     said = (workdir / "status.json").read_text()
-    _say_stopped(workdir / "status.json", "it hung")  # as gadjax launch does
+    _write_stopped_status(workdir / "status.json", "it hung")  # as gadjax launch does
     assert read_status(workdir)["text"] == "stopped: it hung"
-    write_whole(workdir / "status.json", said)
+    write_atomic(workdir / "status.json", said)
     found = read_status(str(workdir))
     assert (found["state"], found["step"], found["metrics"]) == ("running", 3, {"loss": 1.5})
     assert found["checkpoint"]["step"] == 2 and found["checkpoint"]["age_seconds"] > 0
@@ -280,11 +280,11 @@ def test_a_profile_is_copied(workdir, monkeypatch):
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
     said = []
     profile = Profile((0, 1), workdir, said.append)
-    profile.at(0, ())
+    profile.before_step(0, ())
     jax.block_until_ready(jnp.ones(3) + 1)
-    profile.at(1, ())
+    profile.before_step(1, ())
     assert said == [f"profile of steps 1 to 1: {workdir}/profile"]
-    assert any(name.endswith(".xplane.pb") for name in listing(workdir / "profile"))
+    assert any(name.endswith(".xplane.pb") for name in list_objects(workdir / "profile"))
     assert not os.path.exists(profile.local)
 
 
@@ -305,7 +305,7 @@ def test_a_whole_run(server, workdir, config, tmp_path):
     assert done.returncode == 0, done.stderr
     done = run(*train, "--config.steps=4", "--profile=2:1")
     assert done.returncode == 0 and "resumed at step 2" in done.stderr, done.stderr
-    found = {name.split("/")[0] for name in listing(workdir)}
+    found = {name.split("/")[0] for name in list_objects(workdir)}
     expected = {"config.json", "status.json", "run.json", "goodput.json", "metrics.jsonl"}
     assert found == expected | {"train.log", "checkpoints", "previews", "profile"}
     assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4]

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from gadjax.formats.schedulers import sampler_from_config
-from gadjax.models.ignored import IGNORED, note_unknown
+from gadjax.models.ignored import IGNORED, warn_unknown_keys
 from gadjax.models.registry import COMPONENTS, read_network
 
 PUBLISHED = json.loads(Path(__file__).parents[1].joinpath("published.json").read_text())
@@ -81,7 +81,7 @@ def test_every_key_of_a_scheduler_is_read_or_listed(name):
 def test_unknown_keys_of_a_text_encoder_are_named_once(caplog):
     config = {"d_model": 4, "mystery": 3, "nothing": None, "_own": 1, "dropout_rate": 0.1}
     for _ in range(2):
-        note_unknown("T5EncoderModel", config, ["d_model"])
+        warn_unknown_keys("T5EncoderModel", config, ["d_model"])
     (said,) = caplog.records
     assert said.levelno == logging.WARNING
     assert said.getMessage().startswith("config.json: mystery: no options of T5EncoderModel")

@@ -9,7 +9,7 @@ from gadjax.diffusion import geometry
 from gadjax.models import layers, mmdit, pixart
 from gadjax.models.module import Keys, functional
 from gadjax.ops.flops import flops
-from gadjax.parallel.placement import Placement, placed
+from gadjax.parallel.placement import Placement, current_placement
 from gadjax.parallel.sharding import make_mesh
 
 CONFIGS = {
@@ -57,8 +57,8 @@ def program(module, dtype):
 
 def in_parts(f, given, part, monkeypatch):
     """f(*given) and its operations, where a hidden layer's parts have so many numbers."""
-    monkeypatch.setattr(layers, "PART", part)
-    with placed(Placement(make_mesh({"data": 1}, jax.devices()[:1]))):
+    monkeypatch.setattr(layers, "MAX_CHUNK_ELEMENTS", part)
+    with current_placement(Placement(make_mesh({"data": 1}, jax.devices()[:1]))):
         return jax.jit(lambda *given: f(*given))(*given), flops(lambda *given: f(*given), *given)
 
 
@@ -117,6 +117,6 @@ def test_parts_round_no_more_than_the_whole(monkeypatch):
     ],
 )
 def test_in_how_many_parts(shape, hidden, parts):
-    assert layers.hidden_parts(shape, hidden) == (1, 1)  # outside of training
-    with placed(Placement(make_mesh({"data": 1}, jax.devices()[:1]))):
-        assert layers.hidden_parts(shape, hidden) == (parts, 1)
+    assert layers.hidden_chunks(shape, hidden) == (1, 1)  # outside of training
+    with current_placement(Placement(make_mesh({"data": 1}, jax.devices()[:1]))):
+        assert layers.hidden_chunks(shape, hidden) == (parts, 1)

@@ -109,7 +109,7 @@ def inputs(cfg, height, width, batch=3, length=7, seed=0):
         "resolution": np.array([[512, 768], [1024, 960], [640, 1200]], np.float32)[:batch],
         "aspect_ratio": np.array([[0.67], [1.06], [0.53]], np.float32)[:batch],
     }
-    return x, t, text, mask, added if Config.from_dict(cfg).sized else None
+    return x, t, text, mask, added if Config.from_dict(cfg).size_conditioned else None
 
 
 def torch_call(model, x, t, text, mask, added):
@@ -290,9 +290,11 @@ def test_each_parameter_has_one_rule_and_splits_over_128_devices():
 def test_published_configs_are_read():
     assert PUBLISHED["_class_name"] in CLASS_NAMES
     small, large = (Config.from_dict(PUBLISHED | {"sample_size": n}) for n in (64, 128))
-    assert (small.dim, small.position_scale, small.sized) == (1152, 1, False)
-    assert (large.dim, large.position_scale, large.sized) == (1152, 2, True)
-    assert not Config.from_dict(tiny(sample_size=128, use_additional_conditions=False)).sized
+    assert (small.dim, small.position_scale, small.size_conditioned) == (1152, 1, False)
+    assert (large.dim, large.position_scale, large.size_conditioned) == (1152, 2, True)
+    assert not Config.from_dict(
+        tiny(sample_size=128, use_additional_conditions=False)
+    ).size_conditioned
 
 
 @pytest.mark.parametrize(

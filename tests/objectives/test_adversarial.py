@@ -33,12 +33,12 @@ from gadjax.errors import InputError
 from gadjax.models import pixart
 from gadjax.objectives import DMD, GAD, TERMS, Adversarial, build
 from gadjax.parallel.sharding import path_name
-from gadjax.training.backward_simulation import drawn_steps
+from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.training.compile import compile_steps
 from gadjax.training.config import read_config
 from gadjax.training.context import make_context
 from gadjax.training.setup import prepare
-from gadjax.training.state import create
+from gadjax.training.state import create_state
 from gadjax.training.steps import critic_step, student_step
 
 TOKENS, WIDTH, B = 2, 12, 8
@@ -120,7 +120,7 @@ def test_losses_and_what_they_move(world, features, loss):
         def context(nets, other=None):
             shown = {"critic": other, "teacher": other} | {features: nets["network"]}
             given = nets["student"], shown["critic"], shown["teacher"], batch, nets["head"]
-            return make_context(world.recipe(term), term.needs, *given)
+            return make_context(world.step_spec(term), term.needs, *given)
 
         def ours(nets):
             found = context(nets)
@@ -168,9 +168,9 @@ def test_what_a_critic_step_trains():
         if name != "alone":
             term = Adversarial(name, hidden=6)
             total, old[name]["discriminator"] = total + 0.3 * term, some_head(term)
-        recipe = FLOW.recipe(total, optimizers=plain)
-        state, metrics = jax.jit(partial(critic_step, recipe))(
-            create(old[name], plain), teacher, batch
+        step_spec = FLOW.step_spec(total, optimizers=plain)
+        state, metrics = jax.jit(partial(critic_step, step_spec))(
+            create_state(old[name], plain), teacher, batch
         )
         new[name] = jax.device_get(state.params)
 
@@ -193,26 +193,26 @@ def test_under_the_cut_the_first_step_is_left_out():
 
     @jax.jit
     def both():
-        context = make_context(FLOW.recipe(term), term.needs, *given)
-        cut = replace(context, cut_first=True)
+        context = make_context(FLOW.step_spec(term), term.needs, *given)
+        cut = replace(context, detach_first_step=True)
         return [(term(c)[0], term.discriminator_loss(c)) for c in (context, cut)]
 
     whole, cut = both()
     for a, b in zip(whole, cut, strict=True):
         np.testing.assert_allclose(
-            b, a * np.where(drawn_steps(np.arange(B), 4), 4 / 3, 0), rtol=1e-5
+            b, a * np.where(stratified_step_indices(np.arange(B), 4), 4 / 3, 0), rtol=1e-5
         )
 
 
 def data(batch, number, mean, spread):
     """New draws each time, of N(mean, diag spread^2), and nothing told."""
     keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(batch.key)
-    first, second = (
+    initial_params, second = (
         jax.vmap(lambda k, i=i: jax.random.normal(jax.random.fold_in(k, i), SHAPE))(keys)
         for i in (7, 8)
     )
     x0 = mean.reshape(SHAPE) + spread.reshape(SHAPE) * second
-    return batch._replace(key=keys, noise=first, x0=x0)
+    return batch._replace(key=keys, noise=initial_params, x0=x0)
 
 
 FAKE = np.linspace(-0.5, 0.5, D), np.linspace(0.5, 1.2, D)  # mean, standard deviation
@@ -226,7 +226,7 @@ def test_it_tells_two_gaussians_apart_as_well_as_can_be():
     term = Adversarial("teacher", low=0.4, high=0.4, hidden=64)
     rate = optax.cosine_decay_schedule(2e-2, 400, 0.01)
     optimizers = {"student": optax.sgd(0.0), "discriminator": optax.adam(rate)}
-    recipe = ONE.recipe(term, optimizers=optimizers)
+    step_spec = ONE.step_spec(term, optimizers=optimizers)
     # x0 = mean + spread z, exactly.
     student = {"step0": {"matrix": jnp.diag(jnp.float32(FAKE[1])), "bias": jnp.float32(FAKE[0])}}
     student["step0"]["bend"] = jnp.zeros(D)
@@ -236,14 +236,14 @@ def test_it_tells_two_gaussians_apart_as_well_as_can_be():
     @jax.jit
     def trained(head, real):
         def update(state, number):
-            state, _ = critic_step(recipe, state, teacher, data(batch, number, *real))
+            state, _ = critic_step(step_spec, state, teacher, data(batch, number, *real))
             return state, None
 
-        start = create({"student": student, "discriminator": head}, optimizers)
+        start = create_state({"student": student, "discriminator": head}, optimizers)
         state, _ = jax.lax.scan(update, start, jnp.arange(400))
         head = state.params["discriminator"]
         many = data(make_batch(8192, told=0.0), 1000, *real)
-        context = make_context(recipe, term.needs, student, None, teacher, many, head)
+        context = make_context(step_spec, term.needs, student, None, teacher, many, head)
         fake, noise = context.student[0].x0, AT * context.normal("eps")
         seen = [(1 - AT) * x0 + noise for x0 in (fake, many.x0)]
         return term.discriminator_loss(context).mean(), seen, jnp.exp(-term(context)[0])
@@ -274,22 +274,22 @@ def test_a_student_learns_the_data_from_it_alone():
         role: optax.adam(optax.cosine_decay_schedule(rate, updates, 0.02), b1=0.0, b2=0.95)
         for role, rate in rates.items()
     }
-    recipe = ONE.recipe(1.0 * term, optimizers=optimizers, ema=0.98)
+    step_spec = ONE.step_spec(1.0 * term, optimizers=optimizers, ema=0.98)
     batch, teacher = make_batch(128, told=0.0), gaussian_params()
 
     @jax.jit
     def run(state):
         def update(state, number):
             now = partial(data, batch, mean=REAL[0], spread=REAL[1])
-            state, _ = critic_step(recipe, state, teacher, now(2 * number))
-            state, metrics = student_step(recipe, state, teacher, now(2 * number + 1))
+            state, _ = critic_step(step_spec, state, teacher, now(2 * number))
+            state, metrics = student_step(step_spec, state, teacher, now(2 * number + 1))
             return state, metrics["adversarial/logit"]
 
         return jax.lax.scan(update, state, jnp.arange(updates))
 
     head = term.init_discriminator(jax.random.key(0), WIDTH)
     student = ONE.student_params(scale=0.5)
-    state, logit = run(create({"student": student, "discriminator": head}, optimizers))
+    state, logit = run(create_state({"student": student, "discriminator": head}, optimizers))
 
     def apart(params):
         own = jax.tree.map(np.asarray, params["step0"])
@@ -311,19 +311,19 @@ def test_it_stands_beside_dmd_and_gad():
         "critic": gaussian_params(3),
         "discriminator": total.init_discriminator(jax.random.key(0), WIDTH),
     }
-    recipe = DDPM.recipe(total, optimizers=optimizers, microbatches=2)
+    step_spec = DDPM.step_spec(total, optimizers=optimizers, microbatches=2)
     teacher, batch = gaussian_params(), make_batch(B)._replace(x0=pictures(B))
 
     @jax.jit
     def run(state):
         def update(state, _):
-            state, metrics = critic_step(recipe, state, teacher, batch)
-            state, more = student_step(recipe, state, teacher, batch)
+            state, metrics = critic_step(step_spec, state, teacher, batch)
+            state, more = student_step(step_spec, state, teacher, batch)
             return state, metrics | more
 
         return jax.lax.scan(update, state, None, 2)
 
-    state, metrics = run(create(params, optimizers))
+    state, metrics = run(create_state(params, optimizers))
     expected = {"loss/dmd", "loss/adversarial", "loss/gad", "adversarial/logit", "critic/loss"}
     assert expected | {"discriminator/loss", "discriminator/bad"} <= set(metrics)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state, metrics)))
@@ -390,7 +390,7 @@ def test_the_head_needs_no_rule_of_its_network(config):
     """Only what is large is cut."""
     run = prepare(read_config(["--config", str(config)]))
     state = compile_steps(run).state
-    shapes = jax.eval_shape(run.start, run.first).params["discriminator"]
+    shapes = jax.eval_shape(run.start, run.initial_params).params["discriminator"]
     assert shapes["linear_1"]["kernel"].shape == (24, 4096)
     for tree in (state.params["discriminator"], state.opt["discriminator"]):
         specs = {path_name(path): x.spec for path, x in jax.tree_util.tree_leaves_with_path(tree)}

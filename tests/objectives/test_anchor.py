@@ -29,8 +29,8 @@ from gadjax.objectives.base import sample_mean
 from gadjax.objectives.compose import Addable
 from gadjax.ops.flops import flops
 from gadjax.parallel.sharding import batch_sharding, make_mesh, replicated
-from gadjax.training.backward_simulation import drawn_steps
-from gadjax.training.state import create
+from gadjax.training.backward_simulation import stratified_step_indices
+from gadjax.training.state import create_state
 from gadjax.training.steps import student_step
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
@@ -66,7 +66,7 @@ def test_in_a_flow_the_target_is_the_secants_velocity():
     velocity = z - x0  # at sigma = 1 eps is z itself
     target = (z - arrived) / ((world.times[0] - world.times[1]) / 1000)
     expected = ((velocity - target) ** 2).mean(1)
-    first = drawn_steps(np.arange(B), 4) == 0
+    first = stratified_step_indices(np.arange(B), 4) == 0
     # Four steps share the batch, and the mean over it is to be that over the first one's samples.
     np.testing.assert_allclose(loss_B, np.where(first, 4 * expected, 0), rtol=1e-4)
 
@@ -83,7 +83,7 @@ def test_the_x0_target_is_what_the_teacher_sees_at_the_end_of_its_walk(world):
     step = jax.tree.map(lambda v: np.asarray(v, float), student["step0"])
     x0 = z @ step["matrix"].T + step["bias"] + flat_text(batch)
     expected = ((x0 - target) ** 2).mean(1)
-    first = drawn_steps(np.arange(B), 4) == 0
+    first = stratified_step_indices(np.arange(B), 4) == 0
     np.testing.assert_allclose(loss_B, np.where(first, 4 * expected, 0), rtol=1e-4)
 
 
@@ -141,10 +141,10 @@ class End(Addable):
     @property
     def needs(self):
         tangent = Directions() if self.kind == "tangent" else None
-        return Needs(endpoint=self.kind == "endpoint", whole=bool(tangent), tangent=tangent)
+        return Needs(endpoint=self.kind == "endpoint", full_map=bool(tangent), tangent=tangent)
 
     def __call__(self, context):
-        end = context.endpoint if self.needs.endpoint else context.whole[0]
+        end = context.endpoint if self.needs.endpoint else context.full_map[0]
         return 0 * sample_mean(end), {}
 
 
@@ -167,7 +167,10 @@ def test_where_the_student_walks_to_the_end_all_samples_train_the_first_step(wor
     """As one whose drawn step is the first does in a batch of such samples, there at weight 4."""
     batch = make_batch(B)
     first = batch._replace(stratum=jnp.zeros_like(batch.stratum))
-    alone, beside = slopes(world, anchor, first, shares=B), slopes(world, anchor + End(kind), batch)
+    alone, beside = (
+        slopes(world, anchor, first, batch_shards=B),
+        slopes(world, anchor + End(kind), batch),
+    )
     for one, other in zip(*map(jax.tree.leaves, (alone, beside)), strict=True):
         np.testing.assert_allclose(one / 4, other, rtol=1e-5, atol=1e-6)
 
@@ -222,12 +225,12 @@ def test_dpdmds_update_costs_no_more_for_four_times_the_samples():
     params = {"student": FLOW_WORLD.student_params(), "critic": gaussian_params(3)}
 
     def cost(total):
-        recipe = FLOW_WORLD.recipe(total, optimizers=PLAIN)
-        state = create(params, PLAIN)
-        return flops(partial(student_step, recipe), state, gaussian_params(), batch)
+        step_spec = FLOW_WORLD.step_spec(total, optimizers=PLAIN)
+        state = create_state(params, PLAIN)
+        return flops(partial(student_step, step_spec), state, gaussian_params(), batch)
 
     all_of, some, none = cost(DPDMD), cost(DPDMD + Landing()), cost(DMD(backprop="all"))
-    useful = np.sum(np.asarray(drawn_steps(batch.stratum, 4)) == 0)
+    useful = np.sum(np.asarray(stratified_step_indices(batch.stratum, 4)) == 0)
     per = (all_of - none) / B, (some - none) / useful
     print(f"operations of the anchor per sample that trains it: {per[1]:.0f} -> {per[0]:.0f}")
     assert none < all_of <= some and per[0] <= per[1] / 4
@@ -236,10 +239,10 @@ def test_dpdmds_update_costs_no_more_for_four_times_the_samples():
 def moves(mesh, **more):
     """By how much plain gradient steps move the student, and its losses."""
     params = {"student": FLOW_WORLD.student_params(bend=0.2), "critic": gaussian_params(3)}
-    recipe = FLOW_WORLD.recipe(DPDMD, optimizers=PLAIN, shares=mesh.size, **more)
-    state = jax.device_put(create(params, PLAIN), replicated(mesh))
+    step_spec = FLOW_WORLD.step_spec(DPDMD, optimizers=PLAIN, batch_shards=mesh.size, **more)
+    state = jax.device_put(create_state(params, PLAIN), replicated(mesh))
     batch = jax.device_put(make_batch(16), batch_sharding(mesh))
-    new, metrics = jax.jit(partial(student_step, recipe))(state, gaussian_params(), batch)
+    new, metrics = jax.jit(partial(student_step, step_spec))(state, gaussian_params(), batch)
     return jax.device_get((new.params["student"], metrics))
 
 
@@ -299,7 +302,7 @@ def test_guidance_is_in_the_target():
         np.asarray(world.losses(Anchor(), guidance=w)(batch, student, None, teacher)[0])
         for w in (1, GUIDANCE)
     ]
-    found = np.array(found)[:, drawn_steps(np.arange(B), 2) == 0]
+    found = np.array(found)[:, stratified_step_indices(np.arange(B), 2) == 0]
     assert np.abs(found[0] - found[1]).min() > 1e-3
 
 

@@ -30,7 +30,7 @@ from gadjax.objectives.common import pseudo_loss, sg
 from gadjax.objectives.comparisons import gad_lift
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.training.context import make_context
-from gadjax.training.state import Recipe
+from gadjax.training.state import StepSpec
 from gadjax.types import Batch, Cond
 
 GRID = (899.0, 674.0, 449.0, 224.0)  # the script's
@@ -129,11 +129,11 @@ def bench():
         key=jax.random.split(jax.random.key(0), SAMPLES),
         stratum=jnp.arange(SAMPLES, dtype=jnp.int32) + 2 * (jnp.arange(SAMPLES) // len(prompts)),
     )
-    recipe = Recipe(pipeline.denoiser, TDM(), (*GRID, -1.0), SCALE, {}, 0.99)
+    step_spec = StepSpec(pipeline.denoiser, TDM(), (*GRID, -1.0), SCALE, {}, 0.99)
 
     @jax.jit
     def asked(batch, student):
-        context = make_context(recipe, TDM().needs, student, student, student, batch)
+        context = make_context(step_spec, TDM().needs, student, student, student, batch)
         x_tau, tau_B, _ = TDM().diffused(context)
         return context.t_B, context.x_BHWC, tau_B, x_tau
 

@@ -113,7 +113,7 @@ def test_two_terms_of_a_kind_keep_draws_and_metrics_of_their_own():
         assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5)
     batch, twice = make_batch(1000), First() + First()
     context = WORLD.context(twice, batch)
-    a, b = (loss_B for _, _, loss_B, _ in twice.each(context))
+    a, b = (loss_B for _, _, loss_B, _ in twice.term_losses(context))
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
 
 
@@ -138,7 +138,7 @@ def test_sums_of_sums_are_sums():
     assert (2 * (dmd + 0.5 * gad) + 0.5 * (0.2 * anchor)).parts == expected
     assert (dmd + (gad + anchor)).parts == ((1.0, dmd), (1.0, gad), (1.0, anchor))
     needs = (dmd + gad + anchor).needs
-    assert needs.student and needs.critic and needs.cut_first and not needs.endpoint
+    assert needs.student and needs.critic and needs.detach_first_step and not needs.endpoint
     # GAD and the anchor walk the same map, once; its tangent is asked for by one of them.
     assert needs.maps == GAD().needs.maps and list(needs.maps.values()) == [True]
 
@@ -209,7 +209,7 @@ def test_one_trainer_may_serve_other_readers():
     @jax.jit
     def both(student):
         context = WORLD.context(total, batch, student, critic, None)
-        return total.critic_loss(context), TDM().critic_loss(context.named("critic"))
+        return total.critic_loss(context), TDM().critic_loss(context.with_stream("critic"))
 
     a, b = both(WORLD.student_params())
     np.testing.assert_array_equal(a, b)

@@ -18,7 +18,7 @@ from closed_form import (
 from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives import DMD, Anchor
-from gadjax.training.backward_simulation import drawn_steps
+from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.types import Prediction
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
@@ -99,12 +99,12 @@ def test_the_anchors_cut_keeps_dmd_off_the_first_step_and_nowhere_else():
     world = FLOW_WORLD
     batch, critic, teacher = make_batch(B), gaussian_params(3), gaussian_params(0)
     student, dmd = world.student_params(bend=0.3), DMD(backprop="all")
-    assert (dmd + 0.05 * Anchor()).needs.cut_first and not dmd.needs.cut_first
+    assert (dmd + 0.05 * Anchor()).needs.detach_first_step and not dmd.needs.detach_first_step
 
     @jax.jit
     def gradients(student, critic, teacher):
         def loss(student, cut):
-            needs = replace(dmd.needs, cut_first=cut)
+            needs = replace(dmd.needs, detach_first_step=cut)
             context = world.context(Asks(dmd, needs), batch, student, critic, teacher)
             return dmd(context)[0].mean()
 
@@ -179,14 +179,14 @@ def test_drawn_steps_leave_the_anchors_step_out_of_the_mean():
         def masked(student):
             context = world.context(total, batch, student, critic, teacher)
             loss_B = DMD()(context)[0]
-            return loss_B.mean(), (loss_B, context.base_B, context.first_B)
+            return loss_B.mean(), (loss_B, context.base_weight_B, context.first_step_weight_B)
 
         alone = world.context(DMD(), batch, student, critic, teacher)
         (_, found), slope = jax.value_and_grad(masked, has_aux=True)(student)
         return found, slope, DMD()(alone)[0]
 
     (masked, weight, first), slope, plain = jax.device_get(run(student))
-    step = drawn_steps(np.arange(B), 4)
+    step = stratified_step_indices(np.arange(B), 4)
     np.testing.assert_allclose(weight, np.where(step > 0, 4 / 3, 0), rtol=1e-6)
     np.testing.assert_array_equal(masked[step == 0], 0)
     np.testing.assert_allclose(masked, plain * weight, rtol=1e-6)

@@ -27,7 +27,7 @@ from gadjax.errors import InputError
 from gadjax.objectives import GAD, Anchor, TeacherMap
 from gadjax.objectives.base import stream_keys
 from gadjax.objectives.common import student_map, student_tangents
-from gadjax.training.backward_simulation import drawn_steps
+from gadjax.training.backward_simulation import stratified_step_indices
 
 SQUARE = {"loss": "square"}
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
@@ -92,7 +92,7 @@ def test_tangents_are_those_of_the_maps_at_the_students_own_latent(name, end):
         for value, pushed, expected, slope in pairs.values():
             assert np.abs(value - expected).max() < 1e-12 * np.abs(expected).max()
             assert np.abs(pushed - slope).max() < 1e-8 * np.abs(slope).max()
-        np.testing.assert_array_equal(step, drawn_steps(np.arange(samples), 4))
+        np.testing.assert_array_equal(step, stratified_step_indices(np.arange(samples), 4))
 
         # x is where the student's own walk from z is before its drawn step.
         np.testing.assert_array_equal(x[step == 0], np.asarray(batch.noise)[step == 0])
@@ -115,7 +115,7 @@ def test_the_targets_are_products_of_the_steps_own_matrices(world):
     with jax.enable_x64(True):
         batch, teacher = make_batch(samples, dtype=float), gaussian_params(dtype=float)
         (value, pushed), x, v = run(batch, world.student_params(dtype=float), teacher)
-    step = drawn_steps(np.arange(samples), 4)
+    step = stratified_step_indices(np.arange(samples), 4)
     start, end = np.array(world.times)[step], np.array(world.times)[step + 1]
     times = start + np.linspace(0, 1, steps + 1)[:, None] * (end - start)
     jacobian, shift = gaussian_walk(teacher, world.schedule, times, guided_text(batch))
@@ -162,7 +162,7 @@ def test_the_targets_converge_to_a_gaussians_exact_jacobian(world, end):
         batch, teacher = make_batch(8, dtype=float), gaussian_params(dtype=float)
         student = world.student_params(dtype=float)
         found, x, v = targets(world, end, batch, student, teacher)
-    step = drawn_steps(np.arange(8), 4)
+    step = stratified_step_indices(np.arange(8), 4)
     start, stop = np.array(world.times)[step], np.array(world.times)[step + 1]
     if end == "clean":
         stop = np.full(8, world.times[-1])
@@ -189,7 +189,7 @@ def test_the_targets_converge_to_the_odes_own_derivative(name, end):
             walk = lambda x: exact_map(predict, world.schedule, x, world.times[1], stop)  # noqa: E731
             return jax.jvp(walk, (x,), (v,))
 
-        own = drawn_steps(np.arange(32), 4) == 1
+        own = stratified_step_indices(np.arange(32), 4) == 1
         found, value, pushed = jax.tree.map(lambda x: x[own], (found, *exact(x, v)))
     check_first_order(found, flat(value), flat(pushed))
 
@@ -292,7 +292,7 @@ def test_the_whole_map_is_every_step_of_both(world):
                 grid = jnp.linspace(world.times[0], world.times[-1], 7)
                 return rollout(context.teacher, world.schedule, z, grid).end
 
-            pairs = context.whole, context.maps[TeacherMap("whole", 6)]
+            pairs = context.full_map, context.maps[TeacherMap("whole", 6)]
             v_J = context.direction_JBHWC
             slopes = [
                 jnp.stack([central(f, batch.noise, v) for v in v_J])
@@ -341,7 +341,9 @@ def test_step_weights_choose_the_steps():
     plain = world.losses(GAD())(batch, student, None, teacher)[0]
     first = world.losses(GAD(step_weights=(2.0, 0.0, 0.0, 0.5)))(batch, student, None, teacher)[0]
     np.testing.assert_allclose(
-        first, np.array([2.0, 0, 0, 0.5])[drawn_steps(np.arange(8), 4)] * plain, rtol=1e-5
+        first,
+        np.array([2.0, 0, 0, 0.5])[stratified_step_indices(np.arange(8), 4)] * plain,
+        rtol=1e-5,
     )
 
 
@@ -358,7 +360,7 @@ def test_control_directions_are_the_teachers_gradient():
         return context.direction_JBHWC[0], w
 
     v, w = run(world.student_params())
-    step = drawn_steps(np.arange(samples), 4)
+    step = stratified_step_indices(np.arange(samples), 4)
     start, end = np.array(world.times)[step], np.array(world.times)[step + 1]
     times = start + np.linspace(0, 1, 4)[:, None] * (end - start)
     jacobian, _ = gaussian_walk(teacher, world.schedule, times, guided_text(batch))
@@ -395,7 +397,7 @@ def at(scales, found, wanted, **options):
         for scale in scales:
             context = SimpleNamespace(
                 maps={TeacherMap("whole", term.steps): (None, jnp.asarray(wanted))},
-                whole=(None, jnp.asarray(scale * found)),
+                full_map=(None, jnp.asarray(scale * found)),
             )
             values.append(float(term(context)[0][0]))
     return np.array(values)

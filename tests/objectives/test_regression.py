@@ -12,7 +12,7 @@ from closed_form import (
 )
 
 from gadjax.objectives import Anchor, Regression
-from gadjax.training.backward_simulation import drawn_steps
+from gadjax.training.backward_simulation import stratified_step_indices
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 
@@ -47,7 +47,7 @@ def test_to_the_clean_end_it_is_the_distance_of_x0_from_the_whole_walk(world):
     batch = make_batch(samples)
     loss_B, x, said = jax.device_get(run(batch, student, teacher))
     x, said = (v.reshape(samples, D).astype(float) for v in (x, said))
-    start = np.array(world.times)[drawn_steps(np.arange(samples), 4)]
+    start = np.array(world.times)[stratified_step_indices(np.arange(samples), 4)]
     times = start + np.linspace(0, 1, 8)[:, None] * (world.times[-1] - start)
     jacobian, shift = gaussian_walk(teacher, world.schedule, times, guided_text(batch))
     wanted = np.einsum("bij,bj->bi", jacobian, x) + shift
@@ -65,5 +65,5 @@ def test_the_anchors_step_is_left_out():
 
     masked, plain = jax.device_get(run(student))
     np.testing.assert_allclose(
-        masked, plain * np.where(drawn_steps(np.arange(16), 4), 4 / 3, 0), rtol=1e-5
+        masked, plain * np.where(stratified_step_indices(np.arange(16), 4), 4 / 3, 0), rtol=1e-5
     )

@@ -14,7 +14,7 @@ from closed_form import (
 )
 
 from gadjax.objectives import TDM, Anchor
-from gadjax.training.backward_simulation import drawn_steps
+from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.types import Prediction
 
 each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
@@ -34,7 +34,7 @@ def test_tau_lies_within_the_steps_own_interval():
     tau = np.asarray(run(batch, student))
     np.testing.assert_array_equal(tau, np.floor(tau))
     for k in range(4):
-        own = tau[drawn_steps(np.arange(samples), 4) == k]
+        own = tau[stratified_step_indices(np.arange(samples), 4) == k]
         low, high = max(50, world.times[k + 1]), world.times[k] - 40
         assert own.min() >= low and own.max() < high
         assert own.min() < low + 5 and own.max() >= high - 5
@@ -112,6 +112,6 @@ def test_the_anchors_step_is_left_out():
         return [(TDM()(c)[0], TDM().critic_loss(c)) for c in (context, alone)]
 
     masked, plain = jax.device_get(run(student, critic, teacher))
-    weight = np.where(drawn_steps(np.arange(B), 4), 4 / 3, 0)
+    weight = np.where(stratified_step_indices(np.arange(B), 4), 4 / 3, 0)
     for a, b in zip(masked, plain, strict=True):
         np.testing.assert_allclose(a, b * weight, rtol=1e-5)

@@ -26,7 +26,7 @@ def normal(seed, *shapes, dtype=np.float64):
 @pytest.fixture
 def blocks(monkeypatch):
     """So few logits at once that every attention here takes several blocks and a remainder."""
-    monkeypatch.setattr(dual_attention, "CELLS", 200)
+    monkeypatch.setattr(dual_attention, "MAX_LOGITS", 200)
 
 
 def everything(f, moving, primals, along, weights, bias):

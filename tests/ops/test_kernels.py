@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gadjax.diffusion.geometry import tangents
 from gadjax.ops import kernels, pallas_gpu, pallas_tpu
 from gadjax.ops.attention import attention
-from gadjax.parallel.placement import Placement, placed
-from gadjax.parallel.sharding import SAMPLES, make_mesh
+from gadjax.parallel.placement import Placement, current_placement
+from gadjax.parallel.sharding import BATCH_AXES, make_mesh
 
 B, N, H, K = 2, 40, 2, 8
 
@@ -35,7 +35,7 @@ def place(monkeypatch):
         supported=lambda q, k, bias: True,
         **{name: interpreted(name) for name in ("value", "dual", "dual_transpose")},
     )
-    monkeypatch.setitem(kernels.MODULES, "tpu", module)
+    monkeypatch.setitem(kernels.KERNEL_MODULES, "tpu", module)
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     return SimpleNamespace(on=Placement(mesh, "tpu"), off=Placement(mesh), calls=calls)
 
@@ -65,7 +65,7 @@ def test_tangents_and_gradients_through_them(place, count):
             value, moved = tangents(net, x, jnp.stack(v))
             return jnp.sum(value**2) + jnp.sum(moved**3), (value, moved)
 
-        with placed(place):
+        with current_placement(place):
             return jax.grad(lambda x, text: loss(x, text)[0], (0, 1))(x, text), loss(x, text)[1]
 
     found = run(x, text, place.on)
@@ -76,11 +76,11 @@ def test_tangents_and_gradients_through_them(place, count):
 def test_reverse_mode_in_bfloat16_has_more_than_the_rounded_results(place):
     """With what keys and values have in common, those alone would be wrong by 0.1."""
     args, cotangents = case(40, 50, channels=K, dtype=jnp.bfloat16, shared=3)
-    chosen = kernels.Kernels(kernels.MODULES["tpu"], place.on.mesh)
+    chosen = kernels.Kernels(kernels.KERNEL_MODULES["tpu"], place.on.mesh)
 
     @jax.jit
     def run(args, cotangents):
-        found, transpose = jax.vjp(partial(kernels.dual_by, chosen), *args)
+        found, transpose = jax.vjp(partial(kernels.dual_with_kernels, chosen), *args)
         dq, dk, dv, _, *moving = transpose(cotangents)
         return found, (dq, dk, dv, *moving)
 
@@ -91,7 +91,7 @@ def test_values(place):
     q, k, v = arrays((B, N, H, K), (B, 11, H, K), (B, 11, H, K))
 
     def run(place):
-        with placed(place):
+        with current_placement(place):
             return jax.value_and_grad(lambda *x: jnp.sum(attention(*x) ** 2), (0, 1, 2))(q, k, v)
 
     found = run(place.on)
@@ -101,8 +101,8 @@ def test_values(place):
 
 def test_what_kernels_do_not_take_goes_without(place, monkeypatch):
     (x,) = arrays((B, N, H, K))
-    monkeypatch.setattr(kernels.MODULES["tpu"], "supported", lambda q, k, bias: False)
-    with placed(place.on):
+    monkeypatch.setattr(kernels.KERNEL_MODULES["tpu"], "supported", lambda q, k, bias: False)
+    with current_placement(place.on):
         close(attention(x, x, x), attention(x, x, x))
     assert not place.calls
 
@@ -116,7 +116,7 @@ def test_a_step_of_four_tpus_compiles_with_them(count, axis):
 
     mesh = make_mesh({"data": 1, "fsdp": 2, axis: 2}, find_topology("v5e:2x2").devices())
     shape = jax.ShapeDtypeStruct(
-        (2, 512, 2, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(SAMPLES))
+        (2, 512, 2, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     )
     layers = jax.ShapeDtypeStruct(
         (2, 64, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp"))
@@ -131,7 +131,7 @@ def test_a_step_of_four_tpus_compiles_with_them(count, axis):
             value, moved = tangents(net, x, jnp.stack([x] * count))
             return jnp.sum(value.astype(jnp.float32)) + jnp.sum(moved.astype(jnp.float32))
 
-        with placed(Placement(mesh, "tpu")):
+        with current_placement(Placement(mesh, "tpu")):
             return jax.grad(loss)(layers)
 
     text = step.lower(layers, shape).compile().as_text()
@@ -155,6 +155,6 @@ def test_a_cards_kernels_are_tried_before_they_are_trusted(monkeypatch, caplog):
     ):
         caplog.clear()
         module = SimpleNamespace(dual=forward, dual_transpose=transpose)
-        monkeypatch.setitem(kernels.MODULES, "gpu", module)
-        assert kernels.proven.__wrapped__("gpu", dtype) is right
+        monkeypatch.setitem(kernels.KERNEL_MODULES, "gpu", module)
+        assert kernels.kernels_validated.__wrapped__("gpu", dtype) is right
         assert said in caplog.text and bool(caplog.text) is not right

@@ -6,8 +6,8 @@ import pytest
 from attention_cases import both, case, error, error_of_directions, error_of_value
 
 from gadjax.ops import pallas_gpu
-from gadjax.parallel.hardware import CARDS, find_topology
-from gadjax.plan.programs import HURRIED
+from gadjax.parallel.hardware import GPUS, find_topology
+from gadjax.plan.programs import FAST_COMPILE_OPTIONS
 
 CASES = {
     "cross": (dict(queries=70, keys=77, moving=False, masked=True, channels=40), 1e-5),
@@ -56,7 +56,7 @@ def test_lowers_for_cuda(moving):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("card", GPUS)
 @pytest.mark.parametrize("positions, channels", [(1024, 72), (4096, 64), (1024, 128)])
 def test_compiles_for_cards_that_are_not_there(card, positions, channels):
     where = find_topology(f"{card}:1")
@@ -65,6 +65,6 @@ def test_compiles_for_cards_that_are_not_there(card, positions, channels):
     place = jax.sharding.SingleDeviceSharding(where.devices()[0])
     x = jax.ShapeDtypeStruct((2, positions, 16, channels), jnp.bfloat16, sharding=place)
     lowered = jax.jit(both(pallas_gpu)).lower((x, x, x, None, x, x, x), (x, x))
-    found = lowered.compile(compiler_options=HURRIED["gpu"])
+    found = lowered.compile(compiler_options=FAST_COMPILE_OPTIONS["gpu"])
     # A few of the operands' size in float32, and nothing of the size of the logits.
     assert found.memory_analysis().temp_size_in_bytes < 6 * 4 * x.size

@@ -15,7 +15,7 @@ from several import run_on_devices
 from gadjax.diffusion.geometry import tangents
 from gadjax.ops import dual_attention, kernels, pallas_tpu
 from gadjax.ops.attention import attention
-from gadjax.parallel.placement import Placement, placed, whole
+from gadjax.parallel.placement import Placement, current_placement, gather_positions
 from gadjax.parallel.sharding import AXES, make_mesh
 
 B, N, H, K, TEXT = 2, 24, 2, 4, 11
@@ -53,7 +53,7 @@ def given(count, dtype, rows):
 
 
 def run(f, place, arguments):
-    with placed(place):
+    with current_placement(place):
         return jax.jit(lambda *x: f(*x))(*arguments)
 
 
@@ -65,7 +65,7 @@ def worst(f, place, arguments) -> float:
 
 
 def split(f, place, arguments) -> bool:
-    with placed(place):
+    with current_placement(place):
         return "shard_map" in str(jax.make_jaxpr(lambda *x: f(*x))(*arguments))
 
 
@@ -86,7 +86,7 @@ def interpreted() -> SimpleNamespace:
 FEW = 40
 CASES = {
     "two tangents in blocks": ((1, 2, 2, 2), gradient_of_tangents, 2, FEW),
-    "values": ((1, 2, 2, 2), gradient_of_values, 1, dual_attention.CELLS),
+    "values": ((1, 2, 2, 2), gradient_of_values, 1, dual_attention.MAX_LOGITS),
     "values in blocks": ((1, 2, 1, 4), gradient_of_values, 1, FEW),
 }
 
@@ -96,7 +96,7 @@ def worker(out: Path) -> None:
     found = {}
     for name, (sizes, f, count, cells) in CASES.items():
         place = Placement(make_mesh(dict(zip(AXES, sizes, strict=True))))
-        dual_attention.CELLS = cells
+        dual_attention.MAX_LOGITS = cells
         with jax.enable_x64(True):
             found[name] = worst(f, place, given(count, jnp.float64, rows=True))
     case = given(1, jnp.float32, rows=True)
@@ -104,7 +104,7 @@ def worker(out: Path) -> None:
     odd = [x[..., :21, :, :] if x.ndim > 3 and x.shape[-3] == N else x for x in case[:4]]
     found["odd"] = split(gradient_of_values, place, (*odd, None))
 
-    module = kernels.MODULES["tpu"] = interpreted()
+    module = kernels.KERNEL_MODULES["tpu"] = interpreted()
     place = place._replace(kernels="tpu")
     case = given(2, jnp.float32, rows=False)
     found["kernels tangents"] = worst(gradient_of_tangents, place, case)
@@ -139,8 +139,8 @@ def test_without_an_axis_of_positions_nothing_changes():
     place = Placement(make_mesh({"data": 1}, jax.devices()[:1]))
     case = given(2, jnp.float32, rows=True)
     assert not split(gradient_of_tangents, place, case)
-    with placed(place):
-        assert whole(case[0]) is case[0]
+    with current_placement(place):
+        assert gather_positions(case[0]) is case[0]
 
 
 if __name__ == "__main__":

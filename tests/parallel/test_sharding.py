@@ -18,9 +18,9 @@ from gadjax.errors import InputError
 from gadjax.models import layers, pixart
 from gadjax.models.module import functional
 from gadjax.models.params import flatten
-from gadjax.parallel.placement import shares
+from gadjax.parallel.placement import batch_shards
 from gadjax.parallel.sharding import AXES, check_batch, make_mesh, path_name, shardings
-from gadjax.training.state import create
+from gadjax.training.state import create_state
 
 B, LENGTH, TEXT = 32, 5, 8
 CONFIG = pixart.Config(
@@ -39,7 +39,7 @@ def tiny_run(mesh, microbatches, offload=()):
     from gadjax.diffusion.denoiser import Denoiser
     from gadjax.diffusion.schedules import DDPM
     from gadjax.objectives import DMD, GAD, Anchor
-    from gadjax.training.state import Recipe
+    from gadjax.training.state import StepSpec
     from gadjax.types import Cond
 
     net = functional(pixart.build(CONFIG, remat=False))
@@ -52,10 +52,10 @@ def tiny_run(mesh, microbatches, offload=()):
         folder=SimpleNamespace(components={"transformer": SimpleNamespace(module=pixart)}),
         latent=(4, 4, 4),
         cond=lambda text, mask, pooled: Cond(text, mask),
-        body="transformer",
+        backbone="transformer",
     )
     optimizers = {"student": OPTIMIZER, "critic": OPTIMIZER}
-    recipe = Recipe(
+    step_spec = StepSpec(
         denoiser=Denoiser(
             pixart.predictor(net.apply, CONFIG),
             DDPM(),
@@ -68,7 +68,7 @@ def tiny_run(mesh, microbatches, offload=()):
         optimizers=optimizers,
         ema=0.9,
         microbatches=microbatches,
-        shares=shares(mesh),
+        batch_shards=batch_shards(mesh),
     )
     null = {"text": rng.normal(size=(1, LENGTH, TEXT)), "mask": np.ones((1, LENGTH))}
     frozen = {"null": jax.tree.map(np.float32, null), "transformer": teacher}
@@ -82,11 +82,11 @@ def tiny_run(mesh, microbatches, offload=()):
             critic=SimpleNamespace(updates=1),
         ),
         pipeline=pipeline,
-        recipe=recipe,
+        step_spec=step_spec,
         mesh=mesh,
         frozen=frozen,
-        first=student,
-        start=lambda p: create(
+        initial_params=student,
+        start=lambda p: create_state(
             {role: jax.tree.map(jnp.copy, p) for role in optimizers}, optimizers
         ),
     )
@@ -119,11 +119,11 @@ def worker(out: Path) -> None:
         mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
         run = tiny_run(mesh, microbatches, offload)
         steps = compile_steps(run)
-        state = jax.device_put(run.start(run.first), steps.state)
+        state = jax.device_put(run.start(run.initial_params), steps.state)
         frozen = jax.device_put(run.frozen, steps.frozen)
         metrics, flops = {}, {}
         # Eight devices make a hidden layer in parts, one as a whole.
-        layers.PART = 2**24 if mesh.size == 1 else 2**4
+        layers.MAX_CHUNK_ELEMENTS = 2**24 if mesh.size == 1 else 2**4
         for role in roles:
             step = None
             for update in range(2):
@@ -251,7 +251,7 @@ def test_an_axis_that_does_not_divide_is_refused():
 
 def test_moments_and_averages_lie_with_their_parameter():
     run = tiny_run(MESH, 1)
-    state = jax.eval_shape(run.start, run.first)
+    state = jax.eval_shape(run.start, run.initial_params)
     found = {path_name(path): s.spec for path, s in leaves(shardings(state, pixart.RULES, MESH))}
     own = {
         path_name(path): s.spec

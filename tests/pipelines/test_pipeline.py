@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import edit
 
-from gadjax.pipelines.pipeline import load_pipeline, told_whole
+from gadjax.pipelines.pipeline import floor_timesteps, load_pipeline
 
 
 def test_a_network_told_whole_times_keeps_its_derivative_in_time():
@@ -17,7 +17,7 @@ def test_a_network_told_whole_times_keeps_its_derivative_in_time():
 
     x, t = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([749.25, 3.9])
     told, moved = jax.jvp(
-        lambda t: told_whole(network)(2.0, x, t, None), (t,), (jnp.array([1.0, -1.0]),)
+        lambda t: floor_timesteps(network)(2.0, x, t, None), (t,), (jnp.array([1.0, -1.0]),)
     )
     whole = np.array([[749], [3]])
     np.testing.assert_allclose(told, 2 * x * np.sin(whole / 20), rtol=1e-5)

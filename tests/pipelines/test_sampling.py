@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gadjax.errors import InputError
-from gadjax.formats.sampling_config import Sampling
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise, sampler_and_times
 
@@ -38,7 +38,7 @@ def theirs(pipe, noise, sampling):
 def test_the_teacher_draws_as_diffusers_does(torch_pipeline, loaded):
     pipeline, params = loaded
     noise = initial_noise(0, 3, pipeline.latent)
-    sampling = Sampling(5, None, 3.0, LENGTH)
+    sampling = SamplingConfig(5, None, 3.0, LENGTH)
     ours = draw(pipeline, params, sampling, PROMPTS, noise)
     torch_pipeline.set_progress_bar_config(disable=True)
     wanted = 2 * theirs(torch_pipeline, noise, sampling) - 1
@@ -61,7 +61,7 @@ def test_a_student_draws_as_diffusers_does(torch_pipeline, loaded):
     )
     pipe.set_progress_bar_config(disable=True)
     noise = initial_noise(0, 3, pipeline.latent)
-    sampling = Sampling(3, (899, 674, 300), 1.0, LENGTH)
+    sampling = SamplingConfig(3, (899, 674, 300), 1.0, LENGTH)
     ours = draw(pipeline, params, sampling, PROMPTS, noise)
     np.testing.assert_allclose(ours, 2 * theirs(pipe, noise, sampling) - 1, atol=2e-5)
 
@@ -70,9 +70,9 @@ def test_batches_make_no_difference(loaded):
     pipeline, params = loaded
     noise = initial_noise(3, 3, pipeline.latent)
     done = []
-    whole = draw(pipeline, params, Sampling(2, None, 2.0, LENGTH), PROMPTS, noise)
+    whole = draw(pipeline, params, SamplingConfig(2, None, 2.0, LENGTH), PROMPTS, noise)
     parts = draw(
-        *(pipeline, params, Sampling(2, None, 2.0, LENGTH), PROMPTS, noise),
+        *(pipeline, params, SamplingConfig(2, None, 2.0, LENGTH), PROMPTS, noise),
         batch=2,
         progress=done.append,
     )
@@ -92,9 +92,9 @@ def test_noise_is_a_function_of_seed_and_place():
 
 def test_timesteps_are_walked_by_steps_of_order_one(loaded):
     pipeline, _ = loaded
-    sampler, times = sampler_and_times(pipeline, Sampling(2, (899.0, 449.0), 1.0, 16))
+    sampler, times = sampler_and_times(pipeline, SamplingConfig(2, (899.0, 449.0), 1.0, 16))
     assert sampler.order == 1 and times.tolist() == [899, 449, -1]
-    sampler, times = sampler_and_times(pipeline, Sampling(7))
+    sampler, times = sampler_and_times(pipeline, SamplingConfig(7))
     assert sampler.order == 2 and len(times) == 8
     with pytest.raises(InputError, match="timesteps"):
-        sampler_and_times(pipeline, Sampling(2, (1200.0, 449.0), 1.0, 16))
+        sampler_and_times(pipeline, SamplingConfig(2, (1200.0, 449.0), 1.0, 16))

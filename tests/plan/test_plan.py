@@ -46,7 +46,7 @@ def made():
     """A plan of the bundled teacher for four chips of a v5e, and what was said on the way."""
     pytest.importorskip("libtpu")
     said = []
-    return plan(shapes_config(), "v5e:2x2", utilisation=0.5, say=said.append), said
+    return plan(shapes_config(), "v5e:2x2", utilisation=0.5, log=said.append), said
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +56,9 @@ def run():
 
 def test_what_a_chip_holds(made, run):
     held = made[0]["memory"]["held"]
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(run.first))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(run.initial_params))
     state = ("student parameters", "critic parameters", "optimizer moments", "EMA")
-    biases = sum(v.size for k, v in flatten(run.first).items() if k.endswith("bias"))
+    biases = sum(v.size for k, v in flatten(run.initial_params).items() if k.endswith("bias"))
     assert biases < 0.02 * numbers
     # Student and critic, two moments of each, and the average. Every chip has all of the biases.
     assert numbers / 4 < sum(held[name] for name in state) / (4 * 7) < numbers / 4 + biases
@@ -79,14 +79,14 @@ def test_what_waits_on_the_host_is_not_on_the_chip():
 
 
 def test_operations_are_those_of_the_steps(made, run):
-    state = jax.eval_shape(run.start, run.first)
+    state = jax.eval_shape(run.start, run.initial_params)
     raw = run.source.batch(0, 16)
     found = made[0]["flops"]
     for name, step in {"critic": critic_step, "student": student_step}.items():
 
         def whole(state, frozen, raw, step=step):
             batch = make_batch(run.pipeline, frozen, raw, make_key(0), 0)
-            return step(run.recipe, state, frozen["transformer"], batch)
+            return step(run.step_spec, state, frozen["transformer"], batch)
 
         assert found["step"][name] == flops(whole, state, run.frozen, raw)
     assert made[0]["updates"] == {"critic": 2, "student": 1}
@@ -98,7 +98,10 @@ def test_operations_are_those_of_the_steps(made, run):
 
 
 def test_what_is_sent(made, run):
-    sent, numbers = made[0]["traffic"], sum(leaf.size for leaf in jax.tree.leaves(run.first))
+    sent, numbers = (
+        made[0]["traffic"],
+        sum(leaf.size for leaf in jax.tree.leaves(run.initial_params)),
+    )
     assert sent["unknown_loops"] == 0
     for step in sent["step"].values():
         assert step["all-gather"] > 0 and step["all-reduce"] > 0
@@ -130,7 +133,7 @@ def test_topologies_have_as_many_chips_as_their_table_says():
 
 
 def test_cards_are_an_estimate_without_a_plugin_for_them(monkeypatch):
-    monkeypatch.setattr(hardware, "PLUGINS", ("jax_plugins.none",))
+    monkeypatch.setattr(hardware, "CUDA_PLUGINS", ("jax_plugins.none",))
     assert find_topology("gpu:8") == Topology("gpu:8", CHIPS["h100"], 8, True)
     assert len(jax.devices()) < 4096
     with pytest.raises(InputError, match="expected 4096, one for each card"):
@@ -138,9 +141,9 @@ def test_cards_are_an_estimate_without_a_plugin_for_them(monkeypatch):
 
 
 def test_cards_are_compiled_for_where_a_plugin_is(monkeypatch):
-    monkeypatch.setattr(hardware, "PLUGINS", ("json.decoder",))
+    monkeypatch.setattr(hardware, "CUDA_PLUGINS", ("json.decoder",))
     assert not find_topology("h200:16").estimate
-    assert hardware.TARGETS.keys() == set(hardware.CARDS)
+    assert hardware.TARGETS.keys() == set(hardware.GPUS)
 
     def asked(platform, target_config, topology):
         assert platform == "cuda" and "major: 9" in target_config
@@ -165,7 +168,7 @@ def test_a_program_for_cards_that_are_not_there():
 
 def refused(config, topology, **options) -> str:
     with pytest.raises(InputError) as error:
-        plan(config, topology, say=lambda text: pytest.fail(text), **options)
+        plan(config, topology, log=lambda text: pytest.fail(text), **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -205,33 +208,33 @@ class Pretended:
         self.where = Topology("", Chip("", 100, 1), 8, False)
         self.compiled = []
 
-    def compile(self, name, batch, say):
+    def compile(self, name, batch, log):
         self.compiled.append(batch)
         peak = self.a + self.c * batch / 8
         return Compiled(peak <= 100, peak if peak <= 100 or self.says else None, 1, 1, "", 0.0)
 
 
 @pytest.mark.parametrize("says", [True, False])
-@pytest.mark.parametrize("first", [8, 24, 800])
-def test_the_largest_batch(first, says):
+@pytest.mark.parametrize("initial_params", [8, 24, 800])
+def test_the_largest_batch(initial_params, says):
     mesh = jax.sharding.AbstractMesh((2, 4, 1), ("data", "fsdp", "tensor"))
-    run = SimpleNamespace(mesh=mesh, recipe=SimpleNamespace(microbatches=1))
+    run = SimpleNamespace(mesh=mesh, step_spec=SimpleNamespace(microbatches=1))
     programs = Pretended(run, 20.5, 7, says)
     done = {"critic": programs.compile("critic", 8, None)._replace(peak=1.0)}
-    done["student"] = programs.compile("student", first, None)
-    found = planning._largest(programs, first, done, None)
+    done["student"] = programs.compile("student", initial_params, None)
+    found = planning._largest(programs, initial_params, done, None)
     assert found["step"] == "student" and found["batch"] % 8 == 0
     if says:
         assert found["batch"] == 88  # 20.5 + 7 * 11 = 97.5
     assert 8 <= found["batch"] <= 88 and found["peak"] == 20.5 + 7 * found["batch"] / 8
     assert len(programs.compiled) <= 3 + planning.TRIES
-    if first == 24:  # two for the line, and one that the line says
+    if initial_params == 24:  # two for the line, and one that the line says
         assert programs.compiled == [8, 24, 48, 88]
 
 
 def test_nothing_fits():
     mesh = jax.sharding.AbstractMesh((1, 4, 1), ("data", "fsdp", "tensor"))
-    run = SimpleNamespace(mesh=mesh, recipe=SimpleNamespace(microbatches=2))
+    run = SimpleNamespace(mesh=mesh, step_spec=SimpleNamespace(microbatches=2))
     programs = Pretended(run, 200, 7)
     found = planning._largest(programs, 16, {"student": programs.compile("", 16, None)}, None)
     assert found["batch"] == 0 and found["peak"] is None
@@ -360,7 +363,7 @@ def test_a_published_network_within_minutes(tmp_path):
         ]
     )
     start = time.perf_counter()
-    found = plan(config, "v5e:4x4", say=print)
+    found = plan(config, "v5e:4x4", log=print)
     print(table(found))
     print(f"{time.perf_counter() - start:.0f} s")
     held = found["memory"]["held"]

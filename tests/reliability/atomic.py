@@ -20,7 +20,7 @@ from figures import write_figures
 from real_runs import start, tail, write_pipeline
 from workdirs import make_workdir
 
-from gadjax.formats.orbax_folder import PARAMS, is_own, read_own
+from gadjax.formats.orbax_folder import PARAMS, is_gadjax_folder, read_gadjax_folder
 
 # Where kills are aimed, in turn: at any moment of a process's life, at the writing, and at the
 # moment in which the folders change places.
@@ -166,9 +166,9 @@ def content(folder: Path) -> Files:
     """What a folder says. Orbax names and packs its files anew each time: for parameters that it
     keeps, reading them compares their fingerprints with those in the manifest."""
     files = _bytes(folder)
-    if not is_own(folder):
+    if not is_gadjax_folder(folder):
         return files
-    read_own(folder)
+    read_gadjax_folder(folder)
     return {name: data for name, data in files.items() if not name.startswith(f"{PARAMS}/")}
 
 

@@ -26,7 +26,7 @@ from jax.sharding import SingleDeviceSharding
 from real_runs import make_config, start, tail
 
 from gadjax.checkpoints.checkpoint import Checkpoints
-from gadjax.checkpoints.steps import committed
+from gadjax.checkpoints.steps import committed_steps
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def damage_many(
 ) -> tuple[Counter, list[str]]:
     """(damages by kind, what was not as it must be). folder: of checkpoints, which are as before in
     the end."""
-    newest, before = committed(folder)[:2]
+    newest, before = committed_steps(folder)[:2]
     step, whole = folder / str(newest), folder.with_name("whole")
     shutil.copytree(step, whole)
     abstract = shapes(step)

@@ -16,15 +16,15 @@ sys.path.insert(0, str(TESTS))  # for a script; pytest has it there
 
 from gadjax.formats.diffusers_folder import read_pipeline  # noqa: E402
 from gadjax.formats.fingerprints import text_fingerprint  # noqa: E402
-from gadjax.formats.orbax_folder import open_folder, write_own  # noqa: E402
-from gadjax.formats.sampling_config import Sampling, read_sampling, read_world  # noqa: E402
+from gadjax.formats.orbax_folder import open_folder, write_gadjax_folder  # noqa: E402
+from gadjax.formats.sampling_config import SamplingConfig, read_sampling, read_world  # noqa: E402
 from gadjax.formats.scheduler_config import student_scheduler_config  # noqa: E402
 from gadjax.formats.schedulers import sampler_from_config  # noqa: E402
 from gadjax.formats.weights import open_weights, write_weights  # noqa: E402
 from gadjax.io.untrusted import read_json  # noqa: E402
 from gadjax.models.registry import read_network  # noqa: E402
 from gadjax.models.text.tokenizer import load_tokenizer  # noqa: E402
-from gadjax.pipelines.pipeline import load_pipeline, outline_pipeline  # noqa: E402
+from gadjax.pipelines.pipeline import abstract_pipeline, load_pipeline  # noqa: E402
 
 PROMPTS = ["a red circle above", ""]
 CLASSES = {  # class -> family and part that has it
@@ -144,7 +144,7 @@ def read_tokenizer(class_name: str, folder: Path) -> None:
 
 def make_own(folder: Path) -> None:
     source = _family("pixart")
-    write_own(read_pipeline(source), folder, text_fingerprint(source))
+    write_gadjax_folder(read_pipeline(source), folder, text_fingerprint(source))
 
 
 def make_recipe(folder: Path) -> None:
@@ -153,7 +153,7 @@ def make_recipe(folder: Path) -> None:
 
 
 def read_recipe(folder: Path) -> None:
-    read_sampling(folder, Sampling())
+    read_sampling(folder, SamplingConfig())
     read_world(folder)
 
 
@@ -168,7 +168,7 @@ def read_whole(folder: Path) -> None:
 
 def read_outline(folder: Path) -> None:
     """As `gadjax plan` does."""
-    pipeline, _ = outline_pipeline(folder)
+    pipeline, _ = abstract_pipeline(folder)
     pipeline.tokens(PROMPTS, read_sampling(folder, pipeline.sampling).length)
 
 

@@ -19,13 +19,13 @@ from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings  # 
 from gadjax.data.images import open_images  # noqa: E402
 from gadjax.data.prompts import read_prompts  # noqa: E402
 from gadjax.formats.model_card import read_license, read_report, report_lines  # noqa: E402
-from gadjax.io.image_grid import wrap  # noqa: E402
-from gadjax.io.manifest import COMMIT  # noqa: E402
+from gadjax.io.image_grid import wrap_text  # noqa: E402
+from gadjax.io.manifest import COMMIT_MARKER  # noqa: E402
 from gadjax.io.untrusted import read_json  # noqa: E402
-from gadjax.runtime.goodput import Clock  # noqa: E402
+from gadjax.runtime.goodput import GoodputClock  # noqa: E402
 from gadjax.runtime.status import read_status, table  # noqa: E402
 from gadjax.training.config import as_json, check_inputs, check_resume, default_config  # noqa: E402
-from gadjax.training.workdir import read_trained, recipe_of  # noqa: E402
+from gadjax.training.workdir import parse_run_metadata, read_trained  # noqa: E402
 
 TEXTS = [
     "a red circle",
@@ -52,7 +52,7 @@ def read_and_show(suffix: str, folder: Path) -> None:
     font = ImageFont.load_default(11)
     for text in read_prompts(folder / f"p.{suffix}"):
         assert text == text.strip() and text and len(text.encode()) <= 1 << 17
-        wrap(text, font, 100)
+        wrap_text(text, font, 100)
 
 
 def make_images(captions: str, folder: Path) -> None:
@@ -130,7 +130,7 @@ def make_run(folder: Path) -> None:
             },
         },
         "inputs.json": INPUTS,
-        f"checkpoints/20/{COMMIT}": {"step": 20},
+        f"checkpoints/20/{COMMIT_MARKER}": {"step": 20},
     }
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def read_run(folder: Path) -> None:
 
 
 def read_to_resume(folder: Path) -> None:
-    clock = Clock()
+    clock = GoodputClock()
     clock.resume(folder, 30)
     assert 0 <= clock.share() <= 1
     check_resume(read_json(folder / "config.json"), config(), folder)
@@ -162,7 +162,7 @@ def make_meta(folder: Path) -> None:
 
 
 def read_meta(folder: Path) -> None:
-    _, _, sampling = recipe_of(read_json(folder / "meta.json"), str(folder))
+    _, _, sampling = parse_run_metadata(read_json(folder / "meta.json"), str(folder))
     sampling.to_dict()
 
 
@@ -172,12 +172,12 @@ def make_checkpoints(folder: Path) -> None:
 
     from gadjax.checkpoints.checkpoint import Checkpoints
     from gadjax.training.config import write_json
-    from gadjax.training.state import create
+    from gadjax.training.state import create_state
 
     write_json(config(), folder / "config.json")
     checkpoints = Checkpoints(folder / "checkpoints")
     for step in (1, 2):
-        state = create({"student": {"a": jnp.ones(step + 3)}}, {"student": optax.sgd(1e-3)})
+        state = create_state({"student": {"a": jnp.ones(step + 3)}}, {"student": optax.sgd(1e-3)})
         state = state._replace(step=jnp.int32(step), ema={"a": jnp.ones(3) * step})
         checkpoints.save(step, state, {"config": as_json(config()), "teacher": "a" * 32})
     checkpoints.close()

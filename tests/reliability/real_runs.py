@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp  # noqa: E402
 from tiny_run import write_config, write_pipeline  # noqa: E402
 
 from gadjax.formats.weights import fingerprint  # noqa: E402
-from gadjax.io.manifest import find_fault  # noqa: E402
+from gadjax.io.manifest import verify  # noqa: E402
 from gadjax.parallel.sharding import path_name  # noqa: E402
 
 
@@ -56,7 +56,7 @@ def sound(workdir: Path) -> list[int]:
     """Steps of checkpoints that agree with their seals."""
     folder = workdir / "checkpoints"
     steps = (int(name) for name in names(folder) if name.isdigit())
-    return [step for step in steps if find_fault(folder / str(step)) is None]
+    return [step for step in steps if verify(folder / str(step)) is None]
 
 
 def names(folder: Path) -> list[str]:

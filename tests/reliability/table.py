@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md, from the figures that the scripts here left.
+"""The table of docs/fault_tolerance.md, from the figures that the scripts here left.
 
 python tests/reliability/table.py      puts it there
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from figures import RESULTS, ROOT
 
-DOCUMENT = ROOT / "docs/reliability.md"
+DOCUMENT = ROOT / "docs/fault_tolerance.md"
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->"
 
 # What a file of figures says: the fault, what was done how often, what became of it.

@@ -8,7 +8,7 @@ from disk import ACCIDENTS, BORNE, Disk, Whole, can_mount, try_accident
 from flips import restore, shapes
 
 from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed
-from gadjax.training.state import create
+from gadjax.training.state import create_state
 
 # Elsewhere tests/training/test_failures.py has the same faults injected.
 pytestmark = pytest.mark.skipif(not can_mount(), reason="only root may mount a tmpfs")
@@ -19,7 +19,7 @@ SAID = {"full": "No space left on device", "read_only": "Read-only file system",
 def test_saves_go_on_after_an_accident(tmp_path, accident):
     happen, undo = ACCIDENTS[accident]
     network = {"kernel": jax.random.normal(jax.random.key(0), (512, 512))}  # x 5: 5 MB
-    state = create({"student": network}, {"student": optax.adam(0.1)})
+    state = create_state({"student": network}, {"student": optax.adam(0.1)})
     with Disk(tmp_path / "disk") as disk:
         folder = disk.mount / "run" / "checkpoints"
         checkpoints = Checkpoints(folder, keep=2)

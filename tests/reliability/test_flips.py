@@ -12,7 +12,7 @@ from real_runs import state_of
 
 from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.cli.main import main
-from gadjax.training.state import create
+from gadjax.training.state import create_state
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def steps(tmp_path_factory):
     """Checkpoints 2, 4 and 6, of other values each."""
     folder = tmp_path_factory.mktemp("flips") / "checkpoints"
     network = {"kernel": jax.random.normal(jax.random.key(0), (32, 16)), "bias": jnp.arange(5.0)}
-    state = create({"student": network}, {"student": optax.adam(0.1)})
+    state = create_state({"student": network}, {"student": optax.adam(0.1)})
     checkpoints = Checkpoints(folder)
     for step in (2, 4, 6):
         moved = jax.tree.map(lambda x, step=step: x + np.asarray(step, x.dtype), state)
@@ -39,11 +39,11 @@ def test_every_damage_is_found_and_the_step_before_restored(steps):
 def test_every_file_is_drawn(steps):
     files = {str(p.relative_to(steps / "6")) for p in (steps / "6").rglob("*") if p.is_file()}
     assert {damage.name for damage in draw(steps / "6", 500, 0)} == files
-    assert {"seal.json", "_CHECKPOINT_METADATA", "commit_success.txt"} < files
+    assert {"manifest.json", "_CHECKPOINT_METADATA", "commit_success.txt"} < files
 
 
 def test_what_is_not_found_is_told(steps, monkeypatch):
-    monkeypatch.setattr("gadjax.checkpoints.steps.find_fault", lambda folder: None)
+    monkeypatch.setattr("gadjax.checkpoints.steps.verify", lambda folder: None)
     monkeypatch.setattr("flips.draw", lambda *more: [Damage("flip", "commit_success.txt", 9)])
     _, failures = damage_many(steps, 1)
     assert len(failures) == 1 and "commit_success.txt" in failures[0] and "said []" in failures[0]

@@ -11,10 +11,10 @@ from checkpoints import STEM, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gadjax.errors import LONGEST, InputError, RunStopped
+from gadjax.errors import MAX_CHARS, InputError, RunStopped
 from gadjax.formats.safetensors_file import TYPES, read_header
 from gadjax.formats.weights import open_weights
-from gadjax.io.untrusted import JSON_LIMIT, is_name, read_json
+from gadjax.io.untrusted import MAX_JSON_BYTES, is_safe_filename, read_json
 
 pytestmark = pytest.mark.usefixtures("hurry")
 FEW = settings(
@@ -28,7 +28,7 @@ def one_line(call):
         return call()
     except (InputError, RunStopped) as error:
         text = str(error)
-        assert text.isprintable() and 0 < len(text) <= LONGEST
+        assert text.isprintable() and 0 < len(text) <= MAX_CHARS
         return None
 
 
@@ -37,7 +37,7 @@ def test_errors_are_one_line_whatever_they_quote(kind):
     error = kind("a\nb\r\u2028\x1b[31m\u202e\ud800 Käse")
     assert str(error) == f"{error}" == "a\\nb\\r\\u2028\\x1b[31m\\u202e\\ud800 Käse"
     for long in (kind("file: " + "x" * 10**6 + "; expected y"), kind("\n" * 10**6)):
-        assert len(str(long)) <= LONGEST
+        assert len(str(long)) <= MAX_CHARS
     assert str(kind("file: " + "x" * 10**6 + "; expected y")).endswith("; expected y")
 
 
@@ -132,8 +132,8 @@ def test_json_of_a_gigabyte_is_not_read(tmp_path):
     with open(path, "wb") as file:
         file.truncate(1 << 30)
     tracemalloc.start()
-    refused(lambda: read_json(path), path, f"more than {JSON_LIMIT} bytes")
-    assert tracemalloc.get_traced_memory()[1] < 3 * JSON_LIMIT
+    refused(lambda: read_json(path), path, f"more than {MAX_JSON_BYTES} bytes")
+    assert tracemalloc.get_traced_memory()[1] < 3 * MAX_JSON_BYTES
     tracemalloc.stop()
 
 
@@ -154,4 +154,8 @@ def test_neither_pipes_nor_devices_nor_folders_are_read(tmp_path):
     "name", ["", ".", "..", "a/b", "/a", "../a", "a\\b", "a\0", "\n", "é" * 200]
 )
 def test_no_name_of_a_file(name):
-    assert not is_name(name) and not is_name(None) and is_name("model-00001.safetensors")
+    assert (
+        not is_safe_filename(name)
+        and not is_safe_filename(None)
+        and is_safe_filename("model-00001.safetensors")
+    )

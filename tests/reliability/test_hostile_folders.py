@@ -16,10 +16,10 @@ from gadjax.formats.diffusers_folder import check_pipeline, write_pipeline
 from gadjax.formats.fingerprints import text_fingerprint
 from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.schedulers import sampler_from_config
-from gadjax.io.untrusted import check_inside, read_json
+from gadjax.io.untrusted import check_no_escape, read_json
 from gadjax.models.registry import read_network
 from gadjax.models.text.tokenizer import build_word_tokenizer, load_tokenizer
-from gadjax.pipelines.pipeline import outline_pipeline
+from gadjax.pipelines.pipeline import abstract_pipeline
 
 pytestmark = pytest.mark.usefixtures("hurry")
 CHEAP = ("weights", "shards", "recipe")
@@ -177,7 +177,7 @@ def test_parts_without_end(tmp_path):
     deep = tmp_path / "deep"
     deep.mkdir()
     (deep / "up").symlink_to(".")
-    refused(lambda: check_inside(deep, tmp_path), "up", "a link to a folder")
+    refused(lambda: check_no_escape(deep, tmp_path), "up", "a link to a folder")
 
 
 def test_own_folder_names_stay_inside(tiny_pipeline, tmp_path):
@@ -194,7 +194,7 @@ def test_a_tokenizer_of_no_class(tiny_pipeline, tmp_path, entry):
     folder = shutil.copytree(tiny_pipeline, tmp_path / "copy")
     index = read_json(folder / "model_index.json") | {"tokenizer": entry}
     (folder / "model_index.json").write_text(json.dumps(index))
-    refused(lambda: outline_pipeline(folder), "tokenizer")
+    refused(lambda: abstract_pipeline(folder), "tokenizer")
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.name in CHEAP], ids=lambda t: t.name)

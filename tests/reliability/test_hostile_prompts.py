@@ -20,15 +20,15 @@ from PIL import ImageFont
 from gadjax.cli.main import main
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
 from gadjax.data.prompts import MAX_PROMPT, check_prompt, read_prompts
-from gadjax.errors import InputError, printable, shown
+from gadjax.errors import InputError, escape_nonprintable, short_repr
 from gadjax.evaluation.evaluate import Evaluation, Row
 from gadjax.evaluation.metric_catalogue import catalogue
 from gadjax.evaluation.oracles import WORLDS
 from gadjax.evaluation.report import as_markdown
 from gadjax.formats.model_card import Export, card
-from gadjax.formats.sampling_config import Sampling
-from gadjax.io.image_grid import grid, wrap
-from gadjax.io.markdown import in_markdown
+from gadjax.formats.sampling_config import SamplingConfig
+from gadjax.io.image_grid import grid, wrap_text
+from gadjax.io.markdown import escape_markdown
 
 HOSTILE = (
     "# a | b `c` *d* _e_ [f](http://x) ![g](h)",
@@ -178,7 +178,7 @@ def test_tokenizers_take_whatever_is_let_through(tmp_path):
 @FAST
 @given(st.one_of(TEXT, st.sampled_from(HOSTILE)))
 def test_the_escape_undone_is_the_text(text):
-    escaped, plain = in_markdown(text), printable(" ".join(text.split()))
+    escaped, plain = escape_markdown(text), escape_nonprintable(" ".join(text.split()))
     assert escaped.isprintable() and not set(escaped) & set("<>")
     assert not re.search(r"(?<!\\)(\\\\)*[|`*\[\]#~$]", escaped)
     assert not escaped.startswith(("-", "+", "=", "#")) and not re.match(r"\d+[.)]", escaped)
@@ -198,7 +198,7 @@ PLACES = ("# {}", "- {}", "- name: {}", "{}", "made of {} by")
 @given(st.one_of(TEXT, st.sampled_from(HOSTILE)))
 def test_markdown_shows_the_text_and_nothing_else(text):
     reader = renderer()
-    escaped, plain = in_markdown(text), printable(" ".join(text.split()))
+    escaped, plain = escape_markdown(text), escape_nonprintable(" ".join(text.split()))
     for place in PLACES:
         wanted = reader.parse(place.format("word"))
         found = reader.parse(place.format(escaped))
@@ -219,7 +219,7 @@ def test_a_report_stays_a_report():
     listed = catalogue(WORLDS["none"])
 
     def made(text):
-        row = Row("student", f"{text}, 4 steps", Sampling(), 4, images, {})
+        row = Row("student", f"{text}, 4 steps", SamplingConfig(), 4, images, {})
         settings = {"teacher": text, text: 3}
         return as_markdown(Evaluation([row], listed, {"frechet": text}), settings)
 
@@ -236,7 +236,7 @@ def test_a_model_card_stays_a_card(text):
     metric = {"value": 1.0, "low": None, "high": None}
     rows = {"a": {"label": text, "evaluations": 4, "metrics": {text: metric}}}
     export = Export(
-        **{"name": text, "sampling": Sampling(4), "times": (3.0,), "step": 1, "part": "ema"},
+        **{"name": text, "sampling": SamplingConfig(4), "times": (3.0,), "step": 1, "part": "ema"},
         config={"guidance": 2.0, "batch": 8, "objective": {"dmd": {"kind": text}}},
         **{"teacher": text, "fingerprint": "a", "latent": (8, 8, 4), "pipeline": "P"},
         **{"arguments": {"a": text}, "license": text, "report": {"rows": rows}},
@@ -247,7 +247,7 @@ def test_a_model_card_stays_a_card(text):
     end = lines.index("---", 1)
     front, text_of_card = yaml.safe_load("\n".join(lines[1:end])), "\n".join(lines[end:])
     assert "<script" not in text_of_card.split("```")[0]
-    assert front["license"] == front["base_model"] == printable(text)
+    assert front["license"] == front["base_model"] == escape_nonprintable(text)
     headings = [line for line in lines if line.startswith("#")]
     assert headings[1:] == ["## Use", "## Measured", "## Verification"]
     fences = [number for number, line in enumerate(lines) if line.startswith("```")]
@@ -257,7 +257,7 @@ def test_a_model_card_stays_a_card(text):
     (call,) = (n for n in calls if n.func.attr == "from_pretrained")
     assert call.args[0].value == text
     command = shlex.split("\n".join(lines[fences[2] + 1 : fences[3]]))
-    assert command[3] == printable(text) and command[4] == "--prompts"
+    assert command[3] == escape_nonprintable(text) and command[4] == "--prompts"
 
 
 def test_errors_carry_no_escape_sequences_to_the_terminal(tmp_path, capsys):
@@ -280,14 +280,14 @@ def test_shown_is_short_and_printable():
     for _ in range(5000):
         deep.append(deep := [])
     for value in (outer, {"a" * 1000: {"b": [1] * 1000}}, "\x1b" * 1000, 10**400, float("nan")):
-        assert len(shown(value)) <= 80 and shown(value).isprintable()
+        assert len(short_repr(value)) <= 80 and short_repr(value).isprintable()
 
 
 def test_any_caption_is_drawn_at_once():
     font, start = ImageFont.load_default(12), time.monotonic()
     longest = ["x" * MAX_PROMPT, "a " * (MAX_PROMPT // 2), "\x1b" * MAX_PROMPT, "圆" * 40_000]
     for text in (*HOSTILE, *longest):
-        lines = wrap(text, font, 300)
+        lines = wrap_text(text, font, 300)
         assert 1 <= len(lines) <= 4 and all(font.getlength(line) <= 300 for line in lines)
         assert all(line.isprintable() for line in lines)
     grid([("row", np.zeros((4, 8, 8, 3)))], longest)

@@ -10,12 +10,12 @@ import pytest
 from hostile_inputs import NOW, config, make_run
 
 from gadjax.errors import InputError, RunStopped
-from gadjax.io.manifest import COMMIT
-from gadjax.runtime.goodput import Clock
+from gadjax.io.manifest import COMMIT_MARKER
+from gadjax.runtime.goodput import GoodputClock
 from gadjax.runtime.status import read_status, table
-from gadjax.runtime.trackers import _name_of
+from gadjax.runtime.trackers import _run_id
 from gadjax.training.config import as_json, check_resume
-from gadjax.training.workdir import recipe_of
+from gadjax.training.workdir import parse_run_metadata
 
 
 def refused(call, message):
@@ -66,8 +66,8 @@ def test_status_of_what_vanishes_and_of_odd_names(tmp_path):
     make_run(tmp_path)
     for name in ("1²", "٣", "7", "9" * 200):
         (tmp_path / "checkpoints" / name).mkdir()
-    (tmp_path / "checkpoints" / "1²" / COMMIT).write_text("")
-    (tmp_path / "checkpoints" / "7" / COMMIT).symlink_to("gone")
+    (tmp_path / "checkpoints" / "1²" / COMMIT_MARKER).write_text("")
+    (tmp_path / "checkpoints" / "7" / COMMIT_MARKER).symlink_to("gone")
     assert read_status(tmp_path, NOW)["checkpoint"]["step"] == 20
     for batch in (0, -1, None, "8", True):
         (tmp_path / "config.json").write_text(json.dumps({"steps": 3, "batch": batch}))
@@ -81,11 +81,11 @@ def test_a_clock_that_cannot_be_gone_on_with_begins_anew(tmp_path):
                      ('"starts": 2', '"starts": -2'), ('"lost": 1.0', '"lost": NaN')):  # fmt: skip
         assert old in text
         (tmp_path / "goodput.json").write_text(text.replace(old, new))
-        clock = Clock()
+        clock = GoodputClock()
         clock.resume(tmp_path, 10)
         assert clock.starts == 1 and 0 <= clock.share() <= 1
     (tmp_path / "goodput.json").write_text(text)
-    clock = Clock()
+    clock = GoodputClock()
     clock.resume(tmp_path, 40)
     assert clock.starts == 3 and clock.share() > 0.7
 
@@ -93,8 +93,8 @@ def test_a_clock_that_cannot_be_gone_on_with_begins_anew(tmp_path):
 def test_trackers_names_that_are_none(tmp_path):
     for text in ("3", '{"wandb": 3}', "[[1, 2]]", "[" * 100_000):
         (tmp_path / "trackers.json").write_text(text)
-        name = _name_of(tmp_path, "wandb")
-        assert len(name) == 8 and _name_of(tmp_path, "wandb") == name
+        name = _run_id(tmp_path, "wandb")
+        assert len(name) == 8 and _run_id(tmp_path, "wandb") == name
 
 
 def test_another_config_is_named_in_one_line(tmp_path):
@@ -124,14 +124,16 @@ def test_another_config_is_named_in_one_line(tmp_path):
 )
 def test_a_checkpoint_of_an_impossible_run_is_refused(change):
     meta = {"config": as_json(config()), "teacher": "a" * 32}
-    recipe_of(meta, "here")
+    parse_run_metadata(meta, "here")
     changed = meta | {"config": meta["config"] | change}
-    refused(lambda: recipe_of(changed, "here"), "^here: ")
+    refused(lambda: parse_run_metadata(changed, "here"), "^here: ")
 
 
 @pytest.mark.parametrize("meta", [None, 3, [], {}, {"config": {}}, {"config": 3, "teacher": "a"}])
 def test_a_checkpoint_without_its_config_is_refused(meta):
-    refused(lambda: recipe_of(meta, "here"), "^here: found another config or teacher; expected")
+    refused(
+        lambda: parse_run_metadata(meta, "here"), "^here: found another config or teacher; expected"
+    )
 
 
 def test_names_that_a_terminal_cannot_show(tmp_path):

@@ -1,4 +1,4 @@
-"""Several real processes on one machine: they find each other, agree, and leave together."""
+"""Several real processes on one machine: they find each other, check_same_on_all, and leave run_on_all_processes."""
 
 import signal
 import threading
@@ -15,7 +15,7 @@ import os, signal, sys
 from pathlib import Path
 from gadjax.errors import InputError, RunStopped
 from gadjax.runtime import distributed
-from gadjax.runtime.distributed import Leaving, agree, check_devices, join, together
+from gadjax.runtime.distributed import PreemptionHandler, check_same_on_all, check_devices, join, run_on_all_processes
 
 join()
 import jax
@@ -33,21 +33,21 @@ def fail():
     return "fine"
 
 show("devices", lambda: (jax.device_count(), jax.local_device_count()))
-show("asked", lambda: check_devices(16))
-show("same", lambda: agree({"lr": 1}, Path("run")))
-show("config", lambda: agree({"lr": number}, Path("run")))
-show("workdir", lambda: agree({"lr": 1}, Path(f"run{number}")))
+show("should_stop", lambda: check_devices(16))
+show("same", lambda: check_same_on_all({"lr": 1}, Path("run")))
+show("config", lambda: check_same_on_all({"lr": number}, Path("run")))
+show("workdir", lambda: check_same_on_all({"lr": 1}, Path(f"run{number}")))
 distributed._code = lambda: f"print({number})"
-show("code", lambda: agree({"lr": 1}, Path("run")))
-show("all", lambda: together(lambda: "fine"))
-show("one", lambda: together(fail))
-with Leaving() as leaving:
+show("code", lambda: check_same_on_all({"lr": 1}, Path("run")))
+show("all", lambda: run_on_all_processes(lambda: "fine"))
+show("one", lambda: run_on_all_processes(fail))
+with PreemptionHandler() as leaving:
     for step in range(1, 10_000):
-        if step == 5 and number == 1:  # this one alone is told
+        if step == 5 and number == 1:  # this one is_single_process is told
             os.kill(os.getpid(), signal.SIGUSR1)
-        # As every training step does, which keeps processes together.
-        together(lambda: None)
-        if leaving.asked(step):
+        # As every training step does, which keeps processes run_on_all_processes.
+        run_on_all_processes(lambda: None)
+        if leaving.should_stop(step):
             break
 print(f"left: {step}", flush=True)
 """
@@ -72,7 +72,9 @@ def test_they_find_each_other(said):
 
 def test_a_number_of_devices_that_was_not_asked_for_is_said_by_all(said):
     for words in said:
-        assert words["asked"].startswith("InputError: --devices: found 8 in 2 processes; expected")
+        assert words["should_stop"].startswith(
+            "InputError: --devices: found 8 in 2 processes; expected"
+        )
 
 
 def test_processes_that_run_the_same_agree(said):
@@ -109,14 +111,14 @@ LOSES = """
 import jax
 from gadjax.errors import RunStopped
 from gadjax.runtime import distributed
-distributed.alone = lambda: False
+distributed.is_single_process = lambda: False
 for error in (RunStopped("no room"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: memory")):
     try:
-        with distributed.losing_peers():
+        with distributed.abort_on_lost_peer():
             raise error
     except Exception as found:
         print(found is error, flush=True)
-with distributed.losing_peers():
+with distributed.abort_on_lost_peer():
     raise RunStopped("checkpoints/8: cannot be written") from RuntimeError("Gloo AllGather failed")
 """
 
@@ -179,8 +181,8 @@ def test_signals_are_left_to_the_main_thread():
     before, found = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with distributed.Leaving() as leaving:
-            found.append(leaving.asked(1))
+        with distributed.PreemptionHandler() as leaving:
+            found.append(leaving.should_stop(1))
 
     thread = threading.Thread(target=work)
     thread.start()

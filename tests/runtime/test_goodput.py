@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gadjax.runtime.goodput import Clock
+from gadjax.runtime.goodput import GoodputClock
 
 
 class Time:
@@ -36,7 +36,7 @@ def record(workdir):
 
 def test_all_the_time_is_somewhere(tmp_path):
     time = Time()
-    clock = Clock(time)
+    clock = GoodputClock(time)
     clock.resume(tmp_path, 0)
     steps(clock, time, [1, 2, 3])
     with clock("checkpoint"):
@@ -52,7 +52,7 @@ def test_all_the_time_is_somewhere(tmp_path):
 
 def test_a_block_that_fails_still_ends(tmp_path):
     time = Time()
-    clock = Clock(time)
+    clock = GoodputClock(time)
     clock.stepped(1)
     with pytest.raises(OSError), clock("checkpoint"):
         time.pass_(2)
@@ -64,12 +64,12 @@ def test_a_block_that_fails_still_ends(tmp_path):
 @pytest.mark.parametrize(("restored", "lost"), [(5, 0), (3, 6), (0, 15)])
 def test_steps_that_are_done_again_are_lost(tmp_path, restored, lost):
     time = Time()
-    first = Clock(time)
+    first = GoodputClock(time)
     first.resume(tmp_path, 0)
     steps(first, time, [1, 2, 3, 4, 5])
     first.write()
     time.pass_(1000)  # killed, and nobody there
-    second = Clock(time)
+    second = GoodputClock(time)
     second.resume(tmp_path, restored)
     second.write()
     seconds = record(tmp_path)["seconds"]
@@ -80,7 +80,7 @@ def test_steps_that_are_done_again_are_lost(tmp_path, restored, lost):
     second.write()
     assert sum(record(tmp_path)["seconds"].values()) == 30 + 10 + 4 * (7 - restored)
     # Nothing is lost twice.
-    third = Clock(time)
+    third = GoodputClock(time)
     third.resume(tmp_path, 7)
     third.write()
     assert record(tmp_path)["seconds"]["lost"] == lost
@@ -89,7 +89,7 @@ def test_steps_that_are_done_again_are_lost(tmp_path, restored, lost):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"seconds": {"step": 1}}'])
 def test_a_record_that_cannot_be_read_begins_anew(tmp_path, text):
     (tmp_path / "goodput.json").write_text(text)
-    clock = Clock(Time())
+    clock = GoodputClock(Time())
     clock.resume(tmp_path, 3)
     clock.write()
     assert record(tmp_path)["starts"] == 1 and record(tmp_path)["step"] == 3
@@ -97,5 +97,5 @@ def test_a_record_that_cannot_be_read_begins_anew(tmp_path, text):
 
 def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Clock(Time()).write()
+    GoodputClock(Time()).write()
     assert not list(tmp_path.iterdir())

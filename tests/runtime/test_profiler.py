@@ -21,7 +21,7 @@ def calls(monkeypatch):
 def walk(profile, first, last):
     """A run's loop, whose state is how many steps are done."""
     for done in range(first, last):
-        profile.at(done, done)
+        profile.before_step(done, done)
     profile.close(last, last)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gadjax.errors import RunStopped
-from gadjax.runtime.goodput import Clock
-from gadjax.runtime.progress import Progress, overview
+from gadjax.runtime.goodput import GoodputClock
+from gadjax.runtime.progress import Progress, parameter_table
 from gadjax.training.config import default_config
 
 
@@ -148,7 +148,7 @@ def test_other_processes_say_nothing(tmp_path, capsys):
 
 def test_goodput_is_in_every_row_and_in_the_record(tmp_path):
     now = iter(range(100))  # every look at the clock takes a second
-    with report(tmp_path, 4, clock=Clock(lambda: float(next(now)))) as progress:
+    with report(tmp_path, 4, clock=GoodputClock(lambda: float(next(now)))) as progress:
         for step in (1, 2, 3, 4):
             progress.update(step, {"loss": 1.0})
     shares = [row["goodput"] for row in rows(tmp_path)]
@@ -193,5 +193,5 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
 
 
 def test_overview():
-    table = overview({"blocks": {"kernel": jnp.zeros((3, 4, 5)), "bias": jnp.zeros((7,))}})
+    table = parameter_table({"blocks": {"kernel": jnp.zeros((3, 4, 5)), "bias": jnp.zeros((7,))}})
     assert "blocks/kernel" in table and "(3, 4, 5)" in table and "Total: 67" in table

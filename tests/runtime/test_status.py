@@ -9,7 +9,7 @@ import pytest
 
 from gadjax.cli.main import main
 from gadjax.errors import InputError
-from gadjax.parallel.hardware import CHIPS, peak_of
+from gadjax.parallel.hardware import CHIPS, peak_flops
 from gadjax.runtime.status import read_status, table
 
 NOW = 1_000_000.0
@@ -123,8 +123,10 @@ def test_hardware_that_nobody_knows(workdir):
     write(workdir / "run.json", RUN | {"device": "cpu", "peak_flops": None})
     found = read_status(workdir, NOW)
     assert found["utilisation"] is None and "unknown hardware" in table(found)
-    assert peak_of("cpu") is None
-    assert peak_of("TPU v5 lite") == CHIPS["v5e"].peak and peak_of("TPU v5") == CHIPS["v5p"].peak
+    assert peak_flops("cpu") is None
+    assert (
+        peak_flops("TPU v5 lite") == CHIPS["v5e"].peak and peak_flops("TPU v5") == CHIPS["v5p"].peak
+    )
 
 
 def test_a_run_that_has_just_begun(workdir):

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from gadjax.errors import InputError
-from gadjax.runtime.workdir_lock import LOCK, STATUS, Claim
+from gadjax.runtime.workdir_lock import LOCK, STATUS, WorkdirLock
 
 
 def status(folder) -> dict:
@@ -13,45 +13,45 @@ def status(folder) -> dict:
 
 
 def test_a_workdir_has_one_run_at_a_time(tmp_path):
-    with Claim(tmp_path / "run", 10):
+    with WorkdirLock(tmp_path / "run", 10):
         with pytest.raises(InputError, match="another run .*process [0-9]+ on .*one at a time"):
-            Claim(tmp_path / "run", 10)
-    with Claim(tmp_path / "run", 10):
+            WorkdirLock(tmp_path / "run", 10)
+    with WorkdirLock(tmp_path / "run", 10):
         pass
 
 
 def test_a_killed_process_holds_nothing(tmp_path):
     code = (
         "import os, signal; from pathlib import Path\n"
-        "from gadjax.runtime.workdir_lock import Claim\n"
-        f"claim = Claim(Path({str(tmp_path)!r}), 3); claim.say('running', 2)\n"
+        "from gadjax.runtime.workdir_lock import WorkdirLock\n"
+        f"claim = WorkdirLock(Path({str(tmp_path)!r}), 3); claim.write_status('running', 2)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert (tmp_path / LOCK).exists() and status(tmp_path)["text"] == "running"
-    with Claim(tmp_path, 3):
+    with WorkdirLock(tmp_path, 3):
         pass
 
 
 def test_other_processes_of_a_run_neither_hold_nor_write(tmp_path):
-    with Claim(tmp_path / "run", 10, mine=False) as claim:
-        claim.say("running", 1)
+    with WorkdirLock(tmp_path / "run", 10, is_owner=False) as claim:
+        claim.write_status("running", 1)
     assert not (tmp_path / "run").exists()
 
 
 def test_where_a_run_stands(tmp_path):
-    with Claim(tmp_path, 10) as claim:
-        claim.say("running", 4)
+    with WorkdirLock(tmp_path, 10) as claim:
+        claim.write_status("running", 4)
         found = status(tmp_path)
         assert (found["status"], found["text"]) == ("running", "running")
         assert (found["step"], found["steps"], found["reason"]) == (4, 10, "")
-        claim.say("preempted", 5)
+        claim.write_status("preempted", 5)
     assert status(tmp_path)["text"] == "preempted at step 5"
 
 
 def test_what_stops_a_run_is_its_reason(tmp_path):
-    with pytest.raises(ValueError), Claim(tmp_path, 10) as claim:
-        claim.say("running", 4)
+    with pytest.raises(ValueError), WorkdirLock(tmp_path, 10) as claim:
+        claim.write_status("running", 4)
         raise ValueError("two\nlines")
     found = status(tmp_path)
     assert (found["text"], found["step"]) == ("stopped: two lines", 4)
@@ -60,4 +60,4 @@ def test_what_stops_a_run_is_its_reason(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/run: found a folder that cannot be written"):
-        Claim(tmp_path / "file" / "run", 10)
+        WorkdirLock(tmp_path / "file" / "run", 10)

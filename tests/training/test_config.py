@@ -11,7 +11,7 @@ from gadjax.training.config import (
     default_config,
     differences,
     read_config,
-    with_teacher_found,
+    with_resolved_teacher,
     write_json,
 )
 
@@ -154,9 +154,9 @@ def test_a_teacher_is_found_from_another_folder(plain, tmp_path, monkeypatch):
     """It is kept from the root on; a workdir that was begun before has it as it was given."""
     monkeypatch.chdir(tmp_path)
     given = read_config([plain, "--config.teacher=teachers/one"])
-    config = with_teacher_found(given)
+    config = with_resolved_teacher(given)
     assert config.teacher == str(tmp_path / "teachers" / "one")
-    assert given.teacher == "teachers/one" and with_teacher_found(config) == config
+    assert given.teacher == "teachers/one" and with_resolved_teacher(config) == config
     check_resume(as_json(given), config, tmp_path)
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path / "runs")
@@ -165,7 +165,7 @@ def test_a_teacher_is_found_from_another_folder(plain, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="teacher: found .*/teachers/one', asked for .*/runs/x'"):
         check_resume(as_json(config), read_config([plain, "--config.teacher=x"]), tmp_path)
     bundled = read_config([plain, "--config.teacher=asset:shapes_teacher"])
-    assert with_teacher_found(bundled) == bundled
+    assert with_resolved_teacher(bundled) == bundled
 
 
 def test_a_resumed_run_may_change_where_it_runs_and_no_more(plain, tmp_path):

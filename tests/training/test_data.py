@@ -222,8 +222,8 @@ def test_a_dropped_caption_is_what_guidance_leads_away_from(folders, images, fam
     for name in ("ids", "mask"):
         np.testing.assert_array_equal(batch[name], null[name])
     told = pipeline.encode_text(params, batch["ids"], batch["mask"])
-    untold = pipeline.encode_text(params, *pipeline.prompts.untold(None, length))
-    np.testing.assert_array_equal(told.text, untold.text)
+    negative_tokens = pipeline.encode_text(params, *pipeline.prompts.negative_tokens(None, length))
+    np.testing.assert_array_equal(told.text, negative_tokens.text)
     assert np.any(np.asarray(told.text)) == (family != "sdxl")
     config.data.dropout = 0.0
     captions = open_data(config, pipeline)[0].batch(0, 1)

@@ -13,12 +13,12 @@ from gadjax.checkpoints import checkpoint
 from gadjax.checkpoints.checkpoint import read_params
 from gadjax.cli.main import main
 from gadjax.errors import RunStopped
-from gadjax.io.append_file import Growing
-from gadjax.io.storage import tolerant, write_whole
+from gadjax.io.append_file import AppendFile
+from gadjax.io.storage import warn_on_write_error, write_atomic
 from gadjax.runtime.progress import Progress
 from gadjax.training.config import default_config
 
-SEAL = checkpoint.write_seal  # which stands here for whatever a save writes
+SEAL = checkpoint.write_manifest  # which stands here for whatever a save writes
 
 
 def full(*arguments, **more):
@@ -35,7 +35,7 @@ def saves_that_fail(monkeypatch, *steps: int) -> None:
             full()
         SEAL(folder)
 
-    monkeypatch.setattr(checkpoint, "write_seal", seal)
+    monkeypatch.setattr(checkpoint, "write_manifest", seal)
 
 
 def steps_of(workdir: Path) -> list[str]:
@@ -130,7 +130,7 @@ def test_a_start_on_a_full_disk_is_one_line(config, tmp_path, monkeypatch, capsy
     assert train(config, workdir, "--config.steps=1") == 0  # what was left hinders nothing
 
 
-def fill(file: Growing):
+def fill(file: AppendFile):
     """Its disk is full, until what this returns is put back."""
     room = file.file
     file.file = open("/dev/full", "ab", buffering=0)
@@ -138,7 +138,7 @@ def fill(file: Growing):
 
 
 def test_lines_that_a_disk_has_no_room_for_are_held(tmp_path, caplog):
-    file = Growing(tmp_path / "lines")
+    file = AppendFile(tmp_path / "lines")
     file.add("one")
     room = fill(file)
     for line in ("two", "three"):
@@ -156,7 +156,7 @@ def test_lines_that_a_disk_has_no_room_for_are_held(tmp_path, caplog):
 
 
 def test_half_a_line_is_continued(tmp_path):
-    file = Growing(tmp_path / "lines")
+    file = AppendFile(tmp_path / "lines")
 
     class Short:
         """A disk that takes three bytes and is full then."""
@@ -204,20 +204,20 @@ def test_a_report_on_a_full_disk(tmp_path, caplog, failures):
 
 def test_a_failure_is_said_again_after_it_was_over(tmp_path, caplog):
     for fails in (True, True, False, True):
-        with tolerant(tmp_path / "x", patient=True):
+        with warn_on_write_error(tmp_path / "x", tolerate=True):
             if fails:
                 full()
     assert len(caplog.records) == 2
     with pytest.raises(RunStopped, match="x: cannot be written: No space left on device$"):
-        with tolerant(tmp_path / "x"):
+        with warn_on_write_error(tmp_path / "x"):
             full()
 
 
 def test_a_file_that_is_written_whole_leaves_no_half(tmp_path, monkeypatch):
-    write_whole(tmp_path / "file", "old")
+    write_atomic(tmp_path / "file", "old")
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError):
-        write_whole(tmp_path / "file", "new")
+        write_atomic(tmp_path / "file", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
 

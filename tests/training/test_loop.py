@@ -111,9 +111,9 @@ def test_other_prompts_under_the_same_name_are_refused(config, tmp_path, capsys)
 
 
 def test_done_is_said_and_changes_nothing(config, uninterrupted, tmp_path):
-    before = (uninterrupted / "checkpoints" / "4" / "seal.json").stat().st_mtime_ns
+    before = (uninterrupted / "checkpoints" / "4" / "manifest.json").stat().st_mtime_ns
     assert train(config, uninterrupted) == 0
-    assert (uninterrupted / "checkpoints" / "4" / "seal.json").stat().st_mtime_ns == before
+    assert (uninterrupted / "checkpoints" / "4" / "manifest.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow

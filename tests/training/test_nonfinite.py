@@ -17,8 +17,8 @@ from gadjax.objectives import Needs
 from gadjax.objectives.base import sample_mean
 from gadjax.objectives.compose import Addable
 from gadjax.parallel.sharding import batch_sharding, make_mesh, replicated
-from gadjax.training.nonfinite import Update, cause_of, check_masked, scalars_of
-from gadjax.training.state import create
+from gadjax.training.nonfinite import Update, check_nonfinite, merge_scalars, nonfinite_cause
+from gadjax.training.state import create_state
 from gadjax.training.steps import student_step
 
 B, BAD = 16, 5
@@ -56,20 +56,22 @@ class Root(Addable):
         return jnp.sqrt(0 * sample_mean(context.student[0].x0)), {}
 
 
-def recipe_of(objective, **more):
-    return FLOW_WORLD.recipe(objective, optimizers={"student": optax.adam(1e-2)}, **more)
+def make_step_spec(objective, **more):
+    return FLOW_WORLD.step_spec(objective, optimizers={"student": optax.adam(1e-2)}, **more)
 
 
-def start(recipe):
-    return create({"student": FLOW_WORLD.student_params(bend=0.2)}, recipe.optimizers)
+def start(step_spec):
+    return create_state({"student": FLOW_WORLD.student_params(bend=0.2)}, step_spec.optimizers)
 
 
 def update_of(objective, teacher=None, batch=None, which=None, **more):
     """A student's update as the loop keeps it, and the states before and after."""
-    recipe = recipe_of(objective, **more)
-    old = start(recipe)
+    step_spec = make_step_spec(objective, **more)
+    old = start(step_spec)
     batch = make_batch(B) if batch is None else batch
-    new, metrics = jax.jit(partial(student_step, recipe))(old, teacher or gaussian_params(), batch)
+    new, metrics = jax.jit(partial(student_step, step_spec))(
+        old, teacher or gaussian_params(), batch
+    )
     return Update(160, which, metrics), old, new
 
 
@@ -97,7 +99,7 @@ def told(value):
 def test_one_sample_is_named(microbatches, batch, cause):
     objective = Plain() + Division()
     update, old, new = update_of(objective, batch=batch(), microbatches=microbatches)
-    assert cause_of(update, "student").endswith(cause)
+    assert nonfinite_cause(update, "student").endswith(cause)
     same = jax.tree.map(
         np.array_equal, (new.params, new.opt, new.ema), (old.params, old.opt, old.ema)
     )
@@ -108,7 +110,7 @@ def test_a_teacher_that_overflows_spoils_all_samples():
     huge = jax.tree.map(lambda x: x * 1e38, gaussian_params())
     update, *_ = update_of(1.0 * Plain(), teacher=huge)
     assert (
-        cause_of(update, "student")
+        nonfinite_cause(update, "student")
         == f"loss/plain of samples {', '.join(map(str, range(160, 176)))}"
     )
 
@@ -119,7 +121,7 @@ def test_the_gradient_of_a_finite_loss():
     assert np.isfinite(update.metrics["student/loss"])
     numbers = ", ".join(str(40 + i % 3) for i in range(B))
     cause = f"the gradient of a finite loss of the whole batch, prompts {numbers}"
-    assert cause_of(update, "student") == cause
+    assert nonfinite_cause(update, "student") == cause
 
 
 def made(role="critic", count=1, size=40, bad=(), **more):
@@ -133,7 +135,7 @@ def made(role="critic", count=1, size=40, bad=(), **more):
 
 def test_one_is_noted_and_several_in_a_row_stop_the_run():
     notes = []
-    check = partial(check_masked, most=3, note=notes.append)
+    check = partial(check_nonfinite, most=3, note=notes.append)
     check([made(count=0), made("student", 0)], 7)
     assert not notes
     check([made(count=1, bad=[3]), made("student", 2, bad=[1, 2])], 8)
@@ -152,9 +154,9 @@ def test_one_is_noted_and_several_in_a_row_stop_the_run():
 
 
 def test_a_line_stays_a_line():
-    whole = cause_of(made(bad=range(40)), "critic")
+    whole = nonfinite_cause(made(bad=range(40)), "critic")
     assert whole.endswith(" 94, 95 and 24 more") and len(whole) < 200
-    odd = cause_of(made(**{"critic/grad_norm": np.float32(1)}), "critic")
+    odd = nonfinite_cause(made(**{"critic/grad_norm": np.float32(1)}), "critic")
     assert odd.startswith(
         "the optimizer's update for a finite gradient of the whole batch, samples"
     )
@@ -162,7 +164,7 @@ def test_a_line_stays_a_line():
 
 def test_what_is_reported_are_scalars_of_the_last_update_of_each_network():
     first, last, student = made(count=2), made(count=0), made("student", 0)
-    found = scalars_of([first, last, student])
+    found = merge_scalars([first, last, student])
     assert {name: np.shape(x) for name, x in found.items()} == {
         f"{role}/{name}": ()
         for role in ("critic", "student")
@@ -178,20 +180,20 @@ def test_on_a_mesh():
 def main():
     """The samples of four devices, in two microbatches, in the order of the batch."""
     mesh = make_mesh({"data": 2, "fsdp": 2})
-    recipe = recipe_of(Plain() + Division(), microbatches=2)
+    step_spec = make_step_spec(Plain() + Division(), microbatches=2)
     batch = spoilt(77.0)
-    state = start(recipe)
+    state = start(step_spec)
     places = replicated(mesh), replicated(mesh), batch_sharding(mesh)
     step = jax.jit(
-        partial(student_step, recipe), in_shardings=places, out_shardings=replicated(mesh)
+        partial(student_step, step_spec), in_shardings=places, out_shardings=replicated(mesh)
     )
     _, metrics = step(state, gaussian_params(), batch)
     which = jax.device_put(jnp.arange(B, dtype=jnp.int32) + 100, batch_sharding(mesh))
     update = Update(160, which, metrics)
-    assert cause_of(update, "student") == "loss/division of prompts 105", cause_of(
+    assert nonfinite_cause(update, "student") == "loss/division of prompts 105", nonfinite_cause(
         update, "student"
     )
-    alone = jax.jit(partial(student_step, recipe_of(Plain() + Division())))
+    alone = jax.jit(partial(student_step, make_step_spec(Plain() + Division())))
     _, expected = alone(state, gaussian_params(), batch)
     np.testing.assert_allclose(metrics["student/loss_B"], expected["student/loss_B"], rtol=1e-5)
 

@@ -16,8 +16,14 @@ from gadjax.diffusion.geometry import tangent
 from gadjax.errors import InputError
 from gadjax.models import pixart, unet
 from gadjax.models.module import functional
-from gadjax.parallel.placement import Placement, placed
-from gadjax.parallel.sharding import AXES, batch_sharding, make_mesh, shapes_at, shardings
+from gadjax.parallel.placement import Placement, current_placement
+from gadjax.parallel.sharding import (
+    AXES,
+    batch_sharding,
+    make_mesh,
+    shapes_with_shardings,
+    shardings,
+)
 
 LENGTH, TEXT, LATENT = 5, 8, 32
 CONFIG = pixart.Config(
@@ -42,8 +48,8 @@ def tangent_program():
 
     shapes = (2, LATENT, LATENT, 4), (2, LATENT, LATENT, 4), (2, LENGTH, TEXT)
     arrays = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=batch_sharding(mesh)) for s in shapes]
-    params = shapes_at(net.abstract, shardings(net.abstract, pixart.RULES, mesh))
-    with placed(Placement(mesh)):
+    params = shapes_with_shardings(net.abstract, shardings(net.abstract, pixart.RULES, mesh))
+    with current_placement(Placement(mesh)):
         return jax.jit(jax.grad(loss)).lower(params, *arrays).compile()
 
 
@@ -80,7 +86,7 @@ def test_a_unet_has_a_sample_on_one_device():
 
     def pipeline(module):
         components = {"body": SimpleNamespace(module=module)}
-        return SimpleNamespace(body="body", folder=SimpleNamespace(components=components))
+        return SimpleNamespace(backbone="body", folder=SimpleNamespace(components=components))
 
     one, two = (AbstractMesh((1, 1, 1, n), AXES) for n in (1, 2))
     check_sequence(pipeline(unet), one)

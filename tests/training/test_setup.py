@@ -37,7 +37,7 @@ def test_guidance_up_to_one_is_none(config):
     """A user's number means what it means in sampling; objectives' own zeros are scales."""
     for asked, scale in ((0, 1), (0.5, 1), (3, 3)):
         config.guidance = asked
-        assert setup.prepare(config, abstract=True).recipe.guidance == scale
+        assert setup.prepare(config, abstract=True).step_spec.guidance == scale
 
 
 def test_an_attention_without_a_forward_derivative(config, monkeypatch):
@@ -47,7 +47,7 @@ def test_an_attention_without_a_forward_derivative(config, monkeypatch):
     def fused(q, k, v, bias=None):
         return attention(q, k, v, bias)
 
-    fused.defvjp(lambda *given: (fused(*given), None), lambda kept, g: (g, g, g, None))
+    fused.defvjp(lambda *given: (fused(*given), None), lambda untrained, g: (g, g, g, None))
     monkeypatch.setattr(layers, "attention", fused)
     text = refused(config)
     assert text.startswith("objective: found a network without a forward derivative")
@@ -119,19 +119,19 @@ def test_a_remat_that_is_none(config):
     assert refused(config) == "remat: found 'blocks'; expected one of none, results, block"
 
 
-@pytest.mark.parametrize("proven", [True, False])
-def test_kernels_by_platform(monkeypatch, proven):
-    monkeypatch.setattr(checks, "proven", lambda platform, dtype: proven)
+@pytest.mark.parametrize("kernels_validated", [True, False])
+def test_kernels_by_platform(monkeypatch, kernels_validated):
+    monkeypatch.setattr(checks, "kernels_validated", lambda platform, dtype: kernels_validated)
 
     def chosen(choice, platform, here=True):
         device = SimpleNamespace(platform=platform)
         monkeypatch.setattr(jax, "devices", lambda: [device] if here else [])
-        return checks.kernels_of(choice, SimpleNamespace(devices=np.array([device])), None)
+        return checks.select_kernels(choice, SimpleNamespace(devices=np.array([device])), None)
 
     assert chosen("auto", "tpu") == chosen("pallas", "tpu") == "tpu"
     assert chosen("auto", "cpu") == chosen("jnp", "gpu") == chosen("jnp", "tpu") == ""
     assert chosen("pallas", "gpu") == chosen("auto", "gpu", here=False) == "gpu"
-    assert chosen("auto", "gpu") == ("gpu" if proven else "")
+    assert chosen("auto", "gpu") == ("gpu" if kernels_validated else "")
 
 
 def rates(optimizer, updates: int) -> np.ndarray:
@@ -151,7 +151,7 @@ def test_learning_rates_of_all_networks_are_those_of_the_same_step(config):
     config.objective = {"dmd": {}}
     config.optim.update(lr=2e-3, warmup=4, decay=steps)
     config.critic.update(updates=each, lr=5e-3)
-    optimizers = setup.prepare(config).recipe.optimizers
+    optimizers = setup.prepare(config).step_spec.optimizers
     student = rates(optimizers["student"], steps + 1) / 2e-3
     critic = rates(optimizers["critic"], each * (steps + 1)) / 5e-3
     np.testing.assert_allclose(critic[::each], student, atol=2e-5)
@@ -170,5 +170,5 @@ def test_a_critic_may_have_settings_of_its_own(config):
     own = setup.critic_optim(config)
     assert (own.lr, own.warmup, own.decay, own.b1, own.clip) == (5e-3, 0, 0, 0.5, 7.0)
     assert (own.b2, own.weight_decay) == (config.optim.b2, config.optim.weight_decay)
-    constant = rates(setup.prepare(config).recipe.optimizers["critic"], 60)
+    constant = rates(setup.prepare(config).step_spec.optimizers["critic"], 60)
     np.testing.assert_allclose(constant, 5e-3, rtol=1e-4)

@@ -21,7 +21,7 @@ from gadjax.diffusion import geometry
 from gadjax.models import layers, mmdit, pixart, sana, unet
 from gadjax.models.module import functional
 from gadjax.models.params import flatten
-from gadjax.parallel.placement import Placement, placed
+from gadjax.parallel.placement import Placement, current_placement
 from gadjax.parallel.sharding import AXES, make_mesh, shardings
 from gadjax.types import Cond
 
@@ -101,7 +101,7 @@ SAMPLEWISE, *POSITIONWISE = (2, 2, 2, 1), (1, 2, 2, 2), (1, 2, 1, 4)
 
 
 def meshes(name):
-    whole = getattr(FAMILIES[name][0], "WHOLE", "")
+    whole = getattr(FAMILIES[name][0], "NO_SEQUENCE_SHARDING", "")
     return (SAMPLEWISE,) if whole else (SAMPLEWISE, *POSITIONWISE)
 
 
@@ -134,14 +134,14 @@ def worker(out: Path, name: str) -> None:
         mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), devices)
         placed_at = shardings(params, module.RULES, mesh)
         given = jax.device_put(params, placed_at)
-        with placed(Placement(mesh)):
+        with current_placement(Placement(mesh)):
             # On one device the text is read where it is wanted, on all others ahead.
             of = partial(loss, alone is not None)
             value, grads = jax.jit(jax.value_and_grad(of))(given, x, v, cond)
         grads = {k: np.asarray(g) for k, g in flatten(grads).items()}
         if alone is None:
             one, alone = value, grads
-            layers.PART = 1  # from now on hidden layers are made in parts
+            layers.MAX_CHUNK_ELEMENTS = 1  # from now on hidden layers are made in parts
             continue
         size = max(np.abs(g).max() for g in alone.values())
         error = max(np.abs(alone[k] - grads[k]).max() for k in alone) / size

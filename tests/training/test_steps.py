@@ -10,7 +10,7 @@ import pytest
 from closed_form import gaussian_params, make_batch
 from formula_steps import (
     OPTIMIZERS,
-    RECIPE,
+    STEP_SPEC,
     TEACHER,
     WORLD,
     B,
@@ -26,10 +26,10 @@ from gadjax.diffusion.geometry import Directions
 from gadjax.objectives import DMD, GAD, TDM, Anchor, Needs, TeacherMap
 from gadjax.objectives.compose import Addable
 from gadjax.seeds import make_key
-from gadjax.training.backward_simulation import drawn_steps, own_latents
+from gadjax.training.backward_simulation import backward_simulate, stratified_step_indices
 from gadjax.training.batch import make_batch as batch_of
 from gadjax.training.context import make_context
-from gadjax.training.state import create, make_optimizer
+from gadjax.training.state import create_state, make_optimizer
 from gadjax.training.steps import critic_step, student_step
 from gadjax.types import Cond, TextKV
 
@@ -61,9 +61,9 @@ def test_a_critic_step_changes_the_critic_and_counts_no_step():
 
 def test_the_critic_comes_to_know_the_student():
     """Repeated critic steps lower its loss on pictures that it has not seen."""
-    recipe = replace(RECIPE, optimizers=dict.fromkeys(OPTIMIZERS, optax.adam(0.03)))
+    step_spec = replace(STEP_SPEC, optimizers=dict.fromkeys(OPTIMIZERS, optax.adam(0.03)))
     params = {"student": WORLD.student_params(), "critic": gaussian_params(5)}
-    state = create(params, recipe.optimizers)
+    state = create_state(params, step_spec.optimizers)
 
     @jax.jit
     def run(state):
@@ -71,7 +71,9 @@ def test_the_critic_comes_to_know_the_student():
             batch = make_batch(64, told=0.0)
             keys = jax.vmap(lambda k: jax.random.fold_in(k, i))(batch.key)
             noise = jax.vmap(lambda k: jax.random.normal(k, batch.noise.shape[1:]))(keys)
-            state, metrics = critic_step(recipe, state, None, batch._replace(key=keys, noise=noise))
+            state, metrics = critic_step(
+                step_spec, state, None, batch._replace(key=keys, noise=noise)
+            )
             return state, metrics["critic/loss"]
 
         return jax.lax.scan(update, state, jnp.arange(200))[1]
@@ -138,19 +140,19 @@ def test_steps_of_the_students_grid_are_drawn_evenly():
     for update in range(12):
         stratum = np.asarray(host_batch(8, 0, update).stratum)
         np.testing.assert_array_equal(np.diff(stratum), 1)
-        steps = np.asarray(drawn_steps(stratum, 4))
+        steps = np.asarray(stratified_step_indices(stratum, 4))
         assert np.bincount(steps[:4], minlength=4).tolist() == [1, 1, 1, 1]
         assert np.bincount(steps[4:], minlength=4).tolist() == [1, 1, 1, 1]
         firsts.add(int(steps[0]))
     # So that a batch smaller than the grid reaches all of it in time.
     assert firsts == {0, 1, 2, 3}
     for n in (1, 2, 3, 4, 5):
-        steps = np.asarray(drawn_steps(jnp.arange(2 * n), n))
+        steps = np.asarray(stratified_step_indices(jnp.arange(2 * n), n))
         assert np.bincount(steps, minlength=n).tolist() == [2] * n
         np.testing.assert_array_equal(steps[::2] + steps[1::2], n - 1)
     needs = Needs(student=True)
     batch = make_batch(8)._replace(stratum=jnp.arange(8, dtype=jnp.int32) + 6)
-    context = make_context(RECIPE, needs, WORLD.student_params(), None, None, batch)
+    context = make_context(STEP_SPEC, needs, WORLD.student_params(), None, None, batch)
     assert np.asarray(context.step_B).tolist() == [2, 1, 0, 3, 1, 2, 3, 0]
     assert np.asarray(context.t_B).tolist() == [750, 900, 1000, 500, 900, 750, 500, 1000]
     assert np.asarray(context.next_B).tolist() == [500, 750, 900, 0, 750, 500, 0, 900]
@@ -165,7 +167,7 @@ READ = {
 }
 
 
-def reading(found: list):
+def cache_text(found: list):
     """The world's denoiser, whose texts are read ahead; tells `found` of each."""
     names = {"basis": "teacher", "step0": "student", "logits": "critic"}
 
@@ -184,10 +186,10 @@ def reading(found: list):
 @pytest.mark.parametrize("objective", READ, ids=("tdm", "dmd", "endpoint", "whole"))
 def test_a_text_is_read_once_for_all_evaluations(objective):
     found, batch = [], make_batch(B)
-    recipe = replace(RECIPE, objective=objective)
-    ahead = replace(recipe, denoiser=reading(found))
+    step_spec = replace(STEP_SPEC, objective=objective)
+    ahead = replace(step_spec, denoiser=cache_text(found))
     (state, metrics), (same, others) = (
-        jax.jit(partial(student_step, r))(start(), TEACHER, batch) for r in (recipe, ahead)
+        jax.jit(partial(student_step, r))(start(), TEACHER, batch) for r in (step_spec, ahead)
     )
     assert found == READ[objective]
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(same.params), strict=True):
@@ -227,10 +229,10 @@ def rows(tree):
 
 def test_a_critics_loss_is_handed_what_its_term_asks_for():
     """The very values that the student's loss is handed."""
-    recipe = replace(RECIPE, objective=1.0 * Reading())
+    step_spec = replace(STEP_SPEC, objective=1.0 * Reading())
     given = start(), TEACHER, make_batch(B)
-    _, mine = jax.jit(partial(critic_step, recipe))(*given)
-    _, expected = jax.jit(partial(student_step, recipe))(*given)
+    _, mine = jax.jit(partial(critic_step, step_spec))(*given)
+    _, expected = jax.jit(partial(student_step, step_spec))(*given)
     scale = float(jnp.sum(given[0].params["critic"]["logits"]))
     own = mine["critic/loss_B"] / scale
     np.testing.assert_allclose(own, expected["student/loss_B"], rtol=1e-4)
@@ -238,10 +240,10 @@ def test_a_critics_loss_is_handed_what_its_term_asks_for():
 
 def test_a_critics_update_reads_the_students_text_once():
     found = []
-    recipe = replace(RECIPE, denoiser=reading(found), objective=TDM())
-    _, metrics = jax.jit(partial(critic_step, recipe))(start(), None, make_batch(B))
-    recipe = replace(RECIPE, objective=TDM())
-    _, expected = jax.jit(partial(critic_step, recipe))(start(), None, make_batch(B))
+    step_spec = replace(STEP_SPEC, denoiser=cache_text(found), objective=TDM())
+    _, metrics = jax.jit(partial(critic_step, step_spec))(start(), None, make_batch(B))
+    step_spec = replace(STEP_SPEC, objective=TDM())
+    _, expected = jax.jit(partial(critic_step, step_spec))(start(), None, make_batch(B))
     assert found == ["student", B]
     np.testing.assert_allclose(metrics["critic/loss"], expected["critic/loss"], rtol=1e-5)
 
@@ -249,24 +251,24 @@ def test_a_critics_update_reads_the_students_text_once():
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_neighbours_take_turns_in_one_walk(steps):
     """Half of the evaluations, and the latents of a walk for each."""
-    evaluated, denoiser = [], reading([])
+    evaluated, denoiser = [], cache_text([])
 
     def watched(params, x, *rest):
         evaluated.append(len(x))
         return denoiser.apply(params, x, *rest)
 
-    recipe = replace(
-        RECIPE,
-        times=(*RECIPE.times[:steps], RECIPE.times[-1]),
+    step_spec = replace(
+        STEP_SPEC,
+        times=(*STEP_SPEC.times[:steps], STEP_SPEC.times[-1]),
         denoiser=replace(denoiser, apply=watched),
     )
 
     @jax.jit
     def latents(student, batch):
-        step_B = drawn_steps(batch.stratum, steps)
-        alone = own_latents(replace(recipe, shares=12), student, batch, step_B)
-        batch = batch._replace(cond=recipe.denoiser.reading(student, batch.cond))
-        return step_B, own_latents(recipe, student, batch, step_B), alone
+        step_B = stratified_step_indices(batch.stratum, steps)
+        alone = backward_simulate(replace(step_spec, batch_shards=12), student, batch, step_B)
+        batch = batch._replace(cond=step_spec.denoiser.cache_text(student, batch.cond))
+        return step_B, backward_simulate(step_spec, student, batch, step_B), alone
 
     with jax.enable_x64(True):
         batch = make_batch(12, dtype=float)

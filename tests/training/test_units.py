@@ -10,17 +10,17 @@ import optax
 import pytest
 from formula_run import Texts, prepare_with, train, write_config
 
-from gadjax.checkpoints.steps import committed
+from gadjax.checkpoints.steps import committed_steps
 from gadjax.ops.flops import flops
-from gadjax.parallel.sharding import put
+from gadjax.parallel.sharding import put_on_mesh
 from gadjax.seeds import make_key
 from gadjax.training import loop
-from gadjax.training.backward_simulation import drawn_steps
+from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.training.batch import make_batch
 from gadjax.training.compile import compile_steps
 from gadjax.training.config import read_config
 from gadjax.training.loop import begin, host_batches
-from gadjax.training.nonfinite import Update, scalars_of
+from gadjax.training.nonfinite import Update, merge_scalars
 from gadjax.training.previews import Preview
 from gadjax.training.run_record import write_record
 
@@ -50,7 +50,11 @@ def two_steps(run):
     """The states and the updates of two steps: [(number, prompts, state, metrics)]."""
     steps = compile_steps(run)
     _, state = begin(run, steps, lambda shapes: None)
-    frozen, batches, found = put(run.frozen, steps.frozen), host_batches(run, steps, 0, 2), []
+    frozen, batches, found = (
+        put_on_mesh(run.frozen, steps.frozen),
+        host_batches(run, steps, 0, 2),
+        [],
+    )
     for _ in range(2):
         for step in steps.order:
             number, batch = next(batches)
@@ -94,7 +98,7 @@ def test_the_average_follows_the_students_updates_alone(two_steps):
 
 def test_a_row_has_the_last_of_the_critics_updates(two_steps):
     begun = [Update(0, None, metrics) for *_, metrics in two_steps[4:]]
-    row = scalars_of(begun)
+    row = merge_scalars(begun)
     losses = [float(metrics["critic/loss"]) for *_, metrics in two_steps[4:7]]
     assert float(row["critic/loss"]) == losses[2] and len(set(losses)) == 3
 
@@ -103,7 +107,9 @@ def test_the_students_steps_are_drawn_evenly_among_its_own_updates(run):
     """One of every four draws is the student's, and the grid has four steps."""
     raw = {name: jnp.asarray(v) for name, v in Texts().batch(0, 2).items()}
     steps = jax.jit(
-        lambda n: drawn_steps(make_batch(run.pipeline, run.frozen, raw, make_key(0), n).stratum, 4)
+        lambda n: stratified_step_indices(
+            make_batch(run.pipeline, run.frozen, raw, make_key(0), n).stratum, 4
+        )
     )
     for own in range(UPDATES + 1):
         drawn = np.concatenate([steps(n) for n in range(own, 400, UPDATES + 1)])
@@ -144,7 +150,7 @@ def test_updates_of_one_network_in_a_row_stop_a_run(path, tmp_path, monkeypatch,
     rows = {row["step"]: row for row in map(json.loads, lines)}
     assert list(rows) == [3, 6]  # step 6 was under way when step 5 was looked at
     assert (rows[3]["critic/bad"], rows[6]["critic/bad"], rows[6]["student/bad"]) == (0, 6, 3)
-    assert committed(tmp_path / "run" / "checkpoints") == [3]
+    assert committed_steps(tmp_path / "run" / "checkpoints") == [3]
 
 
 def test_previews_are_counted_in_steps():

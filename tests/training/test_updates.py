@@ -8,7 +8,7 @@ import optax
 import pytest
 from closed_form import make_batch
 from formula_steps import (
-    RECIPE,
+    STEP_SPEC,
     TEACHER,
     TOTAL,
     B,
@@ -20,7 +20,7 @@ from formula_steps import (
 
 from gadjax.objectives import GAD, Needs
 from gadjax.objectives.compose import Addable
-from gadjax.training.state import create
+from gadjax.training.state import create_state
 from gadjax.training.steps import critic_step, student_step
 from gadjax.training.updates import accumulate
 
@@ -29,13 +29,13 @@ from gadjax.training.updates import accumulate
 def one_update(parts):
     """By how much plain gradient steps move student and critic, and their metrics."""
     plain = {"student": optax.sgd(1.0), "critic": optax.sgd(1.0)}
-    state, batch = create(start().params, plain), make_batch(B)
-    recipe = replace(RECIPE, optimizers=plain, microbatches=parts)
+    state, batch = create_state(start().params, plain), make_batch(B)
+    step_spec = replace(STEP_SPEC, optimizers=plain, microbatches=parts)
 
     @jax.jit
     def run(state):
-        student, metrics = student_step(recipe, state, TEACHER, batch)
-        critic, more = critic_step(recipe, state, None, batch)
+        student, metrics = student_step(step_spec, state, TEACHER, batch)
+        critic, more = critic_step(step_spec, state, None, batch)
         new = {"student": student.params["student"], "critic": critic.params["critic"]}
         return jax.tree.map(jnp.subtract, new, state.params), metrics | more
 
@@ -62,12 +62,12 @@ def test_a_microbatch_is_a_strided_share_of_the_batch():
         jax.debug.callback(lambda s: seen.append(np.asarray(s).tolist()), batch.stratum)
         return params * jnp.mean(batch.stratum.astype(jnp.float32)), {}
 
-    for shares, parts in (
+    for batch_shards, parts in (
         (1, [[0, 1], [2, 3], [4, 5], [6, 7]]),  # two that walk together
         (2, [[0, 4], [1, 5], [2, 6], [3, 7]]),
     ):
-        pairs = replace(RECIPE, shares=shares).pairs
-        jax.jit(lambda p, pairs=pairs: accumulate(loss, p, make_batch(8), 4, pairs))(1.0)
+        can_pair = replace(STEP_SPEC, batch_shards=batch_shards).can_pair
+        jax.jit(lambda p, can_pair=can_pair: accumulate(loss, p, make_batch(8), 4, can_pair))(1.0)
         jax.effects_barrier()
         assert sorted(seen) == parts
         seen.clear()
@@ -90,8 +90,8 @@ def spoil(batch, value):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 77.0], ids=["nan", "inf", "loss alone"])
 def test_an_update_that_is_not_finite_is_left_out(value):
-    recipe = replace(RECIPE, objective=TOTAL + Spoilt(), microbatches=2)
-    train, good = jax.jit(partial(student_step, recipe)), make_batch(B)
+    step_spec = replace(STEP_SPEC, objective=TOTAL + Spoilt(), microbatches=2)
+    train, good = jax.jit(partial(student_step, step_spec)), make_batch(B)
     old, _ = train(start(), TEACHER, good)
     new, metrics = train(old, TEACHER, spoil(good, value))
     assert equal((new.params, new.opt, new.ema), (old.params, old.opt, old.ema))
@@ -120,9 +120,9 @@ def test_the_critics_update_likewise(value):
 
 def test_gradients_that_overflow_in_the_norm_are_left_out():
     """Finite leaf by leaf; their squares' sum is not, and the clip would make them zeros."""
-    recipe = replace(RECIPE, objective=1e30 * GAD(loss="square", normalize=False))
+    step_spec = replace(STEP_SPEC, objective=1e30 * GAD(loss="square", normalize=False))
     old = start()
-    new, metrics = jax.jit(partial(student_step, recipe))(old, TEACHER, make_batch(B))
+    new, metrics = jax.jit(partial(student_step, step_spec))(old, TEACHER, make_batch(B))
     assert np.isfinite(metrics["student/loss"]) and np.isinf(metrics["student/grad_norm"])
     assert equal((new.params, new.opt, new.ema), (old.params, old.opt, old.ema))
     assert int(new.bad["student"]) == 1

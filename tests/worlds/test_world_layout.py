@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gadjax.worlds import shapes
-from gadjax.worlds.layout import CAPTIONS, PLACES, centre, squared_distance
+from gadjax.worlds.layout import CAPTIONS, POSITION_CENTRES, centre, squared_distance
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,11 @@ def test_captions_leave_the_layout_open_on_every_background():
 
 
 def test_places_are_in_the_cells_of_their_words():
-    assert set(PLACES) == set(shapes.POSITIONS)
-    assert PLACES["top right"] == (23.75, 8.25) and PLACES["left"] == (8.25, 16.0)
+    assert set(POSITION_CENTRES) == set(shapes.POSITIONS)
+    assert POSITION_CENTRES["top right"] == (23.75, 8.25) and POSITION_CENTRES["left"] == (
+        8.25,
+        16.0,
+    )
 
 
 def test_the_centre_of_the_world_s_own_pictures(world):
@@ -59,7 +62,7 @@ def test_its_gradient_points_to_the_place(background, place):
     """By the chain rule the slope in (x, y) is 2 (centre - place), whatever the colours are."""
     ink = jnp.array(shapes.INKS["red"]) * 2 - 1
     with jax.enable_x64(True):
-        wanted = np.array(PLACES[place])
+        wanted = np.array(POSITION_CENTRES[place])
 
         def off(xy):
             return squared_distance(soft(*xy, ink, background * jnp.ones(3)), jnp.array(wanted))

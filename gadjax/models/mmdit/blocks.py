@@ -8,7 +8,7 @@ from gadjax.models import layers
 from gadjax.models.mmdit.config import Config
 from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
-from gadjax.parallel.placement import whole
+from gadjax.parallel.placement import gather_positions
 
 EPS = 1e-6  # of every norm
 
@@ -99,7 +99,10 @@ class Block(nnx.Module):
         q_text, *others = self.attn_context(modulate(normed_text, shift_text, scale_text))
         # Each stream's queries by themselves: together no mesh would divide their positions. Keys
         # come to every device before they are joined, or all would change places.
-        k, v = (jnp.concatenate(whole(pair), axis=1) for pair in zip(own, others, strict=True))
+        k, v = (
+            jnp.concatenate(gather_positions(pair), axis=1)
+            for pair in zip(own, others, strict=True)
+        )
         x_BND = x_BND + gate * self.attn.back(attention(q, k, v))
         if self.dual:
             shift, scale, gate = more

@@ -14,7 +14,7 @@ from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.models.mmdit.blocks import EPS, Block, Modulation, modulate
 from gadjax.models.mmdit.config import CLASS_NAMES, Config
-from gadjax.models.module import Keys, recomputed, scan_blocks, stack
+from gadjax.models.module import Keys, checkpointed, scan_blocks, stack
 
 __all__ = ["CLASS_NAMES", "Config", "build"]
 TIME_CHANNELS = 256
@@ -111,7 +111,7 @@ class MMDiT(nnx.Module):
         def last(block, x_BND, text_BLD):
             return block(x_BND, text_BLD, emb_B1D, self.remat is True)[0]
 
-        x_BND = recomputed(last, self.remat)(self.last_block, x_BND, text_BLD)
+        x_BND = checkpointed(last, self.remat)(self.last_block, x_BND, text_BLD)
         scale, shift = self.norm_out(emb_B1D)
         x_BND = self.proj_out(modulate(layers.layer_norm(x_BND, EPS), shift, scale))
         return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.patch)

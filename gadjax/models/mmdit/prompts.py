@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gadjax.models.mmdit.config import Config
-from gadjax.models.text.prompts import TextParts, Told, check_width, side_by_side
+from gadjax.models.text.prompts import PromptEmbeds, TextComponents, check_width, concat_tokens
 from gadjax.models.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
-class SD3Prompts:
+class SD3PromptEncoder:
     """clip: the tokens that both CLIPs take. t5: None where the pipeline goes without it, whose
     states are then zeros. width: of the text. `length` is T5's."""
 
@@ -30,14 +30,14 @@ class SD3Prompts:
 
     def tokens(self, prompts, length):
         lengths = (self.clip, self.clip, length)
-        ids, mask = side_by_side(self.tokenizers, prompts, lengths[: len(self.tokenizers)])
+        ids, mask = concat_tokens(self.tokenizers, prompts, lengths[: len(self.tokenizers)])
         room = ((0, 0), (0, sum(lengths) - ids.shape[1]))
         return np.pad(ids, room), np.pad(mask, room)
 
-    def untold(self, negative, length):
+    def negative_tokens(self, negative, length):
         return self.tokens([negative or ""], length)
 
-    def rows(self, length):
+    def embed_length(self, length):
         return self.clip + length
 
     def encode(self, params, ids_BL, mask_BL):
@@ -54,11 +54,11 @@ class SD3Prompts:
             rest = self.t5(params["text_encoder_3"], three, jnp.ones_like(three))
         text_BLD = jnp.concatenate([text_BLD, rest.astype(text_BLD.dtype)], axis=1)
         pooled = jnp.concatenate([first.pooled, second.pooled], axis=-1)
-        return Told(text_BLD, jnp.ones(text_BLD.shape[:2], mask_BL.dtype), pooled)
+        return PromptEmbeds(text_BLD, jnp.ones(text_BLD.shape[:2], mask_BL.dtype), pooled)
 
 
-def prompts(parts: TextParts, config: Config) -> SD3Prompts:
-    parts.need("text_encoder", "text_encoder_2")
+def prompts(parts: TextComponents, config: Config) -> SD3PromptEncoder:
+    parts.require("text_encoder", "text_encoder_2")
     specs = [parts.specs[name] for name in ("text_encoder", "text_encoder_2")]
     names = ["tokenizer", "tokenizer_2"]
     t5 = parts.apply.get("text_encoder_3")
@@ -69,7 +69,7 @@ def prompts(parts: TextParts, config: Config) -> SD3Prompts:
     pooled = sum(spec.projection_dim for spec in specs)
     check_width(parts.path, pooled, config.pooled_projection_dim, "pooled_projection_dim")
     tokenizers = tuple(parts.tokenizer(name) for name in names)
-    return SD3Prompts(
+    return SD3PromptEncoder(
         tokenizers,
         tuple(parts.apply[name] for name in ("text_encoder", "text_encoder_2")),
         t5,

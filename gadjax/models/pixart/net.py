@@ -64,7 +64,7 @@ class Config:
         return self.interpolation_scale
 
     @property
-    def sized(self) -> bool:
+    def size_conditioned(self) -> bool:
         """Whether the network is told the resolution and the aspect ratio."""
         if self.use_additional_conditions is None:
             return self.sample_size == 128
@@ -93,7 +93,7 @@ class Config:
             raise InputError(
                 f"cross_attention_dim: found {cross}; expected {config.dim}, the model's width"
             )
-        if config.dim % (12 if config.sized else 4):
+        if config.dim % (12 if config.size_conditioned else 4):
             raise InputError(
                 f"attention_head_dim: found a width of {config.dim}; expected a multiple of 4, "
                 "and of 12 with use_additional_conditions"
@@ -127,19 +127,19 @@ class PatchEmbed(nnx.Module):
 class TimeSizeEmbedding(nnx.Module):
     """Time, and with `sized` the original resolution and aspect ratio, as one vector."""
 
-    def __init__(self, dim: int, sized: bool, *, dtype, rngs: Keys):
+    def __init__(self, dim: int, size_conditioned: bool, *, dtype, rngs: Keys):
         def mlp(out):
             return layers.Mlp(TIME_CHANNELS, out, out, jax.nn.silu, dtype=dtype, rngs=rngs)
 
         self.timestep_embedder = mlp(dim)
-        if sized:
+        if size_conditioned:
             self.resolution_embedder = mlp(dim // 3)
             self.aspect_ratio_embedder = mlp(dim // 3)
-        self.sized = sized
+        self.size_conditioned = size_conditioned
 
     def __call__(self, t_B: jax.Array, added: dict[str, jax.Array] | None) -> jax.Array:
         time_BD = self.timestep_embedder(layers.timestep_sinusoid(t_B, TIME_CHANNELS))
-        if not self.sized:
+        if not self.size_conditioned:
             return time_BD
         added = added or {}
         sizes = []
@@ -156,8 +156,8 @@ class TimeSizeEmbedding(nnx.Module):
 class AdaLayerNormSingle(nnx.Module):
     """The modulation that all blocks share: its input vector and its six projections."""
 
-    def __init__(self, dim: int, sized: bool, *, dtype, rngs: Keys):
-        self.emb = TimeSizeEmbedding(dim, sized, dtype=dtype, rngs=rngs)
+    def __init__(self, dim: int, size_conditioned: bool, *, dtype, rngs: Keys):
+        self.emb = TimeSizeEmbedding(dim, size_conditioned, dtype=dtype, rngs=rngs)
         self.linear = nnx.Linear(dim, 6 * dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, t_B: jax.Array, added) -> tuple[jax.Array, jax.Array]:
@@ -203,7 +203,7 @@ class PixArt(nnx.Module):
     def __init__(self, config: Config, *, dtype, remat: bool, rngs: Keys):
         c, dim = config, config.dim
         self.pos_embed = PatchEmbed(c, dtype=dtype, rngs=rngs)
-        self.adaln_single = AdaLayerNormSingle(dim, c.sized, dtype=dtype, rngs=rngs)
+        self.adaln_single = AdaLayerNormSingle(dim, c.size_conditioned, dtype=dtype, rngs=rngs)
         self.caption_projection = layers.Mlp(
             c.caption_channels, dim, dim, layers.gelu_tanh, dtype=dtype, rngs=rngs
         )
@@ -257,6 +257,6 @@ class PixArt(nnx.Module):
             self.pos_embed(x_BHWC),
             lambda block, x, text: block(x, modulation_B6D, text, bias, self.remat is True),
             self.remat,
-            told=text,
+            context=text,
         )
         return x_BND, embedded_BD

@@ -18,7 +18,7 @@ def extras(
 
     pooled: a vector of the text, which this family is not told.
     """
-    if not config.sized:
+    if not config.size_conditioned:
         return None
     return {
         "resolution": jnp.tile(jnp.array([[height, width]], jnp.float32), (samples, 1)),

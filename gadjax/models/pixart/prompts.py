@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gadjax.models.pixart.net import Config
-from gadjax.models.text.prompts import TextParts, Told, check_width
+from gadjax.models.text.prompts import PromptEmbeds, TextComponents, check_width
 from gadjax.models.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
-class T5Prompts:
+class T5PromptEncoder:
     """In lower case. length: PixArt-Sigma's pipeline has 300."""
 
     tokenizer: Tokenizer
@@ -21,19 +21,19 @@ class T5Prompts:
     def tokens(self, prompts, length):
         return self.tokenizer(prompts, length)
 
-    def untold(self, negative, length):
+    def negative_tokens(self, negative, length):
         return self.tokenizer([negative or ""], length)
 
-    def rows(self, length):
+    def embed_length(self, length):
         return length
 
     def encode(self, params, ids_BL, mask_BL):
-        return Told(self.apply(params["text_encoder"], ids_BL, mask_BL), mask_BL)
+        return PromptEmbeds(self.apply(params["text_encoder"], ids_BL, mask_BL), mask_BL)
 
 
-def prompts(parts: TextParts, config: Config) -> T5Prompts:
-    parts.need("text_encoder")
+def prompts(parts: TextComponents, config: Config) -> T5PromptEncoder:
+    parts.require("text_encoder")
     width = parts.specs["text_encoder"].d_model
     check_width(parts.path, width, config.caption_channels, "caption_channels")
-    prompts = T5Prompts(parts.tokenizer(clean=True), parts.apply["text_encoder"])
+    prompts = T5PromptEncoder(parts.tokenizer(clean=True), parts.apply["text_encoder"])
     return replace(prompts, length=300) if parts.pipeline == "PixArtSigmaPipeline" else prompts

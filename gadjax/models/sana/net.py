@@ -222,7 +222,7 @@ class Sana(nnx.Module):
             self._tokens(x_BHWC),
             lambda block, x, text: block(x, grid, modulation_B6D, text, bias),
             self.remat,
-            told=text,
+            context=text,
         )
         return x_BND, embedded_BD
 

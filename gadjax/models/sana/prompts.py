@@ -12,7 +12,7 @@ import numpy as np
 
 from gadjax.errors import InputError
 from gadjax.models.sana.net import Config
-from gadjax.models.text.prompts import TextParts, Told, check_width
+from gadjax.models.text.prompts import PromptEmbeds, TextComponents, check_width
 from gadjax.models.text.tokenizer import Tokenizer, preprocess
 from gadjax.types import expand
 
@@ -37,7 +37,7 @@ PLAIN = 2  # the mask of tokens that stand without it
 
 
 @dataclass(frozen=True, eq=False)
-class GemmaPrompts:
+class GemmaPromptEncoder:
     """tokenizer: takes texts as they are, since only the prompt is put in lower case."""
 
     tokenizer: Tokenizer
@@ -55,13 +55,13 @@ class GemmaPrompts:
         texts = [INSTRUCTION + text for text in preprocess(prompts)]
         return self.tokenizer(texts, self.instruction + length - 2)
 
-    def untold(self, negative, length):
+    def negative_tokens(self, negative, length):
         """Without the instruction, which a mask of 2 says, and padded to as many tokens."""
         ids, mask = self.tokenizer(preprocess(negative or ""), length)
         room = ((0, 0), (0, self.instruction - 2))
         return np.pad(ids, room), np.pad(PLAIN * mask, room)
 
-    def rows(self, length):
+    def embed_length(self, length):
         return length
 
     def encode(self, params, ids_BL, mask_BL):
@@ -74,11 +74,11 @@ class GemmaPrompts:
             after = jnp.concatenate([x[:, :1], x[:, 1 - length :]], axis=1)
             return jnp.where(expand(plain_B, x), x[:, :length], after)
 
-        return Told(read(text_BLD), jnp.minimum(read(mask_BL), 1))
+        return PromptEmbeds(read(text_BLD), jnp.minimum(read(mask_BL), 1))
 
 
-def prompts(parts: TextParts, config: Config) -> GemmaPrompts:
-    parts.need("text_encoder")
+def prompts(parts: TextComponents, config: Config) -> GemmaPromptEncoder:
+    parts.require("text_encoder")
     width = parts.specs["text_encoder"].hidden_size
     check_width(parts.path, width, config.caption_channels, "caption_channels")
     sprint = parts.pipeline == "SanaSprintPipeline"
@@ -87,4 +87,6 @@ def prompts(parts: TextParts, config: Config) -> GemmaPrompts:
             f"{parts.path}: found a {parts.pipeline} with guidance_embeds {config.guidance_embeds} "
             f"in transformer/config.json; expected {sprint}, as that pipeline tells its guidance"
         )
-    return GemmaPrompts(parts.tokenizer(), parts.apply["text_encoder"], steps=2 if sprint else 20)
+    return GemmaPromptEncoder(
+        parts.tokenizer(), parts.apply["text_encoder"], steps=2 if sprint else 20
+    )

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
-from gadjax.models.ignored import TENSORS, note_unknown
+from gadjax.models.ignored import IGNORED_TENSORS, warn_unknown_keys
 from gadjax.models.keymap import KeyMap
 from gadjax.models.module import Keys, scan_blocks, stack
 from gadjax.ops.attention import attention
@@ -56,7 +56,7 @@ class Config:
             _refuse("model_type", kind, "'clip_text_model'")
         values = {"projected": classes[0] == CLASS_NAMES[1]}
         used = {f.name: f for f in fields(cls) if f.name != "projected"}
-        note_unknown(classes[0], cfg, used)
+        warn_unknown_keys(classes[0], cfg, used)
         for key, value in cfg.items():
             if key not in used:
                 continue
@@ -212,7 +212,7 @@ def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[
 
 KEYMAP = KeyMap(
     renames=((r"^blocks/", "encoder/layers/#/"), (r"^(?!text_projection/)", "text_model/")),
-    ignored=tuple(TENSORS["CLIPTextModel"]),
+    ignored=tuple(IGNORED_TENSORS["CLIPTextModel"]),
     # transformers 5 writes CLIPTextModel, of the two classes, without the prefix.
     aliases=((r"^(?=(embeddings|encoder|final_layer_norm)\.)", "text_model."),),
 )

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
-from gadjax.models.ignored import note_unknown
+from gadjax.models.ignored import warn_unknown_keys
 from gadjax.models.keymap import KeyMap
 from gadjax.models.layers import gelu_tanh
 from gadjax.models.module import Keys, scan_blocks, stack
@@ -58,7 +58,7 @@ class Config:
         """Read a config.json. Raises: InputError naming the key that is unsupported."""
         kinds = {f.name: (int,) if f.type is int else (int, float) for f in fields(cls)}
         values, flat = {}, _with_flat_rope(cfg)
-        note_unknown(CLASS_NAMES[0], flat, (*kinds, *FIXED, "layer_types"))
+        warn_unknown_keys(CLASS_NAMES[0], flat, (*kinds, *FIXED, "layer_types"))
         for key, value in flat.items():
             if key in FIXED:
                 if value not in FIXED[key]:

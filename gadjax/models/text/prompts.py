@@ -21,7 +21,7 @@ LARGEST = 1 << 32
 Tokens = tuple[np.ndarray, np.ndarray]  # ids_BL, mask_BL, int32
 
 
-class Told(NamedTuple):
+class PromptEmbeds(NamedTuple):
     """text_BLD, mask_BL (1 = read), and the vector pooled_BP of families that have one."""
 
     text: jax.Array
@@ -29,7 +29,7 @@ class Told(NamedTuple):
     pooled: jax.Array | None = None
 
 
-class Prompts(Protocol):
+class PromptEncoder(Protocol):
     """length, steps, guidance: what the family's pipeline in diffusers draws with by default."""
 
     length: int
@@ -39,18 +39,18 @@ class Prompts(Protocol):
     def tokens(self, prompts: Sequence[str], length: int) -> Tokens:
         """Of prompts. Raises: InputError for a length that the family cannot take."""
 
-    def untold(self, negative: str | None, length: int) -> Tokens:
+    def negative_tokens(self, negative: str | None, length: int) -> Tokens:
         """[1, L] of what guidance leads away from; None for what the family takes by default."""
 
-    def rows(self, length: int) -> int:
+    def embed_length(self, length: int) -> int:
         """The length of text_BLD."""
 
-    def encode(self, params: Mapping[str, Params], ids_BL, mask_BL) -> Told:
+    def encode(self, params: Mapping[str, Params], ids_BL, mask_BL) -> PromptEmbeds:
         """params: by network, of all text encoders."""
 
 
 @dataclass(frozen=True, eq=False)
-class TextParts:
+class TextComponents:
     """The text side of a pipeline folder. index: model_index.json. apply, specs: by network."""
 
     path: Path
@@ -63,7 +63,7 @@ class TextParts:
         """The class of the pipeline in diffusers."""
         return self.index["_class_name"]
 
-    def need(self, *names: str) -> None:
+    def require(self, *names: str) -> None:
         """Raises: InputError unless there are networks of these names."""
         for name in names:
             if name not in self.apply:
@@ -108,7 +108,7 @@ def check_width(path: Path, found: int, expected: int, what: str) -> None:
         )
 
 
-def side_by_side(
+def concat_tokens(
     tokenizers: Sequence[Tokenizer], prompts: Sequence[str], lengths: Sequence[int]
 ) -> Tokens:
     """The tokens of several encoders as one array."""

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
-from gadjax.models.ignored import note_unknown
+from gadjax.models.ignored import warn_unknown_keys
 from gadjax.models.keymap import KeyMap
 from gadjax.models.module import Keys, scan_blocks, stack
 
@@ -63,7 +63,7 @@ class Config:
                 _refuse(field.name, None if value is MISSING else value, expected)
             values[field.name] = value
         config = cls(**values)
-        note_unknown(CLASS_NAMES[0], cfg, (*values, *DERIVED))
+        warn_unknown_keys(CLASS_NAMES[0], cfg, (*values, *DERIVED))
 
         derived = {
             "model_type": "t5",
@@ -242,7 +242,7 @@ KEYMAP = KeyMap(
             "encoder/block/0/layer/0/SelfAttention/relative_attention_bias/",
         ),
     ),
-    twins=(("encoder.embed_tokens.weight", "shared.weight"),),
+    tied_keys=(("encoder.embed_tokens.weight", "shared.weight"),),
 )
 
 RULES = (

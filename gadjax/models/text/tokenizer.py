@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gadjax.errors import InputError, shown
-from gadjax.io.untrusted import MIB, check_inside, is_leftover, open_file, read_json
+from gadjax.errors import InputError, short_repr
+from gadjax.io.untrusted import MIB, check_no_escape, is_macos_metadata, open_file, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5Tokenizer
@@ -168,14 +168,14 @@ def _refusing(folder: Path, expected: str) -> Iterator[None]:
 def _check_files(folder: Path) -> None:
     """Raises: InputError for files that transformers would not survive, or that would have it open
     others: what a settings file names beside tokens is handed to its class as it stands there."""
-    check_inside(folder, folder.parent)
+    check_no_escape(folder, folder.parent)
     for path in folder.iterdir():
         if path.is_file() and path.stat().st_size > LIMIT:
             raise InputError(f"{path}: found more than {LIMIT} bytes; expected a tokenizer's file")
         if path.name in KNOWN_FILES:
             with open_file(path, "a tokenizer's file"):
                 pass  # it is no pointer to one
-        if path.suffix == ".json" and not is_leftover(path.name):
+        if path.suffix == ".json" and not is_macos_metadata(path.name):
             _check_settings(path, read_json(path, LIMIT))
 
 
@@ -185,7 +185,7 @@ def _check_settings(path: Path, held: dict[str, Any]) -> None:
         extra = held.get("extra_ids", 0)  # transformers makes as many names of tokens
         if type(extra) is not int or not 0 <= extra <= EXTRA:
             raise InputError(
-                f"{path}: found extra_ids {shown(extra)}; expected at most {EXTRA}, as an integer"
+                f"{path}: found extra_ids {short_repr(extra)}; expected at most {EXTRA}, as an integer"
             )
     elif path.name == "special_tokens_map.json":
         wrong = [key for key in held if not key.endswith(("_token", "_tokens"))]

@@ -5,14 +5,14 @@ from gadjax.models.unet.keymap import KEYMAP
 from gadjax.models.unet.net import build
 from gadjax.models.unet.predict import TEXT_KV, extras, features, predictor
 from gadjax.models.unet.prompts import prompts
-from gadjax.models.unet.rules import RULES, WHOLE
+from gadjax.models.unet.rules import NO_SEQUENCE_SHARDING, RULES
 
 __all__ = [
     "CLASS_NAMES",
     "KEYMAP",
     "RULES",
     "TEXT_KV",
-    "WHOLE",
+    "NO_SEQUENCE_SHARDING",
     "Config",
     "build",
     "extras",

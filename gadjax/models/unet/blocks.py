@@ -17,7 +17,7 @@ from gadjax.models import layers
 from gadjax.models.layers import numbered
 from gadjax.models.module import Keys, scan_blocks, stack
 from gadjax.models.unet.config import Config
-from gadjax.parallel.placement import by_sample
+from gadjax.parallel.placement import constrain_batch
 
 TRANSFORMER_NORM_EPS = 1e-6  # of the group norm, which does not follow norm_eps
 LAYER_NORM_EPS = 1e-5
@@ -68,7 +68,7 @@ class ResnetBlock2D(nnx.Module):
     def __call__(self, x_BHWC, temb_BE):
         body = type(self).body
         body = jax.checkpoint(body) if self.remat else body
-        return by_sample(body(self, by_sample(x_BHWC), temb_BE))
+        return constrain_batch(body(self, constrain_batch(x_BHWC), temb_BE))
 
     def body(self, x_BHWC, temb_BE):
         h_BHWC = self.conv1(nnx.silu(self.norm1(x_BHWC)))
@@ -149,7 +149,7 @@ class Transformer2D(nnx.Module):
             h_BHWC.reshape(len(h_BHWC), -1, h_BHWC.shape[-1]),
             lambda block, h_BND, text: block(h_BND, text),
             self.remat,
-            told=text,
+            context=text,
         )
         return x_BHWC + leave(h_BND.reshape(x_BHWC.shape))
 

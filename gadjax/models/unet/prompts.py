@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gadjax.errors import InputError
-from gadjax.models.text.prompts import TextParts, Told, check_clip_length, check_width, side_by_side
+from gadjax.models.text.prompts import (
+    PromptEmbeds,
+    TextComponents,
+    check_clip_length,
+    check_width,
+    concat_tokens,
+)
 from gadjax.models.text.tokenizer import Tokenizer
 from gadjax.models.unet.config import Config
 
@@ -19,7 +25,7 @@ SDXL = "StableDiffusionXLPipeline"
 
 
 @dataclass(frozen=True, eq=False)
-class ClipPrompts:
+class ClipPromptEncoder:
     """CLIP's last states. masked: whether padding is hidden from it (use_attention_mask)."""
 
     tokenizer: Tokenizer
@@ -33,20 +39,20 @@ class ClipPrompts:
         check_clip_length(length, self.length)
         return self.tokenizer(prompts, length)
 
-    def untold(self, negative, length):
+    def negative_tokens(self, negative, length):
         return self.tokens([negative or ""], length)
 
-    def rows(self, length):
+    def embed_length(self, length):
         return length
 
     def encode(self, params, ids_BL, mask_BL):
         seen = (mask_BL,) if self.masked else ()
         text_BLD = self.apply(params["text_encoder"], ids_BL, *seen).last
-        return Told(text_BLD, jnp.ones_like(mask_BL))
+        return PromptEmbeds(text_BLD, jnp.ones_like(mask_BL))
 
 
 @dataclass(frozen=True, eq=False)
-class TwoClipPrompts:
+class TwoClipPromptEncoder:
     """The last states but one of both, side by side, and the second one's pooled vector.
 
     zeros: whether the network was trained to be told zeros where there is no prompt
@@ -63,13 +69,13 @@ class TwoClipPrompts:
 
     def tokens(self, prompts, length):
         check_clip_length(length, self.length)
-        return side_by_side(self.tokenizers, prompts, (length, length))
+        return concat_tokens(self.tokenizers, prompts, (length, length))
 
-    def untold(self, negative, length):
+    def negative_tokens(self, negative, length):
         ids, mask = self.tokens([negative or ""], length)
         return ids, np.zeros_like(mask) if negative is None and self.zeros else mask
 
-    def rows(self, length):
+    def embed_length(self, length):
         return length
 
     def encode(self, params, ids_BL, mask_BL):
@@ -79,10 +85,10 @@ class TwoClipPrompts:
         text_BLD = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
         told_B = jnp.any(mask_BL > 0, axis=1).astype(text_BLD.dtype)
         mask = jnp.ones_like(mask_BL[:, : text_BLD.shape[1]])
-        return Told(text_BLD * told_B[:, None, None], mask, second.pooled * told_B[:, None])
+        return PromptEmbeds(text_BLD * told_B[:, None, None], mask, second.pooled * told_B[:, None])
 
 
-def prompts(parts: TextParts, config: Config) -> ClipPrompts | TwoClipPrompts:
+def prompts(parts: TextComponents, config: Config) -> ClipPromptEncoder | TwoClipPromptEncoder:
     """Two where the network is told a pooled vector."""
     told = config.addition_embed_type is not None
     if told != (parts.pipeline == SDXL):
@@ -91,14 +97,14 @@ def prompts(parts: TextParts, config: Config) -> ClipPrompts | TwoClipPrompts:
             f"{config.addition_embed_type} in unet/config.json; expected it of {SDXL} alone"
         )
     names = ["text_encoder", "text_encoder_2"][: 1 + told]
-    parts.need(*names)
+    parts.require(*names)
     specs = [parts.specs[name] for name in names]
     width = sum(spec.hidden_size for spec in specs)
     check_width(parts.path, width, config.cross_attention_dim, "cross_attention_dim")
     one = parts.tokenizer(learned=True)
     length = parts.clip_length(one, "text_encoder")
     if not told:
-        return ClipPrompts(one, parts.apply[names[0]], length, specs[0].use_attention_mask)
+        return ClipPromptEncoder(one, parts.apply[names[0]], length, specs[0].use_attention_mask)
     two = parts.tokenizer("tokenizer_2", learned=True)
     if (other := parts.clip_length(two, "text_encoder_2")) != length:
         raise InputError(
@@ -106,4 +112,4 @@ def prompts(parts: TextParts, config: Config) -> ClipPrompts | TwoClipPrompts:
             "of the first tokenizer"
         )
     zeros = bool(parts.index.get("force_zeros_for_empty_prompt", True))
-    return TwoClipPrompts((one, two), *(parts.apply[name] for name in names), length, zeros)
+    return TwoClipPromptEncoder((one, two), *(parts.apply[name] for name in names), length, zeros)

@@ -3,7 +3,7 @@
 from jax.sharding import PartitionSpec as P
 
 # Why a mesh does not split the positions of a sample.
-WHOLE = "whose convolutions and group norms have a sample's positions on one device"
+NO_SEQUENCE_SHARDING = "whose convolutions and group norms have a sample's positions on one device"
 
 # Every width of the published networks is a multiple of 64. With a "tensor" axis of 2, conv1 and
 # what follows the norms are cut along their outputs, conv2 and the ways back along their inputs.

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from gadjax.diffusion.geometry import Directions, tangent
 from gadjax.diffusion.schedules import add_noise
 from gadjax.objectives.base import Context, Needs
-from gadjax.objectives.common import between, check_shares, mean_abs, pseudo_loss, sg
+from gadjax.objectives.common import (
+    check_span_fractions,
+    mean_abs,
+    pseudo_loss,
+    sg,
+    uniform_timesteps,
+)
 from gadjax.objectives.compose import Addable
 from gadjax.types import expand
 
@@ -28,7 +34,7 @@ class GADLift(Addable):
     direction: str = "gaussian"
 
     def __post_init__(self):
-        check_shares("gad_lift", self.low, self.high)
+        check_span_fractions("gad_lift", self.low, self.high)
 
     @property
     def needs(self) -> Needs:
@@ -37,11 +43,11 @@ class GADLift(Addable):
     def __call__(self, context: Context):
         value, dots = context.student
         dot = dots.x0[0]
-        t_B = between(context, self.low, self.high)
+        t_B = uniform_timesteps(context, self.low, self.high)
         alpha, _ = context.schedule.alpha_sigma(t_B)
         x_t = sg(add_noise(context.schedule, value.x0, context.normal("eps"), t_B))
         dx = sg(expand(alpha, dot) * dot)
         _, real = tangent(lambda x: context.teacher(x, t_B).x0, x_t, dx)
         _, fake = tangent(lambda x: context.critic(x, t_B).x0, x_t, dx)
         loss_B = pseudo_loss(dot, sg(fake - real), mean_abs(sg(dot) - real))
-        return loss_B * context.base_B, {"gap": jnp.mean(jnp.abs(fake - real))}
+        return loss_B * context.base_weight_B, {"gap": jnp.mean(jnp.abs(fake - real))}

@@ -14,7 +14,7 @@ from closed_form import (
 
 from gadjax.objectives import DMD, Anchor, GADLift, dmd
 from gadjax.objectives.comparisons import gad_lift
-from gadjax.training.backward_simulation import drawn_steps
+from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.types import Prediction
 
 
@@ -107,5 +107,5 @@ def test_the_anchors_step_is_left_out():
 
     masked, plain = jax.device_get(run(student))
     np.testing.assert_allclose(
-        masked, plain * np.where(drawn_steps(np.arange(16), 4), 4 / 3, 0), rtol=1e-5
+        masked, plain * np.where(stratified_step_indices(np.arange(16), 4), 4 / 3, 0), rtol=1e-5
     )
