@@ -104,7 +104,7 @@ def select_kernels(choice: str, mesh: Mesh, dtype: str) -> str:
 
 def check_sequence(pipeline: Pipeline, mesh: Mesh) -> None:
     """Raises: InputError for a network that does not take a sample on several devices."""
-    module = pipeline.folder.components[pipeline.body].module
+    module = pipeline.folder.components[pipeline.backbone].module
     if mesh.shape[SEQUENCE_AXIS] > 1 and (why := getattr(module, "WHOLE", "")):
         raise InputError(
             f"mesh.sequence: found {mesh.shape[SEQUENCE_AXIS]}; expected 1 for a "

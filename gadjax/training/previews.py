@@ -49,8 +49,8 @@ class Preview:
         own = few if needs.uses_teacher else many
         self.draw = lambda params: np.asarray(draw(params, own, frozen, raw))
         self.teacher = None
-        if pipeline.body in frozen:
-            self.teacher = np.asarray(draw(frozen[pipeline.body], many, frozen, raw))
+        if pipeline.backbone in frozen:
+            self.teacher = np.asarray(draw(frozen[pipeline.backbone], many, frozen, raw))
 
     def due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.last

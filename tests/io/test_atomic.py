@@ -119,7 +119,7 @@ def test_what_was_moved_aside_is_put_back(tmp_path, caplog):
 KILLED = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from gadjax.convert import atomic
+from gadjax.io import atomic
 
 dst = Path(sys.argv[1], "out")
 if sys.argv[2] == "False":
