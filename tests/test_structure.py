@@ -83,6 +83,12 @@ def test_imports_point_one_way(room):
             assert not up, f"{path.relative_to(PACKAGE)} imports from {', '.join(sorted(up))}"
 
 
+def test_nothing_imports_experiments():
+    """Which are not in the wheel."""
+    for path in FILES:
+        assert room_of(path) == "experiments" or "experiments" not in rooms_of(path), path
+
+
 def test_nothing_imports_torch_at_the_top():
     for path in FILES:
         heavy = {n.split(".")[0] for n in top_imports(path)} & {"torch", "diffusers", "tensorflow"}
