@@ -57,7 +57,12 @@ class Denoiser:
         return self.apply(params, x_BHWC, t_B, cond).astype(x_BHWC.dtype)
 
     def to_prediction(self, raw_BHWC, x_BHWC, t_B) -> Prediction:
-        """Convert a raw output at (x_BHWC, t_B) to x0 and eps."""
+        """Convert a raw output to x0 and eps.
+
+        Args:
+          raw_BHWC: of `raw`.
+          x_BHWC, t_B: its inputs.
+        """
         t_B = jnp.asarray(t_B, x_BHWC.dtype)
         return to_prediction(
             self.parameterization, raw_BHWC, x_BHWC, *self.schedule.alpha_sigma(t_B)
@@ -125,7 +130,11 @@ class Denoiser:
         return cond._replace(extras={**(cond.extras or {}), "guidance": scale_B})
 
     def guided(self, params: Params, x_BHWC, t_B, cond: Cond, null: Cond, scale) -> Prediction:
-        """Prediction (x0, eps) under classifier-free guidance; arguments as for `guided_raw`."""
+        """Prediction (x0, eps) under classifier-free guidance.
+
+        Args:
+          params, x_BHWC, t_B, cond, null, scale: as for `guided_raw`.
+        """
         return self.to_prediction(
             self.guided_raw(params, x_BHWC, t_B, cond, null, scale), x_BHWC, t_B
         )

@@ -44,7 +44,13 @@ class Directions:
 
 
 def low_frequency(key, shape: tuple[int, ...], dtype=jnp.float32):
-    """Standard normal [H, W, C] that is constant on each of GRID_SIDE x GRID_SIDE cells."""
+    """Low-frequency noise: standard normal, constant on each of GRID_SIDE x GRID_SIDE cells.
+
+    Args:
+      key: PRNG key.
+      shape: (H, W, C) of the result.
+      dtype: of the result.
+    """
     height, width, channels = shape
     cells = [jnp.arange(side) * min(GRID_SIDE, side) // side for side in (height, width)]
     coarse = jax.random.normal(

@@ -100,6 +100,11 @@ def rollout(
 
 
 def interpolate_times(start_B, end_B, steps: int):
-    """Uniform time grids [steps + 1, B] from start_B to end_B."""
+    """Time grids [steps + 1, B], uniform in t.
+
+    Args:
+      start_B, end_B: first and last times.
+      steps: number of steps.
+    """
     fraction = jnp.linspace(0.0, 1.0, steps + 1, dtype=start_B.dtype)
     return start_B + fraction[:, None] * (end_B - start_B)

@@ -69,7 +69,7 @@ class Sampler:
         if not self._is_valid(times):
             raise InputError(
                 f"{flag}: found {given}; expected one or more "
-                + ("times in falling order" if flag == "timesteps" else "steps of their own times")
+                + ("times in falling order" if flag == "timesteps" else "steps of distinct times")
                 + f", above {self.schedule.clean:g} and up to {self.schedule.last:g}"
                 + (", whole numbers" if isinstance(self.schedule, DDPM) else "")
             )
@@ -80,7 +80,7 @@ class Sampler:
         if np.abs(grid - times).max() > 0.01:
             raise InputError(
                 f"timesteps: found {_format_times(times)}; expected {_format_times(grid)}, the "
-                f"grid of {len(times) - 1} of the scheduler's steps, because diffusers takes no other"
+                f"grid of {len(times) - 1} of the scheduler's steps, as diffusers takes no other"
             )
         return grid
 
@@ -119,9 +119,9 @@ def sample(
 
 Predict = Callable[[jax.Array, jax.Array], Prediction]
 
-# Adams-Bashforth weights of the newest eps and of the three before it.
-WARMUP_WEIGHTS = np.array([[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0]])
-FOURTH_ORDER = np.array([[55, -59, 37, -9]]) / 24
+# Adams-Bashforth weights of the newest eps and of the three before it: orders 1 to 3, then 4.
+AB_WARMUP = np.array([[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0]])
+AB4 = np.array([[55, -59, 37, -9]]) / 24
 
 
 def plms(predict: Predict, schedule: NoiseSchedule, x_BHWC: jax.Array, times) -> jax.Array:
@@ -150,9 +150,7 @@ def plms(predict: Predict, schedule: NoiseSchedule, x_BHWC: jax.Array, times) ->
     if count == 1:
         return x
     x = ddim_step(x_BHWC, (first + predict(x, times[1]).eps) / 2, 0, 1)
-    weights = np.concatenate([WARMUP_WEIGHTS, np.repeat(FOURTH_ORDER, max(count - 3, 0), axis=0)])[
-        1:count
-    ]
+    weights = np.concatenate([AB_WARMUP, np.repeat(AB4, max(count - 3, 0), axis=0)])[1:count]
     history = jnp.stack([first, jnp.zeros_like(first), jnp.zeros_like(first)])
 
     def step(carry, inputs):
@@ -206,7 +204,13 @@ def keys_from_noise(x_BHWC: jax.Array) -> jax.Array:
 
 
 def step_noise(keys_B: jax.Array, step: int, x_BHWC: jax.Array) -> jax.Array:
-    """Fresh noise of step number `step`: standard normal, of the shape and dtype of x_BHWC."""
+    """Fresh standard normal noise of one step.
+
+    Args:
+      keys_B: of `keys_from_noise`.
+      step: number of the step.
+      x_BHWC: gives the shape and dtype.
+    """
     keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
     draw = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:], jnp.float32))
     return draw(keys).astype(x_BHWC.dtype)

@@ -1,8 +1,8 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, with t in the network's own units.
 
-DDPM and Flow have a thousand timesteps, TrigFlow a quarter circle (pi / 2). `clean` is the time at
-which x_t = x0: -1 for DDPM, whose time 0 has the first noise already, and 0 for the others. Losses
-draw timesteps `spacing` apart, from clean + spacing to `last`.
+DDPM and Flow span a thousand units, TrigFlow pi / 2 (an angle). `clean` is the time at which x_t =
+x0: -1 for DDPM, whose time 0 has the first noise already, and 0 for the others. Losses draw
+timesteps `spacing` apart, from clean + spacing to `last`.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from gadjax.types import expand
 
 
 class NoiseSchedule(Protocol):
+    """Noise schedule; `clean`, `last` and `spacing` are timesteps (see the module's docstring)."""
+
     clean: float
     last: float
     spacing: float
@@ -73,7 +75,7 @@ class DDPM:
 
     def alpha_sigma(self, t):
         if isinstance(t, jax.Array):
-            t = _as_float(t)
+            t = _float(t)
             position = jnp.clip(t - self.clean, 0, self.steps)
             low = jnp.minimum(jnp.floor(position), self.steps - 1)
             fraction = position - low
@@ -101,9 +103,7 @@ class Flow:
         return float(self.steps)
 
     def alpha_sigma(self, t):
-        sigma = (
-            _as_float(t) if isinstance(t, jax.Array) else np.asarray(t, np.float64)
-        ) / self.steps
+        sigma = (_float(t) if isinstance(t, jax.Array) else np.asarray(t, np.float64)) / self.steps
         return 1 - sigma, sigma
 
 
@@ -120,24 +120,36 @@ class TrigFlow:
 
     def alpha_sigma(self, t):
         if isinstance(t, jax.Array):
-            return jnp.cos(_as_float(t)), jnp.sin(_as_float(t))
+            return jnp.cos(_float(t)), jnp.sin(_float(t))
         t = np.asarray(t, np.float64)
         return np.cos(t), np.sin(t)
 
 
-def _as_float(t: jax.Array) -> jax.Array:
+def _float(t: jax.Array) -> jax.Array:
     """Cast integer and half-precision times to float32; float64 stays."""
     return t.astype(jnp.promote_types(t.dtype, jnp.float32))
 
 
 def shift_time(t, shift: float, steps: int = 1000):
-    """Resolution-dependent timestep shift of SD3 (Esser et al. 2024, section 5.3.2)."""
+    """Resolution-dependent timestep shift of SD3 (Esser et al. 2024, section 5.3.2).
+
+    Args:
+      t: times of a flow, 0 to steps.
+      shift: factor on the noise-to-signal ratio sigma / alpha; 1 changes nothing.
+      steps: number of timesteps.
+    """
     sigma = t / steps
     return steps * shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def add_noise(schedule: NoiseSchedule, x0_BHWC, eps_BHWC, t_B):
-    """Forward process: x_t = alpha x0 + sigma eps."""
+    """Forward process: x_t = alpha x0 + sigma eps.
+
+    Args:
+      schedule: noise schedule.
+      x0_BHWC, eps_BHWC: clean latents and standard normal noise.
+      t_B: times, [B] or a scalar.
+    """
     alpha, sigma = schedule.alpha_sigma(t_B)
     return expand(alpha, x0_BHWC) * x0_BHWC + expand(sigma, x0_BHWC) * eps_BHWC
 

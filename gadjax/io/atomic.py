@@ -135,7 +135,7 @@ def restore_replaced(dst: Path) -> None:
                     f"{aside}: found {dst.name} as a killed command left it, which cannot be "
                     f"renamed ({error.strerror}); expected it at {dst}"
                 ) from error
-            log.warning("%s: put back from %s, where a killed command left it", dst, aside.name)
+            log.warning("%s: restored from %s, where a killed command left it", dst, aside.name)
             return
 
 

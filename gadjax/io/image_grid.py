@@ -71,7 +71,13 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Wrap text into at most four lines of at most `width` pixels; the rest becomes an ellipsis."""
+    """Wrap text into at most MAX_LINES lines; the rest becomes an ellipsis.
+
+    Args:
+      text: any characters; nonprintable ones are escaped.
+      font: of the caption.
+      width: of a line, in pixels.
+    """
     lines = [""]
     text = text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + "…"
     for word in text.split():

@@ -18,10 +18,7 @@ from gadjax.io.untrusted import parse_json
 
 MANIFEST = "manifest.json"
 COMMIT_MARKER = "commit_success.txt"
-WRITTEN_AT_COMMIT = (
-    "_CHECKPOINT_METADATA",
-    COMMIT_MARKER,
-)  # Orbax writes these when it commits a step
+WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", COMMIT_MARKER)  # by Orbax
 MANIFEST_FILES = (MANIFEST, f"{MANIFEST}.new")
 SELF_MISMATCH = "its own CRC-32 differs"
 

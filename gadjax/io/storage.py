@@ -32,8 +32,8 @@ def as_path(text: str | PurePath, flag: str = "--workdir") -> Any:
         return Path(text)
     if not text.startswith(GS) or not text.removeprefix(GS).strip("/"):
         raise InputError(
-            f"{flag}: found {text}; expected a folder or gs://BUCKET/..., the only object "
-            "store that Orbax writes to (a bucket of another can be mounted as a folder)"
+            f"{flag}: found {text}; expected a folder or gs://BUCKET/..., the only object store "
+            "that Orbax writes to (a bucket of another can be mounted as a folder)"
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(
@@ -88,7 +88,12 @@ def client() -> Any:
 
 
 def put_object(path: Any, data: bytes, new: bool = False) -> None:
-    """Upload an object in one atomic write. new: only where none exists.
+    """Upload an object in one atomic write.
+
+    Args:
+      path: of the object.
+      data: its content.
+      new: fail where the object exists.
 
     Raises: FileExistsError; OSError.
     """
@@ -159,8 +164,9 @@ def store_errors(path: Any) -> Iterator[None]:
 def warn_on_write_error(path: Any, tolerate: bool = False) -> Iterator[None]:
     """Warn where a periodically rewritten file cannot be written, once per outage.
 
-    A store that fails once must not stop a run.
-    tolerate: nor must a local folder.
+    A store that fails once never stops a run.
+
+    tolerate: nor does a local folder.
 
     Raises: RunStopped where a local folder cannot be written and `tolerate` is false.
     """

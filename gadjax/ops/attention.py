@@ -54,7 +54,11 @@ def _primal(q, k, v, bias):
 
 
 def value_attention(q, k, v, bias=None):
-    """Attention values in blocks of queries, each rematerialised in reverse mode."""
+    """Attention values in blocks of queries, each rematerialised in reverse mode.
+
+    Args:
+      q, k, v, bias: as for `attention`.
+    """
 
     def block(queries, keys, bias):
         (q,), (k, v) = queries, keys

@@ -101,7 +101,13 @@ def _in_blocks(f, arrays, queries, keys, bias):
 
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Einsum accumulated in at least float32, its first operand cast to the dtype of the second."""
+    """Einsum accumulated in at least float32.
+
+    Args:
+      spec: as for jnp.einsum.
+      a: first operand, which is cast to the dtype of b.
+      b: second operand.
+    """
     wide = jnp.promote_types(b.dtype, jnp.float32)
     return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide)
 
@@ -112,7 +118,12 @@ unmix = partial(product, "bhnm,bnhk->bmhk")  # P^T x
 
 
 def softmax(q, k, bias):
-    """Attention probabilities P [B, H, N, M]."""
+    """Attention probabilities P [B, H, N, M].
+
+    Args:
+      q, k: queries [B, N, H, K] and keys [B, M, H, K].
+      bias: None, or an array that broadcasts to P.
+    """
     s = logits(q, k) * q.shape[-1] ** -0.5
     return jax.nn.softmax(s if bias is None else s + bias.astype(s.dtype), axis=-1)
 

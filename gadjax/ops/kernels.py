@@ -34,7 +34,12 @@ class Kernels(NamedTuple):
 
 
 def kernels_for(q, k, bias) -> Kernels | None:
-    """Kernels that support these queries, keys and bias on the program's devices, or None."""
+    """Kernels for these operands on the program's devices; None where there are none.
+
+    Args:
+      q, k: queries [B, N, H, K] and keys [B, M, H, K].
+      bias: None, or an array that broadcasts to the logits [B, H, N, M].
+    """
     placement = current_placement.value
     if placement is None or not placement.kernels:
         return None
@@ -49,7 +54,12 @@ def kernels_for(q, k, bias) -> Kernels | None:
 
 
 def value_with_kernels(kernels: Kernels, q, k, v, bias):
-    """Attention [B, N, H, K] by kernels; differentiable in reverse mode only, once."""
+    """Attention [B, N, H, K] by kernels; differentiable in reverse mode only, once.
+
+    Args:
+      kernels: of `kernels_for`.
+      q, k, v, bias: as for `attention`.
+    """
 
     def run(queries, keys, bias):
         return kernels.module.value(*queries, *keys, bias), ()
@@ -59,7 +69,12 @@ def value_with_kernels(kernels: Kernels, q, k, v, bias):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dual_with_kernels(kernels: Kernels, q, k, v, bias, tq, tk, tv):
-    """Dual attention by kernels; arguments and results as for `dual_attention`."""
+    """Dual attention by kernels; results as of `dual_attention`.
+
+    Args:
+      kernels: of `kernels_for`.
+      q, k, v, bias, tq, tk, tv: as for `dual_attention`.
+    """
     o, to, *_ = _dual(kernels, q, k, v, bias, tq, tk, tv)
     return o.astype(v.dtype), to.astype(v.dtype)
 

@@ -24,7 +24,12 @@ from gadjax.ops import tiles
 
 
 def supported(q, k, bias) -> bool:
-    """True where the kernels support these queries, keys and bias and are worthwhile."""
+    """True where the kernels support these operands and are worthwhile.
+
+    Args:
+      q, k: queries [B, N, H, K] and keys [B, M, H, K], arrays or shapes.
+      bias: None, or an array that broadcasts to the logits.
+    """
     return (
         q.dtype == k.dtype
         and q.dtype in (jnp.bfloat16, jnp.float32)

@@ -30,8 +30,14 @@ LANES = 128
 
 
 def supported(q, k, bias) -> bool:
-    """True where the kernels support these queries, keys and bias and are worthwhile: with fewer
-    positions most of a tile would be padding."""
+    """True where the kernels support these operands and are worthwhile.
+
+    With fewer positions most of a tile would be padding.
+
+    Args:
+      q, k: queries [B, N, H, K] and keys [B, M, H, K], arrays or shapes.
+      bias: None, or an array that broadcasts to the logits.
+    """
     return (
         q.dtype == k.dtype
         and q.dtype in (jnp.bfloat16, jnp.float32)

@@ -96,7 +96,12 @@ def row_sums(do, eo, o, to, lse, mu):
 
 
 def dot(a, b, dims=(1, 0)):
-    """Matrix product contracting these dimensions of a and b, in float32."""
+    """Matrix product accumulated in float32.
+
+    Args:
+      a, b: matrices.
+      dims: the contracted dimensions of a and b.
+    """
     return jax.lax.dot_general(
         a, b, (((dims[0],), (dims[1],)), ((), ())), preferred_element_type=jnp.float32
     )
@@ -131,7 +136,13 @@ def logits(queries, keys, bias, scale, product=queries_by_keys):
 
 
 def initial_state(rows: int, channels: int, tangent: bool):
-    """Online-softmax state of `add_tile` before the first key."""
+    """Online-softmax state of `add_tile` before the first key.
+
+    Args:
+      rows: number n of queries.
+      channels: number K of channels.
+      tangent: whether tangents are summed too.
+    """
     column, block = jnp.zeros((rows, 1), jnp.float32), jnp.zeros((rows, channels), jnp.float32)
     return (column + MASKED_LOGIT, column, block, *((column, block) if tangent else ()))
 

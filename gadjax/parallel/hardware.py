@@ -108,7 +108,7 @@ dnn_version_info {{ major: 9 minor: 10 }}
 runtime_version {{ major: 12 minor: 8 }}
 device_description_str: "{}"
 """
-DEVICES_PER_CHIP = {"tpu7x": 2}  # JAX devices, where not one
+DEVICES_PER_CHIP = {"tpu7x": 2}  # JAX devices per chip, where more than one
 NON_TPU_FLAGS = "--xla_cpu_", "--xla_gpu_"  # prefixes of XLA flags that libtpu does not know
 
 

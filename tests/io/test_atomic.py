@@ -105,7 +105,7 @@ def test_replaced_folder_is_restored(tmp_path, caplog):
         assert not dst.exists()
     refused(lambda: check_target(dst), dst, "a folder with files in it")
     assert (dst / "a").read_text() == "old" and not aside.exists()
-    assert "put back" in caplog.text
+    assert "restored" in caplog.text
     aside.mkdir()
     restore_replaced(dst)  # nothing to do: dst is there
     assert aside.exists()
@@ -179,4 +179,4 @@ def test_kill_at_any_event_leaves_old_or_new(tmp_path, exchanges):
     assert list(later) == sorted(later, reverse=True)  # the old, then the new
     # Between two renames there is neither, until the next command puts the old one back.
     assert ("missing" in at_once) != exchanges and "mixed" not in at_once
-    assert done.stderr.count("put back") == at_once.count("missing")
+    assert done.stderr.count("restored") == at_once.count("missing")
