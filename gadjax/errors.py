@@ -19,11 +19,11 @@ def escape_nonprintable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def short_repr(value: Any, most: int = 80) -> str:
-    """Truncated `repr`: one line of at most `most` characters, nested values abbreviated."""
-    _REPR.maxstring = _REPR.maxother = most
+def short_repr(value: Any, max_chars: int = 80) -> str:
+    """Truncated `repr`: one line of at most `max_chars` characters, nested values abbreviated."""
+    _REPR.maxstring = _REPR.maxother = max_chars
     text = escape_nonprintable(_REPR.repr(value))
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
 
 
 class _OneLine(Exception):
