@@ -117,8 +117,8 @@ def test_checkpoints(store, workdir, caplog):
     assert made[f"{root}/6/manifest.json"] < made[f"{root}/6/commit_success.txt"]
     assert verify(folder / "6") is None
     checkpoints.close()  # finalizes the manifest
-    sealed = json.loads((folder / "6" / "manifest.json").read_text())
-    assert sealed.keys() == list_objects(folder / "6").keys() and verify(folder / "6") is None
+    manifest = json.loads((folder / "6" / "manifest.json").read_text())
+    assert manifest.keys() == list_objects(folder / "6").keys() and verify(folder / "6") is None
     for name in ("_CHECKPOINT_METADATA", "manifest.json", "stray"):
         before = store.objects.get(f"{root}/6/{name}", b"")
         store.put(f"{root}/6/{name}", before + b" ")
