@@ -1,11 +1,11 @@
-"""Few-step distillation of diffusion and flow models that keeps what the noise meant.
+"""Few-step distillation of diffusion and flow models that keeps the map from noise to image.
 
     teacher = gadjax.load("asset:shapes_flow_teacher")
     student = gadjax.distill(teacher, DMD() + 0.3 * GAD(), prompts, steps=4)
     images = gadjax.sample(student, prompts)
     gadjax.save(student, "student")  # a diffusers folder
 
-The terms are in gadjax.objectives. Everything is imported when it is first asked for.
+The terms are in gadjax.objectives. Submodules are imported lazily, on first access.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The nouns that every part shares. Arrays are NHWC; B batch, H W C latent, L text, D width."""
+"""Shared types. Arrays are NHWC; B batch, H W C latent, L text tokens, D width."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,22 +7,25 @@ import jax
 import jax.numpy as jnp
 
 Params = dict[str, Any]
-PyTree = Any  # containers in containers, of arrays
+PyTree = Any  # nested containers of arrays
 Metrics = dict[str, jax.Array]
 
 
 class TextKV(NamedTuple):
-    """A text's keys and values in one layer [B, M, heads * K], or in a stack of them, the layers
-    first, as blocks are run."""
+    """Cross-attention KV cache of a prompt: [B, M, heads * K] of one layer, or [layers, B, M,
+    heads * K] of a stack of blocks."""
 
     k: jax.Array
     v: jax.Array
 
 
 class Cond(NamedTuple):
-    """What a network is told beside x and t: text_BLD, mask_BL (1 = read), the family's extras.
+    """Conditioning of a batch.
 
-    The text may also be what a network made of it for all its layers (`Denoiser.reading`).
+    Args:
+      text: prompt embeddings [B, L, D], or their cross-attention KV cache (`Denoiser.cache_text`).
+      mask: attention mask [B, L] (1 = attend).
+      extras: family-specific inputs (pooled embedding, micro-conditioning, guidance).
     """
 
     text: Any
@@ -30,28 +33,33 @@ class Cond(NamedTuple):
     extras: Any = None
 
     def map(self, f: Callable[..., Any], *others: "Cond") -> "Cond":
-        """f of every array, samples first, as jax.tree.map calls it."""
+        """Map f over all arrays with the batch axis first, as jax.tree.map does over several
+        trees."""
 
-        def of(x, *rest):
+        def apply(x, *rest):
             return jax.tree.map(jax.vmap(f), x, *rest) if isinstance(x, TextKV) else f(x, *rest)
 
-        return jax.tree.map(of, self, *others, is_leaf=lambda x: isinstance(x, TextKV))
+        return jax.tree.map(apply, self, *others, is_leaf=lambda x: isinstance(x, TextKV))
 
 
 class Prediction(NamedTuple):
-    """A network's answer in the two spaces everything is written in: x0_BHWC and eps_BHWC."""
+    """Network output as clean latents x0_BHWC and noise eps_BHWC, whatever its parameterization."""
 
     x0: jax.Array
     eps: jax.Array
 
 
 class Batch(NamedTuple):
-    """One step's samples. All randomness of sample i comes from key_B[i] alone, so that neither
-    the mesh, the number of processes nor the microbatch changes what is drawn.
+    """Samples of one training step. All randomness of sample i comes from key[i] alone, so that
+    neither the mesh, the number of processes nor the microbatch changes what is drawn.
 
-    noise_BHWC is the initial noise z; stratum_B (int32), numbers in a row from an even one on,
-    spreads few-step draws evenly over the grid; x0_BHWC are clean latents where the data has
-    pictures.
+    Args:
+      cond, null: conditioning of the prompts and of the negative prompt.
+      noise: initial noise z [B, H, W, C].
+      key: PRNG keys [B].
+      stratum: int32 [B], consecutive numbers from an even one on, which stratify the draws of
+        few-step indices evenly over the grid.
+      x0: clean latents [B, H, W, C] where the data has images, else None.
     """
 
     cond: Cond
@@ -63,5 +71,5 @@ class Batch(NamedTuple):
 
 
 def expand(a_B, x_BHWC):
-    """a_B with the trailing axes that let it multiply x_BHWC; scalars as they are."""
+    """Append axes to a_B until it broadcasts against x_BHWC; scalars are returned as they are."""
     return a_B.reshape(a_B.shape + (1,) * (x_BHWC.ndim - a_B.ndim)) if jnp.ndim(a_B) else a_B

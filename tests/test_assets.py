@@ -1,4 +1,4 @@
-"""What the package brings along is what it says it is."""
+"""Bundled assets: teachers, prompts, launch scripts."""
 
 import subprocess
 from pathlib import Path
@@ -23,7 +23,7 @@ def teacher(request):
 
 
 @pytest.mark.parametrize("folder", TEACHERS, ids=lambda path: path.name)
-def test_the_teacher_is_small_and_what_save_pretrained_writes(folder, tmp_path):
+def test_teacher_is_small_and_as_save_pretrained_writes(folder, tmp_path):
     from diffusers import PixArtAlphaPipeline
 
     files = {p.relative_to(folder): p for p in folder.rglob("*") if p.is_file()}
@@ -44,16 +44,16 @@ def test_the_teacher_satisfies_the_oracle(teacher):
     assert oracle.adherence(images, prompts).mean() >= 0.95
 
 
-def test_diffusers_draws_the_same_pictures(teacher):
+def test_diffusers_samples_the_same_images(teacher):
     import torch
     from diffusers import PixArtAlphaPipeline
 
     pipeline, params, sampling = teacher
     prompts = ["a large blue square at the top left on a grey background", "a shape"]
     noise = initial_noise(3, len(prompts), pipeline.latent)
-    found = draw(pipeline, params, sampling, prompts, noise) / 2 + 0.5
+    actual = draw(pipeline, params, sampling, prompts, noise) / 2 + 0.5
     pipe = PixArtAlphaPipeline.from_pretrained(pipeline.folder.path)
-    wanted = pipe(
+    expected = pipe(
         prompts,
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance,
@@ -62,11 +62,11 @@ def test_diffusers_draws_the_same_pictures(teacher):
         clean_caption=False,
         output_type="np",
     ).images
-    assert np.abs(found - wanted).max() <= 2 / 255
+    assert np.abs(actual - expected).max() <= 2 / 255
 
 
 @pytest.mark.parametrize("name", ["shapes_prompts", "shapes_test_prompts", "shapes_demo_prompts"])
-def test_prompts_are_of_the_world(name):
+def test_prompts_parse(name):
     for prompt in read_prompts(resolve(f"asset:{name}.txt")):
         shapes.parse(prompt)
 

@@ -1,4 +1,4 @@
-"""What the package brings along: the bundled teacher, its prompts, its evaluation network."""
+"""Bundled assets: teachers, prompts and the feature network of evaluations."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ PREFIX = "asset:"
 
 
 def resolve(name: str) -> Path:
-    """A path as the user gave it; 'asset:NAME' is a file or folder of this package."""
+    """Resolve a path as the user gave it; 'asset:NAME' is a file or folder of this package."""
     if name.startswith(PREFIX):
         return Path(__file__).parent / name.removeprefix(PREFIX)
     try:
         return Path(name).expanduser()
-    except RuntimeError:  # ~ of nobody: a folder of that name, which whoever opens it will miss
+    except RuntimeError:  # no such user: a literal ~name, which will not be found when it is opened
         return Path(name)

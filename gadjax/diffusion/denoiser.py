@@ -1,4 +1,4 @@
-"""A network, its schedule and its parameterization as one thing; guidance in one place."""
+"""Denoiser: a network with its noise schedule and parameterization; classifier-free guidance."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +14,19 @@ from gadjax.types import Cond, Params, Prediction, expand
 
 @dataclass(frozen=True)
 class Denoiser:
-    """Teacher, student and critic are one Denoiser with three sets of parameters.
+    """Denoising network of teacher, student and critic alike; they differ in their parameters.
 
-    apply: (params, x_BHWC, t_B, cond) -> raw_BHWC, in any compute dtype; what leaves here is
-      float32 (float64 where x is), because x0 = (x - sigma eps) / alpha magnifies rounding.
-    features: the same arguments -> [B, N, D], what the network makes of them half-way: what a
-      discriminator reads. None where the family has none.
-    guidance_embedded: whether guidance is told to the network, as cond.extras["guidance"], and not applied
-      to what it says.
-    text_kv: (params, text_BLD) -> what the network makes of a text whatever x and t are, in which
-      form `apply` and `features` take it too. None where there is no such thing.
+    Args:
+      apply: (params, x_BHWC, t_B, cond) -> raw_BHWC, in any compute dtype. The methods here return
+        float32 (float64 where x is), because x0 = (x - sigma eps) / alpha magnifies rounding.
+      schedule: noise schedule, which defines the unit of t.
+      parameterization: of the raw output, "eps", "v", "x0" or "flow".
+      features: the same arguments -> hidden features [B, N, D] half-way through the network, the
+        input of a discriminator. None where the family has none.
+      guidance_embedded: the guidance scale is a network input, cond.extras["guidance"]
+        (guidance-distilled model), and is not applied to outputs.
+      text_kv: (params, text_BLD) -> the cross-attention KV cache of the prompt embeddings, which
+        `apply` and `features` accept in their place. None where a family has no such cache.
     """
 
     apply: Callable[[Params, jax.Array, jax.Array, Cond], jax.Array]
@@ -34,82 +37,121 @@ class Denoiser:
     text_kv: Callable[[Params, jax.Array], Any] | None = None
 
     def cache_text(self, params: Params, cond: Cond) -> Cond:
-        """The same, the text's keys and values in the text's place: once for many evaluations."""
+        """`cond` with its prompt embeddings replaced by their KV cache, for many evaluations."""
         if self.text_kv is None:
             return cond
         return cond._replace(text=self.text_kv(params, cond.text))
 
     def raw(self, params: Params, x_BHWC, t_B, cond: Cond):
-        """The network's own output, float32. t_B: [B] or a scalar, in the network's units."""
+        """Raw network output in float32.
+
+        Args:
+          params: of the network.
+          x_BHWC: noisy latents.
+          t_B: timesteps, [B] or a scalar, in the units of the schedule.
+          cond: conditioning.
+        """
         t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
         if self.guidance_embedded and "guidance" not in (cond.extras or {}):
-            cond = self._told(cond, 1.0, t_B)
+            cond = self._embed_guidance(cond, 1.0, t_B)
         return self.apply(params, x_BHWC, t_B, cond).astype(x_BHWC.dtype)
 
-    def read(self, raw_BHWC, x_BHWC, t_B) -> Prediction:
-        """A raw output as x0 and eps."""
+    def to_prediction(self, raw_BHWC, x_BHWC, t_B) -> Prediction:
+        """Convert a raw output to x0 and eps.
+
+        Args:
+          raw_BHWC: of `raw`.
+          x_BHWC, t_B: its inputs.
+        """
         t_B = jnp.asarray(t_B, x_BHWC.dtype)
         return to_prediction(
             self.parameterization, raw_BHWC, x_BHWC, *self.schedule.alpha_sigma(t_B)
         )
 
     def __call__(self, params: Params, x_BHWC, t_B, cond: Cond) -> Prediction:
-        return self.read(self.raw(params, x_BHWC, t_B, cond), x_BHWC, t_B)
+        return self.to_prediction(self.raw(params, x_BHWC, t_B, cond), x_BHWC, t_B)
 
     def guidance_scale(self, guidance: float) -> float:
-        """What a user's guidance is as a scale: every number up to 1 asks for none, as in
-        diffusers, so that the prompt alone is told. A network that is told its guidance is told
-        the number itself."""
+        """Guidance scale for a user's `guidance`. As in diffusers, numbers up to 1 disable
+        guidance (scale 1: the conditional output alone). An embedded guidance stays as it is."""
         return guidance if self.guidance_embedded or guidance > 1 else 1.0
 
     def guided_raw(self, params: Params, x_BHWC, t_B, cond: Cond, null: Cond, scale):
-        """Classifier-free guidance null + scale (cond - null), both in one call of the network.
+        """Raw output under classifier-free guidance: null + scale (cond - null), both halves in
+        one evaluation.
 
-        scale: a float or [B]. The Python numbers 1 and 0 leave the other half out. Where guidance
-        is guidance_embedded the network is told the scale, and the other half is not there.
+        Args:
+          params: of the network.
+          x_BHWC, t_B: noisy latents and their timesteps, [B] or a scalar.
+          cond, null: conditioning of the prompts and of the negative prompt.
+          scale: a float or [B]. The Python numbers 1 and 0 evaluate one half only. Where guidance
+            is embedded, the scale is a network input and `null` is not evaluated.
         """
         return self._guide(params, cond, null, scale)(x_BHWC, t_B)
 
     def guided_fn(self, params: Params, cond: Cond, null: Cond, scale) -> Callable[..., Prediction]:
-        """guided as a function of (x_BHWC, t_B), for many evaluations: it reads the text once."""
+        """`guided` as a function of (x_BHWC, t_B), for many evaluations on one KV cache.
+
+        Args:
+          params, cond, null, scale: as for `guided_raw`.
+        """
         raw = self._guide(params, cond, null, scale, self.cache_text)
-        return lambda x_BHWC, t_B: self.read(raw(x_BHWC, t_B), x_BHWC, t_B)
+        return lambda x_BHWC, t_B: self.to_prediction(raw(x_BHWC, t_B), x_BHWC, t_B)
 
     def _guide(self, params, cond, null, scale, cache_text=lambda _, cond: cond):
-        alone = isinstance(scale, int | float) and scale in (0, 1)
-        if self.guidance_embedded or alone:
-            told = cache_text(params, cond if self.guidance_embedded or scale else null)
+        one_half = isinstance(scale, int | float) and scale in (0, 1)
+        if self.guidance_embedded or one_half:
+            cached = cache_text(params, cond if self.guidance_embedded or scale else null)
 
-            def once(x_BHWC, t_B):
-                at = self._told(told, scale, x_BHWC[:, 0, 0, 0]) if self.guidance_embedded else told
-                return self.raw(params, x_BHWC, t_B, at)
+            def evaluate(x_BHWC, t_B):
+                inputs = (
+                    self._embed_guidance(cached, scale, x_BHWC[:, 0, 0, 0])
+                    if self.guidance_embedded
+                    else cached
+                )
+                return self.raw(params, x_BHWC, t_B, inputs)
 
-            return once
+            return evaluate
 
-        both = cache_text(params, jax.tree.map(_beside, cond, null))
+        both = cache_text(params, jax.tree.map(_interleave, cond, null))
 
-        def twice(x_BHWC, t_B):
+        def evaluate_both(x_BHWC, t_B):
             t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
-            raw = self.raw(params, _beside(x_BHWC, x_BHWC), _beside(t_B, t_B), both)
-            told, untold = raw.reshape(-1, 2, *x_BHWC.shape[1:]).swapaxes(0, 1)
-            return untold + expand(jnp.asarray(scale, x_BHWC.dtype), x_BHWC) * (told - untold)
+            raw = self.raw(params, _interleave(x_BHWC, x_BHWC), _interleave(t_B, t_B), both)
+            cond_out, uncond_out = raw.reshape(-1, 2, *x_BHWC.shape[1:]).swapaxes(0, 1)
+            return uncond_out + expand(jnp.asarray(scale, x_BHWC.dtype), x_BHWC) * (
+                cond_out - uncond_out
+            )
 
-        return twice
+        return evaluate_both
 
-    def _told(self, cond: Cond, scale, like_B: jax.Array) -> Cond:
+    def _embed_guidance(self, cond: Cond, scale, like_B: jax.Array) -> Cond:
         scale_B = jnp.broadcast_to(jnp.asarray(scale, like_B.dtype), like_B.shape)
         return cond._replace(extras={**(cond.extras or {}), "guidance": scale_B})
 
     def guided(self, params: Params, x_BHWC, t_B, cond: Cond, null: Cond, scale) -> Prediction:
-        """guided_raw as x0 and eps."""
-        return self.read(self.guided_raw(params, x_BHWC, t_B, cond, null, scale), x_BHWC, t_B)
+        """Prediction (x0, eps) under classifier-free guidance.
+
+        Args:
+          params, x_BHWC, t_B, cond, null, scale: as for `guided_raw`.
+        """
+        return self.to_prediction(
+            self.guided_raw(params, x_BHWC, t_B, cond, null, scale), x_BHWC, t_B
+        )
 
     def denoising_loss(
         self, params: Params, x0_BHWC, eps_BHWC, t_B, cond: Cond, null: Cond | None = None, scale=1
     ):
-        """Mean squared error of the raw output at x_t = alpha x0 + sigma eps, per sample [B].
+        """Denoising loss: mean squared error of the raw output at x_t = alpha x0 + sigma eps.
 
-        null, scale: where the network is trained with guidance.
+        Args:
+          params: of the network.
+          x0_BHWC, eps_BHWC, t_B: clean latents, noise and timesteps.
+          cond: conditioning.
+          null, scale: conditioning of the negative prompt and guidance scale, where the network is
+            trained under guidance.
+
+        Returns: the loss per sample [B].
         """
         alpha, sigma = self.schedule.alpha_sigma(t_B)
         x_t = expand(alpha, x0_BHWC) * x0_BHWC + expand(sigma, x0_BHWC) * eps_BHWC
@@ -118,6 +160,6 @@ class Denoiser:
         return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
 
 
-def _beside(a, b):
-    """[2 B, ...], both of a sample where the sample is."""
+def _interleave(a, b):
+    """Interleave arrays [B, ...] to [2 B, ...]: both halves of a sample stay on its devices."""
     return jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])

@@ -1,7 +1,7 @@
-"""A scheduler's steps as one thing: its times, and the walk over them.
+"""Samplers: a scheduler's timesteps and the method that integrates over them.
 
-Most walks are gadjax.diffusion.rollout's. Here are those of diffusers' schedulers that are not:
-several steps at once in PNDM, and steps that add new noise.
+Most samplers are linear ODE steps (gadjax.diffusion.rollout). The others of diffusers' schedulers
+are here: PNDM, a multistep method, and consistency sampling, which adds fresh noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,13 +21,16 @@ from gadjax.types import Prediction
 
 @dataclass(frozen=True)
 class Sampler:
-    """How one scheduler walks from noise to a picture.
+    """Sampler of one diffusers scheduler.
 
-    grid: number of steps n -> times [n + 1] as diffusers sets them, in the schedule's units.
-    order, last_order: as gadjax.diffusion.rollout.rollout takes them.
-    takes_timesteps: whether diffusers lets others than the grid's be chosen.
-    walk: (predict, schedule, z_BHWC, times) -> end where it is none of gadjax.diffusion.rollout's.
-    extra: network evaluations beside one a step. renoises: whether steps add new noise.
+    Args:
+      schedule: noise schedule.
+      grid: number of steps n -> times [n + 1] as diffusers sets them, in the schedule's units.
+      order, last_order: as for gadjax.diffusion.rollout.rollout.
+      takes_timesteps: diffusers accepts timesteps other than the grid's.
+      sample_fn: (predict, schedule, z_BHWC, times) -> final latents; None: rollout.
+      extra_evaluations: network evaluations in addition to one a step.
+      stochastic: steps add fresh noise.
     """
 
     schedule: NoiseSchedule
@@ -42,13 +45,16 @@ class Sampler:
     def times(
         self, steps: int | None = None, timesteps: Sequence[float] | None = None
     ) -> np.ndarray:
-        """The times [n + 1] of a walk of n steps, float64, the noisiest first.
+        """Times [n + 1] of a trajectory of n steps, float64, the noisiest first.
 
-        timesteps: the n times to start a step from, taken as they are (no shift); the walk then
-          ends at `schedule.clean`, as one with diffusers' `timesteps=` does. Where diffusers takes
-          none they must be those of the grid, to within 0.01, and the grid's are returned.
-        Raises InputError unless exactly one of the two is given, and for times that do not fall,
-        that the schedule lacks or that diffusers cannot take.
+        Args:
+          steps: number of steps n, on the scheduler's grid.
+          timesteps: n explicit timesteps, without shift; the trajectory then ends at
+            `schedule.clean`, as with diffusers' `timesteps=`. Where diffusers accepts none they
+            must be those of the grid, to within 0.01, and the grid's are returned.
+
+        Raises: InputError unless exactly one of the two is given, and for times that do not
+          decrease, lie outside the schedule or are refused by diffusers.
         """
         if (steps is None) == (timesteps is None):
             raise InputError(
@@ -60,10 +66,10 @@ class Sampler:
         else:
             flag, given = "steps", steps
             times = self.grid(steps) if steps >= 1 else np.empty(0)
-        if not self._walkable(times):
+        if not self._is_valid(times):
             raise InputError(
                 f"{flag}: found {given}; expected one or more "
-                + ("times in falling order" if flag == "timesteps" else "steps of their own times")
+                + ("times in falling order" if flag == "timesteps" else "steps of distinct times")
                 + f", above {self.schedule.clean:g} and up to {self.schedule.last:g}"
                 + (", whole numbers" if isinstance(self.schedule, DDPM) else "")
             )
@@ -73,17 +79,17 @@ class Sampler:
         grid = self.grid(len(times) - 1)
         if np.abs(grid - times).max() > 0.01:
             raise InputError(
-                f"timesteps: found {_listed(times)}; expected {_listed(grid)}, the grid of "
-                f"{len(times) - 1} of the scheduler's steps, because diffusers takes no other"
+                f"timesteps: found {_format_times(times)}; expected {_format_times(grid)}, the "
+                f"grid of {len(times) - 1} of the scheduler's steps, as diffusers takes no other"
             )
         return grid
 
-    def _walkable(self, times: np.ndarray) -> bool:
+    def _is_valid(self, times: np.ndarray) -> bool:
         starts = times[:-1]
         return (
             len(starts) > 0
             and bool(np.all(np.diff(starts) < 0))
-            # A DDIM walk may stand still at its end: from time 0 to alpha_bar[0], which is time 0.
+            # The last DDIM step may be empty: from time 0 to alpha_bar[0], which is time 0.
             and times[-1] <= starts[-1]
             and self.schedule.clean < starts[-1]
             and starts[0] <= self.schedule.last
@@ -91,16 +97,19 @@ class Sampler:
         )
 
 
-def _listed(times: np.ndarray) -> str:
+def _format_times(times: np.ndarray) -> str:
     return ", ".join(f"{time:.2f}".rstrip("0").rstrip(".") for time in times[:-1])
 
 
 def sample(
     predict: Callable[[jax.Array, jax.Array], Prediction], sampler: Sampler, z_BHWC, times
 ) -> jax.Array:
-    """Where the walk over `times` from z_BHWC ends.
+    """Sample: latents at the end of the sampler's trajectory from noise z_BHWC.
 
-    predict, times: as gadjax.diffusion.rollout.rollout takes them.
+    Args:
+      predict, times: as for gadjax.diffusion.rollout.rollout.
+      sampler: of the schedule that `predict` uses.
+      z_BHWC: initial noise.
     """
     if sampler.sample_fn is not None:
         return sampler.sample_fn(predict, sampler.schedule, z_BHWC, times)
@@ -110,38 +119,45 @@ def sample(
 
 Predict = Callable[[jax.Array, jax.Array], Prediction]
 
-# Adams and Bashforth's weights of the newest and the three noises before it.
-MULTISTEP = np.array([[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0]])
-FOURTH = np.array([[55, -59, 37, -9]]) / 24
+# Adams-Bashforth weights of the newest eps and of the three before it: orders 1 to 3, then 4.
+AB_WARMUP = np.array([[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0]])
+AB4 = np.array([[55, -59, 37, -9]]) / 24
 
 
 def plms(predict: Predict, schedule: NoiseSchedule, x_BHWC: jax.Array, times) -> jax.Array:
-    """Where n steps of PNDM end that skip its Runge-Kutta part (Liu et al., arXiv:2202.09778).
+    """PLMS, which is PNDM without its Runge-Kutta steps (Liu et al., arXiv:2202.09778).
 
-    times: [n + 1]. Costs n + 1 evaluations, as the first step is taken twice: first to see the
-    noise at its end, then with the mean of both noises. One step is DDIM's.
+    Costs n + 1 evaluations, as the first step is taken twice: first to predict eps at its end, then
+    with the mean of both eps. A single step is DDIM's.
+
+    Args:
+      predict, schedule: as for gadjax.diffusion.rollout.rollout.
+      x_BHWC: noise at times[0].
+      times: [n + 1].
+
+    Returns: latents at times[n].
     """
     alpha, sigma = (jnp.asarray(v, x_BHWC.dtype) for v in schedule.alpha_sigma(np.asarray(times)))
     times = jnp.asarray(times, x_BHWC.dtype)
     count = len(times) - 1
 
-    def moved(x, eps, k, to):
-        """DDIM's step with the noise that is told."""
+    def ddim_step(x, eps, k, to):
+        """DDIM step from time k to time `to` with the given eps."""
         return (alpha[to] / alpha[k]) * (x - sigma[k] * eps) + sigma[to] * eps
 
     first = predict(x_BHWC, times[0]).eps
-    x = moved(x_BHWC, first, 0, 1)
+    x = ddim_step(x_BHWC, first, 0, 1)
     if count == 1:
         return x
-    x = moved(x_BHWC, (first + predict(x, times[1]).eps) / 2, 0, 1)
-    weights = np.concatenate([MULTISTEP, np.repeat(FOURTH, max(count - 3, 0), axis=0)])[1:count]
+    x = ddim_step(x_BHWC, (first + predict(x, times[1]).eps) / 2, 0, 1)
+    weights = np.concatenate([AB_WARMUP, np.repeat(AB4, max(count - 3, 0), axis=0)])[1:count]
     history = jnp.stack([first, jnp.zeros_like(first), jnp.zeros_like(first)])
 
-    def step(carry, now):
+    def step(carry, inputs):
         x, history = carry
-        k, weight = now
+        k, weight = inputs
         history = jnp.concatenate([predict(x, times[k]).eps[None], history])
-        x = moved(x, jnp.tensordot(weight, history, 1), k, k + 1)
+        x = ddim_step(x, jnp.tensordot(weight, history, 1), k, k + 1)
         return (x, history[:3]), None
 
     rows = jnp.arange(1, count), jnp.asarray(weights, x.dtype)
@@ -151,28 +167,35 @@ def plms(predict: Predict, schedule: NoiseSchedule, x_BHWC: jax.Array, times) ->
 def consistency(
     predict: Predict, schedule: NoiseSchedule, x_BHWC: jax.Array, times, *, scaling: float = 0.0
 ) -> jax.Array:
-    """Where steps end that each go to x0 and from there, with new noise, to the next time.
+    """Multistep consistency sampling (Song et al., arXiv:2303.01469, algorithm 1).
 
-    Consistency models' multistep sampling (Song et al., arXiv:2303.01469, algorithm 1).
-    scaling: of LCM's boundary condition (Luo et al., arXiv:2310.04378), c_skip = 1 / (4 s^2 + 1)
-      at s = scaling t, which mixes a little of x into x0; 0 leaves it out.
-    The new noise of a sample is drawn from its own x_BHWC's bits, so that a picture stays a
-    function of the noise it starts from. Derivatives hold it fixed.
+    Each step predicts x0 and adds fresh noise to it for the next time. The noise of a sample is
+    seeded by the bits of its own x_BHWC, so that an image stays a function of its initial noise;
+    derivatives hold it fixed.
+
+    Args:
+      predict, schedule: as for gadjax.diffusion.rollout.rollout.
+      x_BHWC: noise at times[0].
+      times: [n + 1].
+      scaling: timestep scaling of LCM's boundary condition (Luo et al., arXiv:2310.04378), c_skip =
+        1 / (4 s^2 + 1) at s = scaling t, which mixes a little of x into x0; 0 disables it.
+
+    Returns: the last step's x0.
     """
     keys = keys_from_noise(x_BHWC)
-    for k, (t, after) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for k, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
         x0 = predict(x_BHWC, jnp.asarray(t, x_BHWC.dtype)).x0
         if scaling:
             square = float(2 * scaling * t) ** 2
             x0 = (square / (square + 1)) ** 0.5 * x0 + x_BHWC / (square + 1)
         if k == len(times) - 2:
             return x0
-        alpha, sigma = schedule.alpha_sigma(np.asarray(after))
+        alpha, sigma = schedule.alpha_sigma(np.asarray(t_next))
         x_BHWC = float(alpha) * x0 + float(sigma) * step_noise(keys, k, x_BHWC)
 
 
 def keys_from_noise(x_BHWC: jax.Array) -> jax.Array:
-    """A key for each sample, made of its bits."""
+    """PRNG keys [B], one for each sample, from the bits of its noise."""
     flat = jax.lax.stop_gradient(x_BHWC).astype(jnp.float32).reshape(len(x_BHWC), -1)
     bits = jax.lax.bitcast_convert_type(flat, jnp.uint32)
     odd = 2 * jnp.arange(bits.shape[1], dtype=jnp.uint32) + 1
@@ -181,7 +204,13 @@ def keys_from_noise(x_BHWC: jax.Array) -> jax.Array:
 
 
 def step_noise(keys_B: jax.Array, step: int, x_BHWC: jax.Array) -> jax.Array:
-    """The noise that step number `step` adds."""
+    """Fresh standard normal noise of one step.
+
+    Args:
+      keys_B: of `keys_from_noise`.
+      step: number of the step.
+      x_BHWC: gives the shape and dtype.
+    """
     keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
     draw = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:], jnp.float32))
     return draw(keys).astype(x_BHWC.dtype)

@@ -1,8 +1,8 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, with t in the network's own units.
 
-DDPM and Flow span a thousand units, TrigFlow a quarter of a circle. `clean` is the time at which
-x_t is x0 itself: -1 for DDPM, whose time 0 is already noised once, and 0 for the others. Losses
-draw times a `spacing` apart, from clean + spacing to `last`.
+DDPM and Flow span a thousand units, TrigFlow pi / 2 (an angle). `clean` is the time at which x_t =
+x0: -1 for DDPM, whose time 0 has the first noise already, and 0 for the others. Losses draw
+timesteps `spacing` apart, from clean + spacing to `last`.
 """
 
 from dataclasses import dataclass
@@ -18,23 +18,30 @@ from gadjax.types import expand
 
 
 class NoiseSchedule(Protocol):
+    """Noise schedule; `clean`, `last` and `spacing` are timesteps (see the module's docstring)."""
+
     clean: float
     last: float
     spacing: float
 
     def alpha_sigma(self, t):
-        """alpha and sigma at times t (any shape; NumPy in, float64 NumPy out; else JAX)."""
+        """Signal and noise levels (alpha, sigma) at times t of any shape; NumPy in, float64 NumPy
+        out; else JAX."""
 
 
 @dataclass(frozen=True)
 class DDPM:
-    """The variance-preserving schedule of DDPM (Ho et al. 2020), as diffusers tabulates it.
+    """Variance-preserving schedule of DDPM (Ho et al. 2020), as diffusers tabulates it.
 
-    The table is rounded to float32 where diffusers rounds it, since that is what the networks were
-    trained with; alpha and sigma are taken from it in float64. Between two integer times both are
-    interpolated linearly.
+    The table is rounded to float32 where diffusers rounds it, since the networks were trained with
+    that; alpha and sigma are computed from it in float64 and interpolated linearly between integer
+    timesteps.
 
-    beta_schedule: "linear" or "scaled_linear" (linear in sqrt(beta)).
+    Args:
+      beta_start, beta_end: the first and the last beta.
+      beta_schedule: "linear" or "scaled_linear" (linear in sqrt(beta)).
+      steps: number of timesteps.
+      clean, spacing: as in the module's docstring.
     """
 
     beta_start: float = 1e-4
@@ -50,7 +57,7 @@ class DDPM:
 
     @cached_property
     def table(self) -> tuple[np.ndarray, np.ndarray]:
-        """alpha and sigma at times -1, 0, ..., steps - 1 in float64."""
+        """Tables of alpha and sigma at times -1, 0, ..., steps - 1, in float64."""
         if self.beta_schedule == "linear":
             beta = np.linspace(self.beta_start, self.beta_end, self.steps, dtype=np.float32)
         elif self.beta_schedule == "scaled_linear":
@@ -68,24 +75,24 @@ class DDPM:
 
     def alpha_sigma(self, t):
         if isinstance(t, jax.Array):
-            t = _real(t)
-            place = jnp.clip(t - self.clean, 0, self.steps)
-            low = jnp.minimum(jnp.floor(place), self.steps - 1)
-            share = place - low
+            t = _float(t)
+            position = jnp.clip(t - self.clean, 0, self.steps)
+            low = jnp.minimum(jnp.floor(position), self.steps - 1)
+            fraction = position - low
             low = low.astype(jnp.int32)
 
-            def read(table):
+            def interpolate(table):
                 table = jnp.asarray(table, t.dtype)
-                return table[low] * (1 - share) + table[low + 1] * share
+                return table[low] * (1 - fraction) + table[low + 1] * fraction
 
-            return tuple(read(table) for table in self.table)
+            return tuple(interpolate(table) for table in self.table)
         nodes = np.arange(self.steps + 1) + self.clean
         return tuple(np.interp(np.asarray(t, np.float64), nodes, table) for table in self.table)
 
 
 @dataclass(frozen=True)
 class Flow:
-    """The straight-line schedule of rectified flow (Liu et al. 2022): sigma = t / 1000."""
+    """Straight-line schedule of rectified flow (Liu et al. 2022): sigma = t / steps."""
 
     steps: int = 1000
     clean: float = 0.0
@@ -96,15 +103,15 @@ class Flow:
         return float(self.steps)
 
     def alpha_sigma(self, t):
-        sigma = (_real(t) if isinstance(t, jax.Array) else np.asarray(t, np.float64)) / self.steps
+        sigma = (_float(t) if isinstance(t, jax.Array) else np.asarray(t, np.float64)) / self.steps
         return 1 - sigma, sigma
 
 
 @dataclass(frozen=True)
 class TrigFlow:
-    """sCM's schedule (Lu & Song, arXiv:2410.11081): alpha = cos t, sigma = sin t.
+    """Trigonometric schedule of sCM (Lu & Song, arXiv:2410.11081): alpha = cos t, sigma = sin t.
 
-    Latents are of unit variance here: diffusers' are these times its sigma_data.
+    Latents have unit variance here: those of diffusers are larger by its sigma_data.
     """
 
     clean: float = 0.0
@@ -113,34 +120,52 @@ class TrigFlow:
 
     def alpha_sigma(self, t):
         if isinstance(t, jax.Array):
-            return jnp.cos(_real(t)), jnp.sin(_real(t))
+            return jnp.cos(_float(t)), jnp.sin(_float(t))
         t = np.asarray(t, np.float64)
         return np.cos(t), np.sin(t)
 
 
-def _real(t: jax.Array) -> jax.Array:
-    """Integer and half-precision times as float32; float64 as it is."""
+def _float(t: jax.Array) -> jax.Array:
+    """Cast integer and half-precision times to float32; float64 stays."""
     return t.astype(jnp.promote_types(t.dtype, jnp.float32))
 
 
 def shift_time(t, shift: float, steps: int = 1000):
-    """SD3's resolution shift of a flow time (Esser et al. 2024, section 5.3.2)."""
-    share = t / steps
-    return steps * shift * share / (1 + (shift - 1) * share)
+    """Resolution-dependent timestep shift of SD3 (Esser et al. 2024, section 5.3.2).
+
+    Args:
+      t: times of a flow, 0 to steps.
+      shift: factor on the noise-to-signal ratio sigma / alpha; 1 changes nothing.
+      steps: number of timesteps.
+    """
+    sigma = t / steps
+    return steps * shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def add_noise(schedule: NoiseSchedule, x0_BHWC, eps_BHWC, t_B):
-    """x_t = alpha x0 + sigma eps."""
+    """Forward process: x_t = alpha x0 + sigma eps.
+
+    Args:
+      schedule: noise schedule.
+      x0_BHWC, eps_BHWC: clean latents and standard normal noise.
+      t_B: times, [B] or a scalar.
+    """
     alpha, sigma = schedule.alpha_sigma(t_B)
     return expand(alpha, x0_BHWC) * x0_BHWC + expand(sigma, x0_BHWC) * eps_BHWC
 
 
 def renoise(schedule: NoiseSchedule, x_s_BHWC, s_B, t_B, eps_BHWC):
-    """From time s to a noisier time t with fresh noise, as the forward process itself does.
+    """Forward process from time s to a noisier time t with fresh noise.
 
     x_t = (alpha_t / alpha_s) x_s + sqrt(sigma_t^2 - (alpha_t sigma_s / alpha_s)^2) eps.
+
+    Args:
+      schedule: noise schedule of both times.
+      x_s_BHWC: latents at time s.
+      s_B, t_B: times, [B] or scalars, s <= t.
+      eps_BHWC: standard normal noise, independent of x_s.
     """
     (alpha_s, sigma_s), (alpha_t, sigma_t) = schedule.alpha_sigma(s_B), schedule.alpha_sigma(t_B)
     ratio = alpha_t / alpha_s
-    spread = jnp.sqrt(jnp.maximum(sigma_t**2 - (ratio * sigma_s) ** 2, 0))
-    return expand(ratio, x_s_BHWC) * x_s_BHWC + expand(spread, x_s_BHWC) * eps_BHWC
+    noise_scale = jnp.sqrt(jnp.maximum(sigma_t**2 - (ratio * sigma_s) ** 2, 0))
+    return expand(ratio, x_s_BHWC) * x_s_BHWC + expand(noise_scale, x_s_BHWC) * eps_BHWC

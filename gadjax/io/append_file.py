@@ -1,4 +1,4 @@
-"""A text file that grows, on a disk that may be full or a store that cannot add to an object."""
+"""Append-only text files, on a disk that may be full or in an object store without append."""
 
 import logging
 from contextlib import suppress
@@ -10,18 +10,18 @@ log = logging.getLogger(__name__)
 
 
 class AppendFile:
-    """A text file that lines are added to, after those it has.
+    """Append-only text file.
 
-    In a folder every line is there at once; what a full disk does not take is held, and written
-    before the next line. An object cannot be added to: there all lines are held, and `upload`
-    writes them.
+    In a local folder every line is written at once; what a full disk does not take is buffered and
+    written before the next line. A store cannot append to an object: there all lines are buffered,
+    and `upload` writes them.
     """
 
     def __init__(self, path: Path):
-        """Raises: OSError, here and in `add` and `upload`."""
+        """Open for appending. Raises: OSError, here and in `add` and `upload`."""
         self.path, self.dirty, self.buffer, self.file = path, False, bytearray(), None
         if not is_remote(path):
-            self.file = path.open("ab", buffering=0)  # a killed run leaves whole lines
+            self.file = path.open("ab", buffering=0)  # a killed run leaves complete lines
             return
         with store_errors(path), suppress(FileNotFoundError):
             self.buffer += path.read_bytes()
@@ -33,7 +33,7 @@ class AppendFile:
             del self.buffer[: self.file.write(self.buffer)]
 
     def upload(self) -> None:
-        """Of all lines, to a store."""
+        """Write all lines to the store, where any were added since."""
         if self.dirty:
             write_atomic(self.path, bytes(self.buffer))
             self.dirty = False

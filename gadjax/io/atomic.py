@@ -1,9 +1,9 @@
-"""A folder that appears whole or not at all, whenever its writer is killed.
+"""Atomic writes of folders: the complete folder or none, whenever the writer is killed.
 
-<dst>.partial-<id>   what a writer fills, which holds a lock on it; beside `dst` for good only
-                     where the writer was killed, until the next one to write `dst` removes it
-<dst>.replaced-<id>  the old folder between two renames, where the file system cannot exchange
-                     two folders in one step (Linux's own can); put back if `dst` is missing
+<dst>.partial-<id>   sibling folder that a writer fills and locks; left over only where the writer
+                     was killed, until the next writer of `dst` removes it
+<dst>.replaced-<id>  the old folder between two renames, where the file system cannot exchange two
+                     folders atomically (Linux's own can); restored if `dst` is missing
 """
 
 import ctypes
@@ -21,17 +21,21 @@ from pathlib import Path
 from gadjax.errors import InputError
 
 PARTIAL, REPLACED = "partial", "replaced"
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux constants
 
 log = logging.getLogger(__name__)
-_filling: set[Path] = set()  # by this process
+_in_progress: set[Path] = set()  # partial folders of this process
 
 
 def check_target(dst: Path, *, overwrite: bool = False, marker: str | None = None) -> None:
-    """Refuse a target that would be overwritten unasked, before any work is done for it.
+    """Refuse a target that would be overwritten unasked, before any work is done.
 
-    marker: a file that a folder must hold to be overwritten, so that only what such a command
-      wrote before is ever removed.
+    Args:
+      dst: the target folder.
+      overwrite: allow a non-empty folder.
+      marker: file that a folder must contain to be overwritten, so that only output of an earlier
+        such command is ever removed.
+
     Raises: InputError.
     """
     restore_replaced(dst)
@@ -48,7 +52,10 @@ def check_target(dst: Path, *, overwrite: bool = False, marker: str | None = Non
 
 
 def check_no_overlap(out: Path, *sources: Path) -> None:
-    """Raises: InputError where writing `out` would replace what is read."""
+    """Check that `out` contains none of the sources, which writing it would replace.
+
+    Raises: InputError.
+    """
     target = out.resolve()
     for source in (source.resolve() for source in sources):
         if target in (source, *source.parents):
@@ -59,23 +66,27 @@ def check_no_overlap(out: Path, *sources: Path) -> None:
 def atomic_folder(
     dst: Path, *, overwrite: bool = False, marker: str | None = None
 ) -> Iterator[Path]:
-    """Fill the yielded sibling folder; it becomes `dst` on leaving, or is removed on an error.
+    """Write a folder atomically: fill the yielded sibling, which becomes `dst` on exit.
 
-    A process killed inside leaves `dst` as it was, or complete. Inside a folder that is itself
-    being filled so, `dst` is yielded.
-    Raises: InputError as `check_target`, and when the sibling cannot be made; OSError.
+    On an error the sibling is removed. A process killed inside leaves `dst` as it was, or complete.
+    Nested in a folder that is itself being written so, `dst` is yielded.
+
+    Args:
+      dst, overwrite, marker: as for `check_target`.
+
+    Raises: InputError as `check_target`, and where the sibling cannot be created; OSError.
     """
     check_target(Path(dst), overwrite=overwrite, marker=marker)
     dst = Path(dst).resolve()
-    if dst in _filling:
+    if dst in _in_progress:
         yield dst
         return
     with partial_folder(dst) as partial:
-        _filling.add(partial)
+        _in_progress.add(partial)
         try:
             yield partial
         finally:
-            _filling.remove(partial)
+            _in_progress.remove(partial)
         _sync(partial)
         check_target(dst, overwrite=overwrite, marker=marker)
         _swap(partial, dst)
@@ -83,17 +94,17 @@ def atomic_folder(
 
 @contextmanager
 def partial_folder(dst: Path) -> Iterator[Path]:
-    """A folder beside `dst` to work in, removed on leaving, with what killed writers left there.
+    """Temporary sibling folder of `dst`, removed on exit; removes those of killed writers first.
 
-    Raises: InputError when it cannot be made.
+    Raises: InputError where it cannot be created.
     """
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
-        for left in _beside(dst, PARTIAL) + (_beside(dst, REPLACED) if dst.exists() else []):
-            with _if_left(left) as abandoned:
+        for stale in _siblings(dst, PARTIAL) + (_siblings(dst, REPLACED) if dst.exists() else []):
+            with _if_abandoned(stale) as abandoned:
                 if abandoned:
-                    shutil.rmtree(left, ignore_errors=True)
-        partial, lock = _make(dst)
+                    shutil.rmtree(stale, ignore_errors=True)
+        partial, lock = _create(dst)
     except OSError as error:
         raise InputError(
             f"{dst}: found {error.strerror} for {error.filename}; expected a folder to write in"
@@ -106,15 +117,15 @@ def partial_folder(dst: Path) -> Iterator[Path]:
 
 
 def restore_replaced(dst: Path) -> None:
-    """Where a killed process had moved `dst` aside to replace it: back to its name.
+    """Restore `dst` where a process was killed between moving it aside and replacing it.
 
-    Raises: InputError where it cannot be moved.
+    Raises: InputError where it cannot be renamed.
     """
     if dst.exists():
         return
     dst = dst.resolve()
-    for aside in _beside(dst, REPLACED):
-        with _if_left(aside) as abandoned:
+    for aside in _siblings(dst, REPLACED):
+        with _if_abandoned(aside) as abandoned:
             if not abandoned:
                 continue
             try:
@@ -124,38 +135,39 @@ def restore_replaced(dst: Path) -> None:
                     f"{aside}: found {dst.name} as a killed command left it, which cannot be "
                     f"renamed ({error.strerror}); expected it at {dst}"
                 ) from error
-            log.warning("%s: put back from %s, where a killed command left it", dst, aside.name)
+            log.warning("%s: restored from %s, where a killed command left it", dst, aside.name)
             return
 
 
-def _beside(dst: Path, kind: str) -> list[Path]:
+def _siblings(dst: Path, kind: str) -> list[Path]:
     return sorted(dst.parent.glob(f"{glob.escape(dst.name)}.{kind}-*"))
 
 
-def _named(dst: Path, kind: str) -> Path:
+def _sibling(dst: Path, kind: str) -> Path:
     return dst.with_name(f"{dst.name}.{kind}-{uuid.uuid4().hex[:8]}")
 
 
 @contextmanager
-def _if_left(folder: Path) -> Iterator[bool]:
-    """Whether nobody writes to a folder, which is locked meanwhile."""
+def _if_abandoned(folder: Path) -> Iterator[bool]:
+    """Yield whether no process writes to a folder; locked meanwhile."""
     lock = None
     try:
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        found = True
-    except OSError:  # gone, somebody's, or on a file system without locks
-        found = False
+        abandoned = True
+    except OSError:  # missing, locked by its writer, or on a file system without locks
+        abandoned = False
     try:
-        yield found
+        yield abandoned
     finally:
         if lock is not None:
             os.close(lock)
 
 
 def _lock(folder: Path) -> int:
-    """A lock that ends with this process: a file descriptor. Without effect where there are none.
+    """Lock a folder while this process lives; without effect on file systems without locks.
 
+    Returns: the lock's file descriptor.
     Raises: OSError.
     """
     lock = os.open(folder, os.O_RDONLY)
@@ -164,24 +176,24 @@ def _lock(folder: Path) -> int:
     return lock
 
 
-def _make(dst: Path) -> tuple[Path, int]:
-    """A new folder and its lock. Raises: OSError."""
+def _create(dst: Path) -> tuple[Path, int]:
+    """Create a partial folder and lock it. Raises: OSError."""
     while True:
-        partial = _named(dst, PARTIAL)
+        partial = _sibling(dst, PARTIAL)
         partial.mkdir()
         with suppress(FileNotFoundError):
             lock = _lock(partial)
             if partial.exists():
                 return partial, lock
-            os.close(lock)  # another writer took it for left before it was locked
+            os.close(lock)  # another writer took it for abandoned before it was locked
 
 
 def _swap(new: Path, dst: Path) -> None:
-    """`new` becomes `dst`; what that was is then at `new`, or removed. Raises: OSError."""
+    """Rename `new` to `dst`; the old `dst` is then at `new`, or removed. Raises: OSError."""
     if not (dst.is_dir() and any(dst.iterdir())):
         os.replace(new, dst)
     elif not _exchange(new, dst):
-        aside, lock = _named(dst, REPLACED), _lock(dst)
+        aside, lock = _sibling(dst, REPLACED), _lock(dst)
         try:
             os.rename(dst, aside)
             try:
@@ -192,11 +204,11 @@ def _swap(new: Path, dst: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
         finally:
             os.close(lock)
-    _sync_one(dst.parent)
+    _fsync(dst.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Two folders change places in one step; False where the system or its disk cannot do it."""
+    """Exchange two folders atomically; False where the system or file system cannot."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError):
@@ -206,19 +218,19 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Onto the disk: a failing power supply must not leave a name without its content."""
+    """Flush a folder to the disk: after a power failure no name may lack its content."""
     for root, _, files in os.walk(folder):
         for name in files:
-            _sync_one(Path(root, name))
-        _sync_one(Path(root))
+            _fsync(Path(root, name))
+        _fsync(Path(root))
 
 
-def _sync_one(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems cannot for a folder
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
             raise
     finally:
-        os.close(opened)
+        os.close(descriptor)

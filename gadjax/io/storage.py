@@ -1,7 +1,7 @@
-"""Where a workdir lies: a folder, or a prefix of an object store (gs://BUCKET/...).
+"""Storage of a workdir: a local folder, or a prefix of an object store (gs://BUCKET/...).
 
-A store knows neither rename nor append, and its clients raise errors of many kinds. What else
-differs lies with whoever writes: `gadjax.io.append_file`, `gadjax.io.manifest` and
+A store has neither rename nor append, and its clients raise errors of many kinds. Other differences
+are handled by the writers: `gadjax.io.append_file`, `gadjax.io.manifest` and
 `gadjax.runtime.workdir_lock`.
 """
 
@@ -19,11 +19,11 @@ from gadjax.errors import InputError, RunStopped
 GS = "gs://"
 
 log = logging.getLogger(__name__)
-_failing: set[str] = set()  # paths that were said to fail, until they can be written again
+_unwritable: set[str] = set()  # paths already warned of, until they can be written again
 
 
 def as_path(text: str | PurePath, flag: str = "--workdir") -> Any:
-    """A pathlib.Path, or for gs:// an etils.epath.Path, which is used like one.
+    """Parse a path: a pathlib.Path, or for gs:// an etils.epath.Path with the same interface.
 
     Raises: InputError for another store, and where the package for this one is missing.
     """
@@ -32,8 +32,8 @@ def as_path(text: str | PurePath, flag: str = "--workdir") -> Any:
         return Path(text)
     if not text.startswith(GS) or not text.removeprefix(GS).strip("/"):
         raise InputError(
-            f"{flag}: found {text}; expected a folder or gs://BUCKET/..., the one kind of object "
-            "store that Orbax writes to (a bucket of another can be mounted as a folder)"
+            f"{flag}: found {text}; expected a folder or gs://BUCKET/..., the only object store "
+            "that Orbax writes to (a bucket of another can be mounted as a folder)"
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(
@@ -58,7 +58,9 @@ def absolute(path: Any) -> Any:
 
 
 def check_access(path: Any, write: bool = False) -> None:
-    """One request to the store. write: for its bucket itself, as Orbax makes when it deletes.
+    """Check access to an object store with one request; a local path is not checked.
+
+    write: request the bucket's metadata, as Orbax does when it deletes.
 
     Raises: InputError where the store refuses, or has no such bucket.
     """
@@ -79,14 +81,19 @@ def check_access(path: Any, write: bool = False) -> None:
 
 
 def client() -> Any:
-    """fsspec's, as etils.epath uses it."""
+    """The fsspec file system of the store, configured as etils.epath configures it."""
     import fsspec
 
     return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
 def put_object(path: Any, data: bytes, new: bool = False) -> None:
-    """An object, which appears when all of it is there. new: only where there is none.
+    """Upload an object in one atomic write.
+
+    Args:
+      path: of the object.
+      data: its content.
+      new: fail where the object exists.
 
     Raises: FileExistsError; OSError.
     """
@@ -95,7 +102,7 @@ def put_object(path: Any, data: bytes, new: bool = False) -> None:
 
 
 def write_atomic(path: Any, data: str | bytes) -> None:
-    """Write a file that is the old one or the new one at any instant. Raises: OSError."""
+    """Atomic write: at any instant the file is the old one or the new one. Raises: OSError."""
     data = data.encode() if isinstance(data, str) else data
     if is_remote(path):
         return put_object(path, data)
@@ -105,12 +112,12 @@ def write_atomic(path: Any, data: str | bytes) -> None:
         new.replace(path)
     except OSError:
         with suppress(OSError):
-            new.unlink()  # half a file, where there may be no room for it
+            new.unlink()  # a partial file, where the disk may be full
         raise
 
 
 def move(old: Any, new: Any) -> None:
-    """A folder; in a store, object by object."""
+    """Move a folder; in a store object by object, not atomically."""
     if is_remote(old):
         client().mv(str(old), str(new), recursive=True)
     else:
@@ -118,30 +125,30 @@ def move(old: Any, new: Any) -> None:
 
 
 def list_objects(folder: Any) -> dict[str, dict[str, Any]]:
-    """{size, crc32c} of every object below a folder of a store, by its path in there.
+    """List the objects below a folder of a store: relative path -> {size, crc32c}.
 
-    Raises: RunStopped where the store does not answer: that is not to be taken for an empty folder.
+    Raises: RunStopped where the store does not answer, which must not be taken for an empty folder.
     """
     root = str(folder).removeprefix(GS).rstrip("/") + "/"
     try:
         with store_errors(folder):
-            found = client().find(root, detail=True)
+            entries = client().find(root, detail=True)
     except OSError as error:
         raise RunStopped(f"{folder}: cannot be read: {error.strerror}") from error
     return {
         name.removeprefix(root): {"size": entry["size"], "crc32c": entry.get("crc32c")}
-        for name, entry in found.items()
+        for name, entry in entries.items()
     }
 
 
 def write_errors(path: Any) -> tuple[type[Exception], ...]:
-    """What Orbax lets through where it cannot write."""
+    """Exception types that Orbax raises where it cannot write."""
     return (Exception,) if is_remote(path) else (OSError, ValueError, RuntimeError)
 
 
 @contextmanager
 def store_errors(path: Any) -> Iterator[None]:
-    """Whatever a store's client raises becomes an OSError of one line; a folder's errors stay."""
+    """Convert any exception of a store's client to a one-line OSError; local errors pass."""
     try:
         yield
     except Exception as error:
@@ -155,18 +162,21 @@ def store_errors(path: Any) -> Iterator[None]:
 
 @contextmanager
 def warn_on_write_error(path: Any, tolerate: bool = False) -> Iterator[None]:
-    """For a file that is written again soon: a store that fails once is no reason to stop a run,
-    nor is a folder where the run is to bear that (patient). It is said once per failure.
+    """Warn where a periodically rewritten file cannot be written, once per outage.
 
-    Raises: RunStopped where a folder cannot be written and that is not to be borne.
+    A store that fails once never stops a run.
+
+    tolerate: nor does a local folder.
+
+    Raises: RunStopped where a local folder cannot be written and `tolerate` is false.
     """
     try:
         yield
-        _failing.discard(str(path))
+        _unwritable.discard(str(path))
     except OSError as error:
         text = error.strerror or error
         if not (tolerate or is_remote(path)):
             raise RunStopped(f"{path}: cannot be written: {text}") from error
-        if str(path) not in _failing:
+        if str(path) not in _unwritable:
             log.warning("%s: cannot be written now: %s", path, text)
-        _failing.add(str(path))
+        _unwritable.add(str(path))

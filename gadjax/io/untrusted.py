@@ -1,4 +1,4 @@
-"""Files from elsewhere, opened so that none hangs, fills the memory or leads out of its folder."""
+"""Open and parse untrusted files: regular files only, size limits, no symlink escapes."""
 
 import json
 import os
@@ -12,34 +12,36 @@ from gadjax.errors import InputError
 from gadjax.io.storage import is_remote
 
 MIB = 1 << 20
-MAX_JSON_BYTES = 16 * MIB  # of a configuration or a manifest; published ones have a few KiB
-MAX_INDEX_BYTES = 64 * MIB  # of an index of shards; some hundred bytes for each tensor
-DEPTH = 64  # of values inside values
-NAME_LIMIT = 255  # bytes of a file's name
-POINTER = b"version https://git-lfs.github.com/spec/"
+MAX_JSON_BYTES = 16 * MIB  # configurations and manifests; published ones have a few KiB
+MAX_INDEX_BYTES = 64 * MIB  # an index of shards, some hundred bytes for each tensor
+MAX_DEPTH = 64  # nested JSON values
+MAX_NAME_BYTES = 255
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
 def open_file(path: Path, expected: str) -> Iterator[BinaryIO]:
-    """A regular file, to be read: a pipe would block, and a device has no end.
+    """Open a regular file for reading: a pipe would block, and a device has no end.
 
-    Raises: InputError where there is none, it cannot be read, or is something else.
+    expected: description of the file for error messages.
+
+    Raises: InputError where it is missing, unreadable, no regular file or a git-lfs pointer.
     """
     try:
-        # Of a pipe, too, this returns at once.
+        # O_NONBLOCK: opening a pipe returns at once, too.
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except IsADirectoryError:
         raise InputError(f"{path}: found a folder; expected {expected}") from None
     except OSError as error:
         raise InputError(f"{path}: found {error.strerror}; expected {expected}") from None
     except ValueError as error:
-        found = "a null byte in its name" if "\0" in str(path) else error
-        raise InputError(f"{path}: found {found}; expected {expected}") from None
+        reason = "a null byte in its name" if "\0" in str(path) else error
+        raise InputError(f"{path}: found {reason}; expected {expected}") from None
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise InputError(f"{path}: found no regular file; expected {expected}")
         try:
-            if file.read(len(POINTER)) == POINTER:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise InputError(
                     f"{path}: found a git-lfs pointer in place of the file; expected {expected} "
                     "(`git lfs pull` there fetches it)"
@@ -50,10 +52,10 @@ def open_file(path: Path, expected: str) -> Iterator[BinaryIO]:
             raise InputError(f"{path}: found {error.strerror}; expected {expected}") from None
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object, also of a store. limit: of bytes.
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read an untrusted JSON object, from a local path or a store.
 
-    Raises: InputError when it is absent, unreadable, too large or something else.
+    Raises: InputError where it is missing, unreadable, too large or no JSON object.
     """
     expected = "a JSON file"
     if is_remote(path):
@@ -63,9 +65,11 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
             raise InputError(f"{path}: found {error.strerror}; expected {expected}") from None
     else:
         with open_file(path, expected) as file:
-            data = file.read(limit + 1)
-    if len(data) > limit:
-        raise InputError(f"{path}: found more than {limit} bytes; expected {expected} of no more")
+            data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise InputError(
+            f"{path}: found more than {max_bytes} bytes; expected {expected} of no more"
+        )
     try:
         value = parse_json(data)
     except ValueError as error:
@@ -76,59 +80,62 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """What a JSON text says, where it can be read in one way only. NaN and Infinity are let
-    through: published configurations have them, and who reads a number says which one is wrong.
+    """Parse JSON strictly: UTF-8, no duplicate keys, at most MAX_DEPTH nested values.
+
+    NaN and Infinity are accepted: published configurations contain them, and the reader of a number
+    reports which one is wrong.
 
     Raises: ValueError.
     """
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_without_doubles)
+        value = json.loads(data.decode(), object_pairs_hook=_without_duplicates)
     except RecursionError:
-        raise ValueError(f"more than {DEPTH} values inside values") from None
-    _check_depth(value, DEPTH)
+        raise ValueError(f"more than {MAX_DEPTH} values inside values") from None
+    _check_depth(value, MAX_DEPTH)
     return value
 
 
-def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} more than once")
-    return found
+    return value
 
 
-def _check_depth(value: Any, room: int) -> None:
+def _check_depth(value: Any, remaining: int) -> None:
     if isinstance(value, dict | list):
-        if not room:
-            raise ValueError(f"more than {DEPTH} values inside values")
+        if not remaining:
+            raise ValueError(f"more than {MAX_DEPTH} values inside values")
         for inner in value.values() if isinstance(value, dict) else value:
-            _check_depth(inner, room - 1)
+            _check_depth(inner, remaining - 1)
 
 
 def is_safe_filename(text: Any) -> bool:
-    """Whether it names a file in a folder, and nothing outside."""
+    """True for the name of a file directly in a folder: no path traversal, no unprintable text."""
     return (
         isinstance(text, str)
         and text not in ("", ".", "..")
         and text.isprintable()
         and not {"/", "\\"} & set(text)
-        and len(text.encode()) <= NAME_LIMIT
+        and len(text.encode()) <= MAX_NAME_BYTES
     )
 
 
 def is_macos_metadata(name: str) -> bool:
-    """Whether a file is one that a Mac puts beside others: it belongs to no format."""
+    """True for files that macOS adds to a folder; they belong to no format."""
     return name.startswith("._") or name == ".DS_Store"
 
 
 def check_no_escape(folder: Path, root: Path) -> None:
-    """Look through a folder of `root`, all of it, and through the files that lie beside it.
+    """Check that no symlink below `folder` escapes from `root`.
 
-    A link must lead to a file in `root`; or, in the hub's cache, whose snapshots are links, to one
+    A link must point to a file in `root`; or, in the hub's cache, whose snapshots are links, to one
     of the same repository.
-    Raises: InputError naming a link that leads elsewhere, a pipe or a device.
+
+    Raises: InputError naming a link that escapes or leads to a folder, a pipe or a device.
     """
-    allowed = _allowed(root)
+    allowed = _allowed_roots(root)
     _check_target(folder, allowed)
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -142,14 +149,14 @@ def check_no_escape(folder: Path, root: Path) -> None:
 
 
 def check_files_no_escape(folder: Path, root: Path) -> None:
-    """The same for the files in a folder alone, not for the folders in it."""
-    allowed = _allowed(root)
+    """Check as `check_no_escape` the files directly in `folder`, not its subfolders."""
+    allowed = _allowed_roots(root)
     for path in folder.iterdir():
         if not path.is_dir():
             _check_entry(path, allowed)
 
 
-def _allowed(root: Path) -> list[Path]:
+def _allowed_roots(root: Path) -> list[Path]:
     root = Path(os.path.realpath(root))
     for place in (root, *root.parents):
         if place.name == "snapshots" and place.parent.name.startswith("models--"):

@@ -1,1 +1,1 @@
-"""Numerical operations shared by the networks."""
+"""Numerical operations of the networks: attention and its kernels, FLOP counting."""

@@ -1,10 +1,10 @@
-"""Softmax attention: the one place where every network computes it.
+"""Softmax attention of all networks.
 
-Two programs, chosen by what the pass is for. A pass for values alone may take whatever computes
-values fastest. A pass whose tangents are wanted (`tangent_pass`, which `gadjax.diffusion.geometry`
-sets) takes value and tangent together, with a transpose of its own, so that reverse mode through
-jax.jvp keeps nothing of size N x M. Both by Pallas kernels where the program is placed on devices
-that have them (`gadjax.ops.kernels`), and in blocks of queries elsewhere.
+Two implementations, chosen by the kind of pass. A pass for values alone uses the fastest one. A
+tangent pass (`tangent_pass`, which `gadjax.diffusion.geometry` sets) computes value and tangent
+together, with a custom transpose, so that reverse mode through jax.jvp saves nothing of size N x M.
+Both run as Pallas kernels on devices that have them (`gadjax.ops.kernels`), and in blocks of
+queries elsewhere.
 """
 
 from functools import partial
@@ -20,8 +20,8 @@ from gadjax.ops.dual_attention import (
 )
 from gadjax.ops.kernels import dual_with_kernels, kernels_for, value_with_kernels
 
-# A part of what jax.jit caches by, so that a function traced for one kind of pass is traced anew
-# for the other.
+# A user context is part of jax.jit's cache key, so that a function traced for one kind of pass is
+# retraced for the other.
 tangent_pass = jax.make_user_context(False)
 
 
@@ -40,11 +40,11 @@ def attention(
       in both modes, repeatedly (with kernels in reverse mode, once); inside one, by jax.jvp and by
       reverse mode through that, which is what the pass is for.
     """
-    f = _moving if tangent_pass.value else _still
+    f = _with_tangent if tangent_pass.value else _primal
     return f(q_BNHK, k_BMHK, v_BMHK, bias)
 
 
-def _still(q, k, v, bias):
+def _primal(q, k, v, bias):
     kernels = kernels_for(q, k, bias)
     return (
         value_attention(q, k, v, bias)
@@ -54,7 +54,11 @@ def _still(q, k, v, bias):
 
 
 def value_attention(q, k, v, bias=None):
-    """`attention` for values; what reverse mode needs of a block of queries it computes again."""
+    """Attention values in blocks of queries, each rematerialised in reverse mode.
+
+    Args:
+      q, k, v, bias: as for `attention`.
+    """
 
     def block(queries, keys, bias):
         (q,), (k, v) = queries, keys
@@ -63,16 +67,16 @@ def value_attention(q, k, v, bias=None):
     return named_for_checkpoint(over_query_blocks(block, (q,), (k, v), bias)[0])
 
 
-_moving = jax.custom_jvp(_still)
+_with_tangent = jax.custom_jvp(_primal)
 
 
-@partial(_moving.defjvp, symbolic_zeros=True)
+@partial(_with_tangent.defjvp, symbolic_zeros=True)
 def _jvp(primals, tangents):
     q, k, v, bias = primals
     zero = [type(t) is jax.custom_derivatives.SymbolicZero for t in tangents[:3]]
     tq, tk, tv = (
-        jax.numpy.zeros_like(x) if no else t
-        for x, t, no in zip(primals, tangents, zero, strict=False)
+        jax.numpy.zeros_like(x) if is_zero else t
+        for x, t, is_zero in zip(primals, tangents, zero, strict=False)
     )
     if zero[1] and zero[2]:
         tk = tv = None

@@ -1,20 +1,20 @@
-"""Softmax attention and its tangent at once, with a transpose written by hand.
+"""Dual attention: softmax attention and its tangent (JVP) together, with a custom transpose.
 
-With S = q k^T / sqrt(K) + bias, P = softmax(S) and a dot for a tangent:
+With S = q k^T / sqrt(K) + bias, P = softmax(S) and a trailing dot for a tangent:
 
     S. = (q. k^T + q k.^T) / sqrt(K)      mu = rowsum(P S.)      P. = P (S. - mu)
     o = P v                               o. = P. v + P v.
 
-Nothing of size N x M is kept for the reverse pass, which computes S, P and S. again and is then,
-for cotangents do of o and eo of o.:
+Nothing of size N x M is saved for the reverse pass, which recomputes S, P and S. and is, for
+cotangents do of o and eo of o.:
 
     dP = do v^T + eo v.^T     eP = eo v^T           s = rowsum(eP P)      eS = P (eP - s)
     G = dP + eP (S. - mu) - s S.                    dS = P (G - rowsum(P G))
     dv = P^T do + P.^T eo     dv. = P^T eo          dq = dS k + eS k.     dq. = eS k
     dk = dS^T q + eS^T q.     dk. = eS^T q          (S. and all of the last four times 1 / sqrt(K))
 
-Six products of size N x M x K forward and fifteen in reverse, where a value takes two and five:
-2.1 to 2.3 times a value's gradient, where a central difference of two values takes 2.
+Cost: six products of size N x M x K forward and fifteen in reverse, where a value takes two and
+five: 2.1 to 2.3 times a value's gradient, where a central difference of two values takes 2.
 """
 
 import math
@@ -26,34 +26,41 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gadjax.ops.spread import sequence_mesh, spread
+from gadjax.ops.shard_mapped import sequence_mesh, shard_mapped
 
-ATTENTION_CHECKPOINT = (
-    "attention"  # as checkpoint policies call what reverse mode may keep of an attention
-)
-MAX_LOGITS = (
-    2**19
-)  # logits of one head that exist at once; more are computed a block of queries a time
+ATTENTION_CHECKPOINT = "attention"  # checkpoint name of attention's results, for remat policies
+MAX_LOGITS = 2**19  # of one head at a time; more are computed in blocks of queries
 
 
 def query_blocks(queries: int, keys: int, arrays: int = 1) -> int:
-    """In how many blocks of queries an attention is computed that holds that many arrays of logits
-    for every one that attention alone holds."""
+    """Number of blocks of queries that keep the logits below MAX_LOGITS.
+
+    Args:
+      queries, keys: numbers of positions.
+      arrays: arrays of logits' size held for each one that attention alone holds.
+    """
     return min(queries, -(-arrays * queries * keys // MAX_LOGITS))
 
 
 def over_query_blocks(f: Callable, queries: tuple, keys: tuple, bias, arrays: int = 1):
-    """f(queries, keys, bias) with its first result [B, N, ...] from blocks, the others summed over
-    them; every device has blocks of its own where a sample's queries are split over devices.
+    """Evaluate f(queries, keys, bias) in blocks of queries, on every device for its own queries
+    where the mesh splits them.
 
-    queries: arrays [B, N, H, K], which are cut along N. keys: arrays [B, M, H, K]. bias: cut where
-    it has N rows. f returns (a tree like the queries, a tree like the keys, to be summed). What
-    plain reverse mode needs of one of several blocks it computes again.
+    Several blocks are rematerialised in plain reverse mode.
+
+    Args:
+      f: returns (a tree like `queries`, a tree like `keys` that is summed over the blocks).
+      queries: arrays [B, N, H, K], which are split along N.
+      keys: arrays [B, M, H, K].
+      bias: None, or an array that broadcasts to the logits; split where it has N rows.
+      arrays: as for `query_blocks`.
+
+    Returns: the results of f, the first concatenated along N, the second summed.
     """
     run, mesh = partial(_in_blocks, f, arrays), sequence_mesh(queries[0])
     if mesh is None:
         return run(queries, keys, bias)
-    return spread(run, mesh, queries, keys, bias)
+    return shard_mapped(run, mesh, queries, keys, bias)
 
 
 def _in_blocks(f, arrays, queries, keys, bias):
@@ -64,37 +71,43 @@ def _in_blocks(f, arrays, queries, keys, bias):
     f = jax.checkpoint(f, prevent_cse=False)
     size = math.ceil(positions / count)
 
-    def cut(x, axis):
+    def split(x, axis):
         x = jnp.pad(x, [(0, count * size - positions if i == axis else 0) for i in range(x.ndim)])
         shape = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
-    parts = jax.tree.map(partial(cut, axis=1), queries)
-    rows = None if bias is None or bias.shape[2] == 1 else cut(bias, 2)
+    parts = jax.tree.map(partial(split, axis=1), queries)
+    rows = None if bias is None or bias.shape[2] == 1 else split(bias, 2)
 
-    def one(part):
+    def evaluate(part):
         queries, row = part
         return f(queries, keys, bias if row is None else row)
 
     def step(total, part):
-        each, summed = one(part)
-        return jax.tree.map(jnp.add, total, summed), each
+        block_result, summed = evaluate(part)
+        return jax.tree.map(jnp.add, total, summed), block_result
 
     first = jax.tree.map(lambda x: x[0], (parts, rows))
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda part: one(part)[1], first)
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda part: evaluate(part)[1], first)
     )
-    total, each = jax.lax.scan(step, zeros, (parts, rows))
+    total, results = jax.lax.scan(step, zeros, (parts, rows))
 
     def join(x):
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(x.shape[0], count * size, *x.shape[3:])[:, :positions]
 
-    return jax.tree.map(join, each), total
+    return jax.tree.map(join, results), total
 
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """An einsum summed in at least float32, its first operand rounded to the second's dtype."""
+    """Einsum accumulated in at least float32.
+
+    Args:
+      spec: as for jnp.einsum.
+      a: first operand, which is cast to the dtype of b.
+      b: second operand.
+    """
     wide = jnp.promote_types(b.dtype, jnp.float32)
     return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide)
 
@@ -105,15 +118,20 @@ unmix = partial(product, "bhnm,bnhk->bmhk")  # P^T x
 
 
 def softmax(q, k, bias):
-    """P [B, H, N, M]."""
+    """Attention probabilities P [B, H, N, M].
+
+    Args:
+      q, k: queries [B, N, H, K] and keys [B, M, H, K].
+      bias: None, or an array that broadcasts to P.
+    """
     s = logits(q, k) * q.shape[-1] ** -0.5
     return jax.nn.softmax(s if bias is None else s + bias.astype(s.dtype), axis=-1)
 
 
-def _moved(q, k, tq, tk):
-    """S. [B, H, N, M]."""
-    found = logits(tq, k) if tk is None else logits(tq, k) + logits(q, tk)
-    return found * q.shape[-1] ** -0.5
+def _logit_tangents(q, k, tq, tk):
+    """Tangents S. of the logits, [B, H, N, M]."""
+    ts = logits(tq, k) if tk is None else logits(tq, k) + logits(q, tk)
+    return ts * q.shape[-1] ** -0.5
 
 
 def _rowsum(x):
@@ -122,22 +140,22 @@ def _rowsum(x):
 
 @jax.custom_vjp
 def dual_attention(q, k, v, bias, tq, tk, tv):
-    """Attention and its tangent, (o, o.), each [B, N, H, K] in the dtype of the values.
+    """Attention and its tangent (o, o.).
 
     Args:
       q, tq: queries [B, N, H, K] and their tangents.
       k, v, tk, tv: keys and values [B, M, H, K] and their tangents; tk and tv may both be None,
-        for keys that do not move (a text's), which saves two of six products.
-      bias: None, or what broadcasts to the logits [B, H, N, M]; it takes no derivative.
+        for constant keys (of a prompt), which saves two of six products.
+      bias: None, or an array that broadcasts to the logits [B, H, N, M]; it takes no derivative.
 
-    Reverse mode goes through both results once. The rule's own tangents are not defined: a third
-    derivative, or forward mode over this, fails.
+    Returns: o and o., each [B, N, H, K] in the dtype of the values. Both are differentiable in
+      reverse mode, once: a third derivative, or forward mode over this, fails.
     """
 
     def block(queries, keys, bias):
         (q, tq), (k, v, tk, tv) = queries, keys
         p = softmax(q, k, bias)
-        ts = _moved(q, k, tq, tk)
+        ts = _logit_tangents(q, k, tq, tk)
         o, to = mix(p, v), mix(p * (ts - _rowsum(p * ts)), v)
         to = to if tv is None else to + mix(p, tv)
         return (o.astype(v.dtype), to.astype(v.dtype)), ()
@@ -146,29 +164,29 @@ def dual_attention(q, k, v, bias, tq, tk, tv):
 
 
 def named_for_checkpoint(results):
-    """The results, by the name under which a checkpoint policy may keep them."""
+    """Name results for checkpoint policies, which may save them for reverse mode."""
     return jax.tree.map(lambda x: checkpoint_name(x, ATTENTION_CHECKPOINT), results)
 
 
-def _forward(*given):
-    return named_for_checkpoint(dual_attention(*given)), given
+def _forward(*operands):
+    return named_for_checkpoint(dual_attention(*operands)), operands
 
 
 def vmappable_transpose(f: Callable) -> Callable:
-    """f(do, *others), a transpose, for jax.vmap over directions that share one value.
+    """Make a transpose f(do, *others) correct under jax.vmap over directions that share one value.
 
-    Then do is not batched, while what f returns for the operands of the value is, and
-    jax.custom_vjp sums that over the batch: do's part of it would be counted once a direction.
+    Then do is not batched, while the results of f for the operands of the value are, and
+    jax.custom_vjp sums these over the batch: the contribution of do would count once a direction.
     """
-    fair = jax.custom_batching.custom_vmap(f)
+    vmappable = jax.custom_batching.custom_vmap(f)
 
-    @fair.def_vmap
+    @vmappable.def_vmap
     def rule(size, batched, do, *others):
         axes = jax.tree.map(lambda b: 0 if b else None, batched)
-        found = vmappable_transpose(jax.vmap(f, axes))(do if batched[0] else do / size, *others)
-        return found, jax.tree.map(lambda _: True, found)
+        results = vmappable_transpose(jax.vmap(f, axes))(do if batched[0] else do / size, *others)
+        return results, jax.tree.map(lambda _: True, results)
 
-    return fair
+    return vmappable
 
 
 @vmappable_transpose
@@ -178,7 +196,7 @@ def _transpose(do, eo, q, k, v, bias, tq, tk, tv):
     def block(queries, keys, bias):
         (q, tq, do, eo), (k, v, tk, tv) = queries, keys
         p = softmax(q, k, bias)
-        ts = _moved(q, k, tq, tk)
+        ts = _logit_tangents(q, k, tq, tk)
         centred = ts - _rowsum(p * ts)
         dp, ep = logits(do, v), logits(eo, v)
         dp = dp if tv is None else dp + logits(eo, tv)
@@ -200,13 +218,14 @@ def _transpose(do, eo, q, k, v, bias, tq, tk, tv):
     return dq, dk, dv, dtq, dtk, dtv
 
 
-def _backward(given, cotangents):
-    dq, dk, dv, *moving = _transpose(*cotangents, *given)
-    return dq, dk, dv, None, *moving
+def _backward(operands, cotangents):
+    dq, dk, dv, *tangents = _transpose(*cotangents, *operands)
+    return dq, dk, dv, None, *tangents
 
 
-# Over directions that share one value: newer JAX hands its cotangent to the first of them, and
-# refuses unless it is asked to; what is older hands it to all, which `shared` makes up for.
-NEWER = "generic_batching" in signature(jax.custom_vjp.defvjp).parameters
-DEFVJP_OPTIONS = {"generic_batching": True} if NEWER else {}
+# Under vmap over directions that share one value, newer JAX passes its cotangent to the first of
+# them, and raises without this option; older JAX passes it to all, which `vmappable_transpose`
+# corrects.
+_HAS_OPTION = "generic_batching" in signature(jax.custom_vjp.defvjp).parameters
+DEFVJP_OPTIONS = {"generic_batching": True} if _HAS_OPTION else {}
 dual_attention.defvjp(_forward, _backward, **DEFVJP_OPTIONS)

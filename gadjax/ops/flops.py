@@ -1,4 +1,4 @@
-"""How much a step computes, read from the program itself, without compiling or running it."""
+"""FLOP counting from a program's jaxpr, without compiling or running it."""
 
 import math
 from collections.abc import Callable
@@ -8,18 +8,19 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def flops(f: Callable, *args) -> float:
-    """Floating-point operations of the matrix products and convolutions in f(*args).
+    """FLOPs of the matrix products and convolutions in f(*args).
 
-    args: arrays or jax.ShapeDtypeStruct. A scan counts its body as often as it runs. Loops of
-    unknown length count once, and of branches the dearest. Work whose result nobody uses is left
-    out by the compiler and counted here.
+    A scan counts its body times its length, a loop of unknown length once, a branch by its most
+    expensive case. Dead code is counted here, though the compiler removes it.
+
+    args: arrays or jax.ShapeDtypeStruct.
     """
     return jaxpr_flops(jax.make_jaxpr(f)(*args).jaxpr)
 
 
 def jaxpr_flops(jaxpr: Jaxpr) -> float:
-    """The same of a program that is traced already. What is cut over a mesh counts on every device,
-    a kernel as often as its grid has places."""
+    """FLOPs of a traced program: a shard_map counts on every device of its mesh, a Pallas kernel
+    once for every point of its grid."""
     return sum(_cost(eqn) for eqn in jaxpr.eqns)
 
 
@@ -36,10 +37,10 @@ def _cost(eqn) -> float:
     inner = [jaxpr_flops(jaxpr) for value in eqn.params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner)
-    return sum(inner) * _times(name, eqn.params)
+    return sum(inner) * _repetitions(name, eqn.params)
 
 
-def _times(name: str, params: dict) -> int:
+def _repetitions(name: str, params: dict) -> int:
     if name == "scan":
         return params["length"]
     if name == "shard_map":

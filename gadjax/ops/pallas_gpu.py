@@ -1,14 +1,15 @@
-"""Attention and its tangent at once in Pallas kernels for GPUs, by way of Triton.
+"""Dual attention (value and tangent together) as Pallas kernels for GPUs, lowered through Triton.
 
-The functions of `gadjax.ops.pallas_tpu`, of the same arithmetic (`gadjax.ops.tiles`): forward a
-program for each block of queries, which goes through the keys; reverse one for each block of
-queries (dq and dtq) and one for each block of keys (dk, dv, dtk, dtv). Loads and stores are masked,
-so that nothing is padded or moved in memory; a tile's channels are the next power of two.
+The same functions as `gadjax.ops.pallas_tpu`, with the same arithmetic (`gadjax.ops.tiles`):
+forward a program for each block of queries, which loops over the keys; reverse one for each block
+of queries (dq and dtq) and one for each block of keys (dk, dv, dtk, dtv). Loads and stores are
+masked, so that nothing is padded or transposed in memory; a tile's channels are the next power of
+two.
 
-On an H200 (JAX 0.11.2) right in bfloat16 and wrong in float32, where `kernels.kernels_validated` refuses them;
-else checked by Pallas' interpreter, and compiled for A100, H100 and B200 too. Block sizes, warps
-and stages are not tuned; on an H100 with heads of 72 in bfloat16 the kernels take 227 to 255
-registers a thread and spill at most 20 bytes. Products of float32 follow
+On an H200 (JAX 0.11.2) correct in bfloat16 and wrong in float32, where `kernels.kernels_validated`
+rejects them; otherwise checked in Pallas' interpreter, and compiled for A100, H100 and B200 too.
+Block sizes, warps and stages are not tuned; on an H100 with heads of 72 in bfloat16 the kernels
+take 227 to 255 registers a thread and spill at most 20 bytes. Products of float32 follow
 `jax.default_matmul_precision`.
 """
 
@@ -23,7 +24,12 @@ from gadjax.ops import tiles
 
 
 def supported(q, k, bias) -> bool:
-    """Whether the kernels take these queries, keys and bias, and shorten anything."""
+    """True where the kernels support these operands and are worthwhile.
+
+    Args:
+      q, k: queries [B, N, H, K] and keys [B, M, H, K], arrays or shapes.
+      bias: None, or an array that broadcasts to the logits.
+    """
     return (
         q.dtype == k.dtype
         and q.dtype in (jnp.bfloat16, jnp.float32)
@@ -34,32 +40,32 @@ def supported(q, k, bias) -> bool:
 
 
 def dual(q, k, v, bias, tq, tk, tv, *, interpret=False):
-    """(o, o., lse, mu), as `gadjax.ops.pallas_tpu.dual`."""
+    """Attention and its tangent (o, o., lse, mu), as `gadjax.ops.pallas_tpu.dual`."""
     (o, to), (lse, mu) = _forward((q, tq), (k, v, tk, tv), bias, interpret)
     return o, to, lse, mu
 
 
 def dual_transpose(do, eo, q, k, v, bias, tq, tk, tv, o, to, lse, mu, *, interpret=False):
-    """(dq, dk, dv, dtq, dtk, dtv), as `gadjax.ops.pallas_tpu.dual_transpose`."""
+    """Transpose (dq, dk, dv, dtq, dtk, dtv), as `gadjax.ops.pallas_tpu.dual_transpose`."""
     rows = tiles.row_sums(do, eo, o, to, lse, mu)
     (dq, dtq), (dk, dv, dtk, dtv) = _reverse((q, tq, do, eo), (k, v, tk, tv), bias, rows, interpret)
     return dq, dk, dv, dtq, dtk, dtv
 
 
 def _width(channels: int) -> int:
-    """A tile's channels."""
+    """Number of channels of a tile."""
     return max(16, pl.next_power_of_2(channels))
 
 
 def _block(channels: int) -> int:
-    """A tile's positions."""
+    """Number of positions of a tile."""
     return 64 if channels <= 64 else 32
 
 
 def _one_head(block, heads, x):
-    """All positions of one head of x: [N, K] of [B, N, H, K], or [N] of [B|1, H|1, N].
+    """BlockSpec of one head of x: [N, K] of [B, N, H, K], or [N] of [B|1, H|1, N].
 
-    N and K are rounded up to what tiles cover; beyond x nothing is read or written.
+    N and K are rounded up to full tiles; nothing is read or written beyond x.
     """
 
     def index(_, program):
@@ -68,15 +74,22 @@ def _one_head(block, heads, x):
     if x.ndim == 4:
         shape = None, pl.cdiv(x.shape[1], block) * block, None, _width(x.shape[3])
         return pl.BlockSpec(shape, lambda *i: (index(*i)[0], 0, index(*i)[1], 0))
-    batch, many, size = x.shape
+    batch, head_count, size = x.shape
     return pl.BlockSpec(
         (None, None, pl.cdiv(size, block) * block),
-        lambda *i: (0 if batch == 1 else index(*i)[0], 0 if many == 1 else index(*i)[1], 0),
+        lambda *i: (0 if batch == 1 else index(*i)[0], 0 if head_count == 1 else index(*i)[1], 0),
     )
 
 
 def _call(kernel, positions, operands, results, interpret):
-    """kernel(*operands, *results), trees of arrays and shapes, for each block of positions."""
+    """Launch kernel(*operands, *results) for each block of positions.
+
+    Args:
+      kernel: takes numbers of queries, keys and channels, then refs in these trees.
+      positions: number of positions that the grid covers in blocks.
+      operands, results: trees of arrays and of shapes.
+      interpret: run in Pallas' interpreter.
+    """
     batch, _, heads, channels = operands[0][0].shape
     block = _block(channels)
     spec = partial(_one_head, block, heads)
@@ -92,7 +105,7 @@ def _call(kernel, positions, operands, results, interpret):
 
 
 def _row(bias, k):
-    """A bias over keys as the kernels take it: [B|1, H|1, M], M rounded up to tiles."""
+    """Bias over keys in the kernels' layout: [B|1, H|1, M], M rounded up to full tiles."""
     keys, block = k.shape[1], _block(k.shape[3])
     bias = tiles.key_bias(bias, keys, pl.cdiv(keys, block) * block)
     return bias if bias is None else bias[:, :, 0]
@@ -103,7 +116,7 @@ def _like(tree, dtype=None):
 
 
 def _forward(queries, keys, bias, interpret):
-    """(o, o.) and (lse, mu), the second of each None where queries are (q, None)."""
+    """Forward kernel: (o, o.) and (lse, mu); o. and mu are None where queries are (q, None)."""
     batch, positions, heads, _ = queries[0].shape
     row = jax.ShapeDtypeStruct((batch, heads, positions), jnp.float32)
     results = _like(queries, jnp.float32), jax.tree.map(lambda _: row, queries)
@@ -112,7 +125,8 @@ def _forward(queries, keys, bias, interpret):
 
 
 def _reverse(queries, keys, bias, rows, interpret):
-    """(dq, dtq) and (dk, dv, dtk, dtv) of queries = (q, tq, do, eo); None where an operand is."""
+    """Reverse kernels: (dq, dtq) and (dk, dv, dtk, dtv) of queries = (q, tq, do, eo); None where
+    the operand is."""
     operands = queries, keys, _row(bias, keys[0]), rows
     dq = _call(_query_kernel, queries[0].shape[1], operands, (_like(queries[:2]),), interpret)
     dk = _call(_key_kernel, keys[0].shape[1], operands, (_like(keys),), interpret)
@@ -120,18 +134,18 @@ def _reverse(queries, keys, bias, rows, interpret):
 
 
 def _window(ref, step, positions, channels):
-    """The part of ref [N] or [N, K] that is a tile's, and where it holds anything."""
+    """Slice of ref [N] or [N, K] for a tile, and the mask of its valid elements."""
     block = _block(channels)
-    at = pl.ds(step * block, block)
-    inside = step * block + jnp.arange(block) < positions
+    positions_slice = pl.ds(step * block, block)
+    valid = step * block + jnp.arange(block) < positions
     if len(ref.shape) == 1:
-        return ref.at[at], inside
-    real = jnp.arange(_width(channels)) < channels
-    return ref.at[at, :], inside[:, None] & real[None, :]
+        return ref.at[positions_slice], valid
+    valid_channels = jnp.arange(_width(channels)) < channels
+    return ref.at[positions_slice, :], valid[:, None] & valid_channels[None, :]
 
 
 def _read(refs, step, positions, channels):
-    """Tiles, zero where there is nothing."""
+    """Load tiles, zero outside the arrays."""
 
     def tile(ref):
         part, mask = _window(ref, step, positions, channels)
@@ -147,20 +161,20 @@ def _write(refs, values, step, positions, channels):
 
 
 def _bias(ref, step, channels, axis):
-    """A tile's bias, [1, m] or [m, 1], with the new axis given."""
+    """Load a tile's bias, [1, m] or [m, 1]: `axis` is the new axis."""
     if ref is None:
         return None
     return jnp.expand_dims(_read(ref, step, ref.shape[0], channels), axis)
 
 
 def _sum(tile, steps):
-    """The sum of tile(i) over the steps, in its first result's shapes."""
+    """Sum tile(i) over i = 0 .. steps - 1."""
     return jax.lax.fori_loop(1, steps, lambda i, acc: jax.tree.map(jnp.add, acc, tile(i)), tile(0))
 
 
 def _forward_kernel(n, m, channels, queries, keys, bias, out, rows):
-    mine, scale = pl.program_id(0), channels**-0.5
-    q = _read(queries, mine, n, channels)
+    index, scale = pl.program_id(0), channels**-0.5
+    q = _read(queries, index, n, channels)
 
     def step(i, state):
         k = _read(keys, i, m, channels)
@@ -169,35 +183,35 @@ def _forward_kernel(n, m, channels, queries, keys, bias, out, rows):
 
     state = tiles.initial_state(*q[0].shape, q[1] is not None)
     state = jax.lax.fori_loop(0, pl.cdiv(m, _block(channels)), step, state)
-    found, columns = tiles.finalize(state)
-    _write(out, found, mine, n, channels)
-    _write(rows, jax.tree.map(lambda x: x.sum(-1), columns), mine, n, channels)
+    results, columns = tiles.finalize(state)
+    _write(out, results, index, n, channels)
+    _write(rows, jax.tree.map(lambda x: x.sum(-1), columns), index, n, channels)
 
 
 def _query_kernel(n, m, channels, queries, keys, bias, rows, out):
-    mine, scale = pl.program_id(0), channels**-0.5
-    q = _read(queries, mine, n, channels)
-    columns = [x[:, None] for x in jax.tree.leaves(_read(rows, mine, n, channels))]
+    index, scale = pl.program_id(0), channels**-0.5
+    q = _read(queries, index, n, channels)
+    columns = [x[:, None] for x in jax.tree.leaves(_read(rows, index, n, channels))]
 
     def tile(i):
         row = _bias(bias, i, channels, 0)
         return tiles.query_sums(q, _read(keys, i, m, channels), row, columns, scale)
 
-    found = _sum(tile, pl.cdiv(m, _block(channels)))
-    _write(out, jax.tree.map(lambda x: x * scale, found), mine, n, channels)
+    sums = _sum(tile, pl.cdiv(m, _block(channels)))
+    _write(out, jax.tree.map(lambda x: x * scale, sums), index, n, channels)
 
 
 def _key_kernel(n, m, channels, queries, keys, bias, rows, out):
-    mine, scale = pl.program_id(0), channels**-0.5
-    k, column = _read(keys, mine, m, channels), _bias(bias, mine, channels, 1)
+    index, scale = pl.program_id(0), channels**-0.5
+    k, column = _read(keys, index, m, channels), _bias(bias, index, channels, 1)
 
     def tile(i):
-        along = [x[None, :] for x in jax.tree.leaves(_read(rows, i, n, channels))]
-        return tiles.key_sums(_read(queries, i, n, channels), k, column, along, scale)
+        statistics = [x[None, :] for x in jax.tree.leaves(_read(rows, i, n, channels))]
+        return tiles.key_sums(_read(queries, i, n, channels), k, column, statistics, scale)
 
     dk, dv, dtk, dtv = _sum(tile, pl.cdiv(n, _block(channels)))
     dk, dtk = jax.tree.map(lambda x: x * scale, (dk, dtk))
-    _write(out, (dk, dv, dtk, dtv), mine, m, channels)
+    _write(out, (dk, dv, dtk, dtv), index, m, channels)
 
 
 value = tiles.make_value_attention(_forward, _reverse)

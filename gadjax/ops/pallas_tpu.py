@@ -1,19 +1,20 @@
-"""Attention and its tangent at once in Pallas kernels for TPUs; see `gadjax.ops.dual_attention`.
+"""Dual attention (value and tangent together) as Pallas kernels for TPUs.
 
-`dual` and its transpose compute what the jnp op computes, without anything of size N x M in HBM;
-`value` is attention alone, of the same kernels. Three of them: forward, which sums over blocks of
-keys; and in reverse one that sums over blocks of keys, for dq and dtq, and one that sums over
-blocks of queries, with its tiles transposed, for dk, dv, dtk and dtv. A tile takes 6 products of
-n x m x K forward and 9 + 12 in reverse, where the jnp op, which sums everything at once, takes 15.
+`dual` and its transpose compute what `gadjax.ops.dual_attention` computes, without anything of size
+N x M in HBM; `value` is attention alone, by the same kernels. There are three: forward, which sums
+over blocks of keys; and in reverse one that sums over blocks of keys, for dq and dtq, and one that
+sums over blocks of queries, with transposed tiles, for dk, dv, dtk and dtv. A tile takes 6 products
+of n x m x K forward and 9 + 12 in reverse, where the jnp op, which sums everything at once, takes
+15.
 
-Positions lie along the lanes, as [B, H, K, N], and a block is turned once it is in VMEM: with the K
-of a head along them, 64 or 72 numbers take the room, in HBM, and the way there, of 128.
+Positions lie along the lanes, as [B, H, K, N], and a block is transposed once it is in VMEM: with
+the K of a head along the lanes, 64 or 72 channels would take the space and bandwidth of 128 in HBM.
 
-VMEM: a block is of at most 512 positions, turned of 512 bytes each, 256 KiB. In reverse eight
-operands and up to four results come and go in blocks, each twice, because the next is copied while
-one is computed; four sums in float32, 1 MiB; tiles of logits in float32 are of 1 MiB, of which the
-compiler keeps about five at once. It grants a kernel 16 MiB on v5e, and compiles these for bfloat16
-within 6 where K <= 72, within 8 where it is 128. Nothing grows with N or M.
+VMEM: a block has at most 512 positions, transposed of 512 bytes each, 256 KiB. In reverse eight
+operands and up to four results are copied in blocks, each double-buffered; four sums in float32,
+1 MiB; tiles of logits in float32 take 1 MiB, of which the compiler keeps about five at once. It
+grants a kernel 16 MiB on v5e, and compiles these for bfloat16 within 6 MiB where K <= 72, within
+8 MiB where it is 128. Nothing grows with N or M.
 """
 
 from functools import partial
@@ -29,9 +30,13 @@ LANES = 128
 
 
 def supported(q, k, bias) -> bool:
-    """Whether the kernels take these queries, keys and bias, and shorten anything.
+    """True where the kernels support these operands and are worthwhile.
 
-    Fewer positions are padded to a tile more than they are computed.
+    With fewer positions most of a tile would be padding.
+
+    Args:
+      q, k: queries [B, N, H, K] and keys [B, M, H, K], arrays or shapes.
+      bias: None, or an array that broadcasts to the logits.
     """
     return (
         q.dtype == k.dtype
@@ -44,25 +49,32 @@ def supported(q, k, bias) -> bool:
 
 
 def dual(q, k, v, bias, tq, tk, tv, *, interpret=False):
-    """(o, o., lse, mu), the first two [B, N, H, K], the last two [B, H, N], all in float32.
+    """Attention and its tangent, with the row statistics that `dual_transpose` needs.
 
     Args:
       q, tq: queries and their tangents [B, N, H, K].
-      k, v, tk, tv: keys and values [B, M, H, K]; tk and tv both None for keys that do not move.
-      bias: None or [B|1, H|1, 1, M]. lse is that of logits to which it is added less its largest.
+      k, v, tk, tv: keys and values [B, M, H, K]; tk and tv both None for constant keys.
+      bias: None or [B|1, H|1, 1, M]. lse is of the logits plus the bias minus its maximum.
+      interpret: run in Pallas' interpreter.
 
-    All four are what `dual_transpose` has to be given. Rounded to bfloat16, o and o. would cost it
-    a digit where keys or values have a part in common: all keys' differences are taken from them.
+    Returns: (o, o., lse, mu), the first two [B, N, H, K], the last two [B, H, N], all in float32.
+      Rounded to bfloat16, o and o. would cost the transpose a digit where keys or values have a
+      common component, since differences of all keys are taken from them.
     """
     (o, to), (lse, mu) = _forward((q, tq), (k, v, tk, tv), bias, interpret)
     return o, to, lse, mu
 
 
 def dual_transpose(do, eo, q, k, v, bias, tq, tk, tv, o, to, lse, mu, *, interpret=False):
-    """(dq, dk, dv, dtq, dtk, dtv) for the cotangents do of o and eo of o..
+    """Transpose of `dual`: cotangents of its operands.
 
-    do, eo: [B, N, H, K] in the dtype of q. The others as given to `dual` and returned by it.
-    Results are in the dtype of q and k; dtk and dtv None where tk and tv are.
+    Args:
+      do, eo: cotangents of o and o., [B, N, H, K] in the dtype of q.
+      q, k, v, bias, tq, tk, tv, interpret: as for `dual`.
+      o, to, lse, mu: its results.
+
+    Returns: (dq, dk, dv, dtq, dtk, dtv) in the dtypes of q and k; dtk and dtv are None where tk and
+      tv are.
     """
     rows = tiles.row_sums(do, eo, o, to, lse, mu)
     (dq, dtq), (dk, dv, dtk, dtv) = _reverse((q, tq, do, eo), (k, v, tk, tv), bias, rows, interpret)
@@ -70,7 +82,7 @@ def dual_transpose(do, eo, q, k, v, bias, tq, tk, tv, o, to, lse, mu, *, interpr
 
 
 def block(positions: int, x) -> int:
-    """The block of positions, of at most 512 of 512 bytes each, that pads them least.
+    """Block size with the least padding: at most 512 positions of 512 bytes each.
 
     x: an operand [..., K].
     """
@@ -83,7 +95,7 @@ def block(positions: int, x) -> int:
 
 
 def _heads_first(x, size):
-    """[B, N, H, K] as [B, H, K, N], N padded to a multiple of a block."""
+    """Transpose [B, N, H, K] to [B, H, K, N], N padded to a multiple of the block size."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)]).transpose(0, 2, 3, 1)
 
 
@@ -96,7 +108,7 @@ def _like(tree, dtype=None):
 
 
 def _along(size, axis, x):
-    """Blocks [R, size] of x [B|1, H|1, R, N], along N by this axis of the grid."""
+    """BlockSpec of blocks [R, size] of x [B|1, H|1, R, N], indexed along N by this grid axis."""
     batch, heads, rows, _ = x.shape
     return pl.BlockSpec(
         (None, None, rows, size),
@@ -105,8 +117,15 @@ def _along(size, axis, x):
 
 
 def _call(kernel, grid, operands, results, sums, interpret):
-    """kernel(*operands, *results, *sums): trees of arrays and shapes, each with its
-    `_along`, and the shapes of what the last axis of the grid sums."""
+    """Launch kernel(*operands, *results, *sums).
+
+    Args:
+      kernel: takes refs in these trees.
+      grid: its last axis is the one that is summed over.
+      operands, results: (tree of arrays or shapes, its block spec `_along`).
+      sums: shapes of the accumulators in VMEM.
+      interpret: run in Pallas' interpreter.
+    """
     specs = [jax.tree.map(spec, tree) for tree, spec in (*operands, *results)]
     return pl.pallas_call(
         kernel,
@@ -122,8 +141,8 @@ def _call(kernel, grid, operands, results, sums, interpret):
     )(*(tree for tree, _ in operands))
 
 
-def _prepared(queries, keys, bias):
-    """Operands as the kernels take them, the blocks' sizes and how many there are."""
+def _prepare(queries, keys, bias):
+    """Operands in the kernels' layout, the block sizes (n, m) and the numbers of blocks."""
     n, m = (block(x.shape[1], x) for x in (queries[0], keys[0]))
     bias = tiles.key_bias(bias, keys[0].shape[1], -(-keys[0].shape[1] // m) * m)
     queries = jax.tree.map(partial(_heads_first, size=n), queries)
@@ -132,9 +151,9 @@ def _prepared(queries, keys, bias):
 
 
 def _forward(queries, keys, bias, interpret):
-    """(o, o.) and (lse, mu), the second of each None where queries are (q, None)."""
+    """Forward kernel: (o, o.) and (lse, mu); o. and mu are None where queries are (q, None)."""
     positions, tangent = queries[0].shape[1], queries[1] is not None
-    queries, keys, bias, (n, m), steps = _prepared(queries, keys, bias)
+    queries, keys, bias, (n, m), steps = _prepare(queries, keys, bias)
     batch, heads, channels, padded = queries[0].shape
     down, along = partial(_along, n, 2), partial(_along, m, 3)
     out = _like(queries, jnp.float32)
@@ -153,15 +172,19 @@ def _forward(queries, keys, bias, interpret):
 
 
 def _reverse(queries, keys, bias, rows, interpret):
-    """(dq, dtq) and (dk, dv, dtk, dtv) of queries = (q, tq, do, eo); None where an operand is."""
-    many, some = queries[0].shape[1], keys[0].shape[1]
-    queries, keys, bias, (n, m), (down, along) = _prepared(queries, keys, bias)
+    """Reverse kernels: (dq, dtq) and (dk, dv, dtk, dtv) of queries = (q, tq, do, eo); None where
+    the operand is."""
+    query_count, key_count = queries[0].shape[1], keys[0].shape[1]
+    queries, keys, bias, (n, m), (down, along) = _prepare(queries, keys, bias)
     batch, heads, channels, padded = queries[0].shape
     rows = jnp.stack([x for x in rows if x is not None], axis=2)
-    rows = jnp.pad(rows, [(0, 0)] * 3 + [(0, padded - many)])
+    rows = jnp.pad(rows, [(0, 0)] * 3 + [(0, padded - query_count)])
 
     def sums(kernel, grid, size, results, query, key):
-        """The sums for results, of the shapes of these operands, cut into blocks of this size."""
+        """Launch one kernel; `results`: operands that give the shapes of its sums.
+
+        query, key: grid axes of the blocks of queries and of keys.
+        """
         return _call(
             kernel,
             (batch, heads, *grid),
@@ -179,8 +202,8 @@ def _reverse(queries, keys, bias, rows, interpret):
     dq = sums(_query_kernel, (down, along), n, queries[:2], 2, 3)
     dk = sums(_key_kernel, (along, down), m, keys, 3, 2)
     return (
-        jax.tree.map(partial(_heads_last, positions=many), dq),
-        jax.tree.map(partial(_heads_last, positions=some), dk),
+        jax.tree.map(partial(_heads_last, positions=query_count), dq),
+        jax.tree.map(partial(_heads_last, positions=key_count), dk),
     )
 
 
@@ -188,7 +211,7 @@ def _read(refs):
     return jax.tree.map(lambda ref: ref[...], refs)
 
 
-def _turned(values):
+def _transpose(values):
     return jax.tree.map(lambda x: x[...].T, values)
 
 
@@ -204,14 +227,14 @@ def _forward_kernel(queries, keys, bias, out, rows, *state):
     def _():
         _write(state, tiles.initial_state(*queries[0].shape[::-1], queries[1] is not None))
 
-    keys = _turned(keys)
-    s, ts = tiles.logits(_turned(queries), keys, _read(bias), queries[0].shape[0] ** -0.5)
+    keys = _transpose(keys)
+    s, ts = tiles.logits(_transpose(queries), keys, _read(bias), queries[0].shape[0] ** -0.5)
     _write(state, tiles.add_tile(_read(state), s, ts, keys[1], keys[3]))
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
-        found, columns = tiles.finalize(_read(state))
-        _write(out, _turned(found))
+        results, columns = tiles.finalize(_read(state))
+        _write(out, _transpose(results))
         rows[...] = jnp.concatenate(jax.tree.leaves(columns), axis=1).T
 
 
@@ -219,33 +242,33 @@ def _query_kernel(queries, keys, bias, rows, out, *sums):
     rows = rows[...].T
     rows = [rows[:, i : i + 1] for i in range(rows.shape[1])]
     scale = queries[0].shape[0] ** -0.5
-    found = tiles.query_sums(_turned(queries), _turned(keys), _read(bias), rows, scale)
-    _accumulate(sums, found, out, (scale, scale))
+    tile_sums = tiles.query_sums(_transpose(queries), _transpose(keys), _read(bias), rows, scale)
+    _accumulate(sums, tile_sums, out, (scale, scale))
 
 
 def _key_kernel(queries, keys, bias, rows, out, *sums):
     rows = [rows[i : i + 1] for i in range(rows.shape[0])]
     bias = None if bias is None else bias[...].T
     scale = queries[0].shape[0] ** -0.5
-    found = tiles.key_sums(_turned(queries), _turned(keys), bias, rows, scale)
-    _accumulate(sums, found, out, (scale, 1.0, scale, 1.0))
+    tile_sums = tiles.key_sums(_transpose(queries), _transpose(keys), bias, rows, scale)
+    _accumulate(sums, tile_sums, out, (scale, 1.0, scale, 1.0))
 
 
-def _accumulate(sums, found, out, factors):
-    """Adds what a tile gives; at the last writes the sums times their factors."""
-    step, found, out = pl.program_id(3), jax.tree.leaves(found), jax.tree.leaves(out)
+def _accumulate(sums, tile_sums, out, factors):
+    """Add a tile's sums; after the last tile write the totals times their factors."""
+    step, tile_sums, out = pl.program_id(3), jax.tree.leaves(tile_sums), jax.tree.leaves(out)
 
     @pl.when(step == 0)
     def _():
-        _write(sums, found)
+        _write(sums, tile_sums)
 
     @pl.when(step > 0)
     def _():
-        _write(sums, [ref[...] + x for ref, x in zip(sums, found, strict=True)])
+        _write(sums, [ref[...] + x for ref, x in zip(sums, tile_sums, strict=True)])
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
-        _write(out, [(ref[...] * by).T for ref, by in zip(sums, factors, strict=False)])
+        _write(out, [(ref[...] * factor).T for ref, factor in zip(sums, factors, strict=False)])
 
 
 value = tiles.make_value_attention(_forward, _reverse)

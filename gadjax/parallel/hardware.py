@@ -1,4 +1,4 @@
-"""Chips and topologies that a run can be planned for, without having them."""
+"""Hardware tables: chips, peak FLOP/s, and topologies for ahead-of-time compilation."""
 
 import importlib.util
 import math
@@ -17,16 +17,16 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What JAX calls a device. memory: bytes that a program may use. peak: bfloat16 FLOP/s."""
+    """One JAX device. memory: bytes available to a program. peak: bfloat16 FLOP/s."""
 
     name: str
     memory: float
     peak: float
 
 
-# TPUs: the memory that XLA's compiler itself gives a program; the peaks that Google publishes. A
-# tpu7x has two chips in this sense, with half of the peak and memory each. GPUs: about what the
-# driver leaves; dense peaks of the SXM cards that NVIDIA publishes.
+# TPUs: the memory that XLA's compiler grants a program; peaks as Google publishes them. A tpu7x has
+# two JAX devices, with half of its peak and memory each. GPUs: about what the driver leaves; dense
+# peaks of the SXM cards as NVIDIA publishes them.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -42,8 +42,8 @@ CHIPS = {
         Chip("b200", 178 * GIB, 2250e12),
     )
 }
-# As devices name themselves to JAX. Cards of another form, with other clocks, are not among them.
-KINDS = {
+# jax.Device.device_kind -> chip. Other form factors of a card, with other clocks, are left out.
+DEVICE_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -58,23 +58,23 @@ KINDS = {
     "NVIDIA H200": "h200",
     "NVIDIA B200": "b200",
 }
-FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
-SOLID = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
-# Chip -> the sizes in which it is known to load.
+SHAPES_2D = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
+SHAPES_3D = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
+# Chip -> topologies for which libtpu is known to compile.
 TOPOLOGIES = {
-    "v4": SOLID[:8],
-    "v5e": FLAT,
-    "v5p": SOLID,
-    "v6e": FLAT,
-    "tpu7x": SOLID[:5],
+    "v4": SHAPES_3D[:8],
+    "v5e": SHAPES_2D,
+    "v5p": SHAPES_3D,
+    "v6e": SHAPES_2D,
+    "tpu7x": SHAPES_3D[:5],
 }
 GPUS = [name for name in CHIPS if name not in TOPOLOGIES]
-GPU = "h100"  # what "gpu" means
-CUDA_PLUGINS = "jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"  # of jax[cuda13], jax[cuda12]
-NODE = 8  # cards of a machine
-# What XLA compiles for, where it cannot ask the card (OpenXLA's target_config/specs): major compute
-# capability, multiprocessors, float32 units, bytes of shared memory and of it for a block of each,
-# bytes of L2 and of memory, bytes per second.
+DEFAULT_GPU = "h100"  # for "gpu:COUNT"
+CUDA_PLUGINS = "jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"  # jax[cuda13], jax[cuda12]
+GPUS_PER_NODE = 8
+# XLA's target configuration where no card is there to query (OpenXLA's target_config/specs): major
+# compute capability, multiprocessors, float32 units, shared memory and shared memory per block of
+# each multiprocessor (bytes), L2 and device memory (bytes), bandwidth (bytes per second).
 TARGETS = {
     "a100-40": (8, 108, 64, 167936, 166912, 41943040, 42331013120, 1555200000000),
     "a100-80": (8, 108, 64, 167936, 166912, 41943040, 85100068864, 2039040000000),
@@ -82,7 +82,7 @@ TARGETS = {
     "h200": (9, 132, 128, 233472, 232448, 52428800, 151397597184, 4800000000000),
     "b200": (10, 148, 128, 233472, 232448, 132644864, 191514411008, 7672320000000),
 }
-TARGET = """
+TARGET_TEMPLATE = """
 gpu_device_info {{
   cuda_compute_capability {{ major: {} }}
   core_count: {}
@@ -108,13 +108,20 @@ dnn_version_info {{ major: 9 minor: 10 }}
 runtime_version {{ major: 12 minor: 8 }}
 device_description_str: "{}"
 """
-PER_PLACE = {"tpu7x": 2}  # JAX devices at a place of the topology
-OTHERS = "--xla_cpu_", "--xla_gpu_"  # flags of XLA that are nothing to a TPU
+DEVICES_PER_CHIP = {"tpu7x": 2}  # JAX devices per chip, where more than one
+NON_TPU_FLAGS = "--xla_cpu_", "--xla_gpu_"  # prefixes of XLA flags that libtpu does not know
 
 
 @dataclass(frozen=True)
 class Topology:
-    """name: as it was asked for. estimate: whether CPUs stand in for the chips."""
+    """Topology to compile for.
+
+    Args:
+      name: as the user gave it.
+      chip: of all its devices.
+      count: number of JAX devices.
+      estimate: CPUs stand in for the chips.
+    """
 
     name: str
     chip: Chip
@@ -122,23 +129,24 @@ class Topology:
     estimate: bool
 
     def devices(self) -> list[Any]:
-        """Devices to compile for. Raises: InputError where there is nothing to compile with."""
+        """Devices to compile for. Raises: InputError where no compiler for them is installed."""
         if self.chip.name in GPUS:
             return _cpus(self.count) if self.estimate else _gpus(self)
         return _tpus(self.name)
 
 
 def find_topology(name: str) -> Topology:
-    """ "v5e:4x4", "2*v5e:4x4" for two slices, or "h100:8" ("gpu:8" is the same).
+    """Parse a topology: "v5e:4x4", "2*v5e:4x4" for two slices, or "h100:8" ("gpu:8" is the same).
 
-    Cards are an estimate where JAX has no CUDA plugin, which compiles for them without any.
-    Raises: InputError for an unknown one.
+    GPUs are an estimate without JAX's CUDA plugin, which compiles for them without a card.
+
+    Raises: InputError for an unknown topology.
     """
     slices, kind, size = re.fullmatch(r"(?:([1-9][0-9]?)\*)?([^:]*):?(.*)", name).groups()
     if size in TOPOLOGIES.get(kind, ()):
-        count = math.prod(map(int, size.split("x"))) * PER_PLACE.get(kind, 1)
+        count = math.prod(map(int, size.split("x"))) * DEVICES_PER_CHIP.get(kind, 1)
         return Topology(name, CHIPS[kind], count * int(slices or 1), False)
-    card = GPU if kind == "gpu" else kind
+    card = DEFAULT_GPU if kind == "gpu" else kind
     if card in GPUS and not slices and re.fullmatch("[1-9][0-9]{0,3}", size):
         return Topology(name, CHIPS[card], int(size), not _has_cuda())
     known = "; ".join(f"{kind}: {', '.join(sizes)}" for kind, sizes in TOPOLOGIES.items())
@@ -149,8 +157,8 @@ def find_topology(name: str) -> Topology:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s of a device by `jax.Device.device_kind`; None where it is not known."""
-    return CHIPS[KINDS[device_kind]].peak if device_kind in KINDS else None
+    """Peak bfloat16 FLOP/s of a device by `jax.Device.device_kind`; None where it is unknown."""
+    return CHIPS[DEVICE_KINDS[device_kind]].peak if device_kind in DEVICE_KINDS else None
 
 
 def _tpus(name: str) -> list[Any]:
@@ -161,24 +169,24 @@ def _tpus(name: str) -> list[Any]:
         )
     for key, value in libtpu.QUIET_ENV.items():
         os.environ.setdefault(key, value)
-    # libtpu ends the process over one that it does not know.
+    # libtpu ends the process over a flag that it does not know.
     flags = os.environ.get("XLA_FLAGS", "").split()
-    os.environ["XLA_FLAGS"] = " ".join(f for f in flags if not f.startswith(OTHERS))
+    os.environ["XLA_FLAGS"] = " ".join(f for f in flags if not f.startswith(NON_TPU_FLAGS))
     from jax.experimental import topologies
 
-    # A v4 is one device to JAX only where its two cores work as one.
+    # A v4 is one JAX device only in megacore mode.
     slices, _, one = name.rpartition("*")
     options = {"chip_config_name": "megacore"} if one.startswith("v4:") else {}
     if slices:
         options["num_slices"] = int(slices)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=one, **options)
-    except Exception as error:  # whatever libtpu says of itself
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=one, **options)
+    except Exception as error:  # libtpu documents no exception type
         raise InputError(
             f"--topology: found a libtpu that does not know {name} ({' '.join(str(error).split())})"
             "; expected one that does (pip install -U libtpu)"
         ) from error
-    return list(found.devices)
+    return list(topology.devices)
 
 
 def _has_cuda() -> bool:
@@ -191,31 +199,33 @@ def _has_cuda() -> bool:
 def _gpus(where: Topology) -> list[Any]:
     from jax.experimental import topologies
 
-    kind = next(kind for kind, name in KINDS.items() if name == where.chip.name)
-    nodes, rest = divmod(where.count, NODE)
-    shape = f"1x{nodes}x{NODE}" if nodes and not rest else f"1x1x{where.count}"
-    target = TARGET.format(*TARGETS[where.chip.name], kind)
+    kind = next(kind for kind, name in DEVICE_KINDS.items() if name == where.chip.name)
+    nodes, rest = divmod(where.count, GPUS_PER_NODE)
+    shape = f"1x{nodes}x{GPUS_PER_NODE}" if nodes and not rest else f"1x1x{where.count}"
+    target = TARGET_TEMPLATE.format(*TARGETS[where.chip.name], kind)
     try:
-        found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape)
-    except Exception as error:  # whatever the plugin says of itself
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=target, topology=shape
+        )
+    except Exception as error:  # the plugin documents no exception type
         raise InputError(
             f"--topology: found a CUDA plugin of JAX that does not compile for {where.name} "
             f"without a card ({' '.join(str(error).split())}); expected one that does (pip install "
             "-U 'jax[cuda12]'), or none for an estimate"
         ) from error
-    return list(found.devices)
+    return list(topology.devices)
 
 
 def _cpus(count: int) -> list[Any]:
     try:
         if jax.config.jax_num_cpu_devices < count:
             jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # JAX has begun to compute, with as many as it was told of then
+    except RuntimeError:  # the backend is initialised already; the number of CPUs is fixed
         pass
-    found = jax.devices("cpu")
-    if len(found) < count:
+    devices = jax.devices("cpu")
+    if len(devices) < count:
         raise InputError(
-            f"--topology: found a JAX that was in use already, with {len(found)} CPU devices; "
+            f"--topology: found a JAX that was in use already, with {len(devices)} CPU devices; "
             f"expected {count}, one for each card (plan in a process of its own)"
         )
-    return found[:count]
+    return devices[:count]

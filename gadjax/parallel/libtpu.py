@@ -1,7 +1,7 @@
-"""libtpu on a machine without a TPU: `gadjax plan` compiles with it, and nothing else should.
+"""libtpu on a machine without a TPU: only `gadjax plan` should load it, to compile ahead of time.
 
-JAX tries it all the same where JAX_PLATFORMS does not say otherwise: it then complains in several
-lines, and JAX's profiler ends the process.
+Unless JAX_PLATFORMS is set, JAX tries to load it all the same: it then logs several lines of
+errors, and JAX's profiler ends the process.
 """
 
 import os
@@ -10,11 +10,9 @@ from glob import glob
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
-TPU_DEVICE_GLOBS = (
-    "/dev/accel[0-9]*",
-    "/dev/vfio/[0-9]*",
-)  # the chips of a machine, as its kernel shows them
-# libtpu looks for a TPU, and for the others that use it, unless it is told.
+# Device files by which the kernel exposes a machine's chips.
+TPU_DEVICE_GLOBS = "/dev/accel[0-9]*", "/dev/vfio/[0-9]*"
+# Without these libtpu searches for a TPU and for other processes that use it.
 QUIET_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -28,8 +26,11 @@ QUIET_ENV = {
 
 
 def disable_without_tpu() -> None:
-    """Before JAX starts. Does nothing in a program that has JAX already, or that says itself what
-    JAX computes on, and where there may be a TPU."""
+    """Keep JAX from loading libtpu where there is no TPU; to be called before JAX is imported.
+
+    Does nothing where JAX is imported already, where the environment chooses its platform, and
+    where there may be a TPU.
+    """
     chosen = any(k.startswith("TPU_") for k in os.environ) or os.environ.get("JAX_PLATFORMS")
     if (
         "jax" in sys.modules
@@ -40,6 +41,6 @@ def disable_without_tpu() -> None:
         return
     if find_spec("jax_plugins") is None and not entry_points(group="jax_plugins"):
         os.environ["JAX_PLATFORMS"] = "cpu"
-    else:  # of a GPU, say: JAX chooses
+    else:  # a GPU's plugin, for one: JAX chooses
         for key, value in QUIET_ENV.items():
             os.environ.setdefault(key, value)

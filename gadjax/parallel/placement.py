@@ -1,4 +1,4 @@
-"""Where a program's arrays are to be: the samples on their devices, whoever writes networks."""
+"""Sharding constraints of activations, for the mesh that a program is traced for."""
 
 import math
 from typing import Any, NamedTuple
@@ -6,39 +6,41 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-BATCH_AXES = ("data", "fsdp")  # the axes of a mesh over which a batch is split
-SEQUENCE_AXIS = "sequence"  # the one over which the positions of a sample are
+BATCH_AXES = ("data", "fsdp")  # mesh axes over which a batch is split
+SEQUENCE_AXIS = "sequence"  # mesh axis over which the positions of a sample are split
 
 
 class Placement(NamedTuple):
-    """The mesh that a program is traced for; and whose kernels its attention takes: "tpu", "gpu" or
-    "" for none."""
+    """Mesh that a program is traced for, and the attention kernels it uses: "tpu", "gpu" or "" for
+    none."""
 
     mesh: Mesh
     kernels: str = ""
 
 
-current_placement = jax.make_user_context(None)  # a Placement, where it is known
+current_placement = jax.make_user_context(None)  # a Placement, or None where it is unknown
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """In how many parts a batch is split."""
+    """Number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def sequence_shards(mesh: Mesh, positions: int) -> int:
-    """In how many parts so many positions are split; one, where the mesh does not divide them."""
+    """Number of shards of a sample's positions; 1 where the mesh does not divide them."""
     return 1 if positions % mesh.shape[SEQUENCE_AXIS] else mesh.shape[SEQUENCE_AXIS]
 
 
 def constrain_batch(tree: Any, tokens: bool = False, unconstrained: bool = False) -> Any:
-    """Arrays [B, ...], each sample on its own devices, wherever the program is placed on a mesh.
+    """Constrain arrays [B, ...] to be sharded along the batch, if the program's mesh is known.
 
-    Without a word the compiler may as well cut activations along their width, where weights are
-    cut, and sum partial products over all devices. With it the weights come to the samples.
+    Without the constraint the compiler may shard activations along their width, as weights are, and
+    all-reduce partial products over all devices. With it the weights are gathered instead.
 
-    tokens: whether arrays [B, N, D] are split along N too, over the devices that share a sample.
-    free: whether the compiler chooses how axes behind the first are split.
+    Args:
+      tree: arrays with the batch axis first.
+      tokens: shard arrays [B, N, D] along N too, over the devices that share a sample.
+      unconstrained: leave the sharding of all other axes to the compiler.
     """
     if current_placement.value is None:
         return tree
@@ -57,7 +59,7 @@ def constrain_batch(tree: Any, tokens: bool = False, unconstrained: bool = False
 
 
 def gather_positions(tree: Any) -> Any:
-    """Arrays [B, N, ...], all N positions of a sample on each of its devices."""
+    """All-gather arrays [B, N, ...] along the sequence axis: each device gets all N positions."""
     if current_placement.value is None or current_placement.value.mesh.shape[SEQUENCE_AXIS] == 1:
         return tree
     mesh, unconstrained = current_placement.value.mesh, PartitionSpec.UNCONSTRAINED

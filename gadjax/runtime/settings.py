@@ -1,8 +1,8 @@
-"""JAX's settings under which numbers are made here, whatever the environment or a program says.
+"""JAX configuration that results depend on, pinned against the environment and the calling program.
 
-Wide numbers, another generator or unpartitioned threefry give other noise for the same seed, and
-a run that is resumed with them would go on as another one. Strict promotion and guarded transfers
-are for finding faults in a program: what they refuse is meant here.
+64-bit numbers, another generator or unpartitioned threefry give other noise for the same seed, and
+a resumed run would diverge from itself. Strict promotion and guarded transfers are debugging aids:
+what they refuse is intended here.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from gadjax.seeds import PRNG_IMPL
 
 @contextmanager
 def pinned_jax_config() -> Iterator[None]:
-    """For this thread; also a decorator, for every function that begins work with JAX."""
+    """Pin JAX's configuration in this thread; also a decorator, for every entry point."""
     with ExitStack() as stack:
         for setting, value in (
             (jax.enable_x64, False),

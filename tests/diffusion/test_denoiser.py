@@ -13,10 +13,10 @@ ABOUT = dict(rtol=2e-5, atol=2e-5)
 
 
 def apply(params, x, t, cond):
-    """A network that reads all it is given; t and cond per sample."""
+    """Network that depends on all its inputs, t and cond per sample."""
     assert t.shape == x.shape[:1]
-    told = jnp.einsum("bld,bl->bd", cond.text, cond.mask) @ params["text"]
-    shift = told + jnp.outer(t / 1000, params["time"])
+    conditional = jnp.einsum("bld,bl->bd", cond.text, cond.mask) @ params["text"]
+    shift = conditional + jnp.outer(t / 1000, params["time"])
     return jnp.tanh(x @ params["mix"] + shift[:, None, None])
 
 
@@ -32,15 +32,15 @@ X, T = drawn(6), jnp.array([20.0, 431.0, 880.0])
 
 @pytest.mark.parametrize("kind", PARAMETERIZATIONS)
 @pytest.mark.parametrize("schedule", [DDPM(), Flow()], ids=["ddpm", "flow"])
-def test_call_reads_the_networks_output(kind, schedule):
-    found = Denoiser(apply, schedule, kind)(PARAMS, X, T, COND)
+def test_call_converts_the_raw_output(kind, schedule):
+    actual = Denoiser(apply, schedule, kind)(PARAMS, X, T, COND)
     raw = apply(PARAMS, X, T, COND)
     expected = to_prediction(kind, raw, X, *schedule.alpha_sigma(T))
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_one_time_for_all():
+def test_scalar_time():
     denoiser = Denoiser(apply, DDPM(), "eps")
     for one in (431, 431.0, jnp.asarray(431.0), np.float64(431)):
         for a, b in zip(
@@ -51,7 +51,7 @@ def test_one_time_for_all():
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def test_half_precision_networks_answer_in_the_latents_dtype():
+def test_output_dtype_is_that_of_the_latents():
     denoiser = Denoiser(lambda *a: apply(*a).astype(jnp.bfloat16), DDPM(), "eps")
     pair = denoiser(PARAMS, X, T, COND)
     assert pair.x0.dtype == pair.eps.dtype == jnp.float32
@@ -66,14 +66,14 @@ def test_half_precision_networks_answer_in_the_latents_dtype():
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.5, np.array([0.5, 1.0, 7.0], np.float32)])
 def test_guidance(kind, scale):
     denoiser = Denoiser(apply, DDPM(), kind)
-    found = denoiser.guided(PARAMS, X, T, COND, NULL, scale)
-    told, untold = denoiser(PARAMS, X, T, COND), denoiser(PARAMS, X, T, NULL)
+    actual = denoiser.guided(PARAMS, X, T, COND, NULL, scale)
+    conditional, unconditional = denoiser(PARAMS, X, T, COND), denoiser(PARAMS, X, T, NULL)
     w = scale[:, None, None, None] if isinstance(scale, np.ndarray) else scale
-    for a, c, u in zip(found, told, untold, strict=True):
+    for a, c, u in zip(actual, conditional, unconditional, strict=True):
         np.testing.assert_allclose(a, u + w * (c - u), rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_takes_one_time_and_traced_scales():
+def test_guidance_with_scalar_time_and_traced_scale():
     denoiser = Denoiser(apply, DDPM(), "eps")
     by_time = denoiser.guided(PARAMS, X, 431.0, COND, NULL, 3.0)
     jitted = jax.jit(lambda w: denoiser.guided(PARAMS, X, jnp.full(B, 431.0), COND, NULL, w))
@@ -81,7 +81,7 @@ def test_guidance_takes_one_time_and_traced_scales():
         np.testing.assert_allclose(a, b, **ABOUT)
 
 
-def test_guidance_of_one_is_one_half():
+def test_guidance_scale_0_or_1_evaluates_one_half():
     sizes = []
 
     def counted(params, x, t, cond):
@@ -98,7 +98,7 @@ def test_guidance_of_one_is_one_half():
 
 @pytest.mark.parametrize("guidance_embedded", [False, True])
 @pytest.mark.parametrize("scale", [0, 1, 3.0, jnp.array([0.0, 1.0, 3.0])], ids=str)
-def test_a_guide_reads_the_text_once(scale, guidance_embedded):
+def test_guided_fn_caches_the_text(scale, guidance_embedded):
     read = []
 
     def text_kv(params, text):
@@ -113,20 +113,20 @@ def test_a_guide_reads_the_text_once(scale, guidance_embedded):
     denoiser = Denoiser(reads, DDPM(), "eps", guidance_embedded=guidance_embedded, text_kv=text_kv)
     guided_fn = denoiser.guided_fn(PARAMS, COND, NULL, scale)
     for t in (T, 431.0):
-        found, expected = guided_fn(X, t), denoiser.guided(PARAMS, X, t, COND, NULL, scale)
-        for a, b in zip(found, expected, strict=True):
+        actual, expected = guided_fn(X, t), denoiser.guided(PARAMS, X, t, COND, NULL, scale)
+        for a, b in zip(actual, expected, strict=True):
             np.testing.assert_array_equal(a, b)
     alone = guidance_embedded or isinstance(scale, int)
     assert read == [B if alone else 2 * B]
 
 
-def test_guidance_carries_extras():
+def test_guidance_uses_extras_of_both_halves():
     def reads(params, x, t, cond):
         return x * cond.extras["size"][:, None, None, None]
 
-    told, untold = (Cond(*COND[:2], {"size": jnp.full(B, v)}) for v in (2.0, 1.0))
-    found = Denoiser(reads, Flow(), "x0").guided({}, X, T, told, untold, 3.0)
-    np.testing.assert_allclose(found.x0, 4 * X, rtol=1e-6)
+    conditional, unconditional = (Cond(*COND[:2], {"size": jnp.full(B, v)}) for v in (2.0, 1.0))
+    actual = Denoiser(reads, Flow(), "x0").guided({}, X, T, conditional, unconditional, 3.0)
+    np.testing.assert_allclose(actual.x0, 4 * X, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", PARAMETERIZATIONS)
@@ -138,14 +138,14 @@ def test_denoising_loss(kind, schedule, dtype):
     target = from_prediction(kind, Prediction(x0, eps), alpha, sigma)
     perfect = Denoiser(lambda *_: target, schedule, kind)
     np.testing.assert_array_equal(perfect.denoising_loss({}, x0, eps, t, COND), np.zeros(B))
-    found = Denoiser(apply, schedule, kind).denoising_loss(PARAMS, x0, eps, t, COND)
+    actual = Denoiser(apply, schedule, kind).denoising_loss(PARAMS, x0, eps, t, COND)
     raw = apply(PARAMS, add_noise(schedule, x0, eps, t), T, COND)
-    np.testing.assert_allclose(found, ((raw - target) ** 2).mean((1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(actual, ((raw - target) ** 2).mean((1, 2, 3)), rtol=1e-5)
 
 
-def test_a_users_guidance_up_to_one_is_none():
-    """A network that is told its guidance is told every number."""
+def test_guidance_scale_up_to_one_disables_guidance():
+    """An embedded guidance is passed on whatever it is."""
     for guidance_embedded in (False, True):
         denoiser = Denoiser(None, None, "eps", guidance_embedded=guidance_embedded)
-        found = [denoiser.guidance_scale(number) for number in (-1, 0, 0.5, 1, 1.5)]
-        assert found == ([-1, 0, 0.5, 1, 1.5] if guidance_embedded else [1, 1, 1, 1, 1.5])
+        actual = [denoiser.guidance_scale(number) for number in (-1, 0, 0.5, 1, 1.5)]
+        assert actual == ([-1, 0, 0.5, 1, 1.5] if guidance_embedded else [1, 1, 1, 1, 1.5])

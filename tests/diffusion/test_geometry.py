@@ -19,7 +19,7 @@ def drawn(kind, n=N):
 def test_second_moment_is_the_identity(kind):
     v = np.asarray(drawn(kind).reshape(N, D), np.float64)
     moment = v.T @ v / N
-    # A product of two entries has variance 1, a gaussian's square 2.
+    # A product of two entries has variance 1, the square of a Gaussian 2.
     assert np.abs(moment - np.eye(D)).max() < 5 * np.sqrt(2 / N)
     assert np.abs(v.mean(0)).max() < 5 / np.sqrt(N)
     if kind == "rademacher":
@@ -42,12 +42,12 @@ def test_random_directions_measure_the_frobenius_norm(kind):
 
 
 @kinds
-def test_a_direction_depends_on_its_own_key_alone(kind):
+def test_direction_depends_on_its_key_only(kind):
     keys = jax.random.split(jax.random.key(3), 8)
-    whole = directions(Directions(kind), keys, SHAPE)[0]
-    assert whole.shape == (8, *SHAPE) and whole.dtype == jnp.float32
-    np.testing.assert_array_equal(whole[5:6], directions(Directions(kind), keys[5:6], SHAPE)[0])
-    assert len(np.unique(np.asarray(whole).reshape(8, -1), axis=0)) == 8
+    batch = directions(Directions(kind), keys, SHAPE)[0]
+    assert batch.shape == (8, *SHAPE) and batch.dtype == jnp.float32
+    np.testing.assert_array_equal(batch[5:6], directions(Directions(kind), keys[5:6], SHAPE)[0])
+    assert len(np.unique(np.asarray(batch).reshape(8, -1), axis=0)) == 8
     assert directions(Directions(kind), keys, SHAPE, jnp.bfloat16).dtype == jnp.bfloat16
 
 
@@ -56,7 +56,7 @@ def test_unknown_kind():
         Directions("sphere")
 
 
-def test_tangent_is_j_v_and_reverse_mode_passes():
+def test_tangent_is_j_v_and_is_differentiable():
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
         w, x, v = (jnp.asarray(rng.normal(size=s)) for s in ((5, 4), (4,), (4,)))
@@ -69,10 +69,10 @@ def test_tangent_is_j_v_and_reverse_mode_passes():
         def loss(w):
             return (tangent(lambda x: f(w, x), x, v)[1] ** 2).sum()
 
-        way = jnp.asarray(rng.normal(size=w.shape))
+        direction = jnp.asarray(rng.normal(size=w.shape))
         h = 1e-5
-        slope = (loss(w + h * way) - loss(w - h * way)) / (2 * h)
-        assert float((jax.grad(loss)(w) * way).sum()) == pytest.approx(float(slope), rel=1e-8)
+        slope = (loss(w + h * direction) - loss(w - h * direction)) / (2 * h)
+        assert float((jax.grad(loss)(w) * direction).sum()) == pytest.approx(float(slope), rel=1e-8)
 
 
 def test_low_frequency_noise_is_constant_on_its_cells():
@@ -86,7 +86,7 @@ def test_low_frequency_noise_is_constant_on_its_cells():
     assert len(np.unique(v[0])) == 32
 
 
-def test_several_directions_differ_and_share_the_primal():
+def test_several_directions_share_the_primal():
     keys = jax.random.split(jax.random.key(1), 5)
     v = directions(Directions(count=3), keys, SHAPE)
     assert v.shape == (3, 5, *SHAPE)
@@ -109,8 +109,8 @@ def test_several_directions_differ_and_share_the_primal():
     np.testing.assert_allclose(alone[1]["sine"], dot["sine"][:1], rtol=1e-6, atol=1e-7)
 
 
-def test_control_directions_are_gradients_of_length_sqrt_d():
-    """Of a linear map A x: A^T w, against NumPy."""
+def test_control_directions_are_gradients_of_norm_sqrt_d():
+    """The gradient of a linear map A x is A^T w, against NumPy."""
     rng = np.random.default_rng(0)
     matrix = jnp.asarray(rng.normal(size=(D, D)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(6, *SHAPE)), jnp.float32)

@@ -22,20 +22,20 @@ def drawn(schedule, times, dtype):
 
 @pytest.mark.parametrize("kind", PARAMETERIZATIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_every_cycle_closes(kind, schedule):
+def test_round_trips(kind, schedule):
     times = TIMES[TIMES > schedule.clean]
     with jax.enable_x64(True):
         x0, eps, x_t, alpha, sigma = drawn(schedule, times, jnp.float64)
         raw = from_prediction(kind, Prediction(x0, eps), alpha, sigma)
-        read = to_prediction(kind, raw, x_t, alpha, sigma)
-        assert read.x0.dtype == jnp.float64
+        prediction = to_prediction(kind, raw, x_t, alpha, sigma)
+        assert prediction.x0.dtype == jnp.float64
         # One rounding is 1e-16, magnified by 1 / alpha and 1 / sigma, at most 1000 here.
-        np.testing.assert_allclose(read.x0, x0, atol=1e-12)
-        np.testing.assert_allclose(read.eps, eps, atol=1e-12)
-        again = from_prediction(kind, read, alpha, sigma)
+        np.testing.assert_allclose(prediction.x0, x0, atol=1e-12)
+        np.testing.assert_allclose(prediction.eps, eps, atol=1e-12)
+        again = from_prediction(kind, prediction, alpha, sigma)
         np.testing.assert_allclose(again, raw, atol=1e-12)
         for other in PARAMETERIZATIONS:
-            there = from_prediction(other, read, alpha, sigma)
+            there = from_prediction(other, prediction, alpha, sigma)
             back = from_prediction(
                 kind, to_prediction(other, there, x_t, alpha, sigma), alpha, sigma
             )
@@ -43,8 +43,8 @@ def test_every_cycle_closes(kind, schedule):
 
 
 @pytest.mark.parametrize("kind", PARAMETERIZATIONS)
-def test_any_raw_output_is_consistent_with_x_t(kind):
-    """Whatever a network says, x0 and eps read from it make up x_t."""
+def test_prediction_is_consistent_with_x_t(kind):
+    """Any raw output converts to x0 and eps with alpha x0 + sigma eps = x_t."""
     with jax.enable_x64(True):
         raw, _, _, alpha, sigma = drawn(DDPM(), TIMES, jnp.float64)
         x_t = jnp.cos(3 * raw)
@@ -72,13 +72,13 @@ def test_definitions():
 
 
 def float32_error(kind, t):
-    """Largest error of x0 and of eps read in float32 at time t."""
+    """Largest errors of x0 and eps converted in float32 at time t."""
     with jax.enable_x64(True):
         x0, eps, x_t, alpha, sigma = drawn(DDPM(), np.full(100, t), jnp.float64)
         raw = from_prediction(kind, Prediction(x0, eps), alpha, sigma)
-        read = to_prediction(kind, *(v.astype(jnp.float32) for v in (raw, x_t, alpha, sigma)))
-        assert read.x0.dtype == jnp.float32
-        return float(jnp.abs(read.x0 - x0).max()), float(jnp.abs(read.eps - eps).max())
+        prediction = to_prediction(kind, *(v.astype(jnp.float32) for v in (raw, x_t, alpha, sigma)))
+        assert prediction.x0.dtype == jnp.float32
+        return float(jnp.abs(prediction.x0 - x0).max()), float(jnp.abs(prediction.eps - eps).max())
 
 
 @pytest.mark.parametrize("kind,side,t,factor", [("eps", 0, 999.0, 157), ("x0", 1, 0.0, 100)])

@@ -9,7 +9,7 @@ from gadjax.diffusion.schedules import DDPM, Flow
 from gadjax.types import Prediction, expand
 
 SCHEDULES = {"ddpm": DDPM(), "flow": Flow()}
-each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+all_schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 orders = pytest.mark.parametrize("order", [1, 2])
 
 B, SHAPE = 3, (3, 2, 2, 2)
@@ -28,7 +28,7 @@ def drawn(seed, shape=SHAPE, dtype=jnp.float32):
 
 
 def smooth(schedule, w):
-    """An analytic denoiser, x0 = tanh(x w + t): nonlinear in x, so that its Jacobian moves."""
+    """Analytic denoiser, x0 = tanh(x w + t): nonlinear in x, so that its Jacobian varies."""
 
     def predict(x, t):
         x0 = jnp.tanh(x @ w + expand(jnp.cos(t / 300), x))
@@ -39,7 +39,7 @@ def smooth(schedule, w):
 
 
 def gaussian(schedule, mean, variance):
-    """What a perfect network says of x0 ~ N(mean, diag variance): the posterior mean."""
+    """Ideal denoiser of x0 ~ N(mean, diag variance): the posterior mean."""
 
     def predict(x, t):
         alpha, sigma = (expand(v, x) for v in schedule.alpha_sigma(t))
@@ -51,43 +51,43 @@ def gaussian(schedule, mean, variance):
 
 
 def gaussian_map(schedule, mean, variance, x, start, end):
-    """Where its probability-flow ODE takes x from time start to time end, and the slope."""
+    """Exact solution of its probability-flow ODE from time start to time end, and its slope."""
     (alpha, sigma), (alpha_end, sigma_end) = (schedule.alpha_sigma(t) for t in (start, end))
     slope = np.sqrt((alpha_end**2 * variance + sigma_end**2) / (alpha**2 * variance + sigma**2))
     return alpha_end * mean + slope * (x - alpha * mean), slope
 
 
-@each_schedule
+@all_schedules
 def test_order_1_is_ddim(schedule):
     """x_next = alpha x0 + sigma eps, and in a flow also Euler's x + (t_next - t) v."""
     times, x = grid(schedule), drawn(0)
-    walk = rollout(smooth(schedule, drawn(1, (2, 2))), schedule, x, times)
-    assert walk.x.shape == walk.prediction.x0.shape == (4, *SHAPE)
-    np.testing.assert_array_equal(walk.x[0], x)
-    walk = jax.device_get(walk)
-    arrived = [*walk.x[1:], walk.end]
+    trajectory = rollout(smooth(schedule, drawn(1, (2, 2))), schedule, x, times)
+    assert trajectory.x.shape == trajectory.prediction.x0.shape == (4, *SHAPE)
+    np.testing.assert_array_equal(trajectory.x[0], x)
+    trajectory = jax.device_get(trajectory)
+    arrived = [*trajectory.x[1:], trajectory.end]
     alpha, sigma = schedule.alpha_sigma(times)
-    for i, (x0, eps) in enumerate(zip(*walk.prediction, strict=True)):
+    for i, (x0, eps) in enumerate(zip(*trajectory.prediction, strict=True)):
         expected = alpha[i + 1] * x0 + sigma[i + 1] * eps
         np.testing.assert_allclose(arrived[i], expected, rtol=1e-5, atol=1e-5)
         if isinstance(schedule, Flow):
-            euler = walk.x[i] + (times[i + 1] - times[i]) / 1000 * (eps - x0)
+            euler = trajectory.x[i] + (times[i + 1] - times[i]) / 1000 * (eps - x0)
             np.testing.assert_allclose(arrived[i], euler, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(walk.end, walk.prediction.x0[-1], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(trajectory.end, trajectory.prediction.x0[-1], rtol=1e-6, atol=1e-6)
 
 
-@each_schedule
+@all_schedules
 def test_order_2_is_dpm_solver_2m(schedule):
-    """Against algorithm 2 of Lu et al. (2022), written out step by step."""
+    """Equals algorithm 2 of Lu et al. (2022), written out step by step."""
     times = grid(schedule)
     alpha, sigma = schedule.alpha_sigma(times)
     lam = np.log(alpha[:-1]) - np.log(sigma[:-1])
     with jax.enable_x64(True):
         predict, x = jax.jit(smooth(schedule, drawn(1, (2, 2), float))), drawn(0, dtype=float)
-        walk = rollout(predict, schedule, x, times, order=2)
+        trajectory = rollout(predict, schedule, x, times, order=2)
         before = None
         for i in range(4):
-            np.testing.assert_allclose(walk.x[i], x, rtol=1e-11, atol=1e-12)
+            np.testing.assert_allclose(trajectory.x[i], x, rtol=1e-11, atol=1e-12)
             x0 = predict(x, jnp.asarray(times[i])).x0
             x, x0 = np.asarray(x), np.asarray(x0)
             mixed = x0
@@ -97,10 +97,10 @@ def test_order_2_is_dpm_solver_2m(schedule):
             factor = 0 if i == 3 else np.exp(-(lam[i + 1] - lam[i]))
             x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * (factor - 1) * mixed
             before = x0
-        np.testing.assert_allclose(walk.end, x, rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(trajectory.end, x, rtol=1e-11, atol=1e-12)
 
 
-@each_schedule
+@all_schedules
 @orders
 def test_numpy_and_jax_times_agree(schedule, order):
     times = grid(schedule)
@@ -112,45 +112,47 @@ def test_numpy_and_jax_times_agree(schedule, order):
 
 
 @orders
-def test_pure_noise_of_a_flow_is_a_start(order):
+def test_flow_starts_at_pure_noise(order):
     """At time 1000 alpha is 0 and log(alpha / sigma) is not finite."""
-    found = coefficients(Flow(), np.array([1000.0, 600.0, 300.0, 0.0]), order)
-    assert np.all(np.isfinite(np.array(found)))
-    assert found[1][0] == pytest.approx(0.4)
+    actual = coefficients(Flow(), np.array([1000.0, 600.0, 300.0, 0.0]), order)
+    assert np.all(np.isfinite(np.array(actual)))
+    assert actual[1][0] == pytest.approx(0.4)
 
 
 @orders
 @pytest.mark.parametrize("schedule,as_jax", [(DDPM(), False), (DDPM(), True), (Flow(), True)])
-def test_samples_with_their_own_times_walk_separately(schedule, order, as_jax):
-    whole = grid(schedule)
-    times = np.stack([whole, whole * 0.9, np.linspace(whole[1], whole[3], 5)], axis=1)
+def test_times_per_sample(schedule, order, as_jax):
+    full = grid(schedule)
+    times = np.stack([full, full * 0.9, np.linspace(full[1], full[3], 5)], axis=1)
     predict, x = smooth(schedule, drawn(1, (2, 2))), drawn(0)
 
-    def walk(x, times):
+    def trajectory(x, times):
         return rollout(predict, schedule, x, times, order=order)
 
     if as_jax:
-        walk, times = jax.jit(walk), jnp.asarray(times, jnp.float32)
-    together = walk(x, times)
+        trajectory, times = jax.jit(trajectory), jnp.asarray(times, jnp.float32)
+    together = trajectory(x, times)
     for i in range(B):
-        alone = walk(x[i : i + 1], times[:, i])
+        alone = trajectory(x[i : i + 1], times[:, i])
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             a = a[:, i : i + 1] if a.ndim == 5 else a[i : i + 1]
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @orders
-def test_one_step_is_the_networks_x0(order):
-    walk = rollout(smooth(Flow(), drawn(1, (2, 2))), Flow(), drawn(0), [999.0, 0.0], order=order)
-    np.testing.assert_allclose(walk.end, walk.prediction.x0[0], rtol=1e-6)
+def test_one_step_is_x0(order):
+    trajectory = rollout(
+        smooth(Flow(), drawn(1, (2, 2))), Flow(), drawn(0), [999.0, 0.0], order=order
+    )
+    np.testing.assert_allclose(trajectory.end, trajectory.prediction.x0[0], rtol=1e-6)
 
 
 @orders
-def test_cut_first_cuts_what_the_first_step_returned_and_nothing_else(order):
+def test_detach_first_step(order):
     schedule, times = DDPM(), grid(DDPM())
 
-    def walk(w, z, cut):
-        # A matrix of its own for each step tells the gradients of the steps apart.
+    def trajectory(w, z, cut):
+        # One matrix per step separates the gradients of the steps.
         def predict(x, t):
             step = jnp.argmin(jnp.abs(jnp.asarray(times[:-1]) - t))
             return smooth(schedule, w[step])(x, t)
@@ -166,26 +168,26 @@ def test_cut_first_cuts_what_the_first_step_returned_and_nothing_else(order):
         return (x * jnp.arange(2)).sum()
 
     def parts(w, z):
-        found = walk(w, z, True)
-        return found.prediction.x0[0].sum(), found.x[1].sum(), found.x[2].sum()
+        actual = trajectory(w, z, True)
+        return actual.prediction.x0[0].sum(), actual.x[1].sum(), actual.x[2].sum()
 
     def of_end(w, z, cut):
-        return (walk(w, z, cut).end * jnp.arange(2)).sum()
+        return (trajectory(w, z, cut).end * jnp.arange(2)).sum()
 
     @jax.jit
     def everything(w, z):
-        whole = walk(w, z, False)
+        full = trajectory(w, z, False)
         return (
-            (walk(w, z, True), whole),
+            (trajectory(w, z, True), full),
             [jax.grad(of_end, (0, 1))(w, z, cut) for cut in (True, False)],
-            jax.grad(later)(w, whole.x[1], whole.prediction.x0[0]),
+            jax.grad(later)(w, full.x[1], full.prediction.x0[0]),
             jax.jacobian(parts)(w, z),
-            tangent(lambda z: walk(w, z, True).end, z, z)[1],
+            tangent(lambda z: trajectory(w, z, True).end, z, z)[1],
         )
 
     with jax.enable_x64(True):
-        found = everything(drawn(1, (4, 2, 2), float), drawn(0, dtype=float))
-        walks, gradients, expected, (own, second, third), pushed = jax.device_get(found)
+        actual = everything(drawn(1, (4, 2, 2), float), drawn(0, dtype=float))
+        walks, gradients, expected, (first_gradient, second, third), pushed = jax.device_get(actual)
     for a, b in zip(*map(jax.tree.leaves, walks), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
     (dw, dz), (dw_uncut, dz_uncut) = gradients
@@ -193,9 +195,9 @@ def test_cut_first_cuts_what_the_first_step_returned_and_nothing_else(order):
     assert np.all(dw_uncut[0] != 0) and np.all(dz_uncut != 0)
     np.testing.assert_allclose(dw[3], dw_uncut[3], rtol=1e-10)
     np.testing.assert_allclose(dw, expected, rtol=1e-10, atol=1e-14)
-    # What the first step says for itself keeps its gradient; the second state has none, and the
+    # The first step's prediction keeps its gradient; the second state has none, and the
     # third one has the second step's.
-    assert np.all(own[0] != 0) and np.all(own[1:] == 0)
+    assert np.all(first_gradient[0] != 0) and np.all(first_gradient[1:] == 0)
     assert np.all(second == 0)
     assert np.all(third[1] != 0) and np.all(third[0] == 0)
     assert np.all(pushed == 0)
@@ -214,14 +216,14 @@ def test_jvp_and_gradient_of_jvp_equal_central_differences(schedule, order):
     def loss_and_slopes(w, z, v):
         return jax.value_and_grad(lambda w, z: (pushed(w, z, v)[1] ** 2).sum(), (0, 1))(w, z)
 
-    def slope(f, point, way, h=1e-5):
-        return (f(point + h * way) - f(point - h * way)) / (2 * h)
+    def slope(f, point, direction, h=1e-5):
+        return (f(point + h * direction) - f(point - h * direction)) / (2 * h)
 
     with jax.enable_x64(True):
         z, v, dz = (drawn(seed, dtype=float) for seed in (0, 2, 4))
         w, dw = (drawn(seed, (2, 2), float) for seed in (1, 3))
-        found, expected = pushed(w, z, v)[1], slope(lambda z: pushed(w, z, v)[0], z, v)
-        assert float(jnp.abs(found - expected).max()) < 1e-7 * float(jnp.abs(expected).max())
+        actual, expected = pushed(w, z, v)[1], slope(lambda z: pushed(w, z, v)[0], z, v)
+        assert float(jnp.abs(actual - expected).max()) < 1e-7 * float(jnp.abs(expected).max())
         by_w, by_z = loss_and_slopes(w, z, v)[1]
         expected = slope(lambda w: loss_and_slopes(w, z, v)[0], w, dw)
         assert float((by_w * dw).sum()) == pytest.approx(float(expected), rel=1e-7)
@@ -236,20 +238,20 @@ def errors(schedule, order, last_order, start, end, steps):
     x = rng.normal(size=SHAPE)
     exact, slope = gaussian_map(schedule, mean, variance, x, start, end)
     predict = gaussian(schedule, jnp.asarray(mean), jnp.asarray(variance))
-    found = []
+    actual = []
     for n in steps:
-        # Even in log(alpha / sigma), by which the order of these schemes is measured.
+        # Uniform in log(alpha / sigma), the variable of these schemes' order.
         fine = np.linspace(start, end, 200_001)
         alpha, sigma = schedule.alpha_sigma(fine)
         lam = np.log(alpha / sigma)
         times = np.interp(np.linspace(lam[0], lam[-1], n + 1), lam, fine)
 
-        def walk(x, times=times):
+        def trajectory(x, times=times):
             return rollout(predict, schedule, x, times, order=order, last_order=last_order).end
 
-        reached, pushed = tangent(walk, jnp.asarray(x), jnp.ones(SHAPE))
-        found.append((np.abs(reached - exact).max(), np.abs(pushed - slope).max()))
-    return np.array(found)
+        reached, pushed = tangent(trajectory, jnp.asarray(x), jnp.ones(SHAPE))
+        actual.append((np.abs(reached - exact).max(), np.abs(pushed - slope).max()))
+    return np.array(actual)
 
 
 @pytest.mark.parametrize(
@@ -259,16 +261,16 @@ def errors(schedule, order, last_order, start, end, steps):
 def test_order_of_convergence_to_the_exact_ode_map(schedule, order, last_order):
     steps = np.array([80, 160])
     with jax.enable_x64(True):
-        found = errors(schedule, order, last_order, 950.0, 50.0, steps)
-    slopes = -np.diff(np.log2(found), axis=0)
-    # One last step of order 1 costs O(h^2) once, so that the whole stays of order 2.
+        actual = errors(schedule, order, last_order, 950.0, 50.0, steps)
+    slopes = -np.diff(np.log2(actual), axis=0)
+    # One last step of order 1 costs O(h^2) once, so that the method stays of order 2.
     assert np.all(np.abs(slopes[-1] - order) < 0.15)
-    assert np.all(found[-1] < (2e-2 if order == 1 else 1e-3))
+    assert np.all(actual[-1] < (2e-2 if order == 1 else 1e-3))
 
 
-@each_schedule
-def test_the_whole_way_to_x0_converges(schedule):
-    """Down to sigma = 0 in even steps of t, as diffusers' grids are; there the last step of
+@all_schedules
+def test_convergence_to_x0(schedule):
+    """Uniform steps of t down to sigma = 0, as diffusers' grids are; there the last step of
     order 1, long in log(alpha / sigma), holds order 2 up."""
     x, mean, variance = np.random.default_rng(0).normal(size=SHAPE), 0.3, 0.5
     exact, _ = gaussian_map(schedule, mean, variance, x, 980.0, schedule.clean)

@@ -1,4 +1,4 @@
-"""PNDM, LCM and SCM against diffusers' own; where these draw noise, both get the same."""
+"""PNDM, LCM and SCM against diffusers' implementations, with the same fresh noise."""
 
 import diffusers
 import jax
@@ -53,7 +53,7 @@ def ours(config, times):
 
 
 class Noises:
-    """Gives diffusers' schedulers the noises that ours draw, step by step."""
+    """Pass the fresh noise of our samplers to diffusers' schedulers, step by step."""
 
     def __init__(self, monkeypatch, module):
         self.step = 0
@@ -66,69 +66,69 @@ class Noises:
         return torch.tensor(np.array(drawn))
 
 
-def theirs(config, monkeypatch, scale=1.0, **given):
+def theirs(config, monkeypatch, scale=1.0, **arguments):
     module = getattr(diffusers.schedulers, "scheduling_" + config["_class_name"][:-9].lower())
     noises = Noises(monkeypatch, module) if hasattr(module, "randn_tensor") else None
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    scheduler.set_timesteps(**given)
+    scheduler.set_timesteps(**arguments)
     x = torch.tensor(NOISE) * scale
     for t in scheduler.timesteps[: None if scale == 1 else -1]:
-        said = scale * torch.tensor(network(np, np.asarray(x) / scale, np.float32(t)))
-        result = scheduler.step(said, t, x)
+        output = scale * torch.tensor(network(np, np.asarray(x) / scale, np.float32(t)))
+        result = scheduler.step(output, t, x)
         x = result.prev_sample
     return np.asarray(x) / scale, scheduler.timesteps.numpy(), noises
 
 
-def assert_close(found, expected):
-    assert np.abs(np.asarray(found) - expected).max() <= TOLERANCE * np.abs(expected).max()
+def assert_close(actual, expected):
+    assert np.abs(np.asarray(actual) - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(
     "steps", [1, 2, 3, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8, 20))]
 )
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_ends_equal_diffusers(config, steps, monkeypatch):
-    end, told, noises = theirs(config, monkeypatch, num_inference_steps=steps)
+def test_samples_equal_diffusers(config, steps, monkeypatch):
+    end, timesteps_used, noises = theirs(config, monkeypatch, num_inference_steps=steps)
     times = sampler_from_config(config).times(steps)
-    starts = list(dict.fromkeys(told.tolist()))  # PNDM tells its second time twice
+    starts = list(dict.fromkeys(timesteps_used.tolist()))  # PNDM lists its second time twice
     np.testing.assert_array_equal(times[:-1], starts)
     assert noises is None or noises.step == steps - 1
     assert_close(ours(config, times), end)
 
 
 @pytest.mark.parametrize("timesteps", [[999, 749, 499, 249], [625], [399]])
-def test_lcm_takes_the_times_of_known_students(timesteps, monkeypatch):
+def test_lcm_takes_times_of_published_students(timesteps, monkeypatch):
     config = dict(LCM, **SD)
-    given = {"timesteps": timesteps} if len(timesteps) > 1 else {"timesteps": timesteps}
-    end, told, _ = theirs(config, monkeypatch, **given)
-    np.testing.assert_array_equal(told, timesteps)
+    arguments = {"timesteps": timesteps} if len(timesteps) > 1 else {"timesteps": timesteps}
+    end, timesteps_used, _ = theirs(config, monkeypatch, **arguments)
+    np.testing.assert_array_equal(timesteps_used, timesteps)
     times = sampler_from_config(config).times(timesteps=timesteps)
     assert_close(ours(config, times), end)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_scm_ends_equal_diffusers_in_units_of_its_sigma(steps, monkeypatch):
+def test_scm_equals_diffusers_in_units_of_sigma_data(steps, monkeypatch):
     more = {} if steps == 2 else {"intermediate_timesteps": None}
-    given = {"num_inference_steps": steps, **more}
-    end, told, _ = theirs(SCM, monkeypatch, 0.5, **given)
+    arguments = {"num_inference_steps": steps, **more}
+    end, timesteps_used, _ = theirs(SCM, monkeypatch, 0.5, **arguments)
     times = sampler_from_config(SCM).times(steps)
-    np.testing.assert_allclose(times, told, rtol=1e-6)
+    np.testing.assert_allclose(times, timesteps_used, rtol=1e-6)
     assert_close(ours(SCM, times), end)
 
 
-def test_a_walk_that_draws_is_a_function_of_its_noise():
+def test_stochastic_sampler_is_a_function_of_its_noise():
     times = sampler_from_config(LCM).times(3)
     first = ours(LCM, times)
     np.testing.assert_array_equal(first, ours(LCM, times))
     keys = keys_from_noise(jnp.asarray(NOISE))
     drawn = [step_noise(keys, step, jnp.asarray(NOISE)) for step in (0, 1)]
     assert not np.allclose(drawn[0], drawn[1]) and not np.allclose(drawn[0][0], drawn[0][1])
-    # The smallest change of a sample's noise changes its own draws and no other's.
+    # The smallest change of a sample's noise changes its draws and those of no other sample.
     other = NOISE.copy()
     other[0, 0, 0, 0] = np.nextafter(other[0, 0, 0, 0], np.float32(9))
-    moved = step_noise(keys_from_noise(jnp.asarray(other)), 0, jnp.asarray(NOISE))
-    assert not np.allclose(moved[0], drawn[0][0])
-    np.testing.assert_array_equal(moved[1], drawn[0][1])
+    drawn_other = step_noise(keys_from_noise(jnp.asarray(other)), 0, jnp.asarray(NOISE))
+    assert not np.allclose(drawn_other[0], drawn[0][0])
+    np.testing.assert_array_equal(drawn_other[1], drawn[0][1])
 
 
 @pytest.mark.parametrize(
@@ -141,12 +141,12 @@ def test_a_walk_that_draws_is_a_function_of_its_noise():
         (dict(SCM, prediction_type="epsilon"), "prediction_type"),
     ],
 )
-def test_another_walk_is_refused(config, key):
+def test_unsupported_config_is_refused(config, key):
     with pytest.raises(InputError, match=f"scheduler_config.json, {key}: found"):
         sampler_from_config(config)
 
 
-def test_what_they_cannot_take_is_refused():
+def test_invalid_times_are_refused():
     with pytest.raises(InputError, match="timesteps: found .* diffusers takes no other"):
         sampler_from_config(CONFIGS["pndm-sd"]).times(timesteps=[899, 449])
     with pytest.raises(InputError, match="steps: found 51; expected at most 50"):

@@ -21,7 +21,7 @@ BETAS = {
 }
 SCHEDULES = {"linear": DDPM(**BETAS["linear"]), "scaled": DDPM(**BETAS["scaled_linear"])}
 SCHEDULES["flow"] = Flow()
-each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+all_schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 
 
 @pytest.mark.parametrize("betas", BETAS.values(), ids=BETAS)
@@ -55,8 +55,8 @@ def test_shifted_flow_times_equal_the_diffusers_table(shift):
     np.testing.assert_allclose(times, theirs.timesteps.numpy(), rtol=1e-6)
 
 
-def test_losses_draw_times_from_the_first_noised_one_to_the_last():
-    """A thousand of them, in angles too; between two shares of the span where a loss asks so."""
+def test_timesteps_of_losses():
+    """A thousand timesteps, for angles too; between fractions of the span if a loss sets them."""
     share = jnp.linspace(0, 1 - 2**-23, 5001)
     for schedule in (DDPM(), Flow(), TrigFlow()):
         context = SimpleNamespace(schedule=schedule, uniform=lambda name: share)
@@ -71,7 +71,7 @@ def test_losses_draw_times_from_the_first_noised_one_to_the_last():
                 np.testing.assert_array_equal(t, np.floor(t))
 
 
-def test_the_angles_of_consistency_reach_from_the_first_noised_time_to_the_students():
+def test_angles_of_consistency():
     share = jnp.linspace(0, 1, 101)
     for schedule, start in ((DDPM(), 899.0), (Flow(), 1000.0), (TrigFlow(), 1.5)):
         context = SimpleNamespace(schedule=schedule, times=(start,), uniform=lambda name: share)
@@ -83,16 +83,16 @@ def test_the_angles_of_consistency_reach_from_the_first_noised_time_to_the_stude
         np.testing.assert_allclose(np.diff(angle), np.diff(angle).mean(), rtol=0.02)
 
 
-@each_schedule
-def test_ends(schedule):
+@all_schedules
+def test_end_points(schedule):
     alpha, sigma = schedule.alpha_sigma(np.array([schedule.clean, schedule.last]))
     assert alpha[0] == 1 and sigma[0] == 0
     assert alpha[1] < 0.07 and sigma[1] > 0.99
 
 
-@each_schedule
+@all_schedules
 @pytest.mark.parametrize("t", [0.0, 0.25, 17.5, 998.0, 998.75])
-def test_jax_equals_numpy_and_lies_between_neighbours(schedule, t):
+def test_jax_equals_numpy_and_interpolates(schedule, t):
     here = np.array(schedule.alpha_sigma(t))
     np.testing.assert_allclose(jax.jit(schedule.alpha_sigma)(t), here, rtol=1e-5, atol=1e-7)
     below, above = (np.array(schedule.alpha_sigma(n)) for n in (np.floor(t), np.floor(t) + 1))
@@ -103,15 +103,15 @@ def test_jax_equals_numpy_and_lies_between_neighbours(schedule, t):
         np.testing.assert_allclose(exact, here, rtol=1e-12)
 
 
-@each_schedule
+@all_schedules
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16])
-def test_times_of_another_dtype_do_not_round_the_answer(schedule, dtype):
+def test_time_dtype_does_not_round_alpha_sigma(schedule, dtype):
     t = jnp.asarray([0, 3, 96, 512], dtype)
-    for found, expected in zip(
+    for actual, expected in zip(
         schedule.alpha_sigma(t), schedule.alpha_sigma(np.array([0, 3, 96, 512])), strict=True
     ):
-        assert found.dtype == jnp.float32
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert actual.dtype == jnp.float32
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 def test_unknown_betas_are_refused():
@@ -151,8 +151,8 @@ def test_add_noise_equals_diffusers_on_flow():
     )
 
 
-@each_schedule
-def test_clean_time_gives_x0_itself(schedule):
+@all_schedules
+def test_clean_time_is_x0(schedule):
     x0, eps = draw(0, 1)
     clean = jnp.full(3, schedule.clean)
     np.testing.assert_array_equal(add_noise(schedule, x0, eps, clean), x0)
@@ -164,14 +164,14 @@ def test_clean_time_gives_x0_itself(schedule):
 
 
 def linear_map(schedule, s, t):
-    """What renoise multiplies x_s and eps with."""
+    """Coefficients of x_s and eps in renoise."""
     one, zero = jnp.ones((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1))
     s, t = jnp.array([s]), jnp.array([t])
     ratio, spread = renoise(schedule, one, s, t, zero), renoise(schedule, zero, s, t, one)
     return float(ratio[0, 0, 0, 0]), float(spread[0, 0, 0, 0])
 
 
-@each_schedule
+@all_schedules
 @pytest.mark.parametrize("r,s,t", [(0.0, 5.0, 30.0), (20.0, 224.0, 899.0), (300.5, 700.25, 998.0)])
 def test_renoise_is_the_forward_process(schedule, r, s, t):
     with jax.enable_x64(True):
@@ -182,20 +182,20 @@ def test_renoise_is_the_forward_process(schedule, r, s, t):
         assert (ratio * sigma[0]) ** 2 + spread**2 == pytest.approx(sigma[1] ** 2, rel=1e-12)
         # r -> s -> t is r -> t.
         first, first_spread = linear_map(schedule, r, s)
-        whole, whole_spread = linear_map(schedule, r, t)
-        assert first * ratio == pytest.approx(whole, rel=1e-12)
-        assert (ratio * first_spread) ** 2 + spread**2 == pytest.approx(whole_spread**2, rel=1e-11)
+        direct, direct_spread = linear_map(schedule, r, t)
+        assert first * ratio == pytest.approx(direct, rel=1e-12)
+        assert (ratio * first_spread) ** 2 + spread**2 == pytest.approx(direct_spread**2, rel=1e-11)
 
 
-@each_schedule
-def test_renoise_stays_where_it_is(schedule):
+@all_schedules
+def test_renoise_to_the_same_time_is_identity(schedule):
     x, eps = draw(0, 1)
     t = jnp.array([20.0, 400.0, 998.0])
     np.testing.assert_allclose(renoise(schedule, x, t, t, eps), x, atol=1e-6)
 
 
-def test_renoise_in_samples():
-    """The identity as statistics: 40 000 draws, five standard errors."""
+def test_renoise_statistics():
+    """Mean and variance of 40 000 draws, to five standard errors."""
     schedule, s, t, x0 = DDPM(), 224.0, 674.0, 0.7
     a, b = (np.random.default_rng(i).normal(size=(40_000, 1, 1, 1)) for i in range(2))
     x_s = add_noise(schedule, x0 * np.ones_like(a), a, np.full(40_000, s))

@@ -23,7 +23,7 @@ def test_atomic_folder(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_atomic_folder_keeps_the_old_on_an_error(tmp_path, error):
+def test_error_keeps_the_old_folder(tmp_path, error):
     dst = tmp_path / "out"
     for old in ([], ["kept"]):
         for name in old:
@@ -37,7 +37,7 @@ def test_atomic_folder_keeps_the_old_on_an_error(tmp_path, error):
 
 @pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
 def exchanges(request, monkeypatch) -> bool:
-    """Whether the file system can exchange two folders."""
+    """Run with and without a file system that can exchange two folders."""
     if not request.param:
         monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
     return request.param
@@ -56,7 +56,7 @@ def test_atomic_folder_replaces(tmp_path, exchanges):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["c", "out"]
 
 
-def test_this_system_exchanges_folders_in_one_step(tmp_path):
+def test_exchange_is_atomic_on_this_system(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     a.mkdir()
     assert not atomic._exchange(a, b)  # there is no b
@@ -77,35 +77,35 @@ def test_atomic_folder_refuses(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "out", "theirs"]
 
 
-def test_a_folder_in_one_that_is_being_filled_is_part_of_it(tmp_path):
+def test_nested_atomic_folder(tmp_path):
     with atomic_folder(tmp_path / "out") as outer, atomic_folder(outer) as inner:
         assert inner == outer
         (inner / "a").touch()
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "out"]
 
 
-def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
-    dst, left = tmp_path / "out", tmp_path / "out.partial-dead"
-    (left / "deep").mkdir(parents=True)
+def test_next_writer_removes_abandoned_folders(tmp_path):
+    dst, remaining = tmp_path / "out", tmp_path / "out.partial-dead"
+    (remaining / "deep").mkdir(parents=True)
     another = tmp_path / "out2.partial-dead"
     another.mkdir()
     with atomic_folder(dst) as first, atomic_folder(dst) as second:  # both live
-        assert first.exists() and second.exists() and not left.exists()
+        assert first.exists() and second.exists() and not remaining.exists()
         with partial_folder(dst) as third:
             assert first.exists() and second.exists() and third.exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", another.name]
 
 
-def test_what_was_moved_aside_is_put_back(tmp_path, caplog):
+def test_replaced_folder_is_restored(tmp_path, caplog):
     dst, aside = tmp_path / "out", tmp_path / "out.replaced-dead"
     aside.mkdir()
     (aside / "a").write_text("old")
-    with atomic._if_left(aside):  # its writer lives
+    with atomic._if_abandoned(aside):  # its writer lives
         restore_replaced(dst)
         assert not dst.exists()
     refused(lambda: check_target(dst), dst, "a folder with files in it")
     assert (dst / "a").read_text() == "old" and not aside.exists()
-    assert "put back" in caplog.text
+    assert "restored" in caplog.text
     aside.mkdir()
     restore_replaced(dst)  # nothing to do: dst is there
     assert aside.exists()
@@ -114,8 +114,8 @@ def test_what_was_moved_aside_is_put_back(tmp_path, caplog):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-# Writers that are killed before their first event, their second, and so on until one ends: an event
-# is what Python says to its auditors, every file opened, renamed, removed or locked.
+# Writers that are killed before their first event, their second, and so on until one completes.
+# Events are those of Python's audit hooks: every file opened, renamed, removed or locked.
 KILLED = """
 import json, os, shutil, signal, sys
 from pathlib import Path
@@ -165,7 +165,7 @@ print(json.dumps(seen))
 """
 
 
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, exchanges):
+def test_kill_at_any_event_leaves_old_or_new(tmp_path, exchanges):
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", KILLED, tmp_path, str(exchanges)],
@@ -179,4 +179,4 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, exchanges):
     assert list(later) == sorted(later, reverse=True)  # the old, then the new
     # Between two renames there is neither, until the next command puts the old one back.
     assert ("missing" in at_once) != exchanges and "mixed" not in at_once
-    assert done.stderr.count("put back") == at_once.count("missing")
+    assert done.stderr.count("restored") == at_once.count("missing")

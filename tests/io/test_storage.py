@@ -1,4 +1,4 @@
-"""Workdirs in an object store, tested against one in memory (`fake_gcs`)."""
+"""Workdirs in an object store, tested against an in-memory server (`fake_gcs`)."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ from gadjax.training.state import create_state
 
 @pytest.fixture(scope="module")
 def server():
-    """(store, environment); clients keep its address, so there is one for all tests."""
+    """The (store, environment) of all tests: clients cache the store's address."""
     with serve() as (store, environment), pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -57,7 +57,7 @@ def workdir(store):
     return as_path(f"gs://bucket/runs/{uuid.uuid4().hex[:8]}")
 
 
-def test_a_folder_stays_a_folder_and_other_stores_are_refused(tmp_path, monkeypatch):
+def test_local_paths_and_unsupported_stores(tmp_path, monkeypatch):
     assert as_path(str(tmp_path)) == tmp_path and type(as_path("a/b")) is type(tmp_path)
     for text in ("s3://bucket/run", "http://x/y", "gs://"):
         with pytest.raises(InputError, match=r"--workdir: found \S*; expected a folder or gs://"):
@@ -67,7 +67,7 @@ def test_a_folder_stays_a_folder_and_other_stores_are_refused(tmp_path, monkeypa
         as_path("gs://bucket/run")
 
 
-def test_a_store_that_refuses_is_named_before_any_work(store, workdir, tmp_path, capsys):
+def test_access_is_checked_before_any_work(store, workdir, tmp_path, capsys):
     check_access(workdir, write=True)
     with pytest.raises(InputError, match="gs://other/run: found nothing at .*; expected a bucket"):
         check_access(as_path("gs://other/run"))
@@ -116,9 +116,9 @@ def test_checkpoints(store, workdir, caplog):
     made = store.generations
     assert made[f"{root}/6/manifest.json"] < made[f"{root}/6/commit_success.txt"]
     assert verify(folder / "6") is None
-    checkpoints.close()  # completes the seal
-    sealed = json.loads((folder / "6" / "manifest.json").read_text())
-    assert sealed.keys() == list_objects(folder / "6").keys() and verify(folder / "6") is None
+    checkpoints.close()  # finalizes the manifest
+    manifest = json.loads((folder / "6" / "manifest.json").read_text())
+    assert manifest.keys() == list_objects(folder / "6").keys() and verify(folder / "6") is None
     for name in ("_CHECKPOINT_METADATA", "manifest.json", "stray"):
         before = store.objects.get(f"{root}/6/{name}", b"")
         store.put(f"{root}/6/{name}", before + b" ")
@@ -136,7 +136,7 @@ def test_checkpoints(store, workdir, caplog):
     step, params, _ = read_params(folder, "student")
     assert step == 6 and np.array_equal(params["kernel"], state.params["student"]["kernel"])
 
-    # A save that was killed before its commit is none, and does not hinder the next one.
+    # A save that was killed before its commit does not count, and does not block the next one.
     store.put(f"{root}/8/state/d/half", b"half")
     store.put(f"{root}/8/manifest.json", b"{}")
     assert read_params(folder)[0] == 6
@@ -160,7 +160,7 @@ def test_checkpoints(store, workdir, caplog):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_checkpoint_that_the_store_refuses_stops_the_run(store, workdir):
+def test_refused_checkpoint_stops_the_run(store, workdir):
     folder, state = workdir / "checkpoints", make_state()
     checkpoints = Checkpoints(folder)
     checkpoints.save(2, state, {})
@@ -171,12 +171,12 @@ def test_a_checkpoint_that_the_store_refuses_stops_the_run(store, workdir):
         checkpoints.wait()
     store.refuse = lambda request: 403
     with pytest.raises(RunStopped, match="checkpoints: cannot be read: Forbidden"):
-        read_params(folder)  # rather than to say that there are none
+        read_params(folder)  # must not be taken for an empty folder
     store.refuse = lambda request: None
     assert restore(folder, state)[0] == 2
 
 
-def test_one_run_at_a_time(workdir, monkeypatch, caplog):
+def test_workdir_lock(workdir, monkeypatch, caplog):
     monkeypatch.setattr(claims, "RENEW_SECONDS", 0.2)
     monkeypatch.setattr(claims, "STALE_SECONDS", 1.5)
     monkeypatch.setattr(claims, "POLL_SECONDS", 0.1)
@@ -187,7 +187,7 @@ def test_one_run_at_a_time(workdir, monkeypatch, caplog):
     assert not (workdir / "lock").exists()
     assert json.loads((workdir / "status.json").read_text())["step"] == 3
 
-    # Killed: the lock stays, and nobody renews it.
+    # Killed: the lock stays, and its lease is not renewed.
     dead = {"holder": "process 1 on earth", "time": time.time(), "token": "dead"}
     write_atomic(workdir / "lock", json.dumps(dead))
     began = time.monotonic()
@@ -206,7 +206,7 @@ def test_one_run_at_a_time(workdir, monkeypatch, caplog):
     assert json.loads((workdir / "status.json").read_text())["step"] == 3
 
 
-def test_a_lock_that_cannot_be_written(store, workdir):
+def test_unwritable_lock(store, workdir):
     store.refuse = lambda request: 403 if request.startswith("POST") else None
     with pytest.raises(InputError, match="found a folder that cannot be written .Forbidden"):
         WorkdirLock(workdir, 10)
@@ -222,7 +222,7 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_what_a_run_says(store, workdir, caplog):
+def test_progress_and_logs(store, workdir, caplog):
     def uploads():
         return sum("POST /upload" in request for request in store.asked)
 
@@ -230,7 +230,7 @@ def test_what_a_run_says(store, workdir, caplog):
         progress.note("resumed at step 0")
         for step in (1, 2, 3):
             progress.update(step, {"loss": 1.0})
-        assert [row["step"] for row in rows(workdir)] == [1]  # and no more for half a minute
+        assert [row["step"] for row in rows(workdir)] == [1]  # and no upload for half a minute
         before = uploads()
         progress.sync()  # with a checkpoint
         assert [row["step"] for row in rows(workdir)] == [1, 2] and uploads() == before + 3
@@ -261,35 +261,35 @@ def test_status(store, workdir):
     checkpoints.close()
     write_atomic(workdir / "checkpoints" / "4" / "manifest.json", "{}")  # not committed
     write_atomic(workdir / "previews" / "0000002.png", b"PNG")
-    said = (workdir / "status.json").read_text()
+    status_text = (workdir / "status.json").read_text()
     _write_stopped_status(workdir / "status.json", "it hung")  # as gadjax launch does
     assert read_status(workdir)["text"] == "stopped: it hung"
-    write_atomic(workdir / "status.json", said)
-    found = read_status(str(workdir))
-    assert (found["state"], found["step"], found["metrics"]) == ("running", 3, {"loss": 1.5})
-    assert found["checkpoint"]["step"] == 2 and found["checkpoint"]["age_seconds"] > 0
-    assert found["preview"] == f"{workdir}/previews/0000002.png"
+    write_atomic(workdir / "status.json", status_text)
+    actual = read_status(str(workdir))
+    assert (actual["state"], actual["step"], actual["metrics"]) == ("running", 3, {"loss": 1.5})
+    assert actual["checkpoint"]["step"] == 2 and actual["checkpoint"]["age_seconds"] > 0
+    assert actual["preview"] == f"{workdir}/previews/0000002.png"
 
 
-def test_a_profile_is_copied(workdir, monkeypatch):
+def test_profile_upload(workdir, monkeypatch):
     def start(folder):  # the real one ends the process where a test before has loaded libtpu
         (Path(folder) / "plugins").mkdir(parents=True)
         (Path(folder) / "plugins" / "host.xplane.pb").write_bytes(b"trace")
 
     monkeypatch.setattr(jax.profiler, "start_trace", start)
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
-    said = []
-    profile = Profile((0, 1), workdir, said.append)
+    messages = []
+    profile = Profile((0, 1), workdir, messages.append)
     profile.before_step(0, ())
     jax.block_until_ready(jnp.ones(3) + 1)
     profile.before_step(1, ())
-    assert said == [f"profile of steps 1 to 1: {workdir}/profile"]
+    assert messages == [f"profile of steps 1 to 1: {workdir}/profile"]
     assert any(name.endswith(".xplane.pb") for name in list_objects(workdir / "profile"))
     assert not os.path.exists(profile.local)
 
 
 @pytest.mark.slow
-def test_a_whole_run(server, workdir, config, tmp_path):
+def test_complete_run(server, workdir, config, tmp_path):
     _, environment = server
 
     def run(*arguments):
@@ -305,9 +305,9 @@ def test_a_whole_run(server, workdir, config, tmp_path):
     assert done.returncode == 0, done.stderr
     done = run(*train, "--config.steps=4", "--profile=2:1")
     assert done.returncode == 0 and "resumed at step 2" in done.stderr, done.stderr
-    found = {name.split("/")[0] for name in list_objects(workdir)}
+    actual = {name.split("/")[0] for name in list_objects(workdir)}
     expected = {"config.json", "status.json", "run.json", "goodput.json", "metrics.jsonl"}
-    assert found == expected | {"train.log", "checkpoints", "previews", "profile"}
+    assert actual == expected | {"train.log", "checkpoints", "previews", "profile"}
     assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4]
     done = run("status", workdir)
     assert "done" in done.stdout and "step 4, " in done.stdout, done.stderr

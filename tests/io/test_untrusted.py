@@ -1,4 +1,4 @@
-"""Files that stand for others, or lie beside them, are told by name."""
+"""Untrusted files: git-lfs pointers, macOS metadata, symlinks that escape."""
 
 import shutil
 
@@ -29,13 +29,13 @@ def copy(tiny_pipeline, tmp_path):
     "name",
     ["transformer/diffusion_pytorch_model.safetensors", "vae/config.json", "model_index.json"],
 )
-def test_a_git_lfs_pointer_is_named(copy, name):
+def test_git_lfs_pointer_of_weights(copy, name):
     (copy / name).write_text(POINTER)
     refused(lambda: check_pipeline(copy), copy / name, "a git-lfs pointer", "git lfs pull")
 
 
-def test_other_files_that_are_pointers(copy, tmp_path):
-    """Without a word prompts would be its three lines."""
+def test_git_lfs_pointer_of_data(copy, tmp_path):
+    """Pointers in place of data files; undetected, their three lines would be prompts."""
     for name in ("prompts.txt", "a.png"):
         (tmp_path / name).write_text(POINTER)
     refused(lambda: read_prompts(tmp_path / "prompts.txt"), "prompts.txt: found a git-lfs pointer")
@@ -51,7 +51,7 @@ def test_other_files_that_are_pointers(copy, tmp_path):
     refused(lambda: open_embeddings(tmp_path / "new"), "text.npy: found a git-lfs pointer")
 
 
-def test_what_a_mac_leaves_beside_files_is_passed_over(copy, tiny_pipeline):
+def test_macos_metadata_is_ignored(copy, tiny_pipeline):
     for folder in ("", "tokenizer", "transformer", "text_encoder"):
         for name in (".DS_Store", "._tokenizer_config.json", "._config.json"):
             (copy / folder / name).write_bytes(b"\0\5\26\7\0")
@@ -61,7 +61,7 @@ def test_what_a_mac_leaves_beside_files_is_passed_over(copy, tiny_pipeline):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_link_out_of_its_folder_is_refused_with_a_way_out(copy, tmp_path):
+def test_symlink_escape_is_refused(copy, tmp_path):
     (copy / "vae" / "config.json").rename(tmp_path / "elsewhere.json")
     (copy / "vae" / "config.json").symlink_to(tmp_path / "elsewhere.json")
     refused(

@@ -1,4 +1,4 @@
-"""Cases of attention with its tangent, and what the kernels of a backend have to give for them."""
+"""Test cases of dual attention, and errors of a backend's kernels on them."""
 
 import jax
 import jax.numpy as jnp
@@ -28,67 +28,67 @@ def case(queries, keys, *, channels=72, moving=True, masked=False, dtype=np.floa
 
 
 def both(module, **options):
-    """f(args, cotangents) -> (o, o.) and the six results of the transpose."""
+    """Build f(args, cotangents) -> (o, o.) and the six results of the transpose."""
 
     def f(args, cotangents):
-        found = module.dual(*args, **options)
-        return found[:2], module.dual_transpose(*cotangents, *args, *found, **options)
+        actual = module.dual(*args, **options)
+        return actual[:2], module.dual_transpose(*cotangents, *args, *actual, **options)
 
     return f
 
 
 @jax.jit
 def _op(args, cotangents):
-    found, transpose = jax.vjp(dual_attention, *args)
+    actual, transpose = jax.vjp(dual_attention, *args)
     dq, dk, dv, _, *moving = transpose(cotangents)
-    return found, (dq, dk, dv, *moving)
+    return actual, (dq, dk, dv, *moving)
 
 
 def truth(args, cotangents):
-    """The same of the op in float64."""
+    """Reference: the jnp op in float64."""
     with jax.enable_x64(True):
         return _op(*jax.tree.map(lambda x: x.astype(jnp.float64), (args, cotangents)))
 
 
-def worst(found, expected):
-    """The largest error of any result, relative to that result's largest."""
-    found, expected = (
-        [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)] for tree in (found, expected)
+def worst(actual, expected):
+    """Largest error of any result, relative to the largest magnitude of that result."""
+    actual, expected = (
+        [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)] for tree in (actual, expected)
     )
-    errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, expected, strict=True)]
+    errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(actual, expected, strict=True)]
     assert np.isfinite(errors).all()
     return max(errors)
 
 
 def error(module, args, cotangents):
-    """`worst` of a module's kernels in Pallas' interpreter."""
-    found = jax.jit(both(module, interpret=True))(args, cotangents)
-    for x, like in zip(found[1], (*args[:3], *args[4:]), strict=True):
+    """Error (`worst`) of a module's kernels in Pallas' interpreter."""
+    actual = jax.jit(both(module, interpret=True))(args, cotangents)
+    for x, like in zip(actual[1], (*args[:3], *args[4:]), strict=True):
         assert x is like is None or (x.shape, x.dtype) == (like.shape, like.dtype)
-    return worst(found, truth(args, cotangents))
+    return worst(actual, truth(args, cotangents))
 
 
 def error_of_directions(module, args, cotangents):
-    """`worst` for two directions of one value by jax.vmap."""
+    """Error (`worst`) under jax.vmap over two directions of one value."""
     twice = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), (args[4:], cotangents))
 
     def run(f):
         return lambda moving: f((*args[:4], *moving[0]), moving[1])
 
-    found = jax.jit(jax.vmap(run(both(module, interpret=True))))(twice)
-    each = [run(truth)(jax.tree.map(lambda x, i=i: x[i], twice)) for i in range(2)]
-    return worst(found, jax.tree.map(lambda *x: np.stack(x), *each))
+    actual = jax.jit(jax.vmap(run(both(module, interpret=True))))(twice)
+    separate = [run(truth)(jax.tree.map(lambda x, i=i: x[i], twice)) for i in range(2)]
+    return worst(actual, jax.tree.map(lambda *x: np.stack(x), *separate))
 
 
 def error_of_value(module, args, cotangents):
-    """`worst` of `value` and its gradient."""
+    """Error (`worst`) of `value` and its gradient."""
     q, k, v, bias = args[:4]
 
     def run(f):
         return jax.jit(lambda q, k, v: (lambda o, t: (o, t(cotangents[0])))(*jax.vjp(f, q, k, v)))
 
-    found = run(lambda *x: module.value(*x, bias, interpret=True))(q, k, v)
+    actual = run(lambda *x: module.value(*x, bias, interpret=True))(q, k, v)
     with jax.enable_x64(True):
         q, k, v = (x.astype(jnp.float64) for x in (q, k, v))
         cotangents = [cotangents[0].astype(jnp.float64)]
-        return worst(found, run(lambda *x: value_attention(*x, bias))(q, k, v))
+        return worst(actual, run(lambda *x: value_attention(*x, bias))(q, k, v))

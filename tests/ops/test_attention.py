@@ -23,24 +23,24 @@ def torch_attention(q, k, v, bias):
 
 
 @pytest.mark.parametrize("shape", [None, (B, 1, 1, M), (1, H, N, M), (B, H, N, M)])
-def test_is_torch_attention(shape):
+def test_equals_torch_attention(shape):
     bias = None if shape is None else np.random.default_rng(1).standard_normal(shape, np.float32)
     expected = torch_attention(*arrays(), bias)
     out = attention(*arrays(), None if bias is None else jnp.asarray(bias))
     assert np.abs(out - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
-def test_masked_keys_have_no_part_and_an_empty_prompt_attends_evenly():
+def test_masked_keys_are_ignored_and_fully_masked_rows_are_uniform():
     q, k, v = arrays()
     bias = np.zeros((B, 1, 1, M), np.float32)
     bias[0, ..., 3:] = bias[1] = -10_000.0
     out = attention(q, k, v, jnp.asarray(bias))
-    kept = attention(q[:1], k[:1, :3], v[:1, :3])
-    np.testing.assert_allclose(out[:1], kept, atol=1e-6)
+    unmasked = attention(q[:1], k[:1, :3], v[:1, :3])
+    np.testing.assert_allclose(out[:1], unmasked, atol=1e-6)
     np.testing.assert_allclose(out[1], attention(q, k, v)[1], atol=1e-3)
 
 
-def test_derivatives_are_those_of_central_differences():
+def test_derivatives_equal_central_differences():
     with jax.enable_x64(True):
         primals = tuple(jnp.asarray(a) for a in arrays(np.float64))
         r = np.random.default_rng(2)
@@ -65,8 +65,8 @@ def test_derivatives_are_those_of_central_differences():
 
         np.testing.assert_allclose(both(*primals)[1], central(f, v), atol=1e-8)
         grads = jax.jit(jax.grad(g, argnums=(0, 1, 2)))(*primals)
-        found = sum(jnp.vdot(a, b) for a, b in zip(grads, u, strict=True))
-        np.testing.assert_allclose(found, central(g, u), rtol=1e-7)
+        actual = sum(jnp.vdot(a, b) for a, b in zip(grads, u, strict=True))
+        np.testing.assert_allclose(actual, central(g, u), rtol=1e-7)
 
 
 def test_softmax_is_float32_in_bfloat16():

@@ -1,4 +1,4 @@
-"""Value and tangent together, against plain derivatives of attention written out."""
+"""Dual attention against plain derivatives of attention."""
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ def normal(seed, *shapes, dtype=np.float64):
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """So few logits at once that every attention here takes several blocks and a remainder."""
+    """Limit the logits so that every attention here takes several blocks and a remainder."""
     monkeypatch.setattr(dual_attention, "MAX_LOGITS", 200)
 
 
 def everything(f, moving, primals, along, weights, bias):
-    """Value, tangent, and the gradient of a function of both for all operands and tangents."""
+    """Value, tangent, and the gradient of a function of both in all operands and tangents."""
 
     def loss(primals, along):
         def call(*parts):
@@ -44,11 +44,11 @@ def everything(f, moving, primals, along, weights, bias):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(primals, along)
 
 
-def worst(found, expected):
+def worst(actual, expected):
     """The largest difference, relative to the largest value of each array."""
     errors = jax.tree.map(
         lambda a, b: float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(b).max(), 1e-30)),
-        found,
+        actual,
         expected,
     )
     return max(jax.tree.leaves(errors))
@@ -64,22 +64,22 @@ def worst(found, expected):
     ],
     ids=["self", "mask", "full bias", "cross"],
 )
-def test_all_derivatives_are_those_of_plain_attention(blocks, keys, moving, bias, dtype, bound):
+def test_derivatives_equal_plain_attention(blocks, keys, moving, bias, dtype, bound):
     with jax.enable_x64(dtype is np.float64):
         shapes = (B, N, H, K), (B, keys, H, K), (B, keys, H, K)
         primals, along = (tuple(normal(seed, *shapes, dtype=dtype)) for seed in (0, 1))
         weights = normal(2, (B, N, H, K), (B, N, H, K), dtype=dtype)
         bias = None if bias is None else normal(3, bias, dtype=dtype)[0]
-        given = moving, primals, along, weights, bias
-        assert worst(everything(attention, *given), everything(plain, *given)) < bound
+        inputs = moving, primals, along, weights, bias
+        assert worst(everything(attention, *inputs), everything(plain, *inputs)) < bound
 
 
-def test_a_prompt_without_tokens_is_read_as_if_nothing_were_masked(blocks):
+def test_fully_masked_prompt_attends_uniformly(blocks):
     q, k, v = normal(0, (1, N, H, K), (1, 11, H, K), (1, 11, H, K), dtype=np.float32)
     bias = jnp.full((1, 1, 1, 11), -10_000.0)
-    found = tangent(lambda q: attention(q, k, v, bias), q, q)
+    actual = tangent(lambda q: attention(q, k, v, bias), q, q)
     expected = jax.jvp(lambda q: plain(q, k, v), (q,), (q,))
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-3)  # float32 has steps of 1e-3 at 10,000
 
 
@@ -92,19 +92,19 @@ def test_several_directions_share_one_value_and_its_cotangent_once(blocks):
             return lambda x: f(x, 2 * x, x + 1)
 
         def loss(x):
-            value, moved = tangents(of(attention), x, v)
-            return jnp.sum(value**2) + jnp.sum(moved**3)
+            value, tangent_out = tangents(of(attention), x, v)
+            return jnp.sum(value**2) + jnp.sum(tangent_out**3)
 
         def expected(x):
             one = [jax.jvp(of(plain), (x,), (d,)) for d in v]
-            return jnp.sum(one[0][0] ** 2) + sum(jnp.sum(moved**3) for _, moved in one)
+            return jnp.sum(one[0][0] ** 2) + sum(jnp.sum(tangent_out**3) for _, tangent_out in one)
 
-        found, wanted = (jax.jit(jax.value_and_grad(f))(x) for f in (loss, expected))
-        assert worst(found, wanted) < 1e-13
+        actual, reference = (jax.jit(jax.value_and_grad(f))(x) for f in (loss, expected))
+        assert worst(actual, reference) < 1e-13
 
 
-def test_a_map_over_directions_and_another_over_batches_of_them(blocks):
-    """The cotangent of a value that both maps share is counted once."""
+def test_nested_vmap_over_directions(blocks):
+    """The cotangent of a value that both maps share counts once."""
     with jax.enable_x64(True):
         (x,) = normal(0, (B, N, H, K))
         (v,) = normal(1, (2, 3, B, N, H, K))
@@ -112,14 +112,14 @@ def test_a_map_over_directions_and_another_over_batches_of_them(blocks):
         def loss(f, x):
             one = lambda d: f(lambda x: (attention if f is tangent else plain)(x, x, x), x, d)  # noqa: E731
             many = jax.vmap(one, out_axes=(None, 0))
-            value, moved = jax.vmap(many, out_axes=(None, 0))(v)
-            return jnp.sum(value**2) + jnp.sum(moved**3)
+            value, tangent_out = jax.vmap(many, out_axes=(None, 0))(v)
+            return jnp.sum(value**2) + jnp.sum(tangent_out**3)
 
-        found, wanted = (
+        actual, reference = (
             jax.jit(jax.grad(lambda x, f=f: loss(f, x)))(x)
             for f in (tangent, lambda f, x, d: jax.jvp(f, (x,), (d,)))
         )
-        assert worst(found, wanted) < 1e-13
+        assert worst(actual, reference) < 1e-13
 
 
 def test_through_scan_and_remat():
@@ -135,17 +135,17 @@ def test_through_scan_and_remat():
 
         def loss(f, layers):
             with tangent_pass(f is attention):
-                value, moved = jax.jvp(lambda x: net(f, layers, x), (x,), (v,))
-            return jnp.sum(jnp.cos(value)) + jnp.sum(moved**2)
+                value, tangent_out = jax.jvp(lambda x: net(f, layers, x), (x,), (v,))
+            return jnp.sum(jnp.cos(value)) + jnp.sum(tangent_out**2)
 
-        found, wanted = (
+        actual, reference = (
             jax.jit(jax.value_and_grad(lambda w, f=f: loss(f, w)))(layers)
             for f in (attention, plain)
         )
-        assert worst(found, wanted) < 1e-12
+        assert worst(actual, reference) < 1e-12
 
 
-def test_bfloat16_is_as_near_as_its_operands():
+def test_bfloat16_error_is_that_of_its_operands():
     exact = normal(0, *[(1, 256, 2, 64)] * 3, dtype=np.float32)
     along = normal(1, *[(1, 256, 2, 64)] * 3, dtype=np.float32)
     weights = normal(2, *[(1, 256, 2, 64)] * 2, dtype=np.float32)
@@ -162,22 +162,22 @@ def test_bfloat16_is_as_near_as_its_operands():
 
         return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(primals, along)
 
-    found, wanted = derivatives(attention, *rounded), derivatives(plain, *back)
+    actual, reference = derivatives(attention, *rounded), derivatives(plain, *back)
     errors = jax.tree.map(
         lambda a, b: float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)),
-        found,
-        wanted,
+        actual,
+        reference,
     )
     assert max(jax.tree.leaves(errors)) < 2e-2
 
 
-def test_reverse_mode_keeps_nothing_of_the_size_of_the_logits():
+def test_reverse_mode_saves_nothing_of_logits_size():
     shapes = jax.ShapeDtypeStruct((1, 2048, 4, 16), jnp.float32)
 
     def loss(f, x):
         with tangent_pass(f is attention):
-            value, moved = jax.jvp(lambda x: f(x, x, x), (x,), (x,))
-        return jnp.sum(value) + jnp.sum(moved)
+            value, tangent_out = jax.jvp(lambda x: f(x, x, x), (x,), (x,))
+        return jnp.sum(value) + jnp.sum(tangent_out)
 
     def temporary(f):
         compiled = jax.jit(jax.grad(lambda x: loss(f, x))).lower(shapes).compile()
@@ -186,7 +186,7 @@ def test_reverse_mode_keeps_nothing_of_the_size_of_the_logits():
     assert temporary(attention) < temporary(plain) / 3
 
 
-def test_a_function_traced_for_one_kind_of_pass_is_traced_anew_for_the_other(blocks):
+def test_function_is_retraced_for_the_other_kind_of_pass(blocks):
     with jax.enable_x64(True):
         x, v = normal(0, (B, N, H, K), (B, N, H, K))
         f = jax.jit(lambda x: attention(x, x, x))
@@ -196,7 +196,7 @@ def test_a_function_traced_for_one_kind_of_pass_is_traced_anew_for_the_other(blo
         np.testing.assert_array_equal(first, again)
 
 
-def test_values_in_blocks_differentiate_in_every_way(blocks):
+def test_values_in_blocks_differentiate_in_both_modes(blocks):
     with jax.enable_x64(True):
         x, v = normal(0, (B, N, H, K), (B, N, H, K))
 
@@ -212,7 +212,7 @@ def test_values_in_blocks_differentiate_in_every_way(blocks):
         )
 
 
-def test_reverse_mode_may_keep_the_results_and_then_does_not_compute_them_again():
+def test_remat_policy_may_save_the_results():
     """Of the six products of value and tangent, only those that the transpose itself needs."""
     from gadjax.models.module import scan_blocks
     from gadjax.ops.flops import flops

@@ -10,16 +10,16 @@ A, B = jnp.zeros((3, 5)), jnp.zeros((5, 7))
 ONE = 2 * 3 * 5 * 7
 
 
-def test_products_and_what_they_are_nested_in():
+def test_matmuls_and_nested_calls():
     assert flops(jnp.matmul, A, B) == ONE
     assert flops(jax.jit(lambda a, b: jnp.matmul(a, b) + 1), A, B) == ONE
-    walk = lambda a, b: jax.lax.scan(lambda s, _: (s + a @ b, None), jnp.zeros((3, 7)), None, 4)  # noqa: E731
-    assert flops(walk, A, B) == 4 * ONE
+    scanned = lambda a, b: jax.lax.scan(lambda s, _: (s + a @ b, None), jnp.zeros((3, 7)), None, 4)  # noqa: E731
+    assert flops(scanned, A, B) == 4 * ONE
     assert flops(jax.checkpoint(jnp.matmul), A, B) == ONE
     assert flops(jax.vmap(jnp.matmul, (0, None)), jnp.zeros((6, 3, 5)), B) == 6 * ONE
 
 
-def test_derivatives_cost_what_they_should():
+def test_derivatives():
     f = lambda a, b: jnp.sum(jnp.tanh(a @ b))  # noqa: E731
     assert flops(jax.grad(f, (0, 1)), A, B) == 3 * ONE
     pushed = lambda a, b: jax.jvp(lambda a: f(a, b), (a,), (a,))  # noqa: E731
@@ -43,11 +43,11 @@ def test_shapes_are_enough():
     assert flops(jnp.matmul, *shapes) == ONE
 
 
-def test_what_every_device_and_every_place_of_a_grid_does():
+def test_shard_map_and_pallas_grid():
     auto = (jax.sharding.AxisType.Auto,)  # newer JAX takes explicit axes by default
     mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=auto)
-    each = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
-    assert flops(each, jnp.zeros((12, 5)), B) == 4 * ONE
+    sharded = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    assert flops(sharded, jnp.zeros((12, 5)), B) == 4 * ONE
 
     def kernel(a, b, out):
         out[...] = a[...] @ b[...]

@@ -1,4 +1,4 @@
-"""Attention where a program is placed on devices with kernels, beside the same without."""
+"""Attention by Pallas kernels against attention in blocks, in the same programs."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -21,13 +21,13 @@ B, N, H, K = 2, 40, 2, 8
 
 @pytest.fixture
 def place(monkeypatch):
-    """One device of this machine as if it were a TPU, its kernels interpreted."""
+    """Placement on one CPU device as if it were a TPU, with interpreted kernels."""
     calls = []
 
     def interpreted(name):
-        def call(*given):
+        def call(*operands):
             calls.append(name)
-            return getattr(pallas_tpu, name)(*given, interpret=True)
+            return getattr(pallas_tpu, name)(*operands, interpret=True)
 
         return call
 
@@ -45,8 +45,8 @@ def arrays(*shapes):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def close(found, expected):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def close(actual, expected):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
@@ -62,27 +62,27 @@ def test_tangents_and_gradients_through_them(place, count):
             return attention(x + attention(x, text, text + 1, bias), x, 2 * x)
 
         def loss(x, text):
-            value, moved = tangents(net, x, jnp.stack(v))
-            return jnp.sum(value**2) + jnp.sum(moved**3), (value, moved)
+            value, tangent_out = tangents(net, x, jnp.stack(v))
+            return jnp.sum(value**2) + jnp.sum(tangent_out**3), (value, tangent_out)
 
         with current_placement(place):
             return jax.grad(lambda x, text: loss(x, text)[0], (0, 1))(x, text), loss(x, text)[1]
 
-    found = run(x, text, place.on)
+    actual = run(x, text, place.on)
     assert {"dual", "dual_transpose"} <= set(place.calls) and "value" not in place.calls
-    close(found, run(x, text, place.off))
+    close(actual, run(x, text, place.off))
 
 
-def test_reverse_mode_in_bfloat16_has_more_than_the_rounded_results(place):
-    """With what keys and values have in common, those alone would be wrong by 0.1."""
+def test_reverse_mode_in_bfloat16_uses_rounding_errors(place):
+    """Keys and values with a common component, where rounded results alone give errors of 0.1."""
     args, cotangents = case(40, 50, channels=K, dtype=jnp.bfloat16, shared=3)
     chosen = kernels.Kernels(kernels.KERNEL_MODULES["tpu"], place.on.mesh)
 
     @jax.jit
     def run(args, cotangents):
-        found, transpose = jax.vjp(partial(kernels.dual_with_kernels, chosen), *args)
+        actual, transpose = jax.vjp(partial(kernels.dual_with_kernels, chosen), *args)
         dq, dk, dv, _, *moving = transpose(cotangents)
-        return found, (dq, dk, dv, *moving)
+        return actual, (dq, dk, dv, *moving)
 
     assert worst(run(args, cotangents), truth(args, cotangents)) <= 2e-2
 
@@ -94,12 +94,12 @@ def test_values(place):
         with current_placement(place):
             return jax.value_and_grad(lambda *x: jnp.sum(attention(*x) ** 2), (0, 1, 2))(q, k, v)
 
-    found = run(place.on)
+    actual = run(place.on)
     assert set(place.calls) == {"value"}
-    close(found, run(place.off))
+    close(actual, run(place.off))
 
 
-def test_what_kernels_do_not_take_goes_without(place, monkeypatch):
+def test_unsupported_operands_use_blocks(place, monkeypatch):
     (x,) = arrays((B, N, H, K))
     monkeypatch.setattr(kernels.KERNEL_MODULES["tpu"], "supported", lambda q, k, bias: False)
     with current_placement(place.on):
@@ -108,8 +108,8 @@ def test_what_kernels_do_not_take_goes_without(place, monkeypatch):
 
 
 @pytest.mark.parametrize("count,axis", [(1, "tensor"), (2, "tensor"), (2, "sequence")])
-def test_a_step_of_four_tpus_compiles_with_them(count, axis):
-    """Through scan, recomputation and jax.shard_map, for chips that are not here."""
+def test_step_compiles_for_four_tpus(count, axis):
+    """Ahead-of-time compilation with scan, rematerialisation and jax.shard_map."""
     pytest.importorskip("libtpu")
     from gadjax.models.module import scan_blocks
     from gadjax.parallel.hardware import find_topology
@@ -128,8 +128,8 @@ def test_a_step_of_four_tpus_compiles_with_them(count, axis):
             def net(x):
                 return scan_blocks(layers, x, lambda w, x: attention(x @ w, x, x), "results")
 
-            value, moved = tangents(net, x, jnp.stack([x] * count))
-            return jnp.sum(value.astype(jnp.float32)) + jnp.sum(moved.astype(jnp.float32))
+            value, tangent_out = tangents(net, x, jnp.stack([x] * count))
+            return jnp.sum(value.astype(jnp.float32)) + jnp.sum(tangent_out.astype(jnp.float32))
 
         with current_placement(Placement(mesh, "tpu")):
             return jax.grad(loss)(layers)
@@ -138,23 +138,23 @@ def test_a_step_of_four_tpus_compiles_with_them(count, axis):
     assert text.count('custom_call_target="tpu_custom_call"') >= 3
 
 
-def test_a_cards_kernels_are_tried_before_they_are_trusted(monkeypatch, caplog):
-    def dual(*given, tangent=1.0):
-        o, to, *rows = pallas_gpu.dual(*given, interpret=True)
+def test_gpu_kernels_are_validated(monkeypatch, caplog):
+    def dual(*operands, tangent=1.0):
+        o, to, *rows = pallas_gpu.dual(*operands, interpret=True)
         return o, tangent * to, *rows
 
-    def refuse(*given):
+    def refuse(*operands):
         raise ValueError("no such instruction")
 
     transpose = partial(pallas_gpu.dual_transpose, interpret=True)
-    for forward, dtype, right, said in (
+    for forward, dtype, right, message in (
         (dual, "bfloat16", True, ""),
         (dual, "float32", True, ""),
-        (partial(dual, tangent=0.91), "bfloat16", False, "they are off by 0.0"),
+        (partial(dual, tangent=0.91), "bfloat16", False, "their relative error is 0.0"),
         (refuse, "float32", False, "they do not compile: no such instruction"),
     ):
         caplog.clear()
         module = SimpleNamespace(dual=forward, dual_transpose=transpose)
         monkeypatch.setitem(kernels.KERNEL_MODULES, "gpu", module)
         assert kernels.kernels_validated.__wrapped__("gpu", dtype) is right
-        assert said in caplog.text and bool(caplog.text) is not right
+        assert message in caplog.text and bool(caplog.text) is not right

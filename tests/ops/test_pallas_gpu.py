@@ -16,12 +16,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_is_the_op_and_its_transpose(name):
+def test_equals_the_op_and_its_transpose(name):
     options, tolerance = CASES[name]
     assert error(pallas_gpu, *case(**options)) <= tolerance
 
 
-def test_directions_of_one_value():
+def test_vmap_over_directions():
     assert error_of_directions(pallas_gpu, *case(40, 77, masked=True)) <= 1e-5
 
 
@@ -29,7 +29,7 @@ def test_value_and_gradient():
     assert error_of_value(pallas_gpu, *case(70, 77, masked=True)) <= 1e-5
 
 
-def test_takes_what_it_can():
+def test_supported():
     (q, k, _, bias, *_), _ = case(100, 77, masked=True)
     assert pallas_gpu.supported(q, k, None) and pallas_gpu.supported(q, k, bias)
     assert not pallas_gpu.supported(q, k, jnp.zeros((2, 1, 100, 77)))
@@ -38,7 +38,7 @@ def test_takes_what_it_can():
 
 
 def card():
-    """Newer JAX lowers for a card that is not there where it is told which."""
+    """Context for lowering without a card, to which newer JAX needs an abstract device."""
     if not hasattr(jax.sharding, "AbstractDevice"):
         return nullcontext()
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
@@ -58,13 +58,13 @@ def test_lowers_for_cuda(moving):
 @pytest.mark.slow
 @pytest.mark.parametrize("card", GPUS)
 @pytest.mark.parametrize("positions, channels", [(1024, 72), (4096, 64), (1024, 128)])
-def test_compiles_for_cards_that_are_not_there(card, positions, channels):
+def test_compiles_ahead_of_time(card, positions, channels):
     where = find_topology(f"{card}:1")
     if where.estimate:
         pytest.skip("no CUDA plugin of JAX: 180 MB that no requirement asks for")
     place = jax.sharding.SingleDeviceSharding(where.devices()[0])
     x = jax.ShapeDtypeStruct((2, positions, 16, channels), jnp.bfloat16, sharding=place)
     lowered = jax.jit(both(pallas_gpu)).lower((x, x, x, None, x, x, x), (x, x))
-    found = lowered.compile(compiler_options=FAST_COMPILE_OPTIONS["gpu"])
+    program = lowered.compile(compiler_options=FAST_COMPILE_OPTIONS["gpu"])
     # A few of the operands' size in float32, and nothing of the size of the logits.
-    assert found.memory_analysis().temp_size_in_bytes < 6 * 4 * x.size
+    assert program.memory_analysis().temp_size_in_bytes < 6 * 4 * x.size

@@ -11,19 +11,19 @@ from gadjax.parallel.hardware import find_topology
 
 CASES = {
     "cross": (dict(queries=130, keys=530, moving=False, masked=True), 1e-5),
-    # A tangent or a transpose that took off what keys and values share last, or that of o in
-    # bfloat16, would be wrong by 0.1.
+    # Subtracting the common component of keys and values last, or that of o in bfloat16, would
+    # give errors of 0.1.
     "bfloat16": (dict(queries=200, keys=530, channels=64, dtype=jnp.bfloat16, shared=3), 2e-2),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_is_the_op_and_its_transpose(name):
+def test_equals_the_op_and_its_transpose(name):
     options, tolerance = CASES[name]
     assert error(pallas_tpu, *case(**options)) <= tolerance
 
 
-def test_directions_of_one_value():
+def test_vmap_over_directions():
     assert error_of_directions(pallas_tpu, *case(600, 530, masked=True)) <= 1e-5
 
 
@@ -33,7 +33,7 @@ def test_value_and_gradient():
     assert error_of_value(pallas_tpu, *case(**options)) <= tolerance
 
 
-def test_takes_what_it_can():
+def test_supported():
     (q, k, _, bias, *_), _ = case(300, 77, masked=True)
     assert pallas_tpu.supported(q, k, None) and pallas_tpu.supported(q, k, bias)
     assert not pallas_tpu.supported(q, k, jnp.zeros((2, 1, 300, 77)))
@@ -41,10 +41,10 @@ def test_takes_what_it_can():
     assert not pallas_tpu.supported(q.astype(jnp.float16), k.astype(jnp.float16), None)
 
 
-def test_blocks_pad_little():
+def test_block_sizes():
     x = jax.ShapeDtypeStruct((1, 1, 1, 72), jnp.bfloat16)
-    found = {n: pallas_tpu.block(n, x) for n in (77, 300, 1024, 4096, 4096 + 77, 4096 + 300)}
-    assert list(found.values()) == [128, 384, 512, 512, 384, 512]
+    blocks = {n: pallas_tpu.block(n, x) for n in (77, 300, 1024, 4096, 4096 + 77, 4096 + 300)}
+    assert list(blocks.values()) == [128, 384, 512, 512, 384, 512]
     assert pallas_tpu.block(4096, jax.ShapeDtypeStruct((1, 1, 1, 160), jnp.float32)) == 256
 
 
@@ -77,7 +77,7 @@ def test_compiles(topology):
     assert compiled(topology, 300, 77, masked=True)
 
 
-def test_compiles_cut_over_devices():
+def test_compiles_sharded():
     mesh = Mesh(devices("v5e:2x2").reshape(2, 1, 2), ("data", "fsdp", "tensor"))
     spec, rows = P(("data", "fsdp"), None, "tensor"), P(("data", "fsdp"))
     args, cotangents = operands(mesh, spec, 256, 256, batch=4, masked=True)
@@ -100,6 +100,6 @@ def test_compiles_cut_over_devices():
     ],
 )
 def test_compiles_at_full_size(topology, queries, keys, options):
-    found = compiled(topology, queries, keys, batch=2, **options)
+    program = compiled(topology, queries, keys, batch=2, **options)
     operand = 2 * 2 * options["heads"] * queries * 128
-    assert found.memory_analysis().temp_size_in_bytes < 16 * operand
+    assert program.memory_analysis().temp_size_in_bytes < 16 * operand

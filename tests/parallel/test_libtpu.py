@@ -1,4 +1,4 @@
-"""Where libtpu is installed and there is no TPU, nothing but `gadjax plan` loads it."""
+"""libtpu without a TPU is loaded by `gadjax plan` alone."""
 
 import os
 import subprocess
@@ -19,15 +19,15 @@ print(os.environ.get("JAX_PLATFORMS"), os.environ.get("TPU_ACCELERATOR_TYPE"))
 """
 
 
-def run(*command: str, **own: str) -> subprocess.CompletedProcess:
-    """A process that is told nothing of platforms but `own`."""
+def run(*command: str, **env_changes: str) -> subprocess.CompletedProcess:
+    """Run a process whose only variables of platforms are `env_changes`."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_PLATFORMS", "TPU_"))}
-    env |= {"PYTHONPATH": str(ROOT)} | own
+    env |= {"PYTHONPATH": str(ROOT)} | env_changes
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
-    "tpu,installed,own,found",
+    "tpu,installed,env_changes,expected",
     [
         ("none", ("libtpu",), {}, "cpu None"),
         ("none", ("libtpu",), {"JAX_PLATFORMS": ""}, "cpu None"),
@@ -38,12 +38,12 @@ def run(*command: str, **own: str) -> subprocess.CompletedProcess:
         ("none", ("libtpu",), {"TPU_ACCELERATOR_TYPE": "v5p-8"}, "None v5p-8"),
     ],
 )
-def test_jax_is_kept_from_libtpu_only_where_there_is_no_tpu(tpu, installed, own, found):
-    asked = run("-c", ASK, tpu, *installed, **own)
-    assert asked.stdout.strip() == found, asked.stderr
+def test_libtpu_is_disabled_only_without_tpu(tpu, installed, env_changes, expected):
+    asked = run("-c", ASK, tpu, *installed, **env_changes)
+    assert asked.stdout.strip() == expected, asked.stderr
 
 
-def test_a_command_says_nothing_of_libtpu():
+def test_command_logs_nothing_of_libtpu():
     asked = run("-m", "gadjax", "doctor")
     assert asked.returncode == 0 and "devices: " in asked.stdout
     assert asked.stderr == "" and "libtpu" not in asked.stdout

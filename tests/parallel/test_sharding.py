@@ -30,12 +30,12 @@ CONFIG = pixart.Config(
     sample_size=4,
     caption_channels=TEXT,
 )
-# eps: a bias of the keys has no gradient, and Adam would make steps of its rounding.
+# eps: biases of keys have no gradient, and Adam would turn their rounding into steps.
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, eps=1e-3))
 
 
 def tiny_run(mesh, microbatches, offload=()):
-    """Teacher, student and critic as PixArts of two blocks; prompts as random embeddings."""
+    """Run with PixArts of two blocks as teacher, student and critic; random prompt embeddings."""
     from gadjax.diffusion.denoiser import Denoiser
     from gadjax.diffusion.schedules import DDPM
     from gadjax.objectives import DMD, GAD, Anchor
@@ -72,7 +72,7 @@ def tiny_run(mesh, microbatches, offload=()):
     )
     null = {"text": rng.normal(size=(1, LENGTH, TEXT)), "mask": np.ones((1, LENGTH))}
     frozen = {"null": jax.tree.map(np.float32, null), "transformer": teacher}
-    # What compile_steps reads of a Run.
+    # The attributes of a Run that compile_steps reads.
     return SimpleNamespace(
         config=SimpleNamespace(
             seed=3,
@@ -99,7 +99,7 @@ def prompts(update):
 
 
 # Mesh (as AXES) -> microbatches, roles (one is enough for the last two, for compilation's sake),
-# what waits in the host's memory.
+# what is offloaded to the host's memory.
 MESHES = {
     "1x1x1x1": (1, ("student", "critic"), ()),
     "2x2x2x1": (1, ("student", "critic"), ()),
@@ -109,7 +109,7 @@ MESHES = {
 
 
 def worker(out: Path) -> None:
-    """Two student updates, then two of the critic, in every arrangement."""
+    """Run two student updates, then two of the critic, on every mesh."""
     from gadjax.parallel.sharding import batch_sharding
     from gadjax.training.compile import compile_steps
 
@@ -122,20 +122,20 @@ def worker(out: Path) -> None:
         state = jax.device_put(run.start(run.initial_params), steps.state)
         frozen = jax.device_put(run.frozen, steps.frozen)
         metrics, flops = {}, {}
-        # Eight devices make a hidden layer in parts, one as a whole.
+        # Eight devices compute a hidden layer in parts, one device at once.
         layers.MAX_CHUNK_ELEMENTS = 2**24 if mesh.size == 1 else 2**4
         for role in roles:
             step = None
             for update in range(2):
                 raw = jax.device_put(prompts(update), batch_sharding(mesh))
-                given = state, frozen, raw, jnp.uint32(update)
-                step = step or getattr(steps, role).lower(*given).compile()
-                state, more = step(*given)
+                inputs = state, frozen, raw, jnp.uint32(update)
+                step = step or getattr(steps, role).lower(*inputs).compile()
+                state, more = step(*inputs)
                 metrics |= {f"{update}/{k}": np.asarray(v).tolist() for k, v in more.items()}
             flops[role] = step.cost_analysis()["flops"]
         specs = {path_name(p): str(v.sharding.spec) for p, v in leaves(state)}
-        found = {path_name(p): np.asarray(v) for p, v in leaves(state)}
-        np.savez(out / f"{name}.npz", **{k.replace("/", "|"): v for k, v in found.items()})
+        actual = {path_name(p): np.asarray(v) for p, v in leaves(state)}
+        np.savez(out / f"{name}.npz", **{k.replace("/", "|"): v for k, v in actual.items()})
         kinds = {path_name(p): v.sharding.memory_kind for p, v in leaves(state)}
         (out / f"{name}.json").write_text(json.dumps([metrics, specs, flops, kinds]))
 
@@ -146,19 +146,19 @@ def leaves(tree):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Mesh -> state by path, metrics, PartitionSpecs, floating-point operations of a device."""
+    """Results of every mesh: state by path, metrics, PartitionSpecs, FLOPs per device."""
     out = tmp_path_factory.mktemp("sharded")
     run_on_devices(8, __file__, out)
-    found = {}
+    actual = {}
     for name in MESHES:
         arrays = np.load(out / f"{name}.npz")
         state = {key.replace("|", "/"): arrays[key] for key in arrays.files}
-        found[name] = state, *json.loads((out / f"{name}.json").read_text())
-    return found
+        actual[name] = state, *json.loads((out / f"{name}.json").read_text())
+    return actual
 
 
 @pytest.mark.parametrize("name", ["2x2x2x1", "8x1x1x1", "1x2x2x2"])
-def test_eight_devices_do_what_one_does(trained, name):
+def test_eight_devices_equal_one(trained, name):
     (one, metrics, *_), (eight, same, *_) = trained["1x1x1x1"], trained[name]
     net = functional(pixart.build(CONFIG, remat=False))
     assert len(one) == len(eight) > 7 * len(flatten(net.abstract))
@@ -169,7 +169,7 @@ def test_eight_devices_do_what_one_does(trained, name):
             continue
         size = np.abs(a).max()
         if "/mu/" in key or "/nu/" in key:
-            # Gradients that cancel to nothing, as the key biases', are their rounding.
+            # Gradients that cancel, as those of key biases, consist of rounding.
             floor = largest if "/mu/" in key else largest**2
             np.testing.assert_allclose(eight[key], a, rtol=0, atol=1e-5 * size + 1e-6 * floor)
         else:
@@ -183,7 +183,7 @@ def test_eight_devices_do_what_one_does(trained, name):
         np.testing.assert_allclose(value, metrics[key], rtol=1e-5, atol=more, err_msg=key)
 
 
-def test_the_state_stays_where_the_rules_put_it(trained):
+def test_state_keeps_its_shardings(trained):
     specs = trained["2x2x2x1"][2]
     kernel = "blocks/attn1/to_q/kernel"
     assert specs[f"params/student/{kernel}"] == str(P(None, "fsdp", "tensor"))
@@ -191,15 +191,15 @@ def test_the_state_stays_where_the_rules_put_it(trained):
     assert sum("fsdp" in spec for spec in specs.values()) > 50
 
 
-def test_what_is_offloaded_waits_in_the_hosts_memory(trained):
+def test_offloaded_arrays_are_in_host_memory(trained):
     for key, kind in trained["8x1x1x1"][4].items():
         assert (kind == "pinned_host") == key.startswith(("opt/", "ema/")), key
     assert set(trained["2x2x2x1"][4].values()) == {"device"}
 
 
-def test_devices_share_the_work(trained):
-    """An eighth of the operations each, up to what is done once per parameter and what both devices
-    of "tensor" do (norms, modulation; a third of so small a network's other work); with
+def test_flops_are_split_over_devices(trained):
+    """Each device does an eighth of the FLOPs, up to those per parameter and those that both
+    devices of "tensor" do (norms, modulation; a third of so small a network's other work); with
     microbatches (whose loop is counted once) an eighth of a microbatch's."""
     alone = trained["1x1x1x1"][3]
     for role in ("student", "critic"):
@@ -215,53 +215,53 @@ def spec_of(tree, rules, mesh=MESH):
     return jax.tree.map(lambda s: s.spec, shardings(tree, rules, mesh))
 
 
-def test_the_first_rule_that_is_found_in_the_path_decides():
+def test_first_matching_rule_decides():
     rules = ((r"^a/w$", P("fsdp", None)), (r"w$", P(None, "fsdp")), (r"(^|/)b$", P()))
     tree = {"a": {"w": BIG, "b": SMALL}, "x": {"a": {"w": BIG}, "w": BIG}}
-    found = spec_of(tree, rules)
-    assert found["a"] == {"w": P("fsdp", None), "b": P()}
-    # A state's paths go on before the network's own.
-    assert found["x"] == {"a": {"w": P("fsdp", None)}, "w": P(None, "fsdp")}
+    actual = spec_of(tree, rules)
+    assert actual["a"] == {"w": P("fsdp", None), "b": P()}
+    # A network's path is nested in a state's path.
+    assert actual["x"] == {"a": {"w": P("fsdp", None)}, "w": P(None, "fsdp")}
     assert spec_of({"w": BIG}, ((r"w", P("tensor", "fsdp")),)) == {"w": P(None, "fsdp")}
 
 
-def test_a_rule_does_not_leave_a_big_leaf_whole():
-    def found(*shape):
+def test_large_replicated_leaf_is_sharded():
+    def actual(*shape):
         return spec_of({"b": jax.ShapeDtypeStruct(shape, np.float32)}, ((r"b", P()),))["b"]
 
-    assert found(30, 2304) == P(None, "fsdp")  # by the four of fsdp
-    assert found(28, 2305, 2) == P("fsdp")
-    assert found(31, 2305) == P()
-    assert found(28, 2304) == P()  # 64,512 elements
+    assert actual(30, 2304) == P(None, "fsdp")  # fsdp = 4 divides it
+    assert actual(28, 2305, 2) == P("fsdp")
+    assert actual(31, 2305) == P()
+    assert actual(28, 2304) == P()  # 64,512 elements
 
 
-def test_a_big_leaf_without_a_rule_is_refused():
+def test_large_leaf_without_rule_is_refused():
     assert spec_of({"a": SMALL}, ()) == {"a": P()}
     with pytest.raises(InputError, match=r"found no rule for b/c \(512, 256\)"):
         shardings({"a": SMALL, "b": {"c": BIG}}, ((r"^c$x", P()),), MESH)
 
 
-def test_an_axis_that_does_not_divide_is_refused():
+def test_indivisible_axis_is_refused():
     odd = jax.ShapeDtypeStruct((510, 256), np.float32)
     with pytest.raises(InputError, match=r"mesh.fsdp: found 4; expected a divisor of 510 \(w\)"):
         shardings({"w": odd}, ((r"w", P("fsdp", None)),), MESH)
-    # What is small is not worth a refusal.
+    # Small leaves are replicated instead.
     assert spec_of({"w": SMALL}, ((r"w", P("fsdp", None)),)) == {"w": P()}
 
 
-def test_moments_and_averages_lie_with_their_parameter():
+def test_moments_and_ema_are_sharded_like_parameters():
     run = tiny_run(MESH, 1)
     state = jax.eval_shape(run.start, run.initial_params)
-    found = {path_name(path): s.spec for path, s in leaves(shardings(state, pixart.RULES, MESH))}
-    own = {
+    actual = {path_name(path): s.spec for path, s in leaves(shardings(state, pixart.RULES, MESH))}
+    params_specs = {
         path_name(path): s.spec
         for path, s in leaves(shardings(state.params["student"], pixart.RULES, MESH))
     }
-    assert sum("fsdp" in str(spec) for spec in own.values()) > 10
-    for path, spec in own.items():
-        same = [s for key, s in found.items() if f"/{path}" in key and key.endswith(path)]
+    assert sum("fsdp" in str(spec) for spec in params_specs.values()) > 10
+    for path, spec in params_specs.items():
+        same = [s for key, s in actual.items() if f"/{path}" in key and key.endswith(path)]
         exact = [
-            found[f"{before}{path}"]
+            actual[f"{before}{path}"]
             for before in (
                 "params/student/",
                 "params/critic/",
@@ -285,18 +285,18 @@ def test_moments_and_averages_lie_with_their_parameter():
         {"data": -2, "fsdp": -4},
     ],
 )
-def test_a_mesh_of_other_than_the_devices_is_refused(sizes):
+def test_mesh_of_another_size_is_refused(sizes):
     count = 8 if sizes["data"] == -2 else 1
     with pytest.raises(InputError, match=f"expected sizes that multiply to {count} devices"):
         make_mesh(sizes, jax.devices()[:1] * count)
 
 
-def test_one_size_may_be_left_to_the_mesh():
+def test_one_mesh_size_is_inferred():
     mesh = make_mesh({"data": 1, "fsdp": -1}, jax.devices()[:1])
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
 
 
-def test_batches_that_do_not_divide_are_refused():
+def test_indivisible_batches_are_refused():
     assert check_batch(64, 16, MESH) == 4 and check_batch(64, 64, MESH) == 1
     with pytest.raises(InputError, match=r"found 24; expected a divisor of batch \(64\)"):
         check_batch(64, 24, MESH)
@@ -306,8 +306,8 @@ def test_batches_that_do_not_divide_are_refused():
         check_batch(64, 4, MESH)
 
 
-def test_embeddings_of_the_empty_prompt_need_no_rule():
-    """T5-XXL's are half a million numbers, but no parameters."""
+def test_negative_prompt_embeddings_need_no_rule():
+    """Those of T5-XXL are half a million numbers, but no parameters."""
     from gadjax.training.compile import compile_steps
 
     run = tiny_run(make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1]), 1)
@@ -319,7 +319,7 @@ if __name__ == "__main__":
     worker(Path(sys.argv[1]))
 
 
-def test_slices_hold_whole_shares_of_data():
+def test_slices_split_the_data_axis():
     pytest.importorskip("libtpu")
     from gadjax.parallel.hardware import find_topology
 

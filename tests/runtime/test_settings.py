@@ -1,4 +1,4 @@
-"""The same numbers whatever JAX is told in the environment or by a program."""
+"""Results that do not depend on JAX's configuration, from the environment or a program."""
 
 from contextlib import contextmanager
 
@@ -11,7 +11,7 @@ from gadjax.errors import InputError
 from gadjax.pipelines.sampling import initial_noise
 from gadjax.seeds import make_key
 
-# What changes the noise of a seed, or ends a program for what is meant here.
+# Options that would change the noise of a seed, or raise for what is intended here.
 OTHERS = {
     "jax_enable_x64": True,
     "jax_default_prng_impl": "rbg",
@@ -23,8 +23,8 @@ OTHERS = {
 
 
 @contextmanager
-def told(**settings):
-    """As the variables of the same names tell every thread."""
+def configured(**settings):
+    """Set options for all threads, as environment variables do."""
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
@@ -35,18 +35,18 @@ def told(**settings):
             jax.config.update(name, value)
 
 
-def test_a_noise_is_of_the_seed_alone():
-    # The figures are those of JAX's own default settings.
-    wanted = [0.415283, -1.379870]
+def test_noise_depends_on_the_seed_only():
+    # The values under JAX's default settings.
+    expected = [0.415283, -1.379870]
     for name, value in [("jax_enable_x64", False), *OTHERS.items()]:
-        with told(**{name: value}):
-            found = initial_noise(5, 2, (2, 2, 1))
-            assert found.dtype == np.float32 and found.shape == (2, 2, 2, 1)
-            np.testing.assert_allclose(found[:, 0, 0, 0], wanted, atol=1e-6)
+        with configured(**{name: value}):
+            actual = initial_noise(5, 2, (2, 2, 1))
+            assert actual.dtype == np.float32 and actual.shape == (2, 2, 2, 1)
+            np.testing.assert_allclose(actual[:, 0, 0, 0], expected, atol=1e-6)
 
 
 def distilled(teacher):
-    """A student of one update, with noise of every kind, and what it draws."""
+    """A student after one update, with noise of every kind, and its samples."""
     prompts = ["red circle", "green square"]
     objective = gadjax.objectives.GAD(steps=1) + gadjax.objectives.Anchor(steps=1)
     changes = {"batch": 2, "remat": "none", "data": {"length": 8}, "guidance": 3, "seed": 3}
@@ -55,20 +55,23 @@ def distilled(teacher):
     return images, jax.device_get(student.trained.params)
 
 
-def test_a_student_and_its_pictures_are_of_their_seeds_alone(tiny_pipeline):
+def test_student_and_images_depend_on_seeds_only(tiny_pipeline):
     images, params = distilled(tiny_pipeline)
-    with told(**OTHERS):
-        found, others = distilled(tiny_pipeline)
-    np.testing.assert_array_equal(found, images)
+    with configured(**OTHERS):
+        actual, others = distilled(tiny_pipeline)
+    np.testing.assert_array_equal(actual, images)
     jax.tree.map(np.testing.assert_array_equal, others, params)
 
 
-def test_a_run_without_compiling_is_refused(tiny_pipeline):
-    with told(jax_disable_jit=True), pytest.raises(InputError, match="JAX_DISABLE_JIT: found"):
+def test_disabled_jit_is_refused(tiny_pipeline):
+    with (
+        configured(jax_disable_jit=True),
+        pytest.raises(InputError, match="JAX_DISABLE_JIT: found"),
+    ):
         distilled(tiny_pipeline)
 
 
-def test_every_bit_of_a_seed_counts():
+def test_all_bits_of_a_seed_count():
     for seed in (0, 7, 2**32 - 1):
         known = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
         np.testing.assert_array_equal(jax.random.key_data(make_key(seed)), known)
@@ -78,7 +81,7 @@ def test_every_bit_of_a_seed_counts():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
-def test_a_seed_of_more_bits_is_refused(seed):
+def test_seed_of_more_bits_is_refused(seed):
     line = f"seed: found {seed}; expected 0 to 2.64 - 1"
     with pytest.raises(InputError, match=line):
         make_key(seed)
