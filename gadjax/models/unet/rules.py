@@ -1,12 +1,13 @@
-"""How the U-Net's parameters are split over the devices of the axes "fsdp" and "tensor"."""
+"""Sharding rules of the U-Net's parameters over the mesh axes "fsdp" and "tensor"."""
 
 from jax.sharding import PartitionSpec as P
 
-# Why a mesh does not split the positions of a sample.
+# Reason why a "sequence" axis cannot split the positions of a sample.
 NO_SEQUENCE_SHARDING = "whose convolutions and group norms have a sample's positions on one device"
 
 # Every width of the published networks is a multiple of 64. With a "tensor" axis of 2, conv1 and
-# what follows the norms are cut along their outputs, conv2 and the ways back along their inputs.
+# the projections after norms are sharded along their outputs, conv2 and the projections back to the
+# residual stream along their inputs.
 RULES: tuple[tuple[str, P], ...] = (
     (r"/transformer_blocks/.*/(to_q|to_k|to_v|linear_1)/kernel$", P(None, "fsdp", "tensor")),
     (r"/transformer_blocks/.*/(to_out|linear_2)/kernel$", P(None, "tensor", "fsdp")),
