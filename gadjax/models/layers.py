@@ -140,6 +140,12 @@ class Mlp(nnx.Module):
     """MLP: two biased linear layers with an activation between them.
 
     Used for the timestep embedding (silu), the caption projection and the feed-forward (gelu_tanh).
+
+    Args:
+      features, hidden, out: widths of the input, the hidden layer and the output.
+      activation: elementwise.
+      dtype: of the computation.
+      rngs: keys of the initialisers.
     """
 
     def __init__(
@@ -224,6 +230,15 @@ class Attention(nnx.Module):
     """Multi-head attention: cross-attention to a context, or self-attention without one.
 
     Variants of a family override `queries`, `keys_values` and `attend`.
+
+    Args:
+      dim: width D of the tokens.
+      heads, head_dim: number of heads and width K of one.
+      context_dim: width C of the context; None: the tokens'.
+      bias: of the projections to queries, keys and values.
+      out_bias: of the output projection.
+      dtype: of the computation.
+      rngs: keys of the initialisers.
     """
 
     def __init__(

@@ -21,7 +21,13 @@ TIME_CHANNELS = 256
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
-    """Constructor of the network, called with Keys; `remat`: rematerialisation of its blocks."""
+    """Constructor of the network, called with Keys.
+
+    Args:
+      config: the network's options.
+      dtype: of the computation; parameters are initialised in float32.
+      remat: rematerialisation of every block, see `checkpointed`.
+    """
     return lambda rngs: MMDiT(config, dtype=dtype, remat=remat, rngs=rngs)
 
 

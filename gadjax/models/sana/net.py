@@ -84,7 +84,13 @@ class Config:
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
-    """Constructor of the network, called with Keys; `remat`: rematerialisation of its blocks."""
+    """Constructor of the network, called with Keys.
+
+    Args:
+      config: the network's options.
+      dtype: of the computation; parameters are initialised in float32.
+      remat: rematerialisation of every block, see `checkpointed`.
+    """
     return lambda rngs: Sana(config, dtype=dtype, remat=remat, rngs=rngs)
 
 
@@ -202,7 +208,7 @@ class Sana(nnx.Module):
           t_B: timesteps of the scheduler, in [0, 1000); for Sprint in [0, 1].
           text: prompt embeddings [B, L, D], or their KV cache from `text_kv`.
           mask_BL: attention mask: 1 for the tokens of the prompt, 0 for padding.
-          guidance_B: the guidance scale as users give it, such as 4.5, to embed; of Sprint alone.
+          guidance_B: guidance scale to embed, as users give it (such as 4.5); Sprint only.
 
         Returns: [B, H, W, out_channels] in the compute dtype.
         Raises: InputError for a size the patch does not divide, for Sprint without guidance, and

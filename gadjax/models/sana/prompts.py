@@ -88,7 +88,7 @@ def prompts(parts: TextComponents, config: Config) -> GemmaPromptEncoder:
     if sprint != config.guidance_embeds:
         raise InputError(
             f"{parts.path}: found a {parts.pipeline} with guidance_embeds {config.guidance_embeds} "
-            f"in transformer/config.json; expected {sprint}, as of that pipeline"
+            f"in transformer/config.json; expected {sprint}, as that pipeline requires"
         )
     return GemmaPromptEncoder(
         parts.tokenizer(), parts.apply["text_encoder"], steps=2 if sprint else 20

@@ -2,7 +2,7 @@
 
 from jax.sharding import PartitionSpec as P
 
-# The widths 1152 and 2240 and all hidden ones divide by 32. No rule for leaves of
+# The widths 1152 and 2240 and all hidden ones divide by 32. No rules for leaves of
 # fewer than 65,536 elements: norms' weights and the biases of the width.
 RULES: tuple[tuple[str, P], ...] = (
     (r"^blocks/attn[12]/to_(q|k|v)/kernel$", P(None, "fsdp", "tensor")),

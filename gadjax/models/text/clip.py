@@ -31,7 +31,7 @@ LEGACY_EOS = 2
 
 @dataclass(frozen=True)
 class Config:
-    """Options of transformers' CLIPTextConfig that change the encoder's output, its defaults."""
+    """Options of transformers' CLIPTextConfig that change the encoder's output; same defaults."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -43,7 +43,7 @@ class Config:
     eos_token_id: int = 49407
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
-    use_attention_mask: bool = False  # read by StableDiffusionPipeline: mask padding
+    use_attention_mask: bool = False  # of diffusers: StableDiffusionPipeline masks padding
     projected: bool = False  # CLIPTextModelWithProjection; `architectures` in the file
 
     @classmethod
@@ -216,8 +216,10 @@ class TextModel(nnx.Module):
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[[Keys], nnx.Module]:
     """Constructor of the encoder, called with Keys.
 
-    dtype: of the computation; parameters are initialised in float32. remat: rematerialisation of
-    the blocks.
+    Args:
+      config: the network's options.
+      dtype: of the computation; parameters are initialised in float32.
+      remat: rematerialisation of every block, see `checkpointed`.
     """
     return lambda rngs: TextModel(config, dtype, remat, rngs)
 

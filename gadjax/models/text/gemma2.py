@@ -38,7 +38,7 @@ LAYER_TYPES = {"sliding_attention", "full_attention"}
 
 @dataclass(frozen=True)
 class Config:
-    """Options of transformers' Gemma2Config that change the encoder's output, its defaults."""
+    """Options of transformers' Gemma2Config that change the encoder's output; same defaults."""
 
     vocab_size: int = 256000
     hidden_size: int = 2304
@@ -238,8 +238,10 @@ class Encoder(nnx.Module):
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[[Keys], nnx.Module]:
     """Constructor of the encoder, called with Keys.
 
-    dtype: of the computation; parameters are initialised in float32. remat: rematerialisation of
-    the blocks.
+    Args:
+      config: the network's options.
+      dtype: of the computation; parameters are initialised in float32.
+      remat: rematerialisation of every block, see `checkpointed`.
     """
     return lambda rngs: Encoder(config, dtype, remat, rngs)
 

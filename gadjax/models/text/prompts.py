@@ -53,7 +53,12 @@ class PromptEncoder(Protocol):
         """Length of the prompt embeddings for so many tokens."""
 
     def encode(self, params: Mapping[str, Params], ids_BL, mask_BL) -> PromptEmbeds:
-        """Prompt embeddings of token ids; params: by name of the text encoder."""
+        """Prompt embeddings of token ids.
+
+        Args:
+          params: parameters of all text encoders, by name.
+          ids_BL, mask_BL: from `tokens` or `negative_tokens`.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +151,15 @@ def check_width(path: Path, width: int, expected: int, option: str) -> None:
 def concat_tokens(
     tokenizers: Sequence[Tokenizer], prompts: Sequence[str], lengths: Sequence[int]
 ) -> Tokens:
-    """Token ids and masks of several encoders, concatenated along the length."""
+    """Tokenize prompts for several encoders and concatenate along the length.
+
+    Args:
+      tokenizers: one for each encoder.
+      prompts: B texts.
+      lengths: number of tokens of each encoder.
+
+    Returns: ids and mask [B, sum of lengths].
+    """
     pairs = [t(prompts, n) for t, n in zip(tokenizers, lengths, strict=True)]
     ids, masks = zip(*pairs, strict=True)
     return np.concatenate(ids, axis=1), np.concatenate(masks, axis=1)

@@ -30,7 +30,7 @@ DERIVED = ("is_decoder", "is_gated_act", "dense_act_fn")  # options that repeat 
 
 @dataclass(frozen=True)
 class Config:
-    """Options of transformers' T5Config that change the encoder's output, with its defaults."""
+    """Options of transformers' T5Config that change the encoder's output; same defaults."""
 
     vocab_size: int
     d_model: int
@@ -234,8 +234,10 @@ class Encoder(nnx.Module):
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[[Keys], nnx.Module]:
     """Constructor of the encoder, called with Keys.
 
-    dtype: of the computation; parameters are initialised in float32. remat: rematerialisation of
-    the blocks.
+    Args:
+      config: the network's options.
+      dtype: of the computation; parameters are initialised in float32.
+      remat: rematerialisation of every block, see `checkpointed`.
     """
     return lambda rngs: Encoder(config, dtype, remat, rngs)
 

@@ -23,7 +23,10 @@ from gadjax.types import TextKV
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
     """Constructor of the network, called with Keys.
 
-    remat: rematerialisation of every residual block and every transformer block.
+    Args:
+      config: the network's options.
+      dtype: of the computation; parameters are initialised in float32.
+      remat: rematerialisation of every residual block and every transformer block.
     """
     return lambda rngs: UNet(config, dtype=dtype, remat=remat, rngs=rngs)
 

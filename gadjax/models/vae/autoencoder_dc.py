@@ -154,9 +154,12 @@ def unscale(latent_BHWC: jax.Array, config: Config) -> jax.Array:
 def build(
     config: Config, *, dtype: jnp.dtype = jnp.float32, remat: bool = True
 ) -> Callable[[Keys], nnx.Module]:
-    """Constructor of the autoencoder, for `functional`; methods: "encode" and "decode".
+    """Constructor of the autoencoder, for `functional`; its methods are "encode" and "decode".
 
-    dtype: of the convolutions' computation. remat: rematerialisation of every block.
+    Args:
+      config: the network's options.
+      dtype: of the convolutions' computation.
+      remat: rematerialisation of every block.
     """
     return lambda rngs: AutoencoderDC(config, remat, {"dtype": dtype, "rngs": rngs})
 

@@ -102,10 +102,13 @@ def unscale(latent_BHWC: jax.Array, config: Config) -> jax.Array:
 def build(
     config: Config, *, dtype: jnp.dtype = jnp.float32, remat: bool = True
 ) -> Callable[[Keys], nnx.Module]:
-    """Constructor of the VAE, for `functional`; methods: "encode" and "decode".
+    """Constructor of the VAE, for `functional`; its methods are "encode" and "decode".
 
-    dtype: of the convolutions' computation. remat: rematerialisation of every residual block and of
-    the attention, so that only their inputs are stored.
+    Args:
+      config: the network's options.
+      dtype: of the convolutions' computation.
+      remat: rematerialisation of every residual block and of the attention, so that only their
+        inputs are stored.
     """
     return lambda rngs: AutoencoderKL(
         config, _Layers(config.norm_num_groups, remat, {"dtype": dtype, "rngs": rngs})
