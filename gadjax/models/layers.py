@@ -26,9 +26,8 @@ from gadjax.types import TextKV
 # more than MAX_CHUNKS, since every chunk reads and writes the sum.
 MAX_CHUNK_ELEMENTS = 2**23
 MAX_CHUNKS = 4
-MASKED_LOGIT = (
-    -10_000.0
-)  # finite, so that a prompt without any token attends evenly instead of to NaN
+# Finite, so that a prompt without any token attends evenly instead of giving NaN.
+MASKED_LOGIT = -10_000.0
 
 
 def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:

@@ -2,7 +2,7 @@
 
 from jax.sharding import PartitionSpec as P
 
-# The table of positions is part of the file and was never trained.
+# The table of position embeddings is part of the file and was never trained.
 FROZEN: tuple[str, ...] = (r"^pos_embed/pos_embed$",)
 
 STACK = r"^(dual_)?blocks/"

@@ -32,7 +32,7 @@ FIXED = {
     "num_vector_embeds": None,
     "dropout": 0.0,
 }
-UNUSED = {*IGNORED[CLASS_NAMES[0]], "cross_attention_dim"}  # which is the width
+OTHER_OPTIONS = {*IGNORED[CLASS_NAMES[0]], "cross_attention_dim"}  # the latter is the width
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Config:
         for key, value in cfg.items():
             if key in FIXED and (value or None) != (FIXED[key] or None):
                 raise InputError(f"{key}: found {value!r}; expected {FIXED[key]!r}")
-            known = key in names or key in FIXED or key in UNUSED or key.startswith("_")
+            known = key in names or key in FIXED or key in OTHER_OPTIONS or key.startswith("_")
             if not known and value is not None:  # null means absent
                 raise InputError(f"{key}: found {value!r}; expected an option of PixArt")
         if cfg.get("_class_name") == "Transformer2DModel" and "norm_type" not in cfg:

@@ -125,6 +125,8 @@ def _norm(c: Config, dtype, rngs: Keys) -> nnx.LayerNorm:
 
 
 class Attention(nnx.Module):
+    """Multi-head self-attention under an additive bias of the logits."""
+
     def __init__(self, c: Config, dtype, rngs: Keys):
         d = c.hidden_size
         self.q_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)

@@ -50,7 +50,7 @@ class PromptEncoder(Protocol):
         """Token ids and mask of the negative prompt [1, L]; None: the family's default."""
 
     def embed_length(self, length: int) -> int:
-        """Length of the prompt embeddings for so many tokens."""
+        """Length of the prompt embeddings of `tokens(prompts, length)`."""
 
     def encode(self, params: Mapping[str, Params], ids_BL, mask_BL) -> PromptEmbeds:
         """Prompt embeddings of token ids.
@@ -117,7 +117,7 @@ class TextComponents:
     def clip_length(self, tokenizer: Tokenizer, *encoders: str) -> int:
         """Number of tokens that these CLIPs are given: the tokenizer's model_max_length.
 
-        Raises: InputError where a CLIP has fewer positions.
+        Raises: InputError if there is none, or a CLIP has fewer positions.
         """
         length = tokenizer.backend.model_max_length
         most = min(self.specs[name].max_position_embeddings for name in encoders)

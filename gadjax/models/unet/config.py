@@ -94,7 +94,7 @@ class Config:
                 _refuse(key, cfg[key], repr(FIXED[key]))
             ignored = key in IGNORED[CLASS_NAMES[0]] or key.startswith("_")
             known = key in names or key in FIXED or ignored
-            if not known and value is not None:  # null stands for an option that is absent
+            if not known and value is not None:  # null means absent
                 _refuse(key, value, "an option of UNet2DConditionModel")
         if cfg.get("sample_size") is None:
             _refuse("sample_size", None, "the side of the latents")
@@ -132,7 +132,7 @@ class Config:
             _refuse("out_channels", self.out_channels, f"{self.in_channels}, as in_channels")
         if any(width % groups for width in widths):
             _refuse("norm_num_groups", groups, f"a divisor of block_out_channels {widths}")
-        # Half of a time's features are sines.
+        # Half of the channels of a sinusoidal embedding are sines.
         if widths[0] % 2:
             _refuse("block_out_channels", widths, "an even number first")
         cross = [kind.startswith("Cross") for kind in self.down_block_types]

@@ -11,7 +11,7 @@ NO_SEQUENCE_SHARDING = "whose convolutions and group norms have a sample's posit
 RULES: tuple[tuple[str, P], ...] = (
     (r"/transformer_blocks/.*/(to_q|to_k|to_v|linear_1)/kernel$", P(None, "fsdp", "tensor")),
     (r"/transformer_blocks/.*/(to_out|linear_2)/kernel$", P(None, "tensor", "fsdp")),
-    # Ten layers of them are 102,400 numbers.
+    # Ten layers of them are 102,400 elements.
     (r"/transformer_blocks/ff/linear_1/bias$", P(None, "fsdp")),
     (r"/proj_in/kernel$", P("fsdp", "tensor")),
     (r"/proj_out/kernel$", P("tensor", "fsdp")),
