@@ -263,7 +263,10 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Decoder: latent [B, h, w, latent] -> image [B, H, W, out]; has one more block a stage."""
+    """Decoder: latent [B, h, w, latent] -> image [B, H, W, out].
+
+    It has one more residual block per stage than the encoder.
+    """
 
     def __init__(self, config: Config, layers: _Layers):
         widths = config.block_out_channels[::-1]
