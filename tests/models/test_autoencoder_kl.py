@@ -83,11 +83,11 @@ def test_encode_and_decode_match_diffusers(config):
     latent = normal(2, (2, 24 // factor, 16 // factor, config["latent_channels"]))
     with torch.no_grad():
         posterior = net.encode(nchw(image)).latent_dist
-        image = net.decode(nchw(latent)).sample
+        decoded = net.decode(nchw(latent)).sample
     mean, logvar = jax.jit(lambda p, x: apply(p, x, method="encode"))(params, image)
     assert_near(mean, nhwc(posterior.mean))
     assert_near(logvar, nhwc(posterior.logvar))
-    assert_near(jax.jit(lambda p, x: apply(p, x, method="decode"))(params, latent), nhwc(image))
+    assert_near(jax.jit(lambda p, x: apply(p, x, method="decode"))(params, latent), nhwc(decoded))
 
 
 def test_the_log_variance_is_clamped():
