@@ -1,4 +1,4 @@
-"""Small pipelines of every family, made by diffusers itself, with every parameter random."""
+"""Small pipelines of every family, made by diffusers, with random parameters."""
 
 import string
 from pathlib import Path
@@ -310,7 +310,7 @@ MAKERS = {f.__name__: f for f in (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd3
 
 
 def make(family: str, folder: Path) -> Path:
-    """Save one of MAKERS, every parameter of it moved at random."""
+    """Save one of MAKERS with random changes of all parameters."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     pipeline = MAKERS[family]()

@@ -1,5 +1,7 @@
-"""The published repositories as folders of configurations, with small tokenizers in place of
-their own: enough for an outline or a plan. Nothing is downloaded."""
+"""Published repositories as folders of configurations, with small tokenizers in place of theirs.
+
+Enough for an abstract pipeline or a plan. Nothing is downloaded.
+"""
 
 import functools
 import json
@@ -21,7 +23,7 @@ def tokenizer(class_name: str):
 
 
 def write_folder(name: str, parent: Path, **changes: dict) -> Path:
-    """The repository's folder below `parent`. changes: PART={key: value} of a part's config."""
+    """Write the repository's folder below `parent`; changes: PART={key: value} of a config."""
     folder = parent / name
     for path, content in PUBLISHED[name].items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)

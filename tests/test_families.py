@@ -1,4 +1,4 @@
-"""Every family as a whole: networks, pictures and weights both ways, against diffusers."""
+"""Pipelines of every family against diffusers: networks, images, and weights both ways."""
 
 import json
 import shutil
@@ -25,21 +25,21 @@ from gadjax.pipelines.pipeline import abstract_pipeline, load_pipeline, make_pip
 PROMPTS = ("a red circle above the blue square", "")
 
 
-def told(folder, tmp_path, **sampling):
+def with_sampling_config(folder, tmp_path, **sampling):
     """A copy of the folder with a gadjax.json."""
-    path = shutil.copytree(folder, tmp_path / "told")
+    path = shutil.copytree(folder, tmp_path / "copy_with_config")
     (path / GADJAX_JSON).write_text(json.dumps(sampling))
     return path
 
 
 def some(names, quick):
-    """The others are for the slow tier."""
+    """Parameters of a test: those not in `quick` are of the slow tier."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-# The pictures of the others are compared below.
+# The images of the others are compared below.
 @pytest.mark.parametrize("family", some(families.MAKERS, ("sd15", "sd2_v", "sd3")))
-def test_networks_say_what_theirs_say(folders, family):
+def test_network_outputs_are_those_of_diffusers(folders, family):
     folder = read_pipeline(folders(family))
     found = parity.compare_networks(folder, folder)
     assert max(found.values()) <= 1e-5, found
@@ -51,21 +51,23 @@ SPRINT = {"guidance": 4.5, "steps": 2}
 
 
 @pytest.mark.parametrize("family", some(families.MAKERS, ("sdxl", "sana", "sana_sprint", "sd35")))
-def test_pictures_are_diffusers_own(folders, family, tmp_path):
+def test_images_are_those_of_diffusers(folders, family, tmp_path):
     sampling = {"steps": 4, "guidance": 3.0, "length": LENGTH.get(family, 77)}
-    folder = told(folders(family), tmp_path, **sampling | (SPRINT if "sprint" in family else {}))
+    folder = with_sampling_config(
+        folders(family), tmp_path, **sampling | (SPRINT if "sprint" in family else {})
+    )
     assert parity.compare_pictures(folder, PROMPTS) <= 1e-4
 
 
-# Sprint is told the number itself.
+# Sprint embeds the number itself.
 UP_TO_ONE = {"sd3": 0.0, "sdxl": 0.5, "sd15": -1.0, "sana": 1.0, "sana_sprint": 0.5}
 
 
 @pytest.mark.parametrize("family", some(UP_TO_ONE, ("sd3",)))
 def test_guidance_up_to_one_is_none(folders, family, tmp_path):
-    """In diffusers too, which is told the same number."""
+    """In diffusers too, called with the same number."""
     sampling = {"steps": 2, "guidance": UP_TO_ONE[family], "length": LENGTH.get(family, 77)}
-    folder = told(folders(family), tmp_path, **sampling)
+    folder = with_sampling_config(folders(family), tmp_path, **sampling)
     assert parity.compare_pictures(folder, PROMPTS) <= 1e-4
 
 
@@ -82,7 +84,7 @@ STORED = {
 
 
 @pytest.mark.parametrize("family", STORED)
-def test_weights_go_there_and_back(folders, family, tmp_path):
+def test_weights_survive_the_round_trip(folders, family, tmp_path):
     options = dict(STORED[family])
     folder, variant = folders(family), options.get("variant")
     if options:
@@ -90,10 +92,10 @@ def test_weights_go_there_and_back(folders, family, tmp_path):
         pipeline.to(dtype=getattr(torch, options.pop("dtype")))
         folder = tmp_path / "stored"
         pipeline.save_pretrained(folder, **options)
-    own, back = tmp_path / "own", tmp_path / "back"
+    converted, back = tmp_path / "converted", tmp_path / "back"
     flags = ["--variant", variant] if variant else []
-    assert main(["convert", str(folder), str(own), *flags]) == 0
-    assert main(["convert", str(own), str(back)]) == 0
+    assert main(["convert", str(folder), str(converted), *flags]) == 0
+    assert main(["convert", str(converted), str(back)]) == 0
     for name in read_pipeline(folder, variant=variant).components:
         before, after = state(folder, name), state(back, name)
         if name.startswith("text_encoder"):  # both spellings are read, one is written
@@ -137,7 +139,7 @@ STUDENTS = {
 
 @pytest.mark.parametrize("family", some(STUDENTS, ("sana",)))
 def test_a_student_goes_back_to_diffusers(folders, family, tmp_path):
-    """`gadjax export` draws with both and refuses what differs; and the weights are the average."""
+    """`gadjax export` compares images of both; the exported weights are the EMA."""
     folder, timesteps = folders(family), STUDENTS[family]
     run, out = tmp_path / "run", tmp_path / "out"
     data = {"length": LENGTH.get(family, 77)}
@@ -160,14 +162,14 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", some(RECIPES, ("sid-sd",)))
-def test_known_students_are_drawn_as_their_authors_do(folders, recipe, tmp_path):
-    """Under the scheduler and arguments that their authors give diffusers."""
+def test_published_students_are_sampled_as_by_their_authors(folders, recipe, tmp_path):
+    """With the scheduler and arguments that their authors give diffusers."""
     folder = folders(RECIPES[recipe])
     pipeline, sampling = published_student(recipe, load_pipeline(folder)[0])
     written = {"steps": sampling.steps, "guidance": sampling.guidance, "scale": sampling.scale}
     if sampling.timesteps:
         written["timesteps"] = list(sampling.timesteps)
-    path = told(folder, tmp_path, length=LENGTH.get(RECIPES[recipe], 77), **written)
+    path = with_sampling_config(folder, tmp_path, length=LENGTH.get(RECIPES[recipe], 77), **written)
     if PUBLISHED_STUDENTS[recipe].scheduler:
         theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
         made = getattr(diffusers, PUBLISHED_STUDENTS[recipe].scheduler).from_config(
@@ -186,7 +188,7 @@ def test_known_students_are_drawn_as_their_authors_do(folders, recipe, tmp_path)
 
 
 def test_a_recipe_keeps_what_its_scheduler_reads_of_the_folders(folders, tmp_path):
-    """As from_config does: Euler has no clip_sample, LCM has."""
+    """Like diffusers' from_config: Euler has no clip_sample, LCM has."""
     path = shutil.copytree(folders("sdxl"), tmp_path / "sdxl")
     edit(path / "scheduler" / "scheduler_config.json", clip_sample=True)
     pipeline, _ = abstract_pipeline(path)
@@ -243,9 +245,9 @@ def test_other_lengths_than_clips_are_refused(folders):
 
 @pytest.mark.parametrize("family", some(("sdxl", "sana", "sd3"), ("sana",)))
 def test_a_negative_prompt_and_another_size(folders, family, tmp_path):
-    """Through the command; diffusers draws the same."""
+    """`gadjax sample` with both, against diffusers."""
     length = LENGTH.get(family, 77)
-    folder = told(folders(family), tmp_path, steps=2, guidance=3.0, length=length)
+    folder = with_sampling_config(folders(family), tmp_path, steps=2, guidance=3.0, length=length)
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     size = {"sana": (32, 64)}.get(family, (16, 24))
     flags = ["--negative", "blue square", "--size", f"{size[0]}x{size[1]}"]
@@ -285,8 +287,8 @@ SUMS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SUMS)
-def test_training_ends_in_a_folder_that_diffusers_draws_with(folders, family, tmp_path):
-    """From embeddings written ahead for one family, from prompts for the others; bfloat16."""
+def test_training_ends_in_a_folder_that_diffusers_samples(folders, family, tmp_path):
+    """Training in bfloat16: from precomputed embeddings for one family, else from prompts."""
     teacher, data = folders(family), {"length": LENGTH.get(family, 77)}
     prompts = ["a red circle", "the blue square", "green", "above"]
     if family == "sdxl":

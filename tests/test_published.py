@@ -1,5 +1,4 @@
-"""The published repositories, from their configurations alone: nothing is downloaded, and no
-parameter takes memory."""
+"""Published repositories from their configurations alone: nothing downloaded, no parameters."""
 
 import functools
 import math
@@ -59,7 +58,7 @@ INVENTORY = {
 
 @pytest.fixture(scope="session")
 def repositories(tmp_path_factory):
-    """Repository -> the folder of its configurations."""
+    """Folders of configurations by repository."""
     return functools.cache(lambda name: write_folder(name, tmp_path_factory.mktemp("published")))
 
 
@@ -82,21 +81,21 @@ MESHES = {
     512: (8, 32, 2, 1),
 }
 LARGE = 1 << 20
-WHOLE = 1 << 16  # of a parameter that every device may hold
+MAX_REPLICATED = 1 << 16  # of a parameter that every device may hold
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion-xl-base-1.0", "stable-diffusion-3.5-medium"])
-def test_no_large_parameter_is_whole_on_every_device(repositories, name):
-    check_spread(abstract_folder(repositories(name)))
+def test_no_large_parameter_is_replicated_on_all_devices(repositories, name):
+    check_sharded(abstract_folder(repositories(name)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INVENTORY)
-def test_no_large_parameter_of_any_is_whole_on_every_device(repositories, name):
-    check_spread(abstract_folder(repositories(name)))
+def test_no_large_parameter_of_any_repository_is_replicated(repositories, name):
+    check_sharded(abstract_folder(repositories(name)))
 
 
-def check_spread(folder):
+def check_sharded(folder):
     for part in folder.components.values():
         for sizes in MESHES.values():
             mesh = AbstractMesh(sizes, AXES)
@@ -105,12 +104,16 @@ def check_spread(folder):
             for (path, leaf), sharding in zip(leaves, jax.tree.leaves(placed), strict=True):
                 split = math.prod(mesh.shape[axis] for axis in sharding.spec if axis)
                 if split == 1:
-                    assert math.prod(leaf.shape) <= WHOLE, (part.name, path_name(path), sizes)
+                    assert math.prod(leaf.shape) <= MAX_REPLICATED, (
+                        part.name,
+                        path_name(path),
+                        sizes,
+                    )
                 if math.prod(leaf.shape) >= LARGE:
                     assert split >= sizes[1], (part.name, path_name(path), sizes)
 
 
-# Config file and variant -> the repository that it distils. Those with pictures need a folder.
+# Config file and variant -> the repository that it distils. Those with images need a folder.
 CONFIGS = {
     "pixart_gad.py": "PixArt-XL-2-512x512",
     "sd2_gad.py": "stable-diffusion-2-base",
@@ -124,7 +127,7 @@ CONFIGS = {
 
 @pytest.fixture
 def traced(repositories, tmp_path):
-    """The shapes of a config's state before and after both updates."""
+    """Shapes of a config's training state before and after both updates."""
 
     def call(name):
         prompts = tmp_path / "prompts.txt"
@@ -201,14 +204,14 @@ def test_a_config_without_its_part_is_named(repositories, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(INVENTORY))
-def test_null_stands_for_an_option_that_is_absent(name):
-    """A newer diffusers writes keys that are not known here; None of them is set."""
+def test_null_means_that_an_option_is_absent(name):
+    """Newer versions of diffusers write keys that are unknown here, as null."""
     for path, config in PUBLISHED[name].items():
         part = Path(path).parent.name
         if part in INVENTORY[name]:
             class_name = PUBLISHED[name]["model_index.json"][part][1]
-            _, wanted, _ = read_network(Path(path), class_name, config)
+            _, reference, _ = read_network(Path(path), class_name, config)
             more = config | {"of_a_newer_version": None}
             if part.startswith("text_encoder"):
                 more.pop("architectures")
-            assert read_network(Path(path), class_name, more)[1] == wanted
+            assert read_network(Path(path), class_name, more)[1] == reference

@@ -1,10 +1,10 @@
-"""What is read past in the configurations and weights of others, each with its reason.
+"""Ignored keys of diffusers and transformers configurations and weights, each with its reason.
 
-Any other key of a configuration is used, or refused where its value asks for something else. A key
-that the class in diffusers or transformers does not have says nothing to that class either: of a
-network it is refused, of a text encoder named in a warning. Files of tokenizers are transformers'
-own to read; what its callers decide is in gadjax.models.text. tests/models/test_ignored.py compares
-these lists with the signatures of the classes.
+Every other key of a configuration is used, or refused if its value asks for something else. A key
+that the class in diffusers or transformers does not have is ignored by that class too: of a network
+it is refused here, of a text encoder named in a warning. Tokenizer files are read by transformers;
+what its callers decide is in gadjax.models.text. tests/models/test_ignored.py compares these lists
+with the signatures of the classes.
 """
 
 import functools
@@ -14,13 +14,13 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-_TRAINING = "of training alone"
-_NO_HEAD = "of a head that an encoder has not"
-_GENERATION = "of writing text, which an encoder does not"
-_ANSWER = "how a call gives its answer"
+_TRAINING = "of training only"
+_NO_HEAD = "of a head that an encoder does not have"
+_GENERATION = "of text generation, which an encoder does not do"
+_OUTPUT = "the form of a call's output"
 _FILE = "about the file"
 _FLOAT32 = "softmax is float32 in any case"
-_CLIPPING = "read where samples are clipped or thresholded alone, which is refused"
+_CLIPPING = "read only if samples are clipped or thresholded, which is refused"
 
 _TRANSFORMERS = {
     "attention_dropout": _TRAINING,
@@ -36,18 +36,18 @@ _TRANSFORMERS = {
     "num_labels": _NO_HEAD,
     "is_encoder_decoder": _GENERATION,
     "bos_token_id": _GENERATION,
-    "pad_token_id": "the tokenizer's files say it",
+    "pad_token_id": "read from the tokenizer's files",
     "use_cache": _GENERATION,
     "cache_implementation": _GENERATION,
     "task_specific_params": _GENERATION,
-    "output_attentions": _ANSWER,
-    "output_hidden_states": _ANSWER,
-    "return_dict": _ANSWER,
-    "output_past": _ANSWER,
-    "chunk_size_feed_forward": "how it is computed, not what",
-    "torchscript": "how it is computed, not what",
-    "dtype": "the files' own is read, --dtype decides",
-    "torch_dtype": "the files' own is read, --dtype decides",
+    "output_attentions": _OUTPUT,
+    "output_hidden_states": _OUTPUT,
+    "return_dict": _OUTPUT,
+    "output_past": _OUTPUT,
+    "chunk_size_feed_forward": "does not change the result",
+    "torchscript": "does not change the result",
+    "dtype": "tensors have the files' dtype, --dtype decides",
+    "torch_dtype": "tensors have the files' dtype, --dtype decides",
     "_name_or_path": _FILE,
     "transformers_version": _FILE,
     "architectures": "model_index.json names the class",
@@ -58,25 +58,25 @@ _CLIP = _TRANSFORMERS | {
     "pooled_output_dim": "of another model that shared the file",
 }
 _T5 = _TRANSFORMERS | {
-    "eos_token_id": "the tokenizer's files say it",
+    "eos_token_id": "read from the tokenizer's files",
     "decoder_start_token_id": _GENERATION,
     "num_decoder_layers": _GENERATION,
     "n_positions": "positions are relative",
     "scale_decoder_outputs": _GENERATION,
     "tie_encoder_decoder": _GENERATION,
-    "tie_word_embeddings": "both spellings of the embedding are compared, whatever it says",
+    "tie_word_embeddings": "both spellings of the embedding are compared in any case",
 }
 _GEMMA = _TRANSFORMERS | {
-    "eos_token_id": "the tokenizer's files say it",
+    "eos_token_id": "read from the tokenizer's files",
     "final_logit_softcapping": _NO_HEAD,
-    "max_position_embeddings": "positions are rotations, made for any length",
+    "max_position_embeddings": "positions are rotations (RoPE) of any length",
     "tie_word_embeddings": _NO_HEAD,
 }
 _PIXART = {
     "norm_num_groups": "there is no group norm",
     "num_embeds_ada_norm": "there is no table of classes",
     "upcast_attention": _FLOAT32,
-    "use_linear_projection": "of pictures that come without patches",
+    "use_linear_projection": "of images without patches",
 }
 _THRESHOLDS = {"dynamic_thresholding_ratio": _CLIPPING, "sample_max_value": _CLIPPING}
 _CLIPPED = _THRESHOLDS | {"clip_sample_range": _CLIPPING}
@@ -97,8 +97,8 @@ IGNORED: dict[str, dict[str, str]] = {
     "T5EncoderModel": _T5,
     "Gemma2Model": _GEMMA,
     "AutoencoderKL": {
-        "sample_size": "of tiling, which is asked for in a call",
-        "force_upcast": "of float16, in which nothing is computed here",
+        "sample_size": "of tiling, which is an argument of a call",
+        "force_upcast": "of float16, in which gadjax does not compute",
     },
     "AutoencoderDC": {},
     "DPMSolverMultistepScheduler": _THRESHOLDS
@@ -132,7 +132,7 @@ IGNORED: dict[str, dict[str, str]] = {
         "timestep_spacing": "times are those of original_inference_steps",
     },
     "SCMScheduler": {
-        "sigma_data": "the pipeline divides by it what it multiplies",
+        "sigma_data": "the pipeline divides by it what it multiplied by it",
         "num_train_timesteps": "times are angles",
     },
 }
@@ -140,19 +140,25 @@ IGNORED: dict[str, dict[str, str]] = {
 # Class -> regex of a tensor's key -> reason.
 IGNORED_TENSORS: dict[str, dict[str, str]] = {
     "CLIPTextModel": {
-        r"^(text_model\.)?embeddings\.position_ids$": "the numbers 0, 1, ... of older files"
+        r"^(text_model\.)?embeddings\.position_ids$": "the integers 0, 1, ... in older files"
     },
 }
 
 
 @functools.lru_cache(maxsize=64)
 def _warn(class_name: str, keys: tuple[str, ...]) -> None:
-    """Once in a process, as a command reads a configuration more than once."""
+    """Warn once in a process, since a command reads a configuration more than once."""
     log.warning("config.json: %s: no options of %s; they are not read", ", ".join(keys), class_name)
 
 
 def warn_unknown_keys(class_name: str, config: Mapping[str, Any], used: Iterable[str]) -> None:
-    """A word about keys of a text encoder that are neither used nor IGNORED. null says nothing."""
+    """Warn of keys of a text encoder's config that are neither used nor IGNORED, nor null.
+
+    Args:
+      class_name: a key of IGNORED.
+      config: content of the config.json.
+      used: the keys that are read.
+    """
     known = {*used, *IGNORED[class_name]}
     keys = [key for key, value in config.items() if value is not None and key not in known]
     if keys := [key for key in keys if not key.startswith("_")]:

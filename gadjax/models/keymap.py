@@ -1,4 +1,4 @@
-"""How a parameter's path spells as a key of a file."""
+"""Key maps: parameter paths to the keys of diffusers and transformers weight files."""
 
 import re
 from dataclasses import dataclass
@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KeyMap:
-    """How a parameter's path spells as a key of the diffusers file.
+    """Mapping of a network's parameter paths to the keys of its weight file.
 
-    renames: regex substitutions, in order, on the '/'-joined path; '#' in the result stands for
-      the layer index, and marks a leaf whose leading axis is the layer. '#+13' counts from 13 on,
-      for a stack of layers behind another one.
-    ignored: regexes of file keys that are derived and read past; they are never written.
-    aliases: regex substitutions from older spellings of a file key to the current one.
-    twins: (key, other key) under which files have one tensor, once or twice; the other is written.
+    Attributes:
+      renames: regex substitutions, in order, on the '/'-joined path; '#' in the result stands for
+        the layer index, and marks a leaf whose leading axis is the layer. '#+13' counts from 13
+        on, for a stack of layers behind another one.
+      ignored: regexes of file keys that are derived: skipped when reading, never written.
+      aliases: regex substitutions from older spellings of a file key to the current one.
+      tied_keys: (key, other key) of tied tensors, which files store once or twice; the other key
+        is written.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -22,6 +24,7 @@ class KeyMap:
     tied_keys: tuple[tuple[str, str], ...] = ()
 
     def key(self, path: str) -> str:
+        """Key in the file for the parameter at `path`."""
         for pattern, replacement in self.renames:
             path = re.sub(pattern, replacement, path)
         *parents, last = path.split("/")
@@ -29,6 +32,7 @@ class KeyMap:
         return ".".join([*parents, last])
 
     def canonical(self, key: str) -> str:
+        """Current spelling of a file's key: without aliases, and the written one of tied keys."""
         for pattern, replacement in self.aliases:
             key = re.sub(pattern, replacement, key)
         return dict(self.tied_keys).get(key, key)

@@ -1,4 +1,7 @@
-"""Layers that several backbones share. Parameter names follow diffusers where a module has any."""
+"""Layers that several backbones share: attention, MLP, patch and timestep embeddings.
+
+Parameter names follow diffusers where a module has any.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -19,20 +22,21 @@ from gadjax.parallel.placement import (
 )
 from gadjax.types import TextKV
 
-MAX_CHUNK_ELEMENTS = 2**23  # numbers of a hidden layer that a device makes at once in training ...
-MAX_CHUNKS = 4  # ... unless it took more parts than these, each of which reads and writes the sum
-MASKED_LOGIT = (
-    -10_000.0
-)  # finite, so that a prompt without any token attends evenly instead of to NaN
+# Elements of an MLP's hidden layer that a device computes at once in training, unless that took
+# more than MAX_CHUNKS, since every chunk reads and writes the sum.
+MAX_CHUNK_ELEMENTS = 2**23
+MAX_CHUNKS = 4
+# Finite, so that a prompt without any token attends evenly instead of giving NaN.
+MASKED_LOGIT = -10_000.0
 
 
 def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
-    """Modules under "0", "1", ..., as diffusers' files number them, in the order of making."""
+    """Dict of modules with the keys "0", "1", ... in order, as diffusers' files number them."""
     return nnx.Dict({str(i): module for i, module in enumerate(modules)})
 
 
 def modulation_table(rngs: Keys, rows: int, dim: int) -> nnx.Param:
-    """What adaptive norms add to the time's projections: [rows, dim]."""
+    """Learned modulation [rows, dim], which adaptive norms add to the timestep's projections."""
     return nnx.Param(jax.random.normal(rngs.params(), (rows, dim)) / dim**0.5)
 
 
@@ -42,7 +46,7 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """Normalise the last axis, without scale or bias; statistics in at least float32."""
+    """Layer norm of the last axis, without scale or bias; statistics in at least float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
@@ -50,12 +54,12 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
 
 
 def mask_bias(mask_BM: jax.Array) -> jax.Array:
-    """1 = keep, 0 = discard -> float32 bias [B, 1, 1, M] on attention logits."""
+    """Attention mask (1 = attend, 0 = ignore) -> float32 bias [B, 1, 1, M] on the logits."""
     return ((1.0 - mask_BM.astype(jnp.float32)) * MASKED_LOGIT)[:, None, None, :]
 
 
 def timestep_sinusoid(t_B: jax.Array, channels: int) -> jax.Array:
-    """[cos | sin] features of a possibly fractional time: float32 [B, channels]."""
+    """Sinusoidal embedding [cos | sin] of possibly fractional timesteps: float32 [B, channels]."""
     half = channels // 2
     # Rounded where diffusers rounds: at t near 1000 an ulp of a frequency shows in its sine.
     exponents = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32) / np.float32(half)
@@ -65,7 +69,7 @@ def timestep_sinusoid(t_B: jax.Array, channels: int) -> jax.Array:
 
 
 def _sincos_axis(count: int, channels: int, base: int, scale: float) -> np.ndarray:
-    """[sin | cos] of `count` positions stretched over `base` / `scale` units: [count, channels]."""
+    """Sinusoids [sin | cos] of `count` positions over `base` / `scale` units: [count, channels]."""
     positions = np.arange(count, dtype=np.float64) * (base / count) / scale
     half = channels // 2
     angles = positions[:, None] * 10_000.0 ** -(np.arange(half, dtype=np.float64) / half)
@@ -75,10 +79,18 @@ def _sincos_axis(count: int, channels: int, base: int, scale: float) -> np.ndarr
 def sincos_positions(
     height: int, width: int, channels: int, base: int, scale: float, dtype=jnp.float32
 ) -> jax.Array:
-    """Position table of a grid of patches, any aspect: [height * width, channels], row by row.
+    """Sinusoidal position embeddings of a grid of patches, row by row.
 
-    The first half of the channels encodes the column, the second the row. `base` is the side of
-    the grid of the training size, onto which every other size is interpolated.
+    The first half of the channels encodes the column, the second the row.
+
+    Args:
+      height, width: of the grid, in patches; any aspect ratio.
+      channels: a multiple of 4.
+      base: side of the grid at the training size, onto which every other size is interpolated.
+      scale: interpolation scale, which compresses positions.
+      dtype: of the table.
+
+    Returns: [height * width, channels].
     """
     # Only the two axes become constants of the program; the whole table would be megabytes.
     half = channels // 2
@@ -90,8 +102,10 @@ def sincos_positions(
 
 
 def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
-    """[B, H, W, C] -> tokens [B, H/p * W/p, p * p * C], row by row; raises InputError if p does
-    not divide H and W."""
+    """Patches [B, H/p * W/p, p * p * C] of latents [B, H, W, C], row by row.
+
+    Raises: InputError if p does not divide H and W.
+    """
     b, h, w, c = x_BHWC.shape
     if h % patch or w % patch:
         raise InputError(f"latents: found {h} x {w}; expected multiples of the patch size {patch}")
@@ -100,14 +114,14 @@ def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
 
 
 def unpatchify(tokens_BND: jax.Array, height: int, width: int, patch: int) -> jax.Array:
-    """Inverse of `patchify` for an image of `height` x `width`."""
+    """Inverse of `patchify` for latents of `height` x `width`."""
     h, w = height // patch, width // patch
     x = tokens_BND.reshape(tokens_BND.shape[0], h, w, patch, patch, -1).swapaxes(2, 3)
     return x.reshape(x.shape[0], height, width, -1)
 
 
 class PatchProjection(nnx.Module):
-    """A convolution whose stride is its size, as one product: [B, H, W, C] -> [B, N, D]."""
+    """Patch embedding [B, H, W, C] -> [B, N, D]: a convolution of stride p as a matrix product."""
 
     def __init__(self, channels: int, dim: int, patch: int, *, dtype, rngs: Keys):
         init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2))
@@ -122,9 +136,15 @@ class PatchProjection(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two biased linear layers with an activation between them.
+    """MLP: two biased linear layers with an activation between them.
 
-    The timestep embedding (silu), the caption projection and the feed-forward (gelu_tanh).
+    Used for the timestep embedding (silu), the caption projection and the feed-forward (gelu_tanh).
+
+    Args:
+      features, hidden, out: widths of the input, the hidden layer and the output.
+      activation: elementwise.
+      dtype: of the computation.
+      rngs: keys of the initialisers.
     """
 
     def __init__(
@@ -144,23 +164,30 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(self.activation(self.linear_1(x)))
 
-    def added(self, base_BND, gate, x_BND: jax.Array, again: bool) -> jax.Array:
-        """base + gate * self(x), in training a large hidden layer a part at a time.
+    def gated_residual(self, base_BND, gate, x_BND: jax.Array, remat: bool) -> jax.Array:
+        """base + gate * mlp(x), in chunks of hidden units under remat.
 
-        In reverse mode the layer is in memory with its tangent, their images under the activation
-        and the cotangents of all. Of its units each weight belongs to one, so that the parts gather
-        and sum over devices no more than the whole does.
+        Reverse mode holds the hidden layer and its tangent in memory, both after the activation
+        too, and the cotangents of all four. Every weight belongs to a single hidden unit, so that
+        chunks communicate no more between devices than the layer at once.
 
-        again: whether reverse mode computes all of this again; the parts it always does.
+        Args:
+          base_BND: the residual stream.
+          gate: factor of the MLP's output, broadcastable to it.
+          x_BND: input of the MLP.
+          remat: whether reverse mode recomputes the block that this is part of; if so, a large
+            hidden layer is made in chunks, which are always recomputed.
+
+        Returns: [B, N, D] in the dtype of `base_BND`.
         """
         count, shards = 1, 1
-        if again:
+        if remat:
             count, shards = hidden_chunks(x_BND.shape, self.linear_1.out_features)
         if count == 1:
             return base_BND + gate * self(x_BND)
 
-        def cut(param: nnx.Param, axis: int) -> jax.Array:
-            """[count, ...], of each of the shards a part."""
+        def split(param: nnx.Param, axis: int) -> jax.Array:
+            """Chunks [count, ...] of a weight, each with an equal part of every shard."""
             weight = param[...]
             before, after = weight.shape[:axis], weight.shape[axis + 1 :]
             weight = weight.reshape(*before, shards, count, -1, *after)
@@ -168,19 +195,22 @@ class Mlp(nnx.Module):
 
         def add(total_BND, weights):
             enter, bias, leave = (weight.astype(x_BND.dtype) for weight in weights)
-            part = self.activation(x_BND @ enter + bias) @ leave
-            return constrain_batch(total_BND + gate * part, tokens=True), None
+            out = self.activation(x_BND @ enter + bias) @ leave
+            return constrain_batch(total_BND + gate * out, tokens=True), None
 
         first, last = self.linear_1, self.linear_2
-        wide = jnp.promote_types(x_BND.dtype, jnp.float32)  # or each part would round the sum
-        weights = cut(first.kernel, 1), cut(first.bias, 0), cut(last.kernel, 0)
+        wide = jnp.promote_types(x_BND.dtype, jnp.float32)  # or each chunk would round the sum
+        weights = split(first.kernel, 1), split(first.bias, 0), split(last.kernel, 0)
         total_BND = base_BND.astype(wide) + gate * last.bias[...].astype(x_BND.dtype)
         total_BND, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), total_BND, weights)
         return total_BND.astype(base_BND.dtype)
 
 
 def hidden_chunks(shape: tuple[int, ...], hidden: int) -> tuple[int, int]:
-    """In how many parts so wide a layer over [B, N, D] is made, and how many devices share it."""
+    """Chunks of a hidden layer so wide over tokens [B, N, D], and devices that share its units.
+
+    Outside of training, where no mesh is known, both are 1.
+    """
     if current_placement.value is None:
         return 1, 1
     mesh = current_placement.value.mesh
@@ -196,9 +226,18 @@ def hidden_chunks(shape: tuple[int, ...], hidden: int) -> tuple[int, int]:
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of tokens to a context, or to themselves without one.
+    """Multi-head attention: cross-attention to a context, or self-attention without one.
 
-    A family with attentions of its own overrides `queries`, `keys_values` and `attend`.
+    Variants of a family override `queries`, `keys_values` and `attend`.
+
+    Args:
+      dim: width D of the tokens.
+      heads, head_dim: number of heads and width K of one.
+      context_dim: width C of the context; None: the tokens'.
+      bias: of the projections to queries, keys and values.
+      out_bias: of the output projection.
+      dtype: of the computation.
+      rngs: keys of the initialisers.
     """
 
     def __init__(
@@ -226,11 +265,17 @@ class Attention(nnx.Module):
         context: jax.Array | TextKV | None = None,
         bias: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, N, D] -> [B, N, D]; `bias` broadcasts to the logits [B, heads, N, M]."""
+        """Attention output [B, N, D] of tokens [B, N, D].
+
+        Args:
+          x_BND: tokens that attend.
+          context: tokens [B, M, C] or their KV cache; None: the tokens themselves.
+          bias: broadcasts to the logits [B, heads, N, M].
+        """
         if not isinstance(context, TextKV):
             context = self.keys_values(x_BND if context is None else context)
-        made = self.queries(x_BND), *context
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in made)
+        projected = self.queries(x_BND), *context
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in projected)
         out_BNHK = self.attend(q, k, v, bias)
         return self.to_out(out_BNHK.reshape(*out_BNHK.shape[:2], -1))
 
@@ -245,7 +290,7 @@ class Attention(nnx.Module):
 
 
 def text_kv(blocks: nnx.Module, text_BMC: jax.Array) -> TextKV:
-    """Keys and values of the text in the cross-attention ("attn2") of every block of a stack."""
+    """KV cache [layers, B, M, H*K] of a prompt, for the cross-attention ("attn2") of a stack."""
     return jax.lax.map(
         lambda block: constrain_batch(block.attn2.keys_values(text_BMC), unconstrained=True), blocks
     )

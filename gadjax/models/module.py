@@ -1,4 +1,4 @@
-"""From an nnx module to pure functions of a nested dict."""
+"""nnx modules as pure functions of nested dicts, stacked layers, and rematerialisation."""
 
 import math
 from collections.abc import Callable
@@ -22,10 +22,10 @@ class Functional(NamedTuple):
 
 
 class Keys:
-    """The part of nnx.Rngs that layers use, counting in Python.
+    """Stream of random keys for initialisers: the part of nnx.Rngs that layers use.
 
-    Every draw from nnx.Rngs under eval_shape looks through the whole program so far: with many
-    layers, minutes.
+    It counts in Python, because every draw from nnx.Rngs under eval_shape traverses all that was
+    traced before it, which takes minutes with many layers.
     """
 
     def __init__(self, key: jax.Array):
@@ -37,7 +37,7 @@ class Keys:
 
 
 def functional(make: Callable[[Keys], nnx.Module]) -> Functional:
-    """Leave nnx: `apply(params, *args, method="name")`, `init(key) -> params`, `abstract`."""
+    """Pure functions of a module: `apply(params, *args, method="name")`, `init(key) -> params`."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: make(Keys(make_key(0)))))
     abstract = nnx.to_pure_dict(state)
 
@@ -51,53 +51,69 @@ def functional(make: Callable[[Keys], nnx.Module]) -> Functional:
 
 
 def stack(make: Callable[[Keys], nnx.Module], count: int, rngs: Keys) -> nnx.Module:
-    """One module whose every leaf has a leading axis of `count` layers."""
+    """Stack `count` layers into one module: every leaf has a leading layer axis."""
     return jax.vmap(lambda key: make(Keys(key)))(jax.random.split(rngs.params(), count))
 
 
 def scan_blocks(
     blocks: nnx.Module, x, call: Callable[..., Any], remat: bool | str, context: Any = None
 ):
-    """Run stacked blocks in order: `x = call(block, x)`; remat: see `recomputed`.
+    """Run stacked blocks in order, as one `jax.lax.scan`: `x = call(block, x)`.
 
-    told: what each is told as well, `call(block, x, told)`. Of a text's keys and values, in as many
-      layers or more, each gets its own.
+    Args:
+      blocks: a module of stacked layers, see `stack`.
+      x: activations, a pytree of arrays with the batch axis first.
+      call: (block, x) -> x; with a context (block, x, context) -> x.
+      remat: rematerialisation of each block, see `checkpointed`.
+      context: extra argument of every block; a stacked KV cache, of as many layers or more, is
+        scanned with the layers.
+
+    Returns: x after the last block.
     """
-    layers, of_text = len(jax.tree.leaves(blocks)[0]), isinstance(context, TextKV)
+    layers, has_kv = len(jax.tree.leaves(blocks)[0]), isinstance(context, TextKV)
 
     def body(x, layer):
         block, kv = layer
-        more = kv if of_text else context
-        x = call(block, constrain_batch(x, tokens=True), *(() if more is None else (more,)))
+        extra = kv if has_kv else context
+        x = call(block, constrain_batch(x, tokens=True), *(() if extra is None else (extra,)))
         return constrain_batch(x, tokens=True), None
 
-    kv = jax.tree.map(lambda a: a[:layers], context) if of_text else None
+    kv = jax.tree.map(lambda a: a[:layers], context) if has_kv else None
     # prevent_cse is for code outside scan; inside, it only blocks fusion.
     return jax.lax.scan(checkpointed(body, remat, prevent_cse=False), x, (blocks, kv))[0]
 
 
 def checkpointed(f: Callable, remat: bool | str, **options) -> Callable:
-    """f, which reverse mode computes again where `remat` is set. "results": all of it but what
-    softmax attentions and feed-forwards give."""
+    """Rematerialise f in reverse mode (`jax.checkpoint`) where `remat` is set.
+
+    Args:
+      f: the function.
+      remat: False stores every intermediate; True recomputes all of them; "results" recomputes
+        all but the outputs of softmax attention and feed-forward layers.
+      options: of `jax.checkpoint`.
+    """
     if not remat:
         return f
-    return jax.checkpoint(f, policy=RESULTS if remat == "results" else None, **options)
+    return jax.checkpoint(f, policy=SAVE_RESULTS if remat == "results" else None, **options)
 
 
-def _narrows(primitive, *operands, **params) -> bool:
-    """Whether this is a product of many channels that gives fewer, as a feed-forward's last: none
-    takes more operations for what it gives. Seen in tangents too, which have no names."""
+def _is_down_projection(primitive, *operands, **params) -> bool:
+    """Checkpoint policy: save products that reduce the number of channels.
+
+    The last product of a feed-forward is one: no other takes more operations per number of its
+    output. The policy goes by shapes because it must match tangents too, which have no names.
+    """
     if primitive is jax.lax.dot_general_p:
         (summed, _), (batch, _) = params["dimension_numbers"]
         x, weight = operands
-        left = math.prod(weight.shape) // math.prod(x.shape[i] for i in summed)
-        return not batch and left < math.prod(x.shape[i] for i in summed)
+        outputs = math.prod(weight.shape) // math.prod(x.shape[i] for i in summed)
+        return not batch and outputs < math.prod(x.shape[i] for i in summed)
     if primitive is jax.lax.conv_general_dilated_p:
         spec = params["dimension_numbers"]
         return operands[1].shape[spec.rhs_spec[0]] < operands[0].shape[spec.lhs_spec[1]]
     return False
 
 
-RESULTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_only_these_names(ATTENTION_CHECKPOINT), _narrows
+SAVE_RESULTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(ATTENTION_CHECKPOINT), _is_down_projection
 )

@@ -1,4 +1,4 @@
-"""Parameters as nested dicts: flat, in parts, in another dtype."""
+"""Parameters as nested dicts: flatten, split and merge, cast."""
 
 import re
 from collections.abc import Sequence
@@ -12,36 +12,40 @@ from gadjax.types import Params
 
 
 def flatten(params: Params) -> dict[str, Any]:
-    """Nested dict -> {'a/b/c': leaf}."""
+    """Flatten a nested dict to {'a/b/c': leaf}."""
     return traverse_util.flatten_dict(params, sep="/")
 
 
 def unflatten(flat: dict[str, Any]) -> Params:
-    """{'a/b/c': leaf} -> nested dict."""
+    """Nested dict of {'a/b/c': leaf}."""
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def split_frozen(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """What is trained of a network's parameters, and what is not: the leaves whose path one of the
-    patterns is found in."""
+    """Split parameters into (trained, untrained): those whose path matches one of the patterns.
+
+    A pattern is a regex that matches anywhere in a path such as "blocks/attn/kernel".
+    """
     flat = flatten(params)
-    kept = {path for path in flat if any(re.search(pattern, path) for pattern in patterns)}
-    parts = ({k: v for k, v in flat.items() if (k in kept) == side} for side in (False, True))
-    return tuple(unflatten(part) for part in parts)
+    untrained = {path for path in flat if any(re.search(pattern, path) for pattern in patterns)}
+    halves = (
+        {k: v for k, v in flat.items() if (k in untrained) == frozen} for frozen in (False, True)
+    )
+    return tuple(unflatten(half) for half in halves)
 
 
-def merge_params(params: Params, kept: Params | None) -> Params:
-    """A network's parameters from what `split_frozen` parted; leaves of `params` come first."""
-    return unflatten({**flatten(kept), **flatten(params)}) if kept else params
+def merge_params(params: Params, untrained: Params | None) -> Params:
+    """Merge what `split_frozen` split; where both have a leaf, the one of `params` is taken."""
+    return unflatten({**flatten(untrained), **flatten(params)}) if untrained else params
 
 
 def cast(params: Params, dtype) -> Params:
-    """Every floating leaf in `dtype`; of shapes alone, shapes."""
+    """Cast every floating-point leaf to `dtype`; abstract leaves stay abstract."""
 
-    def change(x):
+    def convert(x):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         abstract = isinstance(x, jax.ShapeDtypeStruct)
         return jax.ShapeDtypeStruct(x.shape, dtype) if abstract else x.astype(dtype)
 
-    return jax.tree.map(change, params)
+    return jax.tree.map(convert, params)

@@ -1,4 +1,4 @@
-"""From a class and its config.json to a network of gadjax, without any parameters."""
+"""Registry of networks: a diffusers or transformers class and its config.json -> its port here."""
 
 import functools
 import importlib
@@ -17,7 +17,7 @@ from gadjax.models.keymap import KeyMap
 from gadjax.models.module import functional
 from gadjax.types import Params
 
-# Class in model_index.json and config.json -> the module that has its port. Imported when met.
+# Class in model_index.json and config.json -> the module with its port, imported on first use.
 COMPONENTS = {
     "UNet2DConditionModel": "gadjax.models.unet",
     "PixArtTransformer2DModel": "gadjax.models.pixart",
@@ -33,7 +33,7 @@ COMPONENTS = {
 }
 
 # Word in an option's name -> its largest number and the most items of a list: far above what is
-# published, and below what would take minutes or all memory to outline.
+# published, and below what would take minutes or all memory to trace.
 LIMITS = {
     "per_block": (32, 16),
     "layers": (256, 256),
@@ -41,20 +41,25 @@ LIMITS = {
     "max_size": (4096, 0),
     "": (1 << 22, 16),
 }
-TEXT = "gadjax.models.text."  # networks of transformers
-PARAMETERS = 1 << 40  # of one array
+TRANSFORMERS_MODULES = "gadjax.models.text."
+MAX_ARRAY_ELEMENTS = 1 << 40
 
 
 def read_network(
     where: Path, class_name: str, config: dict[str, Any]
 ) -> tuple[ModuleType, Any, Params]:
-    """The module of a class, its Config and the shapes of its parameters.
+    """Module of a network's class, its Config and its abstract parameters.
 
-    where: the file that `config` is from. Raises: InputError naming it for a configuration that
-    makes no such network.
+    Args:
+      where: the file that `config` was read from.
+      class_name: a key of COMPONENTS.
+      config: the content of its config.json.
+
+    Returns: (module, its Config, shapes and dtypes of the parameters).
+    Raises: InputError naming `where` for a configuration from which no such network can be built.
     """
     module = importlib.import_module(COMPONENTS[class_name])
-    if module.__name__.startswith(TEXT) and not config.get("architectures"):
+    if module.__name__.startswith(TRANSFORMERS_MODULES) and not config.get("architectures"):
         config = config | {"architectures": [class_name]}  # older ones leave it to model_index.json
     try:
         spec = module.Config.from_dict(config)
@@ -62,7 +67,7 @@ def read_network(
         return module, spec, _abstract(module, spec)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    except Exception as error:  # what no check foresaw fails wherever the network is built
+    except Exception as error:  # values that no check covers fail wherever the network is built
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"{where}: found values that make no {class_name} ({reason}); expected its "
@@ -71,48 +76,51 @@ def read_network(
 
 
 def keymap_of(module: ModuleType, spec: Any) -> KeyMap:
-    """Of some networks it depends on the configuration which layers are alike."""
+    """Key map of a network; for some it depends on the configuration which layers are stacked."""
     return module.KEYMAP if hasattr(module, "KEYMAP") else module.keymap(spec)
 
 
 @functools.lru_cache(maxsize=8)
 def _abstract(module: ModuleType, spec: Any) -> Params:
-    """Tracing a network takes as long as all other checks, and a command checks more than once."""
+    """Abstract parameters of a network.
+
+    Cached, since tracing takes as long as all other checks and a command checks more than once.
+    """
     abstract = functional(module.build(spec)).abstract
     for leaf in jax.tree.leaves(abstract):
-        if math.prod(leaf.shape) > PARAMETERS:
+        if math.prod(leaf.shape) > MAX_ARRAY_ELEMENTS:
             raise InputError(f"found an array of shape {leaf.shape}; expected a smaller network")
     return abstract
 
 
 def _check(spec: Any) -> None:
-    """Each option is of its type and of a size that a network can have."""
+    """Check the types and sizes of all options. Raises: InputError naming the first bad one."""
     hints = typing.get_type_hints(type(spec))
     for field in fields(spec):
         value, hint = getattr(spec, field.name), hints[field.name]
-        if not _fits(value, hint):
+        if not _has_type(value, hint):
             kind = str(hint) if typing.get_args(hint) else hint.__name__
             raise InputError(f"{field.name}: found {short_repr(value)}; expected {kind}")
-        largest, items = next(most for word, most in LIMITS.items() if word in field.name)
-        if not _moderate(value, largest, items):
+        largest, items = next(limit for word, limit in LIMITS.items() if word in field.name)
+        if not _is_within(value, largest, items):
             raise InputError(
                 f"{field.name}: found {short_repr(value)}; expected at most {largest}, and at most "
                 f"{items} items of a list"
             )
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _has_type(value: Any, hint: Any) -> bool:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, kind) for kind in inner)
+        return any(_has_type(value, kind) for kind in inner)
     if origin is tuple:
-        return isinstance(value, tuple | list) and all(_fits(item, inner[0]) for item in value)
+        return isinstance(value, tuple | list) and all(_has_type(item, inner[0]) for item in value)
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is hint or value is None and hint is types.NoneType
 
 
-def _moderate(value: Any, largest: int, items: int) -> bool:
+def _is_within(value: Any, largest: int, items: int) -> bool:
     if isinstance(value, tuple | list):
-        return len(value) <= items and all(_moderate(item, largest, items) for item in value)
+        return len(value) <= items and all(_is_within(item, largest, items) for item in value)
     return not isinstance(value, int) or abs(value) <= largest

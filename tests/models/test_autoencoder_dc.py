@@ -19,7 +19,7 @@ from gadjax.models.vae import autoencoder_dc as dc
 from gadjax.models.vae import dc_blocks
 
 BLOCKS = ["ResBlock", "EfficientViTBlock"]
-# What all the published Sana repositories say.
+# Configuration of all published Sana repositories.
 PUBLISHED = {
     "_class_name": "AutoencoderDC",
     "_diffusers_version": "0.33.0.dev0",
@@ -71,7 +71,7 @@ def torch_class(cfg):
 
 
 def torch_net(cfg):
-    """diffusers' network in which no parameter is left at a zero or one."""
+    """diffusers' network with random parameters, none at its initial zero or one."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = torch_class(cfg).eval()
@@ -129,14 +129,14 @@ def test_encode_and_decode_match_diffusers(name, h, w):
     assert max(errors) <= 1e-5
 
 
-def test_pixels_and_channels_go_where_torch_puts_them():
+def test_pixel_shuffles_are_those_of_torch():
     x = normal(0, 2, 4, 6, 3)
     small = dc_blocks.pixel_unshuffle(x)
     assert np.array_equal(small, nhwc(F.pixel_unshuffle(nchw(x), 2)))
     assert np.array_equal(dc_blocks.pixel_shuffle(small), x)
     # Neighbouring channels share a mean, and are copies of one.
-    assert np.array_equal(dc_blocks.averaged(np.arange(6.0), 3), [0.5, 2.5, 4.5])
-    assert np.array_equal(dc_blocks.repeated(np.arange(2.0), 4), [0, 0, 1, 1])
+    assert np.array_equal(dc_blocks.average_channels(np.arange(6.0), 3), [0.5, 2.5, 4.5])
+    assert np.array_equal(dc_blocks.repeat_channels(np.arange(2.0), 4), [0, 0, 1, 1])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
@@ -170,7 +170,7 @@ def test_derivatives_match_central_differences(method):
         run = jax.jit(jax.value_and_grad(g, (0, 1), has_aux=True))
         (_, (_, tangent)), (slopes, slope_x) = jax.device_get(run(params, x))
 
-        def moved(along_params, along_x, h=1e-6):  # short, because every relu is a kink
+        def difference(along_params, along_x, h=1e-6):  # short, because every relu is a kink
             def at(s):
                 there = jax.tree.map(lambda p, d: p + s * d, params, along_params)
                 return run(there, x + s * along_x)[0]
@@ -180,7 +180,10 @@ def test_derivatives_match_central_differences(method):
 
         still = jax.tree.map(np.zeros_like, params)
         slope = sum(jax.tree.leaves(jax.tree.map(np.vdot, slopes, along))) + np.vdot(slope_x, u)
-        errors = relative(tangent, moved(still, v)[1][0]), relative(slope, moved(along, u)[0])
+        errors = (
+            relative(tangent, difference(still, v)[1][0]),
+            relative(slope, difference(along, u)[0]),
+        )
     print(f"{method}: jvp {errors[0]:.2e}, grad of jvp {errors[1]:.2e}")
     assert max(errors) < 1e-6
 
@@ -272,9 +275,9 @@ def test_absent_samplers_are_those_of_diffusers_and_refused():
             dc.Config.from_dict({k: v for k, v in PUBLISHED.items() if k != key})
 
 
-def test_pictures_of_other_sizes_are_refused():
+def test_images_of_other_sizes_are_refused():
     made = functional(dc.build(dc.Config.from_dict(SMALL)))
-    with pytest.raises(InputError, match="picture: found 8 x 6; expected multiples of 4"):
+    with pytest.raises(InputError, match="image: found 8 x 6; expected multiples of 4"):
         jax.eval_shape(partial(made.apply, method="encode"), made.abstract, jnp.zeros((1, 8, 6, 3)))
 
 

@@ -42,7 +42,7 @@ def block_types(config):
 
 
 def torch_net(config, seed=0):
-    """diffusers' network in which no parameter is left at a zero or one."""
+    """diffusers' network with random parameters, none at its initial zero or one."""
     torch.manual_seed(seed)
     net = diffusers.AutoencoderKL(**config, **block_types(config)).eval()
     with torch.no_grad():
@@ -66,9 +66,9 @@ def nhwc(x):
     return x.detach().numpy().transpose(0, 2, 3, 1)
 
 
-def assert_near(found, reference, tolerance=1e-5):
-    assert found.shape == reference.shape
-    assert np.abs(found - reference).max() <= tolerance * np.abs(reference).max()
+def assert_near(out, reference, tolerance=1e-5):
+    assert out.shape == reference.shape
+    assert np.abs(out - reference).max() <= tolerance * np.abs(reference).max()
 
 
 def normal(seed, shape):
@@ -83,11 +83,11 @@ def test_encode_and_decode_match_diffusers(config):
     latent = normal(2, (2, 24 // factor, 16 // factor, config["latent_channels"]))
     with torch.no_grad():
         posterior = net.encode(nchw(image)).latent_dist
-        picture = net.decode(nchw(latent)).sample
+        decoded = net.decode(nchw(latent)).sample
     mean, logvar = jax.jit(lambda p, x: apply(p, x, method="encode"))(params, image)
     assert_near(mean, nhwc(posterior.mean))
     assert_near(logvar, nhwc(posterior.logvar))
-    assert_near(jax.jit(lambda p, x: apply(p, x, method="decode"))(params, latent), nhwc(picture))
+    assert_near(jax.jit(lambda p, x: apply(p, x, method="decode"))(params, latent), nhwc(decoded))
 
 
 def test_the_log_variance_is_clamped():
@@ -100,7 +100,7 @@ def test_the_log_variance_is_clamped():
     assert (logvar[..., :2] == -30).all() and (logvar[..., 2:] == 20).all()
 
 
-def test_scale_is_what_diffusers_pipelines_do():
+def test_scale_is_that_of_diffusers_pipelines():
     config = kl.Config.from_dict({**SMALL_16, **block_types(SMALL_16)})
     latent = normal(0, (1, 2, 3, 16))
     np.testing.assert_allclose(kl.scale(latent, config), (latent - 0.0609) * 1.5305, rtol=1e-6)
@@ -147,16 +147,16 @@ def test_derivatives_match_central_differences(method):
             value, tangent = jax.jvp(net, (point[1],), (v,))
             return jnp.sum(tangent**2), (value, tangent)
 
-        def moved(h, params_along, x_along):
+        def shifted(h, params_along, x_along):
             step = (jax.tree.map(lambda d: h * d, params_along), h * x_along)
             return jax.device_get(run(jax.tree.map(np.add, point, step))[0])
 
         run = jax.jit(jax.value_and_grad(energy, has_aux=True))
         (_, (_, tangent)), gradient = jax.device_get(run(point))
         h, still = 1e-5, jax.tree.map(np.zeros_like, params)
-        plus, minus = (moved(s, still, v)[1][0] for s in (h, -h))
+        plus, minus = (shifted(s, still, v)[1][0] for s in (h, -h))
         assert_near(tangent, (plus - minus) / (2 * h), 1e-7)
-        slope = (moved(h, *along)[0] - moved(-h, *along)[0]) / (2 * h)
+        slope = (shifted(h, *along)[0] - shifted(-h, *along)[0]) / (2 * h)
         assert_near(sum(jax.tree.leaves(jax.tree.map(np.vdot, gradient, along))), slope, 1e-7)
 
 

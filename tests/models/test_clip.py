@@ -21,7 +21,7 @@ PLAIN, PROJECTED = clip.CLASS_NAMES
 
 
 def published(width, layers, heads, act, projection, name=PLAIN):
-    """A config.json as the repositories have it."""
+    """Config of a published repository."""
     return {
         "architectures": [name],
         "attention_dropout": 0.0,
@@ -85,7 +85,7 @@ def torch_config(cfg):
 
 
 def torch_encoder(cfg, seed=0):
-    """The reference with every parameter drawn anew, those of the norms too."""
+    """The reference with random parameters, those of the norms too."""
     torch.manual_seed(seed)
     model = getattr(transformers, cfg["architectures"][0])(torch_config(cfg)).eval()
     with torch.no_grad():
@@ -99,7 +99,7 @@ def tensors_of(model):
 
 
 def prefixed(tensors):
-    """As files spell the keys; of the classes only the projected one does in memory."""
+    """Tensors under the keys of files; in memory only the projected class has those keys."""
     return {
         k if k.startswith("text_") else f"text_model.{k}": value for k, value in tensors.items()
     }
@@ -111,7 +111,7 @@ def ported(model, cfg, **options):
 
 
 def batch(cfg, length):
-    """Rows whose end token is in the middle and again at the end, last, first, and nowhere."""
+    """Token ids with the end token in the middle and again at the end, last, first, and absent."""
     vocab, eos = cfg["vocab_size"], cfg["eos_token_id"]
     end = vocab - 1 if eos == 2 else eos
     ids = np.random.default_rng(1).integers(3, vocab - 1, (4, length))
@@ -148,7 +148,7 @@ def test_matches_torch(name):
         print(name, "masked" if given else "", [f"{e:.1e}" for e in errors])
         assert all(a.shape == b.shape for a, b in zip(out, ref, strict=True))
         assert all(a.dtype == jnp.float32 for a in out) and max(errors) <= 1e-5
-    # The mask is seen, and what comes later is not.
+    # The mask has an effect, and later tokens have none.
     unmasked = apply(params, ids)
     assert relative(out.last, np.asarray(unmasked.last)) > 1e-3
     ids[:, -1] = 4
@@ -256,7 +256,7 @@ def test_unsupported_config_is_named(key, value):
         clip.Config.from_dict(tiny(**{key: value}))
 
 
-def test_what_older_versions_wrote_beside_it_is_read_past():
+def test_extra_keys_of_older_versions_are_ignored():
     old = {"return_dict": True, "id2label": {"0": "LABEL_0"}, "torchscript": False}
     assert clip.Config.from_dict(tiny(**old)) == clip.Config.from_dict(tiny())
 

@@ -83,7 +83,7 @@ def torch_config(cfg):
 
 
 def torch_encoder(cfg, seed=0):
-    """The reference with every parameter drawn anew, those of the norms too."""
+    """The reference with random parameters, those of the norms too."""
     torch.manual_seed(seed)
     model = transformers.Gemma2Model(torch_config(cfg)).eval()
     with torch.no_grad():
@@ -104,7 +104,7 @@ def reference(model, ids, mask):
 
 
 def batch(vocab, lengths, total):
-    """Padded on the right, and the last row on the left."""
+    """Token ids and mask, padded on the right, and the last row on the left."""
     ids = np.random.default_rng(1).integers(3, vocab, (len(lengths), total)).astype(np.int32)
     mask = (np.arange(total) < np.array(lengths)[:, None]).astype(np.int32)
     mask[-1] = mask[-1, ::-1]

@@ -31,7 +31,7 @@ BASES = {
 
 
 def keys_of(name):
-    """What the class takes, by its own signature."""
+    """Options of the class, from its signature."""
     if hasattr(diffusers, name):
         kind = diffusers.PixArtTransformer2DModel if name[0] == "T" else getattr(diffusers, name)
         return set(inspect.signature(kind.__init__).parameters) - {"self"}
@@ -46,7 +46,7 @@ def test_every_key_of_a_network_is_used_or_listed(name):
     for key in sorted(keys_of(name) - set(IGNORED[name])):
         try:
             changed = module.Config.from_dict(base | {key: "something else"})
-        except Exception:  # it was looked at
+        except Exception:  # the key is read
             continue
         assert changed != spec, key
 
@@ -82,9 +82,9 @@ def test_unknown_keys_of_a_text_encoder_are_named_once(caplog):
     config = {"d_model": 4, "mystery": 3, "nothing": None, "_own": 1, "dropout_rate": 0.1}
     for _ in range(2):
         warn_unknown_keys("T5EncoderModel", config, ["d_model"])
-    (said,) = caplog.records
-    assert said.levelno == logging.WARNING
-    assert said.getMessage().startswith("config.json: mystery: no options of T5EncoderModel")
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith("config.json: mystery: no options of T5EncoderModel")
 
 
 @pytest.mark.parametrize("repository", PUBLISHED)

@@ -37,58 +37,58 @@ CONFIGS = {
 
 
 def program(module, dtype):
-    """A loss of value and tangent, its gradient, and what both are given."""
+    """A loss of value and tangent with its gradient, and the arguments of both."""
     config = module.Config.from_dict(CONFIGS[module])
     net, rng = functional(module.build(config, dtype=dtype)), np.random.default_rng(0)
     params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape)), net.abstract)
     x, v, c = (jnp.asarray(rng.normal(size=(2, 8, 8, 4))) for _ in range(3))
-    text, told = jnp.asarray(rng.normal(size=(2, 5, 10))), jnp.asarray(rng.normal(size=(2, 10)))
-    last = jnp.ones((2, 5)) if module is pixart else told
+    text, pooled = jnp.asarray(rng.normal(size=(2, 5, 10))), jnp.asarray(rng.normal(size=(2, 10)))
+    last = jnp.ones((2, 5)) if module is pixart else pooled
 
     def loss(params, x):
         def call(x):
             return net.apply(params, x, jnp.full(2, 500.0), text, last)[..., :4]
 
-        value, moved = geometry.tangent(call, x, v)
-        return jnp.sum(c * value) + jnp.sum(value * moved)
+        value, tangent = geometry.tangent(call, x, v)
+        return jnp.sum(c * value) + jnp.sum(value * tangent)
 
     return jax.value_and_grad(loss, argnums=(0, 1)), (params, x)
 
 
-def in_parts(f, given, part, monkeypatch):
-    """f(*given) and its operations, where a hidden layer's parts have so many numbers."""
-    monkeypatch.setattr(layers, "MAX_CHUNK_ELEMENTS", part)
+def in_chunks(f, args, elements, monkeypatch):
+    """f(*args) and its FLOPs with hidden layers in chunks of at most so many elements."""
+    monkeypatch.setattr(layers, "MAX_CHUNK_ELEMENTS", elements)
     with current_placement(Placement(make_mesh({"data": 1}, jax.devices()[:1]))):
-        return jax.jit(lambda *given: f(*given))(*given), flops(lambda *given: f(*given), *given)
+        return jax.jit(lambda *args: f(*args))(*args), flops(lambda *args: f(*args), *args)
 
 
 @pytest.mark.parametrize("module", CONFIGS, ids=lambda m: m.__name__.rpartition(".")[2])
-def test_a_hidden_layer_in_parts_is_the_layer(module, monkeypatch):
-    """To the last digits, for as many operations: reverse mode makes no part twice."""
+def test_a_hidden_layer_in_chunks_is_the_layer(module, monkeypatch):
+    """Equal to the last digits, for as many FLOPs: reverse mode computes no chunk twice."""
     with jax.enable_x64(True):
-        f, given = program(module, jnp.float64)
-        whole, all_of = in_parts(f, given, 2**24, monkeypatch)
+        f, args = program(module, jnp.float64)
+        reference, operations = in_chunks(f, args, 2**24, monkeypatch)
         # Keys' biases have no gradient but rounding.
-        largest = max(np.abs(a).max() for a in jax.tree.leaves(whole))
-        # 2 samples of 16 positions, 48 units: in two parts, three, and no more than four.
-        for part in (2 * 16 * 24, 2 * 16 * 16, 1):
-            found, count = in_parts(f, given, part, monkeypatch)
-            assert count == all_of
-            pairs = list(zip(*map(jax.tree.leaves, (whole, found)), strict=True))
+        largest = max(np.abs(a).max() for a in jax.tree.leaves(reference))
+        # 2 samples of 16 positions, 48 units: in two chunks, three, and no more than four.
+        for elements in (2 * 16 * 24, 2 * 16 * 16, 1):
+            out, count = in_chunks(f, args, elements, monkeypatch)
+            assert count == operations
+            pairs = list(zip(*map(jax.tree.leaves, (reference, out)), strict=True))
             for a, b in pairs:
                 np.testing.assert_allclose(b, a, rtol=0, atol=1e-13 * largest)
-            assert any(np.any(a != b) for a, b in pairs)  # it was in parts indeed
+            assert any(np.any(a != b) for a, b in pairs)  # it was in chunks indeed
 
 
-def test_parts_round_no_more_than_the_whole(monkeypatch):
-    """Each part's sum rounded to bfloat16 would be a third less exact."""
+def test_chunks_round_no_more_than_the_layer_at_once(monkeypatch):
+    """Rounding the sum to bfloat16 after every chunk would be a third less exact."""
     rng = np.random.default_rng(0)
     mlp = layers.Mlp(
         64, 256, 64, layers.gelu_tanh, dtype=jnp.bfloat16, rngs=Keys(jax.random.key(0))
     )
     base, gate, x = (rng.normal(size=shape) for shape in ((2, 32, 64), (2, 1, 64), (2, 32, 64)))
-    given = [jnp.asarray(array, jnp.bfloat16) for array in (base, gate, x)]
-    base, gate, x = (np.asarray(array, np.float64) for array in given)
+    args = [jnp.asarray(array, jnp.bfloat16) for array in (base, gate, x)]
+    base, gate, x = (np.asarray(array, np.float64) for array in args)
     weights = [
         np.asarray(getattr(layer, name)[...], np.float64)
         for layer in (mlp.linear_1, mlp.linear_2)
@@ -97,16 +97,16 @@ def test_parts_round_no_more_than_the_whole(monkeypatch):
     hidden = np.asarray(layers.gelu_tanh(jnp.float32(x @ weights[0] + weights[1])), np.float64)
     true = base + gate * (hidden @ weights[2] + weights[3])
 
-    def error(part):
-        found, _ = in_parts(partial(mlp.added, again=True), given, part, monkeypatch)
-        assert found.dtype == jnp.bfloat16
-        return np.linalg.norm(np.asarray(found, np.float64) - true) / np.linalg.norm(true)
+    def error(elements):
+        out, _ = in_chunks(partial(mlp.gated_residual, remat=True), args, elements, monkeypatch)
+        assert out.dtype == jnp.bfloat16
+        return np.linalg.norm(np.asarray(out, np.float64) - true) / np.linalg.norm(true)
 
     assert 1e-4 < error(1) < 1.02 * error(2**24)
 
 
 @pytest.mark.parametrize(
-    "shape,hidden,parts",
+    "shape,hidden,chunks",
     [
         ((8, 1024, 1152), 4608, 4),  # PixArt-XL with 8 samples
         ((4, 1024, 1152), 4608, 3),
@@ -116,7 +116,7 @@ def test_parts_round_no_more_than_the_whole(monkeypatch):
         ((64, 1024, 1152), 4609, 1),
     ],
 )
-def test_in_how_many_parts(shape, hidden, parts):
+def test_number_of_chunks(shape, hidden, chunks):
     assert layers.hidden_chunks(shape, hidden) == (1, 1)  # outside of training
     with current_placement(Placement(make_mesh({"data": 1}, jax.devices()[:1]))):
-        assert layers.hidden_chunks(shape, hidden) == (parts, 1)
+        assert layers.hidden_chunks(shape, hidden) == (chunks, 1)

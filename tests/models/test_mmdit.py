@@ -19,7 +19,7 @@ from gadjax.models.module import functional
 from gadjax.models.params import cast, flatten, unflatten
 from gadjax.types import Cond
 
-# What the two published repositories say.
+# Configurations of the two published repositories.
 MEDIUM_3 = {
     "_class_name": "SD3Transformer2DModel",
     "_diffusers_version": "0.29.0.dev0",
@@ -72,7 +72,7 @@ CASES = {
 
 
 def torch_model(cfg):
-    """diffusers' network in which no tensor is left as it was made, the position table neither."""
+    """diffusers' network with all tensors random, the position table too."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     given = {k: v for k, v in cfg.items() if not k.startswith("_")}
@@ -120,7 +120,7 @@ def relative(a, b):
 
 @cache
 def network(name):
-    """Its configuration, its functions and its compiled prediction."""
+    """Configuration, functions and compiled prediction of a case."""
     config = Config.from_dict(CASES[name][0])
     net = functional(build(config))
     return config, net, jax.jit(mmdit.predictor(net.apply, config))
@@ -141,7 +141,7 @@ def test_output_is_that_of_diffusers(name):
     error = relative(out, expected)
     print(f"{name}: {error:.2e}")
     assert error <= 1e-5
-    # The test can tell: at another time, with another text or pooled vector, the output differs.
+    # The test is sensitive: another time, text or pooled vector changes the output.
     for other in (
         (t[::-1], cond(text, pooled)),
         (t, cond(text[::-1], pooled)),
@@ -152,18 +152,20 @@ def test_output_is_that_of_diffusers(name):
 
 @pytest.mark.parametrize("name", ["3", "3.5, wide"])
 def test_features_are_the_tokens_half_way(name):
-    """Inside the one stack, and inside the second of two; hooks see them in diffusers."""
+    """Features inside the only stack, and inside the second of two, against hooks in diffusers."""
     cfg, height, width = CASES[name]
-    model, (x, t, text, pooled), seen = torch_model(cfg), inputs(cfg, height, width), []
+    model, (x, t, text, pooled), tokens_by_block = torch_model(cfg), inputs(cfg, height, width), []
     for block in model.transformer_blocks:
-        block.register_forward_hook(lambda block, given, both: seen.append(both[1].numpy()))
+        block.register_forward_hook(
+            lambda block, given, both: tokens_by_block.append(both[1].numpy())
+        )
     torch_call(model, x, t, text, pooled)
     out = jax.jit(mmdit.features(network(name)[1].apply))(
         to_params(model, cfg), x, t, cond(text, pooled)
     )
-    half = (len(seen) + 1) // 2 - 1
-    assert out.shape == seen[half].shape and out.dtype == jnp.float32
-    errors = [relative(out, tokens) for tokens in seen]
+    half = (len(tokens_by_block) + 1) // 2 - 1
+    assert out.shape == tokens_by_block[half].shape and out.dtype == jnp.float32
+    errors = [relative(out, tokens) for tokens in tokens_by_block]
     print(f"{name}: {errors[half]:.2e}")
     assert errors.pop(half) <= 1e-5
     assert all(error > 1e-3 for error in errors)
@@ -244,16 +246,16 @@ def test_derivatives_are_those_of_central_differences():
             (value, (out, tangent)), grad = jax.value_and_grad(loss, has_aux=True)(leaf)
             return {"out": out, "tangent": tangent, "loss": value, "grad": grad}
 
-        here = everything(x, leaf)
-        first = relative(here["tangent"], central(lambda x: everything(x, leaf)["out"], x, v))
+        values = everything(x, leaf)
+        first = relative(values["tangent"], central(lambda x: everything(x, leaf)["out"], x, v))
         slope = central(lambda leaf: everything(x, leaf)["loss"], leaf, u)
-        second = relative(jnp.vdot(here["grad"], u), slope)
+        second = relative(jnp.vdot(values["grad"], u), slope)
     print(f"jvp {first:.2e}, grad of jvp {second:.2e}")
     assert max(first, second) <= 1e-6
 
 
 def test_gradients_are_those_of_torch_and_the_table_of_positions_has_none():
-    """With the blocks recomputed in reverse."""
+    """Gradients under rematerialisation."""
     cfg = tiny(2, 8, 2, dual=1, qk_norm="rms_norm", table=4)
     model, (x, *rest) = torch_model(cfg), inputs(cfg, 6, 4)
     config = Config.from_dict(cfg)

@@ -13,7 +13,7 @@ def feed_forward(x, up, down, gate):
 
 
 def convolved(x, up, down, gate):
-    """The same as convolutions of size 1."""
+    """`feed_forward` as convolutions of size 1."""
 
     def conv(x, kernel):
         dims = ("NHWC", "HWIO", "NHWC")
@@ -24,9 +24,9 @@ def convolved(x, up, down, gate):
 
 
 @pytest.mark.parametrize("block", [feed_forward, convolved])
-@pytest.mark.parametrize("moving", [False, True])
-def test_reverse_mode_may_keep_what_a_feed_forward_gives(block, moving):
-    """Of value and tangent, and then does not compute the last product of either again."""
+@pytest.mark.parametrize("with_tangent", [False, True])
+def test_remat_results_saves_the_outputs_of_feed_forwards(block, with_tangent):
+    """Saved outputs of value and tangent spare the recomputation of either's last product."""
     rng = np.random.default_rng(0)
     shapes = (2, 3, 5), (4, 5, 20), (4, 20, 5), (4, 1, 5)
     x, *layers = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
@@ -36,14 +36,14 @@ def test_reverse_mode_may_keep_what_a_feed_forward_gives(block, moving):
             def net(x):
                 return scan_blocks(layers, x, lambda layer, x: block(x, *layer), remat)
 
-            return sum(jnp.sum(y**2) for y in (tangent(net, x, x) if moving else (net(x),)))
+            return sum(jnp.sum(y**2) for y in (tangent(net, x, x) if with_tangent else (net(x),)))
 
         return jax.grad(loss)
 
     def cost(remat):
         return flops(grad(remat), layers) / (4 * 2 * 6 * 5 * 20)
 
-    count = 2 if moving else 1
+    count = 2 if with_tangent else 1
     assert cost(True) - cost("results") == pytest.approx(count)
     assert cost("results") - cost(False) == pytest.approx(count)  # the first products
     for a, b in zip(grad("results")(layers), grad(False)(layers), strict=True):

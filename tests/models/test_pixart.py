@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
-from text_kv import assert_read_ahead
+from text_kv import assert_text_kv_matches
 
 from gadjax.diffusion import geometry
 from gadjax.errors import InputError
@@ -17,7 +17,7 @@ from gadjax.models.params import cast, flatten
 from gadjax.models.pixart import KEYMAP, RULES, Config, build
 from gadjax.models.pixart.net import CLASS_NAMES
 
-# What the two published repositories say.
+# Configurations of the two published repositories.
 PUBLISHED = {
     "_class_name": "Transformer2DModel",
     "activation_fn": "gelu-approximate",
@@ -144,7 +144,7 @@ def test_output_is_that_of_diffusers(name):
     error = relative(out, expected)
     print(f"{name}: {error:.2e}")
     assert error <= 1e-5
-    # The test can tell: without the mask, and at another time, the output is another.
+    # The test is sensitive: the output depends on the mask and on the time.
     for i, other in ((1, args[1][::-1]), (3, np.ones_like(args[3]))):
         changed = apply(params, *args[:i], other, *args[i + 1 :])
         assert relative(changed, expected) > 1e-3
@@ -152,19 +152,21 @@ def test_output_is_that_of_diffusers(name):
 
 @pytest.mark.parametrize("name", ["wide", "tall, no bias", "one output", "sized"])
 def test_features_are_the_tokens_half_way(name):
-    """After 1 of 2, 2 of 3 and 1 of 1 blocks; hooks see them in diffusers."""
+    """Features after 1 of 2, 2 of 3 and 1 of 1 blocks, against hooks in diffusers."""
     cfg, height, width = CASES[name]
-    model, args, seen = torch_model(cfg), inputs(cfg, height, width), []
+    model, args, tokens_by_block = torch_model(cfg), inputs(cfg, height, width), []
     for block in model.transformer_blocks:
-        block.register_forward_hook(lambda block, given, tokens: seen.append(tokens.numpy()))
+        block.register_forward_hook(
+            lambda block, given, tokens: tokens_by_block.append(tokens.numpy())
+        )
     torch_call(model, *args)
     net = functional(build(Config.from_dict(cfg)))
     params = to_params(model, cfg)
     out = jax.jit(partial(net.apply, method="features"))(params, *args)
-    assert_read_ahead(net, params, args, jax.jit(net.apply)(params, *args), out)
-    half = (len(seen) + 1) // 2 - 1
-    assert out.shape == seen[half].shape and out.dtype == jnp.float32
-    errors = [relative(out, tokens) for tokens in seen]
+    assert_text_kv_matches(net, params, args, jax.jit(net.apply)(params, *args), out)
+    half = (len(tokens_by_block) + 1) // 2 - 1
+    assert out.shape == tokens_by_block[half].shape and out.dtype == jnp.float32
+    errors = [relative(out, tokens) for tokens in tokens_by_block]
     print(f"{name}: {errors[half]:.2e}")
     assert errors.pop(half) <= 1e-5
     assert all(error > 1e-3 for error in errors)
@@ -331,7 +333,7 @@ def test_bad_inputs_are_refused():
     x, t, text, mask, added = inputs(cfg, height, width)
     swapped = added | {"aspect_ratio": added["resolution"]}
     for bad in (None, {}, {"resolution": added["resolution"]}, swapped):
-        with pytest.raises(InputError, match="added"):
+        with pytest.raises(InputError, match="added_cond"):
             jax.eval_shape(net.apply, net.abstract, x, t, text, mask, bad)
     with pytest.raises(InputError, match="multiples of the patch size 2"):
         jax.eval_shape(net.apply, net.abstract, x[:, :-1], t, text, mask, added)

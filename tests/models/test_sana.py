@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
-from text_kv import assert_read_ahead
+from text_kv import assert_text_kv_matches
 
 from gadjax.diffusion import geometry
 from gadjax.errors import InputError
@@ -29,7 +29,7 @@ from gadjax.models.sana import (
 from gadjax.models.sana.blocks import relu_linear_attention
 from gadjax.types import Cond
 
-# What the published repositories say.
+# Configurations of the published repositories.
 COMMON = {
     "_class_name": "SanaTransformer2DModel",
     "_diffusers_version": "0.33.0.dev0",
@@ -119,7 +119,7 @@ def to_params(model, cfg, dtype=np.float32):
 
 
 def inputs(cfg, height, width, batch=3, length=7, seed=0):
-    """x, t, text, mask, guidance."""
+    """Inputs of the network: x, t, text, mask, guidance."""
     r = np.random.default_rng(seed)
     guided = cfg.get("guidance_embeds", False)
     x = r.standard_normal((batch, height, width, cfg["in_channels"]), np.float32)
@@ -130,14 +130,16 @@ def inputs(cfg, height, width, batch=3, length=7, seed=0):
 
 
 def torch_call(model, x, t, text, mask, guidance):
-    """As the pipelines call it. Returns: the output, and the tokens after every block."""
+    """Call diffusers' network as its pipelines do: its output, and the tokens after every block."""
     if guidance is None:
         t = t * np.float32(model.config.timestep_scale)
     else:
         guidance = torch.tensor(guidance) * model.config.guidance_embeds_scale
-    seen = []
+    tokens_by_block = []
     hooks = [
-        block.register_forward_hook(lambda block, given, tokens: seen.append(tokens.numpy()))
+        block.register_forward_hook(
+            lambda block, given, tokens: tokens_by_block.append(tokens.numpy())
+        )
         for block in model.transformer_blocks
     ]
     with torch.no_grad():
@@ -150,7 +152,7 @@ def torch_call(model, x, t, text, mask, guidance):
         ).sample
     for hook in hooks:
         hook.remove()
-    return out.permute(0, 2, 3, 1).numpy(), seen
+    return out.permute(0, 2, 3, 1).numpy(), tokens_by_block
 
 
 def relative(a, b):
@@ -167,15 +169,15 @@ def test_output_and_features_are_those_of_diffusers(name):
         apply(params, *args),
         jax.jit(partial(net.apply, method="features"))(params, *args),
     )
-    assert_read_ahead(net, params, args, out, tokens)
-    expected, seen = torch_call(model, *args)
+    assert_text_kv_matches(net, params, args, out, tokens)
+    expected, tokens_by_block = torch_call(model, *args)
     assert out.shape == expected.shape and out.dtype == tokens.dtype == jnp.float32
-    half = (len(seen) + 1) // 2 - 1
-    errors = [relative(tokens, each) for each in seen]
+    half = (len(tokens_by_block) + 1) // 2 - 1
+    errors = [relative(tokens, reference) for reference in tokens_by_block]
     print(f"{name}: output {relative(out, expected):.2e}, features {errors[half]:.2e}")
     assert relative(out, expected) <= 1e-5 and errors.pop(half) <= 1e-5
     assert all(error > 1e-3 for error in errors)
-    # The test can tell: each argument changes the output.
+    # The test is sensitive: every argument changes the output.
     others = [(1, args[1][::-1]), (3, np.ones_like(args[3]))]
     others += [(4, args[4][::-1])] if args[4] is not None else []
     for i, other in others:
@@ -188,12 +190,19 @@ def test_a_denoiser_passes_on_the_guidance_and_drops_a_learned_variance():
         return jnp.full((2, 1, 1, 6), guidance or 0), (params, x, t, text, mask, method)
 
     config = Config.from_dict(tiny())
-    for given, told in ((None, 0), ({}, 0), ({"guidance": 4.5}, 4.5)):
+    for given, expected_guidance in ((None, 0), ({}, 0), ({"guidance": 4.5}, 4.5)):
         cond = Cond("text", "mask", given)
         raw = predictor(lambda *args: apply(*args)[0], config)("params", "x", "t", cond)
-        assert raw.shape == (2, 1, 1, 4) and (raw == told).all()
+        assert raw.shape == (2, 1, 1, 4) and (raw == expected_guidance).all()
         tokens, rest = features(apply)("params", "x", "t", cond)
-        assert (tokens == told).all() and rest == ("params", "x", "t", "text", "mask", "features")
+        assert (tokens == expected_guidance).all() and rest == (
+            "params",
+            "x",
+            "t",
+            "text",
+            "mask",
+            "features",
+        )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
@@ -224,7 +233,7 @@ def test_derivatives_are_those_of_central_differences():
         run = jax.jit(jax.value_and_grad(g, (0, 1), has_aux=True))
         (_, (_, tangent)), (slopes, slope_x) = jax.device_get(run(params, x))
 
-        def moved(along_params, along_x, h=1e-6):  # short, because every relu is a kink
+        def difference(along_params, along_x, h=1e-6):  # short, because every relu is a kink
             def at(s):
                 there = jax.tree.map(lambda p, d: p + s * d, params, along_params)
                 return run(there, x + s * along_x)[0]
@@ -233,8 +242,8 @@ def test_derivatives_are_those_of_central_differences():
             return jax.tree.map(lambda a, b: (np.asarray(a) - b) / (2 * h), ahead, behind)
 
         still = jax.tree.map(np.zeros_like, params)
-        first = relative(tangent, moved(still, v)[1][0])
-        second = [relative(np.vdot(slope_x, u), moved(still, u)[0])]
+        first = relative(tangent, difference(still, v)[1][0])
+        second = [relative(np.vdot(slope_x, u), difference(still, u)[0])]
         for name in ("attn1/to_k/kernel", "attn2/norm_q/scale", "ff/conv_depth/kernel"):
             one = jax.tree.map(np.zeros_like, params)
             group, layer, last = name.split("/")
@@ -242,12 +251,12 @@ def test_derivatives_are_those_of_central_differences():
                 params["blocks"][group][layer][last].shape
             )
             found = np.vdot(slopes["blocks"][group][layer][last], w)
-            second.append(relative(found, moved(one, 0 * x)[0]))
+            second.append(relative(found, difference(one, 0 * x)[0]))
     print(f"jvp {first:.2e}, grads of jvp", *(f"{error:.2e}" for error in second))
     assert max(first, *second) < 1e-6
 
 
-def test_a_query_that_no_key_answers_has_derivatives():
+def test_a_query_with_zero_weights_has_derivatives():
     r = np.random.default_rng(0)
     q, k, v, dq = (r.standard_normal((1, 5, 2, 4)).astype(np.float32) for _ in range(4))
     q[0, 2] = -np.abs(q[0, 2])

@@ -33,7 +33,7 @@ XXL = dict(vocab_size=32128, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, nu
 
 
 def torch_encoder(sizes, proj, seed=0):
-    """The reference with every parameter drawn anew, norm scales and tables too."""
+    """The reference with random parameters, norm scales and tables too."""
     torch.manual_seed(seed)
     model = transformers.T5EncoderModel(
         transformers.T5Config(feed_forward_proj=proj, **sizes)
@@ -138,7 +138,7 @@ def test_one_rule_shards_every_leaf_of_xxl():
             assert "fsdp" in found[0] or leaf.size <= 2**16, path
 
 
-def test_tied_copy_is_read_past_and_never_written():
+def test_tied_copy_is_ignored_and_never_written():
     model = torch_encoder(SMALL, "relu")
     net, params = ported(model)
     tensors = {k: v.numpy() for k, v in model.state_dict().items()}

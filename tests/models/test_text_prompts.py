@@ -1,4 +1,4 @@
-"""What the files of a tokenizer and of CLIP decide, as in diffusers' pipelines."""
+"""Prompt embeddings that depend on the files of tokenizers and CLIP, as in diffusers' pipelines."""
 
 import json
 import shutil
@@ -26,25 +26,25 @@ def ours(folder, prompts=PROMPTS, length=None):
     return np.asarray(pipeline.encode_text(params, *tokens).text)
 
 
-def theirs(folder, prompts=PROMPTS, **told):
+def theirs(folder, prompts=PROMPTS, **options):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     with torch.no_grad():
-        found = pipeline.encode_prompt(
+        embeds = pipeline.encode_prompt(
             list(prompts),
             device="cpu",
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
-            **told,
+            **options,
         )
-    return found[0].numpy()
+    return embeds[0].numpy()
 
 
-def agree(found, wanted):
-    assert found.shape == wanted.shape
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+def agree(embeds, reference):
+    assert embeds.shape == reference.shape
+    np.testing.assert_allclose(embeds, reference, atol=1e-5 * np.abs(reference).max())
 
 
-def test_padding_that_clip_does_not_see(folder):
+def test_clip_ignores_padding_with_use_attention_mask(folder):
     plain = ours(folder)
     edit(folder / "text_encoder" / "config.json", use_attention_mask=True)
     agree(ours(folder), theirs(folder))
@@ -54,13 +54,13 @@ def test_padding_that_clip_does_not_see(folder):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
-def test_the_tokenizers_own_length(folders, family, tmp_path):
+def test_length_is_the_tokenizers(folders, family, tmp_path):
     folder = shutil.copytree(folders(family), tmp_path / "copy")
     for path in folder.glob("tokenizer*/tokenizer_config.json"):
         edit(path, model_max_length=20)
     several = {"prompt_2": None, "prompt_3": None}
-    told = {"max_sequence_length": 9, **several} if family == "sd3" else {}
-    agree(ours(folder, length=told.get("max_sequence_length")), theirs(folder, **told))
+    options = {"max_sequence_length": 9, **several} if family == "sd3" else {}
+    agree(ours(folder, length=options.get("max_sequence_length")), theirs(folder, **options))
     path = folder / "tokenizer" / "tokenizer_config.json"
     edit(path, model_max_length=78)
     refused(lambda: ours(folder), path.parent, "model_max_length: found 78; expected", "77")
@@ -76,17 +76,17 @@ def test_the_tokenizers_own_length(folders, family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["sd15", "pixart", "sana"])
-def test_the_tokenizers_own_side(folders, family, tiny_pipeline, tmp_path):
-    """Whatever it is: SANA's pipeline pads on the right in any case."""
+def test_padding_side_is_the_tokenizers(folders, family, tiny_pipeline, tmp_path):
+    """Except for SANA, whose pipeline pads on the right in any case."""
     source = tiny_pipeline if family == "pixart" else folders(family)
     folder = shutil.copytree(source, tmp_path / "copy")
     edit(folder / "tokenizer" / "tokenizer_config.json", padding_side="left")
-    told = {"max_sequence_length": 12, "clean_caption": False} if family != "sd15" else {}
+    options = {"max_sequence_length": 12, "clean_caption": False} if family != "sd15" else {}
     if family == "sana":
         from gadjax.models.sana.prompts import INSTRUCTION
 
-        told["complex_human_instruction"] = INSTRUCTION.split("\n")
-    agree(ours(folder, length=told.get("max_sequence_length")), theirs(folder, **told))
+        options["complex_human_instruction"] = INSTRUCTION.split("\n")
+    agree(ours(folder, length=options.get("max_sequence_length")), theirs(folder, **options))
 
 
 def test_a_learned_concept_of_several_vectors(folder):

@@ -75,7 +75,7 @@ def test_saved_words_reload_with_the_same_ids(word_folder, loader):
     assert (reloaded.pad_token_id, reloaded.eos_token_id, reloaded.unk_token_id) == (0, 1, 2)
 
 
-def test_long_text_is_cut_and_keeps_its_end(word_folder):
+def test_long_text_is_truncated_and_keeps_its_end(word_folder):
     tokenizer = load_tokenizer(word_folder)
     (long,), (mask,) = tokenizer([CAPTION], 5)
     assert long.tolist() == [3 + WORDS.index(word) for word in CAPTION.split()[:4]] + [1]
@@ -98,18 +98,18 @@ def test_pipeline_gives_the_same_tokens(word_folder):
     pipeline = PixArtAlphaPipeline.from_pretrained(
         word_folder.parent, local_files_only=True, **dict.fromkeys(parts)
     )
-    seen = []
+    encoder_inputs = []
 
     def record(ids, attention_mask):
-        seen.append((ids, attention_mask))
+        encoder_inputs.append((ids, attention_mask))
         return (torch.zeros(*ids.shape, 4),)
 
     record.dtype = torch.float32
     pipeline.text_encoder = record
     pipeline.encode_prompt(CAPTIONS, do_classifier_free_guidance=False, device="cpu")
     ids, mask = load_tokenizer(word_folder)(CAPTIONS, 120)
-    np.testing.assert_array_equal(ids, seen[0][0].numpy())
-    np.testing.assert_array_equal(mask, seen[0][1].numpy())
+    np.testing.assert_array_equal(ids, encoder_inputs[0][0].numpy())
+    np.testing.assert_array_equal(mask, encoder_inputs[0][1].numpy())
     assert preprocess(CAPTIONS) == pipeline._text_preprocessing(CAPTIONS, clean_caption=False)
 
 
@@ -192,14 +192,14 @@ def test_unusable_words_are_refused(words):
         build_word_tokenizer(words)
 
 
-def test_a_prompt_that_is_cut_is_said(word_folder, caplog):
+def test_a_truncated_prompt_is_logged(word_folder, caplog):
     tokenizer = load_tokenizer(word_folder)
     tokenizer([CAPTION], 20)
     assert not caplog.records
     ids, mask = tokenizer([CAPTION, "a red circle"], 6)
     (record,) = caplog.records
-    said = record.getMessage()
-    assert said.startswith("1 of 2 prompts are longer than the 6 tokens") and "has 13" in said
+    message = record.getMessage()
+    assert message.startswith("1 of 2 prompts are longer than the 6 tokens") and "has 13" in message
     assert ids[0, -1] == 1 and mask[0].all()  # the closing token stays
 
 
@@ -218,13 +218,13 @@ def test_tokenizers_of_other_families(kind, tmp_path):
     assert ids.dtype == np.int32 and mask[2].all() and not mask[1].all()
 
 
-def test_ids_that_the_encoder_has_not_are_refused(word_folder):
-    """The encoder would look them up and give NaN."""
-    ids, _ = load_tokenizer(word_folder, known=3 + len(WORDS))(CAPTIONS[:1], 20)
+def test_ids_beyond_the_encoders_vocabulary_are_refused(word_folder):
+    """The encoder would give NaN for them."""
+    ids, _ = load_tokenizer(word_folder, vocab_size=3 + len(WORDS))(CAPTIONS[:1], 20)
     assert ids.max() < 3 + len(WORDS)
     fewer = int(ids.max())
     with pytest.raises(InputError) as error:
-        load_tokenizer(word_folder, known=fewer)(CAPTIONS[:1], 20)
+        load_tokenizer(word_folder, vocab_size=fewer)(CAPTIONS[:1], 20)
     expected = f"found token {fewer}; expected ids below {fewer}, the text encoder's vocab_size"
     assert str(error.value) == f"{word_folder}: {expected}"
 

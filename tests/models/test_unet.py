@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from text_kv import assert_read_ahead
+from text_kv import assert_text_kv_matches
 
 from gadjax.diffusion import geometry
 from gadjax.errors import InputError
@@ -21,7 +21,7 @@ from gadjax.types import Cond
 
 torch.set_num_threads(1)
 
-# What the published repositories say, without what is the class's default.
+# Configurations of the published repositories, without the class's defaults.
 SD15 = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
@@ -133,7 +133,7 @@ def torch_class(cfg):
 
 
 def torch_net(cfg):
-    """diffusers' network in which no parameter is left at a zero or one."""
+    """diffusers' network with random parameters, none at its initial zero or one."""
     torch.manual_seed(0)
     net = torch_class(cfg).eval()
     with torch.no_grad():
@@ -191,8 +191,10 @@ def relative(a, b):
 def test_output_and_features_are_those_of_diffusers(name):
     cfg, height, width = CASES[name]
     (net, ours, params), args = loaded(name), inputs(cfg, height, width)
-    seen = []
-    hook = net.mid_block.register_forward_hook(lambda block, given, out: seen.append(out.numpy()))
+    outputs = []
+    hook = net.mid_block.register_forward_hook(
+        lambda block, given, out: outputs.append(out.numpy())
+    )
     expected = torch_call(net, *args)
     hook.remove()
 
@@ -201,14 +203,14 @@ def test_output_and_features_are_those_of_diffusers(name):
         return ours.apply(params, *args), ours.apply(params, *args, method="features")
 
     out, half = both(params, *args)
-    assert_read_ahead(ours, params, args, out, half)
-    half_NCHW = seen[0]
+    assert_text_kv_matches(ours, params, args, out, half)
+    half_NCHW = outputs[0]
     expected_half = half_NCHW.reshape(*half_NCHW.shape[:2], -1).transpose(0, 2, 1)
     errors = relative(out, expected), relative(half, expected_half)
     print(f"{name}: output {errors[0]:.2e}, features {errors[1]:.2e}")
     assert out.dtype == half.dtype == jnp.float32
     assert max(errors) <= 1e-5
-    # The test can tell: of each other input the output is another.
+    # The test is sensitive: every other input changes the output.
     x, t, text, added = args
     others = [(x, t[::-1], text, added), (x, t, text[::-1], added)]
     if added:
@@ -269,7 +271,7 @@ def test_rules_name_every_large_parameter_and_divide_it():
 
 
 def test_derivatives_match_central_differences():
-    """Of the first and of a middle parameter: the way back to the first is through all others."""
+    """Derivatives in the first and a middle parameter: the first's goes through all others."""
     net = torch_net(TINY)
     ours = port(TINY, dtype=jnp.float64)
     x, t, text, added = inputs(TINY, 2, 4, batch=1)
@@ -297,8 +299,8 @@ def test_derivatives_match_central_differences():
 
         (_, (value, tangent)), gradient = jax.device_get(run(point, x))
         assert value.dtype == np.float64
-        moved = central(lambda h: np.asarray(run(point, x + h * v)[0][1][0]))
-        errors = [relative(tangent, moved)]
+        slope_x = central(lambda h: np.asarray(run(point, x + h * v)[0][1][0]))
+        errors = [relative(tangent, slope_x)]
         for key, step in along.items():
             slope = central(
                 lambda h, k=key, d=step: float(run(point | {k: point[k] + h * d}, x)[0][0])
@@ -310,7 +312,7 @@ def test_derivatives_match_central_differences():
 
 
 def remats(jaxpr):
-    """(checkpointed parts, those of them inside a loop)"""
+    """Numbers of (checkpointed parts, those of them inside a loop)."""
     outer = inner = 0
     for eqn in jaxpr.eqns:
         outer += eqn.primitive.name.startswith("remat")
@@ -337,16 +339,16 @@ def test_bfloat16_is_close():
     assert cosine > 0.999
 
 
-def test_extras_are_what_the_pipeline_tells_sdxl():
-    plain, sized = (unet.Config.from_dict(c) for c in (SD15, SDXL))
-    assert (plain.pooled_dim, sized.pooled_dim) == (None, 1280)
+def test_extras_are_the_pipelines_micro_conditioning_of_sdxl():
+    plain, sdxl = (unet.Config.from_dict(c) for c in (SD15, SDXL))
+    assert (plain.pooled_dim, sdxl.pooled_dim) == (None, 1280)
     assert unet.extras(plain, 2, 512, 768) is None
     pooled = np.ones((2, 1280), np.float32)
-    told = unet.extras(sized, 2, 512, 768, pooled)
-    assert told["text_embeds"] is pooled
-    np.testing.assert_array_equal(told["time_ids"], [[512, 768, 0, 0, 512, 768]] * 2)
+    extras = unet.extras(sdxl, 2, 512, 768, pooled)
+    assert extras["text_embeds"] is pooled
+    np.testing.assert_array_equal(extras["time_ids"], [[512, 768, 0, 0, 512, 768]] * 2)
     with pytest.raises(InputError, match="^pooled: found nothing; expected"):
-        unet.extras(sized, 2, 512, 768)
+        unet.extras(sdxl, 2, 512, 768)
 
 
 def test_a_predictor_passes_text_and_extras_and_no_mask():
@@ -417,9 +419,9 @@ def test_bad_inputs_are_refused():
     x, t, text, added = inputs(*CASES["linear"])
     ids = added["time_ids"]
     for bad in (None, {}, {"time_ids": ids}, added | {"text_embeds": ids}):
-        with pytest.raises(InputError, match=r"^added\['text_embeds'\]: found"):
+        with pytest.raises(InputError, match=r"^added_cond\['text_embeds'\]: found"):
             jax.eval_shape(ours.apply, ours.abstract, x, t, text, bad)
-    with pytest.raises(InputError, match=r"^added\['time_ids'\]: found shape \(3, 5\)"):
+    with pytest.raises(InputError, match=r"^added_cond\['time_ids'\]: found shape \(3, 5\)"):
         jax.eval_shape(ours.apply, ours.abstract, x, t, text, added | {"time_ids": ids[:, :5]})
     for method in ("__call__", "features"):
         with pytest.raises(InputError, match="^latents: found 9 x 6; expected multiples of 2"):

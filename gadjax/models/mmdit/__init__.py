@@ -1,4 +1,4 @@
-"""Stable Diffusion 3's and 3.5's transformer (diffusers SD3Transformer2DModel)."""
+"""MMDiT, the transformer of Stable Diffusion 3 and 3.5 (diffusers SD3Transformer2DModel)."""
 
 from gadjax.models.mmdit.keymap import keymap
 from gadjax.models.mmdit.net import CLASS_NAMES, Config, build

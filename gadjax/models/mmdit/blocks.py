@@ -1,4 +1,4 @@
-"""The blocks of SD3's transformer: two streams with weights of their own that attend together."""
+"""MMDiT blocks: joint attention of two streams, image and text, with separate weights."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ EPS = 1e-6  # of every norm
 
 
 class Modulation(nnx.Module):
-    """What a norm is followed by, read from the time and text vector: [B, 1, D] each."""
+    """Adaptive norm's modulation: `count` arrays [B, 1, D] from the time and pooled text vector."""
 
     def __init__(self, dim: int, count: int, *, dtype, rngs: Keys):
         self.linear = nnx.Linear(dim, count * dim, dtype=dtype, rngs=rngs)
@@ -25,19 +25,22 @@ class Modulation(nnx.Module):
 
 
 def modulate(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> jax.Array:
-    """Scale and shift around one."""
+    """Modulated x: x * (1 + scale) + shift."""
     return x_BND * (1 + scale_B1D) + shift_B1D
 
 
 class Stream(nnx.Module):
-    """One stream's side of an attention: its heads, and the way back from them."""
+    """One stream's projections of an attention: to queries, keys and values, and out.
 
-    def __init__(self, c: Config, *, back: bool = True, dtype, rngs: Keys):
+    has_out: whether the stream reads the attention's output; in the last block the text does not.
+    """
+
+    def __init__(self, c: Config, *, has_out: bool = True, dtype, rngs: Keys):
         def linear():
             return nnx.Linear(c.dim, c.dim, dtype=dtype, rngs=rngs)
 
         self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
-        if back:
+        if has_out:
             self.to_out = linear()
         if c.qk_norm:
             self.norm_q, self.norm_k = (
@@ -49,19 +52,25 @@ class Stream(nnx.Module):
     def __call__(self, x_BND: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [B, N, H, K]."""
         q, k, v = (
-            to(x_BND).reshape(*x_BND.shape[:2], self.heads, -1)
-            for to in (self.to_q, self.to_k, self.to_v)
+            project(x_BND).reshape(*x_BND.shape[:2], self.heads, -1)
+            for project in (self.to_q, self.to_k, self.to_v)
         )
         return (self.norm_q(q), self.norm_k(k), v) if self.normed else (q, k, v)
 
-    def back(self, x_BNHK: jax.Array) -> jax.Array:
+    def project_out(self, x_BNHK: jax.Array) -> jax.Array:
+        """Output projection of the heads, [B, N, H, K] -> [B, N, D]."""
         return self.to_out(x_BNHK.reshape(*x_BNHK.shape[:2], -1))
 
 
 class Block(nnx.Module):
-    """Joint attention and a feed-forward for each stream.
+    """Joint attention of image and text, and a feed-forward for each stream.
 
-    dual: the picture also attends to itself alone. last: the text is read and not written.
+    Args:
+      c: the network's options.
+      dual: a second attention of the image's tokens to themselves alone (SD3.5).
+      last: the text is attended to and not updated.
+      dtype: of the computation.
+      rngs: keys of the initialisers.
     """
 
     def __init__(self, c: Config, *, dual: bool, last: bool = False, dtype, rngs: Keys):
@@ -73,7 +82,7 @@ class Block(nnx.Module):
 
         self.norm1, self.norm1_context = modulation(9 if dual else 6), modulation(2 if last else 6)
         self.attn = Stream(c, dtype=dtype, rngs=rngs)
-        self.attn_context = Stream(c, back=not last, dtype=dtype, rngs=rngs)
+        self.attn_context = Stream(c, has_out=not last, dtype=dtype, rngs=rngs)
         if dual:
             self.attn2 = Stream(c, dtype=dtype, rngs=rngs)
         self.ff = ff()
@@ -82,37 +91,41 @@ class Block(nnx.Module):
         self.dual, self.last = dual, last
 
     def __call__(
-        self, x_BND: jax.Array, text_BLD: jax.Array, emb_B1D: jax.Array, again: bool
+        self, x_BND: jax.Array, text_BLD: jax.Array, emb_B1D: jax.Array, remat: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Both streams after the block; the text as it came in where the block is the last.
+        """Both streams after the block; the last block returns the text unchanged.
 
-        again: whether reverse mode computes all of it again.
+        Args:
+          x_BND: tokens of the image.
+          text_BLD: tokens of the text.
+          emb_B1D: embedding of the time and the pooled text, after its activation.
+          remat: whether reverse mode recomputes the block entirely; see `Mlp.gated_residual`.
         """
-        shift, scale, gate, shift_ff, scale_ff, gate_ff, *more = self.norm1(emb_B1D)
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, *dual = self.norm1(emb_B1D)
         if self.last:  # the other order, as in diffusers' files
             scale_text, shift_text = self.norm1_context(emb_B1D)
         else:
-            shift_text, scale_text, *rest = self.norm1_context(emb_B1D)
+            shift_text, scale_text, *text_modulation = self.norm1_context(emb_B1D)
         normed = layers.layer_norm(x_BND, EPS)
         normed_text = layers.layer_norm(text_BLD, EPS)
-        q, *own = self.attn(modulate(normed, shift, scale))
-        q_text, *others = self.attn_context(modulate(normed_text, shift_text, scale_text))
-        # Each stream's queries by themselves: together no mesh would divide their positions. Keys
-        # come to every device before they are joined, or all would change places.
+        q, *image_kv = self.attn(modulate(normed, shift, scale))
+        q_text, *text_kv = self.attn_context(modulate(normed_text, shift_text, scale_text))
+        # Queries stay apart per stream: no mesh would divide the joined positions. Keys are
+        # gathered before they are joined, or all of them would move between devices.
         k, v = (
             jnp.concatenate(gather_positions(pair), axis=1)
-            for pair in zip(own, others, strict=True)
+            for pair in zip(image_kv, text_kv, strict=True)
         )
-        x_BND = x_BND + gate * self.attn.back(attention(q, k, v))
+        x_BND = x_BND + gate * self.attn.project_out(attention(q, k, v))
         if self.dual:
-            shift, scale, gate = more
-            alone = attention(*self.attn2(modulate(normed, shift, scale)))
-            x_BND = x_BND + gate * self.attn2.back(alone)
+            shift, scale, gate = dual
+            out = attention(*self.attn2(modulate(normed, shift, scale)))
+            x_BND = x_BND + gate * self.attn2.project_out(out)
         normed = modulate(layers.layer_norm(x_BND, EPS), shift_ff, scale_ff)
-        x_BND = self.ff.added(x_BND, gate_ff, normed, again)
+        x_BND = self.ff.gated_residual(x_BND, gate_ff, normed, remat)
         if self.last:
             return x_BND, text_BLD
-        gate, shift_ff, scale_ff, gate_ff = rest
-        text_BLD = text_BLD + gate * self.attn_context.back(attention(q_text, k, v))
+        gate, shift_ff, scale_ff, gate_ff = text_modulation
+        text_BLD = text_BLD + gate * self.attn_context.project_out(attention(q_text, k, v))
         normed = modulate(layers.layer_norm(text_BLD, EPS), shift_ff, scale_ff)
-        return x_BND, self.ff_context.added(text_BLD, gate_ff, normed, again)
+        return x_BND, self.ff_context.gated_residual(text_BLD, gate_ff, normed, remat)

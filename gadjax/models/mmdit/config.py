@@ -1,4 +1,4 @@
-"""The options of SD3's transformer."""
+"""Configuration of MMDiT, the transformer of SD3 (diffusers SD3Transformer2DModel)."""
 
 from dataclasses import dataclass, fields
 
@@ -9,7 +9,7 @@ CLASS_NAMES = ("SD3Transformer2DModel",)
 
 @dataclass(frozen=True)
 class Config:
-    """The options of a diffusers config.json that shape the network, under their names there."""
+    """Options of a diffusers config.json that shape the network, under their names there."""
 
     sample_size: int = 128
     patch_size: int = 2
@@ -29,13 +29,13 @@ class Config:
 
     @property
     def dual_layers(self) -> int:
-        """How many of the first blocks attend to the picture twice."""
+        """Number of blocks, the first ones, with a second self-attention of the image (SD3.5)."""
         return len(self.dual_attention_layers)
 
     @classmethod
     def from_dict(cls, cfg: dict) -> "Config":
         """Read a diffusers config.json. Raises: InputError naming the first unsupported key."""
-        names = {f.name for f in fields(cls)}  # of others null stands for an option that is absent
+        names = {f.name for f in fields(cls)}  # for other keys null means absent
         # These two only repeat another size; their defaults are diffusers'.
         names |= {"caption_projection_dim", "out_channels"}
         given = {k: v for k, v in cfg.items() if k[:1] != "_" and (k in names or v is not None)}

@@ -1,11 +1,11 @@
-"""MMDiT parameter paths as diffusers spells them."""
+"""MMDiT parameter paths under diffusers' keys."""
 
 from gadjax.models.keymap import KeyMap
 from gadjax.models.mmdit.config import Config
 
 
 def keymap(config: Config) -> KeyMap:
-    """One list of layers in the file holds both stacks and the last block."""
+    """Key map of a configuration: the file numbers both stacks and the last block in one list."""
     return KeyMap(
         renames=(
             (r"^dual_blocks/", "transformer_blocks/#/"),

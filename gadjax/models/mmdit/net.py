@@ -1,4 +1,4 @@
-"""SD3's denoiser: patches of the picture and tokens of the text in one transformer (MMDiT).
+"""MMDiT, SD3's denoiser: one transformer over the patches of the image and the text's tokens.
 
 Follows diffusers' SD3Transformer2DModel; Esser et al., arXiv:2403.03206. Parameters are cast to
 the compute dtype at use.
@@ -21,12 +21,18 @@ TIME_CHANNELS = 256
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
-    """A maker of the network, to be called with Keys; `remat` recomputes blocks in reverse."""
+    """Constructor of the network, called with Keys.
+
+    Args:
+      config: the network's options.
+      dtype: of the computation; parameters are initialised in float32.
+      remat: rematerialisation of every block, see `checkpointed`.
+    """
     return lambda rngs: MMDiT(config, dtype=dtype, remat=remat, rngs=rngs)
 
 
 class PatchEmbed(nnx.Module):
-    """Latents -> patch tokens with the positions of the middle of a stored table."""
+    """Patch tokens of latents, with position embeddings from the middle of a stored table."""
 
     def __init__(self, c: Config, *, dtype, rngs: Keys):
         side = c.pos_embed_max_size
@@ -55,7 +61,7 @@ class PatchEmbed(nnx.Module):
 
 
 class TimeTextEmbedding(nnx.Module):
-    """Time and the pooled text as one vector."""
+    """Embedding of the timestep plus that of the pooled text: [B, D]."""
 
     def __init__(self, c: Config, *, dtype, rngs: Keys):
         def mlp(features):
@@ -70,7 +76,7 @@ class TimeTextEmbedding(nnx.Module):
 
 
 class MMDiT(nnx.Module):
-    """The denoiser; see `__call__`."""
+    """MMDiT denoiser of SD3 and SD3.5; see `__call__`."""
 
     def __init__(self, config: Config, *, dtype, remat: bool, rngs: Keys):
         c, dim = config, config.dim
@@ -94,19 +100,19 @@ class MMDiT(nnx.Module):
     def __call__(
         self, x_BHWC: jax.Array, t_B: jax.Array, text_BLD: jax.Array, pooled_BP: jax.Array
     ) -> jax.Array:
-        """Prediction for noisy latents.
+        """Raw output for noisy latents.
 
         Args:
           x_BHWC: latents; H and W multiples of the patch size, at most as large as the table of
             positions.
-          t_B: times in [0, 1000], integer or fractional.
-          text_BLD: the text encoders' states, all of which are read.
-          pooled_BP: the text encoders' one vector for the whole prompt.
+          t_B: timesteps in [0, 1000], integer or fractional.
+          text_BLD: prompt embeddings, all of which are attended to.
+          pooled_BP: pooled embedding of the prompt.
 
         Returns: [B, H, W, in_channels] in the compute dtype.
         Raises: InputError for a size that the patch does not divide or the table does not hold.
         """
-        x_BND, text_BLD, emb_B1D = self._walk(self.depth - 1, x_BHWC, t_B, text_BLD, pooled_BP)
+        x_BND, text_BLD, emb_B1D = self._trunk(self.depth - 1, x_BHWC, t_B, text_BLD, pooled_BP)
 
         def last(block, x_BND, text_BLD):
             return block(x_BND, text_BLD, emb_B1D, self.remat is True)[0]
@@ -117,18 +123,18 @@ class MMDiT(nnx.Module):
         return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.patch)
 
     def features(self, x_BHWC, t_B, text_BLD, pooled_BP) -> jax.Array:
-        """The picture's tokens [B, N, D] after the first half of the blocks, of the same inputs."""
-        return self._walk((self.depth + 1) // 2, x_BHWC, t_B, text_BLD, pooled_BP)[0]
+        """Image tokens [B, N, D] after the first half of the blocks; arguments as `__call__`."""
+        return self._trunk((self.depth + 1) // 2, x_BHWC, t_B, text_BLD, pooled_BP)[0]
 
-    def _walk(self, count, x_BHWC, t_B, text_BLD, pooled_BP):
-        """Both streams after the first `count` blocks, and what modulates them."""
+    def _trunk(self, count, x_BHWC, t_B, text_BLD, pooled_BP):
+        """Both streams after the first `count` blocks, and the embedding that modulates them."""
         emb_B1D = jax.nn.silu(self.time_text_embed(t_B, pooled_BP))[:, None]
         streams = self.pos_embed(x_BHWC), self.context_embedder(text_BLD)
         for name, size in self.stacks:
-            taken = min(count, size)
-            count -= taken
-            if taken:
-                blocks = jax.tree.map(lambda leaf, n=taken: leaf[:n], getattr(self, name))
+            run = min(count, size)
+            count -= run
+            if run:
+                blocks = jax.tree.map(lambda leaf, n=run: leaf[:n], getattr(self, name))
                 streams = scan_blocks(
                     blocks,
                     streams,

@@ -1,4 +1,4 @@
-"""How a Denoiser calls this family: what it is told, and what its answer is."""
+"""Adapter from `Denoiser` to MMDiT (SD3): conditioning inputs, no attention mask."""
 
 from collections.abc import Callable
 
@@ -12,16 +12,25 @@ from gadjax.types import Cond, Params
 def extras(
     config: Config, samples: int, height: int, width: int, pooled: jax.Array | None = None
 ) -> dict[str, jax.Array]:
-    """The pooled text vector; the picture's size is not told. Raises: InputError without one."""
+    """Conditioning besides the prompt: the pooled embedding; the image's size is no input.
+
+    Args:
+      config: the network's options.
+      samples: batch size.
+      height, width: of the image in pixels; not used.
+      pooled: pooled prompt embedding [samples, P].
+
+    Raises: InputError without one, or for another shape.
+    """
     shape = samples, config.pooled_projection_dim
     if pooled is None or pooled.shape != shape:
-        found = "nothing" if pooled is None else f"shape {pooled.shape}"
-        raise InputError(f"pooled: found {found}; expected a text vector of shape {shape}")
+        given = "nothing" if pooled is None else f"shape {pooled.shape}"
+        raise InputError(f"pooled: found {given}; expected a text vector of shape {shape}")
     return {"pooled": pooled}
 
 
 def predictor(apply: Callable, config: Config) -> Callable[..., jax.Array]:
-    """(params, x_BHWC, t_B, cond) -> raw_BHWC; the network has no mask of the text."""
+    """(params, x_BHWC, t_B, cond) -> raw_BHWC; the network takes no attention mask."""
 
     def call(params: Params, x_BHWC, t_B, cond: Cond):
         return apply(params, x_BHWC, t_B, cond.text, cond.extras["pooled"])
@@ -30,7 +39,7 @@ def predictor(apply: Callable, config: Config) -> Callable[..., jax.Array]:
 
 
 def features(apply: Callable) -> Callable[..., jax.Array]:
-    """(params, x_BHWC, t_B, cond) -> [B, N, D], what the network makes of them half-way."""
+    """(params, x_BHWC, t_B, cond) -> features [B, N, D] of the middle of the network."""
 
     def call(params: Params, x_BHWC, t_B, cond: Cond):
         return apply(params, x_BHWC, t_B, cond.text, cond.extras["pooled"], method="features")

@@ -1,6 +1,7 @@
-"""SD3's prompts: two CLIPs side by side, then T5 behind them (diffusers' StableDiffusion3Pipeline).
+"""Prompt encoder of SD3: two CLIPs along the width, then T5 along the length.
 
-No encoder is told the mask, so that it says nothing to the network; it is all ones.
+Follows diffusers' StableDiffusion3Pipeline. No encoder is given the attention mask, and the network
+has none: it is all ones.
 """
 
 from collections.abc import Callable
@@ -16,43 +17,52 @@ from gadjax.models.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class SD3PromptEncoder:
-    """clip: the tokens that both CLIPs take. t5: None where the pipeline goes without it, whose
-    states are then zeros. width: of the text. `length` is T5's."""
+    """Prompt encoder with two CLIPs and, where the pipeline has it, T5.
+
+    Attributes:
+      tokenizers: of the CLIPs, and of T5 if it is there.
+      clips: apply functions of the CLIPs.
+      t5: apply function; None if the pipeline goes without it: its embeddings are then zeros.
+      clip_length: number of tokens of either CLIP.
+      width: of the prompt embeddings.
+      length: number of tokens of T5.
+      steps, guidance: sampling defaults of the pipeline in diffusers.
+    """
 
     tokenizers: tuple[Tokenizer, ...]
     clips: tuple[Callable, Callable]
     t5: Callable | None
-    clip: int
+    clip_length: int
     width: int
     length: int = 256
     steps: int = 28
     guidance: float = 7.0
 
     def tokens(self, prompts, length):
-        lengths = (self.clip, self.clip, length)
+        lengths = (self.clip_length, self.clip_length, length)
         ids, mask = concat_tokens(self.tokenizers, prompts, lengths[: len(self.tokenizers)])
-        room = ((0, 0), (0, sum(lengths) - ids.shape[1]))
-        return np.pad(ids, room), np.pad(mask, room)
+        padding = ((0, 0), (0, sum(lengths) - ids.shape[1]))
+        return np.pad(ids, padding), np.pad(mask, padding)
 
     def negative_tokens(self, negative, length):
         return self.tokens([negative or ""], length)
 
     def embed_length(self, length):
-        return self.clip + length
+        return self.clip_length + length
 
     def encode(self, params, ids_BL, mask_BL):
-        ends = self.clip, 2 * self.clip
+        ends = self.clip_length, 2 * self.clip_length
         one, two, three = jnp.split(ids_BL, ends, axis=1)
         first = self.clips[0](params["text_encoder"], one)
         second = self.clips[1](params["text_encoder_2"], two)
         text_BLD = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
-        room = self.width - text_BLD.shape[-1]
-        text_BLD = jnp.pad(text_BLD, ((0, 0), (0, 0), (0, room)))
+        missing = self.width - text_BLD.shape[-1]
+        text_BLD = jnp.pad(text_BLD, ((0, 0), (0, 0), (0, missing)))
         if self.t5 is None:
-            rest = jnp.zeros((*three.shape, self.width))
+            t5_BLD = jnp.zeros((*three.shape, self.width))
         else:
-            rest = self.t5(params["text_encoder_3"], three, jnp.ones_like(three))
-        text_BLD = jnp.concatenate([text_BLD, rest.astype(text_BLD.dtype)], axis=1)
+            t5_BLD = self.t5(params["text_encoder_3"], three, jnp.ones_like(three))
+        text_BLD = jnp.concatenate([text_BLD, t5_BLD.astype(text_BLD.dtype)], axis=1)
         pooled = jnp.concatenate([first.pooled, second.pooled], axis=-1)
         return PromptEmbeds(text_BLD, jnp.ones(text_BLD.shape[:2], mask_BL.dtype), pooled)
 

@@ -1,15 +1,15 @@
-"""How MMDiT's parameters are split over devices, and which of them stay as they are."""
+"""Sharding rules of MMDiT's parameters, and the parameters that are not trained."""
 
 from jax.sharding import PartitionSpec as P
 
-# The table of positions is part of the file and was never trained.
+# The table of position embeddings is part of the file and was never trained.
 FROZEN: tuple[str, ...] = (r"^pos_embed/pos_embed$",)
 
 STACK = r"^(dual_)?blocks/"
 COLUMNS = r"(attn|attn_context|attn2)/to_[qkv]/kernel$"
 ROWS = r"(attn|attn_context|attn2)/to_out/kernel$"
 
-# The residual streams are whole on every device of "tensor", and so is what modulates them.
+# The residual streams are replicated over "tensor", and so is their modulation.
 # Each dimension named is a multiple of 256 at the published width of 1536.
 RULES: tuple[tuple[str, P], ...] = (
     (r"/(bias|scale)$", P()),

@@ -1,4 +1,4 @@
-"""PixArt-alpha's transformer (diffusers PixArtTransformer2DModel)."""
+"""PixArt-alpha, a diffusion transformer (diffusers PixArtTransformer2DModel)."""
 
 from gadjax.models.pixart.keymap import KEYMAP
 from gadjax.models.pixart.net import CLASS_NAMES, Config, build

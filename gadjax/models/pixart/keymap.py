@@ -1,4 +1,4 @@
-"""PixArt parameter paths as diffusers spells them."""
+"""PixArt parameter paths under diffusers' keys."""
 
 from gadjax.models.keymap import KeyMap
 

@@ -1,4 +1,4 @@
-"""PixArt-alpha's denoiser: a transformer over patches, modulated by one shared time projection.
+"""PixArt-alpha's denoiser: a transformer over patches, modulated by a shared time projection.
 
 Follows diffusers' PixArtTransformer2DModel. Parameters are cast to the compute dtype at use.
 """
@@ -16,7 +16,7 @@ from gadjax.models.ignored import IGNORED
 from gadjax.models.module import Keys, scan_blocks, stack
 from gadjax.types import TextKV
 
-# The second is what the published repositories still say.
+# The second is the name in the published repositories.
 CLASS_NAMES = ("PixArtTransformer2DModel", "Transformer2DModel")
 TIME_CHANNELS = 256
 OUT_EPS = 1e-6  # the last norm does not follow norm_eps
@@ -32,12 +32,12 @@ FIXED = {
     "num_vector_embeds": None,
     "dropout": 0.0,
 }
-READ_PAST = {*IGNORED[CLASS_NAMES[0]], "cross_attention_dim"}  # which is the width
+OTHER_OPTIONS = {*IGNORED[CLASS_NAMES[0]], "cross_attention_dim"}  # the latter is the width
 
 
 @dataclass(frozen=True)
 class Config:
-    """The options of a diffusers config.json that shape the network, under their names there."""
+    """Options of a diffusers config.json that shape the network, under their names there."""
 
     num_attention_heads: int = 16
     attention_head_dim: int = 72
@@ -58,14 +58,14 @@ class Config:
 
     @property
     def position_scale(self) -> float:
-        """By how much positions are compressed: from 64 latents a side on, to those of 64."""
+        """Interpolation scale of position embeddings; by default large grids map to 64 latents."""
         if self.interpolation_scale is None:
             return max(self.sample_size // 64, 1)
         return self.interpolation_scale
 
     @property
     def size_conditioned(self) -> bool:
-        """Whether the network is told the resolution and the aspect ratio."""
+        """Micro-conditioning: the network takes resolution and aspect ratio as inputs."""
         if self.use_additional_conditions is None:
             return self.sample_size == 128
         return self.use_additional_conditions
@@ -77,8 +77,8 @@ class Config:
         for key, value in cfg.items():
             if key in FIXED and (value or None) != (FIXED[key] or None):
                 raise InputError(f"{key}: found {value!r}; expected {FIXED[key]!r}")
-            known = key in names or key in FIXED or key in READ_PAST or key.startswith("_")
-            if not known and value is not None:  # null stands for an option that is absent
+            known = key in names or key in FIXED or key in OTHER_OPTIONS or key.startswith("_")
+            if not known and value is not None:  # null means absent
                 raise InputError(f"{key}: found {value!r}; expected an option of PixArt")
         if cfg.get("_class_name") == "Transformer2DModel" and "norm_type" not in cfg:
             raise InputError("norm_type: found nothing; expected 'ada_norm_single'")
@@ -102,12 +102,18 @@ class Config:
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
-    """A maker of the network, to be called with Keys; `remat` recomputes blocks in reverse."""
+    """Constructor of the network, called with Keys.
+
+    Args:
+      config: the network's options.
+      dtype: of the computation; parameters are initialised in float32.
+      remat: rematerialisation of every block, see `checkpointed`.
+    """
     return lambda rngs: PixArt(config, dtype=dtype, remat=remat, rngs=rngs)
 
 
 class PatchEmbed(nnx.Module):
-    """Latents -> patch tokens with their positions, for any size."""
+    """Patch tokens of latents of any size, with position embeddings."""
 
     def __init__(self, c: Config, *, dtype, rngs: Keys):
         self.proj = layers.PatchProjection(
@@ -125,7 +131,7 @@ class PatchEmbed(nnx.Module):
 
 
 class TimeSizeEmbedding(nnx.Module):
-    """Time, and with `sized` the original resolution and aspect ratio, as one vector."""
+    """Embedding of the timestep and, if `size_conditioned`, of resolution and aspect ratio."""
 
     def __init__(self, dim: int, size_conditioned: bool, *, dtype, rngs: Keys):
         def mlp(out):
@@ -137,31 +143,31 @@ class TimeSizeEmbedding(nnx.Module):
             self.aspect_ratio_embedder = mlp(dim // 3)
         self.size_conditioned = size_conditioned
 
-    def __call__(self, t_B: jax.Array, added: dict[str, jax.Array] | None) -> jax.Array:
+    def __call__(self, t_B: jax.Array, added_cond: dict[str, jax.Array] | None) -> jax.Array:
         time_BD = self.timestep_embedder(layers.timestep_sinusoid(t_B, TIME_CHANNELS))
         if not self.size_conditioned:
             return time_BD
-        added = added or {}
+        added_cond = added_cond or {}
         sizes = []
         for name, count in (("resolution", 2), ("aspect_ratio", 1)):
-            value, shape = added.get(name), (t_B.shape[0], count)
+            value, shape = added_cond.get(name), (t_B.shape[0], count)
             if value is None or value.shape != shape:
-                found = "nothing" if value is None else f"shape {value.shape}"
-                raise InputError(f"added[{name!r}]: found {found}; expected an array {shape}")
+                given = "nothing" if value is None else f"shape {value.shape}"
+                raise InputError(f"added_cond[{name!r}]: found {given}; expected an array {shape}")
             features = layers.timestep_sinusoid(value.reshape(-1), TIME_CHANNELS)
             sizes.append(getattr(self, f"{name}_embedder")(features).reshape(t_B.shape[0], -1))
         return time_BD + jnp.concatenate(sizes, axis=-1)
 
 
 class AdaLayerNormSingle(nnx.Module):
-    """The modulation that all blocks share: its input vector and its six projections."""
+    """adaLN-single: the modulation [B, 6, D] that all blocks share, and its input vector [B, D]."""
 
     def __init__(self, dim: int, size_conditioned: bool, *, dtype, rngs: Keys):
         self.emb = TimeSizeEmbedding(dim, size_conditioned, dtype=dtype, rngs=rngs)
         self.linear = nnx.Linear(dim, 6 * dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, t_B: jax.Array, added) -> tuple[jax.Array, jax.Array]:
-        embedded_BD = self.emb(t_B, added)
+    def __call__(self, t_B: jax.Array, added_cond) -> tuple[jax.Array, jax.Array]:
+        embedded_BD = self.emb(t_B, added_cond)
         modulation_BE = self.linear(jax.nn.silu(embedded_BD))
         return modulation_BE.reshape(*embedded_BD.shape[:1], 6, -1), embedded_BD
 
@@ -185,8 +191,16 @@ class Block(nnx.Module):
         self.scale_shift_table = layers.modulation_table(rngs, 6, c.dim)
         self.eps = c.norm_eps
 
-    def __call__(self, x_BND, modulation_B6D, text, bias, again: bool) -> jax.Array:
-        """[B, N, D] -> [B, N, D]; again: whether reverse mode computes all of it again."""
+    def __call__(self, x_BND, modulation_B6D, text, bias, remat: bool) -> jax.Array:
+        """Tokens [B, N, D] after the block.
+
+        Args:
+          x_BND: tokens.
+          modulation_B6D: shift, scale and gate of the self-attention and of the feed-forward.
+          text: projected prompt embeddings [B, L, D], or their KV cache.
+          bias: of the cross-attention's logits.
+          remat: whether reverse mode recomputes the block entirely; see `Mlp.gated_residual`.
+        """
         table = self.scale_shift_table[...].astype(x_BND.dtype) + modulation_B6D
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
         normed = layers.layer_norm(x_BND, self.eps) * (1 + scale1) + shift1
@@ -194,11 +208,11 @@ class Block(nnx.Module):
         # No norm and no gate here: the weights were trained so.
         x_BND = x_BND + self.attn2(x_BND, text, bias)
         normed = layers.layer_norm(x_BND, self.eps) * (1 + scale2) + shift2
-        return self.ff.added(x_BND, gate2, normed, again)
+        return self.ff.gated_residual(x_BND, gate2, normed, remat)
 
 
 class PixArt(nnx.Module):
-    """The denoiser; see `__call__`."""
+    """PixArt denoiser; see `__call__`."""
 
     def __init__(self, config: Config, *, dtype, remat: bool, rngs: Keys):
         c, dim = config, config.dim
@@ -218,38 +232,38 @@ class PixArt(nnx.Module):
         t_B: jax.Array,
         text: jax.Array | TextKV,
         mask_BL: jax.Array,
-        added: dict[str, jax.Array] | None = None,
+        added_cond: dict[str, jax.Array] | None = None,
     ) -> jax.Array:
-        """Prediction for noisy latents.
+        """Raw output for noisy latents.
 
         Args:
           x_BHWC: latents; H and W multiples of the patch size, otherwise free.
-          t_B: times in [0, 1000), integer or fractional.
-          text: the text encoder's states [B, L, D], or what `text_kv` made of them.
-          mask_BL: 1 for the tokens of the prompt, 0 for padding.
-          added: {"resolution": [B, 2] (height, width in pixels), "aspect_ratio": [B, 1]}; read
-            only by a network with `Config.sized`, which needs it.
+          t_B: timesteps in [0, 1000), integer or fractional.
+          text: prompt embeddings [B, L, D], or their KV cache from `text_kv`.
+          mask_BL: attention mask: 1 for the tokens of the prompt, 0 for padding.
+          added_cond: {"resolution": [B, 2] (height, width in pixels), "aspect_ratio": [B, 1]};
+            an input of networks with `Config.size_conditioned` alone, which need it.
 
-        Returns: [B, H, W, out_channels] in the compute dtype; with a learned sigma the noise is
-          the first half of the channels.
-        Raises: InputError for a size the patch does not divide, or without a needed `added`.
+        Returns: [B, H, W, out_channels] in the compute dtype; with a learned variance the
+          noise is the first half of the channels.
+        Raises: InputError for a size the patch does not divide, or without a needed `added_cond`.
         """
-        x_BND, embedded_BD = self._walk(self.depth, x_BHWC, t_B, text, mask_BL, added)
+        x_BND, embedded_BD = self._trunk(self.depth, x_BHWC, t_B, text, mask_BL, added_cond)
         table = self.scale_shift_table[...].astype(x_BND.dtype) + embedded_BD[:, None]
         shift, scale = jnp.split(table, 2, axis=1)
         x_BND = self.proj_out(layers.layer_norm(x_BND, OUT_EPS) * (1 + scale) + shift)
         return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.patch)
 
-    def features(self, x_BHWC, t_B, text, mask_BL, added=None) -> jax.Array:
-        """The tokens [B, N, D] after the first half of the blocks; arguments as `__call__`."""
-        return self._walk((self.depth + 1) // 2, x_BHWC, t_B, text, mask_BL, added)[0]
+    def features(self, x_BHWC, t_B, text, mask_BL, added_cond=None) -> jax.Array:
+        """Tokens [B, N, D] after the first half of the blocks; arguments as `__call__`."""
+        return self._trunk((self.depth + 1) // 2, x_BHWC, t_B, text, mask_BL, added_cond)[0]
 
     def text_kv(self, text_BLD: jax.Array) -> TextKV:
-        """The keys and values of a text in all layers."""
+        """KV cache of a prompt for the cross-attention of all layers."""
         return layers.text_kv(self.blocks, self.caption_projection(text_BLD))
 
-    def _walk(self, count, x_BHWC, t_B, text, mask_BL, added):
-        modulation_B6D, embedded_BD = self.adaln_single(t_B, added)
+    def _trunk(self, count, x_BHWC, t_B, text, mask_BL, added_cond):
+        modulation_B6D, embedded_BD = self.adaln_single(t_B, added_cond)
         bias = layers.mask_bias(mask_BL)
         text = text if isinstance(text, TextKV) else self.caption_projection(text)
         x_BND = scan_blocks(

@@ -1,4 +1,4 @@
-"""How a Denoiser calls this family: what it is told, and which of its channels are the answer."""
+"""Adapter from `Denoiser` to PixArt: conditioning inputs, output channels."""
 
 from collections.abc import Callable
 
@@ -8,15 +8,19 @@ import jax.numpy as jnp
 from gadjax.models.pixart.net import Config
 from gadjax.types import Cond, Params
 
-TEXT_KV = "text_kv"  # the method that makes of a text what x and t do not change
+TEXT_KV = "text_kv"  # name of the method that computes the prompt's KV cache
 
 
 def extras(
     config: Config, samples: int, height: int, width: int, pooled: jax.Array | None = None
 ) -> dict[str, jax.Array] | None:
-    """Micro-conditioning of the 1024 models for pictures of height x width pixels, or None.
+    """Micro-conditioning of the 1024 models: resolution and aspect ratio; None for the others.
 
-    pooled: a vector of the text, which this family is not told.
+    Args:
+      config: the network's options.
+      samples: batch size.
+      height, width: of the image in pixels.
+      pooled: pooled prompt embedding; not an input of this family.
     """
     if not config.size_conditioned:
         return None
@@ -27,7 +31,7 @@ def extras(
 
 
 def predictor(apply: Callable, config: Config) -> Callable[..., jax.Array]:
-    """(params, x_BHWC, t_B, cond) -> raw_BHWC without the learned-variance channels."""
+    """(params, x_BHWC, t_B, cond) -> raw_BHWC without the channels of a learned variance."""
 
     def call(params: Params, x_BHWC, t_B, cond: Cond):
         raw = apply(params, x_BHWC, t_B, cond.text, cond.mask, cond.extras)
@@ -37,7 +41,7 @@ def predictor(apply: Callable, config: Config) -> Callable[..., jax.Array]:
 
 
 def features(apply: Callable) -> Callable[..., jax.Array]:
-    """(params, x_BHWC, t_B, cond) -> [B, N, D], what the network makes of them half-way."""
+    """(params, x_BHWC, t_B, cond) -> features [B, N, D] of the middle of the network."""
 
     def call(params: Params, x_BHWC, t_B, cond: Cond):
         return apply(params, x_BHWC, t_B, cond.text, cond.mask, cond.extras, method="features")

@@ -1,4 +1,4 @@
-"""PixArt's prompts: T5's last states and their mask (diffusers' PixArtAlphaPipeline)."""
+"""Prompt encoder of PixArt: T5's last hidden states and attention mask (PixArtAlphaPipeline)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from gadjax.models.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class T5PromptEncoder:
-    """In lower case. length: PixArt-Sigma's pipeline has 300."""
+    """Prompt encoder with T5, of prompts in lower case. length: 300 in PixArt-Sigma's pipeline."""
 
     tokenizer: Tokenizer
     apply: Callable

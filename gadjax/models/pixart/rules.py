@@ -1,9 +1,9 @@
-"""How PixArt's parameters are split over the devices of the axes "fsdp" and "tensor"."""
+"""Sharding rules of PixArt's parameters over the mesh axes "fsdp" and "tensor"."""
 
 from jax.sharding import PartitionSpec as P
 
-# The dimension that fsdp cuts is the one with the most factors of two: at width 1152 up to 128
-# devices, or 64 beside two of "tensor".
+# "fsdp" shards the dimension with the most factors of two: at width 1152 over up to 128 devices,
+# or 64 with a "tensor" axis of 2.
 RULES: tuple[tuple[str, P], ...] = (
     (r"bias$", P()),
     (r"^blocks/attn[12]/to_(q|k|v)/kernel$", P(None, "fsdp", "tensor")),

@@ -1,4 +1,4 @@
-"""Sana's linear transformer: v1, 1.5 and Sprint (diffusers SanaTransformer2DModel)."""
+"""Sana, a linear diffusion transformer: v1, 1.5, Sprint (diffusers SanaTransformer2DModel)."""
 
 from gadjax.models.sana.keymap import KEYMAP
 from gadjax.models.sana.net import CLASS_NAMES, Config, build

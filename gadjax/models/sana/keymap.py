@@ -1,4 +1,4 @@
-"""Sana parameter paths as diffusers spells them."""
+"""Sana parameter paths under diffusers' keys."""
 
 from gadjax.models.keymap import KeyMap
 

@@ -1,6 +1,6 @@
-"""Sana's denoiser: linear self-attention, and convolutions that tell where a token is.
+"""Sana's denoiser: linear self-attention; convolutions provide the positions.
 
-Follows diffusers' SanaTransformer2DModel and what its pipelines do to t and the guidance scale.
+Follows diffusers' SanaTransformer2DModel and its pipelines' scaling of t and of the guidance scale.
 Parameters are cast to the compute dtype at use.
 """
 
@@ -27,7 +27,7 @@ FIXED = {"norm_elementwise_affine": False, "dropout": 0.0}
 
 @dataclass(frozen=True)
 class Config:
-    """The options of a diffusers config.json that shape the network, under their names there."""
+    """Options of a diffusers config.json that shape the network, under their names there."""
 
     in_channels: int = 32
     out_channels: int = 32
@@ -60,7 +60,7 @@ class Config:
             if key in FIXED and value != FIXED[key]:
                 raise InputError(f"{key}: found {value!r}; expected {FIXED[key]!r}")
             known = key in names or key in FIXED or key == "cross_attention_dim"
-            if not (known or key.startswith("_")) and value is not None:  # null: an absent option
+            if not (known or key.startswith("_")) and value is not None:  # null means absent
                 raise InputError(f"{key}: found {value!r}; expected an option of Sana")
         given = {k: v for k, v in cfg.items() if k in names and v is not None}
         if cfg.get("out_channels", 32) is None:
@@ -84,15 +84,21 @@ class Config:
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
-    """A maker of the network, to be called with Keys; `remat` recomputes blocks in reverse."""
+    """Constructor of the network, called with Keys.
+
+    Args:
+      config: the network's options.
+      dtype: of the computation; parameters are initialised in float32.
+      remat: rematerialisation of every block, see `checkpointed`.
+    """
     return lambda rngs: Sana(config, dtype=dtype, remat=remat, rngs=rngs)
 
 
 class TimeEmbedding(nnx.Module):
-    """Time, and in Sprint the guidance scale, as one vector and its six projections.
+    """Embedding of the timestep and, in Sprint, of the guidance scale, and its six projections.
 
     The scales of diffusers' pipelines are applied here: t by timestep_scale (SanaPipeline), the
-    guidance scale by guidance_embeds_scale, and then t is left alone (SanaSprintPipeline).
+    guidance scale by guidance_embeds_scale, and then t is not scaled (SanaSprintPipeline).
     """
 
     def __init__(self, c: Config, *, dtype, rngs: Keys):
@@ -108,12 +114,17 @@ class TimeEmbedding(nnx.Module):
         self.scale = c.guidance_embeds_scale if self.guided else c.timestep_scale
 
     def __call__(self, t_B, guidance_B) -> tuple[jax.Array, jax.Array]:
-        """-> modulation [B, 6, D] and the embedding [B, D] that it comes from."""
+        """Modulation [B, 6, D], and the embedding [B, D] from which it is projected.
+
+        Raises: InputError for a missing or unexpected guidance scale, or one of another shape.
+        """
         shape = None if guidance_B is None else jnp.shape(guidance_B)
-        expected = t_B.shape if self.guided else None
-        if shape != expected:
-            found, wanted = ("nothing" if s is None else f"an array {s}" for s in (shape, expected))
-            raise InputError(f"guidance: found {found}; expected {wanted}")
+        expected_shape = t_B.shape if self.guided else None
+        if shape != expected_shape:
+            given, expected = (
+                "nothing" if s is None else f"an array {s}" for s in (shape, expected_shape)
+            )
+            raise InputError(f"guidance: found {given}; expected {expected}")
         if self.guided:
             embedded_BD = self.timestep_embedder(layers.timestep_sinusoid(t_B, TIME_CHANNELS))
             embedded_BD += self.guidance_embedder(
@@ -131,20 +142,28 @@ class Block(nnx.Module):
     """Modulated linear self-attention, plain cross-attention, modulated convolutions."""
 
     def __init__(self, c: Config, *, dtype, rngs: Keys):
-        more = {"normed": c.qk_norm is not None, "dtype": dtype, "rngs": rngs}
+        options = {"qk_norm": c.qk_norm is not None, "dtype": dtype, "rngs": rngs}
         heads, cross = c.num_attention_heads, c.num_cross_attention_heads
         self.attn1 = Attention(
-            c.dim, heads, c.attention_head_dim, bias=c.attention_bias, linear=True, **more
+            c.dim, heads, c.attention_head_dim, bias=c.attention_bias, linear=True, **options
         )
         self.attn2 = Attention(
-            c.dim, cross, c.cross_attention_head_dim, bias=True, linear=False, **more
+            c.dim, cross, c.cross_attention_head_dim, bias=True, linear=False, **options
         )
         self.ff = GLUMBConv(c.dim, int(c.mlp_ratio * c.dim), dtype=dtype, rngs=rngs)
         self.scale_shift_table = layers.modulation_table(rngs, 6, c.dim)
         self.eps = c.norm_eps
 
     def __call__(self, x_BND, grid, modulation_B6D, text, bias) -> jax.Array:
-        """[B, N, D] -> [B, N, D]; grid: the H and W whose product is N."""
+        """Tokens [B, N, D] after the block.
+
+        Args:
+          x_BND: tokens of the image.
+          grid: (H, W) in patches, whose product is N.
+          modulation_B6D: shift, scale and gate of the self-attention and of the convolutions.
+          text: projected prompt embeddings [B, L, D], or their KV cache.
+          bias: of the cross-attention's logits.
+        """
         table = self.scale_shift_table[...].astype(x_BND.dtype) + modulation_B6D
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
         normed = layers.layer_norm(x_BND, self.eps) * (1 + scale1) + shift1
@@ -157,7 +176,7 @@ class Block(nnx.Module):
 
 
 class Sana(nnx.Module):
-    """The denoiser; see `__call__`."""
+    """Sana denoiser; see `__call__`."""
 
     def __init__(self, config: Config, *, dtype, remat: bool, rngs: Keys):
         c, dim = config, config.dim
@@ -182,36 +201,36 @@ class Sana(nnx.Module):
         mask_BL: jax.Array,
         guidance_B: jax.Array | None = None,
     ) -> jax.Array:
-        """Prediction for noisy latents.
+        """Raw output for noisy latents.
 
         Args:
           x_BHWC: latents; H and W multiples of the patch size, otherwise free.
-          t_B: times as the scheduler has them, in [0, 1000); of Sprint in [0, 1].
-          text: the text encoder's states [B, L, D], or what `text_kv` made of them.
-          mask_BL: 1 for the tokens of the prompt, 0 for padding.
-          guidance_B: the guidance scale as a user gives it (4.5, say); of Sprint alone.
+          t_B: timesteps of the scheduler, in [0, 1000); for Sprint in [0, 1].
+          text: prompt embeddings [B, L, D], or their KV cache from `text_kv`.
+          mask_BL: attention mask: 1 for the tokens of the prompt, 0 for padding.
+          guidance_B: guidance scale to embed, as users give it (such as 4.5); Sprint only.
 
         Returns: [B, H, W, out_channels] in the compute dtype.
         Raises: InputError for a size the patch does not divide, for Sprint without guidance, and
           for any other with it.
         """
         depth = self.config.num_layers
-        x_BND, embedded_BD = self._walk(depth, x_BHWC, t_B, text, mask_BL, guidance_B)
+        x_BND, embedded_BD = self._trunk(depth, x_BHWC, t_B, text, mask_BL, guidance_B)
         table = self.scale_shift_table[...].astype(x_BND.dtype) + embedded_BD[:, None]
         shift, scale = jnp.split(table, 2, axis=1)
         x_BND = self.proj_out(layers.layer_norm(x_BND, OUT_EPS) * (1 + scale) + shift)
         return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.config.patch_size)
 
     def features(self, x_BHWC, t_B, text, mask_BL, guidance_B=None) -> jax.Array:
-        """The tokens [B, N, D] after the first half of the blocks; arguments as `__call__`."""
+        """Tokens [B, N, D] after the first half of the blocks; arguments as `__call__`."""
         half = (self.config.num_layers + 1) // 2
-        return self._walk(half, x_BHWC, t_B, text, mask_BL, guidance_B)[0]
+        return self._trunk(half, x_BHWC, t_B, text, mask_BL, guidance_B)[0]
 
     def text_kv(self, text_BLD: jax.Array) -> TextKV:
-        """The keys and values of a text in all layers."""
+        """KV cache of a prompt for the cross-attention of all layers."""
         return layers.text_kv(self.blocks, self.caption_norm(self.caption_projection(text_BLD)))
 
-    def _walk(self, count, x_BHWC, t_B, text, mask_BL, guidance_B):
+    def _trunk(self, count, x_BHWC, t_B, text, mask_BL, guidance_B):
         modulation_B6D, embedded_BD = self.time_embed(t_B, guidance_B)
         bias, grid = layers.mask_bias(mask_BL), self._grid(x_BHWC)
         text = (
@@ -227,11 +246,11 @@ class Sana(nnx.Module):
         return x_BND, embedded_BD
 
     def _grid(self, x_BHWC) -> tuple[int, int]:
-        """How many patches down and across."""
+        """Height and width in patches."""
         return tuple(n // self.config.patch_size for n in x_BHWC.shape[1:3])
 
     def _tokens(self, x_BHWC) -> jax.Array:
-        """Patch tokens; only the models beyond 1024 pixels add a table of positions."""
+        """Patch tokens; only the models beyond 1024 pixels add position embeddings."""
         c, tokens_BND = self.config, self.patch_embed(x_BHWC)
         if c.interpolation_scale is None:
             return tokens_BND

@@ -1,8 +1,8 @@
-"""How a Denoiser calls this family: what it is told, and which of its channels are the answer.
+"""Adapter from `Denoiser` to Sana: conditioning inputs, output channels.
 
-Times and guidance scales are a scheduler's and a user's own: the network scales them as diffusers'
-pipelines do. To Sprint, `cond.extras` is {"guidance": [B] float32}, put there by the caller, and
-x and t are what its pipeline passes to the transformer (t in [0, 1]), not what its scheduler has.
+Timesteps are the scheduler's and guidance scales the user's: the network scales both as diffusers'
+pipelines do. For Sprint the caller sets `cond.extras` to {"guidance": [B] float32}, and x and t are
+what its pipeline passes to the transformer (t in [0, 1]), not what its scheduler has.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ import jax
 from gadjax.models.sana.net import Config
 from gadjax.types import Cond, Params
 
-TEXT_KV = "text_kv"  # the method that makes of a text what x and t do not change
+TEXT_KV = "text_kv"  # name of the method that computes the prompt's KV cache
 
 
 def extras(config: Config, samples: int, height: int, width: int, pooled=None) -> None:
-    """Nothing: neither size nor pooled text is told. A guidance scale is the caller's to choose."""
+    """No conditioning besides the prompt; the guidance scale of Sprint is the caller's to set."""
     return None
 
 
@@ -35,7 +35,7 @@ def predictor(apply: Callable, config: Config) -> Callable[..., jax.Array]:
 
 
 def features(apply: Callable) -> Callable[..., jax.Array]:
-    """(params, x_BHWC, t_B, cond) -> [B, N, D], what the network makes of them half-way."""
+    """(params, x_BHWC, t_B, cond) -> features [B, N, D] of the middle of the network."""
 
     def call(params: Params, x_BHWC, t_B, cond: Cond):
         return apply(params, x_BHWC, t_B, cond.text, cond.mask, _guidance(cond), method="features")

@@ -1,6 +1,6 @@
-"""SANA's prompts: an instruction before the prompt, and Gemma's states of the prompt alone.
+"""Prompt encoder of SANA: Gemma's hidden states of the prompt, read after an instruction.
 
-Xie et al., arXiv:2410.10629, section 3.1; diffusers' SanaPipeline, whose words the instruction is.
+Xie et al., arXiv:2410.10629, section 3.1; diffusers' SanaPipeline, whose instruction this is.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from gadjax.models.text.prompts import PromptEmbeds, TextComponents, check_width
 from gadjax.models.text.tokenizer import Tokenizer, preprocess
 from gadjax.types import expand
 
-# What the networks were trained with, to the letter.
+# Complex human instruction: verbatim what the networks were trained with.
 INSTRUCTION = """\
 Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions \
 suitable for image generation. Evaluate the level of detail in the user prompt:
@@ -33,12 +33,15 @@ passing by towering glass skyscrapers.
 Please generate only the enhanced description for the prompt below and avoid including any \
 additional commentary or evaluations:
 User Prompt: """
-PLAIN = 2  # the mask of tokens that stand without it
+NO_INSTRUCTION = 2  # mask of the tokens of a prompt without instruction
 
 
 @dataclass(frozen=True, eq=False)
 class GemmaPromptEncoder:
-    """tokenizer: takes texts as they are, since only the prompt is put in lower case."""
+    """Prompt encoder with Gemma, which reads an instruction before the prompt.
+
+    tokenizer: without preprocessing, since the prompt alone is lower-cased.
+    """
 
     tokenizer: Tokenizer
     apply: Callable
@@ -47,34 +50,34 @@ class GemmaPromptEncoder:
     guidance: float = 4.5
 
     @cached_property
-    def instruction(self) -> int:
-        """Its tokens, the first of all texts among them."""
+    def instruction_length(self) -> int:
+        """Number of the instruction's tokens, including the one that begins every text."""
         return len(self.tokenizer.backend.encode(INSTRUCTION))
 
     def tokens(self, prompts, length):
         texts = [INSTRUCTION + text for text in preprocess(prompts)]
-        return self.tokenizer(texts, self.instruction + length - 2)
+        return self.tokenizer(texts, self.instruction_length + length - 2)
 
     def negative_tokens(self, negative, length):
-        """Without the instruction, which a mask of 2 says, and padded to as many tokens."""
+        """Tokens without the instruction, marked by a mask of 2, padded to the same length."""
         ids, mask = self.tokenizer(preprocess(negative or ""), length)
-        room = ((0, 0), (0, self.instruction - 2))
-        return np.pad(ids, room), np.pad(PLAIN * mask, room)
+        padding = ((0, 0), (0, self.instruction_length - 2))
+        return np.pad(ids, padding), np.pad(NO_INSTRUCTION * mask, padding)
 
     def embed_length(self, length):
         return length
 
     def encode(self, params, ids_BL, mask_BL):
         text_BLD = self.apply(params["text_encoder"], ids_BL, jnp.minimum(mask_BL, 1))
-        length = ids_BL.shape[1] - self.instruction + 2
-        plain_B = jnp.any(mask_BL == PLAIN, axis=1)
+        length = ids_BL.shape[1] - self.instruction_length + 2
+        plain_B = jnp.any(mask_BL == NO_INSTRUCTION, axis=1)
 
-        def read(x):
-            """The first state, of the token that begins every text, and those of the prompt."""
+        def select(x):
+            """Positions of the prompt, and the first, of the token that begins every text."""
             after = jnp.concatenate([x[:, :1], x[:, 1 - length :]], axis=1)
             return jnp.where(expand(plain_B, x), x[:, :length], after)
 
-        return PromptEmbeds(read(text_BLD), jnp.minimum(read(mask_BL), 1))
+        return PromptEmbeds(select(text_BLD), jnp.minimum(select(mask_BL), 1))
 
 
 def prompts(parts: TextComponents, config: Config) -> GemmaPromptEncoder:
@@ -85,7 +88,7 @@ def prompts(parts: TextComponents, config: Config) -> GemmaPromptEncoder:
     if sprint != config.guidance_embeds:
         raise InputError(
             f"{parts.path}: found a {parts.pipeline} with guidance_embeds {config.guidance_embeds} "
-            f"in transformer/config.json; expected {sprint}, as that pipeline tells its guidance"
+            f"in transformer/config.json; expected {sprint}, as that pipeline requires"
         )
     return GemmaPromptEncoder(
         parts.tokenizer(), parts.apply["text_encoder"], steps=2 if sprint else 20

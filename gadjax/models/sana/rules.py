@@ -1,9 +1,9 @@
-"""How Sana's parameters are split over the devices of the "fsdp" and "tensor" axes."""
+"""Sharding rules of Sana's parameters over the mesh axes "fsdp" and "tensor"."""
 
 from jax.sharding import PartitionSpec as P
 
-# The widths 1152 and 2240 and all hidden ones divide by 32. Leaves of < 65,536 are not named:
-# norms' weights and the biases of the width.
+# The widths 1152 and 2240 and all hidden ones divide by 32. No rules for leaves of
+# fewer than 65,536 elements: norms' weights and the biases of the width.
 RULES: tuple[tuple[str, P], ...] = (
     (r"^blocks/attn[12]/to_(q|k|v)/kernel$", P(None, "fsdp", "tensor")),
     (r"^blocks/attn[12]/to_out/kernel$", P(None, "tensor", "fsdp")),

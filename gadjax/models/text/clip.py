@@ -25,13 +25,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-# Files from before 2023 say 2, which is no token of theirs: the end is then the highest id.
+# eos_token_id of files from before 2023, which is no end token: the end is then the highest id.
 LEGACY_EOS = 2
 
 
 @dataclass(frozen=True)
 class Config:
-    """Fields and defaults of transformers' CLIPTextConfig that change the encoder's numbers."""
+    """Options of transformers' CLIPTextConfig that change the encoder's output; same defaults."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -43,7 +43,7 @@ class Config:
     eos_token_id: int = 49407
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
-    use_attention_mask: bool = False  # diffusers' own: StableDiffusionPipeline hides padding
+    use_attention_mask: bool = False  # of diffusers: StableDiffusionPipeline masks padding
     projected: bool = False  # CLIPTextModelWithProjection; `architectures` in the file
 
     @classmethod
@@ -69,7 +69,7 @@ class Config:
                 valid, expected = type(value) is float and value > 0, "a positive number"
             else:
                 valid, expected = type(value) is int and value > 0, "a positive integer"
-            # Of no interest without the projection, where it may be null.
+            # Not used without the projection, and null in some files then.
             if not valid and (key != "projection_dim" or values["projected"]):
                 _refuse(key, value, expected)
             values[key] = value
@@ -83,16 +83,17 @@ class Config:
         return config
 
 
-def _refuse(key: str, found: Any, expected: str):
-    raise InputError(f"{key}: found {found!r}; expected {expected}")
+def _refuse(key: str, value: Any, expected: str):
+    raise InputError(f"{key}: found {value!r}; expected {expected}")
 
 
 class Encoded(NamedTuple):
-    """What pipelines take from a prompt.
+    """Outputs of CLIP's text encoder that pipelines use.
 
-    last: [B, L, D] after the final norm.
-    penultimate: [B, L, D] before the last block, without a norm.
-    pooled: [B, P] the final state at the end token, projected where the class does.
+    Attributes:
+      last: [B, L, D] last hidden states, after the final norm.
+      penultimate: [B, L, D] hidden states before the last block, without a norm.
+      pooled: [B, P] last hidden state at the end token, projected if the class has a projection.
     """
 
     last: jax.Array
@@ -101,6 +102,8 @@ class Encoded(NamedTuple):
 
 
 class Embeddings(nnx.Module):
+    """Sum of token and position embeddings [B, L, D]."""
+
     def __init__(self, c: Config, dtype, rngs: Keys):
         init = nnx.initializers.normal(0.02)
         self.token_embedding = nnx.Embed(
@@ -122,6 +125,8 @@ def _norm(c: Config, dtype, rngs: Keys) -> nnx.LayerNorm:
 
 
 class Attention(nnx.Module):
+    """Multi-head self-attention under an additive bias of the logits."""
+
     def __init__(self, c: Config, dtype, rngs: Keys):
         d = c.hidden_size
         self.q_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
@@ -139,6 +144,8 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
+    """MLP of a block: linear, activation, linear."""
+
     def __init__(self, c: Config, dtype, rngs: Keys):
         self.fc1 = nnx.Linear(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(c.intermediate_size, c.hidden_size, dtype=dtype, rngs=rngs)
@@ -149,6 +156,8 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
+    """Pre-norm block: self-attention and MLP, with residuals."""
+
     def __init__(self, c: Config, dtype, rngs: Keys):
         self.layer_norm1 = _norm(c, dtype, rngs)
         self.self_attn = Attention(c, dtype, rngs)
@@ -161,10 +170,11 @@ class Block(nnx.Module):
 
 
 class TextModel(nnx.Module):
-    """`net(ids_BL int32, mask_BL=None) -> Encoded`, causal, without dropout.
+    """CLIP text encoder: `net(ids_BL int32, mask_BL=None) -> Encoded`, causal, without dropout.
 
-    mask_BL is 1 (or True) at tokens and 0 at padding that is not attended to. An id outside the
-    vocabulary gives NaN.
+    mask_BL is the attention mask: 1 (or True) at tokens, 0 at padding. An id outside the vocabulary
+    gives NaN.
+
     Raises: InputError for a sequence longer than the table of positions.
     """
 
@@ -183,10 +193,10 @@ class TextModel(nnx.Module):
         length, most = ids_BL.shape[1], self.config.max_position_embeddings
         if length > most:
             raise InputError(f"ids: found {length} tokens; expected at most {most}")
-        seen = jnp.tri(length, dtype=bool)[None, None]
+        attended = jnp.tri(length, dtype=bool)[None, None]
         if mask_BL is not None:
-            seen = seen & (mask_BL[:, None, None, :] > 0)
-        bias = jnp.where(seen, 0, jnp.finfo(jnp.float32).min)
+            attended = attended & (mask_BL[:, None, None, :] > 0)
+        bias = jnp.where(attended, 0, jnp.finfo(jnp.float32).min)
 
         embedded_BLD = self.embeddings(ids_BL)
         final_BLD, penultimate_BLD = scan_blocks(
@@ -197,7 +207,7 @@ class TextModel(nnx.Module):
         )
         last_BLD = self.final_layer_norm(final_BLD)
         eos = self.config.eos_token_id
-        # The first of the highest, since padding may repeat the end.
+        # argmax takes the first, since padding may repeat the end token.
         end_B = jnp.argmax(ids_BL if eos == LEGACY_EOS else ids_BL == eos, axis=1)
         pooled_BP = jnp.take_along_axis(last_BLD, end_B[:, None, None], axis=1)[:, 0]
         if self.config.projected:
@@ -206,7 +216,13 @@ class TextModel(nnx.Module):
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[[Keys], nnx.Module]:
-    """Constructor of the encoder; `dtype` computes, parameters are made in float32."""
+    """Constructor of the encoder, called with Keys.
+
+    Args:
+      config: the network's options.
+      dtype: of the computation; parameters are initialised in float32.
+      remat: rematerialisation of every block, see `checkpointed`.
+    """
     return lambda rngs: TextModel(config, dtype, remat, rngs)
 
 

@@ -1,7 +1,7 @@
 """Gemma 2 as a text encoder (transformers' Gemma2Model): ids and mask -> last hidden state.
 
-Gemma Team, arXiv:2408.00118. Shapes: B batch, L tokens (Q when asking, S when asked), D width, K
-heads of keys and values, G queries for each of them, H width of a head.
+Gemma Team, arXiv:2408.00118. Shapes: B batch, L tokens (Q as queries, S as keys), D width, K heads
+of keys and values, G queries for each of them, H width of a head.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,13 +32,13 @@ FIXED = {
     "use_bidirectional_attention": (None, False),
     "rope_scaling": (None,),
 }
-# Both see everything before them in a sequence that fits into the window.
+# Both attend to all earlier tokens in a sequence that fits into the window.
 LAYER_TYPES = {"sliding_attention", "full_attention"}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Fields and defaults of transformers' Gemma2Config that change the encoder's numbers."""
+    """Options of transformers' Gemma2Config that change the encoder's output; same defaults."""
 
     vocab_size: int = 256000
     hidden_size: int = 2304
@@ -84,7 +84,7 @@ class Config:
 
 
 def _with_flat_rope(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with what transformers 5 keeps inside rope_parameters beside the other keys."""
+    """Config with the keys that transformers 5 nests in rope_parameters at the top level."""
     flat = dict(cfg)
     rope = flat.pop("rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default" or set(rope) - {"rope_type", "rope_theta"}:
@@ -92,12 +92,12 @@ def _with_flat_rope(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {key: value for key, value in rope.items() if key == "rope_theta"}
 
 
-def _refuse(key: str, found: Any, expected: str):
-    raise InputError(f"{key}: found {found!r}; expected {expected}")
+def _refuse(key: str, value: Any, expected: str):
+    raise InputError(f"{key}: found {value!r}; expected {expected}")
 
 
 def frequencies(width: int, theta: float) -> np.ndarray:
-    """float32 [width / 2] radians per position of each pair of channels.
+    """RoPE frequencies: float32 [width / 2], radians per position of each pair of channels.
 
     Rounded where transformers rounds: far from the start an ulp of a frequency shows.
     """
@@ -106,16 +106,16 @@ def frequencies(width: int, theta: float) -> np.ndarray:
 
 
 def rotate(x_BLNH: jax.Array, angles_LR: jax.Array) -> jax.Array:
-    """Turn channel i of the first half with channel i of the second by angles [L, H / 2]."""
+    """RoPE: rotate channels i of the first and of the second half by angles [L, H / 2]."""
     wide = jnp.promote_types(x_BLNH.dtype, jnp.float32)
     first, second = jnp.split(x_BLNH.astype(wide), 2, axis=-1)
     cos, sin = (f(angles_LR)[:, None].astype(wide) for f in (jnp.cos, jnp.sin))
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BLNH.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BLNH.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * (1 + scale), all of it in float32 at least."""
+    """RMS norm: x / rms(x) * (1 + scale), computed in at least float32."""
 
     def __init__(self, c: Config):
         self.scale = nnx.Param(jnp.zeros(c.hidden_size))
@@ -132,7 +132,7 @@ def _linear(n_in: int, n_out: int, dtype, rngs: Keys) -> nnx.Linear:
 
 
 class Attention(nnx.Module):
-    """Grouped queries, rotated positions, and logits that saturate at the soft cap."""
+    """Grouped-query attention with RoPE and soft-capped logits."""
 
     def __init__(self, c: Config, dtype, rngs: Keys):
         queries, keys = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
@@ -142,7 +142,7 @@ class Attention(nnx.Module):
         self.o_proj = _linear(queries, c.hidden_size, dtype, rngs)
         self.config = c
 
-    def __call__(self, x_BLD, angles_LR, seen_B11QS):
+    def __call__(self, x_BLD, angles_LR, attended_B11QS):
         c, (b, length, _) = self.config, x_BLD.shape
         q, k, v = (
             proj(x_BLD).reshape(b, length, -1, c.head_dim)
@@ -154,15 +154,15 @@ class Attention(nnx.Module):
         logits = jnp.einsum("BQKGH,BSKH->BKGQS", q_BQKGH, k_BSKH, preferred_element_type=wide)
         cap = c.attn_logit_softcapping
         logits = cap * jnp.tanh(logits * (c.query_pre_attn_scalar**-0.5 / cap))
-        # Finite, so that a position that sees nothing attends evenly instead of to NaN.
-        logits = jnp.where(seen_B11QS, logits, jnp.finfo(jnp.float32).min)
+        # Finite, so that a fully masked position attends evenly instead of giving NaN.
+        logits = jnp.where(attended_B11QS, logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        mixed_BQKGH = jnp.einsum("BKGQS,BSKH->BQKGH", weights, v)
-        return self.o_proj(mixed_BQKGH.reshape(b, length, -1))
+        out_BQKGH = jnp.einsum("BKGQS,BSKH->BQKGH", weights, v)
+        return self.o_proj(out_BQKGH.reshape(b, length, -1))
 
 
 class FeedForward(nnx.Module):
-    """down(gelu(gate) * up)."""
+    """Gated feed-forward: down(gelu(gate) * up)."""
 
     def __init__(self, c: Config, dtype, rngs: Keys):
         self.gate_proj = _linear(c.hidden_size, c.intermediate_size, dtype, rngs)
@@ -174,7 +174,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Both branches are normed before and after, the latter ahead of the sum."""
+    """Block with norms before and after both branches, the latter ahead of the residual sum."""
 
     def __init__(self, c: Config, dtype, rngs: Keys):
         self.input_layernorm = RMSNorm(c)
@@ -184,18 +184,20 @@ class Block(nnx.Module):
         self.mlp = FeedForward(c, dtype, rngs)
         self.post_feedforward_layernorm = RMSNorm(c)
 
-    def __call__(self, x_BLD, angles_LR, seen_B11QS):
-        mixed = self.self_attn(self.input_layernorm(x_BLD), angles_LR, seen_B11QS)
-        x_BLD = x_BLD + self.post_attention_layernorm(mixed)
-        fed = self.mlp(self.pre_feedforward_layernorm(x_BLD))
-        return x_BLD + self.post_feedforward_layernorm(fed)
+    def __call__(self, x_BLD, angles_LR, attended_B11QS):
+        out = self.self_attn(self.input_layernorm(x_BLD), angles_LR, attended_B11QS)
+        x_BLD = x_BLD + self.post_attention_layernorm(out)
+        out = self.mlp(self.pre_feedforward_layernorm(x_BLD))
+        return x_BLD + self.post_feedforward_layernorm(out)
 
 
 class Encoder(nnx.Module):
-    """`net(ids_BL int32, mask_BL) -> hidden_BLD`, after the final norm; causal, without dropout.
+    """Gemma 2 encoder: `net(ids_BL int32, mask_BL) -> hidden_BLD`, causal, without dropout.
 
-    mask_BL is 1 (or True) at tokens and 0 at padding: padding is not attended to, but its own
-    positions still come out. An id outside the vocabulary gives NaN.
+    The hidden states are those after the final norm. mask_BL is the attention mask: 1 (or True) at
+    tokens, 0 at padding. Padding is not attended to, but has hidden states. An id outside the
+    vocabulary gives NaN.
+
     Raises: InputError for a sequence longer than the sliding window of every other layer.
     """
 
@@ -221,20 +223,26 @@ class Encoder(nnx.Module):
             )
         rates = frequencies(c.head_dim, c.rope_theta)
         angles_LR = jnp.arange(length, dtype=jnp.float32)[:, None] * rates
-        seen_B11QS = jnp.tri(length, dtype=bool) & (mask_BL[:, None, None, None, :] > 0)
-        # Rounded as the embeddings are: the weights were trained with it.
+        attended_B11QS = jnp.tri(length, dtype=bool) & (mask_BL[:, None, None, None, :] > 0)
+        # Rounded to the embeddings' dtype: the weights were trained with it.
         factor = jnp.asarray(c.hidden_size**0.5, self.dtype)
         hidden_BLD = scan_blocks(
             self.blocks,
             self.embed_tokens(ids_BL) * factor,
-            lambda block, x_BLD: block(x_BLD, angles_LR, seen_B11QS),
+            lambda block, x_BLD: block(x_BLD, angles_LR, attended_B11QS),
             self.remat,
         )
         return self.norm(hidden_BLD)
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[[Keys], nnx.Module]:
-    """Constructor of the encoder; `dtype` computes, parameters are made in float32."""
+    """Constructor of the encoder, called with Keys.
+
+    Args:
+      config: the network's options.
+      dtype: of the computation; parameters are initialised in float32.
+      remat: rematerialisation of every block, see `checkpointed`.
+    """
     return lambda rngs: Encoder(config, dtype, remat, rngs)
 
 

@@ -1,8 +1,8 @@
 """T5 encoder (transformers' T5EncoderModel): token ids and mask -> last hidden state.
 
 Original T5 (relu) and T5 v1.1 (gated gelu). Raffel et al., arXiv:1910.10683; Shazeer,
-arXiv:2002.05202. Shapes: B batch, L tokens (Q when asking, K when asked), D model width,
-N heads, H width of a head.
+arXiv:2002.05202. Shapes: B batch, L tokens (Q as queries, K as keys), D model width, N heads,
+H width of a head.
 """
 
 import math
@@ -25,12 +25,12 @@ CLASS_NAMES = ("T5EncoderModel",)
 
 # feed_forward_proj -> the activation transformers derives from it (dense_act_fn).
 ACTIVATIONS = {"relu": "relu", "gated-gelu": "gelu_new"}
-DERIVED = ("is_decoder", "is_gated_act", "dense_act_fn")  # what else may be said of them
+DERIVED = ("is_decoder", "is_gated_act", "dense_act_fn")  # options that repeat it
 
 
 @dataclass(frozen=True)
 class Config:
-    """Fields and defaults of transformers' T5Config that change the encoder's numbers."""
+    """Options of transformers' T5Config that change the encoder's output; same defaults."""
 
     vocab_size: int
     d_model: int
@@ -86,17 +86,22 @@ class Config:
         return config
 
 
-def _refuse(key: str, found: Any, expected: str):
-    shown = "no such key" if found is None else repr(found)
-    raise InputError(f"T5EncoderModel config {key}: found {shown}; expected {expected}")
+def _refuse(key: str, value: Any, expected: str):
+    given = "no such key" if value is None else repr(value)
+    raise InputError(f"T5EncoderModel config {key}: found {given}; expected {expected}")
 
 
 def position_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
-    """[Q, K] bucket of each relative position: exact when near, logarithmic when far.
+    """Relative position buckets [Q, K]: exact for near positions, logarithmic for far ones.
 
     A power-of-two distance lies on the edge of a bucket, where the last bit of a logarithm
-    decides. So this is float32 on the host, as the weights were trained with, and never the
-    accelerator's own logarithm.
+    decides. So this is float32 on the host, as in the weights' training, and never the
+    accelerator's logarithm.
+
+    Args:
+      length: number of positions; Q = K = length.
+      buckets: number of buckets for both signs together.
+      max_distance: distance from which on all positions share the last bucket.
     """
     relative = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = buckets // 2
@@ -124,7 +129,7 @@ def _norm(config: Config, dtype, rngs: Keys) -> nnx.RMSNorm:
 
 
 class Attention(nnx.Module):
-    """Pre-norm self-attention. T5 folds 1/sqrt(H) into the scale of `q`, so none is applied."""
+    """Pre-norm self-attention, plus the input. No 1/sqrt(H): T5 folds it into the scale of `q`."""
 
     def __init__(self, config: Config, dtype, rngs: Keys):
         d, h, n = config.d_model, config.d_kv, config.num_heads
@@ -143,12 +148,12 @@ class Attention(nnx.Module):
         )
         logits = jnp.einsum("BQNH,BKNH->BNQK", q, k, preferred_element_type=position_NQK.dtype)
         weights = jax.nn.softmax(logits + position_NQK + mask_B11K, axis=-1).astype(v.dtype)
-        mixed = jnp.einsum("BNQK,BKNH->BQNH", weights, v)
-        return x_BLD + self.o(mixed.reshape(*normed.shape[:2], -1))
+        out = jnp.einsum("BNQK,BKNH->BQNH", weights, v)
+        return x_BLD + self.o(out.reshape(*normed.shape[:2], -1))
 
 
 class FeedForward(nnx.Module):
-    """Pre-norm relu(wi) or gelu(wi_0) * wi_1, then wo."""
+    """Pre-norm feed-forward: relu(wi) or gelu(wi_0) * wi_1, then wo, plus the input."""
 
     def __init__(self, config: Config, dtype, rngs: Keys):
         d, f = config.d_model, config.d_ff
@@ -171,6 +176,8 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
+    """Encoder block: self-attention, then feed-forward."""
+
     def __init__(self, config: Config, dtype, rngs: Keys):
         self.attention = Attention(config, dtype, rngs)
         self.feed_forward = FeedForward(config, dtype, rngs)
@@ -180,10 +187,10 @@ class Block(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """`net(ids_BL int32, mask_BL) -> hidden_BLD`, after the final norm, without dropout.
+    """T5 encoder: `net(ids_BL int32, mask_BL) -> hidden_BLD`, after the final norm, no dropout.
 
-    mask_BL is 1 (or True) at tokens and 0 at padding: padding is not attended to, but its own
-    positions still come out. An id outside the vocabulary gives NaN.
+    mask_BL is the attention mask: 1 (or True) at tokens, 0 at padding. Padding is not attended to,
+    but has hidden states. An id outside the vocabulary gives NaN.
     """
 
     def __init__(self, config: Config, dtype, remat: bool, rngs: Keys):
@@ -195,7 +202,7 @@ class Encoder(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        # One table for all layers; files keep it inside block 0.
+        # One table for all layers; in files it is part of block 0.
         self.relative_attention_bias = nnx.Embed(
             config.relative_attention_num_buckets,
             config.num_heads,
@@ -225,7 +232,13 @@ class Encoder(nnx.Module):
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[[Keys], nnx.Module]:
-    """Constructor of the encoder; `dtype` computes, parameters are made in float32."""
+    """Constructor of the encoder, called with Keys.
+
+    Args:
+      config: the network's options.
+      dtype: of the computation; parameters are initialised in float32.
+      remat: rematerialisation of every block, see `checkpointed`.
+    """
     return lambda rngs: Encoder(config, dtype, remat, rngs)
 
 

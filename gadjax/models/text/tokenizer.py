@@ -1,7 +1,7 @@
-"""Text -> token ids, with the tokenizer files of a diffusers folder, and a vocabulary of words.
+"""Tokenizers: load those of a diffusers folder, or build one from a list of words.
 
-transformers' tokenizers do the work (they need no torch), as in diffusers' pipelines. T5's is a
-unigram model (Kudo, arXiv:1804.10959), CLIP's and Gemma's are byte pairs.
+They are transformers' tokenizers (which need no torch), as in diffusers' pipelines. T5's is a
+unigram model (Kudo, arXiv:1804.10959), CLIP's and Gemma's are byte pair encodings.
 """
 
 import logging
@@ -32,76 +32,80 @@ FILES = {
 KNOWN_FILES = {name for names in FILES.values() for name in names} | {"merges.txt"}
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2: T5Tokenizer takes id 2 as the unknown one
 SPACE = "▁"
-EXTRA = 1000  # of T5; published ones have 100
-LIMIT = 256 * MIB  # of a file; the largest published ones have some 30 MiB
-# Settings by which transformers would open other files, or build the class from other things.
-STEERING = ("vocab", "merges", "fast_tokenizer_files", "init_inputs", "tokenizer_object")
+MAX_EXTRA_IDS = 1000  # of T5; published ones have 100
+MAX_FILE_BYTES = 256 * MIB  # the largest published ones have some 30 MiB
+# Settings by which transformers would open other files, or build the class from other objects.
+REFUSED_SETTINGS = ("vocab", "merges", "fast_tokenizer_files", "init_inputs", "tokenizer_object")
 PANIC = "PanicException"
-TRIED = ("a red circle", "", "Ä 1<\u2028>")
+TRIAL_TEXTS = ("a red circle", "", "Ä 1<\u2028>")
 log = logging.getLogger(__name__)
 
 
 def preprocess(texts: str | Sequence[str]) -> list[str]:
-    """Lower case without outer white space: the pipeline's cleaning with clean_caption=False.
+    """Lower-case and strip prompts: the pipeline's preprocessing with clean_caption=False.
 
-    PixArtAlphaPipeline.__call__ defaults to clean_caption=True, which also strips markup and
-    needs bs4 and ftfy; where one of them is missing it warns and does what is done here. For
-    equal tokens call it with clean_caption=False.
+    PixArtAlphaPipeline.__call__ defaults to clean_caption=True, which also strips markup and needs
+    bs4 and ftfy; if one of them is missing it warns and preprocesses as this function. For equal
+    tokens call it with clean_caption=False.
     """
     return [text.lower().strip() for text in ([texts] if isinstance(texts, str) else texts)]
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """`tokenizer(texts, length) -> (ids_BL, mask_BL)`, both int32; B texts of L = `length` tokens.
+    """Tokenizer of one text encoder: `tokenizer(texts, length) -> (ids_BL, mask_BL)`, both int32.
 
-    clean: whether texts are preprocessed first. Short ones are padded (mask 0) on the side that the
-    files say. Long ones are cut, which is logged; the tokens that close a text stay.
-    known: how many ids the text encoder has, None for any. Raises: InputError for another id.
-    learned: whether a learned concept of several vectors is written out, `<cat>` as
-      `<cat> <cat>_1`, as diffusers' TextualInversionLoaderMixin does.
+    B texts of L = `length` tokens. Short texts are padded (mask 0) on the side that the files name.
+    Long ones are truncated, which is logged; the tokens that close a text are kept.
+
+    Attributes:
+      backend: transformers' tokenizer.
+      clean: whether texts are preprocessed first, see `preprocess`.
+      vocab_size: of the text encoder; None for any. A call raises InputError for an id beyond it.
+      textual_inversion: whether a learned concept of several vectors is expanded, `<cat>` to
+        `<cat> <cat>_1`, as diffusers' TextualInversionLoaderMixin does.
     """
 
     backend: "PreTrainedTokenizerBase"
     clean: bool = True
-    known: int | None = None
-    learned: bool = False
+    vocab_size: int | None = None
+    textual_inversion: bool = False
 
     @cached_property
     def concepts(self) -> dict[str, str]:
-        """Token -> all the tokens of its vectors, where there are several."""
-        added, found = set(self.backend.added_tokens_encoder), {}
+        """Learned concepts: first token -> tokens of all vectors; those of several vectors only."""
+        added, concepts = set(self.backend.added_tokens_encoder), {}
         for token in sorted(added):
             numbered = (f"{token}_{i}" for i in count(1))
-            if more := list(takewhile(added.__contains__, numbered)):
-                found[token] = " ".join([token, *more])
-        return found
+            if further := list(takewhile(added.__contains__, numbered)):
+                concepts[token] = " ".join([token, *further])
+        return concepts
 
-    def _written_out(self, text: str) -> str:
-        if here := [token for token in self.concepts if token in text]:
+    def _expand_concepts(self, text: str) -> str:
+        if candidates := [token for token in self.concepts if token in text]:
             tokens = set(self.backend.tokenize(text))
-            for token in here:
+            for token in candidates:
                 text = text.replace(token, self.concepts[token]) if token in tokens else text
         return text
 
     def __call__(self, texts: str | Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         texts = [texts] if isinstance(texts, str) else list(texts)
         texts = preprocess(texts) if self.clean else texts
-        texts = list(map(self._written_out, texts)) if self.learned else texts
-        whole = self.backend(texts, truncation=False)["input_ids"]
-        long = [len(ids) for ids in whole if len(ids) > length]
+        texts = list(map(self._expand_concepts, texts)) if self.textual_inversion else texts
+        untruncated = self.backend(texts, truncation=False)["input_ids"]
+        long = [len(ids) for ids in untruncated if len(ids) > length]
         if long:
             log.warning(
                 "%d of %d prompts are longer than the %d tokens that are read (the longest has "
-                "%d): they were cut",
+                "%d): they were truncated",
                 *(len(long), len(texts), length, max(long)),
             )
         out = self.backend(texts, truncation=True, padding="max_length", max_length=length)
         ids_BL = np.asarray(out["input_ids"], np.int32)
-        if self.known is not None and ids_BL.max(initial=0) >= self.known:
+        if self.vocab_size is not None and ids_BL.max(initial=0) >= self.vocab_size:
             raise InputError(
                 f"{self.backend.name_or_path}: found token {ids_BL.max()}; expected ids below "
-                f"{self.known}, the text encoder's vocab_size"
+                f"{self.vocab_size}, the text encoder's vocab_size"
             )
         return ids_BL, np.asarray(out["attention_mask"], np.int32)
 
@@ -111,20 +115,24 @@ def load_tokenizer(
     class_name: str = "T5Tokenizer",
     *,
     clean: bool = True,
-    known: int | None = None,
-    learned: bool = False,
+    vocab_size: int | None = None,
+    textual_inversion: bool = False,
 ) -> Tokenizer:
-    """The tokenizer saved in a local folder; the network is never asked.
+    """Load a tokenizer from a local folder; nothing is downloaded.
 
-    class_name: as model_index.json has it. clean, known, learned: see Tokenizer.
+    Args:
+      folder: with the tokenizer's files.
+      class_name: as in model_index.json.
+      clean, vocab_size, textual_inversion: see `Tokenizer`.
+
     Raises: InputError for another class, a folder without its files, or with files that are not
-    such a tokenizer's.
+      such a tokenizer's.
     """
     folder, kind = Path(folder), class_name.removesuffix("Fast")
     if kind not in FILES:
         raise InputError(f"{folder}: found a {class_name}; expected one of {', '.join(FILES)}")
     expected = f"expected a {kind.removesuffix('Tokenizer')} tokenizer ({' or '.join(FILES[kind])})"
-    # Without them transformers would make up a vocabulary of special tokens.
+    # Without them transformers would invent a vocabulary of special tokens.
     if not any((folder / name).is_file() for name in FILES[kind]):
         raise InputError(f"{folder}: found no tokenizer file; {expected}")
 
@@ -136,24 +144,24 @@ def load_tokenizer(
         backend = loader.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    if kind == "GemmaTokenizer":  # SanaPipeline sets it, whatever the files say
+    if kind == "GemmaTokenizer":  # SanaPipeline sets it, whatever the files have
         backend.padding_side = "right"
-    # Of an empty or foreign vocabulary transformers still makes a tokenizer.
+    # transformers makes a tokenizer even from an empty or foreign vocabulary.
     if kind == "T5Tokenizer":
         if (ids := backend.convert_tokens_to_ids(list(SPECIAL))) != [0, 1, 2]:
             raise InputError(f"{folder}: found ids {ids} for {', '.join(SPECIAL)}; {expected}")
     elif backend.pad_token_id is None or len(backend) < 3:
         raise InputError(f"{folder}: found {len(backend)} tokens and no padding; {expected}")
-    with _refusing(folder, expected):  # what is wrong in it may show only now
-        ids, _ = Tokenizer(backend, clean)(TRIED, 64)
+    with _refusing(folder, expected):  # some faults show only in a call
+        ids, _ = Tokenizer(backend, clean)(TRIAL_TEXTS, 64)
         if ids.min() < 0:
             raise ValueError(f"id {ids.min()}")
-    return Tokenizer(backend, clean, known, learned)
+    return Tokenizer(backend, clean, vocab_size, textual_inversion)
 
 
 @contextmanager
 def _refusing(folder: Path, expected: str) -> Iterator[None]:
-    """What tokenizers raise: anything, and of a panic in the Rust library no Exception."""
+    """Turn errors of tokenizers into InputError: any Exception, and a panic of the Rust library."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -166,45 +174,52 @@ def _refusing(folder: Path, expected: str) -> Iterator[None]:
 
 
 def _check_files(folder: Path) -> None:
-    """Raises: InputError for files that transformers would not survive, or that would have it open
-    others: what a settings file names beside tokens is handed to its class as it stands there."""
+    """Check untrusted tokenizer files before transformers opens them.
+
+    Settings other than tokens are passed to the tokenizer's class as they are in the file.
+
+    Raises: InputError for files that would crash transformers, or make it open other files.
+    """
     check_no_escape(folder, folder.parent)
     for path in folder.iterdir():
-        if path.is_file() and path.stat().st_size > LIMIT:
-            raise InputError(f"{path}: found more than {LIMIT} bytes; expected a tokenizer's file")
+        if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(
+                f"{path}: found more than {MAX_FILE_BYTES} bytes; expected a tokenizer's file"
+            )
         if path.name in KNOWN_FILES:
             with open_file(path, "a tokenizer's file"):
-                pass  # it is no pointer to one
+                pass  # raises for a Git LFS pointer
         if path.suffix == ".json" and not is_macos_metadata(path.name):
-            _check_settings(path, read_json(path, LIMIT))
+            _check_settings(path, read_json(path, MAX_FILE_BYTES))
 
 
-def _check_settings(path: Path, held: dict[str, Any]) -> None:
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     if path.name == "tokenizer_config.json":
-        wrong = [key for key in STEERING if held.get(key)]
-        extra = held.get("extra_ids", 0)  # transformers makes as many names of tokens
-        if type(extra) is not int or not 0 <= extra <= EXTRA:
+        wrong = [key for key in REFUSED_SETTINGS if settings.get(key)]
+        extra = settings.get("extra_ids", 0)  # transformers makes as many tokens
+        if type(extra) is not int or not 0 <= extra <= MAX_EXTRA_IDS:
             raise InputError(
-                f"{path}: found extra_ids {short_repr(extra)}; expected at most {EXTRA}, as an integer"
+                f"{path}: found extra_ids {short_repr(extra)}; expected an integer, at most "
+                f"{MAX_EXTRA_IDS}"
             )
     elif path.name == "special_tokens_map.json":
-        wrong = [key for key in held if not key.endswith(("_token", "_tokens"))]
+        wrong = [key for key in settings if not key.endswith(("_token", "_tokens"))]
     else:
         return
     if wrong:
         raise InputError(f"{path}: found {wrong[0]}; expected settings that name no files")
-    added = held.get("added_tokens_decoder")
+    added = settings.get("added_tokens_decoder")
     for number in added if isinstance(added, dict) else ():
-        # transformers fills up to the largest.
+        # transformers makes tokens up to the largest id.
         if not re.fullmatch(r"\d{1,7}", number):
             raise InputError(f"{path}, added_tokens_decoder: found {number}; expected ids")
 
 
 def build_word_tokenizer(words: Sequence[str]) -> "T5Tokenizer":
-    """A T5 tokenizer that gives each of `words` one token: word i has id 3 + i.
+    """Build a T5 tokenizer with one token for each of `words`: word i has id 3 + i.
 
     The words are followed by a bare space and the letters a to z, far less likely, so that any
-    other lower-case text is spelt out; what is neither is <unk>. There are no <extra_id_*>.
+    other lower-case text is spelt; other characters are <unk>. There are no <extra_id_*>.
 
     Raises: InputError for a word that is repeated, or that preprocessing or splitting at white
     space would change.

@@ -1,8 +1,8 @@
-"""The parts of the U-Net: residual blocks, transformers over positions, changes of size.
+"""U-Net blocks: residual blocks, transformers over positions, down- and upsampling.
 
-Shapes: x_BHWC pictures, x_BND tokens (positions row by row), temb_BE the time; texts are
-what one transformer after the other is told, the text encoder's states or their keys and values.
-Modules that a file numbers are nnx.Dict with those numbers.
+Shapes: x_BHWC feature maps, x_BND tokens (positions row by row), temb_BE timestep embedding;
+`texts` iterates over the transformers' contexts: prompt embeddings, or their KV caches. Modules
+that a file numbers are in an nnx.Dict under those numbers.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ LAYER_NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes the layers, which share these settings throughout the network."""
+    """Layer factory with the settings that all layers of the network share."""
 
     config: Config
     remat: bool
@@ -54,7 +54,7 @@ class Maker:
 
 
 class ResnetBlock2D(nnx.Module):
-    """Two (norm, SiLU, convolution) with the time added between them, and the input."""
+    """Residual block: two (norm, SiLU, convolution) with the timestep embedding added between."""
 
     def __init__(self, inputs: int, outputs: int, make: Maker):
         self.norm1 = make.norm(inputs)
@@ -78,7 +78,7 @@ class ResnetBlock2D(nnx.Module):
 
 
 class GatedMlp(nnx.Module):
-    """Linear to a value and a gate, value * gelu(gate), linear back. arXiv:2002.05202."""
+    """GEGLU feed-forward: linear, value * gelu(gate), linear. Shazeer, arXiv:2002.05202."""
 
     def __init__(self, dim: int, hidden: int, *, dtype, rngs: Keys):
         self.linear_1 = nnx.Linear(dim, 2 * hidden, dtype=dtype, rngs=rngs)
@@ -90,7 +90,7 @@ class GatedMlp(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention, cross-attention and feed-forward, each after a norm of its own."""
+    """Pre-norm self-attention, cross-attention and feed-forward."""
 
     def __init__(self, dim: int, heads: int, text_dim: int, *, dtype, rngs: Keys):
         def norm():
@@ -120,12 +120,12 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer2D(nnx.Module):
-    """A stack of transformer blocks over the positions of a picture, and the input."""
+    """Stack of transformer blocks over the positions of a feature map, with a residual."""
 
     def __init__(self, channels: int, heads: int, depth: int, make: Maker):
         text_dim, dtype = make.config.cross_attention_dim, make.options["dtype"]
         self.norm = make.norm(channels, TRANSFORMER_NORM_EPS)
-        # The same product either way; files differ in whether its kernel has axes of 1.
+        # The same product either way; in some files its kernel is a 1x1 convolution's.
         self.linear = make.config.use_linear_projection
         if self.linear:
             self.proj_in = make.linear(channels, channels)
@@ -154,14 +154,14 @@ class Transformer2D(nnx.Module):
         return x_BHWC + leave(h_BND.reshape(x_BHWC.shape))
 
 
-def _transformers(count: int, channels: int, place: int, make: Maker) -> nnx.Dict:
-    heads = make.config.attention_head_dim[place]
-    depth = make.config.transformer_layers_per_block[place]
+def _transformers(count: int, channels: int, level: int, make: Maker) -> nnx.Dict:
+    heads = make.config.attention_head_dim[level]
+    depth = make.config.transformer_layers_per_block[level]
     return numbered(Transformer2D(channels, heads, depth, make) for _ in range(count))
 
 
 class Downsample2D(nnx.Module):
-    """Halve both sides with a convolution."""
+    """Downsample by 2 with a strided convolution."""
 
     def __init__(self, channels: int, make: Maker):
         self.conv = make.conv(channels, channels, stride=2)
@@ -171,7 +171,7 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Double both sides by repeating pixels, then convolve."""
+    """Upsample by 2: nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int, make: Maker):
         self.conv = make.conv(channels, channels)
@@ -181,21 +181,21 @@ class Upsample2D(nnx.Module):
 
 
 class DownBlock(nnx.Module):
-    """Residual blocks, each with a transformer where `cross`; halves its sides unless last."""
+    """Residual blocks, each followed by a transformer if `cross`; downsamples unless last."""
 
-    def __init__(self, place: int, inputs: int, make: Maker):
+    def __init__(self, level: int, inputs: int, make: Maker):
         c = make.config
-        width, count = c.block_out_channels[place], c.layers_per_block
-        self.cross = c.down_block_types[place].startswith("Cross")
+        width, count = c.block_out_channels[level], c.layers_per_block
+        self.cross = c.down_block_types[level].startswith("Cross")
         self.resnets = numbered(
             ResnetBlock2D(width if i else inputs, width, make) for i in range(count)
         )
-        self.attentions = _transformers(count if self.cross else 0, width, place, make)
-        last = place == len(c.block_out_channels) - 1
+        self.attentions = _transformers(count if self.cross else 0, width, level, make)
+        last = level == len(c.block_out_channels) - 1
         self.downsamplers = numbered([] if last else [Downsample2D(width, make)])
 
     def __call__(self, x_BHWC, temb_BE, texts: Iterator) -> list[jax.Array]:
-        """Every intermediate result, the output last."""
+        """Skip connections: the result of every layer, the output last."""
         states = []
         for i in range(len(self.resnets)):
             x_BHWC = self.resnets[str(i)](x_BHWC, temb_BE)
@@ -221,20 +221,28 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """As DownBlock on the way up: each residual block also reads a result of the way down."""
+    """Mirror of DownBlock: every residual block also reads a skip connection; then upsamples.
 
-    def __init__(self, place: int, inputs: int, skips: list[int], cross: bool, make: Maker):
-        width = make.config.block_out_channels[place]
+    Args:
+      level: index in the configuration, from the largest feature maps; level 0 does not upsample.
+      inputs: channels of the input.
+      skips: channels of the skip connections, one for each residual block.
+      cross: whether every residual block is followed by a transformer.
+      make: layer factory.
+    """
+
+    def __init__(self, level: int, inputs: int, skips: list[int], cross: bool, make: Maker):
+        width = make.config.block_out_channels[level]
         self.cross = cross
         self.resnets = numbered(
             ResnetBlock2D((width if i else inputs) + skip, width, make)
             for i, skip in enumerate(skips)
         )
-        self.attentions = _transformers(len(skips) if cross else 0, width, place, make)
-        self.upsamplers = numbered([Upsample2D(width, make)] if place else [])
+        self.attentions = _transformers(len(skips) if cross else 0, width, level, make)
+        self.upsamplers = numbered([Upsample2D(width, make)] if level else [])
 
     def __call__(self, x_BHWC, skips: list[jax.Array], temb_BE, texts: Iterator):
-        """`skips` are those of its residual blocks, in their order."""
+        """Output of the block; `skips`: one skip connection for each residual block, in order."""
         for i, skip_BHWC in enumerate(skips):
             both = jnp.concatenate([x_BHWC, skip_BHWC], axis=-1)
             x_BHWC = self.resnets[str(i)](both, temb_BE)

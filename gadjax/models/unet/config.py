@@ -1,4 +1,4 @@
-"""The options of diffusers' UNet2DConditionModel that are supported here."""
+"""Configuration of the U-Net: the supported options of diffusers' UNet2DConditionModel."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -52,10 +52,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Config:
-    """What shapes the network, under diffusers' names; one entry per block in every tuple."""
+    """Options that shape the network, under diffusers' names; tuples have one entry per block."""
 
     sample_size: int
-    attention_head_dim: tuple[int, ...]  # the number of heads, whatever its name says
+    attention_head_dim: tuple[int, ...]  # number of heads, despite its name
     transformer_layers_per_block: tuple[int, ...]
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -73,12 +73,12 @@ class Config:
 
     @property
     def multiple(self) -> int:
-        """What the sides of the latents are multiples of."""
+        """Divisor of the height and width of latents: 2^(blocks - 1)."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
     def pooled_dim(self) -> int | None:
-        """The width of the pooled text that SDXL is told, or None."""
+        """Width of SDXL's pooled prompt embedding; None for the other U-Nets."""
         if self.addition_embed_type is None:
             return None
         return self.projection_class_embeddings_input_dim - TIME_IDS * self.addition_time_embed_dim
@@ -94,7 +94,7 @@ class Config:
                 _refuse(key, cfg[key], repr(FIXED[key]))
             ignored = key in IGNORED[CLASS_NAMES[0]] or key.startswith("_")
             known = key in names or key in FIXED or ignored
-            if not known and value is not None:  # null stands for an option that is absent
+            if not known and value is not None:  # null means absent
                 _refuse(key, value, "an option of UNet2DConditionModel")
         if cfg.get("sample_size") is None:
             _refuse("sample_size", None, "the side of the latents")
@@ -132,7 +132,7 @@ class Config:
             _refuse("out_channels", self.out_channels, f"{self.in_channels}, as in_channels")
         if any(width % groups for width in widths):
             _refuse("norm_num_groups", groups, f"a divisor of block_out_channels {widths}")
-        # Half of a time's features are sines.
+        # Half of the channels of a sinusoidal embedding are sines.
         if widths[0] % 2:
             _refuse("block_out_channels", widths, "an even number first")
         cross = [kind.startswith("Cross") for kind in self.down_block_types]
@@ -155,5 +155,5 @@ def _counts(values) -> bool:
     return all(type(value) is int and value > 0 for value in values)
 
 
-def _refuse(key: str, found: Any, expected: str):
-    raise InputError(f"{key}: found {found!r}; expected {expected}")
+def _refuse(key: str, value: Any, expected: str):
+    raise InputError(f"{key}: found {value!r}; expected {expected}")

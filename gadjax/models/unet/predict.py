@@ -1,4 +1,4 @@
-"""How a Denoiser calls this family: what it is told, and what it sees half-way."""
+"""Adapter from `Denoiser` to the U-Net: conditioning inputs, features of the middle block."""
 
 from collections.abc import Callable
 
@@ -9,15 +9,21 @@ from gadjax.errors import InputError
 from gadjax.models.unet.config import Config
 from gadjax.types import Cond, Params
 
-TEXT_KV = "text_kv"  # the method that makes of a text what x and t do not change
+TEXT_KV = "text_kv"  # name of the method that computes the prompt's KV cache
 
 
 def extras(
     config: Config, samples: int, height: int, width: int, pooled: jax.Array | None = None
 ) -> dict[str, jax.Array] | None:
-    """What SDXL is told beside its tokens, for whole pictures of height x width pixels, or None.
+    """Micro-conditioning of SDXL and its pooled prompt embedding; None for the other U-Nets.
 
-    pooled: [samples, P], the text as one vector. Raises: InputError without it where it is needed.
+    Args:
+      config: the network's options.
+      samples: batch size.
+      height, width: of the uncropped image in pixels.
+      pooled: pooled prompt embedding [samples, P].
+
+    Raises: InputError if SDXL is given no pooled embedding.
     """
     if config.pooled_dim is None:
         return None
@@ -29,7 +35,7 @@ def extras(
 
 
 def predictor(apply: Callable, config: Config) -> Callable[..., jax.Array]:
-    """(params, x_BHWC, t_B, cond) -> raw_BHWC. The mask is not read: padding was trained on."""
+    """(params, x_BHWC, t_B, cond) -> raw_BHWC. No attention mask: training attended to padding."""
 
     def call(params: Params, x_BHWC, t_B, cond: Cond):
         return apply(params, x_BHWC, t_B, cond.text, cond.extras)
@@ -38,7 +44,7 @@ def predictor(apply: Callable, config: Config) -> Callable[..., jax.Array]:
 
 
 def features(apply: Callable) -> Callable[..., jax.Array]:
-    """(params, x_BHWC, t_B, cond) -> [B, N, D], the middle block's output, row by row."""
+    """(params, x_BHWC, t_B, cond) -> features [B, N, D]: the middle block's output, row by row."""
 
     def call(params: Params, x_BHWC, t_B, cond: Cond):
         return apply(params, x_BHWC, t_B, cond.text, cond.extras, method="features")

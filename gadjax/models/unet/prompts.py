@@ -1,7 +1,7 @@
-"""The prompts of Stable Diffusion 1.x and 2.x (one CLIP) and of SDXL (two).
+"""Prompt encoders of Stable Diffusion 1.x and 2.x (one CLIP) and of SDXL (two).
 
-Follows diffusers' StableDiffusionPipeline and StableDiffusionXLPipeline. The network reads the
-states of the padding too, so that the mask says nothing to it; it is all ones.
+Follows diffusers' StableDiffusionPipeline and StableDiffusionXLPipeline. The network attends to the
+padding too, so that the attention mask of the prompt embeddings is all ones.
 """
 
 from collections.abc import Callable
@@ -26,12 +26,15 @@ SDXL = "StableDiffusionXLPipeline"
 
 @dataclass(frozen=True, eq=False)
 class ClipPromptEncoder:
-    """CLIP's last states. masked: whether padding is hidden from it (use_attention_mask)."""
+    """Prompt encoder with one CLIP: its last hidden states.
+
+    use_attention_mask: whether CLIP itself ignores padding.
+    """
 
     tokenizer: Tokenizer
     apply: Callable
     length: int
-    masked: bool = False
+    use_attention_mask: bool = False
     steps: int = 50
     guidance: float = 7.5
 
@@ -46,24 +49,31 @@ class ClipPromptEncoder:
         return length
 
     def encode(self, params, ids_BL, mask_BL):
-        seen = (mask_BL,) if self.masked else ()
-        text_BLD = self.apply(params["text_encoder"], ids_BL, *seen).last
+        mask = (mask_BL,) if self.use_attention_mask else ()
+        text_BLD = self.apply(params["text_encoder"], ids_BL, *mask).last
         return PromptEmbeds(text_BLD, jnp.ones_like(mask_BL))
 
 
 @dataclass(frozen=True, eq=False)
 class TwoClipPromptEncoder:
-    """The last states but one of both, side by side, and the second one's pooled vector.
+    """Prompt encoder with two CLIPs: their penultimate hidden states, concatenated along the width.
 
-    zeros: whether the network was trained to be told zeros where there is no prompt
-      (force_zeros_for_empty_prompt); tokens whose mask is zero throughout say so.
+    The pooled embedding is the second CLIP's.
+
+    Attributes:
+      tokenizers: of the two CLIPs.
+      first, second: apply functions of the CLIPs.
+      length: number of tokens of either.
+      force_zeros: whether the network was trained with zeros where there is no prompt
+        (force_zeros_for_empty_prompt); an attention mask of zeros throughout marks such tokens.
+      steps, guidance: sampling defaults of the pipeline in diffusers.
     """
 
     tokenizers: tuple[Tokenizer, Tokenizer]
     first: Callable
     second: Callable
     length: int
-    zeros: bool
+    force_zeros: bool
     steps: int = 50
     guidance: float = 5.0
 
@@ -73,7 +83,7 @@ class TwoClipPromptEncoder:
 
     def negative_tokens(self, negative, length):
         ids, mask = self.tokens([negative or ""], length)
-        return ids, np.zeros_like(mask) if negative is None and self.zeros else mask
+        return ids, np.zeros_like(mask) if negative is None and self.force_zeros else mask
 
     def embed_length(self, length):
         return length
@@ -83,33 +93,38 @@ class TwoClipPromptEncoder:
         first = self.first(params["text_encoder"], one)
         second = self.second(params["text_encoder_2"], two)
         text_BLD = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
-        told_B = jnp.any(mask_BL > 0, axis=1).astype(text_BLD.dtype)
+        keep_B = jnp.any(mask_BL > 0, axis=1).astype(text_BLD.dtype)
         mask = jnp.ones_like(mask_BL[:, : text_BLD.shape[1]])
-        return PromptEmbeds(text_BLD * told_B[:, None, None], mask, second.pooled * told_B[:, None])
+        return PromptEmbeds(text_BLD * keep_B[:, None, None], mask, second.pooled * keep_B[:, None])
 
 
 def prompts(parts: TextComponents, config: Config) -> ClipPromptEncoder | TwoClipPromptEncoder:
-    """Two where the network is told a pooled vector."""
-    told = config.addition_embed_type is not None
-    if told != (parts.pipeline == SDXL):
+    """Prompt encoder of a U-Net's pipeline: with two CLIPs if it takes a pooled embedding.
+
+    Raises: InputError for networks, tokenizers or a pipeline that do not go together.
+    """
+    pooled = config.addition_embed_type is not None
+    if pooled != (parts.pipeline == SDXL):
         raise InputError(
             f"{parts.path}: found a {parts.pipeline} with addition_embed_type "
             f"{config.addition_embed_type} in unet/config.json; expected it of {SDXL} alone"
         )
-    names = ["text_encoder", "text_encoder_2"][: 1 + told]
+    names = ["text_encoder", "text_encoder_2"][: 1 + pooled]
     parts.require(*names)
     specs = [parts.specs[name] for name in names]
     width = sum(spec.hidden_size for spec in specs)
     check_width(parts.path, width, config.cross_attention_dim, "cross_attention_dim")
-    one = parts.tokenizer(learned=True)
+    one = parts.tokenizer(textual_inversion=True)
     length = parts.clip_length(one, "text_encoder")
-    if not told:
+    if not pooled:
         return ClipPromptEncoder(one, parts.apply[names[0]], length, specs[0].use_attention_mask)
-    two = parts.tokenizer("tokenizer_2", learned=True)
+    two = parts.tokenizer("tokenizer_2", textual_inversion=True)
     if (other := parts.clip_length(two, "text_encoder_2")) != length:
         raise InputError(
             f"{parts.path / 'tokenizer_2'}, model_max_length: found {other}; expected {length}, as "
             "of the first tokenizer"
         )
-    zeros = bool(parts.index.get("force_zeros_for_empty_prompt", True))
-    return TwoClipPromptEncoder((one, two), *(parts.apply[name] for name in names), length, zeros)
+    force_zeros = bool(parts.index.get("force_zeros_for_empty_prompt", True))
+    return TwoClipPromptEncoder(
+        (one, two), *(parts.apply[name] for name in names), length, force_zeros
+    )

@@ -1,16 +1,17 @@
-"""How the U-Net's parameters are split over the devices of the axes "fsdp" and "tensor"."""
+"""Sharding rules of the U-Net's parameters over the mesh axes "fsdp" and "tensor"."""
 
 from jax.sharding import PartitionSpec as P
 
-# Why a mesh does not split the positions of a sample.
+# Reason why a "sequence" axis cannot split the positions of a sample.
 NO_SEQUENCE_SHARDING = "whose convolutions and group norms have a sample's positions on one device"
 
 # Every width of the published networks is a multiple of 64. With a "tensor" axis of 2, conv1 and
-# what follows the norms are cut along their outputs, conv2 and the ways back along their inputs.
+# the projections after norms are sharded along their outputs, conv2 and the projections back to the
+# residual stream along their inputs.
 RULES: tuple[tuple[str, P], ...] = (
     (r"/transformer_blocks/.*/(to_q|to_k|to_v|linear_1)/kernel$", P(None, "fsdp", "tensor")),
     (r"/transformer_blocks/.*/(to_out|linear_2)/kernel$", P(None, "tensor", "fsdp")),
-    # Ten layers of them are 102,400 numbers.
+    # Ten layers of them are 102,400 elements.
     (r"/transformer_blocks/ff/linear_1/bias$", P(None, "fsdp")),
     (r"/proj_in/kernel$", P("fsdp", "tensor")),
     (r"/proj_out/kernel$", P("tensor", "fsdp")),

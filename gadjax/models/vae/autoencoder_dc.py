@@ -1,7 +1,7 @@
-"""AutoencoderDC, the deep-compression picture autoencoder of Sana (diffusers' class).
+"""AutoencoderDC, the deep-compression autoencoder of Sana (diffusers' class of that name).
 
-Pictures are NHWC in [-1, 1]; latents are NHWC, 2^(stages - 1) times smaller per side (32 in the
-published ones). Interface as autoencoder_kl's, without a distribution: `encode` gives one latent.
+Images are NHWC in [-1, 1]; latents are NHWC, 2^(stages - 1) times smaller per side (32 in the
+published ones). Same interface as autoencoder_kl, but deterministic: `encode` gives one latent.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,17 @@ from gadjax.models.vae.dc_blocks import (
     ResBlock,
     Stage,
     Upsample,
-    averaged,
+    average_channels,
     conv,
-    ordered,
-    repeated,
+    numbered_values,
+    repeat_channels,
 )
 
 CLASS_NAMES = ("AutoencoderDC",)
 
 KEYMAP = KeyMap()
 
-# The last convolution of each half is cut along its inputs, since its outputs are few.
+# The last convolution of each half is sharded along its inputs, since its outputs are few.
 RULES = (
     (r"/(conv_in|conv|conv1|conv2|conv_inverted|conv_depth)/kernel$", P(None, None, None, "fsdp")),
     (r"/(conv_out|conv_point)/kernel$", P(None, None, "fsdp", None)),
@@ -44,7 +44,7 @@ RULES = (
 
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
 
-# Options with one supported value, and the value that an absent one has in diffusers.
+# Option -> (its one supported value, diffusers' default).
 FIXED = {
     "downsample_block_type": ("Conv", "pixel_unshuffle"),
     "upsample_block_type": ("interpolate", "pixel_shuffle"),
@@ -57,7 +57,7 @@ STAGED_FIXED = {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"}
 
 @dataclass(frozen=True)
 class Config:
-    """What decides the network and its latent's scale; names and defaults as in config.json."""
+    """Options of the network and the scale of its latents, named as in config.json."""
 
     in_channels: int = 3
     latent_channels: int = 32
@@ -74,20 +74,20 @@ class Config:
 
     @property
     def upscale(self) -> int:
-        """By how much a latent's side is smaller than the picture's."""
+        """Downsampling factor of the autoencoder: pixels per latent, per side."""
         return 2 ** (len(self.encoder_block_out_channels) - 1)
 
     @classmethod
     def from_dict(cls, cfg: dict[str, Any]) -> "Config":
-        """Read a config.json. Raises InputError naming the key of an unsupported option."""
+        """Read a config.json. Raises: InputError naming the key of an unsupported option."""
         cfg = {k: v for k, v in cfg.items() if v is not None and k[0] != "_"}
         for key, (supported, absent) in FIXED.items():
-            if (found := cfg.pop(key, absent)) != supported:
-                raise InputError(f"{key}: found {found!r}; expected {supported!r}")
+            if (value := cfg.pop(key, absent)) != supported:
+                raise InputError(f"{key}: found {value!r}; expected {supported!r}")
         for key, supported in STAGED_FIXED.items():
-            found = cfg.pop(key, supported)
-            if set([found] if isinstance(found, str) else found) != {supported}:
-                raise InputError(f"{key}: found {found!r}; expected {supported!r}")
+            values = cfg.pop(key, supported)
+            if set([values] if isinstance(values, str) else values) != {supported}:
+                raise InputError(f"{key}: found {values!r}; expected {supported!r}")
         for key in sorted(set(cfg) - {f.name for f in fields(cls)}):
             raise InputError(f"{key}: found {cfg[key]!r}; expected no such option")
         config = cls(**{k: _frozen(v) for k, v in cfg.items()})
@@ -101,9 +101,9 @@ class Config:
         return config
 
     def stages(self, side: str) -> list[Stage]:
-        """The stages of "encoder" or "decoder", from the largest picture to the latent.
+        """Stages of the "encoder" or "decoder", from the highest resolution to the latent.
 
-        Raises: InputError naming a key that does not describe as many stages, or an impossible one.
+        Raises: InputError naming a key for another number of stages, or for an impossible one.
         """
         prefix = f"{side}_block"
         widths = getattr(self, f"{prefix}_out_channels")
@@ -142,21 +142,24 @@ def _frozen(value):
 
 
 def scale(latent_BHWC: jax.Array, config: Config) -> jax.Array:
-    """Raw latent [..., C] -> the latent the denoiser works on."""
+    """Scale raw latents [..., C] to those of the denoiser."""
     return latent_BHWC * config.scaling_factor
 
 
 def unscale(latent_BHWC: jax.Array, config: Config) -> jax.Array:
-    """The denoiser's latent [..., C] -> the raw latent that `decode` takes."""
+    """Undo `scale`: the denoiser's latents [..., C] -> raw ones, which `decode` takes."""
     return latent_BHWC / config.scaling_factor
 
 
 def build(
     config: Config, *, dtype: jnp.dtype = jnp.float32, remat: bool = True
 ) -> Callable[[Keys], nnx.Module]:
-    """A maker for `functional`, whose methods are "encode" and "decode".
+    """Constructor of the autoencoder, for `functional`; its methods are "encode" and "decode".
 
-    `dtype` is what convolutions compute in; `remat` recomputes every block in reverse mode.
+    Args:
+      config: the network's options.
+      dtype: of the convolutions' computation.
+      remat: rematerialisation of every block.
     """
     return lambda rngs: AutoencoderDC(config, remat, {"dtype": dtype, "rngs": rngs})
 
@@ -168,20 +171,20 @@ def _blocks(stage: Stage, head_dim: int, options: dict[str, Any]) -> list[nnx.Mo
 
 
 def _run(stage: nnx.Dict, x_BHWC, remat: bool):
-    for module in ordered(stage):
+    for module in numbered_values(stage):
         call = type(module).__call__
         x_BHWC = (jax.checkpoint(call) if remat else call)(module, x_BHWC)
     return x_BHWC
 
 
 class Encoder(nnx.Module):
-    """Picture -> latent: [B, H, W, in] -> [B, h, w, latent]."""
+    """Encoder: image [B, H, W, in] -> latent [B, h, w, latent]."""
 
     def __init__(self, config: Config, remat: bool, options: dict[str, Any]):
         stages = config.stages("encoder")
         blocks = [_blocks(stage, config.attention_head_dim, options) for stage in stages]
-        for here, fine, coarse in zip(blocks, stages, stages[1:], strict=False):
-            here.append(Downsample(fine.width, coarse.width, options))
+        for level, fine, coarse in zip(blocks, stages, stages[1:], strict=False):
+            level.append(Downsample(fine.width, coarse.width, options))
         self.conv_in = conv(config.in_channels, stages[0].width, **options)
         self.down_blocks = numbered(map(numbered, blocks))
         self.conv_out = conv(stages[-1].width, config.latent_channels, **options)
@@ -189,20 +192,20 @@ class Encoder(nnx.Module):
 
     def __call__(self, x_BHWC):
         x_BHWC = self.conv_in(x_BHWC)
-        for stage in ordered(self.down_blocks):
+        for stage in numbered_values(self.down_blocks):
             x_BHWC = _run(stage, x_BHWC, self.remat)
         out_BHWC = self.conv_out(x_BHWC)
-        return out_BHWC + averaged(x_BHWC, out_BHWC.shape[-1])
+        return out_BHWC + average_channels(x_BHWC, out_BHWC.shape[-1])
 
 
 class Decoder(nnx.Module):
-    """Latent -> picture: [B, h, w, latent] -> [B, H, W, in]."""
+    """Decoder: latent [B, h, w, latent] -> image [B, H, W, in]."""
 
     def __init__(self, config: Config, remat: bool, options: dict[str, Any]):
         stages = config.stages("decoder")
         blocks = [_blocks(stage, config.attention_head_dim, options) for stage in stages]
-        for here, fine, coarse in zip(blocks, stages, stages[1:], strict=False):
-            here.insert(0, Upsample(coarse.width, fine.width, options))
+        for level, fine, coarse in zip(blocks, stages, stages[1:], strict=False):
+            level.insert(0, Upsample(coarse.width, fine.width, options))
         self.conv_in = conv(config.latent_channels, stages[-1].width, **options)
         self.up_blocks = numbered(map(numbered, blocks))
         self.norm_out = RMSNorm(stages[0].width, use_bias=True)
@@ -211,14 +214,14 @@ class Decoder(nnx.Module):
 
     def __call__(self, x_BHWC):
         wide_BHWC = self.conv_in(x_BHWC)
-        x_BHWC = wide_BHWC + repeated(x_BHWC, wide_BHWC.shape[-1])
-        for stage in reversed(ordered(self.up_blocks)):
+        x_BHWC = wide_BHWC + repeat_channels(x_BHWC, wide_BHWC.shape[-1])
+        for stage in reversed(numbered_values(self.up_blocks)):
             x_BHWC = _run(stage, x_BHWC, self.remat)
         return self.conv_out(jax.nn.relu(self.norm_out(x_BHWC)))
 
 
 class AutoencoderDC(nnx.Module):
-    """Both halves. Source: diffusers, models/autoencoders/autoencoder_dc.py."""
+    """Encoder and decoder. Source: diffusers, models/autoencoders/autoencoder_dc.py."""
 
     def __init__(self, config: Config, remat: bool, options: dict[str, Any]):
         self.encoder = Encoder(config, remat, options)
@@ -226,17 +229,17 @@ class AutoencoderDC(nnx.Module):
         self.upscale = config.upscale
 
     def encode(self, image_BHWC: jax.Array) -> tuple[jax.Array, None]:
-        """Picture [B, H, W, in] -> raw latent [B, h, w, latent], and None for its log-variance.
+        """Encode an image [B, H, W, in]: raw latent [B, h, w, latent], None for its log-variance.
 
         Raises: InputError for sides that are not multiples of `Config.upscale`.
         """
         height, width = image_BHWC.shape[1:3]
         if height % self.upscale or width % self.upscale:
             raise InputError(
-                f"picture: found {height} x {width}; expected multiples of {self.upscale}"
+                f"image: found {height} x {width}; expected multiples of {self.upscale}"
             )
         return self.encoder(image_BHWC), None
 
     def decode(self, latent_BHWC: jax.Array) -> jax.Array:
-        """Raw latent [B, h, w, latent] -> picture [B, H, W, in], not clipped."""
+        """Decode a raw latent [B, h, w, latent]: image [B, H, W, in], not clipped."""
         return self.decoder(latent_BHWC)

@@ -1,7 +1,7 @@
-"""AutoencoderKL, the picture autoencoder of SD, SDXL, PixArt, SD3 and FLUX (diffusers' class).
+"""AutoencoderKL, the VAE of SD, SDXL, PixArt, SD3 and FLUX (diffusers' class of that name).
 
-Pictures are NHWC in [-1, 1]; latents are NHWC, 2^(blocks - 1) times smaller per side. `encode` and
-`decode` work on raw latents: `scale` and `unscale` go to and from what the denoiser sees.
+Images are NHWC in [-1, 1]; latents are NHWC, 2^(blocks - 1) times smaller per side. `encode` and
+`decode` use raw latents: `scale` and `unscale` convert to and from those of the denoiser.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ CLASS_NAMES = ("AutoencoderKL",)
 
 KEYMAP = KeyMap(
     renames=((r"to_out/", "to_out/0/"),),
-    # Files of the first Stable Diffusion releases spell the attention of the middle block so.
+    # Keys of the middle block's attention in the first Stable Diffusion releases.
     aliases=(
         (r"(mid_block\.attentions\.\d+\.)query\.", r"\1to_q."),
         (r"(mid_block\.attentions\.\d+\.)key\.", r"\1to_k."),
@@ -33,7 +33,7 @@ KEYMAP = KeyMap(
     ),
 )
 
-# conv_out is cut along its inputs, since its outputs are a handful of channels.
+# conv_out is sharded along its inputs, since its outputs are a handful of channels.
 RULES = (
     (r"/(conv_in|conv|conv1|conv2|conv_shortcut)/kernel$", P(None, None, None, "fsdp")),
     (r"/conv_out/kernel$", P(None, None, "fsdp", None)),
@@ -46,7 +46,7 @@ LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 @dataclass(frozen=True)
 class Config:
-    """What decides the network and its latent's scale; names and defaults as in config.json."""
+    """Options of the network and the scale of its latents, named as in config.json."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -62,20 +62,20 @@ class Config:
 
     @property
     def upscale(self) -> int:
-        """Pixels of a latent, per side."""
+        """Downsampling factor of the VAE: pixels per latent, per side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
     def from_dict(cls, cfg: dict[str, Any]) -> "Config":
-        """Read a config.json. Raises InputError naming the key of an unsupported option."""
-        # null stands for an option that is absent, as shift_factor and latents_mean of most.
-        past = IGNORED[CLASS_NAMES[0]]
-        cfg = {k: v for k, v in cfg.items() if v is not None and k[0] != "_" and k not in past}
+        """Read a config.json. Raises: InputError naming the key of an unsupported option."""
+        # null means absent, as shift_factor and latents_mean of most.
+        ignored = IGNORED[CLASS_NAMES[0]]
+        cfg = {k: v for k, v in cfg.items() if v is not None and k[0] != "_" and k not in ignored}
         blocks = cfg["block_out_channels"] = tuple(cfg.get("block_out_channels", (64,)))
         for side, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
             key, expected = f"{side}_block_types", [kind] * len(blocks)
-            if (found := list(cfg.pop(key, [kind]))) != expected:
-                raise InputError(f"{key}: found {found}; expected {expected}")
+            if (value := list(cfg.pop(key, [kind]))) != expected:
+                raise InputError(f"{key}: found {value}; expected {expected}")
         if (act := cfg.pop("act_fn", "silu")) not in ("silu", "swish"):
             raise InputError(f"act_fn: found {act!r}; expected 'silu'")
         for key in sorted(set(cfg) - {f.name for f in fields(cls)}):
@@ -90,22 +90,25 @@ class Config:
 
 
 def scale(latent_BHWC: jax.Array, config: Config) -> jax.Array:
-    """Raw latent [..., C] -> the latent the denoiser works on."""
+    """Scale raw latents [..., C] to those of the denoiser."""
     return (latent_BHWC - config.shift_factor) * config.scaling_factor
 
 
 def unscale(latent_BHWC: jax.Array, config: Config) -> jax.Array:
-    """The denoiser's latent [..., C] -> the raw latent that `decode` takes."""
+    """Undo `scale`: the denoiser's latents [..., C] -> raw ones, which `decode` takes."""
     return latent_BHWC / config.scaling_factor + config.shift_factor
 
 
 def build(
     config: Config, *, dtype: jnp.dtype = jnp.float32, remat: bool = True
 ) -> Callable[[Keys], nnx.Module]:
-    """A maker for `functional`, whose methods are "encode" and "decode".
+    """Constructor of the VAE, for `functional`; its methods are "encode" and "decode".
 
-    `dtype` is what convolutions compute in; `remat` recomputes every residual block and the
-    attention in reverse mode, so that only their inputs are kept.
+    Args:
+      config: the network's options.
+      dtype: of the convolutions' computation.
+      remat: rematerialisation of every residual block and of the attention, so that only their
+        inputs are stored.
     """
     return lambda rngs: AutoencoderKL(
         config, _Layers(config.norm_num_groups, remat, {"dtype": dtype, "rngs": rngs})
@@ -114,7 +117,7 @@ def build(
 
 @dataclass(frozen=True)
 class _Layers:
-    """Makers of the layers, which share these settings throughout the network."""
+    """Layer factory with the settings that all layers of the network share."""
 
     groups: int
     remat: bool
@@ -139,7 +142,7 @@ def _run(modules: nnx.Dict, x_BHWC):
 
 
 class _Checkpointed(nnx.Module):
-    """A module whose `body(x)` is recomputed in reverse mode where `remat` is set."""
+    """Module with rematerialisation: reverse mode recomputes `body(x)` if `remat` is set."""
 
     def __call__(self, x_BHWC):
         body = type(self).body
@@ -147,7 +150,7 @@ class _Checkpointed(nnx.Module):
 
 
 class ResnetBlock2D(_Checkpointed):
-    """Two (norm, SiLU, convolution) and the input, through a 1x1 where the width changes."""
+    """Residual block: two (norm, SiLU, convolution); a 1x1 shortcut where the width changes."""
 
     def __init__(self, inputs: int, outputs: int, layers: _Layers):
         self.norm1 = layers.norm(inputs)
@@ -164,7 +167,7 @@ class ResnetBlock2D(_Checkpointed):
 
 
 class Attention(_Checkpointed):
-    """Norm, every position attending to every other in one head, and the input."""
+    """Residual self-attention of all positions, with one head and a group norm before it."""
 
     def __init__(self, channels: int, layers: _Layers):
         self.group_norm = layers.norm(channels)
@@ -179,7 +182,7 @@ class Attention(_Checkpointed):
 
 
 class MidBlock(nnx.Module):
-    """Residual block, attention (optional), residual block."""
+    """Middle block: residual block, attention (optional), residual block."""
 
     def __init__(self, channels: int, attention: bool, layers: _Layers):
         self.resnets = numbered(ResnetBlock2D(channels, channels, layers) for _ in range(2))
@@ -191,7 +194,7 @@ class MidBlock(nnx.Module):
 
 
 class Downsample2D(nnx.Module):
-    """Halve both sides with a convolution."""
+    """Downsample by 2 with a strided convolution."""
 
     def __init__(self, channels: int, layers: _Layers):
         self.conv = layers.conv(channels, channels, stride=2)
@@ -201,7 +204,7 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Double both sides by repeating pixels, then convolve."""
+    """Upsample by 2: nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int, layers: _Layers):
         self.conv = layers.conv(channels, channels)
@@ -244,7 +247,7 @@ def _blocks(make, widths: tuple[int, ...], count: int, layers: _Layers) -> nnx.D
 
 
 class Encoder(nnx.Module):
-    """Picture -> mean and log-variance side by side: [B, H, W, in] -> [B, h, w, 2 latent]."""
+    """Encoder: image [B, H, W, in] -> mean and log-variance [B, h, w, 2 latent]."""
 
     def __init__(self, config: Config, layers: _Layers):
         widths = config.block_out_channels
@@ -260,7 +263,10 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latent -> picture: [B, h, w, latent] -> [B, H, W, out]; one residual block more per stage."""
+    """Decoder: latent [B, h, w, latent] -> image [B, H, W, out].
+
+    It has one more residual block per stage than the encoder.
+    """
 
     def __init__(self, config: Config, layers: _Layers):
         widths = config.block_out_channels[::-1]
@@ -276,7 +282,7 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """Both halves. Source: diffusers, models/autoencoders/autoencoder_kl.py."""
+    """Encoder and decoder. Source: diffusers, models/autoencoders/autoencoder_kl.py."""
 
     def __init__(self, config: Config, layers: _Layers):
         latent = config.latent_channels
@@ -288,7 +294,7 @@ class AutoencoderKL(nnx.Module):
         )
 
     def encode(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Picture [B, H, W, in] -> mean and clamped log-variance, each [B, h, w, latent]."""
+        """Encode an image [B, H, W, in]: mean and clamped log-variance, both [B, h, w, latent]."""
         moments_BHWC = self.encoder(image_BHWC)
         if self.quant_conv is not None:
             moments_BHWC = self.quant_conv(moments_BHWC)
@@ -296,7 +302,7 @@ class AutoencoderKL(nnx.Module):
         return mean_BHWC, jnp.clip(logvar_BHWC, LOGVAR_MIN, LOGVAR_MAX)
 
     def decode(self, latent_BHWC: jax.Array) -> jax.Array:
-        """Raw latent [B, h, w, latent] -> picture [B, H, W, out], not clipped."""
+        """Decode a raw latent [B, h, w, latent]: image [B, H, W, out], not clipped."""
         if self.post_quant_conv is not None:
             latent_BHWC = self.post_quant_conv(latent_BHWC)
         return self.decoder(latent_BHWC)

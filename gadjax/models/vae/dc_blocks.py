@@ -1,4 +1,4 @@
-"""What AutoencoderDC is made of; source: diffusers, models/autoencoders/autoencoder_dc.py."""
+"""Blocks of AutoencoderDC; source: diffusers, models/autoencoders/autoencoder_dc.py."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ EXPANSION = 4  # of the gated convolutions
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one size: their type, width and number, and the extra kernels of attention."""
+    """Blocks of one resolution: type, width, number, and kernel sizes of multiscale attention."""
 
     type: str
     width: int
@@ -24,13 +24,13 @@ class Stage:
 
 
 def conv(inputs: int, outputs: int, size: int = 3, **options) -> nnx.Conv:
-    """A convolution that keeps the size, if its stride is 1."""
+    """Convolution with same padding: it keeps the resolution, if its stride is 1."""
     pad = (size // 2, size // 2)
     return nnx.Conv(inputs, outputs, (size, size), padding=(pad, pad), **options)
 
 
-def ordered(modules: nnx.Dict) -> list[nnx.Module]:
-    """The inverse of `numbered`."""
+def numbered_values(modules: nnx.Dict) -> list[nnx.Module]:
+    """Modules of a dict by number, in order; the inverse of `numbered`."""
     return [modules[str(i)] for i in range(len(modules))]
 
 
@@ -48,18 +48,18 @@ def pixel_shuffle(x_BHWC: jax.Array) -> jax.Array:
     return x.reshape(b, 2 * h, 2 * w, c // 4)
 
 
-def averaged(x_BHWC: jax.Array, channels: int) -> jax.Array:
-    """Means of neighbouring channels, `channels` of them."""
+def average_channels(x_BHWC: jax.Array, channels: int) -> jax.Array:
+    """Average groups of neighbouring channels down to `channels`."""
     return x_BHWC.reshape(*x_BHWC.shape[:-1], channels, -1).mean(-1)
 
 
-def repeated(x_BHWC: jax.Array, channels: int) -> jax.Array:
-    """Every channel so often that there are `channels`."""
+def repeat_channels(x_BHWC: jax.Array, channels: int) -> jax.Array:
+    """Repeat every channel, next to itself, up to `channels`."""
     return jnp.repeat(x_BHWC, channels // x_BHWC.shape[-1], axis=-1)
 
 
 class ResBlock(nnx.Module):
-    """Convolution, SiLU, convolution, norm, and the input."""
+    """Residual block: convolution, SiLU, convolution, norm, plus the input."""
 
     def __init__(self, stage: Stage, options: dict[str, Any]):
         self.conv1 = conv(stage.width, stage.width, **options)
@@ -71,12 +71,12 @@ class ResBlock(nnx.Module):
 
 
 class MultiscaleProjection(nnx.Module):
-    """Queries, keys and values of a neighbourhood: channel by channel, then head by head."""
+    """Multiscale queries, keys and values: a depthwise convolution, then 1x1 ones in groups."""
 
     def __init__(self, channels: int, groups: int, size: int, options: dict[str, Any]):
-        more = {"use_bias": False, **options}
-        self.proj_in = conv(channels, channels, size, feature_group_count=channels, **more)
-        self.proj_out = conv(channels, channels, 1, feature_group_count=groups, **more)
+        unbiased = {"use_bias": False, **options}
+        self.proj_in = conv(channels, channels, size, feature_group_count=channels, **unbiased)
+        self.proj_out = conv(channels, channels, 1, feature_group_count=groups, **unbiased)
 
     def __call__(self, x_BHWC):
         return self.proj_out(self.proj_in(x_BHWC))
@@ -85,7 +85,7 @@ class MultiscaleProjection(nnx.Module):
 class MultiscaleAttention(nnx.Module):
     """ReLU linear attention among all positions, once per scale, then a norm.
 
-    diffusers forms the same weights one by one where there are at most head_dim positions.
+    diffusers computes the same weights explicitly if there are at most head_dim positions.
     """
 
     def __init__(self, stage: Stage, head_dim: int, options: dict[str, Any]):
@@ -96,14 +96,14 @@ class MultiscaleAttention(nnx.Module):
         self.to_qkv_multiscale = numbered(
             MultiscaleProjection(3 * inner, 3 * heads, size, options) for size in stage.kernels
         )
-        joined = inner * (1 + len(stage.kernels))
-        self.to_out = nnx.Linear(joined, stage.width, use_bias=False, **options)
+        merged = inner * (1 + len(stage.kernels))
+        self.to_out = nnx.Linear(merged, stage.width, use_bias=False, **options)
         self.norm_out = RMSNorm(stage.width, use_bias=True)
         self.head_dim = head_dim
 
     def __call__(self, x_BHWC):
         qkv = jnp.concatenate([self.to_q(x_BHWC), self.to_k(x_BHWC), self.to_v(x_BHWC)], -1)
-        scales = [qkv, *(project(qkv) for project in ordered(self.to_qkv_multiscale))]
+        scales = [qkv, *(project(qkv) for project in numbered_values(self.to_qkv_multiscale))]
         # A head takes neighbouring channels of all this, not a third of each projection: the
         # weights were trained so.
         b, h, w, _ = x_BHWC.shape
@@ -113,11 +113,11 @@ class MultiscaleAttention(nnx.Module):
 
 
 class EfficientViTBlock(nnx.Module):
-    """Attention and gated convolutions, each added to its input."""
+    """Multiscale attention and gated convolutions, both residual."""
 
     def __init__(self, stage: Stage, head_dim: int, options: dict[str, Any]):
         self.attn = MultiscaleAttention(stage, head_dim, options)
-        self.conv_out = GLUMBConv(stage.width, EXPANSION * stage.width, normed=True, **options)
+        self.conv_out = GLUMBConv(stage.width, EXPANSION * stage.width, use_norm=True, **options)
 
     def __call__(self, x_BHWC):
         x_BHWC = x_BHWC + self.attn(x_BHWC)
@@ -125,22 +125,22 @@ class EfficientViTBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halve both sides: a convolution, plus means of the pixels in its place."""
+    """Downsample by 2: a strided convolution, plus a shortcut of averaged pixels."""
 
     def __init__(self, inputs: int, outputs: int, options: dict[str, Any]):
         self.conv = conv(inputs, outputs, strides=2, **options)
 
     def __call__(self, x_BHWC):
         out_BHWC = self.conv(x_BHWC)
-        return out_BHWC + averaged(pixel_unshuffle(x_BHWC), out_BHWC.shape[-1])
+        return out_BHWC + average_channels(pixel_unshuffle(x_BHWC), out_BHWC.shape[-1])
 
 
 class Upsample(nnx.Module):
-    """Double both sides: repeated pixels convolved, plus repeated channels put in their places."""
+    """Upsample by 2: nearest neighbour and a convolution, plus a shortcut of shuffled channels."""
 
     def __init__(self, inputs: int, outputs: int, options: dict[str, Any]):
         self.conv = conv(inputs, outputs, **options)
 
     def __call__(self, x_BHWC):
         out_BHWC = self.conv(jnp.repeat(jnp.repeat(x_BHWC, 2, axis=1), 2, axis=2))
-        return out_BHWC + pixel_shuffle(repeated(x_BHWC, 4 * out_BHWC.shape[-1]))
+        return out_BHWC + pixel_shuffle(repeat_channels(x_BHWC, 4 * out_BHWC.shape[-1]))
