@@ -155,7 +155,7 @@ class Checkpoints:
             path = self.folder / str(self.pending)
             # Orbax reports nothing about a save whose tasks were cancelled.
             if self.folder.is_dir() and not path.is_dir():
-                raise OSError(errno.ECANCELED, "Orbax gave it up")
+                raise OSError(errno.ECANCELED, "Orbax cancelled the save")
             finalize_manifest(path)
 
     @contextmanager

@@ -395,7 +395,7 @@ def test_a_cancelled_save_is_a_failed_save(folder, state, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("gadjax.checkpoints.checkpoint.write_manifest", cancel)
         checkpoints.save(6, state, {})
-        with pytest.raises(SaveFailed, match="/6: cannot be written: Orbax gave it up$"):
+        with pytest.raises(SaveFailed, match="/6: cannot be written: Orbax cancelled the save$"):
             checkpoints.wait()
     checkpoints.save(7, state, {})
     checkpoints.close()
