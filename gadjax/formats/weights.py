@@ -111,7 +111,7 @@ def open_weights(
         tensors = read(shard)
         if set(tensors) != keys:
             missing, extra = sorted(keys - set(tensors)), sorted(set(tensors) - keys)
-            problem = f"no {_some(missing)}" if missing else f"{_some(extra)} besides the named ones"
+            problem = f"no {_some(missing)}" if missing else f"also {_some(extra)}"
             raise InputError(f"{shard}: found {problem}; expected the tensors named by {path.name}")
         entries |= tensors
     return Weights(folder, variant, (path, *shards), entries, tuple(unused))
