@@ -32,7 +32,8 @@ def check_replicas(state: PyTree, step: int, checkpoints: Checkpoints) -> None:
       step: number of the step, for the error text.
       checkpoints: the run's checkpoints.
 
-    Raises: RunStopped naming the leaf, the devices and the latest valid checkpoint.
+    Raises: RunStopped naming the leaf, the devices and the latest valid checkpoint; then nothing is
+      saved.
     """
     differing = differing_leaves(state)
     if not differing:
