@@ -1,4 +1,4 @@
-"""The leaves of a training state by name."""
+"""Leaves of a PyTree by name."""
 
 from pathlib import Path
 from typing import Any
@@ -10,29 +10,38 @@ from gadjax.errors import InputError
 from gadjax.parallel.sharding import path_name
 
 
-def check_leaves(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Compare name -> (something with shape and dtype). Raises: InputError naming one leaf."""
-    for name in [*wanted, *found]:
-        a, b = _kind(found.get(name)), _kind(wanted.get(name))
+def check_leaves(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare shapes and dtypes of a checkpoint's leaves with the expected ones.
+
+    Args:
+      path: the checkpoint, for error texts.
+      stored: its leaves by name, anything with shape and dtype.
+      expected: the expected leaves by name.
+
+    Raises: InputError naming the first leaf that differs.
+    """
+    for name in [*expected, *stored]:
+        a, b = _describe(stored.get(name)), _describe(expected.get(name))
         if a != b:
             raise InputError(f"{path}: {name}: found {a}; expected {b}")
 
 
-def _kind(leaf: Any) -> str:
+def _describe(leaf: Any) -> str:
     return "nothing" if leaf is None else f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
 
 
-def names_of(tree: Any) -> dict[str, Any]:
+def leaves_by_name(tree: Any) -> dict[str, Any]:
+    """Leaves of a PyTree by their paths, such as "ema/blocks/kernel"."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def nested(tree: Any) -> dict[str, Any]:
-    """The same leaves in plain dicts with string keys, which is what Orbax's metadata can hold."""
-    found: dict[str, Any] = {}
-    for name, leaf in names_of(tree).items():
-        *folders, last = name.split("/")
-        place = found
-        for key in folders:
-            place = place.setdefault(key, {})
-        place[last] = leaf
-    return found
+def nested_dict(tree: Any) -> dict[str, Any]:
+    """The leaves of a PyTree in nested dicts with string keys, as Orbax's metadata requires."""
+    root: dict[str, Any] = {}
+    for name, leaf in leaves_by_name(tree).items():
+        *parents, last = name.split("/")
+        node = root
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return root

@@ -1,4 +1,4 @@
-"""The steps of a run that its folder of checkpoints holds."""
+"""Committed and valid steps in a run's checkpoint folder."""
 
 import logging
 import os
@@ -12,7 +12,10 @@ log = logging.getLogger(__name__)
 
 
 def committed_steps(folder: Path) -> list[int]:
-    """The steps below `folder` that were committed, newest first. Raises: RunStopped."""
+    """Committed steps in a checkpoint folder, newest first.
+
+    Raises: RunStopped where the folder cannot be read.
+    """
     if is_remote(folder):
         names = [
             name.removesuffix(f"/{COMMIT_MARKER}")
@@ -30,8 +33,10 @@ def committed_steps(folder: Path) -> list[int]:
 
 
 def latest_valid_step(folder: Path, before: int | None = None) -> tuple[int | None, list[Path]]:
-    """The newest step (of those before one) that agrees with its seal, and those after it, which do
-    not."""
+    """Latest step whose files match its manifest, and the paths of the damaged steps after it.
+
+    before: consider only steps before this one.
+    """
     skipped: list[Path] = []
     for step in (step for step in committed_steps(folder) if before is None or step < before):
         path = folder / str(step)

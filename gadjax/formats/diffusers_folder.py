@@ -1,7 +1,7 @@
-"""A diffusers pipeline folder <-> the parameters of its networks.
+"""Read, check and write a diffusers pipeline folder.
 
 Layout: model_index.json names the parts; each network has a folder with config.json and weights;
-scheduler and tokenizers are files without weights.
+scheduler and tokenizers have no weights.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import numpy as np
 from gadjax.errors import InputError
 from gadjax.formats.pipeline_classes import effective_network_config, effective_scheduler_config
 from gadjax.formats.state_dict import (
-    Places,
+    TensorMap,
     check_dtypes,
     check_keys,
     place_tensors,
@@ -43,7 +43,7 @@ from gadjax.types import Params
 
 INDEX = "model_index.json"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
-# Parts that no network here is made of: they are copied as they are.
+# Parts that are no networks: they are copied unchanged.
 CARRIED = re.compile(r"scheduler|tokenizer(_\d+)?|feature_extractor|safety_checker")
 
 
@@ -51,9 +51,17 @@ CARRIED = re.compile(r"scheduler|tokenizer(_\d+)?|feature_extractor|safety_check
 class Component:
     """One network of a pipeline.
 
-    config: as in the file; spec: as the pipeline uses it, the module's Config; abstract: shapes of
-    the parameters; places: where each tensor of `weights` goes; params: numpy arrays in the file's
-    dtype unless another was asked for, None when only checked.
+    Attributes:
+      name: name of the part in model_index.json.
+      library: "diffusers" or "transformers".
+      module: module of gadjax.models that ports the class.
+      config: config.json as in the file.
+      spec: the module's Config, with the pipeline's corrections.
+      abstract: shapes and dtypes of the parameters.
+      weights: weight files and their headers.
+      tensor_map: key in `weights` -> parameter.
+      params: numpy arrays in the file's dtype unless another was asked for; None when the
+        component was only checked.
     """
 
     name: str
@@ -63,7 +71,7 @@ class Component:
     spec: Any
     abstract: Params
     weights: Weights
-    places: Places
+    tensor_map: TensorMap
     params: Params | None = None
 
     @property
@@ -72,14 +80,20 @@ class Component:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Regexes of the paths of parameters that no training changes."""
+        """Regexes of the paths of parameters that are never trained."""
         return getattr(self.module, "FROZEN", ())
 
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """What a pipeline folder holds. scheduler: its configuration as the pipeline uses it, empty
-    when there is none."""
+    """A pipeline folder: its configurations and networks.
+
+    Attributes:
+      path: the folder.
+      model_index: contents of model_index.json.
+      scheduler: scheduler_config.json with the pipeline's corrections; empty without a scheduler.
+      components: networks by name.
+    """
 
     path: Path
     model_index: dict[str, Any]
@@ -88,34 +102,41 @@ class PipelineFolder:
 
     @property
     def backbone(self) -> str:
-        """The name of the denoiser's network: "unet", or else "transformer"."""
+        """Name of the denoiser's network: "unet", or else "transformer"."""
         return "unet" if "unet" in self.components else "transformer"
 
     @property
     def files(self) -> str:
-        """Which files the weights are from, in one line; shards are named by their index."""
+        """Names of the weight files in one line; shards are named by their index."""
         firsts = (part.weights.files[0] for part in self.components.values() if part.weights.files)
         return ", ".join(str(path.relative_to(self.path)) for path in firsts)
 
     @property
     def unused_files(self) -> list[str]:
-        """Files of the weights of `files` in another form, which diffusers does not read either."""
+        """Other weight files of the same networks, which diffusers does not read either."""
         others = (path for part in self.components.values() for path in part.weights.unused_files)
         return [str(path.relative_to(self.path)) for path in others]
 
     @property
     def text_encoders(self) -> list[str]:
-        """The names of the networks that turn prompts into what the denoiser is told."""
+        """Names of the text encoders."""
         return [name for name in self.components if name.startswith("text_encoder")]
 
 
 def check_pipeline(
     folder: Path, *, variant: str | None = None, allow_pickle: bool = False
 ) -> PipelineFolder:
-    """Everything that can be known from configurations and headers, within seconds at any size.
+    """Validate a pipeline folder from its configurations and weight headers, within seconds.
 
     Accounts for every tensor of every network by name, shape and dtype.
-    Raises: InputError for anything absent, damaged, unsupported or left over.
+
+    Args:
+      folder: a diffusers pipeline folder.
+      variant: variant of the weight files, such as "fp16"; None for the plain ones.
+      allow_pickle: also read torch's .bin.
+
+    Returns: the folder without parameters.
+    Raises: InputError for anything absent, damaged, unsupported or unexpected.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -132,41 +153,47 @@ def check_pipeline(
     for name in parts:
         if CARRIED.fullmatch(name) and not _has_files(folder / name):
             raise InputError(f"{folder / name}: found no files; expected those of the {name}")
-    networks = {name: of for name, of in parts.items() if not CARRIED.fullmatch(name)}
+    networks = {name: value for name, value in parts.items() if not CARRIED.fullmatch(name)}
     variants = {name: component_variant(folder / name, variant) for name in networks}
     if variant is not None and not any(variants.values()):
         raise InputError(
             f"{folder}: found no variant {variant} of {', '.join(networks)}; expected files of it, "
-            "or no --variant, which reads the plain ones"
+            "or no --variant for the plain ones"
         )
     return PipelineFolder(
         folder,
         model_index,
         scheduler,
         {
-            name: _check_component(model_index, folder / name, *of, variants[name], allow_pickle)
-            for name, of in networks.items()
+            name: _check_component(model_index, folder / name, *value, variants[name], allow_pickle)
+            for name, value in networks.items()
         },
     )
 
 
 def read_scheduler(folder: Path, model_index: Mapping[str, Any]) -> dict[str, Any]:
-    """scheduler_config.json as the folder's pipeline uses it."""
+    """Read scheduler_config.json, with the corrections of the folder's pipeline class."""
     return effective_scheduler_config(model_index, read_json(folder / SCHEDULER))
 
 
 def check_parts(folder: Path, parts: Iterable[str]) -> None:
-    """Raises: InputError where a file of a pipeline folder leads out of it, or is none."""
+    """Refuse path traversal: every file is a regular file inside the pipeline folder.
+
+    Raises: InputError for a link out of the folder, or something that is no regular file.
+    """
     check_files_no_escape(folder, folder)
     for name in parts:
         check_no_escape(folder / name, folder)
 
 
 def _parts(path: Path, model_index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Name -> (library, class) of the parts that are there; refuses a network without a port."""
+    """Map each part of model_index.json to (library, class).
+
+    Raises: InputError for a network class that gadjax does not support.
+    """
     parts = {}
     for name, value in model_index.items():
-        # Other entries are arguments of the pipeline; [null, null] is a part left out.
+        # Other entries are arguments of the pipeline; [null, null] is an omitted part.
         if not isinstance(value, list) or value == [None, None]:
             continue
         if len(value) != 2 or not all(isinstance(word, str) for word in value):
@@ -174,10 +201,10 @@ def _parts(path: Path, model_index: Mapping[str, Any]) -> dict[str, tuple[str, s
         if not is_safe_filename(name):
             raise InputError(f"{path}: found a part named {name!r}; expected a folder's name")
         if not CARRIED.fullmatch(name) and (value[1] not in COMPONENTS or value[0] not in STEMS):
-            near = difflib.get_close_matches(value[1], COMPONENTS, 1, cutoff=0)[0]
+            nearest = difflib.get_close_matches(value[1], COMPONENTS, 1, cutoff=0)[0]
             raise InputError(
                 f"{path}: found {name} of class {'.'.join(value)}; expected a supported class "
-                f"({near} is the nearest of {', '.join(COMPONENTS)})"
+                f"({nearest} is the nearest of {', '.join(COMPONENTS)})"
             )
         parts[name] = tuple(value)
     if all(CARRIED.fullmatch(name) for name in parts):
@@ -200,18 +227,19 @@ def _check_component(
     config = read_json(folder / "config.json")
     architectures = config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else class_name
-    found = config.get("_class_name", first)
-    if not isinstance(found, str) or COMPONENTS.get(found) != COMPONENTS[class_name]:
+    declared = config.get("_class_name", first)
+    if not isinstance(declared, str) or COMPONENTS.get(declared) != COMPONENTS[class_name]:
         raise InputError(
-            f"{folder / 'config.json'}: found class {found}; expected {class_name}, as {INDEX} says"
+            f"{folder / 'config.json'}: found class {declared}; expected {class_name}, as in "
+            f"{INDEX}"
         )
-    used = effective_network_config(index, folder.name, config)
-    module, spec, abstract = read_network(folder / "config.json", class_name, used)
+    effective = effective_network_config(index, folder.name, config)
+    module, spec, abstract = read_network(folder / "config.json", class_name, effective)
     weights = open_weights(folder, variant, library=library, allow_pickle=allow_pickle)
     where = f"{weights.files[0]} ({class_name})"
-    places = check_keys(weights.shapes, abstract, keymap_of(module, spec), where)
-    check_dtypes(weights.dtypes, places, where)
-    return Component(folder.name, library, module, config, spec, abstract, weights, places)
+    tensor_map = check_keys(weights.shapes, abstract, keymap_of(module, spec), where)
+    check_dtypes(weights.dtypes, tensor_map, where)
+    return Component(folder.name, library, module, config, spec, abstract, weights, tensor_map)
 
 
 def read_pipeline(
@@ -222,20 +250,26 @@ def read_pipeline(
     allow_pickle: bool = False,
     components: Collection[str] | None = None,
 ) -> PipelineFolder:
-    """Check a pipeline folder, then read the parameters of its networks, or of the named ones.
+    """Validate a pipeline folder, then read the parameters of its networks.
 
-    dtype: of the parameters; None keeps each file's.
-    Raises: InputError as check_pipeline, before any data is read; then for values that are not
-      finite, in the file or in `dtype`.
+    Args:
+      folder: a diffusers pipeline folder.
+      dtype: dtype of the parameters; None keeps each file's.
+      variant, allow_pickle: see `check_pipeline`.
+      components: names of the networks to read; None for all.
+
+    Returns: the folder with the parameters of these networks.
+    Raises: InputError as `check_pipeline`, before any data is read; then for non-finite values, in
+      the file or in `dtype`.
     """
     pipeline = check_pipeline(folder, variant=variant, allow_pickle=allow_pickle)
-    wanted = pipeline.components if components is None else components
-    if absent := sorted(set(wanted) - set(pipeline.components)):
+    selected = pipeline.components if components is None else components
+    if absent := sorted(set(selected) - set(pipeline.components)):
         raise InputError(f"{folder}: found no {', '.join(absent)}; expected a network of that name")
     return dataclasses.replace(
         pipeline,
         components={
-            name: dataclasses.replace(part, params=_read(part, dtype)) if name in wanted else part
+            name: dataclasses.replace(part, params=_read(part, dtype)) if name in selected else part
             for name, part in pipeline.components.items()
         },
     )
@@ -250,9 +284,9 @@ def _read(part: Component, dtype) -> Params:
                     f"{entries[key].path}: found {key} and {other} with different values; expected "
                     "the same, as these are two names of one tensor"
                 )
-    stream = part.weights.stream(part.places)
+    stream = part.weights.stream(part.tensor_map)
     where = str(part.weights.files[0])
-    return place_tensors(stream, part.places, part.abstract, dtype, where)
+    return place_tensors(stream, part.tensor_map, part.abstract, dtype, where)
 
 
 def write_pipeline(
@@ -267,14 +301,21 @@ def write_pipeline(
     variant: str | None = None,
     allow_pickle: bool = False,
 ) -> Path:
-    """Write a complete pipeline folder: `src` with the given networks, all of it or nothing.
+    """Write a complete pipeline folder atomically: `src` with the parameters of some networks.
 
-    params: by name of the network; the configuration stays that of `src`. Every other part is
-    copied, its weights under plain names. scheduler: a replacement with its `_class_name`.
-    extra_files: name in the folder -> content. overwrite: replace a pipeline folder at `dst`.
-    dtype: of the given networks' files; None keeps the parameters'. variant, allow_pickle: how
-      to read `src`.
-    Returns: `dst`. Raises: InputError, with nothing written.
+    Args:
+      src: a diffusers pipeline folder. Its configurations are kept and its other parts copied,
+        weights under plain names.
+      dst: the folder to write.
+      params: parameters by network name.
+      scheduler: replacement of scheduler_config.json, with its `_class_name`.
+      extra_files: content of additional files by name.
+      overwrite: replace a pipeline folder at `dst`.
+      dtype: dtype of the given networks' files; None keeps the parameters'.
+      variant, allow_pickle: how to read `src`, see `check_pipeline`.
+
+    Returns: `dst`.
+    Raises: InputError, with nothing written.
     """
     src, dst = Path(src), Path(dst)
     check_target(dst, overwrite=overwrite, marker=INDEX)

@@ -1,4 +1,4 @@
-"""Which text encoders, tokenizers and autoencoder a pipeline folder has, as a few digits each."""
+"""Fingerprints of a pipeline folder's text encoders, tokenizers and autoencoder."""
 
 import hashlib
 from dataclasses import asdict
@@ -14,24 +14,31 @@ from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import component_variant, fingerprint, open_weights
 from gadjax.io.untrusted import check_no_escape, is_macos_metadata, open_file
 
-LOOKED_AT = 64  # bytes of each tensor
+HASHED_BYTES = 64  # per tensor
 
 
 def text_fingerprint(
     folder: Path, *, variant: str | None = None, allow_pickle: bool = False, dtype=None
 ) -> str:
-    """32 hex digits for what turns a prompt into embeddings, without reading the weights.
+    """Fingerprint of text encoders and tokenizers: 32 hex digits, without reading all weights.
 
-    They change with the config.json of any text encoder, any file of a tokenizer, and the name,
-    shape, dtype or (in safetensors) first bytes of any of an encoder's tensors. dtype: as if
-    cast to it.
-    Raises: InputError for a folder without them.
+    It changes with the config.json of any text encoder, any file of a tokenizer, and the name,
+    shape, dtype or (in safetensors) first bytes of any tensor of an encoder.
+
+    Args:
+      folder: a pipeline folder, diffusers' or gadjax's.
+      variant: variant of the weight files.
+      allow_pickle: also read torch's .bin.
+      dtype: dtype that the encoders are cast to, which enters the fingerprint; None for none.
+
+    Returns: the digits. In gadjax's folder they are those of its manifest, whatever `dtype` is.
+    Raises: InputError for a folder without text encoders or tokenizers.
     """
     folder = Path(folder)
     if is_gadjax_folder(folder):
         return read_manifest(folder)["text"]
     digest = hashlib.blake2b(digest_size=16)
-    # Their numbers end the names: the first is text_encoder with tokenizer.
+    # Names end in the number; the first encoder is text_encoder with tokenizer, without one.
     numbers = [path.name.removeprefix("text_encoder") for path in folder.glob("text_encoder*")]
     for number in sorted({"", *numbers}):
         encoder, tokenizer = folder / f"text_encoder{number}", folder / f"tokenizer{number}"
@@ -55,7 +62,7 @@ def text_fingerprint(
         for key, entry in sorted(weights.entries.items()):
             digest.update(f"{key}\0{entry.dtype}\0{entry.shape}\0".encode())
             if isinstance(entry, Tensor):
-                size = min(LOOKED_AT, entry.nbytes)
+                size = min(HASHED_BYTES, entry.nbytes)
                 digest.update(np.fromfile(entry.path, np.uint8, size, offset=entry.offset))
     if dtype is not None:
         digest.update(str(np.dtype(dtype)).encode())
@@ -68,9 +75,9 @@ def _bytes(path: Path) -> bytes:
 
 
 def image_fingerprint(vae: Component) -> str:
-    """32 hex digits for what turns a picture into a latent: config.json's values and the weights.
+    """Fingerprint of the autoencoder: 32 hex digits of its configuration and weights.
 
-    Unlike `text_fingerprint` it reads all weights, which are few, and are needed anyway.
+    Unlike `text_fingerprint` it hashes all weights, which are few and have been read anyway.
     """
     config = np.frombuffer(repr(asdict(vae.spec)).encode(), np.uint8)
     tensors = tensors_from_params(vae.params, vae.keymap)

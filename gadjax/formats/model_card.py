@@ -1,4 +1,4 @@
-"""What an exported folder says about itself: gadjax.json for programs, README.md for people."""
+"""Model card (README.md) and gadjax.json of an exported pipeline folder."""
 
 import json
 import math
@@ -17,17 +17,24 @@ from gadjax.io.untrusted import read_json
 
 CARD, FORMAT = "README.md", 1
 HEADING = "## Verification"
-LARGEST = 1 << 20  # bytes of a model card that are read
+MAX_CARD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Export:
-    """What there is to say of exported weights.
+    """Facts of exported weights for the model card and gadjax.json.
 
-    name: of the folder. times: that a student's steps start from, None for a teacher. step, part
-    (ema or student), config: which weights of which run. teacher, fingerprint: the teacher's name
-    and that of its transformer's weights. latent: (H, W, C). pipeline, arguments: diffusers' class
-    and what it is called with. world: as gadjax.json names it. report: of `gadjax evaluate`.
+    Attributes:
+      name: name of the exported folder.
+      sampling: the sampling settings that gadjax.json stores.
+      times: timesteps that a student's steps start from; None for a teacher.
+      step, part, config: training step, weights ("ema" or "student") and config of the run.
+      teacher, fingerprint: name of the teacher, fingerprint of its backbone's weights.
+      latent: (H, W, C) of the latents.
+      pipeline, arguments: diffusers pipeline class and the keyword arguments of its call.
+      license: license of the teacher's model card.
+      world: name of the toy world the model was trained on, as in gadjax.json.
+      report: report.json of `gadjax evaluate`.
     """
 
     name: str
@@ -47,11 +54,11 @@ class Export:
 
 
 def metadata_json(export: Export, verified: Mapping[str, Any] | None) -> str:
-    """The text of gadjax.json. verified: what the comparison with diffusers gave, None without."""
+    """Text of gadjax.json. verified: result of `parity.verify`; None if it was not run."""
     teacher = {"name": export.teacher, "fingerprint": export.fingerprint}
     if export.times is not None:
         teacher["guidance"] = export.config["guidance"]
-    found = {
+    metadata = {
         "format": FORMAT,
         **export.sampling.to_dict(),
         "objective": dict(export.config["objective"]),
@@ -61,12 +68,12 @@ def metadata_json(export: Export, verified: Mapping[str, Any] | None) -> str:
         "verified": verified,
     }
     if export.world:
-        found["world"] = export.world
-    return json.dumps(found, indent=2) + "\n"
+        metadata["world"] = export.world
+    return json.dumps(metadata, indent=2) + "\n"
 
 
 def card(export: Export, verified: Mapping[str, Any] | None) -> str:
-    """The text of README.md, with the front matter of Hugging Face's model cards."""
+    """Model card: the text of README.md, with Hugging Face's YAML front matter."""
     lines = [*_front(export), *_origin(export), *_use(export)]
     if export.report is not None:
         lines += ["## Measured", "", *report_lines(export.report), ""]
@@ -88,7 +95,7 @@ def _front(export: Export) -> list[str]:
 
 
 def _yaml(text: str) -> str:
-    """YAML reads JSON's strings, but not its pairs of escapes for a character beyond 16 bits."""
+    """Quote a string for YAML, which reads JSON's strings but not its surrogate-pair escapes."""
     return json.dumps(escape_nonprintable(text), ensure_ascii=False)
 
 
@@ -96,27 +103,28 @@ def _origin(export: Export) -> list[str]:
     sampling, config = export.sampling, export.config
     guidance = []
     if export.times is None:
-        made = "Trained with the text encoder and the autoencoder of"
-        drawn = f"the {sampling.steps} steps of its scheduler, with guidance {sampling.guidance:g}"
+        origin = "Trained with the text encoder and the autoencoder of"
+        steps = f"the {sampling.steps} steps of its scheduler, with guidance {sampling.guidance:g}"
     else:
-        made = "Distilled from"
+        origin = "Distilled from"
         times = ", ".join(f"{time:g}" for time in export.times)
-        many = "s" if sampling.steps > 1 else ""
-        drawn = f"{sampling.steps} step{many}, from the time{many} {times}, without guidance"
+        plural = "s" if sampling.steps > 1 else ""
+        steps = f"{sampling.steps} step{plural}, from the time{plural} {times}, without guidance"
         guidance = [f"| guidance of the teacher | {config['guidance']:g} |"]
     return [
         f"# {escape_markdown(export.name)}",
         "",
-        f"{made} {escape_markdown(export.teacher)} by gadjax {version('gadjax')}. It draws in {drawn}.",
+        f"{origin} {escape_markdown(export.teacher)} by gadjax {version('gadjax')}. "
+        f"It samples in {steps}.",
         "",
         "| | |",
         "|---|---|",
         f"| objective | {escape_markdown(objective_text(config['objective']))} |",
         f"| updates | {export.step}, of {config['batch']} samples each |",
-        f"| weights | {'moving average' if export.part == 'ema' else 'as last updated'} |",
+        f"| weights | {'EMA' if export.part == 'ema' else 'as last updated'} |",
         *guidance,
-        f"| teacher's transformer | {escape_markdown(export.fingerprint)} |",
-        f"| length of a prompt | {sampling.length} tokens |",
+        f"| fingerprint of the teacher's backbone | {escape_markdown(export.fingerprint)} |",
+        f"| prompt length | {sampling.length} tokens |",
         "",
     ]
 
@@ -124,7 +132,7 @@ def _origin(export: Export) -> list[str]:
 def _use(export: Export) -> list[str]:
     height, width, channels = export.latent
     name = shlex.quote(escape_nonprintable(export.name))
-    called = ", ".join(f"{key}={value!r}" for key, value in export.arguments.items())
+    arguments = ", ".join(f"{key}={value!r}" for key, value in export.arguments.items())
     return [
         "## Use",
         "",
@@ -136,7 +144,7 @@ def _use(export: Export) -> list[str]:
         "",
         f"pipe = {export.pipeline}.from_pretrained({export.name!r})",
         f"latents = torch.randn(1, {channels}, {height}, {width})",
-        f"image = pipe(prompt, latents=latents, {called}).images[0]",
+        f"image = pipe(prompt, latents=latents, {arguments}).images[0]",
         "```",
         "",
         "```bash",
@@ -147,7 +155,7 @@ def _use(export: Export) -> list[str]:
 
 
 def objective_text(objective: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every term with its weight and options."""
+    """Objective as a sum of terms with weights and options: "1 dmd + 0.3 gad (steps 4)"."""
     terms = []
     for name, options in objective.items():
         weight = options.get("weight", 1.0)
@@ -157,30 +165,30 @@ def objective_text(objective: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def verified_text(folder: str, verified: Mapping[str, Any] | None) -> str:
-    """folder: as it is called in this sentence."""
+    """Sentence on the comparison with diffusers. folder: name of the folder in that sentence."""
     if verified is None:
         return (
             "Not verified: torch and diffusers were not installed. "
-            f"`gadjax export --verify {folder}` compares what both draw and notes it here."
+            f"`gadjax export --verify {folder}` compares the images of both and records it here."
         )
     return (
         f"diffusers {verified['diffusers']} and gadjax {verified['gadjax']} drew the same from the "
         f"same latents for {verified['prompts']} prompts: largest difference "
-        f"{verified['max_difference']:.1e}, allowed {verified['allowed']:.1e}, of pictures from "
-        "0 to 1."
+        f"{verified['max_difference']:.1e}, allowed {verified['allowed']:.1e}, for images in "
+        "[0, 1]."
     )
 
 
 def record_verification(folder: Path, verified: Mapping[str, Any]) -> None:
-    """Say in an exported folder's gadjax.json and card that it was verified."""
-    found = read_json(folder / GADJAX_JSON) | {"verified": dict(verified)}
-    _replace(folder / GADJAX_JSON, json.dumps(found, indent=2) + "\n")
+    """Record the result of `parity.verify` in an exported folder's gadjax.json and model card."""
+    metadata = read_json(folder / GADJAX_JSON) | {"verified": dict(verified)}
+    _replace(folder / GADJAX_JSON, json.dumps(metadata, indent=2) + "\n")
     path = folder / CARD
     if path.is_file():
         text = path.read_text(encoding="utf-8")
-        said = verified_text("FOLDER", verified)
+        sentence = verified_text("FOLDER", verified)
         pattern = rf"({HEADING}\n\n)[^\n]*"
-        _replace(path, re.sub(pattern, lambda match: match[1] + said, text))
+        _replace(path, re.sub(pattern, lambda match: match[1] + sentence, text))
 
 
 def _replace(path: Path, text: str) -> None:
@@ -190,11 +198,11 @@ def _replace(path: Path, text: str) -> None:
 
 
 def read_license(folder: Path) -> str:
-    """What the front matter of a folder's model card says, "unknown" where it says nothing."""
+    """License in the front matter of a folder's model card; "unknown" if it has none."""
     from huggingface_hub.repocard import metadata_load
 
     card = folder / CARD
-    if not card.is_file() or card.stat().st_size > LARGEST:
+    if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
         return "unknown"
     try:
         stated = (metadata_load(card) or {}).get("license")
@@ -204,16 +212,16 @@ def read_license(folder: Path) -> str:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """report.json of `gadjax evaluate`. Raises: InputError for anything else."""
+    """Read report.json of `gadjax evaluate`. Raises: InputError for anything else."""
     report = read_json(path)
     try:
         rows = list(report["rows"].values())
-        whole = all(isinstance(row["label"], str) and _is_count(row["evaluations"]) for row in rows)
+        valid = all(isinstance(row["label"], str) and _is_count(row["evaluations"]) for row in rows)
         estimates = [estimate for row in rows for estimate in row["metrics"].values()]
-        whole &= all(map(_is_estimate, estimates)) and isinstance(report.get("settings", {}), dict)
+        valid &= all(map(_is_estimate, estimates)) and isinstance(report.get("settings", {}), dict)
     except (KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+        valid = False
+    if not valid:
         raise InputError(f"{path}: found no rows with metrics; expected a report.json")
     return report
 
@@ -223,14 +231,14 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_estimate(metric: Mapping[str, Any]) -> bool:
-    """Whether it is what a metric's Estimate is in a report: numbers, and intervals or None."""
+    """True for a metric's Estimate in a report: a finite value, and interval ends or None."""
     numbers = [metric[key] for key in ("value", "low", "high")]
     numbers = [x for i, x in enumerate(numbers) if x is not None or i == 0]
     return all(isinstance(x, float) and math.isfinite(x) or _is_count(x) for x in numbers)
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
-    """The report's table in Markdown."""
+    """Markdown table of a report: models in columns, metrics in rows."""
     rows = list(report["rows"].values())
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     lines = [

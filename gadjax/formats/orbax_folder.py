@@ -1,11 +1,13 @@
-"""gadjax's own folder: a diffusers pipeline with its parameters kept by Orbax.
+"""gadjax's folder format: a diffusers pipeline whose parameters are Orbax checkpoints.
 
-  gadjax_folder.json  version; of each network: dtype and fingerprint; of its text: a fingerprint
-  params/NETWORK      one Orbax checkpoint each, by the paths of gadjax's networks, and its seal
+  gadjax_folder.json  version; dtype and fingerprint of each network; fingerprint of the text
+                      encoders and tokenizers
+  params/NETWORK      one Orbax checkpoint per network, by gadjax's parameter paths, and its
+                      manifest of checksums
   the rest            model_index.json, configurations, tokenizer, scheduler, cards
 
-Orbax notices no flipped bit, so files are compared with their seal before parameters are read, and
-fingerprints after it.
+Orbax does not detect flipped bits, so checksums are verified before parameters are read, and
+fingerprints after that.
 """
 
 import json
@@ -48,10 +50,11 @@ from gadjax.models.registry import COMPONENTS, read_network
 from gadjax.types import Params
 
 MANIFEST, PARAMS, VERSION = "gadjax_folder.json", "params", 1
-SMALL = ("*.json", "*.md", "LICENSE*", "NOTICE*")  # of the files at the root and beside weights
+COPIED_FILES = ("*.json", "*.md", "LICENSE*", "NOTICE*")  # at the root and next to weights
 
 
 def is_gadjax_folder(folder: Path) -> bool:
+    """True for a folder in gadjax's format."""
     return (Path(folder) / MANIFEST).is_file()
 
 
@@ -63,7 +66,7 @@ def open_folder(
     allow_pickle: bool = False,
     components: Collection[str] | None = None,
 ) -> PipelineFolder:
-    """Read a pipeline folder of either kind, as `read_pipeline` does."""
+    """Read a pipeline folder in diffusers' or gadjax's format. Arguments as of `read_pipeline`."""
     restore_replaced(Path(folder))
     if not is_gadjax_folder(folder):
         return read_pipeline(
@@ -81,10 +84,15 @@ def open_folder(
 def read_gadjax_folder(
     folder: Path, *, dtype=None, components: Collection[str] | None = None
 ) -> PipelineFolder:
-    """Read the parameters of all networks of gadjax's own folder, or of the named ones.
+    """Read a folder in gadjax's format with the parameters of its networks.
 
-    dtype: of the parameters; None keeps the folder's.
-    Raises: InputError for whatever is absent, damaged or does not fit.
+    Args:
+      folder: the folder.
+      dtype: dtype of the parameters; None keeps the folder's.
+      components: names of the networks to read; None for all.
+
+    Returns: the folder with the parameters of these networks.
+    Raises: InputError for anything absent, damaged or inconsistent.
     """
     folder = Path(folder)
     manifest, model_index = read_manifest(folder), read_json(folder / INDEX)
@@ -94,25 +102,25 @@ def read_gadjax_folder(
         if not (folder / name).is_dir():
             raise InputError(f"{folder / name}: found no such folder; expected the {name}'s files")
     check_parts(folder, [*names, PARAMS])
-    wanted = networks if components is None else components
-    if absent := sorted(set(wanted) - set(networks)):
+    selected = networks if components is None else components
+    if absent := sorted(set(selected) - set(networks)):
         raise InputError(f"{folder}: found no {', '.join(absent)}; expected a network of that name")
     parts = {}
     for name, entry in networks.items():
         part = abstract_component(folder, name, model_index)
-        parts[name] = _read(part, entry["fingerprint"], dtype) if name in wanted else part
+        parts[name] = _read(part, entry["fingerprint"], dtype) if name in selected else part
     has_scheduler = (folder / SCHEDULER).is_file()
     scheduler = read_scheduler(folder, model_index) if has_scheduler else {}
     return PipelineFolder(folder, model_index, scheduler, parts)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """gadjax_folder.json. Raises: InputError unless it is one of this version."""
+    """Read gadjax_folder.json. Raises: InputError for a malformed file or another version."""
     path = Path(folder) / MANIFEST
     manifest = read_json(path)
     if manifest.get("version") != VERSION:
-        found = manifest.get("version")
-        raise InputError(f"{path}: found version {found!r}; expected {VERSION}")
+        version = manifest.get("version")
+        raise InputError(f"{path}: found version {version!r}; expected {VERSION}")
     networks = manifest.get("networks")
     if (
         not isinstance(manifest.get("text"), str)
@@ -129,9 +137,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def abstract_folder(folder: Path) -> PipelineFolder:
-    """A pipeline folder from its configurations alone; it need not have weights.
+    """Pipeline folder from its configurations alone, with abstract parameters; no weights needed.
 
-    Raises: InputError for whatever is absent or unsupported.
+    Raises: InputError for anything absent or unsupported.
     """
     folder = Path(folder)
     model_index = read_json(folder / INDEX)
@@ -143,31 +151,31 @@ def abstract_folder(folder: Path) -> PipelineFolder:
 
 
 def abstract_component(folder: Path, name: str, model_index: Mapping[str, Any]) -> Component:
-    """A network without its parameters; its weights are empty, as there are no weight files."""
+    """Component from its configuration alone: abstract parameters, no weight files."""
     where, entry = folder / name / "config.json", model_index.get(name)
     strings = isinstance(entry, list) and all(isinstance(word, str) for word in entry)
     if not strings or len(entry) != 2 or entry[1] not in COMPONENTS or entry[0] not in STEMS:
         raise InputError(f"{folder / INDEX}: found {name}: {entry}; expected [library, class]")
     config = read_json(where)
-    used = effective_network_config(model_index, name, config)
-    module, spec, abstract = read_network(where, entry[1], used)
+    effective = effective_network_config(model_index, name, config)
+    module, spec, abstract = read_network(where, entry[1], effective)
     weights = Weights(folder / PARAMS / name, None, (), {})
     return Component(name, entry[0], module, config, spec, abstract, weights, {})
 
 
-def _read(part: Component, wanted: str, dtype) -> Component:
-    import orbax.checkpoint as ocp  # takes seconds, and diffusers' folders go without
+def _read(part: Component, expected_fingerprint: str, dtype) -> Component:
+    import orbax.checkpoint as ocp  # takes seconds, and diffusers' folders do not need it
 
     path, keymap = part.weights.folder.absolute(), part.keymap
-    # Orbax's threads print a traceback of their own, later, of what is damaged.
+    # Verified first: Orbax's threads print tracebacks of damaged files later.
     if fault := verify(path):
         raise InputError(f"{path}: corrupt: {fault}; expected what gadjax convert wrote")
     handler = ocp.PyTreeCheckpointHandler()
     try:
-        held = handler.metadata(path).tree
-        _check_shapes(path, held, part.abstract)  # or what is claimed would be allocated
-        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), held)
-        params = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=kinds))
+        stored = handler.metadata(path).tree
+        _check_shapes(path, stored, part.abstract)  # before Orbax allocates the stored shapes
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        params = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
     except InputError:
         raise
     except Exception as error:  # a damaged checkpoint fails in many ways
@@ -177,33 +185,42 @@ def _read(part: Component, wanted: str, dtype) -> Component:
             "expected parameters written by gadjax convert"
         ) from None
     tensors = dict(tensors_from_params(params, keymap, views=True))
-    places = check_keys({k: v.shape for k, v in tensors.items()}, part.abstract, keymap, str(path))
-    if (found := fingerprint(tensors.items())) != wanted:
-        raise InputError(f"{path}: corrupt: found fingerprint {found}; expected {wanted}")
+    tensor_map = check_keys(
+        {k: v.shape for k, v in tensors.items()}, part.abstract, keymap, str(path)
+    )
+    if (digits := fingerprint(tensors.items())) != expected_fingerprint:
+        raise InputError(
+            f"{path}: corrupt: found fingerprint {digits}; expected {expected_fingerprint}"
+        )
     if dtype is not None:
-        params = place_tensors(tensors.items(), places, part.abstract, dtype, str(path))
+        params = place_tensors(tensors.items(), tensor_map, part.abstract, dtype, str(path))
     return replace(part, params=params)
 
 
-def _check_shapes(path: Path, held: Any, abstract: Params) -> None:
-    found = {key: tuple(leaf.shape) for key, leaf in flatten(held).items()}
-    wanted = {key: tuple(leaf.shape) for key, leaf in flatten(abstract).items()}
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
+def _check_shapes(path: Path, stored: Any, abstract: Params) -> None:
+    shapes = {key: tuple(leaf.shape) for key, leaf in flatten(stored).items()}
+    expected = {key: tuple(leaf.shape) for key, leaf in flatten(abstract).items()}
+    for key in sorted(shapes.keys() | expected.keys()):
+        if shapes.get(key) != expected.get(key):
             raise InputError(
-                f"{path}: {key}: found shape {found.get(key, 'none')}; expected "
-                f"{wanted.get(key, 'none')}, as the config.json of {path.name} says"
+                f"{path}: {key}: found shape {shapes.get(key, 'none')}; expected "
+                f"{expected.get(key, 'none')}, by the config.json of {path.name}"
             )
 
 
 def write_gadjax_folder(pipeline: PipelineFolder, out: Path, text: str) -> None:
-    """Write gadjax's own folder into `out`, an empty one. text: of the text encoder.
+    """Write a pipeline in gadjax's format into an empty folder.
+
+    Args:
+      pipeline: the folder to convert, with parameters.
+      out: the empty folder.
+      text: fingerprint of the text encoders and tokenizers.
 
     Raises: RunStopped where it cannot be written.
     """
     import orbax.checkpoint as ocp
 
-    _copy_small(pipeline, out)
+    _copy_without_weights(pipeline, out)
     networks = {}
     for name, part in pipeline.components.items():
         path = (out / PARAMS / name).absolute()
@@ -224,29 +241,30 @@ def write_gadjax_folder(pipeline: PipelineFolder, out: Path, text: str) -> None:
 
 
 def write_diffusers_folder(pipeline: PipelineFolder, out: Path) -> None:
-    """Write a diffusers pipeline folder into `out`, an empty one."""
-    _copy_small(pipeline, out)
+    """Write a diffusers pipeline folder into an empty folder."""
+    _copy_without_weights(pipeline, out)
     for name, part in pipeline.components.items():
         tensors = tensors_from_params(part.params, part.keymap, views=True)
         write_weights(out / name, STEMS[part.library]["safetensors"], tensors)
 
 
 @contextmanager
-def diffusers_folder(folder: Path, beside: Path) -> Iterator[Path]:
-    """`folder` itself, or where it is gadjax's own, a diffusers folder made of it for a while.
+def diffusers_folder(folder: Path, target: Path) -> Iterator[Path]:
+    """Context manager: `folder`, converted to a temporary diffusers folder if it is gadjax's.
 
-    beside: what it is made for; it is made beside that, and a kill leaves it to the next writer.
+    target: the folder being written; the temporary one lies next to it, and after a kill the next
+      writer of `target` removes it.
     """
     if not is_gadjax_folder(folder):
         yield folder
         return
-    with partial_folder(beside.resolve()) as made:
-        write_diffusers_folder(read_gadjax_folder(folder), made)
-        yield made
+    with partial_folder(target.resolve()) as temporary:
+        write_diffusers_folder(read_gadjax_folder(folder), temporary)
+        yield temporary
 
 
-def _copy_small(pipeline: PipelineFolder, out: Path) -> None:
-    """Everything but weights: files at the root, configurations, scheduler and tokenizers."""
+def _copy_without_weights(pipeline: PipelineFolder, out: Path) -> None:
+    """Copy files at the root, configurations, scheduler and tokenizers."""
     src = pipeline.path
     _copy_files(src, out)
     for name in _parts(src, pipeline.model_index):
@@ -258,7 +276,7 @@ def _copy_small(pipeline: PipelineFolder, out: Path) -> None:
 
 
 def _copy_files(src: Path, out: Path) -> None:
-    for path in sorted({path for pattern in SMALL for path in src.glob(pattern)}):
+    for path in sorted({path for pattern in COPIED_FILES for path in src.glob(pattern)}):
         if path.is_file() and path.name != MANIFEST and not WEIGHTS_NAME.fullmatch(path.name):
             shutil.copyfile(path, out / path.name)
 

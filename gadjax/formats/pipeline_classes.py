@@ -1,5 +1,7 @@
-"""What a pipeline of diffusers decides beside what its folder says, as `__init__` and `__call__` of
-its class do in diffusers 0.42. Every one of these is a row of the table in docs/models.md.
+"""Rules of diffusers' pipeline classes that are not in the folder's files.
+
+They follow `__init__` and `__call__` of the classes in diffusers 0.42. Each is a row of the table
+in docs/models.md.
 """
 
 import re
@@ -26,8 +28,8 @@ _SANA = {
     "text_encoder": ("Gemma2Model",),
     "vae": ("AutoencoderDC",),
 }
-# Pipeline -> the classes of its networks. A CLIP with a projection says its pooled vector first, so
-# that a pipeline made for one without takes that for its states, and the reverse.
+# Pipeline -> classes of its networks. A CLIP with a projection returns its pooled vector first, so
+# that a pipeline for a CLIP without one would take it for the hidden states, and the reverse.
 PIPELINES: dict[str, dict[str, tuple[str, ...]]] = {
     SD: _KL | _UNET | {"text_encoder": _CLIP},
     SDXL: _KL | _UNET | {"text_encoder": _CLIP, "text_encoder_2": _PROJECTED},
@@ -46,10 +48,10 @@ PIPELINES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def check_classes(path: Path, index: Mapping[str, Any]) -> None:
-    """index: model_index.json, which is at `path`.
+    """Check that a pipeline class is supported and fits its networks and scheduler.
 
-    Raises: InputError for a pipeline that is none of these, or is not made for its networks or its
-    scheduler.
+    path, index: model_index.json and its contents.
+    Raises: InputError for another pipeline class, network class or scheduler.
     """
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in PIPELINES:
@@ -60,15 +62,15 @@ def check_classes(path: Path, index: Mapping[str, Any]) -> None:
         entry = index.get(name)
         if isinstance(entry, list) and entry[-1] not in (None, *classes):
             raise InputError(
-                f"{path}, {name}: found {short_repr(entry[-1])}; expected {' or '.join(classes)}, for "
-                f"which {kind} is made"
+                f"{path}, {name}: found {short_repr(entry[-1])}; expected {' or '.join(classes)} "
+                f"in a {kind}"
             )
     entry = index.get("scheduler")
     scheduler = entry[-1] if isinstance(entry, list) else None
     if (kind == SPRINT) != (scheduler == SCM):
         raise InputError(
-            f"{path}, scheduler: found {short_repr(scheduler)} of a {kind}; expected {SCM} of {SPRINT} "
-            "alone, which tells the network another time and latent"
+            f"{path}, scheduler: found {short_repr(scheduler)} of a {kind}; expected {SCM} of "
+            f"{SPRINT} alone, which passes the network another time and latent"
         )
     if scheduler == EULER and kind in UNSCALED:
         raise InputError(
@@ -80,33 +82,36 @@ def check_classes(path: Path, index: Mapping[str, Any]) -> None:
 def effective_scheduler_config(
     index: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A scheduler_config.json as the pipeline uses it: of the class that model_index.json names,
-    without the values that it lists as defaults; Stable Diffusion's without two old faults."""
+    """A scheduler_config.json as the pipeline uses it.
+
+    The class is the one in model_index.json; values listed in `_use_default_values` are dropped.
+    StableDiffusionPipeline overrides two outdated settings: steps_offset and clip_sample.
+    """
     defaults = config.get("_use_default_values") or ()
-    found = {key: value for key, value in config.items() if key not in defaults}
+    effective = {key: value for key, value in config.items() if key not in defaults}
     entry = index.get("scheduler")
     if isinstance(entry, list) and isinstance(entry[-1], str):
-        found["_class_name"] = entry[-1]
+        effective["_class_name"] = entry[-1]
     if index.get("_class_name") == SD:
-        found["steps_offset"] = 1
-        if found.get("clip_sample", True) is True:
-            found["clip_sample"] = False
-    return found
+        effective["steps_offset"] = 1
+        if effective.get("clip_sample", True) is True:
+            effective["clip_sample"] = False
+    return effective
 
 
 def effective_network_config(
     index: Mapping[str, Any], name: str, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A network's config.json as the pipeline uses it."""
-    found, kind = dict(config), index.get("_class_name")
+    effective, kind = dict(config), index.get("_class_name")
     if kind == SD and name == "unet" and _before_0_9(config.get("_diffusers_version")):
         side = config.get("sample_size")
-        found["sample_size"] = max(side, 64) if type(side) is int else side
+        effective["sample_size"] = max(side, 64) if type(side) is int else side
     if kind in PIPELINES and kind != SD3 and name == "vae":
-        found.pop("shift_factor", None)  # which StableDiffusion3Pipeline alone adds
-    return found
+        effective.pop("shift_factor", None)  # StableDiffusion3Pipeline alone adds it
+    return effective
 
 
 def _before_0_9(version: Any) -> bool:
-    found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
-    return found is not None and (int(found[1]), int(found[2])) < (0, 9)
+    match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    return match is not None and (int(match[1]), int(match[2])) < (0, 9)

@@ -1,7 +1,7 @@
-"""The bytes of one safetensors file: a JSON header of names, types and places, then the data.
+"""Read and write safetensors files: a JSON header of names, dtypes and offsets, then the data.
 
-Written here rather than by the library so that a header is checked without touching the data,
-bfloat16 reads as what it is, and writing keeps one tensor in memory. Same bytes as the
+Own code in place of the library: headers are validated without touching the data, bfloat16 is
+read as bfloat16, and writing keeps one tensor in memory. Files are byte-identical to the
 library's. Source: https://github.com/huggingface/safetensors#format
 """
 
@@ -21,7 +21,7 @@ from gadjax.errors import InputError
 from gadjax.formats.state_dict import all_finite, fill
 from gadjax.io.untrusted import open_file, parse_json
 
-# In the library's order: a file holds its tensors from the last type to the first, by name.
+# In the library's order: a file holds its tensors from the last dtype to the first, by name.
 TYPES = {
     "BOOL": np.dtype(bool),
     "U8": np.dtype(np.uint8),
@@ -39,13 +39,13 @@ TYPES = {
 }
 RANKS = {dtype: rank for rank, dtype in enumerate(TYPES.values())}
 NAMES = {dtype: name for name, dtype in TYPES.items()}
-MAX_HEADER = 100_000_000  # the library's own limit
+MAX_HEADER = 100_000_000  # bytes, the library's limit
 MAX_AXES, MAX_SIZE = 32, 1 << 48
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies in a file: its first byte, shape and dtype."""
+    """Header entry of one tensor of a safetensors file. offset: its first byte in the file."""
 
     path: Path
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The tensor, in memory of its own. Raises: InputError when the file has become shorter."""
+        """Read the tensor into new memory. Raises: InputError if the file has been truncated."""
         data = np.fromfile(self.path, np.uint8, self.nbytes, offset=self.offset)
         if data.size != self.nbytes:
             raise InputError(f"{self.path}: truncated while it was read; expected it unchanged")
@@ -65,10 +65,10 @@ class Tensor:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file in the order of their data, which is not read.
+    """Read a safetensors header: its tensors in the order of their data, which is not read.
 
-    Raises: InputError for a file that is cut short, that is something else, or whose header does
-    not account for every byte of it.
+    Raises: InputError for a truncated file, another format, or a header that does not account for
+      every byte of the file.
     """
     with open_file(path, "a safetensors file") as file:
         size = os.fstat(file.fileno()).st_size
@@ -112,7 +112,7 @@ def _tensor(path: Path, key: str, entry: Mapping[str, Any], data: int) -> Tensor
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(key)
-    # Numpy has no others, not even where another side is 0.
+    # Numpy's limits, which hold even if another axis is 0.
     if len(shape) > MAX_AXES or math.prod(n or 1 for n in shape) > MAX_SIZE:
         raise ValueError(key)
     tensor = Tensor(path, shape, TYPES[entry["dtype"]], data + begin)
@@ -125,15 +125,20 @@ def _tensor(path: Path, key: str, entry: Mapping[str, Any], data: int) -> Tensor
 
 
 def target_dtype(value: np.ndarray, dtype) -> np.dtype:
-    """A tensor's dtype once written in `dtype`, which is for floating ones; None changes none."""
+    """Dtype of a tensor in the file: `dtype` for floating tensors, its own otherwise or if None."""
     floating = jnp.issubdtype(value.dtype, jnp.floating)
     return np.dtype(dtype) if dtype is not None and floating else value.dtype
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtype=None) -> None:
-    """Write one safetensors file; strided arrays are laid out one at a time.
+    """Write one safetensors file; strided arrays are made contiguous one at a time.
 
-    Raises: InputError naming a tensor with values that are not finite, before or after the cast.
+    Args:
+      path: the file.
+      tensors: arrays by key.
+      dtype: dtype that floating tensors are cast to; None keeps theirs.
+
+    Raises: InputError naming a tensor with non-finite values, before or after the cast.
     """
     dtypes = {key: target_dtype(value, dtype) for key, value in tensors.items()}
     order = sorted(tensors, key=lambda key: (-RANKS[dtypes[key]], key))

@@ -1,7 +1,7 @@
-"""gadjax.json: how the pipeline folder that holds it is to be sampled.
+"""Sampling configuration of a pipeline folder: gadjax.json.
 
 A diffusers folder names its scheduler, but not the number of steps, the timesteps or the guidance
-that its weights are meant for. diffusers ignores the file.
+scale of its weights. diffusers ignores the file.
 """
 
 import os
@@ -13,18 +13,21 @@ from gadjax.errors import InputError, short_repr
 from gadjax.io.untrusted import read_json
 
 GADJAX_JSON = "gadjax.json"
-LARGEST, MOST = 1e9, 10_000  # of any number; of steps, and of the tokens of a prompt
+MAX_NUMBER, MAX_COUNT = 1e9, 10_000  # a count: sampling steps, tokens of a prompt
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """What a picture is drawn with.
+    """Sampling settings: steps, timesteps and classifier-free guidance.
 
-    timesteps: the times that the steps start from, noisiest first; the steps are then of order 1.
-      None: the scheduler's own grid and order. guidance: up to 1 the empty prompt is left out.
-    length: of the prompt in tokens. negative: the prompt that guidance leads away from, None for
-      the family's own. scale: of the initial noise (SiD's one-step students start from
-      sigma(625) z).
+    Attributes:
+      steps: number of steps.
+      timesteps: times that the steps start from, noisiest first, for a sampler of order 1; None:
+        the scheduler's grid and order.
+      guidance: guidance scale; up to 1 there is no classifier-free guidance.
+      length: prompt length in tokens.
+      negative: negative prompt; None: the family's default.
+      scale: scale of the initial noise (SiD's one-step students start from sigma(625) z).
     """
 
     steps: int = 20
@@ -35,17 +38,18 @@ class SamplingConfig:
     scale: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """What `read_sampling` reads back from gadjax.json."""
-        found = {"steps": self.steps, "guidance": self.guidance, "length": self.length}
+        """Entries of gadjax.json that `read_sampling` reads."""
+        entries = {"steps": self.steps, "guidance": self.guidance, "length": self.length}
         if self.scale != 1:
-            found["scale"] = self.scale
-        return found if self.timesteps is None else {**found, "timesteps": list(self.timesteps)}
+            entries["scale"] = self.scale
+        return entries if self.timesteps is None else {**entries, "timesteps": list(self.timesteps)}
 
 
 def read_sampling(folder: Path, default: SamplingConfig) -> SamplingConfig:
-    """The folder's gadjax.json; `default` where it has none. Other keys are left alone.
+    """Read the sampling settings in a folder's gadjax.json; `default` if it has none.
 
-    Raises: InputError naming file and key for a value that makes no sense.
+    Other keys are ignored.
+    Raises: InputError naming file and key for an invalid value.
     """
     path = Path(folder) / GADJAX_JSON
     if not os.path.lexists(path):
@@ -56,10 +60,11 @@ def read_sampling(folder: Path, default: SamplingConfig) -> SamplingConfig:
         numbers = isinstance(timesteps, list) and all(_is_number(t) for t in timesteps)
         if not numbers or not timesteps or sorted(set(timesteps), reverse=True) != timesteps:
             raise InputError(
-                f"{path}, timesteps: found {short_repr(timesteps)}; expected numbers in falling order"
+                f"{path}, timesteps: found {short_repr(timesteps)}; expected numbers in falling "
+                "order"
             )
         timesteps = tuple(float(t) for t in timesteps)
-    steps = _whole(path, cfg, "steps", len(timesteps) if timesteps else default.steps)
+    steps = _read_count(path, cfg, "steps", len(timesteps) if timesteps else default.steps)
     if timesteps and steps != len(timesteps):
         raise InputError(
             f"{path}, steps: found {steps}; expected {len(timesteps)}, one for each of timesteps"
@@ -70,12 +75,12 @@ def read_sampling(folder: Path, default: SamplingConfig) -> SamplingConfig:
     scale = cfg.get("scale", default.scale)
     if not _is_number(scale) or scale <= 0:
         raise InputError(f"{path}, scale: found {short_repr(scale)}; expected a positive number")
-    length = _whole(path, cfg, "length", default.length)
+    length = _read_count(path, cfg, "length", default.length)
     return SamplingConfig(steps, timesteps, float(guidance), length, scale=float(scale))
 
 
 def read_world(folder: Path) -> str | None:
-    """The name of the world that the folder's gadjax.json says it was trained on, if any."""
+    """Read the name of the toy world that a folder's model was trained on; None if not given."""
     path = Path(folder) / GADJAX_JSON
     world = read_json(path).get("world") if os.path.lexists(path) else None
     if world is not None and not isinstance(world, str):
@@ -84,7 +89,7 @@ def read_world(folder: Path) -> str | None:
 
 
 def read_teacher_guidance(folder: Path) -> float | None:
-    """The guidance of the teacher that a student's folder was distilled from, where it says so.
+    """Read the guidance scale of a student's teacher from gadjax.json; None if not given.
 
     Raises: InputError for a value that is no number.
     """
@@ -99,13 +104,14 @@ def read_teacher_guidance(folder: Path) -> float | None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= LARGEST  # of NaN this is false
+    return type(value) in (int, float) and abs(value) <= MAX_NUMBER  # false for NaN
 
 
-def _whole(path: Path, cfg: dict[str, Any], key: str, default: int) -> int:
+def _read_count(path: Path, cfg: dict[str, Any], key: str, default: int) -> int:
     value = cfg.get(key, default)
-    if type(value) is not int or not 1 <= value <= MOST:
+    if type(value) is not int or not 1 <= value <= MAX_COUNT:
         raise InputError(
-            f"{path}, {key}: found {short_repr(value)}; expected a whole number from 1 to {MOST}"
+            f"{path}, {key}: found {short_repr(value)}; expected a whole number from 1 to "
+            f"{MAX_COUNT}"
         )
     return value

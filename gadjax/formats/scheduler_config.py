@@ -1,6 +1,6 @@
-"""What a diffusers scheduler_config.json says of noise and network, and the one of a student.
+"""Noise schedule and parameterization from a diffusers scheduler_config.json; a student's config.
 
-Values assumed for keys that a config lacks are those of diffusers 0.42.
+Defaults of absent keys are those of diffusers 0.42.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ PNDM = "PNDMScheduler"
 LCM = "LCMScheduler"
 SCM = "SCMScheduler"
 PIXART = "PixArtAlphaPipeline"
-MOST_STEPS, LARGEST = 100_000, 1e9
+MAX_TRAIN_TIMESTEPS, MAX_NUMBER = 100_000, 1e9
 
 PREDICTION_TYPES = {
     "epsilon": "eps",
@@ -27,24 +27,28 @@ PREDICTION_TYPES = {
 
 
 def schedule_from_config(cfg: dict) -> NoiseSchedule:
-    """The noise schedule of any scheduler that has betas, or of a flow.
+    """Noise schedule of a scheduler with betas, of a flow, or of SCM.
 
-    Raises InputError for betas that are neither linear nor scaled_linear, or are rescaled.
+    Raises: InputError for betas that are neither linear nor scaled_linear, or are rescaled.
     """
-    name, steps = cfg.get("_class_name"), number(cfg, "num_train_timesteps", 1000)
-    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
-        raise refused(cfg, "num_train_timesteps", steps, f"a whole number from 1 to {MOST_STEPS}")
+    name, steps = cfg.get("_class_name"), read_number(cfg, "num_train_timesteps", 1000)
+    if type(steps) is not int or not 1 <= steps <= MAX_TRAIN_TIMESTEPS:
+        raise config_error(
+            cfg, "num_train_timesteps", steps, f"a whole number from 1 to {MAX_TRAIN_TIMESTEPS}"
+        )
     if is_flow(cfg):
         return Flow(steps)
     if name == SCM:
         return TrigFlow()
     if name not in (DPM, DDIM, EULER, PNDM, LCM) and "beta_schedule" not in cfg:
-        raise refused(cfg, "_class_name", name, "a scheduler with a beta_schedule, or of a flow")
-    off(cfg, "trained_betas", "rescale_betas_zero_snr")
+        raise config_error(
+            cfg, "_class_name", name, "a scheduler with a beta_schedule, or of a flow"
+        )
+    check_disabled(cfg, "trained_betas", "rescale_betas_zero_snr")
     return DDPM(
         beta_start=_beta(cfg, "beta_start", 0.00085 if name == LCM else 1e-4),
         beta_end=_beta(cfg, "beta_end", 0.012 if name == LCM else 0.02),
-        beta_schedule=choice(
+        beta_schedule=read_choice(
             cfg,
             "beta_schedule",
             "scaled_linear" if name == LCM else "linear",
@@ -55,40 +59,47 @@ def schedule_from_config(cfg: dict) -> NoiseSchedule:
 
 
 def parameterization_from_config(cfg: dict) -> str:
-    """What the network's output means: "eps", "v", "x0" or "flow".
+    """Parameterization of the network's output: "eps", "v", "x0" or "flow".
 
-    Raises InputError for another prediction_type, and for a flow's in a schedule that is none or
-    the reverse.
+    Raises: InputError for another prediction_type, for flow_prediction in a schedule with betas,
+      and for another one in a flow.
     """
     if cfg.get("_class_name") == FLOW_EULER:
         return "flow"
     if cfg.get("_class_name") == SCM:
-        choice(cfg, "prediction_type", "trigflow", "trigflow")
+        read_choice(cfg, "prediction_type", "trigflow", "trigflow")
         return "v"
     allowed = [k for k in PREDICTION_TYPES if (k == "flow_prediction") == is_flow(cfg)]
-    return PREDICTION_TYPES[choice(cfg, "prediction_type", "epsilon", *allowed)]
+    return PREDICTION_TYPES[read_choice(cfg, "prediction_type", "epsilon", *allowed)]
 
 
 def floors_timesteps(cfg: dict) -> bool:
-    """Whether diffusers steps from a time but tells the network its whole part only."""
+    """True where diffusers truncates timesteps to integers for the network, not for its steps."""
     return cfg.get("_class_name") == DPM and is_flow(cfg)
 
 
 def student_scheduler_config(cfg: dict, timesteps: Sequence[float], pipeline: str = "") -> dict:
-    """scheduler_config.json of a deterministic student that steps from `timesteps` on to x0, of
-    the teacher whose config is `cfg`, for a pipeline of diffusers' class `pipeline`.
+    """scheduler_config.json of a deterministic student whose steps start from `timesteps`.
 
-    Where the sampler of what is returned takes_timesteps, diffusers is to be called with them;
-    elsewhere with their number alone:
-    - a teacher of DPM-Solver++ in a flow hands on its own grid. With flow sigmas
-      DPMSolverMultistepScheduler takes no timesteps, and a pipeline that was made for it (PixArt's)
-      cannot carry FlowMatchEulerDiscreteScheduler, which has no scale_model_input;
-    - a single step of PixArtAlphaPipeline is DDIM's. It returns x0 beside the next latent, and x0
-      is what that pipeline takes of a single step.
+    If the sampler of the returned config has `takes_timesteps`, diffusers must be called with the
+    timesteps, otherwise with their number alone:
+    - a student of a DPM-Solver++ teacher in a flow keeps the teacher's grid. With flow sigmas
+      DPMSolverMultistepScheduler takes no timesteps, and a pipeline written for it (PixArt's)
+      cannot use FlowMatchEulerDiscreteScheduler, which has no scale_model_input;
+    - the scheduler of a single step in PixArtAlphaPipeline is DDIM. It returns x0 as well as the
+      next latent, and that pipeline uses x0 after a single step.
+
+    Args:
+      cfg: scheduler_config.json of the teacher.
+      timesteps: times that the steps start from, noisiest first; the last step ends at x0.
+      pipeline: diffusers pipeline class.
+
+    Returns: the student's scheduler_config.json.
+    Raises: InputError for a teacher with LCM's or SCM's stochastic steps.
     """
     schedule, kind = schedule_from_config(cfg), parameterization_from_config(cfg)
     if (name := cfg.get("_class_name")) in (LCM, SCM):
-        raise refused(cfg, "_class_name", name, "one with deterministic steps for the student")
+        raise config_error(cfg, "_class_name", name, "one with deterministic steps for the student")
     if cfg.get("_class_name") == FLOW_EULER:
         return {"_class_name": FLOW_EULER, "num_train_timesteps": schedule.steps, "shift": 1.0}
     common = {
@@ -97,7 +108,7 @@ def student_scheduler_config(cfg: dict, timesteps: Sequence[float], pipeline: st
     }
     solver = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
     if isinstance(schedule, Flow):
-        shift = positive(cfg, "flow_shift", 1.0)
+        shift = read_positive(cfg, "flow_shift", 1.0)
         flow = {"use_flow_sigmas": True, "flow_shift": shift}
         return {"_class_name": DPM, **common, **flow, **solver}
     common |= {
@@ -119,46 +130,51 @@ def student_scheduler_config(cfg: dict, timesteps: Sequence[float], pipeline: st
 
 
 def is_flow(cfg: dict) -> bool:
+    """True for a flow's schedule."""
     name = cfg.get("_class_name")
-    if name in (DDIM, EULER, PNDM, LCM, SCM):  # which have no such key
+    if name in (DDIM, EULER, PNDM, LCM, SCM):  # they have no use_flow_sigmas
         return False
     return name == FLOW_EULER or bool(cfg.get("use_flow_sigmas"))
 
 
-def refused(cfg: dict, key: str, found, expected: str) -> InputError:
+def config_error(cfg: dict, key: str, value, expected: str) -> InputError:
+    """Error for an unsupported value of a key, or an unsupported default of an absent one."""
     absent = "" if key in cfg else " (assumed, the key is absent)"
-    found = f"{short_repr(found)}{absent}"
-    return InputError(f"scheduler_config.json, {key}: found {found}; expected {expected}")
+    value = f"{short_repr(value)}{absent}"
+    return InputError(f"scheduler_config.json, {key}: found {value}; expected {expected}")
 
 
-def choice(cfg: dict, key: str, default, *allowed):
-    found = cfg.get(key, default)
-    if found not in allowed:
-        raise refused(cfg, key, found, " or ".join(repr(a) for a in allowed))
-    return allowed[allowed.index(found)]  # not true for 1
+def read_choice(cfg: dict, key: str, default, *allowed):
+    """Value of a key that must be one of `allowed`."""
+    value = cfg.get(key, default)
+    if value not in allowed:
+        raise config_error(cfg, key, value, " or ".join(repr(a) for a in allowed))
+    return allowed[allowed.index(value)]  # True rather than an equal 1
 
 
-def off(cfg: dict, *keys: str) -> None:
+def check_disabled(cfg: dict, *keys: str) -> None:
+    """Raises: InputError for an option that is set."""
     for key in keys:
         if cfg.get(key):
-            raise refused(cfg, key, cfg[key], "false or null")
+            raise config_error(cfg, key, cfg[key], "false or null")
 
 
-def number(cfg: dict, key: str, default: float) -> float:
-    found = cfg.get(key, default)
-    if type(found) not in (int, float) or not abs(found) <= LARGEST:
-        raise refused(cfg, key, found, "a number")
-    return found
+def read_number(cfg: dict, key: str, default: float) -> float:
+    """Value of a key that must be a number of moderate size."""
+    value = cfg.get(key, default)
+    if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:
+        raise config_error(cfg, key, value, "a number")
+    return value
 
 
-def positive(cfg: dict, key: str, default: float) -> float:
-    """Of a factor. Raises InputError for a number by which nothing can be multiplied and back."""
-    if not (found := number(cfg, key, default)) > 0:
-        raise refused(cfg, key, found, "a positive number")
-    return found
+def read_positive(cfg: dict, key: str, default: float) -> float:
+    """Value of a key that must be a positive number: a factor that is also divided by."""
+    if not (value := read_number(cfg, key, default)) > 0:
+        raise config_error(cfg, key, value, "a positive number")
+    return value
 
 
 def _beta(cfg: dict, key: str, default: float) -> float:
-    if not 0 < (found := number(cfg, key, default)) < 1:
-        raise refused(cfg, key, found, "a number between 0 and 1")
-    return float(found)
+    if not 0 < (value := read_number(cfg, key, default)) < 1:
+        raise config_error(cfg, key, value, "a number between 0 and 1")
+    return float(value)

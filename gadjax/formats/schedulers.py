@@ -1,9 +1,8 @@
-"""From a diffusers scheduler_config.json to the walk that diffusers takes under it.
+"""Samplers from a diffusers scheduler_config.json.
 
-Read here are the schedulers whose steps are those of gadjax.diffusion.rollout (DPM-Solver++ of
-order 1 and 2, Lu et al. 2022; DDIM, Song et al. 2021; Euler, and Euler in a flow) or of
-gadjax.diffusion.samplers (PNDM, LCM, SCM). Their grids are those of diffusers 0.42. A key that asks
-for another walk is refused, never ignored.
+Supported: DPM-Solver++ of order 1 and 2 (Lu et al. 2022), DDIM (Song et al. 2021), Euler, Euler in
+a flow, PNDM, LCM and SCM, on the timestep grids of diffusers 0.42. A key that asks for another
+sampler is refused, never ignored.
 """
 
 from functools import partial
@@ -21,11 +20,11 @@ from gadjax.formats.scheduler_config import (
     LCM,
     PNDM,
     SCM,
-    choice,
-    number,
-    off,
+    check_disabled,
     parameterization_from_config,
-    positive,
+    read_choice,
+    read_number,
+    read_positive,
     schedule_from_config,
 )
 
@@ -33,33 +32,33 @@ _RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def sampler_from_config(cfg: dict) -> Sampler:
-    """The walk that diffusers takes under this config.
+    """Sampler that reproduces diffusers' steps under this config.
 
-    Raises InputError, naming the key, for a scheduler or an option that takes another.
+    Raises: InputError, naming the key, for an unsupported scheduler or option.
     """
     readers = {DPM: _dpm, DDIM: _ddim, EULER: _euler, FLOW_EULER: _flow_euler}
     readers |= {PNDM: _pndm, LCM: _lcm, SCM: _scm}
-    name = choice(cfg, "_class_name", None, *readers)
+    name = read_choice(cfg, "_class_name", None, *readers)
     parameterization_from_config(cfg)
     return readers[name](cfg, schedule_from_config(cfg))
 
 
 def _dpm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
-    off(cfg, *_RESPACINGS, "use_lu_lambdas", "use_dynamic_shifting", "thresholding")
-    off(cfg, "variance_type")
-    choice(cfg, "algorithm_type", "dpmsolver++", "dpmsolver++")
-    choice(cfg, "lambda_min_clipped", -float("inf"), -float("inf"))
-    # With the end at sigma = 0 the last step is of order 1 in any case, so that neither
+    check_disabled(cfg, *_RESPACINGS, "use_lu_lambdas", "use_dynamic_shifting", "thresholding")
+    check_disabled(cfg, "variance_type")
+    read_choice(cfg, "algorithm_type", "dpmsolver++", "dpmsolver++")
+    read_choice(cfg, "lambda_min_clipped", -float("inf"), -float("inf"))
+    # With the end at sigma = 0 the last step is of order 1 in any case, so neither
     # lower_order_final nor euler_at_final changes anything below order 3.
-    choice(cfg, "final_sigmas_type", "zero", "zero")
-    order = choice(cfg, "solver_order", 2, 1, 2)
+    read_choice(cfg, "final_sigmas_type", "zero", "zero")
+    order = read_choice(cfg, "solver_order", 2, 1, 2)
     if order == 2:
-        choice(cfg, "solver_type", "midpoint", "midpoint")
+        read_choice(cfg, "solver_type", "midpoint", "midpoint")
     if isinstance(schedule, Flow):
-        grid = partial(_dpm_flow_grid, schedule.steps, positive(cfg, "flow_shift", 1.0))
+        grid = partial(_dpm_flow_grid, schedule.steps, read_positive(cfg, "flow_shift", 1.0))
         return Sampler(schedule, grid, order, takes_timesteps=False)
-    spacing = choice(cfg, "timestep_spacing", "linspace", "linspace", "leading", "trailing")
-    grid = partial(_dpm_grid, schedule.steps, spacing, number(cfg, "steps_offset", 0))
+    spacing = read_choice(cfg, "timestep_spacing", "linspace", "linspace", "leading", "trailing")
+    grid = partial(_dpm_grid, schedule.steps, spacing, read_number(cfg, "steps_offset", 0))
     return Sampler(schedule, grid, order)
 
 
@@ -76,19 +75,19 @@ def _dpm_grid(total: int, spacing: str, offset: int, n: int) -> np.ndarray:
 def _dpm_flow_grid(total: int, shift: float, n: int) -> np.ndarray:
     share = (1 - np.linspace(1, 1 / total, n + 1))[::-1]
     times = shift * share / (1 + (shift - 1) * share) * total
-    # The network is told their whole part (see floors_timesteps), which for n = 3 is 332 of
-    # 332.99999999999994: what float32 would round up to a whole number stays below it.
+    # The network gets these times floored (see floors_timesteps): for n = 3, 332.99999999999994
+    # becomes 332. A time that float32 would round up to an integer is moved below it.
     single = times.astype(np.float32)
     below = np.nextafter(single, np.float32(0)).astype(np.float64)
     return np.where(np.floor(single) > np.floor(times), below, times)
 
 
 def _ddim(cfg: dict, schedule: NoiseSchedule) -> Sampler:
-    off(cfg, "thresholding")
-    choice(cfg, "clip_sample", True, False)
-    spacing = choice(cfg, "timestep_spacing", "leading", "leading", "trailing", "linspace")
+    check_disabled(cfg, "thresholding")
+    read_choice(cfg, "clip_sample", True, False)
+    spacing = read_choice(cfg, "timestep_spacing", "leading", "leading", "trailing", "linspace")
     end = schedule.clean if cfg.get("set_alpha_to_one", True) else 0.0
-    offset = number(cfg, "steps_offset", 0)
+    offset = read_number(cfg, "steps_offset", 0)
     grid = partial(_ddim_grid, schedule.steps, spacing, offset, end)
     return Sampler(schedule, grid, takes_timesteps=False)
 
@@ -101,23 +100,23 @@ def _ddim_grid(total: int, spacing: str, offset: int, end: float, n: int) -> np.
         starts = np.arange(total, 0, -total / n).round() - 1
     else:
         starts = np.linspace(0, total - 1, n).round()[::-1]
-    reached = starts - stride
-    if np.any(reached[:-1] != starts[1:]):
+    ends = starts - stride
+    if np.any(ends[:-1] != starts[1:]):
         raise InputError(
             f"steps: found {n}, with which the steps of {DDIM} do not join under timestep_spacing "
             f"{spacing!r}; expected a divisor of {total} under 'trailing', or 'leading'"
         )
-    return np.append(starts, reached[-1] if reached[-1] >= 0 else end)
+    return np.append(starts, ends[-1] if ends[-1] >= 0 else end)
 
 
 def _euler(cfg: dict, schedule: NoiseSchedule) -> Sampler:
-    # Its latents are x / alpha, and under 'leading' alone the first of them is z / alpha.
-    off(cfg, *_RESPACINGS)
-    choice(cfg, "timestep_spacing", "linspace", "leading")
-    choice(cfg, "timestep_type", "discrete", "discrete")
-    choice(cfg, "interpolation_type", "linear", "linear")
-    choice(cfg, "final_sigmas_type", "zero", "zero")
-    offset = number(cfg, "steps_offset", 0)
+    # Its latents are x / alpha; only under 'leading' is the first of them z / alpha.
+    check_disabled(cfg, *_RESPACINGS)
+    read_choice(cfg, "timestep_spacing", "linspace", "leading")
+    read_choice(cfg, "timestep_type", "discrete", "discrete")
+    read_choice(cfg, "interpolation_type", "linear", "linear")
+    read_choice(cfg, "final_sigmas_type", "zero", "zero")
+    offset = read_number(cfg, "steps_offset", 0)
     return Sampler(schedule, partial(_euler_grid, schedule.steps, offset))
 
 
@@ -126,43 +125,43 @@ def _euler_grid(total: int, offset: int, n: int) -> np.ndarray:
 
 
 def _flow_euler(cfg: dict, schedule: NoiseSchedule) -> Sampler:
-    off(cfg, *_RESPACINGS, "use_dynamic_shifting", "invert_sigmas", "shift_terminal")
-    off(cfg, "stochastic_sampling")
-    grid = partial(_flow_euler_grid, schedule.steps, positive(cfg, "shift", 1.0))
+    check_disabled(cfg, *_RESPACINGS, "use_dynamic_shifting", "invert_sigmas", "shift_terminal")
+    check_disabled(cfg, "stochastic_sampling")
+    grid = partial(_flow_euler_grid, schedule.steps, read_positive(cfg, "shift", 1.0))
     return Sampler(schedule, grid)
 
 
 def _flow_euler_grid(total: int, shift: float, n: int) -> np.ndarray:
-    # Shifted twice: diffusers spaces n times evenly between ends that are shifted already.
+    # Shifted twice: diffusers spaces n times evenly between ends that have been shifted.
     even = np.linspace(total, shift_time(1.0, shift, total), n)
     return np.append(shift_time(even, shift, total), Flow.clean)
 
 
 def _pndm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
-    choice(cfg, "skip_prk_steps", False, True)
-    # Its history is of what the network says, which is of one kind with the step in eps alone.
-    choice(cfg, "prediction_type", "epsilon", "epsilon")
-    spacing = choice(cfg, "timestep_spacing", "leading", "leading")
+    read_choice(cfg, "skip_prk_steps", False, True)
+    # Its multistep history holds network outputs, which are those of the step only for eps.
+    read_choice(cfg, "prediction_type", "epsilon", "epsilon")
+    spacing = read_choice(cfg, "timestep_spacing", "leading", "leading")
     end = schedule.clean if cfg.get("set_alpha_to_one", False) else 0.0
-    offset = number(cfg, "steps_offset", 0)
+    offset = read_number(cfg, "steps_offset", 0)
     grid = partial(_ddim_grid, schedule.steps, spacing, offset, end)
     return Sampler(schedule, grid, takes_timesteps=False, sample_fn=plms, extra_evaluations=1)
 
 
 def _lcm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
-    off(cfg, "thresholding", "clip_sample")
-    original = int(number(cfg, "original_inference_steps", 50))
-    scaling = number(cfg, "timestep_scaling", 10.0)
+    check_disabled(cfg, "thresholding", "clip_sample")
+    original = int(read_number(cfg, "original_inference_steps", 50))
+    scaling = read_number(cfg, "timestep_scaling", 10.0)
     grid = partial(_lcm_grid, schedule.steps, original)
     return Sampler(schedule, grid, sample_fn=partial(consistency, scaling=scaling), stochastic=True)
 
 
 def _lcm_grid(total: int, original: int, n: int) -> np.ndarray:
     if n > original:
-        raise InputError(f"steps: found {n}; expected at most {original}, LCM's own")
+        raise InputError(f"steps: found {n}; expected at most {original}, the steps of LCM's grid")
     origin = (np.arange(1, original + 1) * (total // original) - 1)[::-1]
-    chosen = np.floor(np.linspace(0, original, n, endpoint=False)).astype(int)
-    return np.append(origin[chosen], DDPM.clean)
+    indices = np.floor(np.linspace(0, original, n, endpoint=False)).astype(int)
+    return np.append(origin[indices], DDPM.clean)
 
 
 def _scm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
@@ -170,6 +169,6 @@ def _scm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
 
 
 def _scm_grid(n: int) -> np.ndarray:
-    # SanaSprintPipeline's own: of two steps the second starts at 1.3.
+    # SanaSprintPipeline's default: the second of two steps starts at 1.3.
     last = TrigFlow.last
     return np.array([last, 1.3, 0.0]) if n == 2 else np.linspace(last, 0.0, n + 1)

@@ -1,4 +1,7 @@
-"""A component's named tensors <-> its parameters: strict, and bit-exact in every float dtype."""
+"""Convert a state dict to nested parameters and back, bit-exact in every float dtype.
+
+The state dict holds torch's keys and layouts. Every tensor must be accounted for.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,16 +14,16 @@ from gadjax.models.keymap import KeyMap
 from gadjax.models.params import flatten, unflatten
 from gadjax.types import Params
 
-LISTED = 10  # names shown in one error line
-BLOCK = 1 << 18  # elements looked at together; stays in the cache
-STRIP = 64  # columns transposed together
+MAX_LISTED = 10  # names in one error line
+BLOCK = 1 << 18  # elements checked at a time, to stay in the cache
+STRIP = 64  # columns transposed at a time
 
-# File key -> (path of the parameter, layer of a stacked one or None).
-Places = dict[str, tuple[str, int | None]]
+# File key -> (path of the parameter, index of the layer in a stacked parameter or None).
+TensorMap = dict[str, tuple[str, int | None]]
 
 
 def _to_torch(name: str, value: np.ndarray) -> np.ndarray:
-    """Linear [in, out] -> [out, in]; convolution HWIO -> OIHW; everything else as it is."""
+    """Torch's layout: linear [in, out] -> [out, in], convolution HWIO -> OIHW, others unchanged."""
     if name != "kernel" or value.ndim not in (2, 4):
         return value
     return value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
@@ -33,35 +36,42 @@ def _from_torch(name: str, value: np.ndarray) -> np.ndarray:
 
 
 def _numbered(key: str, layer: int | None) -> str:
-    """The key of one layer of a stack, whose number '#' or '#+FIRST' stands for."""
+    """Key of one layer of a stack: '#' or '#+FIRST' replaced by the layer's number."""
     if layer is None:
         return key
-    return re.sub(r"#(?:\+(\d+))?", lambda found: str(layer + int(found[1] or 0)), key)
+    return re.sub(r"#(?:\+(\d+))?", lambda match: str(layer + int(match[1] or 0)), key)
 
 
 def expected_shapes(abstract: Params, keymap: KeyMap) -> dict[str, tuple[str, int | None, tuple]]:
-    """File key -> (path, layer or None, shape in the file), from shapes alone."""
-    found = {}
+    """Expected state dict from shapes alone: file key -> (path, layer or None, shape)."""
+    expected = {}
     for path, leaf in flatten(abstract).items():
         key, name = keymap.key(path), path.rsplit("/", 1)[-1]
         layers = range(leaf.shape[0]) if "#" in key else [None]
         shape = leaf.shape[1:] if "#" in key else leaf.shape
-        # A broadcast scalar has the shape and takes no memory.
+        # A broadcast scalar has the shape and needs no memory.
         shape = _to_torch(name, np.broadcast_to(np.float32(0), shape)).shape
         for layer in layers:
-            found[_numbered(key, layer)] = (path, layer, shape)
-    return found
+            expected[_numbered(key, layer)] = (path, layer, shape)
+    return expected
 
 
 def check_keys(
     shapes: Mapping[str, tuple[int, ...]], abstract: Params, keymap: KeyMap, where: str
-) -> Places:
-    """Account for every tensor of a file by name and shape.
+) -> TensorMap:
+    """Match the tensors of a file to the parameters, strictly, by key and shape.
 
-    Returns: the file's key -> (path, layer). Raises: InputError listing at most ten missing,
-    unexpected, repeated or misshapen tensors and the count of each.
+    Args:
+      shapes: shapes by the file's keys.
+      abstract: shapes of the parameters.
+      keymap: parameter paths to file keys.
+      where: the file, for error texts.
+
+    Returns: the file's key -> (path, layer).
+    Raises: InputError listing at most ten missing, unexpected, repeated or misshapen tensors, and
+      the count of each.
     """
-    wanted = expected_shapes(abstract, keymap)
+    expected = expected_shapes(abstract, keymap)
     ignored = [re.compile(pattern) for pattern in keymap.ignored]
     by_name: dict[str, str] = {}
     repeated = []
@@ -73,15 +83,15 @@ def check_keys(
         if first != key:
             repeated.append(f"{first} and {key}")
     misshapen = [
-        f"{key} (found {tuple(shapes[key])}, expected {wanted[name][2]})"
+        f"{key} (found {tuple(shapes[key])}, expected {expected[name][2]})"
         for name, key in sorted(by_name.items())
-        if name in wanted and tuple(shapes[key]) != wanted[name][2]
+        if name in expected and tuple(shapes[key]) != expected[name][2]
     ]
     problems = [
         f"{len(names)} {kind}: {_listed(names)}"
         for kind, names in (
-            ("missing", sorted(set(wanted) - set(by_name))),
-            ("unexpected", sorted(key for name, key in by_name.items() if name not in wanted)),
+            ("missing", sorted(set(expected) - set(by_name))),
+            ("unexpected", sorted(key for name, key in by_name.items() if name not in expected)),
             ("under two names", sorted(repeated)),
             ("of another shape", misshapen),
         )
@@ -89,20 +99,25 @@ def check_keys(
     ]
     if problems:
         raise InputError(
-            f"{where}: found {len(shapes)} tensors; expected {len(wanted)}, of which "
+            f"{where}: found {len(shapes)} tensors; expected {len(expected)}, of which "
             + "; ".join(problems)
         )
-    return {key: wanted[name][:2] for name, key in by_name.items()}
+    return {key: expected[name][:2] for name, key in by_name.items()}
 
 
-def check_dtypes(dtypes: Mapping[str, np.dtype], places: Places, where: str) -> None:
-    """Only floating tensors, and one dtype for the layers that are stacked into one parameter.
+def check_dtypes(dtypes: Mapping[str, np.dtype], tensor_map: TensorMap, where: str) -> None:
+    """Check that tensors are floating, with one dtype for all layers of a stacked parameter.
+
+    Args:
+      dtypes: dtypes by the file's keys.
+      tensor_map: the file's keys -> parameters, from `check_keys`.
+      where: the file, for error texts.
 
     Raises: InputError naming at most ten tensors of each kind.
     """
     first: dict[str, str] = {}
     mixed, other = [], []
-    for key, (path, _) in places.items():
+    for key, (path, _) in tensor_map.items():
         if not jnp.issubdtype(dtypes[key], jnp.floating):
             other.append(f"{key} ({dtypes[key]})")
         elif dtypes[key] != dtypes[first.setdefault(path, key)]:
@@ -114,20 +129,30 @@ def check_dtypes(dtypes: Mapping[str, np.dtype], places: Places, where: str) -> 
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+    return ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
 
 
 def params_from_tensors(
     tensors: Mapping[str, np.ndarray], abstract: Params, keymap: KeyMap, where: str = "tensors"
 ) -> Params:
-    """Named torch-layout tensors -> nested parameters: numpy, their dtype, stacked by layer."""
-    places = check_keys({k: v.shape for k, v in tensors.items()}, abstract, keymap, where)
-    check_dtypes({k: v.dtype for k, v in tensors.items()}, places, where)
-    return place_tensors(((k, tensors[k]) for k in places), places, abstract)
+    """Convert a state dict in torch's layout to nested parameters, stacked by layer.
+
+    Args:
+      tensors: arrays by the file's keys.
+      abstract: shapes of the parameters.
+      keymap: parameter paths to file keys.
+      where: source of the tensors, for error texts.
+
+    Returns: nested numpy arrays, in the tensors' dtype.
+    Raises: InputError as `check_keys` and `check_dtypes`.
+    """
+    tensor_map = check_keys({k: v.shape for k, v in tensors.items()}, abstract, keymap, where)
+    check_dtypes({k: v.dtype for k, v in tensors.items()}, tensor_map, where)
+    return place_tensors(((k, tensors[k]) for k in tensor_map), tensor_map, abstract)
 
 
 def fill(target: np.ndarray, value: np.ndarray) -> None:
-    """target[...] = value; a transposed matrix in strips that stay in the cache, twice as fast."""
+    """Assign target[...] = value; transposed matrices in cache-sized strips, twice as fast."""
     if value.ndim != 2 or value.flags.c_contiguous:
         target[...] = value
         return
@@ -136,10 +161,10 @@ def fill(target: np.ndarray, value: np.ndarray) -> None:
 
 
 def all_finite(value: np.ndarray) -> bool:
-    """Whether a contiguous array has no NaN and no infinity. Other than floating: True."""
+    """True if a contiguous array has no NaN and no infinity; always for integers and booleans."""
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return True
-    # The bits of infinity are a full exponent. Ten times faster than isfinite on half precision.
+    # Infinity and NaN have all exponent bits set. Ten times faster than isfinite in half precision.
     bits = f"u{value.dtype.itemsize}"
     infinity = np.array(np.inf, value.dtype).view(bits)
     flat = value.reshape(-1).view(bits)
@@ -151,21 +176,28 @@ def all_finite(value: np.ndarray) -> bool:
 
 def place_tensors(
     stream: Iterable[tuple[str, np.ndarray]],
-    places: Places,
+    tensor_map: TensorMap,
     abstract: Params,
     dtype=None,
     where: str = "tensors",
 ) -> Params:
-    """Fill parameters from a stream of (file key, array), one tensor in memory beside the result.
+    """Fill parameters from a stream of tensors, with one tensor in memory besides the result.
 
-    Each tensor of `places` must come once. dtype: of the result; None keeps the file's.
-    Raises: InputError naming a tensor that `dtype` cannot hold.
+    Args:
+      stream: (file key, array); every key of `tensor_map` exactly once.
+      tensor_map: the file's keys -> parameters, from `check_keys`.
+      abstract: shapes of the parameters.
+      dtype: dtype of the result; None keeps the file's.
+      where: source of the tensors, for error texts.
+
+    Returns: nested numpy arrays.
+    Raises: InputError naming a tensor whose values overflow in `dtype`.
     """
     shapes = {path: leaf.shape for path, leaf in flatten(abstract).items()}
     flat: dict[str, np.ndarray] = {}
-    missing = set(places)
+    missing = set(tensor_map)
     for key, value in stream:
-        path, layer = places[key]
+        path, layer = tensor_map[key]
         if path not in flat:
             flat[path] = np.empty(shapes[path], dtype or value.dtype)
         target = flat[path] if layer is None else flat[path][layer, ...]
@@ -174,7 +206,7 @@ def place_tensors(
         if dtype is not None and not all_finite(target):
             raise InputError(
                 f"{where}: found values of {key} too large for {target.dtype}; expected "
-                "ones that it holds"
+                "ones within its range"
             )
         missing.remove(key)
     if missing:
@@ -185,10 +217,10 @@ def place_tensors(
 def tensors_from_params(
     params: Params, keymap: KeyMap, *, views: bool = False
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Parameters -> (file key, torch-layout array), one at a time.
+    """Yield the state dict of parameters: (file key, array in torch's layout), one at a time.
 
-    The arrays are contiguous; with `views` they share the parameters' memory and are strided,
-    for a consumer that lays them out itself.
+    views: yield strided views of the parameters' memory, for consumers that copy; otherwise the
+      arrays are contiguous.
     """
     for path, leaf in flatten(params).items():
         key, name = keymap.key(path), path.rsplit("/", 1)[-1]

@@ -1,4 +1,7 @@
-"""Weights in torch's pickle format, for those who ask for it: needs torch, executes nothing."""
+"""Read weights in torch's pickle format (opt-in) with torch's weights-only reader.
+
+No code in the file is executed. Needs torch.
+"""
 
 import zipfile
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from gadjax.io.untrusted import open_file
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """One tensor of a .bin file; mapped from the file where torch can."""
+    """One tensor of a .bin file; memory-mapped where torch can."""
 
     path: Path
     shape: tuple[int, ...]
@@ -31,10 +34,10 @@ class PickledTensor:
 
 
 def read_pickle(path: Path) -> dict[str, PickledTensor]:
-    """The tensors of a .bin file by torch's weights-only reader.
+    """Read the tensors of a .bin file with torch's weights-only reader.
 
-    Raises: InputError when torch is absent, or the file is damaged, holds anything but a flat
-    dict of tensors, or would run code.
+    Raises: InputError if torch is absent, or the file is damaged, holds anything but a flat dict
+      of tensors, or would run code.
     """
     try:
         import torch
@@ -65,7 +68,7 @@ def read_pickle(path: Path) -> dict[str, PickledTensor]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Of numbers in memory: not sparse, quantized or of a shape alone."""
+    """True for a dense tensor in CPU memory: not sparse, not quantized, not on the meta device."""
     import torch
 
     return (

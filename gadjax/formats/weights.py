@@ -1,4 +1,4 @@
-"""The weight files of one component, read and written as diffusers and transformers name them."""
+"""Weight files of one pipeline component, under the names of diffusers and transformers."""
 
 import hashlib
 import json
@@ -13,19 +13,19 @@ import numpy as np
 
 from gadjax.errors import InputError
 from gadjax.formats.safetensors_file import Tensor, read_header, target_dtype, write_safetensors
-from gadjax.formats.state_dict import LISTED, all_finite
+from gadjax.formats.state_dict import MAX_LISTED, all_finite
 from gadjax.formats.torch_pickle import PickledTensor, read_pickle
 from gadjax.io.untrusted import MAX_INDEX_BYTES, is_macos_metadata, is_safe_filename, read_json
 
 MAX_SHARD_BYTES = 10 * 10**9  # as diffusers splits
 
-# Library -> the stems of its safetensors and of its pickles.
+# Library -> file name stems of its safetensors and of its pickles.
 STEMS = {
     "diffusers": {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"},
     "transformers": {"safetensors": "model", "bin": "pytorch_model"},
 }
-# The variant stands before the ending, before .json of an index, or, in older ones, before .index
-# or before all of these.
+# The variant stands before the extension, before .json of an index, or, in older indexes, before
+# .index or before .safetensors.
 WEIGHTS_NAME = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)(\.(?P<variant>\w+))?"
     r"\.(?P<kind>safetensors|bin)"
@@ -35,11 +35,14 @@ WEIGHTS_NAME = re.compile(
 
 @dataclass(frozen=True)
 class Weights:
-    """What a component's weight files hold, from their headers.
+    """Weight files of a component and their tensors, read from the headers.
 
-    variant: the one whose files these are, None for the plain ones. files: all of them, an index
-    first. entries: by key, in the order of the data. passed: other files of the same weights, which
-    the library does not read beside these.
+    Attributes:
+      folder: folder of the files.
+      variant: variant of the files, such as "fp16"; None for the plain ones.
+      files: all files, an index first.
+      entries: tensors by key, in the order of the data.
+      unused_files: other files of the same weights, which the library does not read.
     """
 
     folder: Path
@@ -60,9 +63,9 @@ class Weights:
         return self.stream()
 
     def stream(self, keys: Collection[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """(key, array) one at a time, in the order of the files; all keys or the given ones.
+        """Yield (key, array) one at a time in file order, for all keys or the given ones.
 
-        Raises: InputError naming file and tensor at the first that is not finite.
+        Raises: InputError naming file and tensor at the first non-finite tensor.
         """
         for key, entry in self.entries.items():
             if keys is not None and key not in keys:
@@ -82,13 +85,18 @@ def open_weights(
 ) -> Weights:
     """Find a component's weights and read their headers, not their data.
 
-    variant: "" takes the plain files; None those or, in their absence, the only variant there is.
-    library: whose class reads them, which decides the names and which goes first; None for both.
-    allow_pickle: read torch's .bin too, by its weights-only reader.
-    Raises: InputError for a folder, file, shard or header that is not as it should be.
+    Args:
+      folder: folder of the component.
+      variant: "" selects the plain files; None those or, if there are none, the only variant.
+      library: "diffusers" or "transformers", which decides file names and precedence; None
+        accepts both.
+      allow_pickle: also read torch's .bin, with its weights-only reader.
+
+    Returns: the files and their tensors' headers.
+    Raises: InputError for an absent or malformed folder, file, shard or header.
     """
     folder = Path(folder)
-    (path, *unused_files), kind, variant = _choose(folder, variant, library)
+    (path, *unused), kind, variant = _select_files(folder, variant, library)
     if kind == "bin" and not allow_pickle:
         raise InputError(
             f"{path}: found a pickle, which can run code when it is opened; expected safetensors "
@@ -96,22 +104,24 @@ def open_weights(
         )
     read = read_header if kind == "safetensors" else read_pickle
     if path.suffix != ".json":
-        return Weights(folder, variant, (path,), read(path), tuple(unused_files))
+        return Weights(folder, variant, (path,), read(path), tuple(unused))
     shards = _read_index(path)
     entries: dict[str, Tensor | PickledTensor] = {}
     for shard, keys in shards.items():
-        held = read(shard)
-        if set(held) != keys:
-            lacking, extra = sorted(keys - set(held)), sorted(set(held) - keys)
-            what = f"no {_some(lacking)}" if lacking else f"{_some(extra)} beside the named ones"
-            raise InputError(f"{shard}: found {what}; expected the tensors named by {path.name}")
-        entries |= held
-    return Weights(folder, variant, (path, *shards), entries, tuple(unused_files))
+        tensors = read(shard)
+        if set(tensors) != keys:
+            missing, extra = sorted(keys - set(tensors)), sorted(set(tensors) - keys)
+            problem = f"no {_some(missing)}" if missing else f"also {_some(extra)}"
+            raise InputError(f"{shard}: found {problem}; expected the tensors named by {path.name}")
+        entries |= tensors
+    return Weights(folder, variant, (path, *shards), entries, tuple(unused))
 
 
 def component_variant(folder: Path, variant: str | None) -> str | None:
-    """What `open_weights` is asked for where a pipeline is asked for `variant`: as in diffusers
-    that, or the plain files of a component which has nothing of it."""
+    """The `variant` of `open_weights` for one component of a pipeline read with `variant`.
+
+    As in diffusers, a component without files of that variant falls back to its plain files ("").
+    """
     if variant is None:
         return None
     second = (name.split(".")[1] for name in _names(folder) if "." in name)
@@ -119,8 +129,9 @@ def component_variant(folder: Path, variant: str | None) -> str | None:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    """Comma-separated names, shortened to the first few and a count."""
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
 
 
 def _names(folder: Path) -> list[str]:
@@ -132,45 +143,55 @@ def _names(folder: Path) -> list[str]:
         raise InputError(f"{folder}: found {error.strerror}; expected a folder to read") from None
 
 
-def _choose(
+def _select_files(
     folder: Path, variant: str | None, library: str | None
 ) -> tuple[list[Path], str, str | None]:
-    """The file or index to read, and the others of its kind and variant; its kind and variant."""
+    """Weight files of the selected variant, in order of precedence, with their kind and variant.
+
+    The first is the file or index to read; the others hold the same weights in another form.
+    """
     stems = [(name, STEMS[name]) for name in ([library] if library else STEMS)]
-    found: dict[str, dict[str | None, list[tuple[int, Path]]]] = {"safetensors": {}, "bin": {}}
+    by_kind: dict[str, dict[str | None, list[tuple[int, Path]]]] = {"safetensors": {}, "bin": {}}
     names = _names(folder)
     for owner, stem in stems:
         for match in filter(None, map(WEIGHTS_NAME.fullmatch, names)):
             if match["stem"] == stem[match["kind"]]:
-                of = match["variant"] or match["older_variant"] or match["index_variant"]
-                place = found[match["kind"]].setdefault(of, [])
-                place.append((_rank(owner, match), folder / match[0]))
-    variant, only = variant or None, variant is None
-    for kind, variants in found.items():
-        if only and None not in variants and len(variants) == 1:
+                name = match["variant"] or match["older_variant"] or match["index_variant"]
+                ranked = by_kind[match["kind"]].setdefault(name, [])
+                ranked.append((_rank(owner, match), folder / match[0]))
+    variant, any_variant = variant or None, variant is None
+    for kind, variants in by_kind.items():
+        if any_variant and None not in variants and len(variants) == 1:
             (variant,) = variants
         if variant in variants:
             return [path for _, path in sorted(variants[variant])], kind, variant
-    held = sorted({of or "the plain one" for variants in found.values() for of in variants})
-    if held and only:
-        raise InputError(f"{folder}: found variants {', '.join(held)}; expected one to be chosen")
-    if held and variant is None:
+    present = sorted(
+        {name or "the plain one" for variants in by_kind.values() for name in variants}
+    )
+    if present and any_variant:
         raise InputError(
-            f"{folder}: found variants {', '.join(held)}; expected the one asked for, or the plain "
-            "one"
+            f"{folder}: found variants {', '.join(present)}; expected one to be chosen"
         )
-    if held:
-        raise InputError(f"{folder}: found no variant {variant}; expected {' or '.join(held)}")
-    wanted = " or ".join(f"{stem['safetensors']}.safetensors" for _, stem in stems)
+    if present and variant is None:
+        raise InputError(
+            f"{folder}: found variants {', '.join(present)}; expected the one asked for, or the "
+            "plain one"
+        )
+    if present:
+        raise InputError(f"{folder}: found no variant {variant}; expected {' or '.join(present)}")
+    expected = " or ".join(f"{stem['safetensors']}.safetensors" for _, stem in stems)
     raise InputError(
-        f"{folder}: found no weights, only {_some(names) or 'nothing'}; expected {wanted}, whole "
+        f"{folder}: found no weights, only {_some(names) or 'nothing'}; expected {expected}, whole "
         "or with an index"
     )
 
 
 def _rank(library: str, match: re.Match) -> int:
-    """The place of a file in the order in which its library looks: diffusers takes an index of
-    safetensors before a whole file, transformers after it. Neither knows the oldest spelling."""
+    """Precedence of a weight file in its library, lowest first.
+
+    diffusers prefers an index of safetensors to a single file, transformers the reverse. Neither
+    knows the oldest spelling of a variant.
+    """
     if not match["index"]:
         return 2
     if match["variant"]:
@@ -180,7 +201,7 @@ def _rank(library: str, match: re.Match) -> int:
 
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
-    """Shard -> the keys that an index places in it; all shards are there."""
+    """Map each shard of an index to its keys. Raises: InputError where a shard is missing."""
     weight_map = read_json(path, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(is_safe_filename, weight_map.values())):
         raise InputError(f"{path}: found no usable weight_map; expected tensor -> file beside it")
@@ -201,12 +222,18 @@ def write_weights(
     variant: str | None = None,
     dtype=None,
 ) -> list[Path]:
-    """Write a component's tensors as one safetensors file or, when too large, shards and an index.
+    """Write a component's tensors as one safetensors file or, if too large, shards and an index.
 
-    stem: diffusion_pytorch_model for a diffusers class, model for one of transformers. tensors:
-    may be strided views, which are laid out one at a time. dtype: cast the floating ones; None
-    keeps theirs.
-    Returns: the files. Raises: InputError naming a tensor that is not finite in its dtype.
+    Args:
+      folder: target folder, created if absent.
+      stem: diffusion_pytorch_model for a diffusers class, model for one of transformers.
+      tensors: (key, array); strided views are made contiguous one at a time.
+      max_shard_bytes: size above which a shard is closed.
+      variant: variant in the file names; None for plain names.
+      dtype: dtype that floating tensors are cast to; None keeps theirs.
+
+    Returns: the files, an index first.
+    Raises: InputError naming a tensor that is non-finite in its dtype.
     """
     tensors = dict(tensors)
     shards: list[dict[str, np.ndarray]] = []
@@ -237,7 +264,7 @@ def write_weights(
 
 
 def copy_weights(weights: Weights, folder: Path) -> None:
-    """Copy weight files as they are, under plain names: without their variant."""
+    """Copy weight files unchanged, under names without their variant."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in weights.files:
         target = folder / _plain(path.name, weights.variant)
@@ -252,8 +279,10 @@ def copy_weights(weights: Weights, folder: Path) -> None:
 
 
 def copy_folder(src: Path, dst: Path) -> None:
-    """Copy what is in a folder, with the modes of new files: a teacher's may be read-only. What a
-    Mac leaves beside files stays where it is."""
+    """Copy a folder recursively, with the modes of new files: a teacher's may be read-only.
+
+    macOS metadata files (.DS_Store, ._*) are left out.
+    """
     dst.mkdir(exist_ok=True)
     for path in sorted(src.iterdir()):
         if path.is_dir():
@@ -267,10 +296,10 @@ def _plain(name: str, variant: str | None) -> str:
 
 
 def fingerprint(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
-    """32 hex digits for names, shapes, dtypes and values, whatever the order and the files.
+    """Fingerprint of tensors: 32 hex digits of names, shapes, dtypes and values, in any order.
 
-    tensors: opened weights, or `tensors_from_params` of what was read from them: both give the
-    same.
+    tensors: opened weights, or `tensors_from_params` of the parameters read from them, which
+      gives the same fingerprint.
     """
     digests = []
     for key, value in tensors:

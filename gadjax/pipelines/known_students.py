@@ -1,7 +1,8 @@
-"""How distilled weights of other people are sampled, whose folders do not say it themselves.
+"""Sampling settings of published distilled checkpoints.
 
-No scheduler of diffusers keeps timesteps, a guidance scale or the scale of the first latents: they
-stand in the papers' code and model cards. Where gadjax exports a student, its gadjax.json says so.
+diffusers' scheduler configs do not store timesteps, guidance scale or the scale of the initial
+latents: these are in the papers' code and model cards. Students exported by gadjax store them in
+gadjax.json.
 """
 
 from collections.abc import Mapping
@@ -16,8 +17,14 @@ from gadjax.pipelines.pipeline import Pipeline, with_scheduler
 
 @dataclass(frozen=True)
 class PublishedStudent:
-    """family: the pipeline's class in diffusers. scheduler: the one that replaces the folder's own
-    and keeps its betas; None keeps all. start: the time whose sigma scales the first latents."""
+    """Sampling settings of one published student.
+
+    Attributes:
+      family: diffusers pipeline class.
+      steps, timesteps, guidance: as in `SamplingConfig`.
+      scheduler: class that replaces the folder's scheduler, with the same betas; None keeps it.
+      start: time whose sigma scales the initial latents; None for standard normal latents.
+    """
 
     family: str
     steps: int
@@ -28,9 +35,9 @@ class PublishedStudent:
 
 
 PUBLISHED_STUDENTS = {
-    # Luo et al., arXiv:2503.06674, and GAD's own of PixArt-alpha 512.
+    # Luo et al., arXiv:2503.06674, and GAD's students of PixArt-alpha 512.
     "tdm-pixart": PublishedStudent("PixArtAlphaPipeline", 4, (899, 674, 449, 224)),
-    # DP-DMD: the repository's own shifted grid.
+    # DP-DMD: the repository's shifted grid.
     "dp-dmd-sd3.5": PublishedStudent("StableDiffusion3Pipeline", 4),
     # Yin et al., arXiv:2405.14867; the card of tianweiy/DMD2.
     "dmd2-sdxl": PublishedStudent(
@@ -45,28 +52,33 @@ PUBLISHED_STUDENTS = {
 
 
 def published_student(name: str, pipeline: Pipeline) -> tuple[Pipeline, SamplingConfig]:
-    """The pipeline under the scheduler of a known student, and how it is sampled.
+    """Pipeline with the scheduler of a published student, and its sampling settings.
 
-    Raises: InputError for another name, or a pipeline of another family.
+    Raises: InputError for an unknown name, or a pipeline of another family.
     """
     if name not in PUBLISHED_STUDENTS:
         raise InputError(f"recipe: found {name!r}; expected one of {', '.join(PUBLISHED_STUDENTS)}")
-    known, folder = PUBLISHED_STUDENTS[name], pipeline.folder
-    found = folder.model_index.get("_class_name")
-    if found != known.family:
-        raise InputError(f"{folder.path}: found a {found}; expected a {known.family} for {name}")
-    if known.scheduler is not None:
-        pipeline = with_scheduler(pipeline, _scheduler(known.scheduler, folder.scheduler))
+    student, folder = PUBLISHED_STUDENTS[name], pipeline.folder
+    family = folder.model_index.get("_class_name")
+    if family != student.family:
+        raise InputError(f"{folder.path}: found a {family}; expected a {student.family} for {name}")
+    if student.scheduler is not None:
+        pipeline = with_scheduler(pipeline, _scheduler(student.scheduler, folder.scheduler))
     sampling = replace(
-        pipeline.sampling, steps=known.steps, timesteps=known.timesteps, guidance=known.guidance
+        pipeline.sampling,
+        steps=student.steps,
+        timesteps=student.timesteps,
+        guidance=student.guidance,
     )
-    if known.start is not None:
-        _, sigma = schedule_from_config(folder.scheduler).alpha_sigma(known.start)
+    if student.start is not None:
+        _, sigma = schedule_from_config(folder.scheduler).alpha_sigma(student.start)
         sampling = replace(sampling, scale=float(sigma))
     return pipeline, sampling
 
 
 def _scheduler(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What diffusers' from_config makes of another scheduler's, which keeps keys that only the new
-    class has: those that it does not follow are refused when they are read."""
+    """Config of another scheduler class, as diffusers' from_config converts it.
+
+    All keys are kept; those that the new class does not support are refused when it is read.
+    """
     return {**config, "_class_name": name}

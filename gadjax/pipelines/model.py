@@ -1,4 +1,4 @@
-"""A pipeline with its parameters, and how it is sampled."""
+"""A pipeline with its parameters and sampling settings."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from gadjax.types import Params
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline and how it is sampled. name: for messages."""
+    """A pipeline with its parameters and sampling settings. name: for messages."""
 
     name: str
     pipeline: Pipeline
@@ -18,7 +18,7 @@ class Model:
 
     @property
     def evaluations(self) -> int:
-        """Of the network, for one picture."""
+        """Network evaluations per image; two per step with classifier-free guidance."""
         steps = self.sampling.steps
         if self.sampling.timesteps is None:
             steps += self.pipeline.sampler.extra_evaluations if steps > 1 else 0
@@ -26,7 +26,7 @@ class Model:
 
     @property
     def guided(self) -> bool:
-        """Whether pictures are drawn with classifier-free guidance."""
+        """True if images are sampled with classifier-free guidance."""
         denoiser = self.pipeline.denoiser
         return (
             not denoiser.guidance_embedded and denoiser.guidance_scale(self.sampling.guidance) != 1

@@ -1,4 +1,7 @@
-"""What diffusers and transformers make of the same weights. Needs torch, imported when asked."""
+"""Parity checks against diffusers and transformers with the same weights.
+
+torch and diffusers are optional and imported on use.
+"""
 
 import importlib
 import importlib.metadata
@@ -24,19 +27,20 @@ from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise
 from gadjax.types import Cond
 
-NETWORK_BOUND = 1e-4  # of the largest value, in float32
+NETWORK_BOUND = 1e-4  # relative to the largest value, in float32
 PICTURE_BOUND = 2 / 255
 PROMPTS = ("a red circle above a blue square", "a lighthouse at dawn, oil on canvas", "")
-SIDE, TOKENS = 32, 12  # of random latents and texts
-_EXACT = partial(jax.default_matmul_precision, "highest")  # accelerators round products of float32
+SIDE, TOKENS = 32, 12  # of random latents and prompt embeddings
+_EXACT = partial(jax.default_matmul_precision, "highest")  # accelerators round float32 products
 
 
 def missing() -> list[str]:
-    """Which of the packages that a comparison needs are not installed."""
+    """Names of the packages needed for a comparison that are not installed."""
     return [name for name in ("torch", "diffusers") if find_spec(name) is None]
 
 
 def require(flag: str) -> None:
+    """Check that torch and diffusers are installed. Raises: InputError naming `flag`."""
     if absent := missing():
         raise InputError(
             f"{flag}: found no {' and no '.join(absent)}; expected them installed "
@@ -45,20 +49,24 @@ def require(flag: str) -> None:
 
 
 def compare_networks(ours: PipelineFolder, theirs: PipelineFolder, dtype=None) -> dict[str, float]:
-    """max |difference| / max |theirs| of what networks say in float32 to random inputs.
+    """Compare the outputs of gadjax's and torch's networks for random inputs, in float32.
 
-    ours: with parameters. theirs: a diffusers folder, from which torch reads its own; cast to
-      `dtype` first unless that is None.
-    Raises: RunStopped where diffusers or transformers cannot use the folder.
+    Args:
+      ours: pipeline folder with parameters.
+      theirs: diffusers folder, from which torch loads its weights.
+      dtype: dtype that torch's weights are cast to before the comparison; None for none.
+
+    Returns: max |ours - theirs| / max |theirs| by name of the output.
+    Raises: RunStopped where diffusers or transformers cannot load or run the folder.
     """
     import torch
 
-    found = {}
+    errors = {}
     for name, part in ours.components.items():
-        with _blamed(), torch.no_grad(), _EXACT():
+        with _diffusers_errors(), torch.no_grad(), _EXACT():
             network = _load(theirs, part)
             if dtype is not None:
-                for value in network.parameters():  # and no tables, which are of no file
+                for value in network.parameters():  # no buffers: they are in no file
                     value.copy_(value.to(getattr(torch, np.dtype(dtype).name)))
             apply = jax.jit(
                 functional(part.module.build(part.spec)).apply, static_argnames="method"
@@ -68,8 +76,8 @@ def compare_networks(ours: PipelineFolder, theirs: PipelineFolder, dtype=None) -
             for label, mine, other in compare(part, apply, network):
                 mine, other = np.asarray(mine), other.numpy()
                 error = np.abs(mine - other).max() / np.abs(other).max()
-                found[label] = float(error) if np.isfinite(error) else np.inf
-    return found
+                errors[label] = float(error) if np.isfinite(error) else np.inf
+    return errors
 
 
 def _load(folder: PipelineFolder, part: Component):
@@ -87,7 +95,7 @@ def _load(folder: PipelineFolder, part: Component):
 
 
 def _quiet():
-    """diffusers and transformers without warnings and bars of their own."""
+    """Import diffusers and transformers, with their warnings and progress bars off."""
     import diffusers
     import transformers
 
@@ -98,7 +106,7 @@ def _quiet():
 
 
 def _normal(seed: int, *shape: int):
-    """The same numbers for JAX as NHWC, and for torch as NCHW."""
+    """Standard normal array for JAX (NHWC) and the same for torch (NCHW)."""
     import torch
 
     value = np.random.default_rng(seed).standard_normal(shape, np.float32)
@@ -110,7 +118,7 @@ def _nhwc(image):
 
 
 def _denoiser(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]:
-    """Both are told the same by the names of their own arguments."""
+    """Yield (name, ours, theirs): outputs of the denoisers for the same inputs."""
     import torch
 
     spec, kind = part.spec, type(network).__name__
@@ -122,24 +130,24 @@ def _denoiser(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]
     mask = np.array([[1] * TOKENS, [1] * 5 + [0] * (TOKENS - 5)], np.int32)
     pooled = getattr(spec, "pooled_dim", None) or getattr(spec, "pooled_projection_dim", None)
     pooled = np.random.default_rng(5).standard_normal((2, pooled or 1), np.float32)
-    # Sprint's times are from 0 to 1.
+    # SANA-Sprint's times are in [0, 1].
     embedded = getattr(spec, "guidance_embeds", False)
     times = np.array([0.9, 0.2] if embedded else [999, 7], np.float32)
     extras = {"guidance": np.array([4.5, 1], np.float32)} if embedded else None
     extras = extras or part.module.extras(spec, 2, 8 * side, 8 * side, pooled)
-    told = {name: torch.from_numpy(np.array(value)) for name, value in (extras or {}).items()}
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in (extras or {}).items()}
     arguments = {"encoder_hidden_states": text_torch, "timestep": torch.from_numpy(times)}
     if kind == "SD3Transformer2DModel":
-        arguments["pooled_projections"] = told["pooled"]
+        arguments["pooled_projections"] = tensors["pooled"]
     elif kind == "UNet2DConditionModel":
-        arguments["added_cond_kwargs"] = told
+        arguments["added_cond_kwargs"] = tensors
     else:
         arguments["encoder_attention_mask"] = torch.from_numpy(mask)
     if kind == "PixArtTransformer2DModel":
         names = ("resolution", "aspect_ratio")
-        arguments["added_cond_kwargs"] = {name: told.get(name) for name in names}
+        arguments["added_cond_kwargs"] = {name: tensors.get(name) for name in names}
     if embedded:
-        arguments["guidance"] = told["guidance"] * spec.guidance_embeds_scale
+        arguments["guidance"] = tensors["guidance"] * spec.guidance_embeds_scale
     theirs = network(x_torch, **arguments).sample[:, : spec.in_channels]
     ours = part.module.predictor(apply, spec)(part.params, x, times, Cond(text, mask, extras))
     yield part.name, ours, _nhwc(theirs)
@@ -174,38 +182,44 @@ def _vae(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]:
     yield f"{part.name} encode", ours, _nhwc(theirs)
 
 
-# Class of the pipeline, up to its number -> what it is told beside what all are.
-_CLEANED = {"use_resolution_binning": False, "clean_caption": False}
-_OWN = {"PixArt": _CLEANED, "Sana": _CLEANED}
-_LENGTH = ("PixArt", "Sana", "StableDiffusion3")
+# Prefix of the pipeline's class -> additional arguments.
+_UNCHANGED_INPUTS = {"use_resolution_binning": False, "clean_caption": False}
+_FAMILY_ARGUMENTS = {"PixArt": _UNCHANGED_INPUTS, "Sana": _UNCHANGED_INPUTS}
+_WITH_LENGTH = ("PixArt", "Sana", "StableDiffusion3")  # those that take max_sequence_length
 
 
 def diffusers_arguments(pipeline: str, sampling: SamplingConfig) -> dict[str, Any]:
-    """Arguments of a pipeline's class, beside prompt and latents, with which it draws the same."""
+    """Keyword arguments of a diffusers pipeline call for given sampling settings.
+
+    pipeline: diffusers class. Prompt and latents are not among the arguments.
+    """
     if sampling.timesteps is None:
-        found = {"num_inference_steps": sampling.steps}
+        arguments = {"num_inference_steps": sampling.steps}
         if pipeline.startswith("SanaSprint") and sampling.steps != 2:
-            found["intermediate_timesteps"] = None
-    elif pipeline.startswith("StableDiffusion3"):  # which takes no timesteps
+            arguments["intermediate_timesteps"] = None
+    elif pipeline.startswith("StableDiffusion3"):  # takes no timesteps
         sigmas = [t / Flow().steps for t in sampling.timesteps]
-        found = {"sigmas": sigmas, "num_inference_steps": sampling.steps}
+        arguments = {"sigmas": sigmas, "num_inference_steps": sampling.steps}
     else:
-        whole = (int(t) if t == int(t) else t for t in sampling.timesteps)
-        found = {"timesteps": list(whole), "num_inference_steps": sampling.steps}
-        if pipeline.startswith("PixArt"):  # which counts them itself
-            del found["num_inference_steps"]
-    found["guidance_scale"] = sampling.guidance
+        timesteps = (int(t) if t == int(t) else t for t in sampling.timesteps)
+        arguments = {"timesteps": list(timesteps), "num_inference_steps": sampling.steps}
+        if pipeline.startswith("PixArt"):  # counts them itself
+            del arguments["num_inference_steps"]
+    arguments["guidance_scale"] = sampling.guidance
     if sampling.negative is not None:
-        found["negative_prompt"] = sampling.negative
-    if pipeline.startswith(_LENGTH):
-        found["max_sequence_length"] = sampling.length
-    return found | next((own for name, own in _OWN.items() if pipeline.startswith(name)), {})
+        arguments["negative_prompt"] = sampling.negative
+    if pipeline.startswith(_WITH_LENGTH):
+        arguments["max_sequence_length"] = sampling.length
+    return arguments | next(
+        (extra for name, extra in _FAMILY_ARGUMENTS.items() if pipeline.startswith(name)), {}
+    )
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Compare what diffusers and gadjax draw with a folder: what its gadjax.json keeps.
+    """Verify that diffusers and gadjax sample the same images with an exported folder.
 
-    Raises: RunStopped where they differ, or diffusers cannot use the folder.
+    Returns: the entry "verified" of gadjax.json.
+    Raises: RunStopped where the images differ, or diffusers cannot load or run the folder.
     """
     difference = compare_pictures(folder, PROMPTS)
     if difference > PICTURE_BOUND:
@@ -223,17 +237,18 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def compare_pictures(folder: Path, prompts: Sequence[str]) -> float:
-    """The largest difference between what diffusers and gadjax draw with a diffusers folder and
-    its gadjax.json, from the same latents, one for each prompt; pictures from 0 to 1.
+    """Largest difference between the images of diffusers and gadjax, with values in [0, 1].
 
-    Raises: RunStopped where diffusers cannot use the folder.
+    Both sample one image per prompt from the same initial latents, with a diffusers folder and
+    its gadjax.json.
+    Raises: RunStopped where diffusers cannot load or run the folder.
     """
     pipeline, params = load_pipeline(folder)
     sampling = read_sampling(folder, pipeline.sampling)
     noise = initial_noise(0, len(prompts), pipeline.latent)
     with _EXACT():
         ours = draw(pipeline, params, sampling, prompts, noise) / 2 + 0.5
-    with _blamed():
+    with _diffusers_errors():
         error = np.abs(ours - _pictures(folder, sampling, prompts, noise)).max()
     return float(error) if np.isfinite(error) else np.inf
 
@@ -241,11 +256,11 @@ def compare_pictures(folder: Path, prompts: Sequence[str]) -> float:
 def _pictures(
     folder: Path, sampling: SamplingConfig, prompts: Sequence[str], noise_BHWC: np.ndarray
 ) -> np.ndarray:
-    """What diffusers draws. Schedulers that add noise are given the one that gadjax adds."""
+    """Images from diffusers, [N, H, W, 3]. Stochastic schedulers add gadjax's noise."""
     import torch
 
     diffusers, _ = _quiet()
-    # Of parts that a folder goes without some pipelines want to be told again.
+    # Some pipelines require omitted parts to be passed as None.
     absent = {name: None for name, part in read_json(folder / INDEX).items() if part == [None] * 2}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32, **absent
@@ -262,6 +277,7 @@ def _pictures(
 
 @contextmanager
 def _same_noise(scheduler, noise_BHWC: np.ndarray) -> Iterator[None]:
+    """Patch the scheduler's randn_tensor to return the noise that gadjax adds at each step."""
     module, step = importlib.import_module(type(scheduler).__module__), itertools.count()
     if not hasattr(module, "randn_tensor"):
         yield
@@ -282,9 +298,10 @@ def _same_noise(scheduler, noise_BHWC: np.ndarray) -> Iterator[None]:
 
 
 @contextmanager
-def _blamed() -> Iterator[None]:
+def _diffusers_errors() -> Iterator[None]:
+    """Turn any exception of diffusers, transformers or torch into RunStopped."""
     try:
         yield
-    except Exception as error:  # theirs, of any kind
+    except Exception as error:  # of any kind
         reason = " ".join(str(error).split())[:300]
         raise RunStopped(f"diffusers: {type(error).__name__}: {reason}") from error

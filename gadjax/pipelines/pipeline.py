@@ -1,4 +1,4 @@
-"""A diffusers pipeline folder as functions of parameters: text -> cond, latents <-> pictures."""
+"""Text-to-image pipeline as pure functions of parameters: prompts -> cond, latents <-> images."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -35,9 +35,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """The networks of one folder without their parameters, and what goes between them.
+    """The networks of a pipeline folder without their parameters, and the functions between them.
 
-    latent: (H, W, C) of the denoiser, of the size it was trained for unless another is asked for.
+    Attributes:
+      folder: configurations and components.
+      networks: pure functions of the networks, by name.
+      denoiser: the backbone with its noise schedule and parameterization.
+      sampler: the folder's scheduler.
+      prompts: prompt encoder of the family.
+      latent: (H, W, C) of the latents; the size of training unless `resized`.
     """
 
     folder: PipelineFolder
@@ -49,20 +55,20 @@ class Pipeline:
 
     @property
     def backbone(self) -> str:
-        """The name of the denoiser's network: "transformer" or "unet"."""
+        """Name of the denoiser's network: "transformer" or "unet"."""
         return self.folder.backbone
 
     @property
     def sampling(self) -> SamplingConfig:
-        """What the family's pipeline in diffusers draws with unless it is told."""
+        """Default sampling settings of the family's pipeline in diffusers."""
         return SamplingConfig(self.prompts.steps, None, self.prompts.guidance, self.prompts.length)
 
     def encode_text(self, params: dict[str, Params], ids_BL, mask_BL) -> Cond:
-        """Token ids to what the denoiser is told. params: by network."""
+        """Encode token ids to the denoiser's conditioning. params: by network."""
         return self.cond(*self.prompts.encode(params, ids_BL, mask_BL))
 
     def cond(self, text_BLD, mask_BL, pooled_BP=None) -> Cond:
-        """Text embeddings and the size that the pictures will have."""
+        """Conditioning from prompt embeddings, with the micro-conditioning of the image size."""
         part = self.folder.components[self.backbone]
         height, width = (side * self.upscale for side in self.latent[:2])
         extras = part.module.extras(part.spec, text_BLD.shape[0], height, width, pooled_BP)
@@ -73,24 +79,26 @@ class Pipeline:
         return self.folder.components["vae"].spec.upscale
 
     def encode_image(self, params: Params, image_BHWC):
-        """Pictures in [-1, 1] to the denoiser's latents (the posterior's mean)."""
+        """Encode images in [-1, 1] to latents in the denoiser's scale: the posterior's mean."""
         vae = self.folder.components["vae"]
         mean, _ = self.networks["vae"].apply(params, image_BHWC, method="encode")
         return vae.module.scale(mean.astype(jnp.float32), vae.spec)
 
     def decode(self, params: Params, latent_BHWC):
-        """The denoiser's latents to pictures in [-1, 1], clipped."""
+        """Decode latents in the denoiser's scale to images, clipped to [-1, 1]."""
         vae = self.folder.components["vae"]
         raw = vae.module.unscale(latent_BHWC, vae.spec)
         image = self.networks["vae"].apply(params, raw, method="decode")
         return jnp.clip(image.astype(jnp.float32), -1, 1)
 
     def tokens(self, prompts: Sequence[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids_BL, mask_BL. None for what guidance leads away from by default: not every family's is
-        the empty prompt."""
+        """Token ids [B, L] and attention masks [B, L] of prompts.
+
+        None stands for the family's default negative prompt, which is not always the empty prompt.
+        """
         ids, mask = self.prompts.tokens([prompt or "" for prompt in prompts], length)
-        if gone := [i for i, prompt in enumerate(prompts) if prompt is None]:
-            ids[gone], mask[gone] = self.prompts.negative_tokens(None, length)
+        if default := [i for i, prompt in enumerate(prompts) if prompt is None]:
+            ids[default], mask[default] = self.prompts.negative_tokens(None, length)
         return ids, mask
 
 
@@ -102,16 +110,23 @@ def load_pipeline(
     variant: str | None = None,
     allow_pickle: bool = False,
 ) -> tuple[Pipeline, dict[str, Params]]:
-    """Read a folder, diffusers' or gadjax's own: the functions, and the parameters by component.
+    """Read a pipeline folder in diffusers' or gadjax's format.
 
-    The parameters are host arrays in the file's dtype.
-    Raises: InputError for whatever is wrong with the folder.
+    Args:
+      path: the folder.
+      dtype: compute dtype of the networks.
+      remat: rematerialise activations in reverse mode.
+      variant: variant of the weight files, such as "fp16".
+      allow_pickle: also read torch's .bin.
+
+    Returns: the pipeline, and the parameters by component: host arrays in the file's dtype.
+    Raises: InputError for an invalid folder.
     """
     folder = open_folder(path, variant=variant, allow_pickle=allow_pickle)
     mixed = variant and any(not part.weights.variant for part in folder.components.values())
     if folder.unused_files or mixed:
-        beside = f" (and not {', '.join(folder.unused_files)})" if folder.unused_files else ""
-        log.warning("%s: read %s%s", folder.path, folder.files, beside)
+        unused = f" (and not {', '.join(folder.unused_files)})" if folder.unused_files else ""
+        log.warning("%s: read %s%s", folder.path, folder.files, unused)
     pipeline = make_pipeline(folder, dtype=dtype, remat=remat)
     return pipeline, {name: part.params for name, part in folder.components.items()}
 
@@ -119,16 +134,21 @@ def load_pipeline(
 def abstract_pipeline(
     path: Path, *, dtype=jnp.float32, remat: bool = False
 ) -> tuple[Pipeline, dict[str, Params]]:
-    """load_pipeline from configurations alone: the parameters are shapes."""
+    """Pipeline from configurations alone, as `load_pipeline` with abstract parameters (shapes)."""
     pipeline = make_pipeline(abstract_folder(path), dtype=dtype, remat=remat)
     return pipeline, {name: network.abstract for name, network in pipeline.networks.items()}
 
 
 def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = False) -> Pipeline:
-    """The functions of a folder that was read, or only checked.
+    """Build the pipeline of a folder that was read or checked.
+
+    Args:
+      folder: configurations and components; parameters are not needed.
+      dtype: compute dtype of the networks.
+      remat: rematerialise activations in reverse mode.
 
     Raises: InputError for a folder without a denoiser, its text encoders or an autoencoder, or
-    whose parts do not go together.
+      with incompatible parts.
     """
     for name in (folder.backbone, "vae"):
         if name not in folder.components:
@@ -156,9 +176,9 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
 
 
 def resized(pipeline: Pipeline, size: tuple[int, int]) -> Pipeline:
-    """The pipeline for pictures of another size (height, width) in pixels.
+    """The pipeline for another image size (height, width) in pixels.
 
-    Raises: InputError for a size that the networks cannot take.
+    Raises: InputError for a size that the networks do not support.
     """
     height, width = size
     if min(size) < 1 or height % pipeline.upscale or width % pipeline.upscale:
@@ -218,9 +238,9 @@ def _text_parts(folder: PipelineFolder, networks: dict[str, Functional]) -> Text
 
 
 def floor_timesteps(network: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A network told the whole part of t, as diffusers tells it; the schedule keeps t itself.
+    """Floor the timesteps that a network gets, as diffusers does; the schedule keeps t itself.
 
-    A derivative in t is the network's own at that whole time, not the zero of a rounded one.
+    The derivative in t is the network's derivative at the floored time, not the zero of floor.
     """
 
     def call(params: Params, x_BHWC, t_B, cond: Cond):
@@ -230,22 +250,22 @@ def floor_timesteps(network: Callable[..., jax.Array]) -> Callable[..., jax.Arra
 
 
 def trigflow(network: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A flow network that is asked in TrigFlow's terms, of unit variance.
+    """Wrap a flow network as one in TrigFlow's parameterization, with inputs of unit variance.
 
-    SANA-Sprint (Chen et al., arXiv:2503.09641, section 3.1): a flow's time s = sin t / (sin t +
-    cos t), its x scaled to the flow's variance, and v in place of its velocity.
+    SANA-Sprint (Chen et al., arXiv:2503.09641, section 3.1): the flow's time is s = sin t /
+    (sin t + cos t), x is scaled to the flow's variance, and the output is v, not the velocity.
     """
 
     def call(params: Params, x_BHWC, t_B, cond: Cond):
         s = jnp.sin(t_B) / (jnp.sin(t_B) + jnp.cos(t_B))
         wide = expand(s, x_BHWC)
         size = jnp.sqrt(wide**2 + (1 - wide) ** 2)
-        said = network(params, x_BHWC * size, s, cond)
-        return ((1 - 2 * wide) * (x_BHWC * size) + size**2 * said) / size
+        velocity = network(params, x_BHWC * size, s, cond)
+        return ((1 - 2 * wide) * (x_BHWC * size) + size**2 * velocity) / size
 
     return call
 
 
 def random_params(network: Functional, seed: int) -> Params:
-    """Fresh parameters of a network."""
+    """Randomly initialised parameters of a network."""
     return jax.jit(network.init)(make_key(seed))

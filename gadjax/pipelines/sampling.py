@@ -1,4 +1,4 @@
-"""Pictures from a pipeline folder: prompts and noise in, arrays out."""
+"""Sample images with a pipeline: prompts and initial noise to arrays."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,22 +20,22 @@ BATCH = 64
 
 @pinned_jax_config()
 def initial_noise(seed: int, count: int, latent: tuple[int, int, int]) -> np.ndarray:
-    """Standard normal [count, H, W, C]; number i depends on (seed, i) alone, not on the count."""
+    """Initial noise [count, H, W, C], standard normal; row i depends on (seed, i), not on count."""
     key = make_key(seed)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
     return np.asarray(jax.vmap(lambda k: jax.random.normal(k, latent, jnp.float32))(keys))
 
 
 def sampler_and_times(pipeline: Pipeline, sampling: SamplingConfig) -> tuple[Sampler, np.ndarray]:
-    """Which steps are taken and between which times [steps + 1].
+    """Sampler and its times [steps + 1] for sampling settings.
 
-    Raises: InputError for steps or timesteps that the folder's scheduler cannot take.
+    Raises: InputError for steps or timesteps that the folder's scheduler does not support.
     """
     sampler = pipeline.sampler
     if sampling.timesteps is None:
         times = sampler.times(sampling.steps)
         if sampling.steps == 1 and pipeline.folder.model_index["_class_name"] == PIXART:
-            times[-1] = sampler.schedule.clean  # of a single step it takes x0
+            times[-1] = sampler.schedule.clean  # after a single step it uses x0
         return sampler, times
     if not sampler.stochastic:
         config = student_scheduler_config(pipeline.folder.scheduler, sampling.timesteps)
@@ -46,9 +46,17 @@ def sampler_and_times(pipeline: Pipeline, sampling: SamplingConfig) -> tuple[Sam
 def clean_latent(
     pipeline: Pipeline, params: Params, sampling: SamplingConfig, z_BHWC, cond: Cond, null: Cond
 ) -> jax.Array:
-    """The map from noise to x0 that is walked when a picture is drawn; differentiable.
+    """Sampling map from initial noise to x0: all steps of the sampler; differentiable.
 
-    params: of the denoiser. null: the empty prompt, unread where there is no guidance.
+    Args:
+      pipeline: the pipeline.
+      params: parameters of the denoiser.
+      sampling: steps, timesteps and guidance.
+      z_BHWC: initial noise, standard normal.
+      cond: conditioning.
+      null: conditioning of the negative prompt; unused without guidance.
+
+    Returns: clean latents x0 [B, H, W, C].
     """
     sampler, times = sampler_and_times(pipeline, sampling)
     if sampling.scale != 1:
@@ -68,9 +76,18 @@ def draw(
     batch: int = BATCH,
     progress: Callable[[int], object] = lambda count: None,
 ) -> np.ndarray:
-    """One picture for each of N prompts, from its own noise: float32 [N, H, W, 3] in [-1, 1].
+    """Sample one image per prompt.
 
-    params: by network, as load_pipeline returns them. progress: told how many are done each time.
+    Args:
+      pipeline: the pipeline.
+      params: parameters by network, as `load_pipeline` returns them.
+      sampling: steps, timesteps and guidance.
+      prompts: N prompts.
+      noise_NHWC: initial noise of each image.
+      batch: images per compiled call.
+      progress: called after each batch with its number of images.
+
+    Returns: images, float32 [N, H, W, 3] in [-1, 1].
     """
 
     def images(params, z, cond, null):
@@ -93,9 +110,19 @@ def map_prompts(
     batch: int = BATCH,
     progress: Callable[[int], object] = lambda count: None,
 ) -> np.ndarray:
-    """f(params, *arrays, cond, null) under one jit, in batches of one size: the last is padded.
+    """Map a function over prompts in batches, with one compilation: the last batch is padded.
 
-    arrays: each [N, ...] for N prompts.
+    Args:
+      f: (params, *arrays, cond, null) -> array with the batch axis first.
+      pipeline: the pipeline.
+      params: parameters by network.
+      sampling: prompt length and negative prompt.
+      prompts: N prompts.
+      arrays: further inputs, [N, ...].
+      batch: prompts per compiled call.
+      progress: called after each batch with its number of prompts.
+
+    Returns: the outputs, concatenated to [N, ...].
     """
     count = len(prompts)
     batch = min(batch, count)
@@ -112,8 +139,8 @@ def map_prompts(
 
     parts = []
     for start in range(0, count, batch):
-        places = np.minimum(np.arange(start, start + batch), count - 1)
-        part = run(params, tuple(x[places] for x in inputs), negative_tokens)
+        indices = np.minimum(np.arange(start, start + batch), count - 1)
+        part = run(params, tuple(x[indices] for x in inputs), negative_tokens)
         done = min(batch, count - start)
         parts.append(np.asarray(part)[:done])
         progress(done)

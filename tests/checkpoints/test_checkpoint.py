@@ -1,4 +1,4 @@
-"""Checkpoints: equal bits on any mesh, and damage that is noticed, named and survived."""
+"""Checkpoints: bit-identical on any mesh; damage is detected, reported and skipped."""
 
 import asyncio
 import errno
@@ -53,9 +53,9 @@ def shapes(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
 
 
-def assert_same(found, wanted):
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+def assert_same(restored, expected):
+    assert jax.tree.structure(restored) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
@@ -94,35 +94,35 @@ def flip(path: Path, bit: int = 3) -> None:
 
 
 def test_round_trip_keeps_every_bit(folder, state):
-    step, found, meta = restore(folder, shapes(state))
+    step, restored, meta = restore(folder, shapes(state))
     assert (step, meta) == (4, {"seed": 4, "config": {"a": [1, 2]}})
-    assert_same(found, state)
-    assert type(found.opt["student"]) is type(state.opt["student"])
+    assert_same(restored, state)
+    assert type(restored.opt["student"]) is type(state.opt["student"])
 
 
-def test_nothing_there(tmp_path, state):
+def test_no_checkpoints(tmp_path, state):
     assert restore(tmp_path / "new", shapes(state)) is None
 
 
 def test_state_may_be_donated_while_it_is_written(tmp_path):
     leaf = {"w": jax.random.normal(jax.random.key(0), (2048, 1024))}
     state = create_state({"student": leaf}, {"student": optax.sgd(0.1)})
-    wanted = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    expected = jax.tree.map(lambda x: np.array(x, copy=True), state)
     change = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state, {})
     for _ in range(20):
         state = change(state)
-    _, found, _ = checkpoints.restore(shapes(state))
+    _, restored, _ = checkpoints.restore(shapes(state))
     checkpoints.close()
-    assert_same(found, wanted)
+    assert_same(restored, expected)
 
 
 def files_of(step: Path) -> set[str]:
     return {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
 
 
-def test_every_committed_step_is_sealed_with_every_file(folder):
+def test_every_committed_step_has_a_manifest_of_every_file(folder):
     for step in (folder / "2", folder / "4"):
         assert json.loads((step / "manifest.json").read_text()).keys() == files_of(step)
         assert {"state/_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt"} < files_of(step)
@@ -142,13 +142,13 @@ NAMES = "state/_METADATA", "meta/metadata", "manifest.json", "_CHECKPOINT_METADA
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink, add_file])
-def test_a_damaged_step_is_named_and_skipped(folder, state, damage, name, caplog):
+def test_a_damaged_step_is_logged_and_skipped(folder, state, damage, name, caplog):
     path = largest(folder / "4") if name == "largest" else folder / "4" / name
     damage(path)
     with caplog.at_level(logging.WARNING, "gadjax"):
         checkpoints = Checkpoints(folder)
-        step, found, meta = checkpoints.restore(shapes(state))
-    assert (step, meta, int(found.step)) == (2, {"seed": 2}, 2)
+        step, restored, meta = checkpoints.restore(shapes(state))
+    assert (step, meta, int(restored.step)) == (2, {"seed": 2}, 2)
     lines = [r.getMessage() for r in caplog.records if r.name.startswith("gadjax")]
     assert len(lines) == 1 and "\n" not in lines[0]
     named = "stray" if damage is add_file else path.name
@@ -156,25 +156,25 @@ def test_a_damaged_step_is_named_and_skipped(folder, state, damage, name, caplog
     # Training goes on from step 2 and writes step 4 again.
     checkpoints.save(4, state, {"again": True})
     checkpoints.close()
-    step, found, meta = restore(folder, shapes(state))
+    step, restored, meta = restore(folder, shapes(state))
     assert (step, meta) == (4, {"again": True})
-    assert_same(found, state)
+    assert_same(restored, state)
     assert (folder / "damaged" / "4").is_dir()
 
 
-def test_a_seal_notices_every_bit_of_itself(tmp_path):
+def test_manifest_detects_every_flipped_bit_of_itself(tmp_path):
     (tmp_path / "a").write_bytes(b"weights")
     write_manifest(tmp_path)
     seal = tmp_path / MANIFEST
-    whole = seal.read_bytes()
-    assert verify(tmp_path) is None and whole.count(b"\n") > 5
-    for bit in range(8 * len(whole)):
-        data = bytearray(whole)
+    manifest_bytes = seal.read_bytes()
+    assert verify(tmp_path) is None and manifest_bytes.count(b"\n") > 5
+    for bit in range(8 * len(manifest_bytes)):
+        data = bytearray(manifest_bytes)
         data[bit // 8] ^= 1 << bit % 8
         seal.write_bytes(data)
         assert verify(tmp_path).startswith("manifest.json: "), bit
-    for length in range(len(whole)):
-        seal.write_bytes(whole[:length])
+    for length in range(len(manifest_bytes)):
+        seal.write_bytes(manifest_bytes[:length])
         assert verify(tmp_path).startswith("manifest.json: "), length
     for text in ("[]", "1", '{"a": 1}', "[" * 100_000, '{"../a": {"size": 7}}'):
         seal.write_text(text)
@@ -182,7 +182,7 @@ def test_a_seal_notices_every_bit_of_itself(tmp_path):
 
 
 def test_a_run_that_died_right_after_a_commit(folder, state):
-    """Its step is judged without what Orbax wrote at the commit, and restored without it."""
+    """Its step is verified and restored without the files that Orbax wrote at the commit."""
     checkpoints = Checkpoints(folder)
     checkpoints.save(6, state, {})
     checkpoints.manager.wait_until_finished()
@@ -191,12 +191,12 @@ def test_a_run_that_died_right_after_a_commit(folder, state):
     for name in late:
         flip(folder / "6" / name)
     (folder / "6" / "manifest.json.new").write_text("half")
-    step, found, _ = restore(folder, shapes(state))
+    step, restored, _ = restore(folder, shapes(state))
     assert step == 6
-    assert_same(found, state)
+    assert_same(restored, state)
 
 
-def test_a_seal_without_its_own_checksum(folder, state):
+def test_manifest_without_its_checksum(folder, state):
     path = folder / "4" / MANIFEST
     seal = json.loads(path.read_text())
     del seal[MANIFEST]
@@ -204,7 +204,7 @@ def test_a_seal_without_its_own_checksum(folder, state):
     assert restore(folder, shapes(state))[0] == 2
 
 
-def test_a_seal_that_is_a_pipe_is_not_waited_for(folder):
+def test_a_pipe_as_manifest_does_not_block(folder):
     seal = folder / "4" / MANIFEST
     seal.unlink()
     os.mkfifo(seal)
@@ -212,7 +212,7 @@ def test_a_seal_that_is_a_pipe_is_not_waited_for(folder):
 
 
 def test_a_disk_that_cannot_be_read(folder, state, monkeypatch, caplog):
-    """A bad sector is damage; a disk that is gone is none, or sound steps would be put aside."""
+    """A bad sector is damage; a lost disk is not, or valid steps would be moved to `damaged`."""
     bad = str(largest(folder / "4"))
     number = errno.EIO
     opened = Path.open
@@ -287,7 +287,7 @@ def test_read_params(folder, state):
         read_params(folder, "ema", 4)
 
 
-def test_a_read_that_fails_on_right_bytes_is_no_damage(folder, state, monkeypatch):
+def test_a_failed_read_of_intact_files_is_no_damage(folder, state, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
@@ -308,7 +308,7 @@ def test_read_params_of_a_run_without_critic(tmp_path, state):
         read_params(tmp_path, "critic")
 
 
-def test_which_steps_stay(tmp_path, state):
+def test_newest_steps_are_kept(tmp_path, state):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in range(1, 5):
         checkpoints.save(step, state, {})
@@ -318,12 +318,12 @@ def test_which_steps_stay(tmp_path, state):
     assert read_params(tmp_path)[2] == {}
 
 
-def test_what_a_killed_run_had_still_to_remove(folder, state):
+def test_restore_removes_steps_a_killed_run_left(folder, state):
     checkpoints = Checkpoints(folder, keep=1)
-    step, found, _ = checkpoints.restore(shapes(state))
+    step, restored, _ = checkpoints.restore(shapes(state))
     checkpoints.close()
     assert step == 4 and [p.name for p in folder.iterdir()] == ["4"]
-    assert_same(found, state)
+    assert_same(restored, state)
 
 
 FULL = ValueError("RESOURCE_EXHAUSTED: Error writing\nblock [No space left on device]")
@@ -333,11 +333,11 @@ def fail(*arguments, **more):
     raise FULL
 
 
-def assert_left(folder: Path, wanted: list[str]) -> None:
-    """Soon, as removing happens in the background."""
+def assert_remaining(folder: Path, expected: list[str]) -> None:
+    """Wait until only these names remain: Orbax removes files in the background."""
     deadline = time.monotonic() + 10
-    while (found := sorted(p.name for p in folder.iterdir())) != wanted:
-        assert time.monotonic() < deadline, found
+    while (restored := sorted(p.name for p in folder.iterdir())) != expected:
+        assert time.monotonic() < deadline, restored
         time.sleep(0.01)
 
 
@@ -366,27 +366,27 @@ def test_a_save_that_fails(tmp_path, state, monkeypatch, caplog, place):
     assert "Traceback" not in caplog.text
     checkpoints.save(5, state, {"step": 5})
     checkpoints.close()
-    # What Orbax still makes in the background, when the rest is removed, goes at the next start.
-    step, found, meta = restore(tmp_path, shapes(state))
+    # Files that Orbax still writes in the background are removed at the next start.
+    step, restored, meta = restore(tmp_path, shapes(state))
     sealed = place.endswith("finalize_manifest")  # all but the files of the commit
-    assert_left(tmp_path, ["4", "5"] if sealed else ["2", "5"])
+    assert_remaining(tmp_path, ["4", "5"] if sealed else ["2", "5"])
     assert (step, meta) == (5, {"step": 5})
-    assert_same(found, state)
+    assert_same(restored, state)
 
 
-def test_what_a_failed_save_leaves_is_removed(folder, state, monkeypatch):
-    """At once: it may be what fills the disk."""
+def test_partial_files_of_a_failed_save_are_removed(folder, state, monkeypatch):
+    """Removed at once: they may be filling the disk."""
     checkpoints = Checkpoints(folder)
     monkeypatch.setattr("gadjax.checkpoints.checkpoint.write_manifest", fail)
     checkpoints.save(6, state, {})
     with pytest.raises(SaveFailed):
         checkpoints.wait()
-    assert_left(folder, ["2", "4"])
+    assert_remaining(folder, ["2", "4"])
     checkpoints.close()
 
 
-def test_a_save_that_is_cancelled_is_not_taken_for_one_that_went_well(folder, state, monkeypatch):
-    """Of which Orbax says nothing at all."""
+def test_a_cancelled_save_is_a_failed_save(folder, state, monkeypatch):
+    """Orbax reports nothing about a cancelled save."""
 
     def cancel(path):
         raise asyncio.CancelledError
@@ -395,7 +395,7 @@ def test_a_save_that_is_cancelled_is_not_taken_for_one_that_went_well(folder, st
     with monkeypatch.context() as patch:
         patch.setattr("gadjax.checkpoints.checkpoint.write_manifest", cancel)
         checkpoints.save(6, state, {})
-        with pytest.raises(SaveFailed, match="/6: cannot be written: Orbax gave it up$"):
+        with pytest.raises(SaveFailed, match="/6: cannot be written: Orbax cancelled the save$"):
             checkpoints.wait()
     checkpoints.save(7, state, {})
     checkpoints.close()
@@ -420,7 +420,7 @@ def test_a_mount_that_is_lost_and_comes_back(tmp_path, state):
 
 
 @pytest.mark.parametrize("name", ["write_manifest", "finalize_manifest"])
-def test_so_many_saves_in_a_row_may_fail(tmp_path, state, monkeypatch, name):
+def test_consecutive_failures_up_to_the_maximum_are_tolerated(tmp_path, state, monkeypatch, name):
     seal = getattr(checkpoint, name)
 
     def fail_some(folder):
@@ -429,12 +429,12 @@ def test_so_many_saves_in_a_row_may_fail(tmp_path, state, monkeypatch, name):
         seal(folder)
 
     monkeypatch.setattr(checkpoint, name, fail_some)
-    said = []
+    notes = []
     checkpoints = Checkpoints(tmp_path)
-    saves = SavePolicy(checkpoints, 2, said.append)
+    saves = SavePolicy(checkpoints, 2, notes.append)
     for step in range(1, 7):  # with 3, the count begins again
         saves.save(step, state, {}, last=False)
-    assert [line[len(str(tmp_path)) :] for line in said] == [
+    assert [line[len(str(tmp_path)) :] for line in notes] == [
         f"/{step}: cannot be written: No space left on device (failure {n} of 2 that are borne)"
         for step, n in ((1, 1), (2, 2), (4, 1), (5, 2))
     ]
@@ -445,14 +445,14 @@ def test_so_many_saves_in_a_row_may_fail(tmp_path, state, monkeypatch, name):
 
 
 def test_the_last_save_may_not_fail(tmp_path, state, monkeypatch):
-    said = []
+    notes = []
     checkpoints = Checkpoints(tmp_path)
-    saves = SavePolicy(checkpoints, 5, said.append)
+    saves = SavePolicy(checkpoints, 5, notes.append)
     monkeypatch.setattr(PLACES[1], fail)
     saves.save(1, state, {}, last=False)
     with pytest.raises(SaveFailed, match="/2: cannot be written"):
         saves.save(2, state, {}, last=True)
-    assert len(said) == 1
+    assert len(notes) == 1
 
 
 def test_other_meshes_read_the_same_bits(tmp_path):

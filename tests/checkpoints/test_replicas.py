@@ -1,4 +1,4 @@
-"""One bit in one device's copy: found, named, and never saved."""
+"""Replica check: a flipped bit in one device's replica is detected, reported and never saved."""
 
 import os
 import sys
@@ -31,41 +31,41 @@ LEAVES = {
 
 
 def put_on_mesh(mesh, memory=None):
-    """LEAVES as the average of a state; only what is compared matters."""
+    """Training state with LEAVES as its EMA."""
     from gadjax.parallel import sharding
     from gadjax.training.state import TrainState
 
     arrays = {name: x for name, (x, _) in LEAVES.items()}
-    homes = {
+    shardings = {
         name: NamedSharding(mesh, PartitionSpec(*spec), memory_kind=memory)
         for name, (_, spec) in LEAVES.items()
     }
     step = sharding.put_on_mesh(np.int32(0), sharding.replicated(mesh))
-    return TrainState(step, {}, sharding.put_on_mesh(arrays, homes), {}, {})
+    return TrainState(step, {}, sharding.put_on_mesh(arrays, shardings), {}, {})
 
 
-def change(x, number, how):
-    """The array with what one of its devices holds changed by how(numpy array)."""
+def change(x, number, corrupt_fn):
+    """The array with the shard of one device changed by corrupt_fn(numpy array); that device."""
     parts = [shard.data for shard in x.addressable_shards]
     device, memory = parts[number].device, x.sharding.memory_kind
     part = np.array(parts[number])
-    how(part)
-    home = jax.sharding.SingleDeviceSharding(device, memory_kind=memory)
-    parts[number] = jax.device_put(part, home)
+    corrupt_fn(part)
+    sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=memory)
+    parts[number] = jax.device_put(part, sharding)
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts), device
 
 
 def flip(bit):
-    """In the middle element; of a bool what the bit says."""
+    """Flip a bit of the middle element; negate a bool, whatever the bit."""
 
-    def how(part):
+    def corrupt_fn(part):
         if part.dtype == bool:
             part.reshape(-1)[part.size // 2] ^= True
             return
         words = part.reshape(-1).view(f"uint{8 * part.itemsize}")
         words[part.size // 2] ^= words.dtype.type(1 << bit)
 
-    return how
+    return corrupt_fn
 
 
 def swap(part):
@@ -73,7 +73,7 @@ def swap(part):
 
 
 def opposite(part):
-    """Two elements change their sign: a plain weighted sum may not see it."""
+    """Change the sign of two elements, which a plain weighted sum may miss."""
     part.reshape(-1)[[0, 2]] *= -1
 
 
@@ -92,27 +92,27 @@ def worker() -> None:
         state = put_on_mesh(mesh)
         assert differing_leaves(state) == {}
         for number, (name, x) in enumerate(state.ema.items()):
-            for how in [flip(0), flip(8 * x.dtype.itemsize - 1)]:
-                spoilt, device = change(x, (3 * number) % 8, how)
+            for corrupt_fn in [flip(0), flip(8 * x.dtype.itemsize - 1)]:
+                corrupted, device = change(x, (3 * number) % 8, corrupt_fn)
                 copies = {d for d, i in places(x).items() if i == places(x)[device]}
                 # Of two that differ either may be the right one.
                 wrong = [device] if len(copies) > 2 else sorted(copies, key=order(mesh))
-                expect(state._replace(ema=state.ema | {name: spoilt}), name, wrong)
+                expect(state._replace(ema=state.ema | {name: corrupted}), name, wrong)
     mesh = make_mesh({"data": 8})
     state = put_on_mesh(mesh)
-    for how in (swap, opposite):
-        spoilt, device = change(state.ema["wide"], 5, how)
-        expect(state._replace(ema=state.ema | {"wide": spoilt}), "wide", [device])
+    for corrupt_fn in (swap, opposite):
+        corrupted, device = change(state.ema["wide"], 5, corrupt_fn)
+        expect(state._replace(ema=state.ema | {"wide": corrupted}), "wide", [device])
     state = put_on_mesh(mesh, HOST_MEMORY)
     assert differing_leaves(state) == {}
-    spoilt, device = change(state.ema["tall"], 6, flip(3))
-    expect(state._replace(ema=state.ema | {"tall": spoilt}), "tall", [device])
+    corrupted, device = change(state.ema["tall"], 6, flip(3))
+    expect(state._replace(ema=state.ema | {"tall": corrupted}), "tall", [device])
     # Where nothing is replicated nothing is done.
     mesh = make_mesh({"fsdp": 8})
-    alone = jax.device_put(np.arange(16.0), NamedSharding(mesh, PartitionSpec("fsdp")))
-    spoilt, _ = change(alone, 2, flip(0))
+    sharded = jax.device_put(np.arange(16.0), NamedSharding(mesh, PartitionSpec("fsdp")))
+    corrupted, _ = change(sharded, 2, flip(0))
     state = put_on_mesh(make_mesh({"data": 1}, jax.devices()[:1]))
-    assert differing_leaves(state._replace(step=spoilt)) == {}
+    assert differing_leaves(state._replace(step=corrupted)) == {}
 
 
 def places(x):
@@ -124,7 +124,7 @@ def order(mesh):
 
 
 def peers() -> None:
-    """One of two processes, of four devices each; a copy of the second's is spoilt."""
+    """One of two processes with four devices each; a replica of the second is corrupted."""
     from gadjax.checkpoints.replicas import check_replicas, differing_leaves
     from gadjax.errors import RunStopped
     from gadjax.parallel import sharding
@@ -152,16 +152,16 @@ def peers() -> None:
     device = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))[6]
     assert str(stopped.value) == (
         f"step 4: ema/ints: found other bits on device {device.id} (process 1) than on its "
-        "replicas; expected the same on all; not saved, the newest sound checkpoint is none"
+        "replicas; expected the same on all; not saved, the latest valid checkpoint is none"
     )
 
 
 def training(config: Path, workdir: Path) -> None:
-    """A run one of whose devices changes a bit after step 3; it saves after 2 and 4."""
+    """A run that saves after steps 2 and 4, with a bit flipped on one device after step 3."""
     from gadjax.cli.main import main
     from gadjax.runtime.profiler import Profile
 
-    def spoil(self, step, state):
+    def corrupt(self, step, state):
         if step == 3:
             place = state.params["student"]["proj_out"]
             place["kernel"], _ = change(place["kernel"], 5, flip(20))
@@ -169,24 +169,24 @@ def training(config: Path, workdir: Path) -> None:
     command = ["train", "--config", f"{config}:tdm", "--workdir", str(workdir)]
     before_step, Profile.before_step = (
         Profile.before_step,
-        spoil,
+        corrupt,
     )  # is called with the state before every step
-    with redirect_stderr(StringIO()) as said:
+    with redirect_stderr(StringIO()) as stderr:
         assert main([*command, "--config.mesh.data=8"]) == 3
-    line = said.getvalue().splitlines()[-1]
-    # Its average follows it.
+    line = stderr.getvalue().splitlines()[-1]
+    # The EMA follows it.
     assert "step 4: params/student/proj_out/kernel: found other bits on device 5 (process " in line
-    assert "1 more leaves that differ" in line and "newest sound checkpoint is 2" in line
+    assert "1 more leaves that differ" in line and "latest valid checkpoint is 2" in line
     assert sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*")) == ["2"]
     Profile.before_step = before_step
     assert main([*command, "--config.mesh.data=8"]) == 0
 
 
-def test_a_bit_in_any_copy_is_found_and_named():
+def test_a_flipped_bit_in_any_replica_is_detected():
     run_on_devices(8, __file__)
 
 
-def test_every_process_learns_of_it():
+def test_every_process_detects_it():
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     port = free_port()
     both = [start([__file__, "peers"], i, 2, port, 4, PYTHONPATH=path) for i in range(2)]
@@ -195,7 +195,7 @@ def test_every_process_learns_of_it():
 
 
 @pytest.mark.slow  # compiles the updates for eight devices
-def test_a_run_stops_before_it_saves_and_goes_on(config, tmp_path):
+def test_a_run_stops_before_saving_and_resumes(config, tmp_path):
     run_on_devices(8, __file__, config, tmp_path / "run")
 
 

@@ -130,8 +130,8 @@ def test_parts_of_a_variant_are_copied_under_plain_names(torch_pipeline, tiny_pi
         assert same(getattr(loaded, name).state_dict(), expected)
 
 
-def test_a_whole_file_beside_an_index(torch_pipeline, tiny_pipeline, tmp_path):
-    """As a second save leaves them: diffusers reads the index, transformers the whole file."""
+def test_single_file_next_to_an_index(torch_pipeline, tiny_pipeline, tmp_path):
+    """As left by a second save: diffusers reads the index, transformers the single file."""
     old = save(torch_pipeline, tiny_pipeline, tmp_path / "old")
     for name, (kind, _) in NETWORKS.items():
         network = kind.from_pretrained(old / name)
@@ -144,8 +144,8 @@ def test_a_whole_file_beside_an_index(torch_pipeline, tiny_pipeline, tmp_path):
     for name, (kind, stem) in NETWORKS.items():
         part = pipeline.components[name]
         assert part.weights.unused_files
-        whole = part.library == "transformers"
-        ending = "safetensors" if whole else "safetensors.index.json"
+        single_file = part.library == "transformers"
+        ending = "safetensors" if single_file else "safetensors.index.json"
         assert f"{name}/{stem}.{ending}" in pipeline.files
         ours = dict(tensors_from_params(part.params, part.keymap))
         theirs = kind.from_pretrained(old / name).state_dict()
@@ -174,8 +174,8 @@ def test_t5s_embedding_under_either_name(tiny_pipeline, tmp_path, held, tied):
         refused(lambda: read_pipeline(src), path, words)
 
 
-def test_a_variant_that_some_parts_have(torch_pipeline, tiny_pipeline, tmp_path, caplog):
-    """As diffusers: the plain files of the others."""
+def test_variant_of_some_parts(torch_pipeline, tiny_pipeline, tmp_path, caplog):
+    """Parts without the variant are read from their plain files, as in diffusers."""
     src = save(torch_pipeline, tiny_pipeline, tmp_path / "src")
     with torch.no_grad():
         network = PixArtTransformer2DModel.from_pretrained(src / "transformer")
@@ -184,8 +184,8 @@ def test_a_variant_that_some_parts_have(torch_pipeline, tiny_pipeline, tmp_path,
     pipeline, params = load_pipeline(src, variant="fp16")
     assert "transformer/diffusion_pytorch_model.fp16.safetensors" in pipeline.folder.files
     assert "vae/diffusion_pytorch_model.safetensors" in pipeline.folder.files
-    (said,) = [record for record in caplog.records if record.name == "gadjax.pipelines.pipeline"]
-    assert pipeline.folder.files in said.getMessage()
+    (warning,) = [record for record in caplog.records if record.name == "gadjax.pipelines.pipeline"]
+    assert pipeline.folder.files in warning.getMessage()
     theirs = PixArtAlphaPipeline.from_pretrained(src, variant="fp16")
     bias = params["transformer"]["proj_out"]["bias"]
     np.testing.assert_array_equal(bias, theirs.transformer.proj_out.bias.detach().numpy())
@@ -240,7 +240,7 @@ def test_nothing_is_written_on_bad_input(tiny_pipeline, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_target_that_is_not_to_be_lost(tiny_pipeline, tmp_path):
+def test_target_is_protected(tiny_pipeline, tmp_path):
     dst = tmp_path / "dst"
     dst.mkdir()
     (dst / "thesis.tex").write_text("years")

@@ -1,4 +1,4 @@
-"""Bad folders. Each function before DAMAGES damages a copy and returns what is then said."""
+"""Invalid folders. Each function before DAMAGES damages a copy and returns the expected error."""
 
 import shutil
 

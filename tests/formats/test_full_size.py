@@ -1,4 +1,4 @@
-"""One conversion of PixArt-XL's size, there and back, in a process whose memory is measured."""
+"""Conversion of a folder of PixArt-XL's size and back, with the process's peak memory."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def convert(src, dst):
 
 
 @pytest.mark.slow
-def test_a_conversion_of_full_size_takes_twice_its_file_at_most(tiny_pipeline, tmp_path):
+def test_conversion_needs_at_most_twice_the_file_size(tiny_pipeline, tmp_path):
     # The other parts stay small: the autoencoder and a text encoder of the width that is expected.
     folder = shutil.copytree(tiny_pipeline, tmp_path / "full")
     config = dict(PUBLISHED["PixArt-XL-2-512x512"]["transformer/config.json"])
@@ -57,8 +57,8 @@ def test_a_conversion_of_full_size_takes_twice_its_file_at_most(tiny_pipeline, t
     write_weights(folder / "transformer", "diffusion_pytorch_model", list(tensors()))
     size = sum(path.stat().st_size for path in (folder / "transformer").glob("*.safetensors"))
     assert size > 1.2e9
-    own, back = tmp_path / "own", tmp_path / "back"
-    for src, dst in ((folder, own), (own, back)):
+    gadjax_folder, back = tmp_path / "own", tmp_path / "back"
+    for src, dst in ((folder, gadjax_folder), (gadjax_folder, back)):
         used = convert(src, dst)
         print(f"{src.name} to {dst.name}: {used / size:.2f} of the file's {size / 1e9:.2f} GB")
         assert used <= 2 * size

@@ -1,4 +1,4 @@
-"""What pipelines of diffusers decide beside their folders: the value that diffusers itself uses.
+"""Rules of diffusers' pipeline classes that are not in their folders: values as in diffusers.
 
 One test for each row of the table in docs/models.md."""
 
@@ -41,9 +41,9 @@ def scheduler_of(folder, index, **config):
 
 def same_walk(ours, theirs, steps):
     theirs.set_timesteps(steps)
-    found = sampler_from_config(ours).times(steps)[:-1]
-    wanted = list(dict.fromkeys(theirs.timesteps.tolist()))  # PNDM takes its second time twice
-    np.testing.assert_array_equal(found, wanted)
+    times = sampler_from_config(ours).times(steps)[:-1]
+    expected = list(dict.fromkeys(theirs.timesteps.tolist()))  # PNDM takes its second time twice
+    np.testing.assert_array_equal(times, expected)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_other_pipelines_keep_both(tiny_pipeline, tmp_path):
 
 
 def test_values_listed_as_defaults_are_dropped(folder):
-    """With which a configuration of another class is read."""
+    """Defaults listed by another class are not values of the config."""
     listed = {"_use_default_values": ["set_alpha_to_one"], "set_alpha_to_one": False}
     ours, theirs = scheduler_of(folder, "DDIMScheduler", **listed)
     assert theirs.config.set_alpha_to_one is True and "set_alpha_to_one" not in ours
@@ -120,8 +120,8 @@ def test_an_autoencoders_shift_is_sd3s_alone(folder, folders, tmp_path):
     latents = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
     image = vae.decode(latents / vae.config.scaling_factor).sample  # as StableDiffusionPipeline
     ours = pipeline.decode(params["vae"], x)
-    wanted = image.detach().clamp(-1, 1).permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(ours, wanted, atol=1e-5)
+    expected = image.detach().clamp(-1, 1).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 FAMILIES = ("sd15", "sdxl", "sana", "sana_sprint", "sd3", "PixArtAlphaPipeline", "SIGMA")
@@ -137,10 +137,10 @@ def test_steps_guidance_and_length_are_the_calls_defaults(folders, family, tiny_
         folder = folders(family)
     pipeline, _ = abstract_pipeline(folder)
     kind = getattr(diffusers, pipeline.folder.model_index["_class_name"])
-    told = {name: p.default for name, p in inspect.signature(kind.__call__).parameters.items()}
-    assert pipeline.sampling.steps == told["num_inference_steps"]
-    assert pipeline.sampling.guidance == told["guidance_scale"]
-    assert pipeline.sampling.length == told.get("max_sequence_length", 77)
+    defaults = {name: p.default for name, p in inspect.signature(kind.__call__).parameters.items()}
+    assert pipeline.sampling.steps == defaults["num_inference_steps"]
+    assert pipeline.sampling.guidance == defaults["guidance_scale"]
+    assert pipeline.sampling.length == defaults.get("max_sequence_length", 77)
 
 
 def test_one_ddim_step_of_pixart_is_its_x0(tiny_pipeline, tmp_path):
@@ -162,7 +162,7 @@ def test_a_pipeline_of_another_class_is_refused(folder):
 
 
 def test_encoders_of_another_class_are_refused(folder, folders, tmp_path):
-    """CLIPs with a projection say their pooled vector first."""
+    """A CLIP with a projection returns its pooled vector first."""
     projected = ["transformers", "CLIPTextModelWithProjection"]
     edit(folder / "model_index.json", text_encoder=projected)
     words = "text_encoder: found 'CLIPTextModelWithProjection'; expected CLIPTextModel"
@@ -173,12 +173,14 @@ def test_encoders_of_another_class_are_refused(folder, folders, tmp_path):
     refused(lambda: abstract_pipeline(other), words)
 
 
-def test_sanas_pipeline_and_its_network_go_together(folders, tmp_path):
+def test_sana_pipelines_need_their_network(folders, tmp_path):
     for family, kind in (("sana", "SanaSprintPipeline"), ("sana_sprint", "SanaPipeline")):
         folder = shutil.copytree(folders(family), tmp_path / family)
-        found = check_pipeline(folder).scheduler["_class_name"]
+        scheduler = check_pipeline(folder).scheduler["_class_name"]
         edit(folder / "model_index.json", _class_name=kind)
-        words = f"scheduler: found '{found}' of a {kind}; expected SCMScheduler of SanaSprintPip"
+        words = (
+            f"scheduler: found '{scheduler}' of a {kind}; expected SCMScheduler of SanaSprintPip"
+        )
         refused(lambda: abstract_pipeline(folder), words)  # noqa: B023
         other = "SCMScheduler" if family == "sana" else "DDIMScheduler"
         edit(folder / "model_index.json", scheduler=["diffusers", other])

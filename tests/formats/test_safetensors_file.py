@@ -101,7 +101,7 @@ def test_bytes_left_over(good):
         (lambda h: h["b.bias"].update(dtype="F4"), ("b.bias of type F4", "F32")),
     ],
 )
-def test_header_that_lies(good, change, words):
+def test_inconsistent_header(good, change, words):
     rewrite_header(good, change)
     refused(lambda: open_weights(good.parent), good, *words)
 

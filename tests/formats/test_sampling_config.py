@@ -1,4 +1,4 @@
-"""gadjax.json is read back as it was written, and refused where it makes no sense."""
+"""Sampling settings in gadjax.json: round trip, and refusal of invalid values."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_round_trip(tmp_path, sampling):
     assert read_world(tmp_path) == "shapes"
 
 
-def test_timesteps_alone_say_how_many(tmp_path):
+def test_timesteps_determine_the_number_of_steps(tmp_path):
     (tmp_path / GADJAX_JSON).write_text('{"timesteps": [999, 1]}')
     assert read_sampling(tmp_path, SamplingConfig()) == SamplingConfig(2, (999.0, 1.0))
 
@@ -72,12 +72,12 @@ def test_a_world_is_a_name(tmp_path):
     ("text", "guidance"),
     [("{}", None), ('{"teacher": "x"}', None), ('{"teacher": {"guidance": 4}}', 4)],
 )
-def test_the_guidance_that_a_student_was_distilled_at(tmp_path, text, guidance):
+def test_teacher_guidance_of_a_student(tmp_path, text, guidance):
     (tmp_path / GADJAX_JSON).write_text(text)
     assert read_teacher_guidance(tmp_path) == guidance
 
 
-def test_the_guidance_of_a_distillation_is_a_number(tmp_path):
+def test_teacher_guidance_is_a_number(tmp_path):
     assert read_teacher_guidance(tmp_path) is None
     (tmp_path / GADJAX_JSON).write_text('{"teacher": {"guidance": "4"}}')
     with pytest.raises(InputError, match="teacher.guidance: found '4'; expected a number"):

@@ -75,8 +75,8 @@ def scheduler(config):
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
-def their_walk(config, steps=None, timesteps=None):
-    """The states alpha x0 + sigma eps before and after each step, and the timesteps told."""
+def diffusers_trajectory(config, steps=None, timesteps=None):
+    """States alpha x0 + sigma eps before and after each step, and the network's timesteps."""
     theirs = scheduler(config)
     given = {"timesteps": timesteps} if timesteps else {"num_inference_steps": steps}
     theirs.set_timesteps(**given)
@@ -86,8 +86,8 @@ def their_walk(config, steps=None, timesteps=None):
     for t in theirs.timesteps:
         x_t = theirs.scale_model_input(x, t) if hasattr(theirs, "scale_model_input") else x
         states.append(np.asarray(x_t))
-        said = torch.tensor(network(np, states[-1], np.float32(t)))
-        x = theirs.step(said, t, x).prev_sample
+        output = torch.tensor(network(np, states[-1], np.float32(t)))
+        x = theirs.step(output, t, x).prev_sample
     return [*states, np.asarray(x)], theirs.timesteps.numpy()
 
 
@@ -100,14 +100,14 @@ def our_predict(config):
     return lambda x, t: denoiser({}, x, t, Cond(None, None))
 
 
-def ours_told(config, times):
-    """What the network is told of the times [n + 1], in float32 as everywhere."""
+def our_network_times(config, times):
+    """Timesteps that the network gets for times [n + 1], in float32."""
     started = times[:-1].astype(np.float32)
     return np.floor(started) if floors_timesteps(config) else started
 
 
-def assert_close(found, expected):
-    assert np.abs(np.asarray(found) - expected).max() <= TOLERANCE * np.abs(expected).max()
+def assert_close(actual, expected):
+    assert np.abs(np.asarray(actual) - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 20])
@@ -115,19 +115,19 @@ def assert_close(found, expected):
 def test_every_step_equals_diffusers(config, steps):
     sampler = sampler_from_config(config)
     times = sampler.times(steps)
-    theirs, told = their_walk(config, steps)
+    theirs, network_times = diffusers_trajectory(config, steps)
     assert times.shape == (steps + 1,) and times.dtype == np.float64
-    np.testing.assert_allclose(ours_told(config, times), told, rtol=1e-6)
+    np.testing.assert_allclose(our_network_times(config, times), network_times, rtol=1e-6)
     orders = dict(order=sampler.order, last_order=sampler.last_order)
     with jax.disable_jit():  # a Python loop is faster here than 85 compilations
         walk = rollout(our_predict(config), sampler.schedule, jnp.asarray(NOISE), times, **orders)
-    for found, expected in zip([*walk.x, walk.end], theirs, strict=True):
-        assert_close(found, expected)
+    for actual, expected in zip([*walk.x, walk.end], theirs, strict=True):
+        assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_grids_of_every_length(config):
-    """For 1 to 50 steps and more, the times of diffusers, or one line where it has none to take."""
+    """Times equal diffusers' for 1 to 50 steps and more; one-line errors where it has none."""
     sampler, theirs = sampler_from_config(config), scheduler(config)
     for steps in [*range(1, 51), 99, 250, 333, 500]:
         theirs.set_timesteps(steps)
@@ -136,22 +136,22 @@ def test_grids_of_every_length(config):
         except InputError:
             assert config.get("timestep_spacing") == "trailing" and 1000 % steps
             continue
-        told = times[:-1]
+        network_times = times[:-1]
         if isinstance(sampler.schedule, Flow):
-            np.testing.assert_allclose(told / 1000, theirs.sigmas[:-1].numpy(), rtol=1e-6)
+            np.testing.assert_allclose(network_times / 1000, theirs.sigmas[:-1].numpy(), rtol=1e-6)
         else:
-            np.testing.assert_array_equal(told, theirs.timesteps.numpy())
+            np.testing.assert_array_equal(network_times, theirs.timesteps.numpy())
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
-def test_what_diffusers_tells_a_flow_network_in_any_number_of_steps(shift):
-    """Its whole part is taken in float64: in three steps it is 332, of 332.99999999999994."""
+def test_floored_timesteps_equal_diffusers_in_any_number_of_steps(shift):
+    """diffusers floors in float64: the last of three timesteps, 332.99999999999994, becomes 332."""
     config = dict(DPM_FLOW, flow_shift=shift)
     sampler, theirs = sampler_from_config(config), scheduler(config)
     for steps in [*range(1, 130), 196, 333, 351, 407, 999]:
         theirs.set_timesteps(steps)
         times = sampler.times(steps)
-        np.testing.assert_array_equal(ours_told(config, times), theirs.timesteps.numpy())
+        np.testing.assert_array_equal(our_network_times(config, times), theirs.timesteps.numpy())
         np.testing.assert_allclose(times / 1000, theirs.sigmas.numpy(), rtol=2e-7)
 
 
@@ -177,8 +177,8 @@ def test_custom_timesteps_equal_diffusers(order, timesteps):
     sampler = sampler_from_config(config)
     times = sampler.times(timesteps=timesteps)
     np.testing.assert_array_equal(times, [*timesteps, -1])
-    states, told = their_walk(config, timesteps=timesteps)
-    np.testing.assert_array_equal(told, timesteps)
+    states, network_times = diffusers_trajectory(config, timesteps=timesteps)
+    np.testing.assert_array_equal(network_times, timesteps)
     assert_close(sample(our_predict(config), sampler, NOISE, times), states[-1])
 
 
@@ -209,19 +209,19 @@ def test_diffusers_takes_our_steps_with_a_students_config(teacher, timesteps, pi
     assert sampler.order == 1
     np.testing.assert_allclose(times[:-1], timesteps, rtol=0, atol=0.01)
     called = {"timesteps": timesteps} if sampler.takes_timesteps else {"steps": len(timesteps)}
-    states, told = their_walk(config, **called)
-    np.testing.assert_array_equal(ours_told(config, times), told)
+    states, network_times = diffusers_trajectory(config, **called)
+    np.testing.assert_array_equal(our_network_times(config, times), network_times)
     predict, schedule = our_predict(config), sampler.schedule
     walk = rollout(predict, schedule, jnp.asarray(NOISE), times)
-    for i, (found, expected) in enumerate(zip([*walk.x[1:], walk.end], states[1:], strict=True)):
-        assert_close(found, expected)
+    for i, (actual, expected) in enumerate(zip([*walk.x[1:], walk.end], states[1:], strict=True)):
+        assert_close(actual, expected)
         # The step alone, from where diffusers stood.
         alone = rollout(predict, schedule, jnp.asarray(states[i]), times[i : i + 2])
         assert_close(alone.end, expected)
 
 
-def test_why_students_have_the_schedulers_they_have():
-    """Where one of these fails, student_scheduler_config may become simpler."""
+def test_limits_of_diffusers_behind_the_students_schedulers():
+    """If one of these fails, student_scheduler_config can be simplified."""
     with pytest.raises(TypeError):
         scheduler(CONFIGS["dpm2-flow"]).set_timesteps(timesteps=[999, 500])
     with pytest.raises(TypeError):
@@ -254,10 +254,10 @@ def test_schedules_and_parameterizations():
     assert schedule_from_config(dict(SCALED, _class_name="PNDMScheduler")).beta_end == 0.012
     assert schedule_from_config(CONFIGS["flow"]) == Flow()
     assert schedule_from_config(CONFIGS["dpm2-flow"]) == Flow()
-    found = {k: parameterization_from_config(v) for k, v in CONFIGS.items()}
-    assert found["pixart"] == found["ddim"] == "eps"
-    assert found["dpm2-v"] == "v" and found["dpm2-x0"] == "x0"
-    assert found["flow"] == found["dpm2-flow"] == "flow"
+    kinds = {k: parameterization_from_config(v) for k, v in CONFIGS.items()}
+    assert kinds["pixart"] == kinds["ddim"] == "eps"
+    assert kinds["dpm2-v"] == "v" and kinds["dpm2-x0"] == "x0"
+    assert kinds["flow"] == kinds["dpm2-flow"] == "flow"
 
 
 RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -297,7 +297,7 @@ SWITCHES = [
         (DPM, "_class_name", "HeunDiscreteScheduler", "'DPMSolverMultistepScheduler' or 'DDIMS"),
     ],
 )
-def test_what_is_not_taken_is_refused(base, key, value, expected):
+def test_unsupported_options_are_refused(base, key, value, expected):
     sampler_from_config(base)
     with pytest.raises(InputError) as caught:
         sampler_from_config({**base, key: value})
@@ -306,7 +306,7 @@ def test_what_is_not_taken_is_refused(base, key, value, expected):
     assert "\n" not in line
 
 
-def test_assumed_values_are_refused_too():
+def test_unsupported_defaults_are_refused():
     with pytest.raises(InputError, match=r"clip_sample: found True \(assumed, the key is absent\)"):
         sampler_from_config({"_class_name": "DDIMScheduler"})
     with pytest.raises(InputError, match="_class_name: found None"):
@@ -337,7 +337,7 @@ def test_assumed_values_are_refused_too():
         ("ddim-trailing", dict(steps=3), "steps: found 3, .*expected a divisor of 1000"),
     ],
 )
-def test_walks_that_are_none(config, given, message):
+def test_invalid_steps_and_timesteps_are_refused(config, given, message):
     with pytest.raises(InputError, match=message):
         sampler_from_config(CONFIGS[config]).times(**given)
 

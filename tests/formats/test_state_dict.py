@@ -104,10 +104,10 @@ def test_views_share_memory():
 
 def test_ignored_and_older_names():
     shapes = {key.replace("conv.", "old_conv."): shape for key, shape in SHAPES.items()}
-    places = check_keys(shapes | {"position_ids": (1, 77)}, ABSTRACT, KEYMAP, "the file")
-    assert set(places) == set(shapes)
-    assert places["old_conv.weight"] == ("conv/kernel", None)
-    assert places["layers.1.fc.bias"] == ("blocks/fc/bias", 1)
+    tensor_map = check_keys(shapes | {"position_ids": (1, 77)}, ABSTRACT, KEYMAP, "the file")
+    assert set(tensor_map) == set(shapes)
+    assert tensor_map["old_conv.weight"] == ("conv/kernel", None)
+    assert tensor_map["layers.1.fc.bias"] == ("blocks/fc/bias", 1)
 
 
 def test_missing_unexpected_misshapen():
@@ -131,31 +131,31 @@ def test_long_lists_are_cut():
 
 def test_dtypes():
     given = tensors()
-    places = check_keys(SHAPES, ABSTRACT, KEYMAP, "the file")
+    tensor_map = check_keys(SHAPES, ABSTRACT, KEYMAP, "the file")
     dtypes = {key: value.dtype for key, value in given.items()}
-    check_dtypes(dtypes | {"conv.bias": np.dtype(ml_dtypes.bfloat16)}, places, "the file")
+    check_dtypes(dtypes | {"conv.bias": np.dtype(ml_dtypes.bfloat16)}, tensor_map, "the file")
     with pytest.raises(InputError, match=r"the file: found conv.bias \(int8\); expected floating"):
-        check_dtypes(dtypes | {"conv.bias": np.dtype(np.int8)}, places, "the file")
+        check_dtypes(dtypes | {"conv.bias": np.dtype(np.int8)}, tensor_map, "the file")
     with pytest.raises(InputError, match=r"found layers.1.fc.bias \(float16, while layers.0.fc.b"):
-        check_dtypes(dtypes | {"layers.1.fc.bias": np.dtype(np.float16)}, places, "the file")
+        check_dtypes(dtypes | {"layers.1.fc.bias": np.dtype(np.float16)}, tensor_map, "the file")
 
 
-def test_place_needs_every_tensor():
+def test_place_tensors_needs_every_tensor():
     given = tensors()
-    places = check_keys(SHAPES, ABSTRACT, KEYMAP, "the file")
+    tensor_map = check_keys(SHAPES, ABSTRACT, KEYMAP, "the file")
     short = [(key, value) for key, value in given.items() if key != "layers.1.fc.bias"]
     with pytest.raises(ValueError, match="without layers.1.fc.bias"):
-        place_tensors(short, places, ABSTRACT)
+        place_tensors(short, tensor_map, ABSTRACT)
 
 
 def test_cast_that_overflows():
     given = tensors()
-    places = check_keys(SHAPES, ABSTRACT, KEYMAP, "the file")
-    params = place_tensors(given.items(), places, ABSTRACT, np.float16, "the file")
+    tensor_map = check_keys(SHAPES, ABSTRACT, KEYMAP, "the file")
+    params = place_tensors(given.items(), tensor_map, ABSTRACT, np.float16, "the file")
     np.testing.assert_array_equal(params["norm"]["scale"], given["norm.weight"].astype(np.float16))
     given["layers.1.fc.weight"][3, 1] = 7e4
     with pytest.raises(InputError, match="the file: found values of layers.1.fc.weight .* float16"):
-        place_tensors(given.items(), places, ABSTRACT, np.float16, "the file")
+        place_tensors(given.items(), tensor_map, ABSTRACT, np.float16, "the file")
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (65, 64), (64, 129), (200, 1), (0, 5)])

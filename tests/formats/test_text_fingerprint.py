@@ -1,4 +1,4 @@
-"""The fingerprint of text changes with all that changes an embedding, and with nothing else."""
+"""The text fingerprint changes with everything that changes an embedding, and nothing else."""
 
 import shutil
 
@@ -25,17 +25,17 @@ def rewrite(path, change):
 
 
 def test_other_parts_do_not_matter(copy, tiny_pipeline, tmp_path):
-    wanted = text_fingerprint(tiny_pipeline)
+    expected = text_fingerprint(tiny_pipeline)
     edit(copy / "transformer" / "config.json", num_layers=7)
     (copy / "scheduler" / "scheduler_config.json").unlink()
-    assert text_fingerprint(copy) == wanted
-    own = tmp_path / "own"
-    own.mkdir()
-    write_gadjax_folder(read_pipeline(tiny_pipeline), own, wanted)
-    assert text_fingerprint(own) == wanted
+    assert text_fingerprint(copy) == expected
+    gadjax_folder = tmp_path / "own"
+    gadjax_folder.mkdir()
+    write_gadjax_folder(read_pipeline(tiny_pipeline), gadjax_folder, expected)
+    assert text_fingerprint(gadjax_folder) == expected
 
 
-def test_what_changes_an_embedding_matters(copy):
+def test_everything_that_changes_embeddings_matters(copy):
     weights = copy / "text_encoder" / "model.safetensors"
 
     def nudge(tensors):
@@ -48,7 +48,7 @@ def test_what_changes_an_embedding_matters(copy):
         tensors["shared.weight"] = tensors["shared.weight"].astype(np.float16)
 
     tokenizer = copy / "tokenizer" / "tokenizer_config.json"
-    found = [text_fingerprint(copy), text_fingerprint(copy, dtype=ml_dtypes.bfloat16)]
+    fingerprints = [text_fingerprint(copy), text_fingerprint(copy, dtype=ml_dtypes.bfloat16)]
     for change in (
         lambda: edit(copy / "text_encoder" / "config.json", num_heads=2),
         lambda: tokenizer.write_text(tokenizer.read_text() + "\n"),
@@ -58,8 +58,8 @@ def test_what_changes_an_embedding_matters(copy):
         lambda: rewrite(weights, halve),
     ):
         change()
-        found.append(text_fingerprint(copy))
-    assert len(set(found)) == len(found) == 8
+        fingerprints.append(text_fingerprint(copy))
+    assert len(set(fingerprints)) == len(fingerprints) == 8
 
 
 def test_a_folder_without_text(copy):

@@ -36,7 +36,7 @@ def test_pickle_of_tensors(tmp_path, dtype, modern):
     assert equal(dict(weights), tensors | {"t": np.ascontiguousarray(tensors["b.weight"].T)})
 
 
-def test_pickle_of_something_else(tmp_path, monkeypatch):
+def test_pickle_without_tensors(tmp_path, monkeypatch):
     path = tmp_path / "pytorch_model.bin"
     call = lambda: open_weights(tmp_path, allow_pickle=True)  # noqa: E731
     torch.save({"state_dict": {"w": torch.ones(2)}}, path)

@@ -1,4 +1,4 @@
-"""What a folder's functions say; its parts have tests of their own."""
+"""Functions of a pipeline folder; its networks have their own tests."""
 
 import shutil
 
@@ -11,22 +11,22 @@ from checkpoints import edit
 from gadjax.pipelines.pipeline import floor_timesteps, load_pipeline
 
 
-def test_a_network_told_whole_times_keeps_its_derivative_in_time():
+def test_floored_timesteps_keep_the_derivative_in_time():
     def network(params, x, t, cond):
         return params * x * jnp.sin(t / 20)[:, None]
 
     x, t = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([749.25, 3.9])
-    told, moved = jax.jvp(
+    output, moved = jax.jvp(
         lambda t: floor_timesteps(network)(2.0, x, t, None), (t,), (jnp.array([1.0, -1.0]),)
     )
-    whole = np.array([[749], [3]])
-    np.testing.assert_allclose(told, 2 * x * np.sin(whole / 20), rtol=1e-5)
-    expected = 2 * x * np.cos(whole / 20) / 20 * np.array([[1], [-1]])
+    floored = np.array([[749], [3]])
+    np.testing.assert_allclose(output, 2 * x * np.sin(floored / 20), rtol=1e-5)
+    expected = 2 * x * np.cos(floored / 20) / 20 * np.array([[1], [-1]])
     np.testing.assert_allclose(moved, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("flow", [False, True])
-def test_only_a_dpm_flow_is_told_whole_times(tiny_pipeline, tmp_path, flow):
+def test_only_a_dpm_flow_floors_timesteps(tiny_pipeline, tmp_path, flow):
     folder = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
     if flow:
         settings = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}

@@ -1,4 +1,4 @@
-"""Drawing: the pictures that diffusers draws, whatever the batch."""
+"""Sampling: images equal diffusers', for any batch size."""
 
 import numpy as np
 import pytest
@@ -35,18 +35,18 @@ def theirs(pipe, noise, sampling):
     ).images
 
 
-def test_the_teacher_draws_as_diffusers_does(torch_pipeline, loaded):
+def test_teacher_samples_equal_diffusers(torch_pipeline, loaded):
     pipeline, params = loaded
     noise = initial_noise(0, 3, pipeline.latent)
     sampling = SamplingConfig(5, None, 3.0, LENGTH)
     ours = draw(pipeline, params, sampling, PROMPTS, noise)
     torch_pipeline.set_progress_bar_config(disable=True)
-    wanted = 2 * theirs(torch_pipeline, noise, sampling) - 1
-    assert wanted.std() > 0.1
-    np.testing.assert_allclose(ours, wanted, atol=2e-5)
+    expected = 2 * theirs(torch_pipeline, noise, sampling) - 1
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
-def test_a_student_draws_as_diffusers_does(torch_pipeline, loaded):
+def test_student_samples_equal_diffusers(torch_pipeline, loaded):
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
     from gadjax.formats.scheduler_config import student_scheduler_config
@@ -70,19 +70,19 @@ def test_batches_make_no_difference(loaded):
     pipeline, params = loaded
     noise = initial_noise(3, 3, pipeline.latent)
     done = []
-    whole = draw(pipeline, params, SamplingConfig(2, None, 2.0, LENGTH), PROMPTS, noise)
+    images = draw(pipeline, params, SamplingConfig(2, None, 2.0, LENGTH), PROMPTS, noise)
     parts = draw(
         *(pipeline, params, SamplingConfig(2, None, 2.0, LENGTH), PROMPTS, noise),
         batch=2,
         progress=done.append,
     )
-    assert whole.shape == (3, 16, 16, 3) and whole.dtype == np.float32
-    assert np.abs(whole).max() <= 1
-    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    assert images.shape == (3, 16, 16, 3) and images.dtype == np.float32
+    assert np.abs(images).max() <= 1
+    np.testing.assert_allclose(parts, images, atol=1e-5)
     assert done == [2, 1]
 
 
-def test_noise_is_a_function_of_seed_and_place():
+def test_noise_is_a_function_of_seed_and_index():
     few, many = initial_noise(5, 2, (4, 6, 3)), initial_noise(5, 7, (4, 6, 3))
     assert many.shape == (7, 4, 6, 3) and many.dtype == np.float32
     np.testing.assert_array_equal(few, many[:2])
@@ -90,7 +90,7 @@ def test_noise_is_a_function_of_seed_and_place():
     assert abs(initial_noise(0, 64, (8, 8, 4)).std() - 1) < 0.02
 
 
-def test_timesteps_are_walked_by_steps_of_order_one(loaded):
+def test_timesteps_use_a_sampler_of_order_one(loaded):
     pipeline, _ = loaded
     sampler, times = sampler_and_times(pipeline, SamplingConfig(2, (899.0, 449.0), 1.0, 16))
     assert sampler.order == 1 and times.tolist() == [899, 449, -1]
