@@ -26,7 +26,7 @@ def steps(clock, time, numbers):
     for number in numbers:
         with clock("data"):
             time.pass_(1)
-        clock.stepped(number)
+        clock.record_step(number)
         time.pass_(3)
 
 
@@ -53,7 +53,7 @@ def test_all_the_time_is_somewhere(tmp_path):
 def test_a_block_that_fails_still_ends(tmp_path):
     time = Time()
     clock = GoodputClock(time)
-    clock.stepped(1)
+    clock.record_step(1)
     with pytest.raises(OSError), clock("checkpoint"):
         time.pass_(2)
         raise OSError
