@@ -1,8 +1,8 @@
-"""JAX configuration pinned for reproducible numbers, whatever the environment or the program set.
+"""JAX's settings under which numbers are made here, whatever the environment or a program says.
 
-64-bit types, another PRNG or unpartitioned threefry give other noise for the same seed, and a run
-that is resumed with them would continue as another one. Strict promotion and transfer guards are
-for debugging: the code here relies on what they refuse.
+Wide numbers, another generator or unpartitioned threefry give other noise for the same seed, and
+a run that is resumed with them would go on as another one. Strict promotion and guarded transfers
+are for finding faults in a program: what they refuse is meant here.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from gadjax.seeds import PRNG_IMPL
 
 @contextmanager
 def pinned_jax_config() -> Iterator[None]:
-    """Pin the JAX config of this thread; also a decorator of every function that enters JAX."""
+    """For this thread; also a decorator, for every function that begins work with JAX."""
     with ExitStack() as stack:
         for setting, value in (
             (jax.enable_x64, False),
