@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gadjax.cli.output import storage
+from gadjax.cli.output import stop_on_write_error
 from gadjax.data import embeddings
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
 from gadjax.errors import InputError, RunStopped
@@ -32,7 +32,7 @@ def write(folder, text, mask, x0=None, pooled=None, sizes=(2, 2, 1), prompts=PRO
     arrays = texts | ({} if x0 is None else {"x0": x0})
     batches = ({name: array[some] for name, array in arrays.items()} for some in places)
     null = {name: array[-1] for name, array in texts.items()}
-    with storage(folder), atomic_folder(folder) as out:  # as gadjax embed does
+    with stop_on_write_error(folder), atomic_folder(folder) as out:  # as gadjax embed does
         write_embeddings(out, prompts, batches, null, **{"origin": Origin("abc"), **options})
 
 
