@@ -66,7 +66,7 @@ class Child:
         return before is None and self.code is not None
 
     def is_hung(self, limit: float, startup: float) -> bool:
-        """Return True after `limit` s without a heartbeat; up to the second one, `startup` s more."""
+        """Return True after `limit` s without a heartbeat, or `startup` s more up to the second."""
         return self.heartbeat_age() > limit + startup * (self.heartbeats < 2)
 
     def heartbeat_age(self) -> float:

@@ -77,8 +77,8 @@ def test_earlier_pictures_are_replaced_when_asked(tiny_pipeline, prompts, tmp_pa
         (["--size", "18x16"], ["--size: found 18x16 pixels; latents: found 9 x 8; expected multi"]),
         (["--size", "15x16"], ["--size: found 15x16; expected multiples of 2 pixels"]),
         (["--size", "huge"], ["--size: found 'huge'; expected HEIGHTxWIDTH"]),
-        (["--recipe", "magic"], ["--recipe: found 'magic'; expected one of tdm-pixart"]),
-        (["--recipe", "sid-sd"], ["expected a StableDiffusionPipeline for sid-sd"]),
+        (["--student-preset", "magic"], ["--student-preset: found 'magic'; expected one of tdm"]),
+        (["--student-preset", "sid-sd"], ["expected a StableDiffusionPipeline for sid-sd"]),
         (["--colour", "red"], ["gadjax sample: found '--colour'"]),
     ],
 )

@@ -111,7 +111,7 @@ def test_latents_of_another_autoencoder_or_size_are_refused(pictured, folder):
     ):
         with pytest.raises(InputError, match=message):
             found.check_latents(*wrong)
-    with pytest.raises(InputError, match="found no latents; expected those of pictures"):
+    with pytest.raises(InputError, match="found no latents; expected those of images"):
         open_embeddings(folder).check_latents("def", SHAPE)
 
 
@@ -147,22 +147,22 @@ def spoilt(place, value):
         (encoded(6), {"sizes": (2, 2)}, ValueError, "4 rows for 5 prompts"),
         (encoded(8), {"sizes": (4, 4)}, ValueError, "8 rows for 5 prompts"),
         ((encoded(6)[0], encoded(7)[1]), {"sizes": (6,)}, ValueError, "6 rows for 5"),
-        ((encoded(6)[0], encoded(6)[1][:, 1:]), {}, ValueError, "a batch of .*beside the empty"),
+        ((encoded(6)[0], encoded(6)[1][:, 1:]), {}, ValueError, "batch: found .*as the empty"),
         (spoilt((3, 1, 2), np.nan), {}, InputError, "^prompt 4: found values not finite in float"),
         (spoilt((5, 0, 0), np.inf), {}, InputError, "^the empty prompt: found values not finite"),
         (spoilt((1, 0, 0), 7e4), {"dtype": "float16"}, InputError, "^prompt 2: .* in float16"),
         (encoded(6), {"dtype": "bfloat16"}, InputError, "dtype: found 'bfloat16'; expected one of"),
         (encoded(6), {"prompts": ["a", " ", "b", "c", "d"]}, InputError, "jsonl:2: found ' '"),
         (encoded(6), {"prompts": []}, InputError, "found no prompt"),
-        (encoded(6), {"origin": PICTURED}, ValueError, r"a batch of .*'x0': \(2, 4, 6, 2\)}"),
-        ((*encoded(6), latents()), {}, ValueError, "a batch of .*x0"),
+        (encoded(6), {"origin": PICTURED}, ValueError, r"batch: found .*'x0': \(2, 4, 6, 2\)}"),
+        ((*encoded(6), latents()), {}, ValueError, "batch: found .*x0"),
         (
             (*encoded(6), latents()[:, 1:]),
             {"origin": PICTURED},
             ValueError,
-            "a batch of .*x0",
+            "batch: found .*x0",
         ),
-        ((*encoded(6), latents(4)), {"origin": PICTURED}, ValueError, "a batch of .*x0"),
+        ((*encoded(6), latents(4)), {"origin": PICTURED}, ValueError, "batch: found .*x0"),
         (
             (*encoded(6), np.where(np.arange(5)[:, None, None, None] == 2, np.nan, latents())),
             {"origin": PICTURED},

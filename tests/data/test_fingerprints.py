@@ -6,7 +6,7 @@ from PIL import Image
 
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
 from gadjax.data.fingerprints import (
-    _chosen,
+    _evenly_spaced,
     fingerprint_embeddings,
     fingerprint_pictures,
     fingerprint_prompts,
@@ -57,7 +57,7 @@ def test_embeddings_by_what_they_hold(tmp_path, changed):
 
 
 def test_of_many_some_are_chosen_from_all_over():
-    assert _chosen(3, 5) == [0, 1, 2]
-    chosen = _chosen(10**6, 11)
+    assert _evenly_spaced(3, 5) == [0, 1, 2]
+    chosen = _evenly_spaced(10**6, 11)
     assert len(chosen) == 11 and chosen[0] == 0 and chosen[-1] == 10**6 - 1
     assert np.ptp(np.diff(chosen)) <= 1

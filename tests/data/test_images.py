@@ -219,7 +219,7 @@ def test_folders_behind_links_are_read_once(tmp_path, caplog):
     (folder / "twice").symlink_to(store)
     (folder / "around").symlink_to("/")
     assert open_images(folder).names == ("images/a.png", "images/deep/b.png", "own.png")
-    assert "4 links to folders around it or read already" in caplog.text
+    assert "4 links to parent folders or to folders read already" in caplog.text
     records = [{"file_name": f"images/{name}", "prompt": name} for name in ("a.png", "deep/b.png")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert open_images(folder).captions == ("a.png", "deep/b.png")
@@ -285,7 +285,7 @@ def line(text):
     [
         (
             lambda folder: None,
-            r"a/B.WEBP: found no B.txt beside it; expected its caption there, or",
+            r"a/B.WEBP: found no B.txt next to it; expected its caption there, or",
         ),
         (
             lambda folder: (jsonl(folder), csv(folder)),
@@ -301,7 +301,7 @@ def line(text):
         ),
         (
             line('{"prompt": "a", "file_name": "x.png"}'),
-            r"metadata.jsonl: found file_name 'x.png'; expected one of the pictures in ",
+            r"metadata.jsonl: found file_name 'x.png'; expected one of the images in ",
         ),
         (
             line('{"prompt": "a", "file_name": "a/f.psd"}'),

@@ -16,7 +16,7 @@ from gadjax.data.source import (
     LatentSource,
     PromptSource,
     WorldSource,
-    dropped,
+    dropout_mask,
     prefetch,
 )
 from gadjax.errors import InputError
@@ -150,7 +150,7 @@ def test_latents_and_pictures_come_in_that_order_with_their_captions(embeddings,
 
 
 def test_captions_are_dropped_alike_wherever_they_come_from(embeddings, pictures):
-    gone = dropped(0, 0.5, 3, 12)
+    gone = dropout_mask(0, 0.5, 3, 12)
     assert 0 < gone.sum() < 12
     ids = ImageSource(pictures, (3, 3), tokenize, 0, dropout=0.5).batch(3, 12)["ids"]
     np.testing.assert_array_equal(ids.any(1), ~gone)
@@ -199,7 +199,7 @@ def test_a_world_gives_its_pictures_and_captions():
 def test_dropout_takes_its_share_of_captions_and_nothing_else():
     rate, count = 0.1, 4000
     source = WorldSource(SHAPES, tokenize, seed=3, dropout=rate)
-    gone = dropped(3, rate, 0, count)
+    gone = dropout_mask(3, rate, 0, count)
     assert abs(gone.mean() - rate) < 4 * (rate * (1 - rate) / count) ** 0.5
     # No memory of the sample before: pairs are as frequent as they are by chance.
     pairs = (gone[1:] & gone[:-1]).mean()
@@ -209,7 +209,7 @@ def test_dropout_takes_its_share_of_captions_and_nothing_else():
     np.testing.assert_array_equal(batch["ids"], np.where(gone[:64, None], 0, full["ids"]))
     np.testing.assert_array_equal(batch["mask"].any(1), ~gone[:64])
     # Another seed drops others, and what is drawn does not decide.
-    assert (gone != dropped(4, rate, 0, count)).any()
+    assert (gone != dropout_mask(4, rate, 0, count)).any()
     _, captions, _ = shapes.sample_batch(3, range(count))
     complete = np.array([len(shapes.parse(text)) == len(shapes.ATTRIBUTES) for text in captions])
     share, others = gone[complete].mean(), gone[~complete].mean()
@@ -218,7 +218,7 @@ def test_dropout_takes_its_share_of_captions_and_nothing_else():
 
 @pytest.mark.parametrize("share", [0, 1])
 def test_dropout_of_none_and_of_all(share):
-    assert dropped(0, share, 0, 50).tolist() == [bool(share)] * 50
+    assert dropout_mask(0, share, 0, 50).tolist() == [bool(share)] * 50
 
 
 @pytest.mark.parametrize(

@@ -174,8 +174,8 @@ def test_full_prompts_name_everything_and_do_not_repeat():
     assert shapes.full_prompts(20, 0) == prompts[:20] != shapes.full_prompts(20, 1)
 
 
-def test_open_prompts_leave_something_open():
-    prompts = shapes.open_prompts(300, 0)
+def test_partial_prompts_leave_something_open():
+    prompts = shapes.partial_prompts(300, 0)
     named = {len(shapes.parse(text)) for text in prompts}
     assert len(prompts) == 300 and named == set(range(len(ATTRIBUTES)))
-    assert shapes.open_prompts(20, 0) == prompts[:20] != shapes.open_prompts(20, 1)
+    assert shapes.partial_prompts(20, 0) == prompts[:20] != shapes.partial_prompts(20, 1)
