@@ -108,13 +108,13 @@ def without(variables: dict, *keys) -> dict:
 
 def status(workdir: Path, word: str, at: float = 0) -> None:
     workdir.mkdir(exist_ok=True)
-    (workdir / "status.json").write_text(json.dumps(said(word, at)))
+    (workdir / "status.json").write_text(json.dumps(status_record(word, at)))
 
 
-def said(word: str, at: float = 0) -> dict:
+def status_record(word: str, at: float = 0) -> dict:
     reason = 'it said "status": "done"' if word == "stopped" else ""
-    found = {"reason": reason, "status": word, "step": 3, "steps": 9, "time": at}
-    return found | {"text": word}
+    record = {"reason": reason, "status": word, "step": 3, "steps": 9, "time": at}
+    return record | {"text": word}
 
 
 LOOP = "for ((i = 0; i < 600; i++)); do sleep 0.05; done"  # of a program that waits for a signal
@@ -127,10 +127,10 @@ def wait_for(what, seconds: float = 20):
         time.sleep(0.05)
 
 
-CHANGES = [  # status.json before and after (word, time), the run's code: what xpk is told
+CHANGES = [  # status.json before and after (word, time), the exit codes of run and pod
     (None, ("done", 1), 0, 0),
     (None, ("preempted", 1), 0, 143),
-    (("preempted", 1), ("preempted", 1), 0, 143),  # told to leave before it began
+    (("preempted", 1), ("preempted", 1), 0, 143),  # stopped before it began
     (("preempted", 1), ("preempted", 1), 1, 1),  # failed before it began: it would again
     (None, ("running", 1), 137, 143),
     (("running", 1), ("running", 2), 3, 143),  # a peer was lost
@@ -143,9 +143,9 @@ CHANGES = [  # status.json before and after (word, time), the run's code: what x
 
 
 def put_status(bench, workdir, before, after, code) -> None:
-    """Of a run that says `after` and returns `code`."""
+    """Make gadjax a run that writes the status `after` and returns `code`."""
     if before:
         status(workdir, *before)
-    text = shlex.quote(json.dumps(said(*after))) if after else ""
+    text = shlex.quote(json.dumps(status_record(*after))) if after else ""
     write = f"mkdir -p {workdir}; printf %s {text} > {workdir}/status.json" if after else ":"
     bench.program("gadjax", write, f"exit {code}")

@@ -63,8 +63,8 @@ def test_a_host_trains_until_it_is_told_to_stop(bench):
         assert "process" in out
         wait_for(ready.exists)
         _, err = bench.run("tpu_vm.sh", "host", "train", *argv, code=2)
-        assert "found a run that goes on" in err
-        assert "is there" in bench.run("tpu_vm.sh", "host", "status")[0]
+        assert "found a run in progress" in err
+        assert "is running" in bench.run("tpu_vm.sh", "host", "status")[0]
         assert "exit code 3" in bench.run("tpu_vm.sh", "host", "stop", "20")[0]
     finally:
         bench.run("tpu_vm.sh", "host", "stop", "20")
@@ -80,8 +80,8 @@ def test_stop_has_patience_and_kills_nothing(bench):
     try:
         wait_for(ready.exists)
         _, err = bench.run("tpu_vm.sh", "host", "stop", "1", code=3)
-        assert "still there" in err
-        assert "is there" in bench.run("tpu_vm.sh", "host", "status")[0]
+        assert "still running" in err
+        assert "is running" in bench.run("tpu_vm.sh", "host", "status")[0]
     finally:
         leave.touch()
     wait_for(lambda: (bench.folder / ".gadjax/code").exists())
