@@ -13,7 +13,7 @@
 #
 # TERM, INT (Ctrl-C) or USR1 to this script: the run saves and exits. Exit code: the run's.
 # Tested: the command, the checks, signals and exit codes, with stand-ins for nvidia-smi and gadjax.
-# Not tested without hardware: anything on a GPU.
+# Needs hardware: everything on a GPU.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 read_arguments "$@"

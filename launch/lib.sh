@@ -143,7 +143,7 @@ check_shared_workdir() {
     esac
 }
 
-# set_up_share MOUNT WORKDIR: checks the access of this host, sets the compilation cache.
+# set_up_share MOUNT WORKDIR: checks this host's access and sets JAX_COMPILATION_CACHE_DIR.
 set_up_share() {
     if [[ $2 == gs://* ]]; then
         python -c 'import gcsfs' 2> /dev/null || fail "gcsfs: found nothing of this name on" \
@@ -160,7 +160,7 @@ require_mount() {
     while read -r _ at _; do
         [ "$at" != "$1" ] || return 0
     done < /proc/mounts
-# set_up_share MOUNT WORKDIR: checks this host's access and sets JAX_COMPILATION_CACHE_DIR.
+    fail "MOUNT: found nothing mounted at $1 on $HOSTNAME; expected storage that all hosts share"
 }
 
 # train_arguments WORKDIR DEVICES: sets `train`, the arguments of gadjax.

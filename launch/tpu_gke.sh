@@ -21,8 +21,8 @@
 # not start.
 # In each pod `tpu_gke.sh pod` supervises `gadjax launch`. A run that was preempted or crashed exits
 # with 143, and xpk restarts the workload; 2 and 3 end it. Logs: kubectl logs, by pod.
-# Tested: the command and its quoting, refusals, exit codes of a pod. Not tested without hardware:
-# xpk, GKE, TPUs.
+# Tested: the command and its quoting, refusals, exit codes of a pod.
+# Needs hardware: xpk, GKE, TPUs.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 

@@ -23,8 +23,8 @@
 # --dry-run prints the commands. A run continues without this machine; each host keeps its logs in
 # WORKDIR.logs, by its name (with a bucket: in its own ~/gadjax.logs), and its exit code for status.
 # After preemption of a spot TPU: delete, create, install, train; the run resumes.
-# Tested: the commands and their quoting, refusals, train, status and stop on a host. Not tested
-# without hardware: gcloud, TPUs, install.
+# Tested: the commands and their quoting, refusals, train, status and stop on a host.
+# Needs hardware: gcloud, TPUs, install.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 state=$HOME/.gadjax # of a host: pid and code

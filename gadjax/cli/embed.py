@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dtype not in DTYPES:
         raise InputError(f"--dtype: found {args.dtype!r}; expected {' or '.join(DTYPES)}")
     if bool(args.prompts) == bool(args.images):
-        found = "both" if args.prompts else "nothing"
-        raise InputError(f"--prompts or --images: found {found}; expected one of them")
+        given = "both" if args.prompts else "nothing"
+        raise InputError(f"--prompts or --images: found {given}; expected one of them")
     source, column, pictures = resolve(args.model), args.column, None
     if args.images:
         pictures = open_images(resolve(args.images), column, args.background)

@@ -46,8 +46,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         if not seconds >= 0:
             raise InputError(f"--{name}: found {seconds:g}; expected 0 or more seconds")
     if rest[:2] != ["--", "train"]:
-        found = " ".join(rest[:2]) or "nothing"
-        raise InputError(f"gadjax launch: found {found!r}; expected -- train ARGS...")
+        command = " ".join(rest[:2]) or "nothing"
+        raise InputError(f"gadjax launch: found {command!r}; expected -- train ARGS...")
     train = rest[1:]
     workdir = _workdir(train)
     logs = args.logs
