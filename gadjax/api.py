@@ -177,7 +177,7 @@ def sample(
     noise = initial_noise(seed, len(prompts), model.pipeline.latent)
     images = draw(model.pipeline, model.params, model.sampling, prompts, noise)
     if not np.isfinite(images).all():
-        raise RunStopped(f"{model.name}: found pictures that are not finite")
+        raise RunStopped(f"{model.name}: found images that are not finite")
     return to_uint8(images)
 
 

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         null = encode(None)
         with stop_on_write_error(args.out), atomic_folder(args.out) as out:
             write_embeddings(out, prompts, batches(), null, origin=origin, dtype=args.dtype)
-    what = "pictures, and captions" if pictures else "prompts"
+    what = "images, and captions" if pictures else "prompts"
     print(f"{args.out}: {len(prompts)} {what} of {length} tokens")
     return 0
 

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         stop_on_write_error(args.out),
         atomic_folder(args.out, overwrite=args.overwrite, marker=INDEX) as out,
     ):
-        with tqdm(total=len(jobs), unit="picture", disable=None) as bar:
+        with tqdm(total=len(jobs), unit="image", disable=None) as bar:
             images = _draw(model, prompts, jobs, args, bar.update)
             for (p, n), image in zip(jobs, images, strict=True):
                 name = f"{p:05d}-{n}.png"
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         rows = [(label, np.stack(images)) for label, images in shown.items()]
         scale = max(1, GRID_SIDE // rows[0][1].shape[1])
         save_png(grid(rows, prompts[:GRID_LIMIT], scale), out / "grid.png")
-    print(f"{args.out}: {len(jobs)} pictures in {model.sampling.steps} steps each")
+    print(f"{args.out}: {len(jobs)} images in {model.sampling.steps} steps each")
     return 0
 
 
@@ -126,9 +126,9 @@ def _draw(
     latent, upscale = model.pipeline.latent, model.pipeline.upscale
     seeds = range(args.seed, args.seed + args.per_prompt)
     noise = np.stack([initial_noise(seed, len(prompts), latent) for seed in seeds], axis=1)
-    picture = latent[0] * latent[1] * upscale**2 * 3 * 4
+    image_bytes = latent[0] * latent[1] * upscale**2 * 3 * 4
     # Every part compiles again, so it is as large as memory allows.
-    most = max(1, MAX_IMAGE_BYTES // (picture * args.batch)) * args.batch
+    most = max(1, MAX_IMAGE_BYTES // (image_bytes * args.batch)) * args.batch
     for start in range(0, len(jobs), most):
         part = jobs[start : start + most]
         images = draw(
@@ -141,5 +141,5 @@ def _draw(
             progress=progress,
         )
         if not np.isfinite(images).all():
-            raise RunStopped(f"{args.model}: found pictures that are not finite; none were kept")
+            raise RunStopped(f"{args.model}: found images that are not finite; none were kept")
         yield from images

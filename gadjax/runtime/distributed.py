@@ -155,7 +155,9 @@ def run_on_all_processes(f: Callable[[], T]) -> T:
         raise error
     if codes.any():
         number = int(np.argmax(codes > 0))
-        raise kinds[codes[number] - 1](f"process {number} ended before training; its log says why")
+        raise kinds[codes[number] - 1](
+            f"process {number} ended before training; its log has the reason"
+        )
     return result
 
 

@@ -73,7 +73,7 @@ def test_pictures_are_encoded_with_their_captions(tiny_pipeline, tmp_path, gadja
     (images / "metadata.csv").write_text("\n".join(lines))
     flags = ("--model", tiny_pipeline, "--column", "text", "--length", LENGTH, "--batch", 2)
     output = gadjax("embed", "--images", images, "--out", out, *flags)
-    assert "5 pictures, and captions of 8 tokens" in output
+    assert "5 images, and captions of 8 tokens" in output
     embeddings = open_embeddings(out)
     pipeline, params = load_pipeline(tiny_pipeline)
     expected = pipeline.encode_image(

@@ -22,7 +22,7 @@ def test_a_folder_is_drawn_as_by_diffusers(
     out = tmp_path / "out"
     flags = ("--steps", 4, "--guidance", 3.5, "--per-prompt", 2, "--seed", 5, "--batch", 3)
     output = gadjax("sample", "--model", tiny_pipeline, "--prompts", prompts, "--out", out, *flags)
-    assert "4 pictures in 4 steps" in output
+    assert "4 images in 4 steps" in output
 
     lines = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
     texts = prompts.read_text().splitlines()
