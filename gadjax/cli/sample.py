@@ -122,7 +122,21 @@ def _draw(
     args: argparse.Namespace,
     progress: Callable[[int], object],
 ) -> Iterator[np.ndarray]:
-    """Yield image_HWC of every job, sampled in parts that fit MAX_IMAGE_BYTES."""
+    """Sample the image of every job, in parts that fit MAX_IMAGE_BYTES.
+
+    Args:
+        model: with the sampling settings of the flags.
+        prompts: all prompts.
+        jobs: (index of the prompt, index of the image).
+        args: flags of the command.
+        progress: gets numbers of finished images.
+
+    Yields:
+        image_HWC, in the order of the jobs.
+
+    Raises:
+        RunStopped: the images are not finite.
+    """
     latent, upscale = model.pipeline.latent, model.pipeline.upscale
     seeds = range(args.seed, args.seed + args.per_prompt)
     noise = np.stack([initial_noise(seed, len(prompts), latent) for seed in seeds], axis=1)

@@ -257,10 +257,15 @@ def _world(name: str) -> ModuleType:
 def prefetch(
     fn: Callable[[int], T], start: int, stop: int, depth: int = 2
 ) -> Generator[T, None, None]:
-    """Yield fn(start), ..., fn(stop - 1), computed in one thread up to `depth` ahead.
+    """Prefetch fn(start), ..., fn(stop - 1) in one thread; yields the results in order.
 
-    An exception of fn is raised in its turn. Closing the iterator waits for the call in progress
-    and ends the thread.
+    An exception of fn is raised in its place in that order. Closing the iterator waits for the call
+    in progress and ends the thread.
+
+    Args:
+        fn: function of the index.
+        start, stop: range of the index.
+        depth: largest number of results computed ahead of the consumer, at least 1.
     """
     if depth < 1:
         raise ValueError(f"depth of {depth}; at least 1")

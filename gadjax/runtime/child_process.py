@@ -27,6 +27,14 @@ class Child:
     """Process of a run, with its log from byte `start` on and the step of its last heartbeat."""
 
     def __init__(self, number: int, command: list[str], environment: dict, log: Path | None):
+        """Start the process, in a session of its own.
+
+        Args:
+            number: rank, for messages.
+            command: argument list.
+            environment: variables added to this process's; GADJAX_HEARTBEAT among them.
+            log: file that its output is appended to; None for this process's stdout and stderr.
+        """
         self.number, self.log, self.code = number, log, None
         self.heartbeat = Path(environment["GADJAX_HEARTBEAT"])
         self.step: int | None = None

@@ -37,7 +37,13 @@ class Profile:
     """
 
     def __init__(self, window: tuple[int, int] | None, workdir: Path, note: Callable[[str], None]):
-        """window: (START, N), None for no trace. note: prints a line of the run's log."""
+        """Prepare the trace; the methods do the work.
+
+        Args:
+            window: (START, N); None for no trace.
+            workdir: gets the folder "profile".
+            note: prints a line to the terminal and the run's log.
+        """
         self.steps = None if window is None else (window[0], sum(window))
         self.folder, self.note, self.running = workdir / PROFILE, note, False
         self.local: Any = self.folder  # the profiler writes on disks only

@@ -79,6 +79,8 @@ def supervise(
 
 
 class _Supervisor:
+    """State of `supervise`: the child processes, received signals, and the first fault."""
+
     def __init__(self, limits: Limits, workdir: Path | None):
         self.limits, self.workdir = limits, workdir
         self.children: list[Child] = []
@@ -93,6 +95,7 @@ class _Supervisor:
         self.received.append(number)
 
     def start(self, commands: list[list[str]], folder: Path, logs: Path | None) -> None:
+        """Start the processes, with heartbeat files in `folder` and logs in `logs`."""
         count, port = len(commands), free_port()
         for i, command in enumerate(commands):
             environment = {"GADJAX_HEARTBEAT": str(folder / str(i))}
@@ -123,6 +126,7 @@ class _Supervisor:
             self.shown_log.close()
 
     def watch(self) -> int:
+        """Poll until all processes have ended; return the exit code of `supervise`."""
         while self.alive():
             time.sleep(POLL_SECONDS)
             self._forward_signals()

@@ -64,7 +64,13 @@ class WorkdirLock:
     def write_status(self, status: str, step: int, reason: str = "") -> None:
         """Write status.json; a failed write is ignored (no space left, for example).
 
-        Raises: RunStopped if another run has taken the lock.
+        Args:
+            status: "running", "done", "preempted" or "stopped".
+            step: steps done.
+            reason: of a stopped run.
+
+        Raises:
+            RunStopped: another run has taken the lock.
         """
         self.step = step
         if not self.is_owner:

@@ -254,7 +254,13 @@ def words(images: np.ndarray, max_residual: float = MAX_RESIDUAL) -> np.ndarray:
 def adheres(verdict: Verdict, expected: dict[str, str], max_residual: float = MAX_RESIDUAL) -> bool:
     """Return True if the image is one of the world and has all the `expected` attributes.
 
-    Raises: InputError for words that no scene has.
+    Args:
+        verdict: verdict of the image.
+        expected: words by attribute, as of `parse`.
+        max_residual: limit of the residual of an image of the world.
+
+    Raises:
+        InputError: words that no scene has.
     """
     check_words(expected, "expected")
     words = verdict.words
@@ -264,9 +270,18 @@ def adheres(verdict: Verdict, expected: dict[str, str], max_residual: float = MA
 def adherence(
     images: np.ndarray, captions: Iterable[str], max_residual: float = MAX_RESIDUAL
 ) -> np.ndarray:
-    """Prompt adherence of N images: True if an image shows its caption's attributes, bool [N].
+    """Prompt adherence: whether images show the attributes of their captions.
 
-    Raises: InputError for captions that are not of the world or not as many as the images.
+    Args:
+        images: [N, SIZE, SIZE, 3] in [-1, 1].
+        captions: N captions of the world.
+        max_residual: as in `adheres`.
+
+    Returns:
+        bool [N].
+
+    Raises:
+        InputError: captions that are not of the world, or not N of them.
     """
     expected: Sequence[dict[str, str]] = [parse(text) for text in captions]
     if len(expected) != len(images):
