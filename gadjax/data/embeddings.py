@@ -2,7 +2,7 @@
 
 Latents are those of the images that the prompts are captions of. Files:
   text.npy       prompt embeddings [N + 1, L, D], float32 or float16; the last row is the empty
-                 prompt's
+                 prompt's, as the family's default negative prompt
   mask.npy       attention mask [N + 1, L] bool, True = attend
   pooled.npy     pooled embeddings [N + 1, P] in text.npy's dtype, if the family has them
   latents.npy    [N, H, W, C] in text.npy's dtype, if the prompts are captions of images
