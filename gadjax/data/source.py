@@ -161,8 +161,8 @@ class LatentSource:
     """Shuffled precomputed embeddings and latents, in the order of ImageSource.
 
     embeddings: with latents. dropout: as ImageSource's.
-    batch: text_BLD in the folder's dtype, mask_BL and which_B int32, pooled_BP if the family has it,
-    x0_BHWC float32.
+    batch: text_BLD in the folder's dtype, mask_BL and which_B int32, pooled_BP if the family
+    has it, x0_BHWC float32.
 
     Raises: InputError for a share outside 0 .. 1, a seed as above.
     """
