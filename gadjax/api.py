@@ -1,4 +1,4 @@
-"""Load, sample, distil and save in Python. The commands call the same functions."""
+"""Python API: load, sample, distill and save; the commands call the same functions."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from gadjax.io.storage import as_path, is_remote
 from gadjax.models.params import cast
 from gadjax.objectives import TERMS, Term, as_config
 from gadjax.pipelines.known_students import published_student
-from gadjax.pipelines.model import Model as Drawn
+from gadjax.pipelines.model import Model as PipelineModel
 from gadjax.pipelines.pipeline import load_pipeline, make_pipeline, resized
 from gadjax.pipelines.sampling import draw, initial_noise
 from gadjax.runtime.settings import pinned_jax_config
@@ -36,17 +36,17 @@ from gadjax.training.workdir import Trained, is_workdir, read_trained
 
 
 @dataclass(frozen=True, repr=False)
-class Model(Drawn):
-    """Networks with their parameters, and how pictures are drawn with them.
+class Model(PipelineModel):
+    """A pipeline with its parameters and sampling settings.
 
-    trained: the run that the transformer's weights come from; None where they are a folder's.
+    trained: the training run of the backbone's weights; None if they are a pipeline folder's.
     """
 
     trained: Trained | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Of the transformer's weights as they were read, whatever they compute in."""
+        """Fingerprint of the backbone's weights as stored, whatever dtype they compute in."""
         part = self.pipeline.folder.components[self.pipeline.backbone]
         params = self.trained.full_params(part) if self.trained else part.params
         return fingerprint(tensors_from_params(params, part.keymap))
@@ -62,16 +62,22 @@ def load(
     *,
     dtype: str = "float32",
     variant: str | None = None,
-    recipe: str | None = None,
+    student_preset: str | None = None,
     teacher: str | Path | None = None,
 ) -> Model:
-    """Read a pipeline folder (diffusers' or gadjax's own), a workdir of `gadjax train` (its moving
-    average; gs:// as well), or "asset:NAME" of what is bundled.
+    """Load a model from a pipeline folder, a workdir of `gadjax train`, or a bundled asset.
 
-    dtype: that networks compute in. variant: of the weights' files, such as fp16. recipe: how it is
-    sampled, by a name of gadjax.pipelines.known_students.PUBLISHED_STUDENTS, where the folder does not say so
-    itself. teacher: of a workdir's run, if its folder has moved since.
-    Raises: InputError for whatever is wrong with it.
+    Args:
+        name: a pipeline folder (diffusers' or gadjax's own), a workdir (its EMA weights; gs:// as
+            well), or "asset:NAME".
+        dtype: compute dtype of the networks.
+        variant: variant of the weight files, such as fp16.
+        student_preset: sampling settings of a published student, by its name in
+            gadjax.pipelines.known_students.PUBLISHED_STUDENTS, if the folder has none.
+        teacher: teacher folder of a workdir's run, if it has moved since.
+
+    Raises:
+        InputError: the input is missing, damaged or inconsistent.
     """
     compute, remote = compute_dtype(dtype), is_remote(name)
     source = as_path(name, "model") if remote else resolve(str(name))
@@ -85,7 +91,7 @@ def load(
         if not folder.is_dir():
             raise InputError(
                 f"{folder}: found no such folder; expected the teacher of {name} (--teacher, or of "
-                "a student that is evaluated --student-teacher, says where it is now)"
+                "a student that is evaluated --student-teacher, gives its new place)"
             )
     pipeline, params = load_pipeline(folder, dtype=compute, variant=variant)
     sampling = trained.sampling if trained else read_sampling(source, pipeline.sampling)
@@ -93,8 +99,8 @@ def load(
         params[pipeline.backbone] = trained.full_params(
             pipeline.folder.components[pipeline.backbone]
         )
-    if recipe is not None:
-        pipeline, sampling = published_student(recipe, pipeline)
+    if student_preset is not None:
+        pipeline, sampling = published_student(student_preset, pipeline)
     return Model(str(name), pipeline, cast(params, compute), sampling, trained)
 
 
@@ -106,11 +112,18 @@ def with_sampling(
     negative: str | None = None,
     size: tuple[int, int] | None = None,
 ) -> Model:
-    """The model with other steps, guidance, negative prompt or size of pictures (height, width in
-    pixels); None for its own.
+    """Return the model with other sampling settings; None keeps the model's own.
 
-    Raises: InputError for steps of a student that has timesteps, guidance that is no number, a
-    negative prompt where there is no guidance, and a size that the networks cannot take.
+    Args:
+        model: not changed.
+        steps: number of sampling steps.
+        guidance: scale of classifier-free guidance.
+        negative: negative prompt.
+        size: image size (height, width) in pixels.
+
+    Raises:
+        InputError: steps for a student with timesteps of its own, a guidance that is not finite, a
+            negative prompt without guidance, or a size that the networks do not support.
     """
     sampling = model.sampling
     if steps is not None and sampling.timesteps is not None:
@@ -120,12 +133,12 @@ def with_sampling(
         )
     if guidance is not None and not math.isfinite(guidance):
         raise InputError(f"guidance: found {guidance}; expected a finite number")
-    asked = {"steps": steps, "guidance": guidance, "negative": negative}
-    asked = {key: value for key, value in asked.items() if value is not None}
-    model = replace(model, sampling=replace(sampling, **asked))
+    changes = {"steps": steps, "guidance": guidance, "negative": negative}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    model = replace(model, sampling=replace(sampling, **changes))
     if negative is not None and not model.guided:
         raise InputError(
-            f"negative: found {negative!r}; expected none, because this model draws without "
+            f"negative: found {negative!r}; expected none, because this model samples without "
             "classifier-free guidance"
         )
     return model if size is None else replace(model, pipeline=resized(model.pipeline, size))
@@ -141,20 +154,30 @@ def sample(
     negative: str | None = None,
     size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """One picture for each prompt: uint8 [N, H, W, 3].
+    """Sample one image per prompt.
 
-    Picture i starts from noise i of the seed, whatever the model: those of a student and of its
-    teacher are comparable one by one. steps, guidance, negative, size (height, width in pixels):
-    the model's own where None.
-    Raises: InputError for steps that the model cannot take, RunStopped for pictures that are not
-    finite.
+    Image i starts from noise i of the seed, whatever the model: images of a student and of its
+    teacher can be compared one by one.
+
+    Args:
+        model: of `load` or `distill`.
+        prompts: one prompt, or N of them.
+        seed: seed of the initial noise, 0 to 2^64 - 1.
+        steps, guidance, negative, size: as in `with_sampling`.
+
+    Returns:
+        Images, uint8 [N, H, W, 3].
+
+    Raises:
+        InputError: settings that the model does not support.
+        RunStopped: the images are not finite.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     model = with_sampling(model, steps, guidance, negative, size)
     noise = initial_noise(seed, len(prompts), model.pipeline.latent)
     images = draw(model.pipeline, model.params, model.sampling, prompts, noise)
     if not np.isfinite(images).all():
-        raise RunStopped(f"{model.name}: found pictures that are not finite")
+        raise RunStopped(f"{model.name}: found images that are not finite")
     return to_uint8(images)
 
 
@@ -170,32 +193,41 @@ def distill(
     workdir: str | Path | None = None,
     **changes,
 ) -> Model:
-    """Train a student of `teacher` that draws in `steps` steps, and return its moving average.
+    """Distil a few-step student of `teacher`, and return it with its EMA weights.
 
-    objective: a term or a weighted sum of terms, or what a config says of one.
-    prompts: texts, or a file of them; None where `data` names another source.
-    timesteps: that the student's steps start from; by default those of the teacher's scheduler in
-      so many steps.
-    workdir: to be kept, as of `gadjax train`; called again it resumes.
-    changes: other keys of a config, such as batch=64 or optim={"lr": 1e-4}.
-    An interrupt saves and ends the training; what is returned is then as far as it came.
-    Raises: InputError for bad input before any training, RunStopped as `gadjax train`.
+    An interrupt saves and ends the training; the student is then the one trained so far.
+
+    Args:
+        teacher: a model of `load` with the weights of its folder, or a pipeline folder.
+        objective: a term, a weighted sum of terms, or the `objective` of a config.
+        prompts: prompts, or a file of prompts; None if `data` names another source.
+        steps: number of sampling steps of the student.
+        timesteps: where the student's steps start, in place of `steps`; by default those of the
+            teacher's scheduler for this number of steps.
+        updates: number of training steps (the config's `steps`).
+        workdir: kept, as the one of `gadjax train`; a second call resumes it. None: a temporary
+            folder.
+        **changes: other keys of a config, such as batch=64 or optim={"lr": 1e-4}.
+
+    Raises:
+        InputError: bad input, before any training.
+        RunStopped: as `gadjax train`.
     """
-    source = _source(teacher)
+    source = _teacher_folder(teacher)
     pipeline = make_pipeline(open_folder(source, components=()))
-    recipe = read_sampling(source, pipeline.sampling)
+    sampling = read_sampling(source, pipeline.sampling)
     if timesteps is None:
         timesteps = pipeline.sampler.times(steps)[:-1].tolist()
     config = default_config()
-    config.teacher, config.steps, config.guidance = str(source), updates, recipe.guidance
+    config.teacher, config.steps, config.guidance = str(source), updates, sampling.guidance
     config.objective = as_config(objective, TERMS)
     config.student.update(steps=len(timesteps), timesteps=tuple(timesteps))
-    config.data.length = recipe.length
-    with _folder(workdir) as run:
-        if workdir is None:  # nothing of it is kept but the end
+    config.data.length = sampling.length
+    with _run_folder(workdir) as run:
+        if workdir is None:  # only the last checkpoint is read
             config.checkpoint.every, config.preview.every = updates, 0
         if prompts is not None:
-            config.data.prompts = _prompts(prompts, run)
+            config.data.prompts = _prompt_file(prompts, run)
         train(changed_config(config, changes), run)
         name = f"student of {source.name}" if workdir is None else str(workdir)
         return replace(load(run), name=name)
@@ -205,11 +237,19 @@ def distill(
 def save(
     model: Model, out: str | Path, *, report: str | Path | None = None, overwrite: bool = False
 ) -> dict[str, Any] | None:
-    """Write what was distilled as a complete diffusers folder, as `gadjax export` does.
+    """Export a distilled model as a complete diffusers pipeline folder, as `gadjax export` does.
 
-    report: report.json of `gadjax evaluate`, for the card.
-    Returns: what drawing with diffusers gave, None where diffusers is not installed.
-    Raises: InputError for a model that was not trained, and as gadjax.training.export.export.
+    Args:
+        model: a trained model.
+        out: new folder.
+        report: report.json of `gadjax evaluate`, for the model card.
+        overwrite: replace an earlier export.
+
+    Returns:
+        Result of the parity check against diffusers; None if diffusers is not installed.
+
+    Raises:
+        InputError: the model was not trained, or as gadjax.training.export.export.
     """
     if model.trained is None:
         raise InputError(f"{model.name}: found a folder's own weights; expected trained ones")
@@ -217,7 +257,7 @@ def save(
     return export(model.trained, Path(out), teacher=teacher, report=report, overwrite=overwrite)
 
 
-def _source(teacher: Model | str | Path) -> Path:
+def _teacher_folder(teacher: Model | str | Path) -> Path:
     if not isinstance(teacher, Model):
         return resolve(str(teacher))
     if teacher.trained is not None:
@@ -228,7 +268,7 @@ def _source(teacher: Model | str | Path) -> Path:
 
 
 @contextmanager
-def _folder(workdir: str | Path | None):
+def _run_folder(workdir: str | Path | None):
     if workdir is not None:
         yield as_path(workdir, "workdir")
         return
@@ -236,13 +276,17 @@ def _folder(workdir: str | Path | None):
         yield Path(folder) / "run"
 
 
-def _prompts(prompts: str | Path | Sequence[str], run: Path) -> str:
-    """A file of them. Texts get one beside the run, named after what they say, so that a run which
-    is resumed with others is refused."""
+def _prompt_file(prompts: str | Path | Sequence[str], run: Path) -> str:
+    """Path of the prompt file; prompts given as texts are written to one next to the run.
+
+    Its name has a checksum of the prompts, so that resuming the run with other prompts is refused.
+    """
     if isinstance(prompts, str | Path):
         return str(prompts)
     if is_remote(run):
-        raise InputError(f"prompts: found texts; expected a file of them beside {run}")
+        raise InputError(
+            f"prompts: found texts; expected a prompt file, since {run} is in an object store"
+        )
     text = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
     path = run.with_name(f"{run.name}-prompts-{zlib.crc32(text.encode()):08x}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# Sourced by the scripts that start runs on clusters: arguments, checks, signals, and when a run is
-# to be started again. Goes to the project's root, as env.sh does: paths are relative to it.
+# Sourced by the scripts that start runs on clusters: arguments, checks, signals, restart decisions.
+# Changes to the project's root, as env.sh does: paths are relative to it.
 script=$(realpath "$0")
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-PATH="$PATH:$PWD/.venv/bin" # where launch/test.sh or launch/quickstart.sh made one
+PATH="$PATH:$PWD/.venv/bin" # of launch/test.sh or launch/quickstart.sh
 
-dry=""   # not empty: commands are printed, and none is executed
-extra=() # arguments that are not the script's own
+dry=""   # not empty: commands are printed and not executed
+extra=() # arguments that are passed on to train, or to gcloud
 
-# read_arguments "$@": fills `dry` and `extra`; what follows -- is not looked at.
+# read_arguments "$@": sets `dry` and `extra`; arguments after -- go to `extra` as they are.
 read_arguments() {
     while [ $# -gt 0 ]; do
         case $1 in
@@ -22,7 +22,7 @@ read_arguments() {
     done
 }
 
-# The comment at the head of the script.
+# show_help: prints the comment at the head of the script.
 show_help() {
     local line
     while IFS= read -r line && [[ $line == '#'* ]]; do
@@ -36,8 +36,8 @@ fail() {
     exit 2
 }
 
-# need VARIABLE...: all of them have values.
-need() {
+# require VARIABLE...: checks that all of them are set.
+require() {
     local key missing=()
     for key; do
         [ -n "${!key:-}" ] || missing+=("$key")
@@ -45,8 +45,8 @@ need() {
     [ ${#missing[@]} -eq 0 ] || fail "${missing[*]}: found nothing; expected a value (see --help)"
 }
 
-# whole VARIABLE...: they are whole numbers from 1.
-whole() {
+# check_positive VARIABLE...: checks that they are whole numbers from 1.
+check_positive() {
     local key
     for key; do
         [[ ${!key} =~ ^[1-9][0-9]*$ ]] ||
@@ -54,13 +54,13 @@ whole() {
     done
 }
 
-# need_tool NAME WHERE-FROM: a dry run does without.
-need_tool() {
+# require_tool NAME SOURCE: checks that a program is on PATH; a dry run does not need it.
+require_tool() {
     [ -n "$dry" ] || command -v "$1" > /dev/null ||
         fail "$1: found nothing of this name on PATH; expected it ($2)"
 }
 
-# run COMMAND...: a dry run prints it, quoted so that a shell reads it back.
+# run COMMAND...: runs it; a dry run prints it, quoted for a shell.
 run() {
     if [ -n "$dry" ]; then
         printf '%q' "$1"
@@ -71,8 +71,8 @@ run() {
     fi
 }
 
-# watched COMMAND...: runs it, hands TERM on to it, and returns its exit code.
-watched() {
+# run_forwarding_term COMMAND...: runs it, forwards TERM to it, and returns its exit code.
+run_forwarding_term() {
     local child again=1 code
     "$@" &
     child=$!
@@ -85,8 +85,8 @@ watched() {
     return "$code"
 }
 
-# logged LOG COMMAND...: runs it, what it says going here and to LOG; its exit code comes out.
-logged() {
+# run_logged LOG COMMAND...: runs it, copies its output to LOG, and returns its exit code.
+run_logged() {
     if [ -n "$dry" ]; then
         run "${@:2}"
         return
@@ -97,9 +97,9 @@ logged() {
     return "${codes[0]}"
 }
 
-# devices_in TYPE: how many devices JAX sees in one TPU slice of this name. v4 and v5p count
-# TensorCores, of which two make a device; the others count what JAX sees; sides count chips.
-devices_in() {
+# slice_devices TYPE: prints the number of JAX devices in one TPU slice of this type. A name counts
+# TensorCores for v4 and v5p (two make a device), JAX devices for the others; a shape counts chips.
+slice_devices() {
     [[ $1 =~ ^(v4|v5litepod|v5p|v6e|tpu7x)-([1-9][0-9]*(x[1-9][0-9]*){0,2})$ ]] || return 1
     local family=${BASH_REMATCH[1]} size=${BASH_REMATCH[2]} chip=1
     case $family:$size in
@@ -113,29 +113,29 @@ devices_in() {
     echo $((${size//x/*} * chip))
 }
 
-# count_devices: sets `devices` to those of NUM_SLICES slices of TPU_TYPE, and DEVICES must agree.
+# count_devices: sets `devices` for NUM_SLICES slices of TPU_TYPE; DEVICES, if set, must agree.
 count_devices() {
     NUM_SLICES=${NUM_SLICES:-1}
-    whole NUM_SLICES
-    if devices=$(devices_in "$TPU_TYPE"); then
+    check_positive NUM_SLICES
+    if devices=$(slice_devices "$TPU_TYPE"); then
         devices=$((devices * NUM_SLICES))
-        agree_on_devices "$NUM_SLICES x $TPU_TYPE"
+        check_devices "$NUM_SLICES x $TPU_TYPE"
     else
-        [ -n "${DEVICES:-}" ] || fail "TPU_TYPE: found $TPU_TYPE, which does not say how many" \
-            "devices it has; expected DEVICES beside it, or a name such as v5litepod-16"
-        whole DEVICES
+        [ -n "${DEVICES:-}" ] || fail "TPU_TYPE: found $TPU_TYPE, of an unknown number of" \
+            "devices; expected DEVICES as well, or a name such as v5litepod-16"
+        check_positive DEVICES
         devices=$DEVICES
     fi
 }
 
-# agree_on_devices WHAT: DEVICES, where it is set, is what `devices` has counted in WHAT.
-agree_on_devices() {
+# check_devices SOURCE: checks that DEVICES, if set, is `devices`, which was counted in SOURCE.
+check_devices() {
     [ "${DEVICES:-$devices}" = "$devices" ] ||
         fail "DEVICES: found $DEVICES; expected $devices, as many as $1 has"
 }
 
-# check_shared: WORKDIR is one that all hosts reach: a bucket, or a folder below MOUNT.
-check_shared() {
+# check_shared_workdir: checks that all hosts share WORKDIR: a bucket, or a folder below MOUNT.
+check_shared_workdir() {
     WORKDIR=${WORKDIR%/}
     case $WORKDIR in
         gs://*/?* | "$MOUNT"/?*) ;;
@@ -143,47 +143,47 @@ check_shared() {
     esac
 }
 
-# on_share MOUNT WORKDIR: this host reaches it, and keeps what it compiles beside it.
-on_share() {
+# set_up_share MOUNT WORKDIR: checks this host's access and sets JAX_COMPILATION_CACHE_DIR.
+set_up_share() {
     if [[ $2 == gs://* ]]; then
         python -c 'import gcsfs' 2> /dev/null || fail "gcsfs: found nothing of this name on" \
             "$HOSTNAME; expected it, for $2 (pip install 'gadjax[gcs]')"
     else
-        need_mount "$1"
+        require_mount "$1"
     fi
     export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-${2%/*}/compiled}
 }
 
-# need_mount FOLDER: it is one that this host shares, and not its own disk.
-need_mount() {
+# require_mount FOLDER: checks that it is a mount point, and not a folder of the host's own disk.
+require_mount() {
     local at
     while read -r _ at _; do
         [ "$at" != "$1" ] || return 0
     done < /proc/mounts
-    fail "MOUNT: found nothing mounted at $1 on $HOSTNAME; expected what all hosts share"
+    fail "MOUNT: found nothing mounted at $1 on $HOSTNAME; expected storage that all hosts share"
 }
 
-# train_arguments WORKDIR DEVICES: sets `train`.
+# train_arguments WORKDIR DEVICES: sets `train`, the arguments of gadjax.
 train_arguments() {
     train=(train --config "$CONFIG" --workdir "$1" --devices "$2" "${extra[@]}")
 }
 
-# local_folders: WORKDIR as a full path, and LOGS beside it (a new workdir has to be empty).
+# local_folders: makes WORKDIR absolute, with LOGS next to it (a new workdir has to be empty).
 local_folders() {
     [[ $WORKDIR == /* ]] || WORKDIR=$PWD/$WORKDIR
     WORKDIR=${WORKDIR%/}
     LOGS=${LOGS:-$WORKDIR.logs}
 }
 
-# gpu_environment: what was set by hand stays; NCCL_* and XLA_FLAGS pass through as they are.
+# gpu_environment: sets defaults; variables that are set, such as NCCL_* and XLA_FLAGS, stay.
 gpu_environment() {
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
     export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-${WORKDIR%/*}/compiled}
 }
 
-# said WORKDIR: its status.json, if there is one.
-said() {
+# read_status WORKDIR: prints its status.json, if there is one.
+read_status() {
     if [[ $1 == gs://* ]]; then
         python -c 'import sys; from gadjax.io.storage import as_path
 path = as_path(sys.argv[1]) / "status.json"
@@ -193,25 +193,25 @@ print(path.read_text() if path.exists() else "", end="")' "$1"
     fi
 }
 
-# word STATUS.JSON: running, done, preempted or stopped.
-word() {
+# status_word STATUS.JSON: prints running, done, preempted or stopped.
+status_word() {
     [[ ! $1 =~ \"status\":\ *\"([a-z]+)\" ]] || echo "${BASH_REMATCH[1]}"
 }
 
-# start_again CODE BEFORE AFTER: whether a run that ended so should be started again; BEFORE and
-# AFTER are its status.json from before it began and now. A run that failed without a word of its
-# own would fail again, and what an earlier one said is no reason.
-start_again() {
+# should_restart CODE BEFORE AFTER: succeeds if a run that ended with CODE should be restarted.
+# BEFORE and AFTER are its status.json from before its start and now. A run that failed without
+# writing a status would fail again, and the status of an earlier start is no reason to restart.
+should_restart() {
     [ "$1" -ne 2 ] || return 1
-    case $(word "$3") in
+    case $(status_word "$3") in
         preempted) [ "$1" -eq 0 ] || [ "$3" != "$2" ] ;;
         running) [ "$1" -ne 0 ] && [ "$3" != "$2" ] ;;
         *) return 1 ;;
     esac
 }
 
-# true_code CODE AFTER: what the run itself returned: 3 where its last word is that it stopped, and
+# run_exit_code CODE AFTER: prints the exit code of the run itself: 3 if its status is "stopped", as
 # a launcher that killed the other processes returns their codes.
-true_code() {
-    if [ "$1" -gt 3 ] && [ "$(word "$2")" = stopped ]; then echo 3; else echo "$1"; fi
+run_exit_code() {
+    if [ "$1" -gt 3 ] && [ "$(status_word "$2")" = stopped ]; then echo 3; else echo "$1"; fi
 }

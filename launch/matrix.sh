@@ -1,29 +1,28 @@
 #!/usr/bin/env bash
-# Runs launch/test.sh on every Python here that is new enough (python3.N on PATH, and pyenv's), each
-# in a clone of the last commit, and prints a table. Clones, their environments and the logs are
-# kept in runs/matrix.
+# Run launch/test.sh on every Python that is new enough (python3.N on PATH, and pyenv's), each in a
+# clone of the last commit, and print a table. Clones, environments and logs stay in runs/matrix.
 set -euo pipefail
 shopt -s nullglob
 cd "$(dirname "$0")/.."
 
-declare -A found # version, such as 3.12, to interpreter
+declare -A pythons # version, such as 3.12, to interpreter
 for python in $(compgen -c python3 | grep -xE 'python3(\.[0-9]+)?' | sort -u) \
     "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/python3; do
-    # Not one that is no Python, or is somebody's environment.
+    # Skips what is not a Python, and virtual environments.
     version=$("$python" -c 'import sys
 assert sys.version_info >= (3, 11) and sys.prefix == sys.base_prefix
 print("%d.%d" % sys.version_info[:2])' 2> /dev/null) || continue
-    found[$version]=${found[$version]:-$python}
+    pythons[$version]=${pythons[$version]:-$python}
 done
 
-# versions PYTHON: its own, JAX's and flax's.
+# versions PYTHON: prints the versions of Python, JAX and flax.
 versions() {
     "$1" -c 'import platform
 from importlib.metadata import version
 print(platform.python_version(), version("jax"), version("flax"))' 2> /dev/null || echo "- - -"
 }
 
-# last PATTERN FILE: the number before it, where it was found last.
+# last PATTERN FILE: prints the number before the last match.
 last() {
     grep -oE "[0-9.]+$1" "$2" | tail -1 | grep -oE '^[0-9]+' || echo 0
 }
@@ -34,18 +33,18 @@ row() {
 }
 
 failed=0 table=$(row name python jax flax passed failed seconds)
-for version in $(printf '%s\n' "${!found[@]}" | sort -V); do
+for version in $(printf '%s\n' "${!pythons[@]}" | sort -V); do
     clone=runs/matrix/$version log=runs/matrix/$version.log
     [ -d "$clone" ] || git clone --quiet . "$clone"
     git -C "$clone" fetch --quiet origin HEAD
     git -C "$clone" checkout --quiet --force --detach FETCH_HEAD
-    echo "$version: ${found[$version]}, log in $log"
+    echo "$version: ${pythons[$version]}, log in $log"
     start=$SECONDS code=0
-    PYTHON=${found[$version]} bash "$clone/launch/test.sh" "$@" > "$log" 2>&1 || code=$?
+    PYTHON=${pythons[$version]} bash "$clone/launch/test.sh" "$@" > "$log" 2>&1 || code=$?
     bad=$(($(last ' failed' "$log") + $(last ' errors?' "$log")))
     if [ "$code" -ne 0 ]; then
         failed=1
-        [ "$bad" -ne 0 ] || bad="code=$code" # not a test: what the log ends with
+        [ "$bad" -ne 0 ] || bad="code=$code" # not a failed test: the end of the log has the error
     fi
     read -r python jax flax <<< "$(versions "$clone/.venv/bin/python")"
     table+=$'\n'$(row "$version" "$python" "$jax" "$flax" "$(last ' passed' "$log")" "$bad" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From the bundled teacher to a 4-step student that runs in diffusers, with a picture and a report.
-# Run it again to resume, or to be told that it is done. RUN chooses the folder.
+# Distil the bundled teacher to a 4-step student, export it to diffusers, sample, evaluate.
+# Run again to resume; a finished run is left as it is. RUN chooses the folder.
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 make_environment
@@ -11,7 +11,7 @@ prompts=gadjax/assets/shapes_test_prompts.txt
 mkdir -p "$run"
 
 if [ -f "$run/report/report.md" ]; then
-    echo "done before (remove $run to start anew)"
+    echo "already done (remove $run to start over)"
 else
     echo "1/5 convert the teacher to Flax parameters, checked against diffusers"
     [ -d "$run/teacher" ] || gadjax convert "$teacher" "$run/teacher" --check
@@ -29,5 +29,5 @@ else
     gadjax evaluate --teacher "$teacher" --student "$run/student" --prompts "$prompts" \
         --library 32 --moves 0 --out "$run/report"
 fi
-echo "picture: $run/report/samples.png"
-echo "report:  $run/report/report.md"
+echo "images: $run/report/samples.png"
+echo "report: $run/report/report.md"

@@ -1,7 +1,7 @@
-"""Draw with a student in diffusers: python launch/sample_with_diffusers.py DIR PROMPTS OUT
+"""Sample from a student with diffusers: python launch/sample_with_diffusers.py DIR PROMPTS OUT
 
-Needs torch and diffusers. gadjax.json beside the weights says which steps it was trained for: times
-of its own, or those of its scheduler in so many steps.
+Needs torch and diffusers. gadjax.json in the folder has the steps that the student was trained for:
+its timesteps, or a number of steps of its scheduler.
 """
 
 import json
@@ -13,15 +13,15 @@ from diffusers import DiffusionPipeline
 
 
 def main(model: Path, prompts: Path, out: Path) -> None:
-    recipe = json.loads((model / "gadjax.json").read_text())
+    config = json.loads((model / "gadjax.json").read_text())
     pipe = DiffusionPipeline.from_pretrained(model, low_cpu_mem_usage=False)
-    own = recipe.get("timesteps")
-    steps = {"timesteps": own} if own else {"num_inference_steps": recipe["steps"]}
+    timesteps = config.get("timesteps")
+    steps = {"timesteps": timesteps} if timesteps else {"num_inference_steps": config["steps"]}
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
         prompts.read_text().splitlines(),
         **steps,
-        guidance_scale=recipe["guidance"],
+        guidance_scale=config["guidance"],
         use_resolution_binning=False,
         clean_caption=False,
         generator=torch.Generator().manual_seed(0),
@@ -29,7 +29,7 @@ def main(model: Path, prompts: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):
         image.save(out / f"{number:05d}.png")
-    print(f"{len(images)} pictures in {out}")
+    print(f"{len(images)} images in {out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv and runs the tests: bash launch/test.sh [--all] [pytest's own arguments]
-# --all adds the slow tier.
+# Make .venv and run the tests: bash launch/test.sh [--all] [arguments of pytest]
+# --all adds the slow tests.
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 make_environment

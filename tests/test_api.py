@@ -1,4 +1,4 @@
-"""The Python interface is the commands' own work: the same students, pictures and folders."""
+"""Python API: the same students, images and folders as the commands."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def student(tiny_pipeline):
 
 
 def test_importing_is_instant():
-    """Neither JAX nor anything of the package is imported before it is asked for."""
+    """Neither JAX nor any module of the package is imported before use."""
     code = (
         "import gadjax, sys; assert 'jax' not in sys.modules and 'numpy' not in sys.modules; "
         "assert 'distill' in dir(gadjax); assert gadjax.objectives.DMD and gadjax.load"
@@ -37,7 +37,7 @@ def test_importing_is_instant():
         gadjax.distil  # noqa: B018
 
 
-def test_pictures_are_those_of_the_command(tiny_pipeline, tmp_path):
+def test_images_equal_those_of_the_command(tiny_pipeline, tmp_path):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("\n".join(PROMPTS))
     flags = ["--model", str(tiny_pipeline), "--prompts", str(prompts), "--out", str(out)]
@@ -52,8 +52,8 @@ def test_pictures_are_those_of_the_command(tiny_pipeline, tmp_path):
     )
 
 
-def test_guidance_zero_asks_for_none(tiny_pipeline):
-    """As in diffusers and on the cards that say 0; there is nothing to lead away from then."""
+def test_guidance_zero_is_no_guidance(tiny_pipeline):
+    """Guidance 0 is no guidance, as in diffusers and on published cards; negative prompts fail."""
     model = gadjax.load(tiny_pipeline)
     zero, one, two = (
         gadjax.sample(model, PROMPTS, steps=1, guidance=guidance) for guidance in (0, 1, 2)
@@ -141,7 +141,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_pipeline, tmp_path, chang
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_trained_is_no_teacher_and_what_is_not_cannot_be_saved(student, tiny_pipeline):
+def test_a_student_is_no_teacher_and_a_teacher_cannot_be_saved(student, tiny_pipeline):
     refused(lambda: gadjax.distill(student, DMD(), PROMPTS), "teacher", "distilled")
     refused(lambda: gadjax.save(gadjax.load(tiny_pipeline), "out"), tiny_pipeline.name)
     refused(lambda: gadjax.sample(student, PROMPTS, steps=3), "steps: found 3", "999, 500")

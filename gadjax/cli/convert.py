@@ -1,10 +1,10 @@
-"""From a diffusers pipeline folder to gadjax's own (Orbax), or from that back: bit for bit."""
+"""Convert a diffusers pipeline folder to gadjax's own (Orbax), or back: bit for bit."""
 
 import argparse
 from pathlib import Path
 
 from gadjax.assets import resolve
-from gadjax.cli.output import storage, storage_dtype
+from gadjax.cli.output import parse_dtype, stop_on_write_error
 from gadjax.errors import InputError, RunStopped
 from gadjax.formats.diffusers_folder import INDEX, PipelineFolder, check_pipeline
 from gadjax.formats.fingerprints import text_fingerprint
@@ -27,16 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dst", metavar="DST", type=Path, help="folder of the other kind")
     parser.add_argument("--check", action="store_true", help="compare with diffusers (needs torch)")
     parser.add_argument("--dtype", help="cast to float32, bfloat16 or float16")
-    parser.add_argument("--variant", help="of the weights' files, such as fp16")
+    parser.add_argument("--variant", help="variant of the weight files, such as fp16")
     parser.add_argument(
-        "--allow-pickle", action="store_true", help="read .bin by torch's weights-only reader"
+        "--allow-pickle", action="store_true", help="read .bin with torch's weights-only unpickler"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
 
 
 @pinned_jax_config()
 def run(args: argparse.Namespace) -> int:
-    src, dtype = resolve(args.src), storage_dtype(args.dtype)
+    src, dtype = resolve(args.src), parse_dtype(args.dtype)
     back = is_gadjax_folder(src)
     marker = INDEX if back else MANIFEST
     if args.check:
@@ -47,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
     check_no_overlap(args.dst, src)
     reading = {"variant": args.variant, "allow_pickle": args.allow_pickle}
     pipeline = open_folder(src, dtype=dtype, **reading)
-    with storage(args.dst), atomic_folder(args.dst, overwrite=args.overwrite, marker=marker) as out:
+    with (
+        stop_on_write_error(args.dst),
+        atomic_folder(args.dst, overwrite=args.overwrite, marker=marker) as out,
+    ):
         if back:
             write_diffusers_folder(pipeline, out)
         else:
@@ -55,23 +58,26 @@ def run(args: argparse.Namespace) -> int:
             text = text_fingerprint(src, dtype=dtype, **reading) if has_text else ""
             write_gadjax_folder(pipeline, out, text)
         if args.check:
-            own = pipeline if back else read_gadjax_folder(out)
+            converted = pipeline if back else read_gadjax_folder(out)
             other = check_pipeline(out) if back else check_pipeline(src, **reading)
-            _check(own, other, dtype, args.dst)
+            _check(converted, other, dtype, args.dst)
     kind = "a diffusers folder" if back else "gadjax's own folder"
     read = "" if back else f", from {pipeline.files}"
     print(f"{args.dst}: {kind} of {src}{read}")
     return 0
 
 
-def _check(own: PipelineFolder, other: PipelineFolder, dtype, dst: Path) -> None:
-    """Raises: RunStopped where a network says something else than diffusers'."""
-    found = parity.compare_networks(own, other, dtype)
-    for name, error in found.items():
+def _check(converted: PipelineFolder, other: PipelineFolder, dtype, dst: Path) -> None:
+    """Compare every network's outputs with diffusers'.
+
+    Raises: RunStopped if a relative difference is above parity.NETWORK_BOUND.
+    """
+    errors = parity.compare_networks(converted, other, dtype)
+    for name, error in errors.items():
         print(f"{name}: largest relative difference from diffusers {error:.1e}")
-    name = max(found, key=found.__getitem__)
-    if found[name] > parity.NETWORK_BOUND:
+    name = max(errors, key=errors.__getitem__)
+    if errors[name] > parity.NETWORK_BOUND:
         raise RunStopped(
-            f"{name}: found a relative difference of {found[name]:.1e} from diffusers; expected "
+            f"{name}: found a relative difference of {errors[name]:.1e} from diffusers; expected "
             f"at most {parity.NETWORK_BOUND:g}; {dst} was not written"
         )

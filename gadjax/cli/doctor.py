@@ -1,4 +1,4 @@
-"""Versions, devices, and what is missing for which command."""
+"""Print versions and devices, and the packages that are missing for some commands."""
 
 import argparse
 import importlib.metadata
@@ -31,7 +31,7 @@ OPTIONAL = {
     "wandb": "log.trackers=('wandb',)",
     "trackio": "log.trackers=('trackio',)",
 }
-# What shows that the machine has an accelerator, and the JAX that drives it.
+# Device files of an accelerator, its name, and the JAX package that drives it.
 ACCELERATORS = {
     "gpu": (("/dev/nvidia0",), "an NVIDIA GPU", "jax[cuda13]"),
     "tpu": (("/dev/accel0", "/dev/vfio/0"), "a TPU", "jax[tpu]"),
@@ -61,22 +61,22 @@ def version(package: str) -> str | None:
 
 
 def devices() -> list[str]:
-    """What JAX computes on, and what it leaves unused."""
+    """Describe the devices that JAX computes on, and accelerators that it leaves unused."""
     try:
         import jax
 
-        found = jax.devices()
-    except Exception as error:  # a doctor does not fall ill
+        available = jax.devices()
+    except Exception as error:  # the report goes on without devices
         return [f"devices: none that JAX can use ({' '.join(str(error).split())})"]
     return [
-        f"devices: {len(found)} x {found[0].device_kind} ({found[0].platform}), "
+        f"devices: {len(available)} x {available[0].device_kind} ({available[0].platform}), "
         f"{os.cpu_count()} CPU cores",
-        *unused(found[0].platform),
+        *unused_accelerators(available[0].platform),
     ]
 
 
-def unused(platform: str) -> list[str]:
-    """A line for each accelerator of this machine that a JAX on `platform` leaves alone."""
+def unused_accelerators(platform: str) -> list[str]:
+    """One line per accelerator of this machine that JAX on `platform` leaves unused."""
     return [
         f"found {what} that JAX does not use: pip install '{package}'"
         for kind, (paths, what, package) in ACCELERATORS.items()

@@ -1,6 +1,6 @@
-"""Encode prompts, or pictures and their captions, ahead of time.
+"""Encode prompts, or images and their captions, to embeddings and latents ahead of training.
 
-Training then reads embeddings (data.embeddings), or embeddings and latents (data.latents).
+Training then reads the embeddings (data.embeddings), or embeddings and latents (data.latents).
 """
 
 import argparse
@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gadjax.assets import resolve
-from gadjax.cli.output import check_least, storage
+from gadjax.cli.output import check_at_least, stop_on_write_error
 from gadjax.data.embeddings import DTYPES, Encoded, Origin, write_embeddings
 from gadjax.data.images import BACKGROUND, Pictures, open_images
 from gadjax.data.prompts import read_prompts
@@ -29,28 +29,30 @@ from gadjax.runtime.settings import pinned_jax_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="pipeline folder, or asset:NAME")
     parser.add_argument("--prompts", help=".txt, .jsonl or .csv, or asset:NAME")
-    parser.add_argument("--images", help="folder of pictures with captions, instead of prompts")
+    parser.add_argument("--images", help="folder of images with captions, instead of prompts")
     parser.add_argument(
-        "--background", default=BACKGROUND, help="under pictures that are transparent"
+        "--background", default=BACKGROUND, help="background colour of transparent images"
     )
-    parser.add_argument("--column", default="prompt", help="of the .jsonl or .csv")
+    parser.add_argument("--column", default="prompt", help="column of the .jsonl or .csv")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the embeddings")
-    parser.add_argument("--length", type=int, help="in tokens; by default what the model says")
-    parser.add_argument("--batch", type=int, default=32, help="prompts and pictures at a time")
-    parser.add_argument("--dtype", default=DTYPES[0], help=f"of the files: {' or '.join(DTYPES)}")
-    parser.add_argument("--variant", help="of the weights' files, such as fp16")
+    parser.add_argument("--length", type=int, help="in tokens; by default the model's")
+    parser.add_argument("--batch", type=int, default=32, help="prompts and images per batch")
+    parser.add_argument(
+        "--dtype", default=DTYPES[0], help=f"dtype of the files: {' or '.join(DTYPES)}"
+    )
+    parser.add_argument("--variant", help="variant of the weight files, such as fp16")
 
 
 @pinned_jax_config()
 def run(args: argparse.Namespace) -> int:
     check_target(args.out)
-    check_least("--length", args.length, 1)
-    check_least("--batch", args.batch, 1)
+    check_at_least("--length", args.length, 1)
+    check_at_least("--batch", args.batch, 1)
     if args.dtype not in DTYPES:
         raise InputError(f"--dtype: found {args.dtype!r}; expected {' or '.join(DTYPES)}")
     if bool(args.prompts) == bool(args.images):
-        found = "both" if args.prompts else "nothing"
-        raise InputError(f"--prompts or --images: found {found}; expected one of them")
+        given = "both" if args.prompts else "nothing"
+        raise InputError(f"--prompts or --images: found {given}; expected one of them")
     source, column, pictures = resolve(args.model), args.column, None
     if args.images:
         pictures = open_images(resolve(args.images), column, args.background)
@@ -76,16 +78,18 @@ def run(args: argparse.Namespace) -> int:
                 bar.update(len(some))
 
         null = encode(None)
-        with storage(args.out), atomic_folder(args.out) as out:
+        with stop_on_write_error(args.out), atomic_folder(args.out) as out:
             write_embeddings(out, prompts, batches(), null, origin=origin, dtype=args.dtype)
-    what = "pictures, and captions" if pictures else "prompts"
+    what = "images, and captions" if pictures else "prompts"
     print(f"{args.out}: {len(prompts)} {what} of {length} tokens")
     return 0
 
 
 def _text_encoder(pipeline: Pipeline, length: int, size: int):
-    """Up to `size` prompts -> what is written of them, one size being compiled; of None what
-    guidance leads away from, without a leading axis."""
+    """Return a function of up to `size` prompts to their embeddings, compiled for that one size.
+
+    None stands for the negative prompt, whose embeddings have no batch axis.
+    """
     run = jax.jit(pipeline.prompts.encode)
     params = {
         name: pipeline.folder.components[name].params for name in pipeline.folder.text_encoders
@@ -97,22 +101,24 @@ def _text_encoder(pipeline: Pipeline, length: int, size: int):
             tokens = pipeline.prompts.negative_tokens(None, length)
         else:
             tokens = pipeline.tokens(prompts + [""] * (size - len(prompts)), length)
-        told = run(params, *tokens)._asdict()
+        embeds = run(params, *tokens)._asdict()
         keep = 0 if prompts is None else slice(len(prompts))
-        return {name: np.asarray(x)[keep] for name, x in told.items() if x is not None}
+        return {name: np.asarray(x)[keep] for name, x in embeds.items() if x is not None}
 
     return encode
 
 
 def _image_encoder(pipeline: Pipeline, pictures: Pictures, size: int):
-    """Numbers of up to `size` pictures -> x0_BHWC."""
+    """Return a function of the indices of up to `size` images to their latents, x0_BHWC."""
     run = jax.jit(pipeline.encode_image)
     params = jax.device_put(pipeline.folder.components["vae"].params)
     height, width = (side * pipeline.upscale for side in pipeline.latent[:2])
 
-    def encode(which: Sequence[int]) -> np.ndarray:
-        images = pictures.read(which, (height, width))
-        images = np.resize(images, (size, *images.shape[1:]))  # again from the first, to fill it
-        return np.asarray(run(params, images))[: len(which)]
+    def encode(indices: Sequence[int]) -> np.ndarray:
+        images = pictures.read(indices, (height, width))
+        images = np.resize(
+            images, (size, *images.shape[1:])
+        )  # repeats the first ones to fill the batch
+        return np.asarray(run(params, images))[: len(indices)]
 
     return encode

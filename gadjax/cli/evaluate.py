@@ -1,4 +1,4 @@
-"""Compare a student with its teacher: report.json, report.md and pictures."""
+"""Compare a student with its teacher: report.json, report.md and images."""
 
 import argparse
 import json
@@ -19,24 +19,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
-    parser.add_argument("--seeds", type=int, default=8, help="pictures of each prompt")
-    parser.add_argument("--tangents", type=int, default=1, help="noise directions of each prompt")
+    parser.add_argument("--seeds", type=int, default=8, help="images per prompt")
+    parser.add_argument("--tangents", type=int, default=1, help="noise directions per prompt")
     parser.add_argument(
-        "--library", type=int, default=64, help="noises for the tasks of noise control, 0 for none"
+        "--library", type=int, default=64, help="noises of the noise-control tasks, 0 for none"
     )
     parser.add_argument(
-        "--moves", type=int, default=32, help="of a shape by its noise, one a noise of the library"
+        "--moves",
+        type=int,
+        default=32,
+        help="tasks of moving a shape by its noise, one per noise of the library",
     )
     parser.add_argument("--teacher-steps", type=int, help="instead of those of its gadjax.json")
     parser.add_argument(
         "--teacher-guidance",
         type=float,
-        help="by default what the student was distilled at, where that is known",
+        help="by default the guidance that the student was distilled at, if it is known",
     )
-    parser.add_argument("--batch", type=int, default=64, help="pictures at a time")
+    parser.add_argument("--batch", type=int, default=64, help="images per batch")
     parser.add_argument("--dtype", default="float32", help="of the networks: float32 or bfloat16")
     parser.add_argument(
-        "--world", help="who judges: shapes, or none; by default what the teacher's folder says"
+        "--world",
+        help="oracle of the metrics: shapes, or none; by default that of the teacher's gadjax.json",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier report")
     parser.add_argument("--json", action="store_true", help="print report.json, not report.md")
@@ -51,21 +55,21 @@ def run(args: argparse.Namespace) -> int:
 
     check_target(args.out, overwrite=args.overwrite, marker=MARKER)
     prompts = read_prompts(resolve(args.prompts))
-    name, world = _world(args.world, resolve(args.teacher))
-    student = _model("--student", args.student, args.dtype, {}, args.student_teacher)
-    distilled_at = _distilled_at(student, args.student)
+    name, world = _oracle(args.world, resolve(args.teacher))
+    student = _load_model("--student", args.student, args.dtype, {}, args.student_teacher)
+    distilled_at = _distillation_guidance(student, args.student)
     guidance = distilled_at if args.teacher_guidance is None else args.teacher_guidance
     changes = {"steps": args.teacher_steps, "guidance": guidance}
-    teacher = _model("--teacher", args.teacher, args.dtype, changes)
+    teacher = _load_model("--teacher", args.teacher, args.dtype, changes)
     plan = EvaluationConfig(args.seeds, args.tangents, args.batch, args.library, args.moves)
     evaluation = evaluate(teacher, student, prompts, world, plan)
-    judged_at = _judged_at(teacher.sampling.guidance, distilled_at)
+    guidance_text = _describe_guidance(teacher.sampling.guidance, distilled_at)
     if distilled_at not in (None, teacher.sampling.guidance):
-        print(f"gadjax: the teacher is judged at guidance {judged_at}", file=sys.stderr)
+        print(f"gadjax: the teacher is evaluated at guidance {guidance_text}", file=sys.stderr)
     settings = {
         "teacher": args.teacher,
         "student": args.student,
-        "teacher's guidance": judged_at,
+        "teacher's guidance": guidance_text,
         "prompts": f"{args.prompts} ({len(prompts)})",
         "seeds": plan.seeds,
         "tangents": plan.tangents,
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         "moves": plan.moves,
         "world": name,
         "dtype": args.dtype,
-        **_made_by(teacher, student),
+        **_provenance(teacher, student),
     }
     with atomic_folder(args.out, overwrite=args.overwrite, marker=MARKER) as folder:
         write_report(folder, evaluation, prompts, settings)
@@ -84,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _distilled_at(student, name: str) -> float | None:
-    """The teacher's guidance in the student's training; None where nothing says it."""
+def _distillation_guidance(student, name: str) -> float | None:
+    """Teacher's guidance in the student's training; None if it is unknown."""
     from gadjax.assets import resolve
     from gadjax.formats.sampling_config import read_teacher_guidance
     from gadjax.io.storage import is_remote
@@ -95,7 +99,7 @@ def _distilled_at(student, name: str) -> float | None:
     return None if is_remote(name) else read_teacher_guidance(resolve(name))
 
 
-def _judged_at(guidance: float, distilled_at: float | None) -> str:
+def _describe_guidance(guidance: float, distilled_at: float | None) -> str:
     if distilled_at is None:
         return f"{guidance:g} (the student does not say at which it was distilled)"
     if guidance != distilled_at:
@@ -103,7 +107,7 @@ def _judged_at(guidance: float, distilled_at: float | None) -> str:
     return f"{guidance:g}, at which the student was distilled"
 
 
-def _world(name: str | None, teacher: Path):
+def _oracle(name: str | None, teacher: Path):
     from gadjax.errors import InputError
     from gadjax.evaluation.oracles import WORLDS
     from gadjax.formats.sampling_config import GADJAX_JSON, read_world
@@ -116,8 +120,18 @@ def _world(name: str | None, teacher: Path):
     return name, WORLDS[name]
 
 
-def _model(flag: str, name: str, dtype: str, changes: dict[str, Any], moved: str | None = None):
-    """changes: of how the folder says it is sampled, None for none. moved: a workdir's teacher."""
+def _load_model(
+    flag: str, name: str, dtype: str, changes: dict[str, Any], moved: str | None = None
+):
+    """Load a model for the evaluation.
+
+    Args:
+        flag: --teacher or --student, for messages.
+        name: as in `gadjax.load`.
+        dtype: compute dtype.
+        changes: to the sampling settings of the folder; None leaves one as it is.
+        moved: teacher folder of a workdir, if it has moved since its run.
+    """
     from gadjax.api import load
 
     model = load(name, dtype=dtype, teacher=moved)
@@ -128,11 +142,11 @@ def _model(flag: str, name: str, dtype: str, changes: dict[str, Any], moved: str
     return replace(model, name=f"{flag} {name}", sampling=sampling)
 
 
-def _made_by(teacher, student) -> dict[str, Any]:
-    """What a number can be traced back to: weights, program, machine."""
+def _provenance(teacher, student) -> dict[str, Any]:
+    """Provenance of the report: fingerprints of the weights, versions, device."""
     import jax
 
     models = {"teacher": teacher, "student": student}
-    found = {f"{name}'s {m.pipeline.backbone}": m.fingerprint for name, m in models.items()}
+    fingerprints = {f"{name}'s {m.pipeline.backbone}": m.fingerprint for name, m in models.items()}
     device = jax.devices()[0].device_kind
-    return {**found, "gadjax": version("gadjax"), "jax": jax.__version__, "device": device}
+    return {**fingerprints, "gadjax": version("gadjax"), "jax": jax.__version__, "device": device}

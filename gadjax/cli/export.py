@@ -1,7 +1,7 @@
-"""A workdir's weights as a complete diffusers pipeline folder, checked against diffusers.
+"""Export a workdir's weights as a complete diffusers pipeline folder, checked against diffusers.
 
-The check needs torch and diffusers; without them the folder says that it is not verified, and
-`gadjax export --verify DIR` makes up for it.
+The check needs torch and diffusers; without them the model card reads "Not verified" until
+`gadjax export --verify DIR`.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from gadjax.assets import resolve
-from gadjax.cli.output import check_least, storage, storage_dtype
+from gadjax.cli.output import check_at_least, parse_dtype, stop_on_write_error
 from gadjax.errors import InputError
 from gadjax.formats.model_card import record_verification, verified_text
 from gadjax.formats.sampling_config import GADJAX_JSON
@@ -29,14 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ema",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="the moving average of the weights, or the weights as last updated",
+        help="export the EMA weights, or the weights after the last update",
     )
     parser.add_argument("--step", type=int, help="by default the newest")
-    parser.add_argument("--teacher", help="its folder, if it has moved since the run")
-    parser.add_argument("--dtype", help="of the weights: float32, bfloat16 or float16")
-    parser.add_argument("--report", type=Path, help="report.json of gadjax evaluate, for the card")
+    parser.add_argument("--teacher", help="teacher folder, if it has moved since the run")
+    parser.add_argument("--dtype", help="dtype of the weights: float32, bfloat16 or float16")
+    parser.add_argument(
+        "--report", type=Path, help="report.json of gadjax evaluate, for the model card"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--verify", type=Path, metavar="DIR", help="check an earlier export, only")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="only check an earlier export")
 
 
 @pinned_jax_config()
@@ -46,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("workdir", "out"):
         if getattr(args, flag) is None:
             raise InputError(f"--{flag}: found nothing; expected a folder")
-    check_least("--step", args.step, 0)
-    dtype, part = storage_dtype(args.dtype), "ema" if args.ema else "student"
+    check_at_least("--step", args.step, 0)
+    dtype, part = parse_dtype(args.dtype), "ema" if args.ema else "student"
     trained = read_trained(as_path(args.workdir), part, args.step)
-    with storage(args.out):
+    with stop_on_write_error(args.out):
         verified = export(
             trained,
             args.out,
@@ -70,7 +72,10 @@ def _verify_only(folder: Path) -> int:
             f"{folder}: found no {GADJAX_JSON}; expected a folder written by gadjax export"
         )
     verified = parity.verify(folder)
-    with storage(folder), atomic_folder(folder, overwrite=True, marker=GADJAX_JSON) as new:
+    with (
+        stop_on_write_error(folder),
+        atomic_folder(folder, overwrite=True, marker=GADJAX_JSON) as new,
+    ):
         shutil.copytree(folder, new, copy_function=_link, dirs_exist_ok=True)
         record_verification(new, verified)
     print(verified_text(str(folder), verified))
@@ -78,8 +83,7 @@ def _verify_only(folder: Path) -> int:
 
 
 def _link(src: str, dst: str) -> None:
-    """A second name for a file; a copy where there are none. What replaces either leaves the other
-    as it is."""
+    """Hard-link a file, or copy it if links fail; replacing one leaves the other as it is."""
     try:
         os.link(src, dst)
     except OSError:

@@ -1,4 +1,4 @@
-"""Start a run's processes on this machine and watch over them: which one died, which one hangs."""
+"""Start and supervise a run's processes on this machine: report which one died, which one hangs."""
 
 import argparse
 import sys
@@ -13,25 +13,28 @@ from gadjax.runtime.supervisor import Limits, supervise
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] -- train ARGS..."
     parser.add_argument(
-        "--processes", type=int, default=1, help="on this machine; 1 joins what its cluster names"
+        "--processes",
+        type=int,
+        default=1,
+        help="number on this machine; 1 joins the cluster of its environment",
     )
     parser.add_argument(
         "--hang",
         type=float,
         default=Limits.hang,
         metavar="SECONDS",
-        help="without a step until the run is ended, an hour more for the first one; more than "
-        "the slowest step with its checkpoint and preview; 0: never (default: %(default)s)",
+        help="time without a step before the run is ended, an hour more for the first step; longer "
+        "than the slowest step with its checkpoint and preview; 0: never (default: %(default)s)",
     )
     parser.add_argument(
         "--grace",
         type=float,
         default=Limits.grace,
         metavar="SECONDS",
-        help="for the others to end when one has failed (default: %(default)s)",
+        help="time for the others to end after one has failed (default: %(default)s)",
     )
     parser.add_argument(
-        "--logs", type=Path, help="folder; of several processes WORKDIR.logs unless given"
+        "--logs", type=Path, help="folder of logs; default for several processes: WORKDIR.logs"
     )
 
 
@@ -43,13 +46,13 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         if not seconds >= 0:
             raise InputError(f"--{name}: found {seconds:g}; expected 0 or more seconds")
     if rest[:2] != ["--", "train"]:
-        found = " ".join(rest[:2]) or "nothing"
-        raise InputError(f"gadjax launch: found {found!r}; expected -- train ARGS...")
+        command = " ".join(rest[:2]) or "nothing"
+        raise InputError(f"gadjax launch: found {command!r}; expected -- train ARGS...")
     train = rest[1:]
     workdir = _workdir(train)
     logs = args.logs
     if args.processes > 1 and logs is None:
-        if workdir and not is_remote(workdir):  # beside it, as a new workdir has to be empty
+        if workdir and not is_remote(workdir):  # next to it, as a new workdir has to be empty
             logs = workdir.with_name(f"{workdir.name}.logs")
         else:
             logs = Path(tempfile.mkdtemp(prefix="gadjax-logs-"))
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _workdir(arguments: list[str]) -> Path | None:
-    """What train will take for --workdir."""
+    """Return the --workdir in the arguments of train."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--workdir", nargs="?")
     workdir = parser.parse_known_args(arguments)[0].workdir

@@ -1,4 +1,4 @@
-"""`gadjax COMMAND ...`: one module per command, imported when it is asked for."""
+"""Command line `gadjax COMMAND ...`: one module per command, imported on use."""
 
 import argparse
 import errno
@@ -15,18 +15,18 @@ from gadjax.parallel import libtpu
 
 COMMANDS = {
     "train": "distil a student, or train a teacher",
-    "plan": "what a run needs of which hardware, before there is any",
-    "launch": "start a run's processes and watch over them",
-    "status": "where a run stands",
-    "sample": "draw pictures with a pipeline folder or a workdir",
+    "plan": "memory, FLOPs and traffic of a run per chip, without the hardware",
+    "launch": "start and supervise a run's processes",
+    "status": "status of a run",
+    "sample": "sample images from a pipeline folder or a workdir",
     "evaluate": "compare a student with its teacher",
     "convert": "diffusers pipeline folder -> gadjax's own folder, and back",
     "export": "a workdir's student as a diffusers pipeline folder",
-    "embed": "text embeddings, and latents of pictures, ahead of time",
-    "doctor": "versions, devices, what is missing",
+    "embed": "prompt embeddings, and latents of images, ahead of training",
+    "doctor": "versions, devices, missing packages",
 }
-# Those whose --config.a.b=v are for the config's own parser, and the one that hands on the rest.
-CONFIGURED = ("train", "plan", "launch")
+# Commands that get unknown flags: --config.a.b=v for the config's parser, or the flags of train.
+FORWARDS_ARGUMENTS = ("train", "plan", "launch")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,30 +34,32 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}")
 
 
-def _keep_compiled() -> None:
-    """Compiled programs are kept for the next start, in a folder of the user's; JAX's own variable
-    says another one, or none where it is empty. Does nothing in a program that has JAX already, and
-    for a user without a folder to write to."""
-    places = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
-    place = next(filter(os.path.isabs, places), "")  # of no home there is a ~ left
-    if "jax" not in sys.modules and _can_be_made(place):
-        folder = os.path.join(place, "gadjax", "compiled")
+def _set_compilation_cache() -> None:
+    """Set JAX's compilation cache to a folder in the user's cache, for the next start.
+
+    JAX_COMPILATION_CACHE_DIR chooses another folder, or none if it is empty. Does nothing in a
+    program that has imported JAX already, and for a user without a writable cache folder.
+    """
+    folders = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
+    cache = next(filter(os.path.isabs, folders), "")  # without a home the ~ stays
+    if "jax" not in sys.modules and _is_writable(cache):
+        folder = os.path.join(cache, "gadjax", "compiled")
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
 
 
-def _can_be_made(folder: str) -> bool:
-    """Whether a folder may be written to, or made."""
+def _is_writable(folder: str) -> bool:
+    """Return True if the folder can be written to, or created."""
     while folder and not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, 2 for bad input (one line on stderr), or 3 where the run stopped itself."""
+    """Run a command; return 0, 2 for invalid input (one line on stderr), 3 for a stopped run."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    _keep_compiled()
+    _set_compilation_cache()
     libtpu.disable_without_tpu()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is no reason to fail
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters outside its encoding are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = _Parser(prog="gadjax", description=__doc__)
     names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -66,19 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parser.parse_args(arguments[:1]).command
         module = importlib.import_module(f"gadjax.cli.{command}")
-        own = _Parser(prog=f"gadjax {command}", description=module.__doc__)
-        module.add_arguments(own)
+        subparser = _Parser(prog=f"gadjax {command}", description=module.__doc__)
+        module.add_arguments(subparser)
         given = arguments[1:]
         cut = given.index("--") if command == "launch" and "--" in given else len(given)
-        args, rest = own.parse_known_args(given[:cut])
+        args, rest = subparser.parse_known_args(given[:cut])
         rest += given[cut:]
-        if rest and command not in CONFIGURED:
+        if rest and command not in FORWARDS_ARGUMENTS:
             raise InputError(f"gadjax {command}: found {rest[0]!r}; expected only known flags")
-        code = module.run(args, rest) if command in CONFIGURED else module.run(args)
+        code = module.run(args, rest) if command in FORWARDS_ARGUMENTS else module.run(args)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read the output has left, as head does
+    except BrokenPipeError:  # the reader of the output has exited, as head does
         with suppress(OSError, ValueError, AttributeError):  # Python would flush it again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -89,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gadjax: stopped: {error}", file=sys.stderr)
         return 3
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # which every call on such a path says
+        if error.errno != errno.ENAMETOOLONG:  # any call may raise it for a long path
             raise
-        said = InputError(f"{error.filename}: found {error.strerror}; expected a shorter name")
-        print(f"gadjax: {said}", file=sys.stderr)
+        invalid = InputError(f"{error.filename}: found {error.strerror}; expected a shorter name")
+        print(f"gadjax: {invalid}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""What commands that write a folder have in common."""
+"""Shared checks of the commands that write a folder: write errors, dtypes, number flags."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,21 +12,22 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @contextmanager
-def storage(out: Path) -> Iterator[None]:
-    """Raises: RunStopped where the disk fails."""
+def stop_on_write_error(out: Path) -> Iterator[None]:
+    """Context that turns write errors (OSError) into RunStopped, naming the folder `out`."""
     try:
         yield
     except OSError as error:
         raise RunStopped(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
-def storage_dtype(name: str | None):
-    """A dtype for files, None for the one they have."""
+def parse_dtype(name: str | None):
+    """Parse the dtype of weight files; None keeps the files' own. Raises: InputError."""
     if name is not None and name not in DTYPES:
         raise InputError(f"--dtype: found {name!r}; expected one of {', '.join(DTYPES)}")
     return name and jnp.dtype(name)
 
 
-def check_least(flag: str, value: int | None, least: int) -> None:
+def check_at_least(flag: str, value: int | None, least: int) -> None:
+    """Check the lower limit of a number flag; None passes. Raises: InputError."""
     if value is not None and value < least:
         raise InputError(f"{flag}: found {value}; expected {least} or more")

@@ -1,4 +1,4 @@
-"""What a run needs, before there is hardware: both updates compiled for chips that are not here."""
+"""Plan a run for hardware that is absent: memory, FLOPs and traffic per chip, by compilation."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--utilisation",
         type=float,
         default=0.4,
-        help="share of the chip's bfloat16 peak that the ceiling assumes",
+        help="share of the chip's bfloat16 peak that the throughput ceiling assumes",
     )
     parser.add_argument("--largest", action="store_true", help="search the largest batch that fits")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     config = read_config(rest)
-    # Before JAX starts: chips that are here belong to somebody's run.
+    # Before JAX starts: this machine's chips may be in use by a run.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # What is compiled for others cannot be read back here.
+    # Programs compiled for other chips cannot be read back from the cache here.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     from gadjax.plan.plan import plan
     from gadjax.plan.plan_table import table
@@ -38,6 +38,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     def log(text: str) -> None:
         print(f"gadjax plan: {text}", file=sys.stderr, flush=True)
 
-    found = plan(config, args.topology, utilisation=args.utilisation, largest=args.largest, log=log)
-    print(json.dumps(found) if args.json else table(found))
+    planned = plan(
+        config, args.topology, utilisation=args.utilisation, largest=args.largest, log=log
+    )
+    print(json.dumps(planned) if args.json else table(planned))
     return 0

@@ -1,6 +1,6 @@
-"""Draw pictures: PROMPT-NUMBER.png for each prompt, prompts.jsonl, and a contact sheet grid.png.
+"""Sample images: PROMPT-NUMBER.png for every prompt, prompts.jsonl, and a contact sheet grid.png.
 
-Picture n of prompt p starts from noise p of seed SEED + n, whatever else is drawn.
+Image n of prompt p starts from noise p of seed SEED + n, whatever else is sampled.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gadjax.api import Model, load, with_sampling
 from gadjax.assets import resolve
-from gadjax.cli.output import check_least, storage
+from gadjax.cli.output import check_at_least, stop_on_write_error
 from gadjax.data.prompts import check_prompt, read_prompts
 from gadjax.errors import InputError, RunStopped
 from gadjax.io.atomic import atomic_folder, check_no_overlap, check_target
@@ -25,91 +25,94 @@ from gadjax.pipelines.sampling import BATCH, draw, initial_noise, sampler_and_ti
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import check_seed
 
-MARKER = "prompts.jsonl"
-SHOWN = 8  # prompts on the sheet, and pictures of each
-SIDE = 128  # small pictures are shown at about this side
-HELD = 1 << 30  # bytes of pictures in memory
+INDEX = "prompts.jsonl"
+GRID_LIMIT = 8  # prompts on the contact sheet, and images per prompt
+GRID_SIDE = 128  # pixels; smaller images are enlarged to about this side
+MAX_IMAGE_BYTES = 1 << 30  # of images in memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="pipeline folder, workdir, or asset:NAME")
-    parser.add_argument("--teacher", help="of a workdir's run, if it has moved since")
+    parser.add_argument("--teacher", help="teacher of a workdir's run, if it has moved since")
     parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="by default what the model or its family says")
+    parser.add_argument("--steps", type=int, help="by default those of the model or its family")
+    parser.add_argument("--guidance", type=float, help="by default that of the model or its family")
+    parser.add_argument("--negative", help="negative prompt")
+    parser.add_argument("--size", help="image size, HEIGHTxWIDTH in pixels")
     parser.add_argument(
-        "--guidance", type=float, help="by default what the model or its family says"
+        "--student-preset",
+        help="sampling settings of a published student, if the folder has none: "
+        f"{', '.join(PUBLISHED_STUDENTS)}",
     )
-    parser.add_argument("--negative", help="prompt that guidance leads away from")
-    parser.add_argument("--size", help="of pictures, HEIGHTxWIDTH in pixels")
-    parser.add_argument(
-        "--recipe",
-        help=f"of a known student, where the folder has none: {', '.join(PUBLISHED_STUDENTS)}",
-    )
-    parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt")
-    parser.add_argument("--batch", type=int, default=BATCH, help="pictures at a time")
+    parser.add_argument("--per-prompt", type=int, default=1, help="images per prompt")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images per batch")
     parser.add_argument("--dtype", default="float32", help="of the networks: float32 or bfloat16")
-    parser.add_argument("--variant", help="of the weights' files, such as fp16")
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier pictures")
+    parser.add_argument("--variant", help="variant of the weight files, such as fp16")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier images")
 
 
 @pinned_jax_config()
 def run(args: argparse.Namespace) -> int:
     source = resolve(args.model)
-    check_target(args.out, overwrite=args.overwrite, marker=MARKER)
+    check_target(args.out, overwrite=args.overwrite, marker=INDEX)
     check_no_overlap(args.out, source, resolve(args.prompts))
     for flag in ("steps", "per_prompt", "batch"):
-        check_least(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
+        check_at_least(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
     check_seed(args.seed, "--seed", args.per_prompt)
     check_prompt(args.negative or "", "--negative")
     prompts = read_prompts(resolve(args.prompts))
-    if args.recipe not in (None, *PUBLISHED_STUDENTS):
+    if args.student_preset not in (None, *PUBLISHED_STUDENTS):
         raise InputError(
-            f"--recipe: found {args.recipe!r}; expected one of {', '.join(PUBLISHED_STUDENTS)}"
+            f"--student-preset: found {args.student_preset!r}; expected one of "
+            f"{', '.join(PUBLISHED_STUDENTS)}"
         )
     size = _size(args.size)
     model = load(
         args.model,
         dtype=args.dtype,
         variant=args.variant,
-        recipe=args.recipe,
+        student_preset=args.student_preset,
         teacher=args.teacher,
     )
     try:
         model = with_sampling(model, args.steps, args.guidance, args.negative, size)
     except InputError as error:
         raise InputError(f"--{error}") from error
-    sampler_and_times(model.pipeline, model.sampling)  # refuses steps that cannot be taken
+    sampler_and_times(model.pipeline, model.sampling)  # refuses unsupported steps before any work
 
-    # (prompt's number, picture's number)
+    # (index of the prompt, index of the image)
     jobs = [(p, n) for p in range(len(prompts)) for n in range(args.per_prompt)]
     lines, shown = [], {}
-    with storage(args.out), atomic_folder(args.out, overwrite=args.overwrite, marker=MARKER) as out:
-        with tqdm(total=len(jobs), unit="picture", disable=None) as bar:
+    with (
+        stop_on_write_error(args.out),
+        atomic_folder(args.out, overwrite=args.overwrite, marker=INDEX) as out,
+    ):
+        with tqdm(total=len(jobs), unit="image", disable=None) as bar:
             images = _draw(model, prompts, jobs, args, bar.update)
             for (p, n), image in zip(jobs, images, strict=True):
                 name = f"{p:05d}-{n}.png"
                 save_png(Image.fromarray(to_uint8(image)), out / name)
                 line = {"file": name, "prompt": prompts[p], "seed": args.seed + n, "noise": p}
                 lines.append(json.dumps(line) + "\n")
-                if p < SHOWN and n < SHOWN:
+                if p < GRID_LIMIT and n < GRID_LIMIT:
                     shown.setdefault(f"seed {args.seed + n}", []).append(image)
-        (out / MARKER).write_text("".join(lines), encoding="utf-8")
+        (out / INDEX).write_text("".join(lines), encoding="utf-8")
         rows = [(label, np.stack(images)) for label, images in shown.items()]
-        scale = max(1, SIDE // rows[0][1].shape[1])
-        save_png(grid(rows, prompts[:SHOWN], scale), out / "grid.png")
-    print(f"{args.out}: {len(jobs)} pictures in {model.sampling.steps} steps each")
+        scale = max(1, GRID_SIDE // rows[0][1].shape[1])
+        save_png(grid(rows, prompts[:GRID_LIMIT], scale), out / "grid.png")
+    print(f"{args.out}: {len(jobs)} images in {model.sampling.steps} steps each")
     return 0
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if not found:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if not match:
         raise InputError(f"--size: found {text!r}; expected HEIGHTxWIDTH, such as 512x768")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _draw(
@@ -119,13 +122,27 @@ def _draw(
     args: argparse.Namespace,
     progress: Callable[[int], object],
 ) -> Iterator[np.ndarray]:
-    """image_HWC of each job."""
+    """Sample the image of every job, in parts that fit MAX_IMAGE_BYTES.
+
+    Args:
+        model: with the sampling settings of the flags.
+        prompts: all prompts.
+        jobs: (index of the prompt, index of the image).
+        args: flags of the command.
+        progress: gets numbers of finished images.
+
+    Yields:
+        image_HWC, in the order of the jobs.
+
+    Raises:
+        RunStopped: the images are not finite.
+    """
     latent, upscale = model.pipeline.latent, model.pipeline.upscale
     seeds = range(args.seed, args.seed + args.per_prompt)
     noise = np.stack([initial_noise(seed, len(prompts), latent) for seed in seeds], axis=1)
-    picture = latent[0] * latent[1] * upscale**2 * 3 * 4
-    # Every part is compiled anew, so it is as large as memory allows.
-    most = max(1, HELD // (picture * args.batch)) * args.batch
+    image_bytes = latent[0] * latent[1] * upscale**2 * 3 * 4
+    # Every part compiles again, so it is as large as memory allows.
+    most = max(1, MAX_IMAGE_BYTES // (image_bytes * args.batch)) * args.batch
     for start in range(0, len(jobs), most):
         part = jobs[start : start + most]
         images = draw(
@@ -138,5 +155,5 @@ def _draw(
             progress=progress,
         )
         if not np.isfinite(images).all():
-            raise RunStopped(f"{args.model}: found pictures that are not finite; none were kept")
+            raise RunStopped(f"{args.model}: found images that are not finite; none were kept")
         yield from images

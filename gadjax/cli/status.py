@@ -1,4 +1,4 @@
-"""Where a run stands: step, time left, speed, where the time goes, the last checkpoint."""
+"""Show the status of a run: step, time left, speed, goodput, last checkpoint."""
 
 import argparse
 import json
@@ -10,8 +10,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gadjax.runtime.status import read_status, table  # without JAX: it answers at once
+    from gadjax.runtime.status import read_status, table  # without JAX, so that it starts at once
 
-    found = read_status(args.workdir)
-    print(json.dumps(found) if args.json else table(found))
+    status = read_status(args.workdir)
+    print(json.dumps(status) if args.json else table(status))
     return 0

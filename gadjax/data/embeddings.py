@@ -1,16 +1,17 @@
-"""Text embeddings computed ahead of time, so that training needs no text encoder.
+"""Folders of precomputed prompt embeddings and latents, so that training needs no text encoder.
 
-Where the prompts are captions of pictures, the pictures' latents too. A folder of
-  text.npy       [N + 1, L, D] float32 or float16; the last row is the empty prompt's
-  mask.npy       [N + 1, L] bool, True where a token is read
-  pooled.npy     [N + 1, P] in text.npy's dtype, of families that are told such a vector
-  latents.npy    [N, H, W, C] in text.npy's dtype, where there were pictures
+Latents are those of the images that the prompts are captions of. Files:
+  text.npy       prompt embeddings [N + 1, L, D], float32 or float16; the last row is the empty
+                 prompt's, as the family's default negative prompt
+  mask.npy       attention mask [N + 1, L] bool, True = attend
+  pooled.npy     pooled embeddings [N + 1, P] in text.npy's dtype, if the family has them
+  latents.npy    [N, H, W, C] in text.npy's dtype, if the prompts are captions of images
   prompts.jsonl  N objects {"prompt": ...}
   manifest.json  count N, length L, width D, dtype, and the fingerprint of encoders and tokenizers;
                  with pooled.npy its width, pooled; with latents their shape (H, W, C) and vae, the
                  fingerprint of the autoencoder
-float32 keeps what the encoder said. float16 takes half the space; bfloat16 would take as much,
-keep fewer digits, and is not a dtype of .npy files.
+float32 keeps the encoder's output exactly. float16 takes half the space; bfloat16 would take as
+much, keep fewer digits, and is not a dtype of .npy files.
 """
 
 import json
@@ -34,15 +35,18 @@ TEXT, MASK, POOLED, LATENTS = "text.npy", "mask.npy", "pooled.npy", "latents.npy
 PROMPTS, MANIFEST = "prompts.jsonl", "manifest.json"
 DTYPES = ("float32", "float16")
 
-# "text" [..., L, D] of any float dtype, "mask" [..., L], 1 = read; "pooled" [..., P] of families
-# that have it, and of pictures "x0" [..., H, W, C].
+# Encoded prompts: "text" [..., L, D] of any float dtype, "mask" [..., L] (1 = attend), "pooled"
+# [..., P] if the family has it; with images their latents "x0" [..., H, W, C].
 Encoded = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What wrote a folder: the fingerprint of text encoder and tokenizer and, where pictures came
-    with the prompts, that of the autoencoder and the shape (H, W, C) of a latent."""
+    """Origin of a folder of embeddings, as fingerprints.
+
+    text: of text encoder and tokenizer. vae: of the autoencoder, and latent: shape (H, W, C) of a
+    latent; both None without images.
+    """
 
     text: str
     vae: str | None = None
@@ -51,11 +55,11 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Embeddings:
-    """An open folder; text_NLD, mask_NL, pooled_NP and latent_NHWC are read-only memory maps, row i
-    is prompts[i]'s. pooled_NP is None of families without it, latent_NHWC where there were no
-    pictures.
+    """Prompt embeddings of an open folder, as read-only memory maps; row i belongs to prompts[i].
 
-    null: what `texts` gives, without a leading axis, of the empty prompt, in memory.
+    pooled_NP is None if the family has no pooled embedding, latent_NHWC without images.
+
+    null: embeddings of the empty prompt, as `texts` but without a batch axis, in memory.
     """
 
     folder: Path
@@ -67,33 +71,33 @@ class Embeddings:
     latent_NHWC: np.ndarray | None
     null: Encoded
 
-    def texts(self, which: np.ndarray) -> Encoded:
-        """What was written of these prompts; masks as sources give them, int32."""
-        found = {"text": self.text_NLD[which], "mask": self.mask_NL[which].astype(np.int32)}
-        return found if self.pooled_NP is None else found | {"pooled": self.pooled_NP[which]}
+    def texts(self, indices: np.ndarray) -> Encoded:
+        """Encoded prompts of these indices [B]; masks as the sources give them, int32."""
+        encoded = {"text": self.text_NLD[indices], "mask": self.mask_NL[indices].astype(np.int32)}
+        return encoded if self.pooled_NP is None else encoded | {"pooled": self.pooled_NP[indices]}
 
     def check(self, fingerprint: str, length: int) -> None:
-        """Raises: InputError unless this encoder and tokenizer wrote them, at this length."""
-        what = "embeddings of another text encoder, tokenizer or length"
-        self._same("fingerprint", self.origin.text, fingerprint, what)
-        self._same("length", self.text_NLD.shape[1], length, what)
+        """Check the fingerprint of encoder and tokenizer, and the length. Raises: InputError."""
+        reason = "embeddings of another text encoder, tokenizer or length"
+        self._same("fingerprint", self.origin.text, fingerprint, reason)
+        self._same("length", self.text_NLD.shape[1], length, reason)
 
     def check_latents(self, fingerprint: str, shape: tuple[int, int, int]) -> None:
-        """Raises: InputError unless there are latents, of this autoencoder and shape."""
+        """Check that there are latents of this autoencoder and shape. Raises: InputError."""
         if self.latent_NHWC is None:
             raise InputError(
-                f"{self.folder / MANIFEST}: found no latents; expected those of pictures "
+                f"{self.folder / MANIFEST}: found no latents; expected those of images "
                 "(gadjax embed --images)"
             )
-        what = "latents of another autoencoder or size"
-        self._same("vae", self.origin.vae, fingerprint, what)
-        self._same("latent", self.origin.latent, shape, what)
+        reason = "latents of another autoencoder or size"
+        self._same("vae", self.origin.vae, fingerprint, reason)
+        self._same("latent", self.origin.latent, shape, reason)
 
-    def _same(self, key: str, found: Any, expected: Any, what: str) -> None:
-        if found != expected:
+    def _same(self, key: str, actual: Any, expected: Any, reason: str) -> None:
+        if actual != expected:
             raise InputError(
-                f"{self.folder / MANIFEST}: found {key} {short_repr(found)}; expected {expected!r} "
-                f"({what})"
+                f"{self.folder / MANIFEST}: found {key} {short_repr(actual)}; expected "
+                f"{expected!r} ({reason})"
             )
 
 
@@ -106,14 +110,22 @@ def write_embeddings(
     origin: Origin,
     dtype: str = "float32",
 ) -> None:
-    """Write into `folder`, an empty one.
+    """Write prompt embeddings, one batch in memory at a time.
 
-    batches: of consecutive prompts, any B, N rows together, with x0_BHWC if `origin` has latents;
-    null: of the empty prompt, without a leading axis. One batch is in memory at a time.
+    Args:
+        folder: an empty folder.
+        prompts: N prompts.
+        batches: encoded prompts in their order, N rows in batches of any size, with x0_BHWC if
+            `origin` has latents.
+        null: the encoded empty prompt, without a batch axis.
+        origin: fingerprints for the manifest.
+        dtype: dtype of the files, float32 or float16.
 
-    Raises: InputError for too little space, prompts or dtype that could not be read back, or values
-    that are not finite in `dtype`; OSError when a write fails; ValueError for batches that do not
-    fit the prompts or `null`.
+    Raises:
+        InputError: too little space, prompts or a dtype that could not be read back, or values
+            that are not finite in `dtype`.
+        OSError: a write fails.
+        ValueError: batches do not match the prompts or `null`.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype: found {dtype!r}; expected one of {', '.join(DTYPES)}")
@@ -122,8 +134,8 @@ def write_embeddings(
     size = (len(prompts) + 1) * (length * (width * item + 1) + pooled * item)
     size += len(prompts) * math.prod(origin.latent or (0,)) * item
     if (free := shutil.disk_usage(folder).free) < size:
-        found = f"found {free / 1e9:.3f} GB of free space"
-        raise InputError(f"{folder.parent}: {found}; expected {size / 1e9:.3f} GB")
+        space = f"found {free / 1e9:.3f} GB of free space"
+        raise InputError(f"{folder.parent}: {space}; expected {size / 1e9:.3f} GB")
     _write_prompts(folder / PROMPTS, prompts)
     _write_arrays(folder, len(prompts), batches, null, origin.latent, dtype)
     manifest = {
@@ -144,7 +156,7 @@ def write_embeddings(
 def _write_prompts(path: Path, prompts: Sequence[str]) -> None:
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps({"prompt": text}) + "\n" for text in prompts)
-    read_prompts(path)  # before hours of encoding, not after
+    read_prompts(path)  # refuses them before hours of encoding, not after
 
 
 def _write_arrays(
@@ -157,21 +169,21 @@ def _write_arrays(
 ) -> None:
     files = {"text": TEXT, "mask": MASK, "pooled": POOLED}
     rows = {name: null[name].shape for name in files if name in null}
-    wholes = {files[name]: (count + 1, *shape) for name, shape in rows.items()}
+    shapes = {files[name]: (count + 1, *shape) for name, shape in rows.items()}
     if latent:
-        rows["x0"], wholes[LATENTS] = latent, (count, *latent)
+        rows["x0"], shapes[LATENTS] = latent, (count, *latent)
     with ExitStack() as stack:
-        # Plain writes: when the disk is full they raise, while a memory map kills the process.
-        opened = [stack.enter_context(open(folder / name, "wb")) for name in wholes]
-        for file, (name, whole) in zip(opened, wholes.items(), strict=True):
-            _write_header(file, whole, "bool" if name == MASK else dtype)
+        # Plain writes raise on a full disk; a memory map would kill the process.
+        opened = [stack.enter_context(open(folder / name, "wb")) for name in shapes]
+        for file, (name, shape) in zip(opened, shapes.items(), strict=True):
+            _write_header(file, shape, "bool" if name == MASK else dtype)
         done = 0
         for batch in chain(batches, [{name: value[None] for name, value in null.items()}]):
             size = len(batch["text"])
             expected = {k: (size, *v) for k, v in rows.items() if k != "x0" or done < count}
-            found = {k: np.shape(v) for k, v in batch.items()}
-            if found != expected or rows["mask"] != rows["text"][:1]:
-                raise ValueError(f"a batch of {found}; {expected} beside the empty prompt")
+            actual = {k: np.shape(v) for k, v in batch.items()}
+            if actual != expected or rows["mask"] != rows["text"][:1]:
+                raise ValueError(f"batch: found {actual}; expected {expected}, as the empty prompt")
             for file, name in zip(opened, expected, strict=False):  # the null has no latent
                 array = np.asarray(batch[name])
                 array = array.astype(bool) if name == "mask" else _cast(array, dtype, done, count)
@@ -182,7 +194,7 @@ def _write_arrays(
 
 
 def _cast(array: np.ndarray, dtype: str, first: int, count: int) -> np.ndarray:
-    """Raises: InputError naming the prompt whose values `dtype` cannot hold."""
+    """Cast a batch to `dtype`. Raises: InputError naming the prompt with values out of range."""
     with np.errstate(over="ignore"):
         array = array.astype(dtype)
     bad = ~np.isfinite(array).all(tuple(range(1, array.ndim)))
@@ -200,9 +212,9 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> None:
 
 
 def open_embeddings(folder: Path) -> Embeddings:
-    """Open a folder of `write_embeddings`, reading the arrays' headers only.
+    """Open a folder of `write_embeddings`; reads only the headers of the arrays.
 
-    Raises: InputError naming the file that is missing, damaged, or does not fit the manifest.
+    Raises: InputError naming the file that is missing, damaged, or does not match the manifest.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder / MANIFEST)
@@ -234,7 +246,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path)
     text = (lambda value: isinstance(value, str), "text")
     positive = (_positive, "a positive integer")
-    wanted = {
+    checks = {
         "version": (lambda value: value == VERSION, str(VERSION)),
         "count": positive,
         "length": positive,
@@ -243,17 +255,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         "fingerprint": text,
     }
     if "pooled" in manifest:
-        wanted |= {"pooled": positive}
+        checks |= {"pooled": positive}
     if "latent" in manifest:
-        wanted |= {"vae": text, "latent": (_is_shape, "three positive integers")}
-    for key, (valid, expected) in wanted.items():
+        checks |= {"vae": text, "latent": (_is_shape, "three positive integers")}
+    for key, (valid, expected) in checks.items():
         if not valid(value := manifest.get(key)):
             raise InputError(f"{path}: found {key} {short_repr(value)}; expected {expected}")
     return manifest
 
 
 def _positive(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**31  # NumPy's shapes are products of these
+    return type(value) is int and 0 < value < 2**31  # NumPy's sizes are products of these
 
 
 def _is_shape(value: Any) -> bool:
@@ -262,16 +274,16 @@ def _is_shape(value: Any) -> bool:
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     expected = f"expected {dtype} {shape} as in {MANIFEST}"
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would hang
         raise InputError(f"{path}: found no such file; {expected}")
     with open_file(path, expected.removeprefix("expected ")):
-        pass  # a pointer to the file is named
+        pass  # reports a git-lfs pointer in place of the file
     try:
         array = np.lib.format.open_memmap(path, mode="r")
         size = path.stat().st_size
     except OSError as error:
         raise InputError(f"{path}: found {error.strerror}; {expected}") from error
-    except Exception as error:  # a damaged header fails in many ways
+    except Exception as error:  # a damaged header raises many types
         raise InputError(f"{path}: found a truncated or corrupt file; {expected}") from error
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise InputError(f"{path}: found {array.dtype} {array.shape}; {expected}")

@@ -1,4 +1,4 @@
-"""What a run's data say, as a few digits: data that became others under their name are found."""
+"""Fingerprints of training data, to detect data that changed under the same name."""
 
 import hashlib
 import os
@@ -11,17 +11,18 @@ from gadjax.data.embeddings import Embeddings
 from gadjax.data.images import Pictures
 from gadjax.errors import InputError
 
-MOST = 100_000  # pictures whose size is looked at
-ROWS = 256  # of an array that are read
-THREADS = 32  # on network storage a size is a round trip
+MAX_FILES = 100_000  # whose size is read
+MAX_ROWS = 256  # of an array that are read
+THREADS = 32  # on network storage every size is a round trip
 
 
 def fingerprint_prompts(prompts: Sequence[str]) -> str:
+    """Fingerprint of the prompts in their order."""
     return _digest(text.encode() for text in prompts)
 
 
 def fingerprint_pictures(pictures: Pictures) -> str:
-    """Of all names and captions, and of the files' sizes: of many pictures, evenly chosen ones.
+    """Fingerprint of all names and captions, and of the sizes of up to MAX_FILES files.
 
     Raises: InputError for a file that is gone.
     """
@@ -35,28 +36,33 @@ def fingerprint_pictures(pictures: Pictures) -> str:
 
     texts = (os.fsencode(text) for text in (*pictures.names, *pictures.captions))
     with ThreadPoolExecutor(THREADS) as pool:
-        return _digest([*texts, *pool.map(size, _chosen(len(pictures.names), MOST))])
+        return _digest([*texts, *pool.map(size, _evenly_spaced(len(pictures.names), MAX_FILES))])
 
 
-def fingerprint_embeddings(found: Embeddings) -> str:
-    """Of the prompts, of what wrote the folder, and of evenly chosen rows of its arrays."""
-    arrays = found.text_NLD, found.mask_NL, found.pooled_NP, found.latent_NHWC
+def fingerprint_embeddings(embeddings: Embeddings) -> str:
+    """Fingerprint of prompts and origin, and of up to MAX_ROWS rows of every array."""
+    arrays = (
+        embeddings.text_NLD,
+        embeddings.mask_NL,
+        embeddings.pooled_NP,
+        embeddings.latent_NHWC,
+    )
     rows = (
         array[row].tobytes()
         for array in arrays
         if array is not None
-        for row in _chosen(len(array), ROWS)
+        for row in _evenly_spaced(len(array), MAX_ROWS)
     )
-    texts = (*found.prompts, str(found.origin))
+    texts = (*embeddings.prompts, str(embeddings.origin))
     return _digest([*(text.encode() for text in texts), *rows])
 
 
-def _chosen(count: int, most: int) -> list[int]:
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+def _evenly_spaced(count: int, limit: int) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int)).tolist()
 
 
 def _digest(parts: Iterable[bytes]) -> str:
-    """32 hex digits for byte strings in their order."""
+    """Digest of byte strings in their order: 32 hexadecimal digits (BLAKE2b)."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)

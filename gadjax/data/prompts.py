@@ -1,4 +1,4 @@
-"""Prompt files: .txt, .jsonl and .csv -> a list of strings, or one line that says what is wrong."""
+"""Prompt files (.txt, .jsonl, .csv) as untrusted input: a list of strings, or a one-line error."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -8,31 +8,31 @@ from typing import Any
 from gadjax.errors import InputError, short_repr
 from gadjax.io.untrusted import open_file, parse_json
 
-MAX_LINE = 1 << 20  # bytes; a longer line is some other file
-MAX_PROMPT = 1 << 17  # bytes; in JSON six times as many, which with its key is still a line
+MAX_LINE = 1 << 20  # bytes; a file with a longer line is no prompt file
+MAX_PROMPT = 1 << 17  # bytes; six times as many in JSON, which with its key still fits a line
 BOM = b"\xef\xbb\xbf"
 
 
 def read_prompts(path: Path, column: str = "prompt") -> list[str]:
-    """The prompts of a UTF-8 file in its order, without outer white space.
+    """Read the prompts of a UTF-8 file in its order, without leading and trailing white space.
 
     .txt: one per line; .jsonl: objects with the key `column`; .csv: comma separated, with `column`
-    in the header. Blank lines are skipped, a byte order mark at the start of a line (files that
-    were joined have several) too. Lines end in LF or CRLF and in nothing else. A prompt that stands
-    there twice is there twice. Inside a prompt every character is text for the tokenizer, also what
-    does not print (control characters, marks of direction, U+2028), but for NUL, which tells of a
-    file in UTF-16.
+    in the header. Blank lines are skipped, and so is a byte order mark at the start of any line
+    (concatenated files have several). Lines end in LF or CRLF only. Duplicate prompts are kept.
+    Inside a prompt every character is text for the tokenizer, non-printable ones included (control
+    characters, direction marks, U+2028), except NUL, the sign of a file in UTF-16.
 
-    Raises: InputError (`file:line: found ...; expected ...`) for a file that cannot be read, is no
-    regular one, has another suffix, is not UTF-8, holds no prompt, a line of more than 1 MiB, a
-    lone CR in a .txt (or in a .csv outside of quotes), a broken record, a record whose prompt is
-    missing, blank or no text, and a prompt that `check_prompt` refuses.
+    Raises:
+        InputError: as `file:line: found ...; expected ...`. The file cannot be read, is not a
+            regular file, has another suffix, is not UTF-8, or has no prompt; a line is longer than
+            1 MiB; a .txt has a lone CR (or a .csv outside of quotes); a record is broken, or its
+            prompt is missing, blank or not text; `check_prompt` refuses a prompt.
     """
     return [prompt for (prompt,) in read_records(path, [column])]
 
 
 def read_records(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """As `read_prompts`, the texts of several columns; a .txt has one."""
+    """Read several columns of a prompt file, as `read_prompts`; a .txt has a single column."""
     path = Path(path)
     if path.suffix.lower() not in READERS:
         expected = ", ".join(READERS)
@@ -44,13 +44,16 @@ def read_records(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def check_prompt(text: str, where: str) -> None:
-    """Raises: InputError for NUL, half of a surrogate pair, and more than 128 KiB in UTF-8."""
+    """Refuse a prompt with NUL or a lone surrogate, or of more than 128 KiB in UTF-8.
+
+    Raises: InputError naming `where`.
+    """
     if "\0" in text:
         raise InputError(f"{where}: found a NUL character; expected text (in files UTF-8)")
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:
-        # JSON and the shell can write half of a character; no tokenizer takes it.
+        # JSON and the shell can write lone surrogates, which no tokenizer accepts.
         raise InputError(
             f"{where}: found half of a surrogate pair; expected whole characters"
         ) from error
@@ -59,7 +62,7 @@ def check_prompt(text: str, where: str) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, text with its line end)."""
+    """Yield (line number from 1, text with its line end)."""
     number = 0
     with open_file(path, "a file of prompts") as file:
         while line := file.readline(MAX_LINE + 1):
@@ -82,7 +85,7 @@ def _read_txt(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
     for number, line in _lines(path):
         if not (text := line.strip()):
             continue
-        if "\r" in text:  # the line ends of an old Macintosh, which would join all prompts
+        if "\r" in text:  # line ends of classic Mac OS, which would join all prompts
             raise InputError(f"{path}:{number}: found a lone CR; expected lines that end in LF")
         check_prompt(text, f"{path}:{number}")
         yield (text,)
@@ -96,7 +99,7 @@ def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]
         try:
             record = parse_json(line.encode())
         except ValueError as error:
-            reason = getattr(error, "msg", error)  # without a place in the line
+            reason = getattr(error, "msg", error)  # without the column
             raise InputError(
                 f"{where}: found broken JSON ({reason}); expected one object per line"
             ) from error
@@ -104,13 +107,13 @@ def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]
             raise InputError(f"{where}: found {short_repr(record)}; expected an object")
         for column in columns:
             if column not in record:
-                found = short_repr(list(record))
-                raise InputError(f"{where}: found keys {found}; expected {column!r}")
+                keys = short_repr(list(record))
+                raise InputError(f"{where}: found keys {keys}; expected {column!r}")
         yield tuple(_prompt(record[column], where, column) for column in columns)
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    # Strict: otherwise a quote that is never closed swallows the rest of the file in silence.
+    # Strict: otherwise an unclosed quote silently includes the rest of the file.
     rows = csv.reader((line for _, line in _lines(path)), strict=True)
     header: list[str] = []
     while True:
@@ -131,7 +134,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
                         f"{where}: found columns {short_repr(header)}; expected {column!r} once"
                     )
             continue
-        # A comma in a prompt without quotes would otherwise cut the prompt there.
+        # Otherwise an unquoted comma would truncate the prompt.
         if len(row) != len(header):
             raise InputError(
                 f"{where}: found {len(row)} fields; expected {len(header)} as in the header "

@@ -1,7 +1,7 @@
-"""Training data as a pure function of a sample's number: no iterator, no state to save.
+"""Data sources: training data as a pure function of the sample index, without iterator state.
 
-Sample i of a source is the same for every batch size and number of processes, so a run continues
-at update * batch on any mesh; the critic's updates count as well. Process p of P takes
+Sample i of a source is the same for every batch size and number of processes, so a run resumes at
+update * batch on any mesh; the critic's updates count as well. Process p of P takes
 batch(update * B + p * B / P, B / P).
 """
 
@@ -24,51 +24,57 @@ from gadjax.errors import InputError
 from gadjax.seeds import check_seed
 
 T = TypeVar("T")
-# B texts, None for no prompt -> ids_BL, mask_BL
+# Tokenizer: B prompts, None for no prompt -> ids_BL, mask_BL.
 Tokenize = Callable[[Sequence[str | None]], tuple[np.ndarray, np.ndarray]]
 
 
 class Source(Protocol):
-    """An endless stream, as arrays by name with a leading sample axis."""
+    """Endless stream of samples, as arrays by name with the batch axis first."""
 
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
-        """Samples index .. index + size - 1 of the stream."""
+        """Return samples index .. index + size - 1 of the stream."""
         ...
 
 
 @dataclass(frozen=True)
 class Order:
-    """0 .. count - 1 again and again, each time in another order that `seed` decides."""
+    """Shuffled indices 0 .. count - 1, reshuffled every epoch, determined by `seed`."""
 
     count: int
     seed: int
 
     @cached_property
     def _dataset(self) -> grain.MapDataset:
-        # Every pass has its own order: repeat() asks for ever larger numbers and shuffle() seeds
-        # itself by the pass a number falls in.
+        # Every epoch has another order: repeat() requests ever larger indices, and shuffle() takes
+        # its seed from the epoch of an index.
         return grain.MapDataset.range(self.count).seed(self.seed).shuffle().repeat()
 
     def __call__(self, index: int, size: int) -> np.ndarray:
-        """Places index .. index + size - 1 of the stream, int32 [size]."""
+        """Return entries index .. index + size - 1 of the stream, int32 [size]."""
         return np.array([self._dataset[i] for i in range(index, index + size)], np.int32)
 
 
-def dropped(seed: int, share: float, index: int, size: int) -> np.ndarray:
-    """Which of samples index .. index + size - 1 go without their caption, bool [size].
+def dropout_mask(seed: int, share: float, index: int, size: int) -> np.ndarray:
+    """Caption dropout for classifier-free guidance (Ho & Salimans, arXiv:2207.12598).
 
-    A share does, for classifier-free guidance (Ho & Salimans, arXiv:2207.12598).
+    Args:
+        seed: seed of the source.
+        share: probability that a caption is dropped.
+        index, size: samples index .. index + size - 1.
+
+    Returns:
+        True for the samples without their caption, bool [size].
     """
-    # A spawn key, as worlds draw sample i from the bare pair.
+    # With a spawn key, because worlds draw sample i from the pair without one.
     keys = (np.random.SeedSequence([seed, i], spawn_key=(1,)) for i in range(index, index + size))
     return np.array([np.random.default_rng(key).random() < share for key in keys], bool)
 
 
 @dataclass(frozen=True, eq=False)
 class PromptSource:
-    """Shuffled prompts that were tokenised once: ids_NL and mask_NL, integers of any width.
+    """Shuffled tokenized prompts: ids_NL and mask_NL, integers of any width.
 
-    batch: ids_BL, mask_BL, and the prompts' numbers which_B; all int32.
+    batch: ids_BL, mask_BL, and the indices of the prompts which_B; all int32.
 
     Raises: InputError for a seed that `check_seed` refuses.
     """
@@ -92,10 +98,10 @@ class PromptSource:
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingSource:
-    """Shuffled prompts that were encoded ahead of time; the order is PromptSource's.
+    """Shuffled precomputed prompt embeddings, in the order of PromptSource.
 
-    batch: text_BLD in the folder's dtype, mask_BL int32, pooled_BP where there is one, and the
-    prompts' numbers which_B int32.
+    batch: text_BLD in the folder's dtype, mask_BL int32, pooled_BP if the family has it, and the
+    indices of the prompts which_B int32.
 
     Raises: InputError for a seed that `check_seed` refuses.
     """
@@ -117,11 +123,11 @@ class EmbeddingSource:
 
 @dataclass(frozen=True, eq=False)
 class ImageSource:
-    """Shuffled captioned pictures of a folder, decoded as they are needed.
+    """Shuffled captioned images of a folder, decoded on demand.
 
-    size: (height, width) that they are scaled and cut to. dropout: the share of captions that are
-    replaced by what guidance leads away from.
-    batch: ids_BL, mask_BL and the pictures' numbers which_B, int32; image_BHWC.
+    size: (height, width) after scaling and cropping. dropout: share of captions that are replaced
+    by the negative prompt.
+    batch: ids_BL, mask_BL and the indices of the images which_B, int32; image_BHWC.
 
     Raises: InputError for a share outside 0 .. 1, a seed as above.
     """
@@ -143,17 +149,20 @@ class ImageSource:
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
         which = self.order(index, size)
         captions = [self.pictures.captions[i] for i in which]
-        ids, mask = self.tokenize(_without(captions, dropped(self.seed, self.dropout, index, size)))
+        ids, mask = self.tokenize(
+            _drop_captions(captions, dropout_mask(self.seed, self.dropout, index, size))
+        )
         image = self.pictures.read(which, self.size)
         return {"ids": ids, "mask": mask, "image": image, "which": which}
 
 
 @dataclass(frozen=True, eq=False)
 class LatentSource:
-    """What ImageSource gives, where pictures and captions were encoded ahead of time.
+    """Shuffled precomputed embeddings and latents, in the order of ImageSource.
 
-    embeddings: with latents. batch: text_BLD in the folder's dtype, mask_BL and which_B int32,
-    x0_BHWC float32.
+    embeddings: with latents. dropout: as ImageSource's.
+    batch: text_BLD in the folder's dtype, mask_BL and which_B int32, pooled_BP if the family
+    has it, x0_BHWC float32.
 
     Raises: InputError for a share outside 0 .. 1, a seed as above.
     """
@@ -171,20 +180,23 @@ class LatentSource:
         return EmbeddingSource(self.embeddings, self.seed)
 
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
-        batch, gone = self.texts.batch(index, size), dropped(self.seed, self.dropout, index, size)
+        batch, drop_B = (
+            self.texts.batch(index, size),
+            dropout_mask(self.seed, self.dropout, index, size),
+        )
         for name, value in self.embeddings.null.items():
-            batch[name][gone] = value
+            batch[name][drop_B] = value
         return batch | {"x0": self.embeddings.latent_NHWC[batch["which"]].astype(np.float32)}
 
 
 @dataclass(frozen=True, eq=False)
 class WorldSource:
-    """Captioned pictures drawn as they are needed; sample i is number i of a world.
+    """Captioned images of a synthetic world, rendered on demand; sample i is image i of the world.
 
     world: a module with sample_batch(seed, indices) -> (images_BHWC, captions, scenes), such as
     gadjax.worlds.shapes. dropout: as ImageSource's. batch: ids_BL and mask_BL int32, image_BHWC.
 
-    Raises: InputError for a module that is no world, a share outside 0 .. 1, a seed as above.
+    Raises: InputError for a module that is not a world, a share outside 0 .. 1, a seed as above.
     """
 
     world: str
@@ -199,15 +211,17 @@ class WorldSource:
 
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
         images, captions, _ = _world(self.world).sample_batch(self.seed, range(index, index + size))
-        ids, mask = self.tokenize(_without(captions, dropped(self.seed, self.dropout, index, size)))
+        ids, mask = self.tokenize(
+            _drop_captions(captions, dropout_mask(self.seed, self.dropout, index, size))
+        )
         return {"ids": ids, "mask": mask, "image": images}
 
 
 @dataclass(frozen=True, eq=False)
 class CachedSource:
-    """Shuffled samples that were made ready once: `arrays` by name, all with N leading.
+    """Shuffled samples in memory: `arrays` by name, all with N samples first.
 
-    batch: the arrays' rows.
+    batch: rows of the arrays.
     """
 
     arrays: dict[str, np.ndarray]
@@ -222,8 +236,8 @@ class CachedSource:
         return {name: array[which] for name, array in self.arrays.items()}
 
 
-def _without(captions: Sequence[str], gone: np.ndarray) -> list[str | None]:
-    return [None if out else text for text, out in zip(captions, gone, strict=True)]
+def _drop_captions(captions: Sequence[str], drop_B: np.ndarray) -> list[str | None]:
+    return [None if drop else text for text, drop in zip(captions, drop_B, strict=True)]
 
 
 def _check_share(share: float) -> None:
@@ -244,10 +258,15 @@ def _world(name: str) -> ModuleType:
 def prefetch(
     fn: Callable[[int], T], start: int, stop: int, depth: int = 2
 ) -> Generator[T, None, None]:
-    """fn(start), ..., fn(stop - 1), computed in one thread up to `depth` ahead of the consumer.
+    """Prefetch fn(start), ..., fn(stop - 1) in one thread; yields the results in order.
 
-    What fn raises is raised in its turn. Closing the iterator waits for the call in progress and
-    ends the thread.
+    An exception of fn is raised in its place in that order. Closing the iterator waits for the call
+    in progress and ends the thread.
+
+    Args:
+        fn: function of the index.
+        start, stop: range of the index.
+        depth: largest number of results computed ahead of the consumer, at least 1.
     """
     if depth < 1:
         raise ValueError(f"depth of {depth}; at least 1")

@@ -1,4 +1,4 @@
-"""The processes of one run: how they find each other, agree, and leave together."""
+"""Multi-process runs: initialization, consistency checks, lost peers, preemption, heartbeats."""
 
 import faulthandler
 import json
@@ -22,34 +22,37 @@ from gadjax.errors import InputError, RunStopped
 from gadjax.io.storage import write_atomic
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-HEARTBEAT = "GADJAX_HEARTBEAT"  # a file that the supervisor reads
-PATIENCE = "GADJAX_PEER_TIMEOUT"  # seconds without a word until a peer counts as lost
-# What JAX says where there is no cluster, and in a program that has used its devices already.
-ALONE = "coordinator_address should be defined", "must be called before"
-# What JAX says of what another process was to take part in.
-LOST = "Gloo", "NCCL", "heartbeat timeout", "coordination service"
+HEARTBEAT = "GADJAX_HEARTBEAT"  # path of the heartbeat file, which the supervisor reads
+PEER_TIMEOUT = "GADJAX_PEER_TIMEOUT"  # seconds without a heartbeat until a peer counts as lost
+# Errors of jax.distributed.initialize without a cluster, and after JAX has used its devices.
+NO_CLUSTER_MESSAGES = "coordinator_address should be defined", "must be called before"
+# Parts of JAX's errors in a collective operation or RPC whose peer is gone.
+LOST_PEER_MESSAGES = "Gloo", "NCCL", "heartbeat timeout", "coordination service"
 PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"
 T = TypeVar("T")
 
 
-def join() -> None:
-    """Find the other processes of this run, before JAX touches a device.
+def initialize_distributed() -> None:
+    """Initialize jax.distributed, before JAX touches a device.
 
-    Where JAX_NUM_PROCESSES is set: those at JAX_COORDINATOR_ADDRESS, this one being
-    JAX_PROCESS_ID. Else whatever JAX detects (SLURM, Open MPI, TPU pods). Nowhere: a run of one
-    process, which opens no port. From here on SIGUSR2 prints the stacks of all threads.
-    Raises: InputError for variables that are missing or wrong, and for SLURM tasks that would
-    leave GPUs idle; RunStopped where the others do not come.
+    With JAX_NUM_PROCESSES set, the coordinator is JAX_COORDINATOR_ADDRESS and this process is
+    JAX_PROCESS_ID. Otherwise JAX detects the cluster (SLURM, Open MPI, TPU pods). Without a cluster
+    the run has a single process and opens no port. From here on SIGUSR2 prints the stacks of all
+    threads.
+
+    Raises:
+        InputError: variables are missing or wrong, or SLURM tasks would leave GPUs idle.
+        RunStopped: the other processes do not connect.
     """
     faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
     if jax.distributed.is_initialized():
         return
     _check_slurm()
-    options = {"heartbeat_timeout_seconds": _whole(PATIENCE, "100")}
+    options = {"heartbeat_timeout_seconds": _environment_int(PEER_TIMEOUT, "100")}
     if COUNT in os.environ:
         if ADDRESS not in os.environ:
-            raise InputError(f"{ADDRESS}: found nothing; expected HOST:PORT beside {COUNT}")
-        count, number = _whole(COUNT), _whole(NUMBER)
+            raise InputError(f"{ADDRESS}: found nothing; expected HOST:PORT together with {COUNT}")
+        count, number = _environment_int(COUNT), _environment_int(NUMBER)
         if not 0 <= number < count:
             raise InputError(f"{NUMBER}: found {number}; expected 0 to {count - 1}")
         options |= {
@@ -60,17 +63,17 @@ def join() -> None:
     try:
         jax.distributed.initialize(**options)
     except (ValueError, RuntimeError) as error:
-        if COUNT in os.environ or not any(text in str(error) for text in ALONE):
+        if COUNT in os.environ or not any(text in str(error) for text in NO_CLUSTER_MESSAGES):
             text = " ".join(str(error).split())[:300]
             raise RunStopped(f"the processes did not find each other: {text}") from error
 
 
 def is_single_process() -> bool:
-    """Whether this process is all of the run."""
+    """Return True if the run has no other process."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
-def _whole(name: str, default: str = "") -> int:
+def _environment_int(name: str, default: str = "") -> int:
     text = os.environ.get(name, default)
     if not text.isdecimal():
         raise InputError(f"{name}: found {text!r}; expected a whole number")
@@ -78,10 +81,12 @@ def _whole(name: str, default: str = "") -> int:
 
 
 def _check_slurm() -> None:
-    """Raises: InputError for one task on a node of several GPUs, where JAX would take the one
-    whose number is the task's and leave the others idle."""
-    here = os.environ.get
-    cards, tasks = here("SLURM_GPUS_ON_NODE", ""), here("SLURM_STEP_TASKS_PER_NODE", "")
+    """Refuse fewer SLURM tasks than GPUs on a node: JAX would use one GPU a task, by its number.
+
+    Raises: InputError.
+    """
+    variable = os.environ.get
+    cards, tasks = variable("SLURM_GPUS_ON_NODE", ""), variable("SLURM_STEP_TASKS_PER_NODE", "")
     tasks = tasks.split("(")[0].split(",")[0]
     if "SLURM_LOCALID" not in os.environ or not (cards.isdecimal() and tasks.isdecimal()):
         return
@@ -94,28 +99,31 @@ def _check_slurm() -> None:
 
 
 def check_devices(expected: int | None) -> None:
-    """Raises: InputError where all processes together have another number of devices."""
-    found, processes = jax.device_count(), jax.process_count()
-    if expected is not None and found != expected:
+    """Check the number of devices of all processes in total. Raises: InputError."""
+    count, processes = jax.device_count(), jax.process_count()
+    if expected is not None and count != expected:
         raise InputError(
-            f"--devices: found {found} in {processes} process{'es' * (processes > 1)}; expected "
+            f"--devices: found {count} in {processes} process{'es' * (processes > 1)}; expected "
             f"{expected} (was the command started on every host?)"
         )
 
 
 def check_same_on_all(config: dict, workdir: Path) -> None:
-    """Raises: InputError on every process where one runs another config, code or packages."""
+    """Check that all processes run the same config, workdir, code and packages, by checksums.
+
+    Raises: InputError on every process if one differs.
+    """
     if is_single_process():
         return
-    texts = {
+    contents = {
         "another config": json.dumps(config, sort_keys=True),
         "another workdir": str(workdir),
-        "other code of gadjax": _code(),
+        "other code of gadjax": _source_code(),
         "other packages": str([version(name) for name in PACKAGES]),
     }
-    mine = np.array([zlib.crc32(text.encode()) for text in texts.values()], np.uint32)
-    for number, theirs in enumerate(multihost_utils.process_allgather(mine)):
-        for name, same in zip(texts, theirs == mine, strict=True):
+    checksums = np.array([zlib.crc32(text.encode()) for text in contents.values()], np.uint32)
+    for number, peer_checksums in enumerate(multihost_utils.process_allgather(checksums)):
+        for name, same in zip(contents, peer_checksums == checksums, strict=True):
             if not same:
                 raise InputError(
                     f"process {number}: found {name} than on process {jax.process_index()}; "
@@ -123,18 +131,21 @@ def check_same_on_all(config: dict, workdir: Path) -> None:
                 )
 
 
-def _code() -> str:
+def _source_code() -> str:
     folder = Path(__file__).parents[1]
     return "".join(path.read_text() for path in sorted(folder.rglob("*.py")))
 
 
 def run_on_all_processes(f: Callable[[], T]) -> T:
-    """f() on every process. Where it fails on one, all end as that one does, none waiting."""
+    """Run f on every process; if it fails on one, all raise an error of that kind and none hangs.
+
+    Raises: InputError or RunStopped, the exceptions of f that are exchanged.
+    """
     if is_single_process():
         return f()
-    error = found = None
+    error = result = None
     try:
-        found = f()
+        result = f()
     except (InputError, RunStopped) as failure:
         error = failure
     kinds = (InputError, RunStopped)
@@ -144,15 +155,19 @@ def run_on_all_processes(f: Callable[[], T]) -> T:
         raise error
     if codes.any():
         number = int(np.argmax(codes > 0))
-        raise kinds[codes[number] - 1](f"process {number} ended before training; its log says why")
-    return found
+        raise kinds[codes[number] - 1](
+            f"process {number} ended before training; its log has the reason"
+        )
+    return result
 
 
 @contextmanager
 def abort_on_lost_peer() -> Iterator[None]:
-    """Where an update or a save fails because another process is gone, this one says so and aborts,
-    as JAX makes it do where the loss is noticed between updates: whatever else it began would wait
-    for the others. status.json stays as it is, so that launchers start the run again."""
+    """Abort this process if an update or a save fails because a peer process is gone.
+
+    JAX does the same when it notices the loss between updates: anything else this process began
+    would wait for the others. status.json stays as it is, so that launchers restart the run.
+    """
     try:
         yield
     except (jax.errors.JaxRuntimeError, RunStopped) as error:
@@ -165,12 +180,12 @@ def abort_on_lost_peer() -> Iterator[None]:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether it says that another process is gone, with which nothing can be agreed."""
-    return not is_single_process() and any(name in str(error) for name in LOST)
+    """Return True if the error means that a peer is gone; no collective operation works then."""
+    return not is_single_process() and any(name in str(error) for name in LOST_PEER_MESSAGES)
 
 
 def any_process(value: bool) -> bool:
-    """Whether it is so on any process."""
+    """Return True if `value` is True on any process (an all-gather)."""
     return (
         value
         if is_single_process()
@@ -179,46 +194,46 @@ def any_process(value: bool) -> bool:
 
 
 def broadcast_from_first(value: int) -> int:
-    """Process 0's value, on every process."""
+    """Broadcast the int `value` of process 0 to every process."""
     return (
         value if is_single_process() else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
     )
 
 
 class PreemptionHandler:
-    """Turns SIGTERM, SIGUSR1 or SIGINT into a request to save and leave.
+    """Context that turns SIGTERM, SIGUSR1 or SIGINT into a request to save and exit.
 
-    A second signal of a kind ends the process as usual. Of several processes JAX's own notice is
-    taken, which finds a step at which all of them save, whichever of them was told.
+    A second signal of the same kind ends the process as usual. With several processes JAX's
+    preemption sync point decides: whichever of them got the signal, all save at the same step.
     """
 
     def __enter__(self) -> "PreemptionHandler":
-        self.told = False
-        self.shared = jax.distributed.is_initialized()
-        kinds = [signal.SIGUSR1, signal.SIGINT] + [signal.SIGTERM] * (not self.shared)
+        self.stop_requested = False
+        self.is_distributed = jax.distributed.is_initialized()
+        kinds = [signal.SIGUSR1, signal.SIGINT] + [signal.SIGTERM] * (not self.is_distributed)
         if threading.current_thread() is not threading.main_thread():
-            kinds = []  # signals are the main thread's: whoever has it ends this one
-        self.before = {kind: signal.signal(kind, self._tell) for kind in kinds}
+            kinds = []  # only the main thread handles signals; its owner ends this run
+        self.previous_handlers = {kind: signal.signal(kind, self._request_stop) for kind in kinds}
         return self
 
-    def _tell(self, number, frame):
-        self.told = True
+    def _request_stop(self, number, frame):
+        self.stop_requested = True
         signal.signal(number, signal.SIG_DFL)
-        if self.shared:
+        if self.is_distributed:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def should_stop(self, step: int) -> bool:
-        """Whether to save and leave after this step; to be asked once a step."""
-        if self.shared:
+        """Return True if the run should save and exit after this step; call once a step."""
+        if self.is_distributed:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self.told
+        return self.stop_requested
 
     def __exit__(self, *error) -> None:
-        for kind, handler in self.before.items():
+        for kind, handler in self.previous_handlers.items():
             signal.signal(kind, handler)
 
 
 def write_heartbeat(step: int) -> None:
-    """Tell a supervisor that a step was begun."""
+    """Write the supervisor's heartbeat file (JSON: step, Unix time) at the start of a step."""
     if path := os.environ.get(HEARTBEAT):
         write_atomic(Path(path), json.dumps({"step": step, "time": time.time()}))

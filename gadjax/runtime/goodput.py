@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes: the share that is spent in steps is its goodput."""
+"""Goodput: the share of a run's wall time that is spent in training steps."""
 
 import json
 import time
@@ -11,20 +11,22 @@ from gadjax.io.storage import write_atomic
 from gadjax.io.untrusted import read_json
 
 GOODPUT = "goodput.json"
-# In the order in which people read them.
+# In the order of the table of `gadjax status`.
 KINDS = ("step", "data", "checkpoint", "preview", "compile", "lost")
 
 
 class GoodputClock:
-    """Seconds of the host by kind, over all starts of a run.
+    """Goodput accounting: host seconds by kind, summed over all starts of a run.
 
-    compile: a start up to its first step (loading, restoring, compiling). data, checkpoint,
-    preview: what `with clock(kind):` holds. step: all the rest. Nothing waits for a device on the
-    clock's account: metrics are read one step late, and the wait for the device then counts as
-    step, as does writing log lines. lost: steps that a start does again because the one before
-    died after its last checkpoint, at what a step took on average; they count as step no more.
-    What a start that was killed did after its last log line is not known, and the time between
-    two starts is nobody's.
+    - compile: from a start to its first step (loading, restoring, compiling).
+    - data, checkpoint, preview: inside `with clock(kind):`.
+    - step: all the rest. The clock adds no wait for a device: metrics are read one step late, and
+      the wait for the device then counts as step, as does writing log lines.
+    - lost: steps repeated because the previous start died after its last checkpoint, at the mean
+      seconds of a step; they are taken off step.
+
+    The time of a killed start after its last log line is unknown, and the time between two starts
+    is not counted.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic):
@@ -32,64 +34,64 @@ class GoodputClock:
         self.kind = "compile"
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self.starts = 1
-        self.step = 0  # the newest
-        self.steps = 0  # how many the seconds of "step" were spent on
+        self.step = 0  # newest step
+        self.steps = 0  # number of steps that the seconds of "step" cover
         self.file: Path | None = None
 
     def resume(self, workdir: Path, start: int) -> None:
-        """Go on from the record of the starts before; this one begins after step `start`."""
+        """Continue goodput.json of the previous starts; this one begins after step `start`."""
         self.file, self.step = workdir / GOODPUT, start
         try:
-            before = read_json(self.file)
-            seconds = {kind: before["seconds"][kind] for kind in KINDS}
-            starts, newest, steps = (before[name] for name in ("starts", "step", "steps"))
-            whole = all(type(n) is int and 0 <= n < 2**63 for n in (starts, newest, steps))
-            whole &= all(type(x) in (int, float) and 0 <= x < 1e15 for x in seconds.values())
+            record = read_json(self.file)
+            seconds = {kind: record["seconds"][kind] for kind in KINDS}
+            starts, newest, steps = (record[name] for name in ("starts", "step", "steps"))
+            is_valid = all(type(n) is int and 0 <= n < 2**63 for n in (starts, newest, steps))
+            is_valid &= all(type(x) in (int, float) and 0 <= x < 1e15 for x in seconds.values())
         except (InputError, LookupError, TypeError):
-            whole = False
-        if not whole:
-            return  # the first start, or nothing that can be read: count from here
-        again = min(max(newest - start, 0), steps)
-        lost = again * seconds["step"] / max(steps, 1)
-        self.starts, self.steps = starts + 1, steps - again
+            is_valid = False
+        if not is_valid:
+            return  # the first start, or an unreadable record: count from here
+        repeated = min(max(newest - start, 0), steps)
+        lost = repeated * seconds["step"] / max(steps, 1)
+        self.starts, self.steps = starts + 1, steps - repeated
         for kind, more in (seconds | {"step": seconds["step"] - lost}).items():
             self.seconds[kind] += more
         self.seconds["lost"] += lost
 
     @contextmanager
     def __call__(self, kind: str) -> Iterator[None]:
-        """What happens inside counts as this kind; before the first step, as compile."""
+        """Context whose seconds count as `kind`; before the first step, as compile."""
         if self.kind == "compile":
             yield
             return
-        before = self._turn(kind)
+        before = self._switch(kind)
         try:
             yield
         finally:
-            self._turn(before)
+            self._switch(before)
 
-    def stepped(self, step: int) -> None:
-        """A step was started; its program is compiled."""
+    def record_step(self, step: int) -> None:
+        """Count a started step; the first one ends the kind compile."""
         if self.kind == "compile":
-            self._turn("step")
+            self._switch("step")
         self.step = step
         self.steps += 1
 
     def share(self) -> float:
-        """Of the time so far, how much was spent in steps."""
-        self._turn(self.kind)
+        """Return the goodput so far: seconds of steps over all seconds."""
+        self._switch(self.kind)
         return shares(self.seconds)["step"]
 
     def write(self) -> None:
-        """Raises: OSError."""
+        """Write goodput.json. Raises: OSError."""
         if self.file is None:
             return
-        self._turn(self.kind)
+        self._switch(self.kind)
         seconds = {kind: round(value, 3) for kind, value in self.seconds.items()}
         record = {"step": self.step, "steps": self.steps, "starts": self.starts}
         write_atomic(self.file, json.dumps(record | {"seconds": seconds}) + "\n")
 
-    def _turn(self, kind: str) -> str:
+    def _switch(self, kind: str) -> str:
         now, before = self.now(), self.kind
         self.seconds[before] += now - self.since
         self.since, self.kind = now, kind
@@ -97,6 +99,6 @@ class GoodputClock:
 
 
 def shares(seconds: dict[str, float]) -> dict[str, float]:
-    """Of all of the time, by kind."""
+    """Share of the total time by kind, in [0, 1]."""
     total = sum(seconds.values())
     return {kind: value / total if total else 0.0 for kind, value in seconds.items()}

@@ -1,4 +1,4 @@
-"""Profiles of a few steps, where they are asked for."""
+"""Profiler traces of a few training steps, on request (--profile START:N)."""
 
 import re
 import shutil
@@ -16,32 +16,40 @@ PROFILE = "profile"  # folder in the workdir; TensorBoard and xprof open it
 
 
 def parse_profile(text: str, steps: int) -> tuple[int, int]:
-    """ "START:N" -> (START, N), in a run of so many steps. Raises: InputError."""
-    found = re.fullmatch(r"(\d{1,12}):(\d{1,12})", text)
-    if not found or int(found[2]) < 1:
+    """Parse "START:N" to (START, N); START must be below `steps`. Raises: InputError."""
+    match = re.fullmatch(r"(\d{1,12}):(\d{1,12})", text)
+    if not match or int(match[2]) < 1:
         raise InputError(
             f"--profile: found {text!r}; expected START:N, the N (1 or more) steps after START"
         )
-    if int(found[1]) >= steps:
+    if int(match[1]) >= steps:
         raise InputError(
             f"--profile: found {text!r}; expected a START before the last step, {steps}"
         )
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 class Profile:
-    """Traces N steps after step START of every process, which waits for its devices only there.
+    """Profiler trace of the N steps after step START, on every process.
 
-    A fault of the profiler is noted and ends the profile, not the run.
+    A process waits for its devices only at both ends of the trace. An error of the profiler is
+    reported and ends the trace, not the run.
     """
 
-    def __init__(self, asked: tuple[int, int] | None, workdir: Path, note: Callable[[str], None]):
-        self.steps = None if asked is None else (asked[0], sum(asked))
+    def __init__(self, window: tuple[int, int] | None, workdir: Path, note: Callable[[str], None]):
+        """Prepare the trace; the methods do the work.
+
+        Args:
+            window: (START, N); None for no trace.
+            workdir: gets the folder "profile".
+            note: prints a line to the terminal and the run's log.
+        """
+        self.steps = None if window is None else (window[0], sum(window))
         self.folder, self.note, self.running = workdir / PROFILE, note, False
         self.local: Any = self.folder  # the profiler writes on disks only
 
     def before_step(self, done: int, state: Any) -> None:
-        """To be told before every step how many are done, and of the newest state."""
+        """Start or stop the trace; call before every step, with the steps done and their state."""
         if self.steps is None:
             return
         start, stop = self.steps
@@ -62,7 +70,7 @@ class Profile:
             self.note(f"no profile: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def close(self, done: int, state: Any) -> None:
-        """The run ends here."""
+        """Stop a running trace at the end of the run."""
         if self.running:
             self.steps = self.steps[0], done
             self.before_step(done, state)

@@ -1,4 +1,4 @@
-"""What a run says while it goes: a bar, log lines, metrics.jsonl, and what trackers are told."""
+"""Progress reporting: progress bar, train.log, metrics.jsonl, goodput.json, trackers."""
 
 import json
 import math
@@ -21,20 +21,19 @@ from gadjax.runtime.goodput import GOODPUT, GoodputClock
 from gadjax.runtime.trackers import Trackers
 from gadjax.types import Params
 
-# An object store is written to at most so often, and for at most this part of the time: a file that
-# grows is uploaded whole, and one that is refused for being busy is asked for again and again.
-PAUSE, PART = 30, 1 / 20
+# Limits of uploads to an object store: a growing file is uploaded whole every time, and a client
+# retries for long when the store is busy.
+UPLOAD_INTERVAL_SECONDS, UPLOAD_TIME_SHARE = 30, 1 / 20
 
 
 class Progress:
-    """Reports to the terminal, into the workdir (train.log, metrics.jsonl, goodput.json) and to the
-    config's trackers.
+    """Progress of a run on the terminal, in the workdir's logs and in the config's trackers.
 
-    Metrics are read one step late: when `update` is told of step n, it waits for step n - 1 at
-    most, so the device always has work queued; only `flush` waits for n. The terminal shows a bar
-    where it is one, and a line every `log.every` steps where it is not. A resumed run appends,
-    after dropping the metrics of steps that it will do again. On an object store the files follow
-    with a delay (`sync`).
+    The workdir gets train.log, metrics.jsonl and goodput.json. Metrics are read one step late: at
+    step n `update` waits for step n - 1 at most, so the device always has work queued; only `flush`
+    waits for n. A terminal shows a progress bar, any other stderr a line every `log.every` steps. A
+    resumed run appends, after dropping the metrics of steps that it will repeat. In an object store
+    the files are uploaded with a delay (`sync`).
     """
 
     def __init__(
@@ -45,19 +44,28 @@ class Progress:
         clock: GoodputClock | None = None,
         enabled: bool | None = None,
     ):
-        """start: steps done so far. clock: of this start, told of every step. enabled: by default
-        on process 0; elsewhere every method does nothing.
+        """Open the logs, the progress bar and the trackers.
 
-        Raises: RunStopped where the workdir cannot be written; in the methods only where the
-        config allows no failures of checkpoints, else lines are held until they can be written.
+        Args:
+            workdir: folder of the run, or a prefix of an object store.
+            config: config of the run.
+            start: steps done so far.
+            clock: goodput clock of this start; every `update` counts a step.
+            enabled: True by default on process 0; otherwise every method does nothing.
+
+        Raises:
+            RunStopped: the workdir cannot be written. The methods raise it only if
+                checkpoint.failures is 0; otherwise they buffer lines until a write succeeds.
         """
         self.enabled = jax.process_index() == 0 if enabled is None else enabled
         self.total, self.batch, self.every = config.steps, config.batch, max(config.log.every, 1)
-        self.patient = config.checkpoint.failures > 0
+        self.tolerate_write_errors = config.checkpoint.failures > 0
         self.pending: tuple[int, dict[str, Any]] | None = None
-        self.mark: tuple[int, float] | None = None  # step and time that the rate counts from
+        self.rate_start: tuple[int, float] | None = (
+            None  # step and Unix time from which the rate is measured
+        )
         self.files: dict[str, AppendFile] = {}
-        self.due = 0.0  # when a store is written to again
+        self.due = 0.0  # time.monotonic() of the next upload
         self.clock = clock or GoodputClock()
         self.bar = None
         if not self.enabled:
@@ -65,7 +73,7 @@ class Progress:
         self.workdir = workdir
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            _keep_until(self.workdir / "metrics.jsonl", start)
+            _drop_rows_after(self.workdir / "metrics.jsonl", start)
             for file in ("train.log", "metrics.jsonl"):
                 self.files[file] = AppendFile(self.workdir / file)
         except OSError as error:
@@ -85,10 +93,10 @@ class Progress:
         self.close()
 
     def update(self, step: int, metrics: dict[str, jax.Array | float]) -> None:
-        """Tell of a step that was started; metrics are scalars, still on the device."""
+        """Report a started step; metrics are scalars that are still on the device."""
         if not self.enabled:
             return
-        self.clock.stepped(step)
+        self.clock.record_step(step)
         before, self.pending = self.pending, (step, metrics)
         if before is not None:
             self._report(*before)
@@ -96,26 +104,26 @@ class Progress:
             self.bar.update(step - self.bar.n)
 
     def image(self, step: int, name: str, array: np.ndarray) -> None:
-        """A picture [H, W, 3] or pictures [N, H, W, 3] in uint8, for the trackers."""
+        """Send an image [H, W, 3] or images [N, H, W, 3] (uint8) to the trackers."""
         if self.enabled:
             array = np.asarray(array)
             self.trackers.write_images(step, {name: array if array.ndim == 4 else array[None]})
 
     def note(self, text: str) -> None:
-        """Print lines above the bar, and log them."""
+        """Print lines above the progress bar and add them to train.log."""
         if not self.enabled:
             return
         self._log(text)
-        with suppress(OSError):  # a terminal or a pipe that is gone ends no run
+        with suppress(OSError):  # a closed terminal or pipe does not end the run
             if self.bar is None:
                 print(text, file=sys.stderr, flush=True)
             else:
                 self.bar.write(text, file=sys.stderr)
 
     def sync(self) -> None:
-        """Bring goodput.json up to date, and in an object store all that was said so far.
+        """Write goodput.json, and upload the logs if the workdir is in an object store.
 
-        A store that fails is asked again when the next lines are due.
+        A failed upload is retried when the next lines are due.
         """
         if not self.files:
             return
@@ -123,14 +131,20 @@ class Progress:
         for file in self.files.values() if is_remote(self.workdir) else ():
             with warn_on_write_error(file.path):
                 file.upload()
-        with warn_on_write_error(self.workdir / GOODPUT, self.patient):
+        with warn_on_write_error(self.workdir / GOODPUT, self.tolerate_write_errors):
             self.clock.write()
         now = time.monotonic()
-        self.due = now + max(PAUSE, (now - began) / PART) if is_remote(self.workdir) else 0.0
+        self.due = (
+            now + max(UPLOAD_INTERVAL_SECONDS, (now - began) / UPLOAD_TIME_SHARE)
+            if is_remote(self.workdir)
+            else 0.0
+        )
 
     def flush(self) -> None:
-        """Report the newest step too, which waits for it, and `sync`. Before a save: a run that is
-        resumed there does not do that step again."""
+        """Wait for the newest step, report it and `sync`.
+
+        Call before a save: a run that resumes from it does not repeat that step.
+        """
         if not self.files:
             return
         last, self.pending = self.pending, None
@@ -139,7 +153,7 @@ class Progress:
         self.sync()
 
     def close(self) -> None:
-        """Report the last step and close the files. A second call does nothing."""
+        """Report the last step and close logs and trackers; further calls do nothing."""
         if not self.files:
             return
         try:
@@ -153,17 +167,17 @@ class Progress:
             self.files, self.enabled = {}, False
 
     def _report(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write what is due after a step; waits for it, so call it when a later one is queued."""
+        """Write the metrics of a step if due; waits for it, so call it with a later step queued."""
         due = step % self.every == 0 or step == self.total
-        if not due and self.mark is not None:
+        if not due and self.rate_start is not None:
             return
         numbers = jax.device_get(list(metrics.values()))
         values = {name: float(number) for name, number in zip(metrics, numbers, strict=True)}
         now = time.time()
-        rate = None  # the first step compiles, so it only starts the clock
-        if self.mark is not None and now > self.mark[1]:
-            rate = (step - self.mark[0]) / (now - self.mark[1])
-        self.mark = step, now
+        rate = None  # the first step compiles, so the rate counts from its end
+        if self.rate_start is not None and now > self.rate_start[1]:
+            rate = (step - self.rate_start[0]) / (now - self.rate_start[1])
+        self.rate_start = step, now
         if not due:
             return
         images = None if rate is None else round(rate * self.batch, 3)
@@ -193,28 +207,28 @@ class Progress:
             self._write("train.log", f"{stamp}  {line}")
 
     def _write(self, name: str, line: str) -> None:
-        with warn_on_write_error(self.workdir / name, self.patient):
+        with warn_on_write_error(self.workdir / name, self.tolerate_write_errors):
             self.files[name].add(line)
 
 
 def parameter_table(params: Params) -> str:
-    """A table of every parameter's path, shape, size and dtype, and their total."""
+    """Format a table of all parameters: path, shape, size, dtype, and the total."""
     from clu import parameter_overview
 
     return parameter_overview.get_parameter_overview(params, include_stats=False)
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and what a killed run or a bad disk left of a line."""
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Drop the rows of steps after `step`, and lines truncated by a kill or a bad disk."""
     if not path.exists():
         return
     lines = path.read_bytes().decode("utf-8", "replace").splitlines()
-    kept = [line for line in lines if (done := _step(line)) is not None and done <= step]
+    kept = [line for line in lines if (done := _step_of(line)) is not None and done <= step]
     if kept != lines:
         write_atomic(path, "".join(f"{line}\n" for line in kept))
 
 
-def _step(line: str) -> int | None:
+def _step_of(line: str) -> int | None:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -1,7 +1,7 @@
-"""Where a run stands, read from its workdir alone: in a moment, from any machine that sees it.
+"""Status of a run, read quickly from its workdir alone, on any machine that has access to it.
 
-Its files may be missing, half written, or not a run's at all. What makes no sense in them is not
-known, as if it were not there; only config.json has to be a run's.
+The files are untrusted: they may be missing, half written or not of a run. A field that makes no
+sense counts as missing; only config.json has to be one of a run.
 """
 
 import json
@@ -18,66 +18,73 @@ from gadjax.io.storage import as_path, check_access, is_remote
 from gadjax.io.untrusted import read_json
 from gadjax.runtime.goodput import GOODPUT, KINDS, shares
 
-TAIL = 1 << 16  # bytes of metrics.jsonl that are read, from its end
-# A run is late after so many steps beyond its next line of metrics, and these seconds: the second
-# where it loads and compiles.
-LATE, PAUSE, START = 10, 60, 1800
-OWN = ("step", "time", "images_per_second", "goodput")  # of a row; the rest is the objective's
+TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl
+# A run gets a warning this many steps after its next row of metrics was due, and this many seconds;
+# STARTUP_SECONDS while it loads and compiles.
+LATE_STEPS, LATE_SECONDS, STARTUP_SECONDS = 10, 60, 1800
+# Columns of metrics.jsonl that the run adds to the objective's metrics.
+PROGRESS_COLUMNS = ("step", "time", "images_per_second", "goodput")
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30  # NaN is not
 
 
-def _positive(value: Any) -> bool:
-    return _number(value) and value > 1e-9
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 1e-9
 
 
-def _count(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _text(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-SAID = {"status": _text, "text": _text, "step": _count, "steps": _count, "time": _number}
-ROW = {"step": _count, "time": _number, "images_per_second": _positive}
-RUN = {
-    "device": _text,
-    "devices": _positive,
-    "processes": _count,
-    "flops_per_step": _number,
-    "peak_flops": lambda value: value is None or _positive(value),
+STATUS_FIELDS = {
+    "status": _is_text,
+    "text": _is_text,
+    "step": _is_count,
+    "steps": _is_count,
+    "time": _is_number,
+}
+ROW_FIELDS = {"step": _is_count, "time": _is_number, "images_per_second": _is_positive}
+RUN_FIELDS = {
+    "device": _is_text,
+    "devices": _is_positive,
+    "processes": _is_count,
+    "flops_per_step": _is_number,
+    "peak_flops": lambda value: value is None or _is_positive(value),
 }
 
 
 def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]:
-    """Everything that `gadjax status` prints, by name; None for what is not known (yet).
+    """Read the fields of `gadjax status --json`; None for a field that is not known (yet).
 
-    now: Unix seconds. Raises: InputError for what is no workdir, or cannot be read.
+    now: Unix seconds. Raises: InputError if it is not a workdir, or cannot be read.
     """
     workdir, now = as_path(workdir, "WORKDIR"), time.time() if now is None else now
     check_access(workdir)
-    config = _json(workdir / "config.json")
-    sizes = _fields(config, {"steps": _count, "batch": _positive})
+    config = _read_json(workdir / "config.json")
+    sizes = _fields(config, {"steps": _is_count, "batch": _is_positive})
     if len(sizes) < 2:
-        found = "no config.json of a run" if workdir.is_dir() else "no such folder"
-        raise InputError(f"{workdir}: found {found}; expected a workdir of gadjax train")
-    said, row = _fields(_json(workdir / "status.json"), SAID), _row(workdir)
-    run = _fields(_json(workdir / "run.json"), RUN)
-    state, total = said.get("status", "unknown"), said.get("steps", sizes["steps"])
-    step = max(said.get("step", 0), row.get("step", 0))
+        fault = "no config.json of a run" if workdir.is_dir() else "no such folder"
+        raise InputError(f"{workdir}: found {fault}; expected a workdir of gadjax train")
+    saved, row = _fields(_read_json(workdir / "status.json"), STATUS_FIELDS), _row(workdir)
+    run = _fields(_read_json(workdir / "run.json"), RUN_FIELDS)
+    state, total = saved.get("status", "unknown"), saved.get("steps", sizes["steps"])
+    step = max(saved.get("step", 0), row.get("step", 0))
     speed = row.get("images_per_second")
     seconds = sizes["batch"] / speed if speed else None
-    heard = max(row.get("time", 0), said.get("time", 0)) or None
-    clock = _clock(workdir / GOODPUT)
-    age = None if heard is None else now - heard
+    last_update = max(row.get("time", 0), saved.get("time", 0)) or None
+    clock = _goodput_record(workdir / GOODPUT)
+    age = None if last_update is None else now - last_update
     running = state == "running"
-    found = {
+    status = {
         "workdir": str(workdir),
         "state": state,
-        "text": said.get("text", state),
+        "text": saved.get("text", state),
         "step": step,
         "steps": total,
         "eta_seconds": (total - step) * seconds if running and seconds else None,
@@ -88,7 +95,7 @@ def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]
         "devices": None,
         "processes": None,
         "utilisation": None,
-        "metrics": {name: value for name, value in row.items() if name not in OWN},
+        "metrics": {name: value for name, value in row.items() if name not in PROGRESS_COLUMNS},
         "seconds_since_news": age,
         "goodput": shares(clock["seconds"]) if clock else None,
         "seconds": clock.get("seconds"),
@@ -98,99 +105,99 @@ def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]
         "profile": _newest(workdir / "profile", "plugins/profile/*"),
         "warning": None,
     }
-    if len(run) == len(RUN):
-        found |= {name: run[name] for name in ("device", "devices", "processes")}
+    if len(run) == len(RUN_FIELDS):
+        status |= {name: run[name] for name in ("device", "devices", "processes")}
         if speed:
-            found["images_per_second_per_chip"] = speed / run["devices"]
+            status["images_per_second_per_chip"] = speed / run["devices"]
             if run["peak_flops"]:
                 peak = run["peak_flops"] * run["devices"]
-                found["utilisation"] = run["flops_per_step"] / seconds / peak
+                status["utilisation"] = run["flops_per_step"] / seconds / peak
     if running and age is not None:
-        begun = row.get("time", 0) >= said.get("time", 0) or row.get("step", 0) > said.get(
+        has_stepped = row.get("time", 0) >= saved.get("time", 0) or row.get("step", 0) > saved.get(
             "step", 0
         )
-        patience = PAUSE if begun else START
+        limit_seconds = LATE_SECONDS if has_stepped else STARTUP_SECONDS
         if seconds:
             log = config.get("log")
-            every = _fields(log if isinstance(log, dict) else {}, {"every": _count})
-            patience += (every.get("every", 1) + LATE) * seconds
-        if age > patience:
-            found["warning"] = (
-                f"no news for {_span(age)}: it has probably died; the same command resumes it"
+            every = _fields(log if isinstance(log, dict) else {}, {"every": _is_count})
+            limit_seconds += (every.get("every", 1) + LATE_STEPS) * seconds
+        if age > limit_seconds:
+            status["warning"] = (
+                f"no news for {_duration(age)}: it has probably died; the same command resumes it"
             )
-    return found
+    return status
 
 
-def table(found: dict[str, Any]) -> str:
-    """For people."""
-    speed, seconds = found["images_per_second"], found["seconds_per_step"]
-    share = found["step"] / found["steps"] if found["steps"] else 0
-    lines = [("step", f"{found['step']} / {found['steps']} ({share:.0%})")]
-    if found["eta_seconds"] is not None:
-        lines.append(("left", _span(found["eta_seconds"])))
+def table(status: dict[str, Any]) -> str:
+    """Format a status as the text block of `gadjax status`."""
+    speed, seconds = status["images_per_second"], status["seconds_per_step"]
+    share = status["step"] / status["steps"] if status["steps"] else 0
+    lines = [("step", f"{status['step']} / {status['steps']} ({share:.0%})")]
+    if status["eta_seconds"] is not None:
+        lines.append(("left", _duration(status["eta_seconds"])))
     if speed:
-        chips = found["images_per_second_per_chip"]
-        each = f", {chips:.4g} per chip" if chips is not None else ""
-        lines.append(("speed", f"{speed:.4g} images/s{each}, {seconds:.4g} s/step"))
-    if found["device"]:
-        where = f"{found['devices']} x {found['device']}"
-        if found["processes"] > 1:
-            where += f" in {found['processes']} processes"
+        chips = status["images_per_second_per_chip"]
+        per_chip = f", {chips:.4g} per chip" if chips is not None else ""
+        lines.append(("speed", f"{speed:.4g} images/s{per_chip}, {seconds:.4g} s/step"))
+    if status["device"]:
+        where = f"{status['devices']} x {status['device']}"
+        if status["processes"] > 1:
+            where += f" in {status['processes']} processes"
         lines.append(("devices", where))
-        if found["utilisation"] is not None:
-            lines.append(("utilisation", f"{found['utilisation']:.1%} of the bfloat16 peak"))
+        if status["utilisation"] is not None:
+            lines.append(("utilisation", f"{status['utilisation']:.1%} of the bfloat16 peak"))
         elif speed:
             lines.append(("utilisation", "unknown hardware"))
     values = [
-        f"{k} {'not finite' if v is None else f'{v:.4g}'}" for k, v in found["metrics"].items()
+        f"{k} {'not finite' if v is None else f'{v:.4g}'}" for k, v in status["metrics"].items()
     ]
     for begin in range(0, len(values), 4):
         lines.append(("" if begin else "metrics", "  ".join(values[begin : begin + 4])))
-    if found["goodput"]:
-        parts = "  ".join(f"{kind} {found['goodput'][kind]:.1%}" for kind in KINDS)
-        starts = f"  ({found['starts']} starts)" if found["starts"] > 1 else ""
+    if status["goodput"]:
+        parts = "  ".join(f"{kind} {status['goodput'][kind]:.1%}" for kind in KINDS)
+        starts = f"  ({status['starts']} starts)" if status["starts"] > 1 else ""
         lines.append(("goodput", parts + starts))
-    last = found["checkpoint"]
-    text = f"step {last['step']}, {_span(last['age_seconds'])} ago" if last else "none yet"
+    last = status["checkpoint"]
+    text = f"step {last['step']}, {_duration(last['age_seconds'])} ago" if last else "none yet"
     lines.append(("checkpoint", text))
-    lines += [(name, found[name]) for name in ("preview", "profile") if found[name]]
-    head = f"{found['workdir']}: {found['text']}"
+    lines += [(name, status[name]) for name in ("preview", "profile") if status[name]]
+    head = f"{status['workdir']}: {status['text']}"
     block = [f"  {name:<12}{text}" for name, text in lines]
-    warning = [f"  WARNING: {found['warning']}"] if found["warning"] else []
+    warning = [f"  WARNING: {status['warning']}"] if status["warning"] else []
     return "\n".join(map(escape_nonprintable, [head, *block, *warning]))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """Nothing where it is not there, or not whole."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; {} if the file is missing or not valid."""
     try:
         return read_json(path)
     except InputError:
         return {}
 
 
-def _fields(found: dict[str, Any], kinds: dict[str, Callable[[Any], bool]]) -> dict[str, Any]:
-    return {key: found[key] for key, valid in kinds.items() if key in found and valid(found[key])}
+def _fields(data: dict[str, Any], kinds: dict[str, Callable[[Any], bool]]) -> dict[str, Any]:
+    return {key: data[key] for key, valid in kinds.items() if key in data and valid(data[key])}
 
 
-def _clock(path: Path) -> dict[str, Any]:
-    """What the clock wrote, or nothing."""
-    found = _json(path)
-    starts, seconds = found.get("starts"), found.get("seconds")
-    if not _count(starts) or not isinstance(seconds, dict):
+def _goodput_record(path: Path) -> dict[str, Any]:
+    """Starts and seconds by kind of goodput.json; {} without a valid record."""
+    record = _read_json(path)
+    starts, seconds = record.get("starts"), record.get("seconds")
+    if not _is_count(starts) or not isinstance(seconds, dict):
         return {}
-    seconds = _fields(seconds, dict.fromkeys(KINDS, _number))
+    seconds = _fields(seconds, dict.fromkeys(KINDS, _is_number))
     return {"starts": starts, "seconds": seconds} if len(seconds) == len(KINDS) else {}
 
 
 def _row(workdir: Path) -> dict[str, Any]:
-    """The last whole line of metrics.jsonl, with the last speed that is known."""
+    """Last complete row of metrics.jsonl, with the last known images_per_second."""
     path = workdir / "metrics.jsonl"
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a pipe would hang
             return {}
         with path.open("rb") as file:
             file.seek(0, 2)
-            file.seek(max(file.tell() - TAIL, 0))
+            file.seek(max(file.tell() - TAIL_BYTES, 0))
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return {}
@@ -199,16 +206,20 @@ def _row(workdir: Path) -> dict[str, Any]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # the first may be cut by the tail, the last by a kill
+            continue  # the tail may cut the first line, a kill the last one
         if isinstance(row, dict):
-            more = {k: v for k, v in row.items() if k not in OWN and (v is None or _number(v))}
-            rows.append(_fields(row, ROW) | more)
+            more = {
+                k: v
+                for k, v in row.items()
+                if k not in PROGRESS_COLUMNS and (v is None or _is_number(v))
+            }
+            rows.append(_fields(row, ROW_FIELDS) | more)
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
     return rows[-1] | {"images_per_second": speeds[-1] if speeds else None} if rows else {}
 
 
 def _checkpoint(folder: Path, now: float) -> dict[str, Any] | None:
-    """The newest committed one, which has a seal."""
+    """Newest committed checkpoint: its step, and its age in seconds."""
     remote = is_remote(folder)
     marks = {
         int(path.parent.name): path
@@ -216,7 +227,7 @@ def _checkpoint(folder: Path, now: float) -> dict[str, Any] | None:
         if path.parent.name.isdecimal()
     }
     for step in sorted(marks, reverse=True):
-        with suppress(OSError):  # a running run has removed it by now
+        with suppress(OSError):  # the run has removed it by now
             stat = marks[step].stat()
             age = max(now - (stat.mtime if remote else stat.st_mtime), 0)
             return {"step": step, "age_seconds": age}
@@ -224,11 +235,11 @@ def _checkpoint(folder: Path, now: float) -> dict[str, Any] | None:
 
 
 def _newest(folder: Path, pattern: str) -> str | None:
-    """By name, which begins with the step or the date."""
+    """Return the newest matching path: the last by name, which begins with the step or the date."""
     return max(map(str, folder.glob(pattern)), default=None)
 
 
-def _span(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if abs(seconds) > 1e13:  # days beyond what timedelta counts
         return f"{seconds:.3g} s"
     return str(timedelta(seconds=round(seconds)))

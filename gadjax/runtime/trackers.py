@@ -1,4 +1,4 @@
-"""Other places that a run is told to: TensorBoard, Weights & Biases, trackio. None can stop it."""
+"""Experiment trackers: TensorBoard, W&B, trackio; a failing tracker never stops a run."""
 
 import contextlib
 import importlib.util
@@ -19,26 +19,26 @@ from gadjax.errors import InputError
 from gadjax.io.storage import is_remote, write_atomic
 from gadjax.io.untrusted import read_json
 
-IDS = "trackers.json"  # under which name each knows the run, in the workdir
-TENSORBOARD = "tensorboard"  # folder of its events in the workdir
-WAIT = {"init_timeout": 30, "finish_timeout": 20}  # seconds until Weights & Biases is given up
+IDS = "trackers.json"  # in the workdir: the run's id in every tracker
+TENSORBOARD = "tensorboard"  # in the workdir: folder of event files
+TIMEOUT_SECONDS = {"init_timeout": 30, "finish_timeout": 20}  # of Weights & Biases
 
 
 class Tracker(Protocol):
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None: ...
     def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """uint8 [N, H, W, 3] by name."""
+        """Write images by name: uint8 [N, H, W, 3]."""
 
     def close(self) -> None: ...
 
 
 class WandB:
-    """Offline where no key is found, so that nothing is asked: `wandb sync` sends it later."""
+    """Weights & Biases; offline without an API key (`wandb sync` uploads later), never a prompt."""
 
     def __init__(self, workdir: Path, config: ConfigDict):
         import wandb
 
-        mode = None  # as the user's environment says
+        mode = None  # from the user's environment
         if not _has_key() and os.environ.get("WANDB_MODE") != "disabled":
             mode = "offline"
         self.image = wandb.Image
@@ -50,22 +50,22 @@ class WandB:
             config=config.to_dict(),
             resume="allow",
             mode=mode,
-            settings=WAIT | {"console": "off"},
+            settings=TIMEOUT_SECONDS | {"console": "off"},
         )
 
     def write_scalars(self, step, scalars):
         self.run.log(scalars, step=step)
 
     def write_images(self, step, images):
-        found = {name: [self.image(one) for one in array] for name, array in images.items()}
-        self.run.log(found, step=step)
+        data = {name: [self.image(one) for one in array] for name, array in images.items()}
+        self.run.log(data, step=step)
 
     def close(self):
         self.run.finish()
 
 
 class Trackio:
-    """A database in the user's cache folder, or wherever trackio's own variables say."""
+    """trackio: a database in the user's cache folder, or where trackio's variables place it."""
 
     def __init__(self, workdir: Path, config: ConfigDict):
         import trackio
@@ -85,8 +85,8 @@ class Trackio:
     def write_images(self, step, images):
         for name, array in images.items():
             several = len(array) > 1
-            found = {f"{name}/{i}" if several else name: one for i, one in enumerate(array)}
-            self.run.log({key: self.image(one) for key, one in found.items()}, step=step)
+            named = {f"{name}/{i}" if several else name: one for i, one in enumerate(array)}
+            self.run.log({key: self.image(one) for key, one in named.items()}, step=step)
 
     def close(self):
         self.run.finish()
@@ -101,42 +101,48 @@ def tensorboard(workdir: Path, config: ConfigDict) -> Tracker:
     return SummaryWriter(str(workdir / TENSORBOARD))
 
 
-ASKED = {"wandb": WandB, "trackio": Trackio}
+SELECTABLE = {"wandb": WandB, "trackio": Trackio}
 
 
 class Trackers:
-    """All of a run's. A fault of one is noted once and ends it, not the run."""
+    """All trackers of a run; an error of one is reported once and closes it, not the run."""
 
     def __init__(self, workdir: Path, config: ConfigDict, note: Callable[[str], None]):
-        """note: is told of faults. TensorBoard is told where tensorflow is installed."""
+        """Open the trackers of `log.trackers`, and TensorBoard if tensorflow is installed.
+
+        Args:
+            workdir: holds trackers.json and TensorBoard's event files.
+            config: config of the run.
+            note: prints a line about a tracker that failed.
+        """
         self.note, self.open = note, {}
-        makers = {name: ASKED[name] for name in config.log.trackers}
+        makers = {name: SELECTABLE[name] for name in config.log.trackers}
         if importlib.util.find_spec("tensorflow") is not None:
             if is_remote(workdir):
                 note("no TensorBoard: its files would be appended to, which an object store cannot")
             else:
                 makers["tensorboard"] = tensorboard
         for name, make in makers.items():
-            with self._surviving(name):
+            with self._close_on_error(name):
                 self.open[name] = make(workdir, config)
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
-        self._tell("write_scalars", step, scalars)
+        self._call_all("write_scalars", step, scalars)
 
     def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        self._tell("write_images", step, images)
+        self._call_all("write_images", step, images)
 
     def close(self) -> None:
-        self._tell("close")
+        self._call_all("close")
         self.open = {}
 
-    def _tell(self, method: str, *args: Any) -> None:
+    def _call_all(self, method: str, *args: Any) -> None:
         for name, tracker in list(self.open.items()):
-            with self._surviving(name):
+            with self._close_on_error(name):
                 getattr(tracker, method)(*args)
 
     @contextlib.contextmanager
-    def _surviving(self, name: str):
+    def _close_on_error(self, name: str):
         try:
             yield
         except Exception as error:
@@ -146,10 +152,12 @@ class Trackers:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises: InputError for one that is unknown or not installed."""
+    """Check that the named trackers are known and installed. Raises: InputError."""
     for name in names:
-        if name not in ASKED:
-            raise InputError(f"log.trackers: found {name!r}; expected some of {', '.join(ASKED)}")
+        if name not in SELECTABLE:
+            raise InputError(
+                f"log.trackers: found {name!r}; expected some of {', '.join(SELECTABLE)}"
+            )
         if importlib.util.find_spec(name) is None:
             raise InputError(
                 f"log.trackers: found {name!r}, which is not installed; expected it (pip install "
@@ -158,7 +166,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def _run_id(workdir: Path, tracker: str) -> str:
-    """Under which the tracker knows the run, the same in every start. Raises: OSError."""
+    """Id of the run in a tracker, the same for every start (trackers.json). Raises: OSError."""
     file = workdir / IDS
     names = {}
     with contextlib.suppress(InputError):
@@ -170,7 +178,7 @@ def _run_id(workdir: Path, tracker: str) -> str:
 
 
 def _has_key() -> bool:
-    """Whether Weights & Biases would log in without asking."""
+    """Return True if Weights & Biases would log in without prompting for a key."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname

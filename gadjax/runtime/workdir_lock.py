@@ -1,4 +1,4 @@
-"""A workdir belongs to one run at a time, and says how that run stands."""
+"""Workdir lock: one run at a time per workdir, and its status.json."""
 
 import fcntl
 import json
@@ -18,25 +18,32 @@ from gadjax.io.storage import is_remote, put_object, store_errors, write_atomic
 
 STATUS = "status.json"
 LOCK = "lock"
-# Seconds. A store knows of no process that died, so the holder of a lock there writes it again
-# every RENEW_SECONDS seconds, and one that was not renewed for STALE_SECONDS is nobody's: long enough for a client
-# to get over a store that fails, short enough to be waited for by a start after a crash.
+# An object store does not notice a dead process, so the owner of a lock there renews it every
+# RENEW_SECONDS, and a lock that was not renewed for STALE_SECONDS has no owner: long enough for a
+# client to get over a store that fails, short enough for a start after a crash to wait for it.
 RENEW_SECONDS, STALE_SECONDS, POLL_SECONDS = 20, 120, 2
 
 log = logging.getLogger(__name__)
 
 
 class WorkdirLock:
-    """The hold of a run on its workdir, which ends with process 0, however that ends.
+    """Exclusive lock of a run on its workdir; it ends with process 0, however that ends.
 
-    status.json: {"status": "running", "done", "preempted" or "stopped", "step", "steps", "time",
-    "reason", "text"}; text is what a person reads ("preempted at step 40").
+    A file lock in a folder, a renewed lease in an object store. The owner writes status.json:
+    {"status": "running", "done", "preempted" or "stopped", "step", "steps", "time" (Unix seconds),
+    "reason", "text"}; text is the human-readable form ("preempted at step 40").
     """
 
     def __init__(self, workdir: Path, steps: int, is_owner: bool = True):
-        """mine: whether this process is the one to hold it and to write.
+        """Take the lock.
 
-        Raises: InputError where another run holds the workdir, or it cannot be written.
+        Args:
+            workdir: folder of the run, or a prefix of an object store.
+            steps: total steps of the run, for status.json.
+            is_owner: True on the one process that takes the lock and writes status.json.
+
+        Raises:
+            InputError: another run holds the lock, or the workdir cannot be written.
         """
         self.workdir, self.steps, self.is_owner, self.step = workdir, steps, is_owner, 0
         if not is_owner:
@@ -44,7 +51,7 @@ class WorkdirLock:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             self.lock = (_Lease if is_remote(workdir) else _Flock)(workdir / LOCK)
-        except _Held as error:
+        except LockHeld as error:
             raise InputError(
                 f"{workdir}: found another run that writes to it ({error}); expected one at a time"
             ) from error
@@ -55,9 +62,15 @@ class WorkdirLock:
             ) from error
 
     def write_status(self, status: str, step: int, reason: str = "") -> None:
-        """Write status.json; where there is no room for it, nothing.
+        """Write status.json; a failed write is ignored (no space left, for example).
 
-        Raises: RunStopped where the workdir has become another run's.
+        Args:
+            status: "running", "done", "preempted" or "stopped".
+            step: steps done.
+            reason: of a stopped run.
+
+        Raises:
+            RunStopped: another run has taken the lock.
         """
         self.step = step
         if not self.is_owner:
@@ -65,7 +78,7 @@ class WorkdirLock:
         if self.lock.lost:
             raise RunStopped(f"{self.workdir}: found another run that took it over")
         text = {"preempted": f"preempted at step {step}", "stopped": f"stopped: {reason}"}
-        said = {
+        record = {
             "status": status,
             "step": step,
             "steps": self.steps,
@@ -74,7 +87,7 @@ class WorkdirLock:
             "text": text.get(status, status),
         }
         with suppress(OSError):
-            write_atomic(self.workdir / STATUS, json.dumps(said) + "\n")
+            write_atomic(self.workdir / STATUS, json.dumps(record) + "\n")
 
     def __enter__(self) -> "WorkdirLock":
         return self
@@ -94,23 +107,23 @@ class WorkdirLock:
         self.lock.close()
 
 
-class _Held(Exception):
-    """By whom."""
+class LockHeld(Exception):
+    """Another run holds the lock; str() names it."""
 
 
 class _Flock:
-    """Held until the process ends."""
+    """File lock (flock), held until the process ends."""
 
     lost = False
 
     def __init__(self, path: Path):
-        """Raises: _Held; OSError."""
+        """Raises: LockHeld; OSError."""
         self.file = open(path, "a+")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.file.seek(0)
-            raise _Held(self.file.read().strip() or "unknown") from error
+            raise LockHeld(self.file.read().strip() or "unknown") from error
         self.file.truncate(0)
         self.file.write(_me())
         self.file.flush()
@@ -120,25 +133,28 @@ class _Flock:
 
 
 class _Lease:
-    """An object in a store, renewed by a thread, and removed when the run ends.
+    """Lease: a lock object in a store, renewed by a thread and removed when the run ends.
 
-    Of two starts that find no lock one gets it. Two that take over the same stale lock in the same
-    instant are not excluded, nor is a run that was cut off from the store for STALE_SECONDS seconds: it
-    learns of the other with its next renewal, and stops with its next checkpoint.
+    If two starts find no lock, only one gets it. Two starts that take over the same stale lock at
+    the same instant are not excluded, nor is a run that was cut off from the store for
+    STALE_SECONDS: its next renewal shows the other owner, and it stops at its next checkpoint.
     """
 
     def __init__(self, path: Any):
-        """Waits for a lock that is not renewed to grow stale. Raises: _Held; OSError."""
+        """Take the lease, after waiting for a lock that is not renewed to become stale.
+
+        Raises: LockHeld; OSError.
+        """
         self.path, self.lost, self.ended = path, False, threading.Event()
         self.token = uuid.uuid4().hex
-        found = self._read()
-        if found is not None:
-            self._outwait(found)
+        content = self._read()
+        if content is not None:
+            self._wait_until_stale(content)
             path.unlink(missing_ok=True)
         try:
             self._write(new=True)
         except FileExistsError as error:
-            raise _Held("which began this moment") from error
+            raise LockHeld("which started at the same moment") from error
         self.thread = threading.Thread(target=self._renew, daemon=True)
         self.thread.start()
 
@@ -149,28 +165,27 @@ class _Lease:
             with suppress(OSError), store_errors(self.path):
                 self.path.unlink(missing_ok=True)
 
-    def _outwait(self, found: str) -> None:
+    def _wait_until_stale(self, content: str) -> None:
         try:
-            lock = json.loads(found)
+            lock = json.loads(content)
             holder, age = str(lock["holder"]), time.time() - float(lock["time"])
         except (ValueError, LookupError, TypeError):
             holder, age = "unknown", 0.0
         if age >= STALE_SECONDS:
             return
-        until = time.monotonic() + min(
-            STALE_SECONDS, STALE_SECONDS - age
-        )  # a clock may be ahead of this one
-        log.warning("%s: found %s; waiting whether it still writes", self.path, holder)
+        # At most STALE_SECONDS: the clock of the holder may be ahead of this one.
+        until = time.monotonic() + min(STALE_SECONDS, STALE_SECONDS - age)
+        log.warning("%s: found %s; waiting whether it still renews the lock", self.path, holder)
         while time.monotonic() < until:
             time.sleep(POLL_SECONDS)
             if (now := self._read()) is None:
                 return
-            if now != found:
-                raise _Held(holder)
+            if now != content:
+                raise LockHeld(holder)
 
     def _renew(self) -> None:
         while not self.ended.wait(RENEW_SECONDS):
-            with suppress(OSError):  # it is tried again
+            with suppress(OSError):  # the next renewal retries
                 if self.token not in (self._read() or self.token):
                     self.lost = True
                     return
@@ -184,8 +199,8 @@ class _Lease:
                 return None
 
     def _write(self, new: bool = False) -> None:
-        said = json.dumps({"holder": _me(), "time": time.time(), "token": self.token})
-        put_object(self.path, said.encode(), new)
+        lock = json.dumps({"holder": _me(), "time": time.time(), "token": self.token})
+        put_object(self.path, lock.encode(), new)
 
 
 def _me() -> str:

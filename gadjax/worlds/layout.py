@@ -1,4 +1,4 @@
-"""What the noise alone decides in the shapes world, and how far a shape is from a wanted place."""
+"""Layout tasks of the shapes world: captions without a position, and the distance to a target."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import numpy as np
 
 from gadjax.worlds.shapes import CELLS, POSITIONS
 
-# They leave position, size and background to the noise, in inks that stand out from every
-# background; each shape twice.
+# Captions that leave position, size and background to the noise, in inks that contrast with every
+# background; two of every shape.
 CAPTIONS = (
     "a red circle",
     "a blue square",
@@ -18,17 +18,17 @@ CAPTIONS = (
     "a blue triangle",
     "a green cross",
 )
-# The middle of every position's cell, (x, y) in pixels.
+# Position word -> centre of its cell, (x, y) in pixels.
 POSITION_CENTRES = {
     word: tuple(float(np.mean(CELLS[cell])) for cell in cells) for word, cells in POSITIONS.items()
 }
 
 
 def centre(image_HWC: jax.Array) -> jax.Array:
-    """(x, y) in pixels of what differs from the background, weighted by its squared difference.
+    """Centre of the shape, (x, y) in pixels: the mean position, weighted by squared contrast.
 
-    The background is the median of the border, which a shape may touch but never fills; taken as
-    it is, not differentiated. Squares, so that faint noise far away weighs little.
+    The background is the median of the border, which a shape may touch but never fills; it has a
+    stop-gradient. Contrast is squared, so that faint noise far away weighs little.
     """
     height, width, channels = image_HWC.shape
     border = jnp.concatenate(
@@ -38,10 +38,10 @@ def centre(image_HWC: jax.Array) -> jax.Array:
     weight_HW = jnp.sum((image_HWC - background) ** 2, axis=-1)
     x = jnp.sum(weight_HW.sum(0) * (jnp.arange(width) + 0.5))
     y = jnp.sum(weight_HW.sum(1) * (jnp.arange(height) + 0.5))
-    # An empty picture has its centre at 0 and no gradient, rather than neither.
+    # The constant gives an empty image centre 0 and gradient 0 in place of NaN.
     return jnp.stack([x, y]) / (weight_HW.sum() + 1e-3)
 
 
-def squared_distance(image_HWC: jax.Array, place_2: jax.Array) -> jax.Array:
-    """Of the shape's centre from `place_2`, in square pixels."""
-    return jnp.sum((centre(image_HWC) - place_2) ** 2)
+def squared_distance(image_HWC: jax.Array, target_2: jax.Array) -> jax.Array:
+    """Squared distance of the shape's centre from `target_2`, in square pixels."""
+    return jnp.sum((centre(image_HWC) - target_2) ** 2)

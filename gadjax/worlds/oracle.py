@@ -1,10 +1,10 @@
-"""Says what a picture of the shapes world shows, and how exactly, by fitting the renderer to it.
+"""Oracle of the shapes world: attributes of an image, and residuals, by fitting the renderer.
 
-No network is involved: a picture is compared with the renderer's own coverage masks. With coverage
-c a picture is background + c * (ink - background), so both colours follow by least squares, and
-only the shape, its centre and its radius are searched for: first over a bank of masks, then, shape
-by shape, by Gauss-Newton steps with the colours projected out (Golub and Pereyra, 1973,
-https://doi.org/10.1137/0710036).
+No network is involved: an image is compared with the renderer's own coverage masks. With coverage c
+an image is background + c * (ink - background), so both colours follow by least squares, and only
+the shape, its centre and its radius are searched for: first over a bank of masks, then, shape by
+shape, by Gauss-Newton steps with the colours projected out (variable projection; Golub and Pereyra,
+1973, https://doi.org/10.1137/0710036).
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,36 +29,37 @@ from gadjax.worlds.shapes import (
     parse,
 )
 
-# The bank: centres one pixel apart, radii a fifth apart; wider than the world, so that shapes
-# outside the named ranges are found where they are.
+# Bank of masks: centres one pixel apart, radii a fifth apart; wider than the ranges of the world,
+# so that shapes outside of them are fitted too.
 _CENTRES = np.arange(4.0, SIZE - 3.0)
 _RADII = (2.2, 2.65, 3.2, 3.8, 4.6, 5.5, 6.6)
 _LIMITS = np.array([[2.0, 2.0, 1.5], [SIZE - 2.0, SIZE - 2.0, 8.0]])
 _STEPS = 8
 _BATCH = 256
-# Midway between neighbouring words.
+# Borders midway between neighbouring words.
 _CELL_BORDERS = [(low[1] + high[0]) / 2 for low, high in zip(CELLS, CELLS[1:], strict=False)]
 _SIZE_BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2
 _CELL_WORDS = {cell: word for word, cell in POSITIONS.items()}
-# Side of the squares over which residuals are taken: about that of a small shape.
+# Side of the windows of residuals, in pixels: about that of a small shape.
 _WINDOW = 7
-# Between renders with a blur of 0.5 pixels and noise of 0.05 (1 in 9000 is above) and what must
-# not pass: pictures with nothing, with strange colours or with soft blobs (0.22 at least).
+# Between renders with a blur of 0.5 pixels and noise of 0.05 (1 in 9000 is above) and images that
+# must not pass: empty ones, wrong colours, soft blobs (at least 0.22).
 MAX_RESIDUAL = 0.2
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the oracle sees in one picture.
+    """Attributes and residuals of one image.
 
-    The five words always name some scene; whether the picture shows it is for `residual` to say.
-    `x`, `y` and `radius` are in pixels, the fitted colours in [-1, 1]. `residual` compares the
-    picture with the scene in the NAMED colours: the root mean square of the difference within the
-    worst 7x7 square of the picture or, if that is larger, between the fitted ink and the named
-    one; both as a share of the contrast between the named colours. `fitted_residual` is the first
-    of these with the fitted colours, so it is blind to an error of colour. `shape_errors` holds,
-    in the order of SHAPES, the root mean square of the difference over the whole picture when that
-    shape is fitted, in the picture's own units.
+    shape, ink, background, position, size: always words of some scene; `residual` tells how well
+      the image matches it.
+    x, y, radius: in pixels.
+    ink_rgb, background_rgb: fitted colours in [-1, 1].
+    residual: difference from the scene in the NAMED colours, as a share of their contrast: the
+      root mean square within the worst 7x7 window or, if larger, between fitted and named ink.
+    fitted_residual: the former with the fitted colours, so independent of colour errors.
+    shape_errors: root mean square difference over the image with every shape fitted, in the order
+      of SHAPES, in the image's units.
     """
 
     shape: str
@@ -77,14 +78,14 @@ class Verdict:
 
     @property
     def words(self) -> dict[str, str]:
-        """The five attributes and their words."""
+        """Words of the five attributes, by attribute."""
         names = ("size", "ink", "shape", "position", "background")
         return {name: getattr(self, name) for name in names}
 
 
 @lru_cache(maxsize=len(SHAPES))
 def _bank(shape: str) -> tuple[np.ndarray, np.ndarray]:
-    """Places [T, 3] and their centred masks of unit length [T, SIZE * SIZE]."""
+    """Bank of a shape: places (x, y, radius) [T, 3], centred unit masks [T, SIZE * SIZE]."""
     grid = np.meshgrid(_CENTRES, _CENTRES, _RADII, indexing="ij")
     places = np.stack(grid, axis=-1).reshape(-1, 3)
     masks = coverage(shape, *places.T).reshape(len(places), -1)
@@ -99,7 +100,16 @@ def _centred_coverage(shape: str, places: np.ndarray) -> np.ndarray:
 
 
 def _fit(shape: str, pixels: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """Places [N, 3] of `shape` in centred pictures [N, P, 3] with main colours `axis` [N, P]."""
+    """Fit the place of a shape by Gauss-Newton with the colours projected out.
+
+    Args:
+        shape: one of SHAPES.
+        pixels: centred images [N, P, 3].
+        axis: their projection on the first principal component of the colours [N, P].
+
+    Returns:
+        (x, y, radius) [N, 3].
+    """
     places, masks = _bank(shape)
     place = places[np.argmax(np.abs(axis @ masks.T), axis=1)]
     best, best_left = place.copy(), np.full(len(pixels), np.inf)
@@ -108,13 +118,13 @@ def _fit(shape: str, pixels: np.ndarray, axis: np.ndarray) -> np.ndarray:
         mask = _centred_coverage(shape, place)
         power = np.einsum("np,np->n", mask, mask) + 1e-6
         ink = np.einsum("np,npc->nc", mask, pixels) / power[:, None]
-        # Squared error of the rank-one fit, up to the constant sum of squares of the picture.
+        # Squared error of the rank-one fit, up to the constant sum of squares of the image.
         left = -power * np.einsum("nc,nc->n", ink, ink)
         better = left < best_left
         best[better], best_left[better] = place[better], left[better]
         if step == _STEPS:
             return best
-        # With the colours projected out only the picture along the fitted ink matters.
+        # With the colours projected out, only the component along the fitted ink matters.
         along = np.einsum("npc,nc->np", pixels, ink)
         along /= np.einsum("nc,nc->n", ink, ink)[:, None] + 1e-9
         slopes = []
@@ -131,7 +141,7 @@ def _fit(shape: str, pixels: np.ndarray, axis: np.ndarray) -> np.ndarray:
 
 
 def _residual(squares: np.ndarray) -> np.ndarray:
-    """Root of the largest mean of [N, SIZE * SIZE] squares over a window of the picture."""
+    """Root of the largest window mean of squared errors [N, SIZE * SIZE] -> [N]."""
     total = np.zeros((len(squares), SIZE + 1, SIZE + 1))
     total[:, 1:, 1:] = squares.reshape(-1, SIZE, SIZE).cumsum(1, dtype=np.float64).cumsum(2)
     rows = total[:, _WINDOW:] - total[:, :-_WINDOW]
@@ -146,14 +156,14 @@ def _rms(colours: np.ndarray) -> np.ndarray:
 def _squares(
     pixels: np.ndarray, mask: np.ndarray, ink: np.ndarray, background: np.ndarray
 ) -> np.ndarray:
-    """Mean square over RGB of pictures less scenes: [N, P, 3], [N, P], [N, 3], [N, 3] -> [N, P]."""
+    """Mean squared error over RGB: images [N, P, 3], mask [N, P], colours [N, 3] -> [N, P]."""
     background = background[:, None, :]
     errors = pixels - background - mask[:, :, None] * (ink[:, None, :] - background)
     return np.einsum("npc,npc->np", errors, errors) / 3
 
 
 def _nearest_pairs(ink: np.ndarray, background: np.ndarray) -> tuple[list, np.ndarray, np.ndarray]:
-    """The nearest background of every fit, and the nearest ink that stands out from it."""
+    """Nearest named background of every fit, and the nearest ink that contrasts with it."""
     inks = np.array([INKS[i] for i, _ in CONTRASTING]) * 2 - 1
     backgrounds = np.array([BACKGROUNDS[b] for _, b in CONTRASTING]) * 2 - 1
     to_background = ((background[:, None] - backgrounds) ** 2).sum(-1)
@@ -215,9 +225,9 @@ def _judge(images: np.ndarray) -> list[Verdict]:
 
 
 def judge(images: np.ndarray) -> list[Verdict]:
-    """One verdict for each picture of [N, SIZE, SIZE, 3] in [-1, 1].
+    """Return the verdicts of N images [N, SIZE, SIZE, 3] in [-1, 1].
 
-    Raises InputError for another shape or for values that are not finite.
+    Raises: InputError for another shape or for values that are not finite.
     """
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
@@ -229,8 +239,10 @@ def judge(images: np.ndarray) -> list[Verdict]:
 
 
 def words(images: np.ndarray, max_residual: float = MAX_RESIDUAL) -> np.ndarray:
-    """What N pictures show: [N, A], one word for each of ATTRIBUTES in their order; "" throughout
-    where a picture is none of the world's. Raises InputError as `judge` does."""
+    """Words of N images by attribute: [N, A] in the order of ATTRIBUTES; "" for a poor match.
+
+    A match is poor above `max_residual`. Raises: InputError as `judge`.
+    """
     none = [""] * len(ATTRIBUTES)
     rows = [
         [verdict.words[name] for name in ATTRIBUTES] if verdict.residual <= max_residual else none
@@ -239,25 +251,40 @@ def words(images: np.ndarray, max_residual: float = MAX_RESIDUAL) -> np.ndarray:
     return np.array(rows, dtype=object).astype(str).reshape(-1, len(ATTRIBUTES))
 
 
-def adheres(verdict: Verdict, wanted: dict[str, str], max_residual: float = MAX_RESIDUAL) -> bool:
-    """Whether the picture is one of the world and has every attribute in `wanted`.
+def adheres(verdict: Verdict, expected: dict[str, str], max_residual: float = MAX_RESIDUAL) -> bool:
+    """Return True if the image is one of the world and has all the `expected` attributes.
 
-    Raises InputError for words that no scene has.
+    Args:
+        verdict: verdict of the image.
+        expected: words by attribute, as of `parse`.
+        max_residual: limit of the residual of an image of the world.
+
+    Raises:
+        InputError: words that no scene has.
     """
-    check_words(wanted, "wanted")
+    check_words(expected, "expected")
     words = verdict.words
-    return verdict.residual <= max_residual and all(words[key] == wanted[key] for key in wanted)
+    return verdict.residual <= max_residual and all(words[key] == expected[key] for key in expected)
 
 
 def adherence(
     images: np.ndarray, captions: Iterable[str], max_residual: float = MAX_RESIDUAL
 ) -> np.ndarray:
-    """Whether each of N pictures shows what its caption says: bool [N].
+    """Prompt adherence: whether images show the attributes of their captions.
 
-    Raises InputError for captions that are not of the world or not as many as the pictures.
+    Args:
+        images: [N, SIZE, SIZE, 3] in [-1, 1].
+        captions: N captions of the world.
+        max_residual: as in `adheres`.
+
+    Returns:
+        bool [N].
+
+    Raises:
+        InputError: captions that are not of the world, or not N of them.
     """
-    wanted: Sequence[dict[str, str]] = [parse(text) for text in captions]
-    if len(wanted) != len(images):
-        raise InputError(f"captions: found {len(wanted)}; expected {len(images)}, one a picture")
-    pairs = zip(judge(images), wanted, strict=True)
+    expected: Sequence[dict[str, str]] = [parse(text) for text in captions]
+    if len(expected) != len(images):
+        raise InputError(f"captions: found {len(expected)}; expected {len(images)}, one per image")
+    pairs = zip(judge(images), expected, strict=True)
     return np.array([adheres(verdict, words, max_residual) for verdict, words in pairs], bool)

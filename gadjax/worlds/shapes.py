@@ -1,9 +1,9 @@
-"""A bundled world of captioned pictures: one flat shape on a flat background.
+"""Synthetic dataset of captioned images (the shapes world): one flat shape on a flat background.
 
-Every picture is 32x32 and drawn from an analytic signed distance, so that where the shape is and
-how large it is are continuous and exactly known, in the manner of dSprites (Matthey et al., 2017,
-https://github.com/google-deepmind/dsprites-dataset). Captions name any subset of five attributes
-and are read back by `parse`. Needs numpy only.
+Every image is 32x32 and rendered from an analytic signed distance, so that position and size of the
+shape are continuous and exactly known, as in dSprites (Matthey et al., 2017,
+https://github.com/google-deepmind/dsprites-dataset). Captions name any subset of five attributes;
+`parse` is the inverse. Needs numpy only.
 """
 
 import re
@@ -17,7 +17,7 @@ from gadjax.errors import InputError
 
 SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross")
-# RGB in [0, 1]; pictures hold 2 * RGB - 1.
+# RGB in [0, 1]; images hold 2 * RGB - 1.
 INKS = {
     "red": (0.88, 0.10, 0.10),
     "green": (0.10, 0.62, 0.15),
@@ -32,10 +32,10 @@ BACKGROUNDS = {
     "grey": (0.62, 0.62, 0.62),
     "black": (0.03, 0.03, 0.03),
 }
-# Where a centre may lie along one axis, in pixels. The gaps keep neighbouring words apart, and the
+# Ranges of a centre along one axis, in pixels. The gaps keep neighbouring words apart, and the
 # outer ends leave room for the largest radius.
 CELLS = ((7.0, 9.5), (14.75, 17.25), (22.5, 25.0))
-# Words -> (column, row), indices into CELLS; rows run downwards.
+# Position word -> (column, row), indices into CELLS; rows run downwards.
 POSITIONS = {
     "top left": (0, 0),
     "top": (1, 0),
@@ -47,7 +47,7 @@ POSITIONS = {
     "bottom": (1, 2),
     "bottom right": (2, 2),
 }
-# Words -> range of the radius (half of the shape's width and height) in pixels.
+# Size word -> range of the radius (half of the shape's width and height) in pixels.
 SIZES = {"small": (2.8, 3.6), "large": (5.4, 6.4)}
 ATTRIBUTES = {
     "size": tuple(SIZES),
@@ -56,11 +56,11 @@ ATTRIBUTES = {
     "position": tuple(POSITIONS),
     "background": tuple(BACKGROUNDS),
 }
-# Least distance between ink and background in unit RGB.
+# Smallest distance between ink and background in unit RGB.
 MIN_CONTRAST = 0.5
 # Half the thickness of a cross's arms, as a share of its radius.
 CROSS_ARM = 0.36
-# How often a caption names everything; otherwise each attribute is named with this chance.
+# Probability that a caption names all attributes; otherwise that it names any one of them.
 ALL_MENTIONED = 0.3
 MENTION_CHANCE = 0.5
 
@@ -73,9 +73,9 @@ CONTRASTING = tuple(
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows: five words, and the centre and the radius in pixels.
+    """Scene of one image: five words, and the shape's centre and radius in pixels.
 
-    `x` runs to the right and `y` downwards from the top left corner of the picture.
+    `x` runs to the right and `y` downwards from the top left corner of the image.
     """
 
     shape: str
@@ -89,7 +89,7 @@ class Scene:
 
 
 def check_words(words: dict[str, str], source: str) -> None:
-    """Raises InputError, naming `source`, unless some scene has all of `words`."""
+    """Check that some scene has all of `words`. Raises: InputError naming `source`."""
     for attribute, word in words.items():
         if attribute not in ATTRIBUTES:
             raise InputError(
@@ -101,7 +101,7 @@ def check_words(words: dict[str, str], source: str) -> None:
     if not _pairs(words):
         raise InputError(
             f"{source}: found {words['ink']} on {words['background']}; "
-            "expected an ink that stands out from its background"
+            "expected an ink that contrasts with its background"
         )
 
 
@@ -118,9 +118,9 @@ def _pick(options: Sequence, uniform: float):
 
 
 def sample_scene(rng: np.random.Generator, **fixed: str) -> Scene:
-    """A random scene with the attributes in `fixed` (words) as they are given.
+    """Sample a scene; the attributes in `fixed` have the given words.
 
-    Always takes seven uniform numbers from `rng`. Raises InputError for words that no scene has.
+    Always takes seven uniform numbers from `rng`. Raises: InputError for words that no scene has.
     """
     pairs = CONTRASTING
     if fixed:
@@ -140,10 +140,20 @@ def sample_scene(rng: np.random.Generator, **fixed: str) -> Scene:
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Share of every pixel that lies inside `shape`: [N] centres and radii -> [N, SIZE, SIZE].
+    """Coverage masks: the share of every pixel that lies inside the shape, antialiased.
 
-    The shape fills the square of half-side `radius` around its centre. Raises InputError for an
-    unknown shape.
+    The shape fills the square of half-side `radius` around its centre.
+
+    Args:
+        shape: one of SHAPES.
+        x, y: centres in pixels [N].
+        radius: radii in pixels [N].
+
+    Returns:
+        float32 [N, SIZE, SIZE] in [0, 1].
+
+    Raises:
+        InputError: unknown shape.
     """
     middles = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)
     x, y, radius = (np.asarray(value, np.float32).reshape(-1, 1, 1) for value in (x, y, radius))
@@ -170,7 +180,7 @@ def _colours(table: dict[str, tuple[float, float, float]], words: Iterable[str])
 
 
 def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
-    """Pictures of N scenes, float32 [N, SIZE, SIZE, 3] in [-1, 1]."""
+    """Render N scenes to images, float32 [N, SIZE, SIZE, 3] in [-1, 1]."""
     place = np.array([(s.x, s.y, s.radius) for s in scenes], np.float32).reshape(-1, 3)
     names = np.array([s.shape for s in scenes])
     covered = np.empty((len(scenes), SIZE, SIZE, 1), np.float32)
@@ -184,14 +194,14 @@ def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of one scene, float32 [SIZE, SIZE, 3] in [-1, 1]."""
+    """Render one scene to an image, float32 [SIZE, SIZE, 3] in [-1, 1]."""
     return render_batch([scene])[0]
 
 
 def caption(scene: Scene, mentioned: Sequence[str]) -> str:
-    """An English phrase that names the attributes in `mentioned` (in any order) and no others.
+    """Caption of a scene: an English phrase with exactly the attributes in `mentioned`.
 
-    Raises InputError for an unknown attribute.
+    Raises: InputError for an unknown attribute.
     """
     for attribute in mentioned:
         if attribute not in ATTRIBUTES:
@@ -216,9 +226,9 @@ _CAPTION = re.compile(
 
 
 def parse(caption: str) -> dict[str, str]:
-    """The attributes that a caption names: the inverse of `caption`.
+    """Parse a caption to the words of its attributes: the inverse of `caption`.
 
-    Raises InputError for text that is no caption of this world.
+    Raises: InputError for text that is not a caption of this world.
     """
     match = _CAPTION.fullmatch(caption)
     if match is None:
@@ -232,14 +242,14 @@ def parse(caption: str) -> dict[str, str]:
 
 
 def sample_mentioned(rng: np.random.Generator) -> tuple[str, ...]:
-    """The attributes that a caption names: at times all, at times none, mostly some."""
+    """Sample the attributes of a caption: sometimes all, sometimes none, mostly some."""
     uniform = rng.random(1 + len(ATTRIBUTES)).tolist()
     chance = 1.0 if uniform[0] < ALL_MENTIONED else MENTION_CHANCE
     return tuple(name for name, u in zip(ATTRIBUTES, uniform[1:], strict=True) if u < chance)
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word that captions use, sorted."""
+    """Vocabulary of the captions, sorted."""
     phrases = [word for words in ATTRIBUTES.values() for word in words]
     return tuple(
         sorted(set(" ".join(phrases).split()) | set("a shape at the on background".split()))
@@ -253,20 +263,20 @@ def _sample(seed: int, index: int) -> tuple[str, Scene]:
 
 
 def sample(seed: int, index: int) -> tuple[np.ndarray, str, Scene]:
-    """Picture [SIZE, SIZE, 3], caption and scene number `index`: a function of the numbers only."""
+    """Image [SIZE, SIZE, 3], caption and scene: a function of seed and index only."""
     text, scene = _sample(seed, index)
     return render(scene), text, scene
 
 
 def sample_batch(seed: int, indices: Iterable[int]) -> tuple[np.ndarray, list[str], list[Scene]]:
-    """`sample` for N indices: pictures [N, SIZE, SIZE, 3], captions and scenes."""
+    """Return `sample` of N indices: images [N, SIZE, SIZE, 3], captions and scenes."""
     drawn = [_sample(seed, int(index)) for index in indices]
     scenes = [scene for _, scene in drawn]
     return render_batch(scenes), [text for text, _ in drawn], scenes
 
 
 def full_prompts(count: int, seed: int) -> list[str]:
-    """`count` captions that name every attribute, in random order; none repeats before all came."""
+    """Captions that name every attribute, in random order; repeats come after all have occurred."""
     every = [
         Scene(shape, ink, background, position, size, 0.0, 0.0, 0.0)
         for shape, (ink, background), position, size in product(
@@ -277,8 +287,8 @@ def full_prompts(count: int, seed: int) -> list[str]:
     return [caption(every[order[i % len(every)]], tuple(ATTRIBUTES)) for i in range(count)]
 
 
-def open_prompts(count: int, seed: int) -> list[str]:
-    """`count` captions that leave at least one attribute open, as often as `sample` draws them."""
+def partial_prompts(count: int, seed: int) -> list[str]:
+    """Captions that leave at least one attribute open, in the frequencies of `sample`."""
     rng = np.random.default_rng(seed)
     prompts = []
     while len(prompts) < count:

@@ -129,9 +129,9 @@ def peers() -> None:
     from gadjax.errors import RunStopped
     from gadjax.parallel import sharding
     from gadjax.parallel.sharding import make_mesh
-    from gadjax.runtime.distributed import join
+    from gadjax.runtime.distributed import initialize_distributed
 
-    join()
+    initialize_distributed()
     mesh = make_mesh({"data": 2, "fsdp": 4})
     state = put_on_mesh(mesh)
     assert differing_leaves(state) == {}

@@ -10,7 +10,7 @@ from gadjax.cli.main import main
 
 @pytest.fixture(scope="session")
 def workdir(tiny_pipeline, tmp_path_factory) -> Path:
-    """Of a student in four steps; to be read and not changed."""
+    """Workdir of a four-step student; read-only."""
     return make_workdir(tmp_path_factory.mktemp("runs") / "student", tiny_pipeline)
 
 
@@ -23,7 +23,7 @@ def prompts(tmp_path) -> Path:
 
 @pytest.fixture
 def gadjax(capsys):
-    """Call a command: `gadjax("sample", ...)` gives what it printed, and fails unless it did."""
+    """Call a command: `gadjax("sample", ...)` returns its output, and fails unless it returns 0."""
 
     def call(*arguments) -> str:
         code = main([str(argument) for argument in arguments])
@@ -41,10 +41,10 @@ def fails(capsys):
     def call(arguments, code: int, *words, out: Path):
         before = sorted(out.parent.rglob("*"))
         assert main([str(argument) for argument in arguments]) == code
-        said = capsys.readouterr().err
-        assert said.startswith("gadjax: ") and said.count("\n") == 1, said
+        err_line = capsys.readouterr().err
+        assert err_line.startswith("gadjax: ") and err_line.count("\n") == 1, err_line
         for word in words:
-            assert str(word) in said
+            assert str(word) in err_line
         assert sorted(out.parent.rglob("*")) == before
 
     return call

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept between two starts."""
+"""Compilation cache between two starts, and readers that close the output."""
 
 import os
 import signal
@@ -18,33 +18,33 @@ print(jax.config.jax_compilation_cache_dir)
 
 
 @pytest.mark.parametrize(
-    "own,found",
+    "variables,cache",
     [
         ({"XDG_CACHE_HOME": "TMP/caches"}, "TMP/caches/gadjax/compiled"),
         ({"XDG_CACHE_HOME": "", "HOME": "TMP/me"}, "TMP/me/.cache/gadjax/compiled"),
         ({"XDG_CACHE_HOME": "caches", "HOME": "TMP/me"}, "TMP/me/.cache/gadjax/compiled"),
-        ({"XDG_CACHE_HOME": "", "HOME": "~"}, "None"),  # what is left of no home at all
+        ({"XDG_CACHE_HOME": "", "HOME": "~"}, "None"),  # the home of a user without one
         ({"XDG_CACHE_HOME": "/dev/null/caches"}, "None"),
         ({"JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine"),
         ({"JAX_COMPILATION_CACHE_DIR": ""}, ""),
     ],
 )
-def test_a_folder_of_the_users_unless_jax_is_told_another(own, found, tmp_path):
-    own = {name: text.replace("TMP", str(tmp_path)) for name, text in own.items()}
-    found = found.replace("TMP", str(tmp_path))
+def test_the_users_cache_unless_jax_has_another(variables, cache, tmp_path):
+    variables = {name: text.replace("TMP", str(tmp_path)) for name, text in variables.items()}
+    cache = cache.replace("TMP", str(tmp_path))
     known = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env=known | {"PYTHONPATH": str(ROOT)} | own,
+        env=known | {"PYTHONPATH": str(ROOT)} | variables,
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
-    assert run.stdout.strip() == found, run.stderr
+    assert run.stdout.strip() == cache, run.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_program_that_has_jax_keeps_its_own(monkeypatch):
+def test_a_program_with_jax_keeps_its_cache(monkeypatch):
     from gadjax.cli.main import main
 
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
@@ -52,7 +52,7 @@ def test_a_program_that_has_jax_keeps_its_own(monkeypatch):
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
-def test_a_reader_that_leaves_is_no_fault(tmp_path):
+def test_a_closed_output_is_not_an_error(tmp_path):
     (tmp_path / "config.json").write_text('{"steps": 3, "batch": 2}')
     code = (
         "import os, sys; read, write = os.pipe(); os.close(read); os.dup2(write, 1); "

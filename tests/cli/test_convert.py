@@ -1,4 +1,4 @@
-"""There and back is bit-exact, and diffusers says the same to the same weights."""
+"""gadjax convert: the round trip is bit-exact, and outputs equal those of diffusers."""
 
 import json
 import os
@@ -16,48 +16,50 @@ NETWORKS = ("transformer", "text_encoder", "vae")
 
 
 def small_files(folder):
-    """Path in the folder -> content of every file but weights and manifests."""
-    own = (".safetensors", "gadjax_folder.json")
+    """Contents of all files but weights and manifests, by path in the folder."""
+    suffixes = (".safetensors", "gadjax_folder.json")
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    kept = [p for p in paths if p.parts[0] != "params" and not p.name.endswith(own)]
+    kept = [p for p in paths if p.parts[0] != "params" and not p.name.endswith(suffixes)]
     return {path: (folder / path).read_bytes() for path in kept}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_there_and_back(dtype, tiny_pipeline, tmp_path, gadjax):
-    src, own, back = tmp_path / "src", tmp_path / "own", tmp_path / "back"
+def test_round_trip_is_bit_exact(dtype, tiny_pipeline, tmp_path, gadjax):
+    src, converted, back = tmp_path / "src", tmp_path / "own", tmp_path / "back"
     shutil.copytree(tiny_pipeline, src)
     for path in src.rglob("*.safetensors"):
         tensors = {k: v.to(dtype) for k, v in safetensors.torch.load_file(path).items()}
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     (src / "README.md").write_text("a card")
     (src / "gadjax.json").write_text('{"steps": 7}')
-    gadjax("convert", src, own)
-    gadjax("convert", own, back)
+    gadjax("convert", src, converted)
+    gadjax("convert", converted, back)
     for name in NETWORKS:
         assert same(state(back, name), state(src, name))
-    assert small_files(own) == small_files(back) == small_files(src)
-    assert not list(own.rglob("*.safetensors"))
-    networks = json.loads((own / "gadjax_folder.json").read_text())["networks"]
+    assert small_files(converted) == small_files(back) == small_files(src)
+    assert not list(converted.rglob("*.safetensors"))
+    networks = json.loads((converted / "gadjax_folder.json").read_text())["networks"]
     assert {name: entry["dtype"] for name, entry in networks.items()} == dict.fromkeys(
         NETWORKS, str(dtype).removeprefix("torch.")
     )
 
 
-def test_check_compares_each_network(tiny_pipeline, tmp_path, gadjax):
-    own, back = tmp_path / "own", tmp_path / "back"
-    for said in (
-        gadjax("convert", tiny_pipeline, own, "--check", "--dtype", "bfloat16"),
-        gadjax("convert", own, back, "--check"),
+def test_check_compares_every_network(tiny_pipeline, tmp_path, gadjax):
+    converted, back = tmp_path / "own", tmp_path / "back"
+    for output in (
+        gadjax("convert", tiny_pipeline, converted, "--check", "--dtype", "bfloat16"),
+        gadjax("convert", converted, back, "--check"),
     ):
-        found = dict(line.split(": largest relative difference") for line in said.splitlines()[:-1])
-        assert sorted(found) == ["text_encoder", "transformer", "vae decode", "vae encode"]
-        assert all(float(error.split()[-1]) < 1e-5 for error in found.values())
-    wanted = {k: v.to(torch.bfloat16) for k, v in state(tiny_pipeline, "vae").items()}
-    assert same(state(back, "vae"), wanted)
+        errors = dict(
+            line.split(": largest relative difference") for line in output.splitlines()[:-1]
+        )
+        assert sorted(errors) == ["text_encoder", "transformer", "vae decode", "vae encode"]
+        assert all(float(error.split()[-1]) < 1e-5 for error in errors.values())
+    expected = {k: v.to(torch.bfloat16) for k, v in state(tiny_pipeline, "vae").items()}
+    assert same(state(back, "vae"), expected)
 
 
-def test_nothing_is_kept_of_what_diffusers_says_otherwise(
+def test_nothing_is_written_if_outputs_differ_from_diffusers(
     tiny_pipeline, tmp_path, fails, monkeypatch
 ):
     monkeypatch.setattr(parity, "NETWORK_BOUND", 0.0)
@@ -65,16 +67,16 @@ def test_nothing_is_kept_of_what_diffusers_says_otherwise(
     fails(["convert", tiny_pipeline, out, "--check"], 3, "relative difference", out=out)
 
 
-def test_check_sees_another_weight(tiny_pipeline, tmp_path):
+def test_check_detects_a_changed_weight(tiny_pipeline, tmp_path):
     other = shutil.copytree(tiny_pipeline, tmp_path / "other")
     path = other / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.torch.load_file(path)
     tensors["proj_out.bias"][0] += 0.1
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     ours, theirs = read_pipeline(tiny_pipeline), read_pipeline(other)
-    found = parity.compare_networks(ours, theirs)
-    assert found.pop("transformer") > 1e-3
-    assert max(found.values()) < 1e-5
+    errors = parity.compare_networks(ours, theirs)
+    assert errors.pop("transformer") > 1e-3
+    assert max(errors.values()) < 1e-5
 
 
 def test_check_without_torch(tiny_pipeline, tmp_path, fails, monkeypatch):
@@ -98,23 +100,23 @@ def test_bad_input(tiny_pipeline, workdir, tmp_path, fails):
 
 
 def test_overwrite_replaces_only_the_same_kind(tiny_pipeline, tmp_path, gadjax, fails):
-    own, photos = tmp_path / "own", tmp_path / "photos"
-    for folder in (own, photos):
+    converted, photos = tmp_path / "own", tmp_path / "photos"
+    for folder in (converted, photos):
         folder.mkdir()
         (folder / "a.jpg").write_text("mine")
-    fails(["convert", tiny_pipeline, own], 2, "files in it", out=own)
+    fails(["convert", tiny_pipeline, converted], 2, "files in it", out=converted)
     fails(["convert", tiny_pipeline, photos, "--overwrite"], 2, "gadjax_folder.json", out=photos)
-    (own / "gadjax_folder.json").write_text("{}")
-    gadjax("convert", tiny_pipeline, own, "--overwrite")
-    assert (own / "params" / "vae").is_dir() and not (own / "a.jpg").exists()
+    (converted / "gadjax_folder.json").write_text("{}")
+    gadjax("convert", tiny_pipeline, converted, "--overwrite")
+    assert (converted / "params" / "vae").is_dir() and not (converted / "a.jpg").exists()
 
 
 def test_damage_is_named(tiny_pipeline, tmp_path, gadjax, fails):
-    own, out = tmp_path / "own", tmp_path / "out"
-    gadjax("convert", tiny_pipeline, own)
+    converted, out = tmp_path / "own", tmp_path / "out"
+    gadjax("convert", tiny_pipeline, converted)
 
     def damaged(name):
-        return shutil.copytree(own, tmp_path / name)
+        return shutil.copytree(converted, tmp_path / name)
 
     flipped = damaged("flipped")
     data = [path for path in (flipped / "params" / "vae").rglob("d/*") if path.is_file()]

@@ -1,4 +1,4 @@
-"""The doctor names versions, devices and what is missing, and never fails."""
+"""gadjax doctor: versions, devices and missing packages; it never fails."""
 
 import platform
 
@@ -7,23 +7,23 @@ import jax
 from gadjax.cli import doctor
 
 
-def test_what_is_there(gadjax):
-    said = gadjax("doctor").splitlines()
-    assert platform.python_version() in said[0]
-    assert f"jax {jax.__version__}" in said
+def test_versions_and_devices(gadjax):
+    output = gadjax("doctor").splitlines()
+    assert platform.python_version() in output[0]
+    assert f"jax {jax.__version__}" in output
     for name in doctor.REQUIRED:
-        assert any(line.startswith(f"{name} ") for line in said)
-    assert any(line.startswith(f"devices: {jax.device_count()} x ") for line in said)
+        assert any(line.startswith(f"{name} ") for line in output)
+    assert any(line.startswith(f"devices: {jax.device_count()} x ") for line in output)
 
 
-def test_what_is_missing(gadjax, monkeypatch):
+def test_missing_packages(gadjax, monkeypatch):
     monkeypatch.setattr(doctor, "version", lambda name: None)
-    said = gadjax("doctor")
-    assert "flax MISSING" in said
-    assert "torch missing: only for convert --check" in said
+    output = gadjax("doctor")
+    assert "flax MISSING" in output
+    assert "torch missing: only for convert --check" in output
 
 
-def test_devices_that_cannot_be_used(gadjax, monkeypatch, tmp_path):
+def test_unusable_devices(gadjax, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "ACCELERATORS", {"tpu": ((str(tmp_path),), "a TPU", "jax[tpu]")})
     assert "found a TPU that JAX does not use: pip install 'jax[tpu]'" in gadjax("doctor")
 

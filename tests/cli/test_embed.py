@@ -22,15 +22,15 @@ def test_embeddings_are_those_of_transformers(torch_pipeline, tiny_pipeline, tmp
     texts = ["Red circle", "a blue square above a circle", "green"]
     prompts.write_text("\n".join(texts))
     flags = ("--length", LENGTH, "--batch", 2)
-    said = gadjax("embed", "--model", tiny_pipeline, "--prompts", prompts, "--out", out, *flags)
-    assert "3 prompts of 8 tokens" in said
-    found = open_embeddings(out)
-    assert found.prompts == tuple(texts)
-    found.check(text_fingerprint(tiny_pipeline), LENGTH)
+    output = gadjax("embed", "--model", tiny_pipeline, "--prompts", prompts, "--out", out, *flags)
+    assert "3 prompts of 8 tokens" in output
+    embeddings = open_embeddings(out)
+    assert embeddings.prompts == tuple(texts)
+    embeddings.check(text_fingerprint(tiny_pipeline), LENGTH)
     for text, ours, mask in zip(
         [*texts, ""],
-        [*found.text_NLD, found.null["text"]],
-        [*found.mask_NL, found.null["mask"]],
+        [*embeddings.text_NLD, embeddings.null["text"]],
+        [*embeddings.mask_NL, embeddings.null["mask"]],
         strict=True,
     ):
         theirs, their_mask, _, _ = torch_pipeline.encode_prompt(
@@ -41,7 +41,7 @@ def test_embeddings_are_those_of_transformers(torch_pipeline, tiny_pipeline, tmp
         assert error <= 1e-5 * theirs.abs().max()
 
 
-def test_training_takes_only_its_own_embeddings(tiny_pipeline, prompts, tmp_path, gadjax):
+def test_training_refuses_embeddings_of_another_encoder(tiny_pipeline, prompts, tmp_path, gadjax):
     out, other = tmp_path / "out", shutil.copytree(tiny_pipeline, tmp_path / "other")
     flags = ("--length", LENGTH, "--dtype", "float16")
     gadjax("embed", "--model", tiny_pipeline, "--prompts", prompts, "--out", out, *flags)
@@ -72,15 +72,15 @@ def test_pictures_are_encoded_with_their_captions(tiny_pipeline, tmp_path, gadja
         lines.append(f"{number}.png,{caption}")
     (images / "metadata.csv").write_text("\n".join(lines))
     flags = ("--model", tiny_pipeline, "--column", "text", "--length", LENGTH, "--batch", 2)
-    said = gadjax("embed", "--images", images, "--out", out, *flags)
-    assert "5 pictures, and captions of 8 tokens" in said
-    found = open_embeddings(out)
+    output = gadjax("embed", "--images", images, "--out", out, *flags)
+    assert "5 images, and captions of 8 tokens" in output
+    embeddings = open_embeddings(out)
     pipeline, params = load_pipeline(tiny_pipeline)
     expected = pipeline.encode_image(
         params["vae"], open_images(images, "text").read(range(5), (16, 16))
     )
-    assert np.abs(found.latent_NHWC - expected).max() <= 1e-5 * np.abs(expected).max()
-    found.check(text_fingerprint(tiny_pipeline), LENGTH)
+    assert np.abs(embeddings.latent_NHWC - expected).max() <= 1e-5 * np.abs(expected).max()
+    embeddings.check(text_fingerprint(tiny_pipeline), LENGTH)
     # The captions come out as prompts do.
     gadjax("embed", "--prompts", images / "metadata.csv", "--out", text, *flags)
     for name in ("prompts.jsonl", "text.npy", "mask.npy"):

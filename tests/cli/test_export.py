@@ -28,27 +28,27 @@ def transformer(folder):
 
 @pytest.fixture(scope="module")
 def student(workdir, tmp_path_factory):
-    """What `gadjax export` makes of the workdir, to be read and not changed."""
+    """Folder that `gadjax export` writes for the workdir; read-only."""
     out = tmp_path_factory.mktemp("exports") / "student"
     assert main(["export", "--workdir", str(workdir), "--out", str(out)]) == 0
     return out
 
 
 def test_the_weights_are_the_average(student, tiny_pipeline):
-    wanted = jax.tree.map(lambda x: jnp.asarray(x) * (1 - 0.02 * 2), transformer(tiny_pipeline))
-    jax.tree.map(np.testing.assert_array_equal, transformer(student), wanted)
+    expected = jax.tree.map(lambda x: jnp.asarray(x) * (1 - 0.02 * 2), transformer(tiny_pipeline))
+    jax.tree.map(np.testing.assert_array_equal, transformer(student), expected)
     for name in ("vae", "text_encoder"):
         assert same(state(student, name), state(tiny_pipeline, name))
 
 
-def test_what_the_folder_says_of_itself(student, tiny_pipeline):
-    found = json.loads((student / "gadjax.json").read_text())
+def test_gadjax_json_and_model_card(student, tiny_pipeline):
+    config = json.loads((student / "gadjax.json").read_text())
     assert read_sampling(student, SamplingConfig()) == SamplingConfig(4, TIMESTEPS, 1.0, LENGTH)
-    assert found["timesteps"] == list(TIMESTEPS)
-    assert found["objective"] == {"dmd": {}, "gad": {"weight": 0.3, "steps": 4}}
-    assert found["trained"] == {"steps": 2, "batch": 32, "weights": "ema"}
-    assert found["teacher"]["name"] == "tiny" and found["teacher"]["guidance"] == 3.0
-    assert 0 <= found["verified"]["max_difference"] <= 2 / 255
+    assert config["timesteps"] == list(TIMESTEPS)
+    assert config["objective"] == {"dmd": {}, "gad": {"weight": 0.3, "steps": 4}}
+    assert config["trained"] == {"steps": 2, "batch": 32, "weights": "ema"}
+    assert config["teacher"]["name"] == "tiny" and config["teacher"]["guidance"] == 3.0
+    assert 0 <= config["verified"]["max_difference"] <= 2 / 255
 
     card = ModelCard.load(student / "README.md")
     assert card.data.license == "unknown" and card.data.base_model == "tiny"
@@ -74,12 +74,12 @@ def test_diffusers_draws_the_same_by_the_line_in_the_card(student):
     assert np.abs(ours - theirs).max() <= 2 / 255
 
 
-def test_reports_tell_the_student_from_its_teacher(student, workdir, tiny_pipeline):
+def test_fingerprints_of_student_and_teacher_differ(student, workdir, tiny_pipeline):
     assert load(workdir).fingerprint == load(student).fingerprint
     assert load(workdir).fingerprint != load(tiny_pipeline).fingerprint
 
 
-def test_sample_draws_the_same_with_the_workdir(student, workdir, prompts, tmp_path, gadjax):
+def test_samples_equal_those_of_the_workdir(student, workdir, prompts, tmp_path, gadjax):
     for model, name in ((workdir, "a"), (student, "b")):
         gadjax("sample", "--model", model, "--prompts", prompts, "--out", tmp_path / name)
     for path in (tmp_path / "a").iterdir():
@@ -117,7 +117,7 @@ def test_a_teacher_keeps_its_scheduler(tiny_pipeline, tmp_path, gadjax):
     assert "num_inference_steps=20, guidance_scale=2.5" in card.text
 
 
-def test_nothing_is_left_of_what_is_not_the_same(workdir, tmp_path, fails, monkeypatch):
+def test_nothing_is_written_if_images_differ_from_diffusers(workdir, tmp_path, fails, monkeypatch):
     monkeypatch.setattr(parity, "PICTURE_BOUND", -1.0)
     out = tmp_path / "student"
     fails(["export", "--workdir", workdir, "--out", out], 3, "verification", out=out)
@@ -133,8 +133,8 @@ def test_verified_later(workdir, tmp_path, gadjax, fails, monkeypatch):
     out = tmp_path / "student"
     with monkeypatch.context() as patch:
         patch.setattr(parity, "missing", lambda: ["torch"])
-        said = gadjax("export", "--workdir", workdir, "--out", out)
-        assert f"gadjax export --verify {out}" in said
+        output = gadjax("export", "--workdir", workdir, "--out", out)
+        assert f"gadjax export --verify {out}" in output
         fails(["export", "--verify", out], 2, "--verify: found no torch", out=out)
     assert json.loads((out / "gadjax.json").read_text())["verified"] is None
     before = (out / "README.md").read_text()

@@ -45,15 +45,15 @@ def test_the_report_is_of_these_weights(workdir, tmp_path, gadjax, fails, monkey
 
 def test_a_teacher_that_moved_or_changed(tiny_pipeline, tmp_path, gadjax, fails, monkeypatch):
     monkeypatch.setattr(parity, "missing", lambda: ["torch"])
-    before, after, own = tmp_path / "before", tmp_path / "after", tmp_path / "own"
+    before, after, converted = tmp_path / "before", tmp_path / "after", tmp_path / "own"
     shutil.copytree(tiny_pipeline, before)
     workdir = make_workdir(tmp_path / "run", before)
     before.rename(after)
-    gadjax("convert", after, own)
+    gadjax("convert", after, converted)
     out = tmp_path / "student"
     flags = ["--workdir", workdir, "--out", out]
     fails(["export", *flags], 2, before, "no such folder", "--teacher", out=out)
-    for teacher in (after, own):
+    for teacher in (after, converted):
         gadjax("export", *flags, "--teacher", teacher, "--overwrite")
         assert same(state(out, "vae"), state(tiny_pipeline, "vae"))
     shutil.rmtree(out)
@@ -71,8 +71,8 @@ def test_what_is_exported_has_the_modes_of_new_files(tiny_pipeline, tmp_path, ga
         path.chmod(0o555 if path.is_dir() else 0o444)
     gadjax("export", "--workdir", workdir, "--out", out)
     (tmp_path / "new").touch()
-    wanted = (tmp_path / "new").stat().st_mode
-    assert {path.stat().st_mode for path in out.rglob("*") if path.is_file()} == {wanted}
+    mode = (tmp_path / "new").stat().st_mode
+    assert {path.stat().st_mode for path in out.rglob("*") if path.is_file()} == {mode}
     assert all(path.stat().st_mode & 0o200 for path in out.rglob("*"))
     for path in [teacher, *teacher.rglob("*")]:
         path.chmod(0o755)

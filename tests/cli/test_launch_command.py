@@ -1,4 +1,4 @@
-"""`gadjax launch`: what it refuses, and what it hands to the supervisor."""
+"""gadjax launch: refusals, and the call of the supervisor."""
 
 import subprocess
 import sys
@@ -30,8 +30,8 @@ def test_bad_input_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("FILE").touch()
     assert main(["launch", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1
+    err_line = capsys.readouterr().err
+    assert words in err_line and err_line.count("\n") == 1
 
 
 def test_the_command_starts_train_and_names_its_logs(monkeypatch, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""gadjax plan as a user calls it, for a card that stands on this machine's CPU."""
+"""gadjax plan as a user calls it, for a GPU that this machine's CPU stands in for."""
 
 import json
 import subprocess
@@ -24,15 +24,15 @@ def here(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
 
 
-def test_json_is_all_that_stdout_holds(capsys, monkeypatch):
+def test_stdout_is_json_only(capsys, monkeypatch):
     """Without prompts too, and on one device, so that no other process is needed."""
     monkeypatch.setattr(hardware, "CUDA_PLUGINS", ("jax_plugins.none",))
     assert main(["plan", "--topology=gpu:1", "--json", *ARGUMENTS]) == 0
     out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert found["estimate"] and found["chips"] == 1 and found["replicated"] is None
-    assert found["memory"]["fits"] and found["updates"] == {"student": 1}
-    assert found["traffic"] == {"step": {"student": {}}, "update": 0, "unknown_loops": 0}
+    planned = json.loads(out)
+    assert planned["estimate"] and planned["chips"] == 1 and planned["replicated"] is None
+    assert planned["memory"]["fits"] and planned["updates"] == {"student": 1}
+    assert planned["traffic"] == {"step": {"student": {}}, "update": 0, "unknown_loops": 0}
     assert "compiling the student step" in err
 
 
@@ -50,8 +50,8 @@ def test_bad_input_is_one_line(capsys):
         assert not out and err.startswith("gadjax: ") and err.count("\n") == 1 and words in err
 
 
-def test_cards_that_are_not_here_are_cpus_of_another_process():
-    """What fixes their number is done before JAX starts."""
+def test_absent_gpus_are_cpu_devices_of_another_process():
+    """The number of CPU devices is fixed before JAX starts."""
     code = (
         "from gadjax.parallel.hardware import find_topology;"
         "print(len(find_topology('h200:3').devices()))"

@@ -21,8 +21,8 @@ def test_a_folder_is_drawn_as_by_diffusers(
 ):
     out = tmp_path / "out"
     flags = ("--steps", 4, "--guidance", 3.5, "--per-prompt", 2, "--seed", 5, "--batch", 3)
-    said = gadjax("sample", "--model", tiny_pipeline, "--prompts", prompts, "--out", out, *flags)
-    assert "4 pictures in 4 steps" in said
+    output = gadjax("sample", "--model", tiny_pipeline, "--prompts", prompts, "--out", out, *flags)
+    assert "4 images in 4 steps" in output
 
     lines = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
     texts = prompts.read_text().splitlines()
@@ -77,8 +77,8 @@ def test_earlier_pictures_are_replaced_when_asked(tiny_pipeline, prompts, tmp_pa
         (["--size", "18x16"], ["--size: found 18x16 pixels; latents: found 9 x 8; expected multi"]),
         (["--size", "15x16"], ["--size: found 15x16; expected multiples of 2 pixels"]),
         (["--size", "huge"], ["--size: found 'huge'; expected HEIGHTxWIDTH"]),
-        (["--recipe", "magic"], ["--recipe: found 'magic'; expected one of tdm-pixart"]),
-        (["--recipe", "sid-sd"], ["expected a StableDiffusionPipeline for sid-sd"]),
+        (["--student-preset", "magic"], ["--student-preset: found 'magic'; expected one of tdm"]),
+        (["--student-preset", "sid-sd"], ["expected a StableDiffusionPipeline for sid-sd"]),
         (["--colour", "red"], ["gadjax sample: found '--colour'"]),
     ],
 )

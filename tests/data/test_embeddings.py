@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gadjax.cli.output import storage
+from gadjax.cli.output import stop_on_write_error
 from gadjax.data import embeddings
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
 from gadjax.errors import InputError, RunStopped
@@ -32,7 +32,7 @@ def write(folder, text, mask, x0=None, pooled=None, sizes=(2, 2, 1), prompts=PRO
     arrays = texts | ({} if x0 is None else {"x0": x0})
     batches = ({name: array[some] for name, array in arrays.items()} for some in places)
     null = {name: array[-1] for name, array in texts.items()}
-    with storage(folder), atomic_folder(folder) as out:  # as gadjax embed does
+    with stop_on_write_error(folder), atomic_folder(folder) as out:  # as gadjax embed does
         write_embeddings(out, prompts, batches, null, **{"origin": Origin("abc"), **options})
 
 
@@ -44,16 +44,16 @@ def folder(tmp_path):
 
 def test_float32_comes_back_exactly(folder):
     text, mask = encoded(6)
-    found = open_embeddings(folder)
-    assert found.prompts == tuple(PROMPTS) and found.origin == Origin("abc")
-    assert found.latent_NHWC is None
-    assert isinstance(found.text_NLD, np.memmap) and not found.text_NLD.flags.writeable
-    np.testing.assert_array_equal(found.text_NLD, text[:5], strict=True)
-    np.testing.assert_array_equal(found.mask_NL, mask[:5].astype(bool), strict=True)
-    assert list(found.null) == ["text", "mask"]
-    np.testing.assert_array_equal(found.null["text"], text[5], strict=True)
-    np.testing.assert_array_equal(found.null["mask"], mask[5].astype(np.int32), strict=True)
-    assert {type(array) for array in found.null.values()} == {np.ndarray}
+    opened = open_embeddings(folder)
+    assert opened.prompts == tuple(PROMPTS) and opened.origin == Origin("abc")
+    assert opened.latent_NHWC is None
+    assert isinstance(opened.text_NLD, np.memmap) and not opened.text_NLD.flags.writeable
+    np.testing.assert_array_equal(opened.text_NLD, text[:5], strict=True)
+    np.testing.assert_array_equal(opened.mask_NL, mask[:5].astype(bool), strict=True)
+    assert list(opened.null) == ["text", "mask"]
+    np.testing.assert_array_equal(opened.null["text"], text[5], strict=True)
+    np.testing.assert_array_equal(opened.null["mask"], mask[5].astype(np.int32), strict=True)
+    assert {type(array) for array in opened.null.values()} == {np.ndarray}
     # Other tools read it as well.
     np.testing.assert_array_equal(np.load(folder / "text.npy"), text, strict=True)
     assert sorted(os.listdir(folder)) == ["manifest.json", "mask.npy", "prompts.jsonl", "text.npy"]
@@ -65,15 +65,15 @@ def test_a_pooled_vector_comes_back(tmp_path, latent):
     pooled = np.random.default_rng(3).normal(size=(6, 4)).astype(np.float32)
     more = {"x0": latents(), "origin": PICTURED} if latent else {}
     write(tmp_path / "new", *encoded(6), pooled=pooled, **more)
-    found = open_embeddings(tmp_path / "new")
-    np.testing.assert_array_equal(found.pooled_NP, pooled[:5], strict=True)
-    np.testing.assert_array_equal(found.null["pooled"], pooled[5], strict=True)
+    opened = open_embeddings(tmp_path / "new")
+    np.testing.assert_array_equal(opened.pooled_NP, pooled[:5], strict=True)
+    np.testing.assert_array_equal(opened.null["pooled"], pooled[5], strict=True)
     which = np.array([3, 0, 3])
-    texts = found.texts(which)
+    texts = opened.texts(which)
     assert list(texts) == ["text", "mask", "pooled"]
     np.testing.assert_array_equal(texts["pooled"], pooled[which], strict=True)
     np.testing.assert_array_equal(texts["mask"], encoded(6)[1][which].astype(np.int32), strict=True)
-    assert (found.latent_NHWC is not None) == latent
+    assert (opened.latent_NHWC is not None) == latent
 
 
 SHAPE = (4, 6, 2)
@@ -91,9 +91,9 @@ def pictured(tmp_path):
 
 
 def test_latents_come_back_with_their_prompts(pictured, folder, tmp_path):
-    found = open_embeddings(pictured)
-    assert found.origin == PICTURED and not found.latent_NHWC.flags.writeable
-    np.testing.assert_array_equal(found.latent_NHWC, latents(), strict=True)
+    opened = open_embeddings(pictured)
+    assert opened.origin == PICTURED and not opened.latent_NHWC.flags.writeable
+    np.testing.assert_array_equal(opened.latent_NHWC, latents(), strict=True)
     for name in ("text.npy", "mask.npy", "prompts.jsonl"):
         assert (pictured / name).read_bytes() == (folder / name).read_bytes()
     write(tmp_path / "half", *encoded(6), latents(), origin=PICTURED, dtype="float16", sizes=(5,))
@@ -102,37 +102,37 @@ def test_latents_come_back_with_their_prompts(pictured, folder, tmp_path):
 
 
 def test_latents_of_another_autoencoder_or_size_are_refused(pictured, folder):
-    found = open_embeddings(pictured)
-    found.check("abc", L)
-    found.check_latents("def", SHAPE)
+    opened = open_embeddings(pictured)
+    opened.check("abc", L)
+    opened.check_latents("def", SHAPE)
     for wrong, message in (
         (("x", SHAPE), "manifest.json: found vae 'def'; expected 'x' .latents of another"),
         (("def", (4, 8, 2)), r"found latent \(4, 6, 2\); expected \(4, 8, 2\)"),
     ):
         with pytest.raises(InputError, match=message):
-            found.check_latents(*wrong)
-    with pytest.raises(InputError, match="found no latents; expected those of pictures"):
+            opened.check_latents(*wrong)
+    with pytest.raises(InputError, match="found no latents; expected those of images"):
         open_embeddings(folder).check_latents("def", SHAPE)
 
 
 def test_float16_rounds_and_other_dtypes_are_taken(tmp_path):
     text, mask = encoded(6)
     write(tmp_path / "half", text, mask, dtype="float16", sizes=(5,))
-    found = open_embeddings(tmp_path / "half")
-    np.testing.assert_array_equal(found.text_NLD, text[:5].astype(np.float16), strict=True)
+    opened = open_embeddings(tmp_path / "half")
+    np.testing.assert_array_equal(opened.text_NLD, text[:5].astype(np.float16), strict=True)
     brain = text.astype(ml_dtypes.bfloat16)
     write(tmp_path / "brain", brain, mask.astype(np.float32))
-    found = open_embeddings(tmp_path / "brain")
-    np.testing.assert_array_equal(found.text_NLD, brain[:5].astype(np.float32), strict=True)
+    opened = open_embeddings(tmp_path / "brain")
+    np.testing.assert_array_equal(opened.text_NLD, brain[:5].astype(np.float32), strict=True)
 
 
-def test_a_foreign_encoder_or_length_is_refused(folder):
-    found = open_embeddings(folder)
-    found.check("abc", L)
+def test_another_encoder_or_length_is_refused(folder):
+    opened = open_embeddings(folder)
+    opened.check("abc", L)
     with pytest.raises(InputError, match=r"manifest.json: found fingerprint 'abc'; expected 'x'"):
-        found.check("x", L)
+        opened.check("x", L)
     with pytest.raises(InputError, match=r"manifest.json: found length 3; expected 120"):
-        found.check("abc", 120)
+        opened.check("abc", 120)
 
 
 def spoilt(place, value):
@@ -147,22 +147,22 @@ def spoilt(place, value):
         (encoded(6), {"sizes": (2, 2)}, ValueError, "4 rows for 5 prompts"),
         (encoded(8), {"sizes": (4, 4)}, ValueError, "8 rows for 5 prompts"),
         ((encoded(6)[0], encoded(7)[1]), {"sizes": (6,)}, ValueError, "6 rows for 5"),
-        ((encoded(6)[0], encoded(6)[1][:, 1:]), {}, ValueError, "a batch of .*beside the empty"),
+        ((encoded(6)[0], encoded(6)[1][:, 1:]), {}, ValueError, "batch: found .*as the empty"),
         (spoilt((3, 1, 2), np.nan), {}, InputError, "^prompt 4: found values not finite in float"),
         (spoilt((5, 0, 0), np.inf), {}, InputError, "^the empty prompt: found values not finite"),
         (spoilt((1, 0, 0), 7e4), {"dtype": "float16"}, InputError, "^prompt 2: .* in float16"),
         (encoded(6), {"dtype": "bfloat16"}, InputError, "dtype: found 'bfloat16'; expected one of"),
         (encoded(6), {"prompts": ["a", " ", "b", "c", "d"]}, InputError, "jsonl:2: found ' '"),
         (encoded(6), {"prompts": []}, InputError, "found no prompt"),
-        (encoded(6), {"origin": PICTURED}, ValueError, r"a batch of .*'x0': \(2, 4, 6, 2\)}"),
-        ((*encoded(6), latents()), {}, ValueError, "a batch of .*x0"),
+        (encoded(6), {"origin": PICTURED}, ValueError, r"batch: found .*'x0': \(2, 4, 6, 2\)}"),
+        ((*encoded(6), latents()), {}, ValueError, "batch: found .*x0"),
         (
             (*encoded(6), latents()[:, 1:]),
             {"origin": PICTURED},
             ValueError,
-            "a batch of .*x0",
+            "batch: found .*x0",
         ),
-        ((*encoded(6), latents(4)), {"origin": PICTURED}, ValueError, "a batch of .*x0"),
+        ((*encoded(6), latents(4)), {"origin": PICTURED}, ValueError, "batch: found .*x0"),
         (
             (*encoded(6), np.where(np.arange(5)[:, None, None, None] == 2, np.nan, latents())),
             {"origin": PICTURED},
@@ -171,13 +171,13 @@ def spoilt(place, value):
         ),
     ],
 )
-def test_what_does_not_fit_leaves_nothing(tmp_path, text_mask, options, error, message):
+def test_invalid_input_writes_nothing(tmp_path, text_mask, options, error, message):
     with pytest.raises(error, match=message):
         write(tmp_path / "out", *text_mask, **options)
     assert os.listdir(tmp_path) == []
 
 
-def test_an_existing_path_is_never_touched(folder):
+def test_an_existing_path_is_refused(folder):
     before = (folder / "manifest.json").stat()
     with pytest.raises(InputError, match="found a folder with files in it; expected a new"):
         write(folder, *encoded(6))
@@ -307,7 +307,7 @@ def test_any_damaged_header_is_refused_or_changes_nothing(folder):
         bad[rng.integers(128)] = rng.integers(256)
         (folder / "text.npy").write_bytes(bad)
         try:
-            found = open_embeddings(folder)
+            opened = open_embeddings(folder)
         except InputError:
             continue
-        np.testing.assert_array_equal(found.text_NLD, text[:5], strict=True)
+        np.testing.assert_array_equal(opened.text_NLD, text[:5], strict=True)

@@ -1,4 +1,4 @@
-"""What training reads under one name is told apart by what it says, not by when it was written."""
+"""Fingerprints of training data depend on contents, not on times of files."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from PIL import Image
 
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
 from gadjax.data.fingerprints import (
-    _chosen,
+    _evenly_spaced,
     fingerprint_embeddings,
     fingerprint_pictures,
     fingerprint_prompts,
@@ -14,13 +14,13 @@ from gadjax.data.fingerprints import (
 from gadjax.data.images import open_images
 
 
-def test_prompts_by_their_texts_and_order():
+def test_fingerprint_of_prompts_depends_on_texts_and_order():
     assert fingerprint_prompts(["ab", "c"]) == fingerprint_prompts(["ab", "c"])
     others = [["a", "bc"], ["c", "ab"], ["ab"], ["ab", "c", "c"]]
     assert len({fingerprint_prompts(prompts) for prompts in (["ab", "c"], *others)}) == 5
 
 
-def test_pictures_by_names_captions_and_sizes(tmp_path):
+def test_fingerprint_of_images_depends_on_names_captions_and_sizes(tmp_path):
     def write(name, caption, colour=0):
         Image.new("RGB", (4, 4), colour).save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text(caption)
@@ -38,7 +38,7 @@ def test_pictures_by_names_captions_and_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("changed", ["prompt", "text", "x0", "origin"])
-def test_embeddings_by_what_they_hold(tmp_path, changed):
+def test_fingerprint_of_embeddings_depends_on_all_arrays(tmp_path, changed):
     def write(name, changed=""):
         rng = np.random.default_rng(0)
         batch = {"text": rng.random((3, 2, 4)), "mask": np.ones((3, 2)), "x0": rng.random((3, 2))}
@@ -56,8 +56,8 @@ def test_embeddings_by_what_they_hold(tmp_path, changed):
     assert write("one") == write("two") != write("three", changed)
 
 
-def test_of_many_some_are_chosen_from_all_over():
-    assert _chosen(3, 5) == [0, 1, 2]
-    chosen = _chosen(10**6, 11)
+def test_evenly_spaced_indices():
+    assert _evenly_spaced(3, 5) == [0, 1, 2]
+    chosen = _evenly_spaced(10**6, 11)
     assert len(chosen) == 11 and chosen[0] == 0 and chosen[-1] == 10**6 - 1
     assert np.ptp(np.diff(chosen)) <= 1

@@ -1,4 +1,4 @@
-"""Folders of pictures give the same samples in every layout, cut as they should be, or one line."""
+"""Image folders: the same samples in every layout, scaling and cropping, one-line errors."""
 
 import json
 import os
@@ -57,32 +57,32 @@ def csv(folder):
 @pytest.mark.parametrize("write", [sidecar, jsonl, csv])
 def test_every_layout_gives_the_same_samples(folder, write):
     write(folder)
-    found = open_images(folder)
-    assert found.names == ("a/B.WEBP", "a/c.jpg", "b.png", "d.jpeg")
-    assert found.captions == tuple(CAPTIONS[name] for name in found.names)
-    assert open_images(str(folder)).names == found.names
+    result = open_images(folder)
+    assert result.names == ("a/B.WEBP", "a/c.jpg", "b.png", "d.jpeg")
+    assert result.captions == tuple(CAPTIONS[name] for name in result.names)
+    assert open_images(str(folder)).names == result.names
 
 
-def test_pictures_are_read_by_their_numbers(folder):
+def test_images_are_read_by_index(folder):
     sidecar(folder)
-    found = open_images(folder)
+    result = open_images(folder)
     which = np.array([3, 0, 2, 0, 1, 2] * 4, np.int32)
-    images = found.read(which, (4, 6))
+    images = result.read(which, (4, 6))
     assert images.shape == (24, 4, 6, 3) and images.dtype == np.float32
     for i, image in zip(which, images, strict=True):
-        np.testing.assert_array_equal(image, read_image(folder / found.names[i], (4, 6)))
+        np.testing.assert_array_equal(image, read_image(folder / result.names[i], (4, 6)))
 
 
-def test_metadata_has_the_last_word(folder):
+def test_metadata_overrides_caption_files(folder):
     jsonl(folder, "text")
     (folder / "b.txt").write_text("another caption")
     with open(folder / "metadata.jsonl", "a") as file:
         file.write('\n{"file_name": "b.png", "text": "a second caption"}')
     lines = (folder / "metadata.jsonl").read_text().splitlines()
     (folder / "metadata.jsonl").write_text("\n".join(lines[:1] + lines[2:]))  # without a/c.jpg
-    found = open_images(folder, "text")
-    assert found.names == ("a/B.WEBP", "b.png", "b.png", "d.jpeg")
-    assert found.captions[1:3] == (CAPTIONS["b.png"], "a second caption")
+    result = open_images(folder, "text")
+    assert result.names == ("a/B.WEBP", "b.png", "b.png", "d.jpeg")
+    assert result.captions[1:3] == (CAPTIONS["b.png"], "a second caption")
 
 
 def lanczos(length, start, size, target):
@@ -109,9 +109,9 @@ def test_a_picture_is_scaled_to_cover_and_cut_in_the_middle(tmp_path, shape, siz
         lanczos(n, (n - p) / 2, p, target) for n, p, target in zip(shape, part, size, strict=True)
     )
     expected = np.einsum("hy,wx,yxc->hwc", rows, columns, pixels.astype(float))
-    found = read_image(tmp_path / "a.png", size)
-    assert found.shape == (*size, 3) and found.dtype == np.float32
-    error = np.abs((found + 1) * 127.5 - expected)
+    result = read_image(tmp_path / "a.png", size)
+    assert result.shape == (*size, 3) and result.dtype == np.float32
+    error = np.abs((result + 1) * 127.5 - expected)
     # Both passes round by half a level, the first's passes through weights of up to 1.6 together.
     assert error.max() < 0.5 + 0.8 and error.mean() < 0.4
 
@@ -119,22 +119,22 @@ def test_a_picture_is_scaled_to_cover_and_cut_in_the_middle(tmp_path, shape, siz
 def test_a_picture_of_the_right_size_is_left_as_it_is(tmp_path):
     pixels = picture(24, 16)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    found = read_image(tmp_path / "a.png", (24, 16))
-    np.testing.assert_array_equal(np.rint((found + 1) * 127.5), pixels)
-    assert found.min() >= -1 and found.max() <= 1
+    result = read_image(tmp_path / "a.png", (24, 16))
+    np.testing.assert_array_equal(np.rint((result + 1) * 127.5), pixels)
+    assert result.min() >= -1 and result.max() <= 1
     # Wider by twice eight pixels: these are gone.
     Image.fromarray(np.pad(pixels, ((0, 0), (8, 8), (0, 0)))).save(tmp_path / "b.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "b.png", (24, 16)), found)
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png", (24, 16)), result)
 
 
-def test_a_picture_is_turned_as_its_camera_says(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     pixels = picture(16, 24)
     for orientation, turned in ((1, pixels), (3, pixels[::-1, ::-1]), (6, np.rot90(pixels, -1))):
         exif = Image.Exif()
         exif[0x0112] = orientation
         Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-        found = read_image(tmp_path / "a.png", turned.shape[:2])
-        np.testing.assert_array_equal(np.rint((found + 1) * 127.5), turned)
+        result = read_image(tmp_path / "a.png", turned.shape[:2])
+        np.testing.assert_array_equal(np.rint((result + 1) * 127.5), turned)
 
 
 @pytest.mark.parametrize(
@@ -154,11 +154,11 @@ def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
     if mode == "P":
         image.putpalette((20, 40, 60))
     image.save(tmp_path / "a.png")
-    found = np.rint((read_image(tmp_path / "a.png", (4, 4)) + 1) * 127.5)
-    np.testing.assert_array_equal(found, np.broadcast_to(expected, (4, 4, 3)))
+    result = np.rint((read_image(tmp_path / "a.png", (4, 4)) + 1) * 127.5)
+    np.testing.assert_array_equal(result, np.broadcast_to(expected, (4, 4, 3)))
 
 
-def test_what_hides_under_transparency_is_not_seen(tmp_path):
+def test_colours_under_transparency_have_no_effect(tmp_path):
     """A red square on a transparent ground, as programs save it that leave black or green below."""
     pixels = np.zeros((8, 8, 4), np.uint8)
     pixels[2:6, 2:6] = 255, 0, 0, 255
@@ -172,18 +172,18 @@ def test_what_hides_under_transparency_is_not_seen(tmp_path):
         Image.fromarray(pixels).save(tmp_path / name, lossless=True, exact=True)
     names = "palette.png", "black.png", "green.png", "green.webp"
     for colour, ground in (("white", 255), ("#808080", 128)):
-        wanted = np.full((8, 8, 3), ground)
-        wanted[2:6, 2:6] = 255, 0, 0
+        expected_pixels = np.full((8, 8, 3), ground)
+        expected_pixels[2:6, 2:6] = 255, 0, 0
         for name in names:
-            found = np.rint((read_image(tmp_path / name, (8, 8), colour) + 1) * 127.5)
-            np.testing.assert_array_equal(found, wanted)
+            result = np.rint((read_image(tmp_path / name, (8, 8), colour) + 1) * 127.5)
+            np.testing.assert_array_equal(result, expected_pixels)
         all_of_it = read_image(tmp_path / "grey.png", (8, 8), colour)
         np.testing.assert_array_equal(np.rint((all_of_it + 1) * 127.5), ground)
     with pytest.raises(InputError, match="background: found 'no colour'; expected a colour"):
         open_images(tmp_path, background="no colour")
 
 
-def test_every_format_counts_and_what_is_left_out_is_said(tmp_path, caplog):
+def test_every_format_is_listed_and_skipped_files_are_logged(tmp_path, caplog):
     pixels = picture(8, 8) // 8 * 8
     for ending in ENDINGS:
         kind = next(kind for kind, endings in SUFFIXES.items() if ending in endings)
@@ -194,12 +194,12 @@ def test_every_format_counts_and_what_is_left_out_is_said(tmp_path, caplog):
         name.with_suffix(".txt").write_text("a")
     for name in ("b.psd", "c.psd", "d.heic", "README"):
         (tmp_path / name).write_text("")
-    found = open_images(tmp_path)
-    assert len(found.names) == len(ENDINGS)
-    said = "left out: 1 .heic, 2 .psd, 1 without suffix"
-    assert [record.getMessage().partition("; ")[2] for record in caplog.records] == [said]
-    images = np.rint((found.read(range(len(found.names)), (8, 8)) + 1) * 127.5)
-    for name, image in zip(found.names, images, strict=True):
+    result = open_images(tmp_path)
+    assert len(result.names) == len(ENDINGS)
+    skipped = "left out: 1 .heic, 2 .psd, 1 without suffix"
+    assert [record.getMessage().partition("; ")[2] for record in caplog.records] == [skipped]
+    images = np.rint((result.read(range(len(result.names)), (8, 8)) + 1) * 127.5)
+    for name, image in zip(result.names, images, strict=True):
         near = 40 if name.startswith(("JP", "JF", "GI", "AV", "J2")) else 0
         assert np.abs(image - pixels).mean() <= near, name
 
@@ -219,7 +219,7 @@ def test_folders_behind_links_are_read_once(tmp_path, caplog):
     (folder / "twice").symlink_to(store)
     (folder / "around").symlink_to("/")
     assert open_images(folder).names == ("images/a.png", "images/deep/b.png", "own.png")
-    assert "4 links to folders around it or read already" in caplog.text
+    assert "4 links to parent folders or to folders read already" in caplog.text
     records = [{"file_name": f"images/{name}", "prompt": name} for name in ("a.png", "deep/b.png")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert open_images(folder).captions == ("a.png", "deep/b.png")
@@ -233,9 +233,9 @@ def test_metadata_below_the_top_wins_over_leftovers(tmp_path, caplog):
     for place, name in (("train", "a"), ("test", "b")):
         line = json.dumps({"file_name": f"{name}.png", "prompt": f"of {place}"})
         (tmp_path / place / "metadata.jsonl").write_text(line)
-    found = open_images(tmp_path)
-    assert found.names == ("test/b.png", "train/a.png")
-    assert found.captions == ("of test", "of train")
+    result = open_images(tmp_path)
+    assert result.names == ("test/b.png", "train/a.png")
+    assert result.captions == ("of test", "of train")
     assert "left out: 1 without metadata" in caplog.text
     Image.new("RGB", (4, 4)).save(tmp_path / "top.png")
     (tmp_path / "metadata.csv").write_text("file_name,prompt\ntop.png,of the top\n")
@@ -243,8 +243,8 @@ def test_metadata_below_the_top_wins_over_leftovers(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("caption", ["txt", "jsonl"])
-def test_accents_of_a_mac(tmp_path, caption):
-    """Its names are decomposed: an e and an accent."""
+def test_decomposed_accents_of_macos(tmp_path, caption):
+    """macOS decomposes names (NFD): an e and an accent."""
     name = unicodedata.normalize("NFD", "é.png")
     Image.new("RGB", (4, 4)).save(tmp_path / name)
     if caption == "txt":
@@ -259,7 +259,7 @@ def test_accents_of_a_mac(tmp_path, caption):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 @pytest.mark.parametrize("kept", [0, 0.01, 0.5, 0.9])
-def test_a_picture_cut_short_is_named(tmp_path, suffix, kept):
+def test_a_truncated_image_is_named(tmp_path, suffix, kept):
     path = tmp_path / f"a{suffix}"
     Image.fromarray(picture(40, 40)).save(path)
     os.truncate(path, int(kept * path.stat().st_size))
@@ -268,7 +268,7 @@ def test_a_picture_cut_short_is_named(tmp_path, suffix, kept):
     assert "\n" not in str(caught.value)
 
 
-def test_other_pictures_that_cannot_be_read(tmp_path):
+def test_other_unreadable_images(tmp_path):
     with pytest.raises(InputError, match="a.png: found No such file .*; expected a picture"):
         read_image(tmp_path / "a.png", (8, 8))
     Image.new("I;16", (8, 8), 1000).save(tmp_path / "a.png")
@@ -285,7 +285,7 @@ def line(text):
     [
         (
             lambda folder: None,
-            r"a/B.WEBP: found no B.txt beside it; expected its caption there, or",
+            r"a/B.WEBP: found no B.txt next to it; expected its caption there, or",
         ),
         (
             lambda folder: (jsonl(folder), csv(folder)),
@@ -301,7 +301,7 @@ def line(text):
         ),
         (
             line('{"prompt": "a", "file_name": "x.png"}'),
-            r"metadata.jsonl: found file_name 'x.png'; expected one of the pictures in ",
+            r"metadata.jsonl: found file_name 'x.png'; expected one of the images in ",
         ),
         (
             line('{"prompt": "a", "file_name": "a/f.psd"}'),
@@ -324,7 +324,7 @@ def line(text):
         ),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_one_line(folder, change, message):
+def test_errors_of_a_folder_are_one_line(folder, change, message):
     change(folder)
     with pytest.raises(InputError, match=message) as caught:
         open_images(folder)

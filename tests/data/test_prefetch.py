@@ -1,4 +1,4 @@
-"""Batches are made ahead in one thread, in order, and no thread outlives its reader."""
+"""Prefetch: in order, in one thread that ends with its reader."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Data are a function of a sample's number: any split, any process, every epoch another order."""
+"""Sources are functions of the sample index: any split, any process; epochs are reshuffled."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ from gadjax.data.source import (
     LatentSource,
     PromptSource,
     WorldSource,
-    dropped,
+    dropout_mask,
     prefetch,
 )
 from gadjax.errors import InputError
@@ -60,7 +60,7 @@ def embeddings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Of one grey each, ten times their number, with as many words as their number and one."""
+    """Uniform images of grey value 10 i, with captions of i + 1 words."""
     folder = tmp_path_factory.mktemp("pictures")
     for i in range(N):
         Image.new("L", (5, 4), 10 * i).save(folder / f"{i}.png")
@@ -91,11 +91,11 @@ def same(a, b):
 
 @pytest.mark.parametrize("start", [0, 16, 8 * 10**9])
 def test_any_split_gives_the_same_global_batch(source, start):
-    whole = source.batch(start, 8)
+    batch = source.batch(start, 8)
     for size in (4, 2, 1):
-        same(whole, joined([source.batch(i, size) for i in range(start, start + 8, size)]))
-    # Whatever was asked for before.
-    same(whole, source.batch(start, 8))
+        same(batch, joined([source.batch(i, size) for i in range(start, start + 8, size)]))
+    # Independent of earlier requests.
+    same(batch, source.batch(start, 8))
 
 
 def test_epochs_cover_every_prompt_once_and_are_reshuffled():
@@ -129,7 +129,7 @@ def test_embeddings_come_in_the_order_of_the_prompts(embeddings):
     np.testing.assert_array_equal(batch["text"], embeddings.text_NLD[batch["which"]])
 
 
-def test_latents_and_pictures_come_in_that_order_with_their_captions(embeddings, pictures):
+def test_latents_and_images_have_the_same_order(embeddings, pictures):
     which = prompt_source().batch(5, 9)["which"]
     batch = LatentSource(embeddings, 0).batch(5, 9)
     text = EmbeddingSource(embeddings, 0).batch(5, 9)
@@ -149,8 +149,8 @@ def test_latents_and_pictures_come_in_that_order_with_their_captions(embeddings,
     np.testing.assert_allclose(batch["image"], grey, rtol=0, atol=1e-7)
 
 
-def test_captions_are_dropped_alike_wherever_they_come_from(embeddings, pictures):
-    gone = dropped(0, 0.5, 3, 12)
+def test_sources_drop_the_same_captions(embeddings, pictures):
+    gone = dropout_mask(0, 0.5, 3, 12)
     assert 0 < gone.sum() < 12
     ids = ImageSource(pictures, (3, 3), tokenize, 0, dropout=0.5).batch(3, 12)["ids"]
     np.testing.assert_array_equal(ids.any(1), ~gone)
@@ -196,10 +196,10 @@ def test_a_world_gives_its_pictures_and_captions():
     same(batch, {"ids": ids, "mask": mask, "image": images})
 
 
-def test_dropout_takes_its_share_of_captions_and_nothing_else():
+def test_dropout_drops_its_share_of_captions_only():
     rate, count = 0.1, 4000
     source = WorldSource(SHAPES, tokenize, seed=3, dropout=rate)
-    gone = dropped(3, rate, 0, count)
+    gone = dropout_mask(3, rate, 0, count)
     assert abs(gone.mean() - rate) < 4 * (rate * (1 - rate) / count) ** 0.5
     # No memory of the sample before: pairs are as frequent as they are by chance.
     pairs = (gone[1:] & gone[:-1]).mean()
@@ -209,7 +209,7 @@ def test_dropout_takes_its_share_of_captions_and_nothing_else():
     np.testing.assert_array_equal(batch["ids"], np.where(gone[:64, None], 0, full["ids"]))
     np.testing.assert_array_equal(batch["mask"].any(1), ~gone[:64])
     # Another seed drops others, and what is drawn does not decide.
-    assert (gone != dropped(4, rate, 0, count)).any()
+    assert (gone != dropout_mask(4, rate, 0, count)).any()
     _, captions, _ = shapes.sample_batch(3, range(count))
     complete = np.array([len(shapes.parse(text)) == len(shapes.ATTRIBUTES) for text in captions])
     share, others = gone[complete].mean(), gone[~complete].mean()
@@ -218,7 +218,7 @@ def test_dropout_takes_its_share_of_captions_and_nothing_else():
 
 @pytest.mark.parametrize("share", [0, 1])
 def test_dropout_of_none_and_of_all(share):
-    assert dropped(0, share, 0, 50).tolist() == [bool(share)] * 50
+    assert dropout_mask(0, share, 0, 50).tolist() == [bool(share)] * 50
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Stands in for srun: real processes on this machine, told who they are as SLURM tells tasks.
+"""Stand-in for srun: real processes on this machine, with the variables of SLURM tasks.
 
     fake_srun.py [--ntasks=N] [--ntasks-per-node=N] [--kill-on-bad-exit=1] [...] COMMAND...
 
-JAX's own detection of SLURM joins them over 127.0.0.1. Other options are accepted and do nothing.
+JAX's own detection of SLURM connects them over 127.0.0.1. Other options are ignored.
 TERM to this process goes to every process of every task, as SLURM signals a step.
 FAKE_SRUN_PID names a file for this process's number. SLURM_JOB_ID chooses JAX's port: take it from
 `free_job_id`. Returns the highest code of the tasks, 128 + number for one that a signal ended.
@@ -66,7 +66,7 @@ def start(options: dict[str, str], command: list[str]) -> list[subprocess.Popen]
     return tasks
 
 
-def tell(tasks: list[subprocess.Popen], kind: signal.Signals) -> None:
+def send_signal(tasks: list[subprocess.Popen], kind: signal.Signals) -> None:
     """Signal every process of the tasks."""
     for task in tasks:
         try:
@@ -80,13 +80,13 @@ def tell(tasks: list[subprocess.Popen], kind: signal.Signals) -> None:
 def main(arguments: list[str]) -> int:
     options, command = parse(arguments)
     tasks = start(options, command)
-    signal.signal(signal.SIGTERM, lambda number, frame: tell(tasks, signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda number, frame: send_signal(tasks, signal.SIGTERM))
     if place := os.environ.get("FAKE_SRUN_PID"):
         Path(place).write_text(str(os.getpid()))
     strict = options.get("kill-on-bad-exit") == "1"
     while None in [task.poll() for task in tasks]:
         if strict and any(task.returncode for task in tasks):
-            tell([task for task in tasks if task.returncode is None], signal.SIGKILL)
+            send_signal([task for task in tasks if task.returncode is None], signal.SIGKILL)
         time.sleep(0.05)
     return max(code if code >= 0 else 128 - code for code in (t.returncode for t in tasks))
 

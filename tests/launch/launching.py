@@ -1,4 +1,4 @@
-"""Launch scripts on a closed PATH: a few tools, and programs that only note how they are called."""
+"""Harness for launch scripts: a closed PATH with a few tools, and programs that record calls."""
 
 import json
 import os
@@ -16,7 +16,7 @@ TOOLS = "bash cat dirname mkdir realpath rm setsid sleep tee tr".split()
 
 
 class Bench:
-    """bin/ is all of PATH. What is called there and is no tool is in `calls`."""
+    """Folder whose bin/ is the whole PATH; `calls` has the calls of the recording programs."""
 
     def __init__(self, folder: Path):
         self.folder, self.bin, self.record = folder, folder / "bin", folder / "record"
@@ -26,7 +26,7 @@ class Bench:
             (self.bin / tool).symlink_to(shutil.which(tool))
 
     def program(self, name: str, *lines: str) -> None:
-        """A bash program that notes its arguments and then does what `lines` say."""
+        """Write a bash program that records its arguments and then runs `lines`."""
         note = f'printf \'%s\\0\' $(($# + 1)) "${{0##*/}}" "$@" >> {self.record}'
         path = self.bin / name
         path.write_text("\n".join([f"#!{BASH}", note, *lines]) + "\n")
@@ -37,23 +37,23 @@ class Bench:
             self.program(name, f"echo {name} says", f"exit {code}")
 
     def real_srun(self) -> None:
-        """srun as `fake_srun`: tasks are processes of this machine."""
+        """Make srun the one of fake_srun.py: tasks are processes of this machine."""
         fake = Path(__file__).with_name("fake_srun.py")
         self.program("srun", f'exec {sys.executable} {fake} "$@"')
 
     @property
     def calls(self) -> list[list[str]]:
         words = self.record.read_text().split("\0")[:-1] if self.record.exists() else []
-        found = []
+        calls = []
         while words:
             count = int(words[0])
-            found.append(words[1 : count + 1])
+            calls.append(words[1 : count + 1])
             words = words[count + 1 :]
-        return found
+        return calls
 
     def environment(self, **variables) -> dict[str, str]:
-        own = {"PATH": str(self.bin), "HOME": str(self.folder), "LOGS": str(self.logs)}
-        return own | {key: str(value) for key, value in variables.items()}
+        base = {"PATH": str(self.bin), "HOME": str(self.folder), "LOGS": str(self.logs)}
+        return base | {key: str(value) for key, value in variables.items()}
 
     def start(self, script: str, *arguments, **variables) -> subprocess.Popen:
         return subprocess.Popen(
@@ -68,7 +68,7 @@ class Bench:
         )
 
     def run(self, script: str, *arguments, code: int = 0, **variables) -> tuple[str, str]:
-        """What a script prints, to stdout and stderr; fails unless it returns `code`."""
+        """Run a script; return its stdout and stderr; fail unless it returns `code`."""
         process = self.start(script, *arguments, **variables)
         try:
             out, err = process.communicate(timeout=100)
@@ -108,13 +108,13 @@ def without(variables: dict, *keys) -> dict:
 
 def status(workdir: Path, word: str, at: float = 0) -> None:
     workdir.mkdir(exist_ok=True)
-    (workdir / "status.json").write_text(json.dumps(said(word, at)))
+    (workdir / "status.json").write_text(json.dumps(status_record(word, at)))
 
 
-def said(word: str, at: float = 0) -> dict:
+def status_record(word: str, at: float = 0) -> dict:
     reason = 'it said "status": "done"' if word == "stopped" else ""
-    found = {"reason": reason, "status": word, "step": 3, "steps": 9, "time": at}
-    return found | {"text": word}
+    record = {"reason": reason, "status": word, "step": 3, "steps": 9, "time": at}
+    return record | {"text": word}
 
 
 LOOP = "for ((i = 0; i < 600; i++)); do sleep 0.05; done"  # of a program that waits for a signal
@@ -127,10 +127,10 @@ def wait_for(what, seconds: float = 20):
         time.sleep(0.05)
 
 
-CHANGES = [  # status.json before and after (word, time), the run's code: what xpk is told
+CHANGES = [  # status.json before and after (word, time), the exit codes of run and pod
     (None, ("done", 1), 0, 0),
     (None, ("preempted", 1), 0, 143),
-    (("preempted", 1), ("preempted", 1), 0, 143),  # told to leave before it began
+    (("preempted", 1), ("preempted", 1), 0, 143),  # stopped before it began
     (("preempted", 1), ("preempted", 1), 1, 1),  # failed before it began: it would again
     (None, ("running", 1), 137, 143),
     (("running", 1), ("running", 2), 3, 143),  # a peer was lost
@@ -143,9 +143,9 @@ CHANGES = [  # status.json before and after (word, time), the run's code: what x
 
 
 def put_status(bench, workdir, before, after, code) -> None:
-    """Of a run that says `after` and returns `code`."""
+    """Make gadjax a run that writes the status `after` and returns `code`."""
     if before:
         status(workdir, *before)
-    text = shlex.quote(json.dumps(said(*after))) if after else ""
+    text = shlex.quote(json.dumps(status_record(*after))) if after else ""
     write = f"mkdir -p {workdir}; printf %s {text} > {workdir}/status.json" if after else ":"
     bench.program("gadjax", write, f"exit {code}")

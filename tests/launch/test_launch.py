@@ -1,4 +1,4 @@
-"""What the launch scripts would start, and what they refuse."""
+"""Launch scripts: the commands that they would start, and their refusals."""
 
 import shlex
 import subprocess
@@ -13,12 +13,12 @@ ENTRIES = [path for path in SCRIPTS if path.name not in ("env.sh", "lib.sh")]
 
 
 def test_shellcheck_finds_nothing():
-    found = subprocess.run(
+    checked = subprocess.run(
         ["shellcheck", "-x", "-a", "-P", "SCRIPTDIR", "-P", ROOT, *ENTRIES],
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 0, found.stdout + found.stderr
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_all_scripts_are_checked():

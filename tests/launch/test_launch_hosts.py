@@ -1,4 +1,4 @@
-"""What happens on TPU hosts, in pods and on one machine of GPUs."""
+"""Launch scripts on TPU hosts, in pods and on one machine with GPUs."""
 
 import shlex
 import shutil
@@ -54,7 +54,7 @@ def test_an_unknown_step_is_refused(bench):
     assert "found 'creat'" in err
 
 
-def test_a_host_trains_until_it_is_told_to_stop(bench):
+def test_a_host_trains_until_stop(bench):
     ready = bench.folder / "ready"
     bench.program("gadjax", "trap 'echo saved; exit 3' TERM", f"echo > {ready}", LOOP)
     argv = ["/proc", str(bench.folder / "run"), *train("w", 4, HOSTILE)]
@@ -63,8 +63,8 @@ def test_a_host_trains_until_it_is_told_to_stop(bench):
         assert "process" in out
         wait_for(ready.exists)
         _, err = bench.run("tpu_vm.sh", "host", "train", *argv, code=2)
-        assert "found a run that goes on" in err
-        assert "is there" in bench.run("tpu_vm.sh", "host", "status")[0]
+        assert "found a run in progress" in err
+        assert "is running" in bench.run("tpu_vm.sh", "host", "status")[0]
         assert "exit code 3" in bench.run("tpu_vm.sh", "host", "stop", "20")[0]
     finally:
         bench.run("tpu_vm.sh", "host", "stop", "20")
@@ -80,24 +80,24 @@ def test_stop_has_patience_and_kills_nothing(bench):
     try:
         wait_for(ready.exists)
         _, err = bench.run("tpu_vm.sh", "host", "stop", "1", code=3)
-        assert "still there" in err
-        assert "is there" in bench.run("tpu_vm.sh", "host", "status")[0]
+        assert "still running" in err
+        assert "is running" in bench.run("tpu_vm.sh", "host", "status")[0]
     finally:
         leave.touch()
     wait_for(lambda: (bench.folder / ".gadjax/code").exists())
     assert "exit code 0" in bench.run("tpu_vm.sh", "host", "status")[0]
 
 
-def test_stop_leaves_a_strangers_process_alone(bench):
+def test_stop_does_not_signal_an_unrelated_process(bench):
     with subprocess.Popen(["sleep", "60"]) as stranger:
         (bench.folder / ".gadjax").mkdir()
         (bench.folder / ".gadjax/pid").write_text(str(stranger.pid))
-        assert "nothing was started" in bench.run("tpu_vm.sh", "host", "stop", "1")[0]
+        assert "no run was started" in bench.run("tpu_vm.sh", "host", "stop", "1")[0]
         assert stranger.poll() is None
         stranger.kill()
 
 
-def test_hosts_refuse_a_folder_of_their_own(bench):
+def test_hosts_refuse_a_folder_that_is_not_shared(bench):
     bench.programs("gadjax")
     for argv in (["tpu_vm.sh", "host", "train"], ["tpu_gke.sh", "pod"]):
         _, err = bench.run(*argv, str(bench.folder), str(bench.folder / "run"), "train", code=2)
@@ -108,11 +108,11 @@ def test_hosts_refuse_a_folder_of_their_own(bench):
 # Pods.
 
 
-@pytest.mark.parametrize("before, after, code, told", CHANGES)
-def test_a_pod_says_whether_to_start_again(bench, before, after, code, told):
+@pytest.mark.parametrize("before, after, code, pod_code", CHANGES)
+def test_exit_code_of_a_pod_requests_a_restart(bench, before, after, code, pod_code):
     workdir = bench.folder / "run"
     put_status(bench, workdir, before, after, code)
-    bench.run("tpu_gke.sh", "pod", "/proc", str(workdir), *train("w", 4, HOSTILE), code=told)
+    bench.run("tpu_gke.sh", "pod", "/proc", str(workdir), *train("w", 4, HOSTILE), code=pod_code)
     assert bench.calls[0][:3] == ["gadjax", "launch", "--logs"]
     assert bench.calls[0][5:] == train("w", 4, HOSTILE)
 

@@ -1,4 +1,4 @@
-"""slurm.sbatch: refusals, requeueing, and real processes joined by SLURM's variables."""
+"""slurm.sbatch: refusals, requeueing, and real processes connected by SLURM's variables."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_slurm_refuses_gpus_left_idle(bench, change, word):
     assert word in err and err.count("\n") == 1 and bench.calls == []
 
 
-def test_slurm_takes_a_task_that_says_which_gpus(bench):
+def test_slurm_accepts_a_task_with_device_ids(bench):
     one = {"SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 1, "JAX_LOCAL_DEVICE_IDS": "0,1,2,3,4,5,6,7"}
     out, _ = bench.run("slurm.sbatch", "--dry-run", WORKDIR="w", **(JOB | one))
     assert "--devices 16" in out
@@ -54,11 +54,11 @@ def slurm(bench, code: int, **variables):
     return [call for call in bench.calls if call[0] == "scontrol"]
 
 
-@pytest.mark.parametrize("before, after, code, told", CHANGES)
-def test_slurm_requeues_what_should_start_again(bench, before, after, code, told):
+@pytest.mark.parametrize("before, after, code, pod_code", CHANGES)
+def test_slurm_requeues_runs_that_should_restart(bench, before, after, code, pod_code):
     put_status(bench, bench.folder / "run", before, after, code)
-    called = slurm(bench, 3 if told == 3 else code)
-    assert called == ([["scontrol", "requeue", "7"]] if told == 143 else [])
+    called = slurm(bench, 3 if pod_code == 3 else code)
+    assert called == ([["scontrol", "requeue", "7"]] if pod_code == 143 else [])
 
 
 def test_slurm_requeues_no_more_than_max_restarts(bench):
@@ -83,8 +83,8 @@ def test_slurm_passes_the_environment_on(bench):
     bench.program("gadjax", "echo $NCCL_SOCKET_IFNAME $NCCL_DEBUG $XLA_FLAGS", "export -p >&2")
     bench.program("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
     given = JOB | {"SLURM_JOB_ID": 7, "WORKDIR": bench.folder / "run"}
-    own = {"NCCL_SOCKET_IFNAME": "ib0", "XLA_FLAGS": "--xla_a"}
-    out, err = bench.run("slurm.sbatch", **given, **own)
+    variables = {"NCCL_SOCKET_IFNAME": "ib0", "XLA_FLAGS": "--xla_a"}
+    out, err = bench.run("slurm.sbatch", **given, **variables)
     assert "ib0 WARN --xla_a" in out
     assert 'XLA_PYTHON_CLIENT_MEM_FRACTION="0.9"' in err
     assert f'JAX_COMPILATION_CACHE_DIR="{bench.folder}/compiled"' in err
@@ -149,6 +149,6 @@ def test_jax_joins_the_tasks_by_slurms_variables(bench):
     two = {"SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 2, "SLURM_JOB_ID": free_job_id()}
     cpu = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": 1, "WORKDIR": workdir}
     bench.run("slurm.sbatch", CONFIG="c.py", **two, **cpu)
-    found = json.loads((workdir / "status.json").read_text())
-    assert found == {"ranks": [0, 1], "right": True, "status": "preempted"}
+    record = json.loads((workdir / "status.json").read_text())
+    assert record == {"ranks": [0, 1], "right": True, "status": "preempted"}
     assert bench.calls[-1] == ["scontrol", "requeue", str(two["SLURM_JOB_ID"])]

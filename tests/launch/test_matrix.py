@@ -23,9 +23,11 @@ def test_a_table_of_all_pythons(tmp_path):
     (tmp_path / "launch").mkdir()
     shutil.copy(MATRIX, tmp_path / "launch")
     executable(tmp_path / "launch" / "test.sh", f'cd "$(dirname "$0")/.."\n{TESTS}')
-    for minor in (97, 98, 99):  # asked for the versions of packages, or for its own
-        say = f"[[ $2 != *flax* ]] || {{ echo 3.{minor}.1 0.12.0 0.12.12; exit; }}; echo 3.{minor}"
-        executable(tmp_path / "bin" / f"python3.{minor}", say)
+    for minor in (97, 98, 99):  # prints the versions of packages, or its own
+        script = (
+            f"[[ $2 != *flax* ]] || {{ echo 3.{minor}.1 0.12.0 0.12.12; exit; }}; echo 3.{minor}"
+        )
+        executable(tmp_path / "bin" / f"python3.{minor}", script)
     executable(tmp_path / "bin" / "python3.96", "exit 1")
     for tool in "bash dirname git grep sort tail mkdir cp".split():
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))

@@ -1,5 +1,5 @@
-"""A job under SLURM from its start to its end, with real training processes: TERM, KILL, and a
-last start on another mesh, after which the run is where one that was left alone is."""
+"""A job under SLURM from start to end, with real training processes: TERM, KILL, and a last start
+on another mesh, after which the losses are those of an uninterrupted run."""
 
 import json
 import os
@@ -71,15 +71,15 @@ def requeued(bench) -> int:
     return sum(call[:2] == ["scontrol", "requeue"] for call in bench.calls)
 
 
-def test_a_job_that_is_told_to_leave_killed_and_moved_ends_as_if_left_alone(bench, job, tmp_path):
+def test_a_job_preempted_killed_and_moved_ends_as_an_uninterrupted_one(bench, job, tmp_path):
     workdir = tmp_path / "run"
     first = job(workdir, 2, *MESH)
     reached(workdir, 2, first)
     os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
     begin = time.monotonic()
-    code, said = ended(first)
+    code, output = ended(first)
     took = time.monotonic() - begin
-    assert code == 0 and requeued(bench) == 1, said
+    assert code == 0 and requeued(bench) == 1, output
     saved = status(workdir)["step"]
     assert status(workdir)["text"] == f"preempted at step {saved}" and saved < STEPS - 6
     print(f"TERM: saved and left {took:.1f} s later")
@@ -91,9 +91,9 @@ def test_a_job_that_is_told_to_leave_killed_and_moved_ends_as_if_left_alone(benc
     assert len(trains) == 2
     trains[1].kill()
     begin = time.monotonic()
-    code, said = ended(second)
+    code, output = ended(second)
     print(f"KILL: the job ended {time.monotonic() - begin:.1f} s later with {code}")
-    assert code not in (0, 2) and "was killed by SIGKILL" in said
+    assert code not in (0, 2) and "was killed by SIGKILL" in output
 
     third = job(workdir, 1, *OTHER)
     assert ended(third)[0] == 0
@@ -101,8 +101,8 @@ def test_a_job_that_is_told_to_leave_killed_and_moved_ends_as_if_left_alone(benc
 
     alone = tmp_path / "alone"
     assert ended(job(alone, 1, *MESH))[0] == 0
-    found, wanted = losses(workdir), losses(alone)
-    assert found.keys() == wanted.keys() == set(range(1, STEPS + 1))
-    apart = np.array([found[k] / wanted[k] - 1 for k in found])
+    restarted, uninterrupted = losses(workdir), losses(alone)
+    assert restarted.keys() == uninterrupted.keys() == set(range(1, STEPS + 1))
+    apart = np.array([restarted[k] / uninterrupted[k] - 1 for k in restarted])
     print(f"losses of {STEPS} steps differ by at most {np.abs(apart).max():.1e}")
     np.testing.assert_allclose(apart, 0, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Several real processes on one machine: they find each other, check_same_on_all, and leave run_on_all_processes."""
+"""Several real processes on one machine: initialization, consistency checks, joint preemption."""
 
 import signal
 import threading
@@ -15,9 +15,15 @@ import os, signal, sys
 from pathlib import Path
 from gadjax.errors import InputError, RunStopped
 from gadjax.runtime import distributed
-from gadjax.runtime.distributed import PreemptionHandler, check_same_on_all, check_devices, join, run_on_all_processes
+from gadjax.runtime.distributed import (
+    PreemptionHandler,
+    check_devices,
+    check_same_on_all,
+    initialize_distributed,
+    run_on_all_processes,
+)
 
-join()
+initialize_distributed()
 import jax
 number = jax.process_index()
 
@@ -33,52 +39,50 @@ def fail():
     return "fine"
 
 show("devices", lambda: (jax.device_count(), jax.local_device_count()))
-show("should_stop", lambda: check_devices(16))
+show("count", lambda: check_devices(16))
 show("same", lambda: check_same_on_all({"lr": 1}, Path("run")))
 show("config", lambda: check_same_on_all({"lr": number}, Path("run")))
 show("workdir", lambda: check_same_on_all({"lr": 1}, Path(f"run{number}")))
-distributed._code = lambda: f"print({number})"
+distributed._source_code = lambda: f"print({number})"
 show("code", lambda: check_same_on_all({"lr": 1}, Path("run")))
 show("all", lambda: run_on_all_processes(lambda: "fine"))
 show("one", lambda: run_on_all_processes(fail))
-with PreemptionHandler() as leaving:
+with PreemptionHandler() as preemption:
     for step in range(1, 10_000):
-        if step == 5 and number == 1:  # this one is_single_process is told
+        if step == 5 and number == 1:  # this process alone gets the signal
             os.kill(os.getpid(), signal.SIGUSR1)
-        # As every training step does, which keeps processes run_on_all_processes.
+        # A collective operation, as in every training step, which keeps the processes in step.
         run_on_all_processes(lambda: None)
-        if leaving.should_stop(step):
+        if preemption.should_stop(step):
             break
 print(f"left: {step}", flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def said():
-    """What both processes printed, by name."""
+def outputs():
+    """Lines that both processes printed, by name."""
     port = free_port()
     both = [start(["-c", WORKER], number, 2, port, 4) for number in (0, 1)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    printed = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
     return [
         dict(line.split(": ", 1) for line in output.splitlines() if ": " in line)
-        for output in outputs
+        for output in printed
     ]
 
 
-def test_they_find_each_other(said):
-    assert [words["devices"] for words in said] == ["(8, 4)"] * 2
+def test_processes_connect(outputs):
+    assert [words["devices"] for words in outputs] == ["(8, 4)"] * 2
 
 
-def test_a_number_of_devices_that_was_not_asked_for_is_said_by_all(said):
-    for words in said:
-        assert words["should_stop"].startswith(
-            "InputError: --devices: found 8 in 2 processes; expected"
-        )
+def test_an_unexpected_number_of_devices_is_an_error_on_all(outputs):
+    for words in outputs:
+        assert words["count"].startswith("InputError: --devices: found 8 in 2 processes; expected")
 
 
-def test_processes_that_run_the_same_agree(said):
-    assert [words["same"] for words in said] == ["None"] * 2
+def test_equal_processes_pass_the_check(outputs):
+    assert [words["same"] for words in outputs] == ["None"] * 2
 
 
 @pytest.mark.parametrize(
@@ -89,21 +93,21 @@ def test_processes_that_run_the_same_agree(said):
         ("code", "other code of gadjax"),
     ],
 )
-def test_processes_that_differ_all_end(said, name, what):
-    for number, words in enumerate(said):
+def test_processes_that_differ_all_end(outputs, name, what):
+    for number, words in enumerate(outputs):
         assert words[name].startswith(
             f"InputError: process {1 - number}: found {what} than on process {number}"
         )
 
 
-def test_what_fails_on_one_ends_all_as_it_does(said):
-    assert [words["all"] for words in said] == ["fine"] * 2
-    assert said[1]["one"] == "RunStopped: no room"
-    assert said[0]["one"].startswith("RunStopped: process 1 ended")
+def test_an_error_on_one_ends_all_with_its_kind(outputs):
+    assert [words["all"] for words in outputs] == ["fine"] * 2
+    assert outputs[1]["one"] == "RunStopped: no room"
+    assert outputs[0]["one"].startswith("RunStopped: process 1 ended")
 
 
-def test_all_leave_after_the_same_step_whoever_was_told(said):
-    steps = [int(words["left"]) for words in said]
+def test_all_stop_after_the_same_step_whoever_got_the_signal(outputs):
+    steps = [int(words["left"]) for words in outputs]
     assert steps[0] == steps[1] and 5 <= steps[0] < 9_999
 
 
@@ -116,8 +120,8 @@ for error in (RunStopped("no room"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUS
     try:
         with distributed.abort_on_lost_peer():
             raise error
-    except Exception as found:
-        print(found is error, flush=True)
+    except Exception as raised:
+        print(raised is error, flush=True)
 with distributed.abort_on_lost_peer():
     raise RunStopped("checkpoints/8: cannot be written") from RuntimeError("Gloo AllGather failed")
 """
@@ -161,15 +165,15 @@ def test_a_lost_peer_is_not_a_fault_of_this_run():
         ),
     ],
 )
-def test_variables_that_are_wrong_are_named(monkeypatch, given, words):
+def test_wrong_variables_are_named(monkeypatch, given, words):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError) as error:
-        distributed.join()
+        distributed.initialize_distributed()
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_task_for_each_card_is_what_slurm_should_give(monkeypatch):
+def test_one_slurm_task_per_gpu_passes(monkeypatch):
     monkeypatch.setenv("SLURM_LOCALID", "0")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "8(x2)")
@@ -177,14 +181,14 @@ def test_a_task_for_each_card_is_what_slurm_should_give(monkeypatch):
 
 
 def test_signals_are_left_to_the_main_thread():
-    """A worker's run cannot take them, and goes on without."""
-    before, found = signal.getsignal(signal.SIGTERM), []
+    """A run in a worker thread cannot handle signals, and trains without."""
+    before, stops = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with distributed.PreemptionHandler() as leaving:
-            found.append(leaving.should_stop(1))
+        with distributed.PreemptionHandler() as preemption:
+            stops.append(preemption.should_stop(1))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [False] and signal.getsignal(signal.SIGTERM) is before
+    assert stops == [False] and signal.getsignal(signal.SIGTERM) is before

@@ -1,4 +1,4 @@
-"""Where the time goes: that it adds up, over restarts and crashes as well."""
+"""Goodput: seconds by kind add up, over restarts and crashes as well."""
 
 import json
 
@@ -8,7 +8,7 @@ from gadjax.runtime.goodput import GoodputClock
 
 
 class Time:
-    """Seconds that pass when the test says so."""
+    """Clock that the test advances."""
 
     def __init__(self):
         self.now = 0.0
@@ -21,12 +21,12 @@ class Time:
 
 
 def steps(clock, time, numbers):
-    """A start: ten seconds until its first step, then four for each (one of them for data)."""
+    """A start: ten seconds up to its first step, then four per step (one of them for data)."""
     time.pass_(10)
     for number in numbers:
         with clock("data"):
             time.pass_(1)
-        clock.stepped(number)
+        clock.record_step(number)
         time.pass_(3)
 
 
@@ -34,7 +34,7 @@ def record(workdir):
     return json.loads((workdir / "goodput.json").read_text())
 
 
-def test_all_the_time_is_somewhere(tmp_path):
+def test_seconds_by_kind_add_up(tmp_path):
     time = Time()
     clock = GoodputClock(time)
     clock.resume(tmp_path, 0)
@@ -50,10 +50,10 @@ def test_all_the_time_is_somewhere(tmp_path):
     assert record(tmp_path) == {"step": 3, "steps": 3, "starts": 1, "seconds": expected}
 
 
-def test_a_block_that_fails_still_ends(tmp_path):
+def test_an_exception_ends_its_kind(tmp_path):
     time = Time()
     clock = GoodputClock(time)
-    clock.stepped(1)
+    clock.record_step(1)
     with pytest.raises(OSError), clock("checkpoint"):
         time.pass_(2)
         raise OSError
@@ -62,7 +62,7 @@ def test_a_block_that_fails_still_ends(tmp_path):
 
 
 @pytest.mark.parametrize(("restored", "lost"), [(5, 0), (3, 6), (0, 15)])
-def test_steps_that_are_done_again_are_lost(tmp_path, restored, lost):
+def test_repeated_steps_count_as_lost(tmp_path, restored, lost):
     time = Time()
     first = GoodputClock(time)
     first.resume(tmp_path, 0)
@@ -87,7 +87,7 @@ def test_steps_that_are_done_again_are_lost(tmp_path, restored, lost):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"seconds": {"step": 1}}'])
-def test_a_record_that_cannot_be_read_begins_anew(tmp_path, text):
+def test_an_unreadable_record_is_replaced(tmp_path, text):
     (tmp_path / "goodput.json").write_text(text)
     clock = GoodputClock(Time())
     clock.resume(tmp_path, 3)

@@ -1,4 +1,4 @@
-"""Profiles on demand: which steps they hold, and that nothing else waits or stops for them."""
+"""Profiler traces: their steps, and that they neither delay nor stop a run otherwise."""
 
 import jax
 import pytest
@@ -10,7 +10,7 @@ from gadjax.runtime.profiler import Profile, parse_profile
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What was asked of JAX, in order."""
+    """Calls of JAX, in order."""
     made = []
     monkeypatch.setattr(jax, "block_until_ready", lambda state: made.append(("wait", state)))
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: made.append(str(folder)))
@@ -19,37 +19,37 @@ def calls(monkeypatch):
 
 
 def walk(profile, first, last):
-    """A run's loop, whose state is how many steps are done."""
+    """Loop of a run whose state is the number of steps done."""
     for done in range(first, last):
         profile.before_step(done, done)
     profile.close(last, last)
 
 
-def test_it_holds_the_steps_that_were_asked_for(calls, tmp_path):
+def test_the_trace_has_the_requested_steps(calls, tmp_path):
     notes = []
     walk(Profile((3, 2), tmp_path, notes.append), 0, 9)
     assert calls == [("wait", 3), str(tmp_path / "profile"), ("wait", 5), "stop"]
     assert notes == [f"profile of steps 4 to 5: {tmp_path / 'profile'}"]
 
 
-def test_it_ends_with_the_run(calls, tmp_path):
+def test_the_trace_ends_with_the_run(calls, tmp_path):
     notes = []
     walk(Profile((3, 9), tmp_path, notes.append), 0, 5)
     assert calls[-2:] == [("wait", 5), "stop"] and notes[0].startswith("profile of steps 4 to 5:")
 
 
-def test_without_one_nobody_waits(calls, tmp_path):
+def test_without_a_trace_nothing_waits(calls, tmp_path):
     walk(Profile(None, tmp_path, print), 0, 9)
     assert calls == []
 
 
-def test_steps_that_are_done_already(calls, tmp_path):
+def test_steps_before_the_start_of_the_run(calls, tmp_path):
     notes = []
     walk(Profile((3, 2), tmp_path, notes.append), 4, 9)
     assert calls == [] and notes == ["no profile: found step 4; expected to begin at 3"]
 
 
-def test_a_fault_ends_the_profile_alone(calls, tmp_path, monkeypatch):
+def test_an_error_of_the_profiler_ends_only_the_trace(calls, tmp_path, monkeypatch):
     def fail(folder):
         raise RuntimeError("only one profile\nat a time")
 
@@ -67,7 +67,7 @@ def test_bad_values_are_refused(text):
         parse_profile(text, 9)
 
 
-def test_the_command_refuses_them_before_any_work(tmp_path, capsys):
+def test_the_command_refuses_bad_values_before_any_work(tmp_path, capsys):
     path = tmp_path / "c.py"
     path.write_text(
         "from gadjax.training.config import default_config\n\n"

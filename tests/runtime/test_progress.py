@@ -1,4 +1,4 @@
-"""What a run reports: lines, metrics.jsonl, TensorBoard, and that nobody waits for it."""
+"""Progress: lines, metrics.jsonl, trackers, and no wait for the newest step."""
 
 import io
 import json
@@ -35,11 +35,11 @@ def test_metrics_and_lines_without_a_terminal(tmp_path, capsys):
         progress.note("first\nsecond")
         for step in range(1, 8):
             progress.update(step, {"loss": jnp.float32(step / 2), "bad": jnp.int32(0)})
-    found = rows(tmp_path)
-    assert [row["step"] for row in found] == [3, 6, 7]
-    assert [row["loss"] for row in found] == [1.5, 3.0, 3.5]
-    assert all(row["images_per_second"] > 0 and row["bad"] == 0 for row in found)
-    assert abs(found[0]["time"] - time.time()) < 60
+    metrics_rows = rows(tmp_path)
+    assert [row["step"] for row in metrics_rows] == [3, 6, 7]
+    assert [row["loss"] for row in metrics_rows] == [1.5, 3.0, 3.5]
+    assert all(row["images_per_second"] > 0 and row["bad"] == 0 for row in metrics_rows)
+    assert abs(metrics_rows[0]["time"] - time.time()) < 60
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["first", "second"] and len(lines) == 5
     assert lines[2].startswith("step 3/7  loss 1.5  bad 0  ")
@@ -110,7 +110,7 @@ def test_resume_appends_and_repeats_no_step(tmp_path):
     ]
 
 
-def test_what_is_not_finite_stays_json(tmp_path, capsys):
+def test_non_finite_metrics_are_valid_json(tmp_path, capsys):
     with report(tmp_path, 2, every=1) as progress:
         progress.update(1, {"loss": jnp.float32(np.nan)})
         progress.update(2, {"loss": jnp.float32(np.inf)})
@@ -138,7 +138,7 @@ def test_bar_on_a_terminal(tmp_path, monkeypatch):
     assert "step 2/4" not in text and "step 2/4" in (tmp_path / "train.log").read_text()
 
 
-def test_other_processes_say_nothing(tmp_path, capsys):
+def test_other_processes_report_nothing(tmp_path, capsys):
     with report(tmp_path / "w", 2, every=1, enabled=False) as progress:
         progress.note("hello")
         progress.update(1, {"loss": 1.0})
@@ -147,7 +147,7 @@ def test_other_processes_say_nothing(tmp_path, capsys):
 
 
 def test_goodput_is_in_every_row_and_in_the_record(tmp_path):
-    now = iter(range(100))  # every look at the clock takes a second
+    now = iter(range(100))  # every reading of the clock takes a second
     with report(tmp_path, 4, clock=GoodputClock(lambda: float(next(now)))) as progress:
         for step in (1, 2, 3, 4):
             progress.update(step, {"loss": 1.0})
@@ -159,21 +159,21 @@ def test_goodput_is_in_every_row_and_in_the_record(tmp_path):
     assert total == next(now) - 1 and record["seconds"]["step"] / total >= shares[-1]
 
 
-def test_trackers_hear_of_numbers_and_pictures_and_may_fail(tmp_path, monkeypatch, capsys):
-    told = []
+def test_trackers_get_scalars_and_images_and_may_fail(tmp_path, monkeypatch, capsys):
+    calls = []
 
     class Fake:
         def __init__(self, workdir, config, note):
             note("wandb stopped: it could not")
 
         def write_scalars(self, *args):
-            told.append(args)
+            calls.append(args)
 
         def write_images(self, step, images):
-            told.append((step, {name: array.shape for name, array in images.items()}))
+            calls.append((step, {name: array.shape for name, array in images.items()}))
 
         def close(self):
-            told.append("close")
+            calls.append("close")
 
     monkeypatch.setattr("gadjax.runtime.progress.Trackers", Fake)
     with report(tmp_path, 9, every=4) as progress:
@@ -182,7 +182,7 @@ def test_trackers_hear_of_numbers_and_pictures_and_may_fail(tmp_path, monkeypatc
         progress.update(5, {"loss": 3.0})
     goodput = rows(tmp_path)[0]["goodput"]
     scalars = (4, {"loss": 2.0, "goodput": goodput})
-    assert told == [(4, {"preview": (1, 2, 3, 3)}), scalars, "close"]
+    assert calls == [(4, {"preview": (1, 2, 3, 3)}), scalars, "close"]
     assert "wandb stopped: it could not" in capsys.readouterr().err
 
 
@@ -192,6 +192,6 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
         report(tmp_path / "file" / "work", 1)
 
 
-def test_overview():
+def test_parameter_table():
     table = parameter_table({"blocks": {"kernel": jnp.zeros((3, 4, 5)), "bias": jnp.zeros((7,))}})
     assert "blocks/kernel" in table and "(3, 4, 5)" in table and "Total: 67" in table

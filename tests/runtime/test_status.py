@@ -1,4 +1,4 @@
-"""`gadjax status`: a workdir read from outside."""
+"""gadjax status: the status of a run, from its workdir."""
 
 import json
 import os
@@ -28,9 +28,9 @@ def write(path, data):
     path.write_text(json.dumps(data))
 
 
-def say(workdir, status, step, time, **more):
-    said = {"status": status, "step": step, "steps": 100, "time": time, "text": status}
-    write(workdir / "status.json", said | more)
+def write_status(workdir, status, step, time, **more):
+    record = {"status": status, "step": step, "steps": 100, "time": time, "text": status}
+    write(workdir / "status.json", record | more)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def workdir(tmp_path):
     """A run that is at step 40 of 100: 8 images a step, 4 seconds a step, a line every 2 steps."""
     folder = tmp_path / "run"
     write(folder / "config.json", {"steps": 100, "batch": 8, "log": {"every": 2}})
-    say(folder, "running", 30, NOW - 60)
+    write_status(folder, "running", 30, NOW - 60)
     write(folder / "run.json", RUN)
     rows = [
         {
@@ -66,8 +66,8 @@ def workdir(tmp_path):
     return folder
 
 
-def test_where_a_run_stands(workdir):
-    found = read_status(workdir, NOW)
+def test_status_of_a_run(workdir):
+    fields = read_status(workdir, NOW)
     expected = {
         "state": "running",
         "step": 40,
@@ -83,9 +83,9 @@ def test_where_a_run_stands(workdir):
         "seconds_since_news": 4,
         "warning": None,
     }
-    assert {name: found[name] for name in expected} == expected
-    assert found["goodput"]["step"] == 0.8 and sum(found["goodput"].values()) == pytest.approx(1)
-    text = table(found)
+    assert {name: fields[name] for name in expected} == expected
+    assert fields["goodput"]["step"] == 0.8 and sum(fields["goodput"].values()) == pytest.approx(1)
+    text = table(fields)
     for words in (
         "running",
         "40 / 100 (40%)",
@@ -103,26 +103,26 @@ def test_where_a_run_stands(workdir):
     assert "WARNING" not in text
 
 
-def test_a_run_that_has_gone_silent(workdir):
+def test_a_run_without_news_gets_a_warning(workdir):
     assert read_status(workdir, NOW + 60)["warning"] is None  # within a minute and 12 steps
-    found = read_status(workdir, NOW + 600)
-    assert "no news for 0:10:04" in found["warning"] and "WARNING" in table(found)
-    say(workdir, "preempted", 40, NOW, text="preempted at step 40")
-    found = read_status(workdir, NOW + 600)
-    assert found["warning"] is None and found["eta_seconds"] is None
-    assert "preempted at step 40" in table(found)
+    fields = read_status(workdir, NOW + 600)
+    assert "no news for 0:10:04" in fields["warning"] and "WARNING" in table(fields)
+    write_status(workdir, "preempted", 40, NOW, text="preempted at step 40")
+    fields = read_status(workdir, NOW + 600)
+    assert fields["warning"] is None and fields["eta_seconds"] is None
+    assert "preempted at step 40" in table(fields)
 
 
-def test_a_start_that_still_compiles_is_given_time(workdir):
-    say(workdir, "running", 40, NOW)  # resumed: no line of this start yet
+def test_a_compiling_start_gets_more_time(workdir):
+    write_status(workdir, "running", 40, NOW)  # resumed: no line of this start yet
     assert read_status(workdir, NOW + 1200)["warning"] is None
     assert read_status(workdir, NOW + 7200)["warning"]
 
 
-def test_hardware_that_nobody_knows(workdir):
+def test_unknown_hardware(workdir):
     write(workdir / "run.json", RUN | {"device": "cpu", "peak_flops": None})
-    found = read_status(workdir, NOW)
-    assert found["utilisation"] is None and "unknown hardware" in table(found)
+    fields = read_status(workdir, NOW)
+    assert fields["utilisation"] is None and "unknown hardware" in table(fields)
     assert peak_flops("cpu") is None
     assert (
         peak_flops("TPU v5 lite") == CHIPS["v5e"].peak and peak_flops("TPU v5") == CHIPS["v5p"].peak
@@ -132,24 +132,24 @@ def test_hardware_that_nobody_knows(workdir):
 def test_a_run_that_has_just_begun(workdir):
     for name in ("status.json", "run.json", "metrics.jsonl", "goodput.json"):
         (workdir / name).unlink()
-    found = read_status(workdir, NOW)
-    assert found["state"] == "unknown" and found["step"] == 0 and found["warning"] is None
-    assert "0 / 100" in table(found)
+    fields = read_status(workdir, NOW)
+    assert fields["state"] == "unknown" and fields["step"] == 0 and fields["warning"] is None
+    assert "0 / 100" in table(fields)
     for half in ("", "{", "[1]"):
         (workdir / "status.json").write_text(half)
         assert read_status(workdir, NOW)["state"] == "unknown"
 
 
-def test_of_long_metrics_only_the_end_is_read(workdir):
+def test_only_the_end_of_long_metrics_is_read(workdir):
     first = json.dumps({"step": 1, "time": 1.0, "images_per_second": 9.0}) + "\n"
     line = json.dumps({"step": 2, "time": 1.0, "images_per_second": None}) + "\n"
     last = json.dumps({"step": 77, "time": NOW, "images_per_second": None}) + "\n"
     (workdir / "metrics.jsonl").write_text(first + line * 5000 + last)
-    found = read_status(workdir, NOW)
-    assert found["step"] == 77 and found["images_per_second"] is None
+    fields = read_status(workdir, NOW)
+    assert fields["step"] == 77 and fields["images_per_second"] is None
 
 
-def test_no_workdir_is_bad_input(tmp_path, capsys):
+def test_a_missing_workdir_is_bad_input(tmp_path, capsys):
     with pytest.raises(InputError, match="no such folder"):
         read_status(tmp_path / "nothing")
     assert main(["status", str(tmp_path)]) == 2

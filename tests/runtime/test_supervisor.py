@@ -1,4 +1,4 @@
-"""The supervisor over small processes that die, hang and refuse to leave."""
+"""Supervisor of small processes that die, hang or ignore signals."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from gadjax.runtime.supervisor import Limits, supervise
 
-# What the processes of these tests share: f"beat(step)" as a run does it, and its two signals.
+# Shared by the processes of these tests: heartbeats as of a run, and its two signals.
 SHARED = """
 import faulthandler, json, os, signal, sys, time
 faulthandler.register(signal.SIGUSR2, all_threads=True)
@@ -28,23 +28,23 @@ def ready():
 """
 STAYS = "signal.signal(signal.SIGTERM, leave); ready(); time.sleep(60)"
 REFUSES = "signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(60)"
-# Ends as the brackets say once the others are up, as nothing orders the starts of processes.
+# Ends as the format argument once the others are up, as processes start in any order.
 AFTER = """
 while not all(os.path.exists(file) for file in sys.argv[2:]): time.sleep(0.02)
 beat(41); time.sleep(0.2); {}
 """
 KILLS_ITSELF = AFTER.format("os.kill(os.getpid(), 9)")
-JAX_SAYS = (
+JAX_ABORT_MESSAGE = (
     "F1121 client.h:80] Terminating process because the JAX distributed service detected fatal "
     "errors. absl::Status: UNAVAILABLE: The following tasks are unhealthy (stopped sending "
     "heartbeats):\\n1\\nThe tasks have crashed."
 )
-ABORTS = f"print({JAX_SAYS!r}.replace(chr(92) + 'n', chr(10)), flush=True); os.abort()"
+ABORTS = f"print({JAX_ABORT_MESSAGE!r}.replace(chr(92) + 'n', chr(10)), flush=True); os.abort()"
 
 
 @pytest.fixture
 def commands(tmp_path):
-    """Commands of Python bodies; each is told a file of its own and then those of the others."""
+    """Commands of Python bodies; arguments: the process's ready file, then those of the others."""
 
     def make(*bodies: str) -> list[list[str]]:
         files = [str(tmp_path / f"up-{i}") for i in range(len(bodies))]
@@ -64,7 +64,7 @@ def logs(tmp_path) -> Path:
 
 @pytest.fixture
 def workdir(tmp_path) -> Path:
-    """Of a run that says it is running."""
+    """Workdir with the status "running"."""
     (tmp_path / "run").mkdir()
     status = {"status": "running", "step": 40, "steps": 90, "reason": "", "more": [1]}
     (tmp_path / "run" / "status.json").write_text(json.dumps(status))
@@ -91,7 +91,7 @@ def wait_for(true, seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
-def test_a_good_end_and_what_the_processes_are_told(commands, logs, capfdbinary):
+def test_success_and_the_environment_of_the_processes(commands, logs, capfdbinary):
     body = "print(*(os.environ['JAX_' + n] for n in sys.argv[3].split())); time.sleep(0.3)"
     names = "COORDINATOR_ADDRESS NUM_PROCESSES PROCESS_ID"
     both = [[*command, names] for command in commands(body, body)]
@@ -117,9 +117,9 @@ def test_a_killed_process_is_named_and_the_others_end(commands, logs, workdir, c
     begun = time.monotonic()
     assert supervise(commands(STAYS, KILLS_ITSELF), Limits(), logs, workdir) == 3
     assert time.monotonic() - begun < 5
-    said = capfd.readouterr().err
-    assert "process 1 (pid " in said and "was killed by SIGKILL at " in said
-    assert ", in step 41, 0." in said and "; ending the others" in said
+    err = capfd.readouterr().err
+    assert "process 1 (pid " in err and "was killed by SIGKILL at " in err
+    assert ", in step 41, 0." in err and "; ending the others" in err
     assert "saved" in (logs / "process-0.log").read_text()
     now = status(workdir)
     assert now["status"] == "stopped" and now["step"] == 40 and now["more"] == [1]
@@ -130,13 +130,13 @@ def test_a_killed_process_is_named_and_the_others_end(commands, logs, workdir, c
 def test_an_unknown_code_shows_the_end_of_the_log(commands, logs, capfd):
     body = AFTER.format("[print('line', i) for i in range(40)]; 1 / 0")
     assert supervise(commands(STAYS, body), logs=logs) == 3
-    said = capfd.readouterr().err
-    assert "process 1" in said and "ended with code 1 at " in said
-    assert "ZeroDivisionError" in said and "line 39" in said and "line 20\n" not in said
+    err = capfd.readouterr().err
+    assert "process 1" in err and "ended with code 1 at " in err
+    assert "ZeroDivisionError" in err and "line 39" in err and "line 20\n" not in err
 
 
 @pytest.mark.parametrize(("codes", "expected"), [((3, 0), 3), ((2, 3), 2), ((3, 2), 2)])
-def test_codes_of_processes_that_said_why(commands, logs, codes, expected):
+def test_exit_codes_of_orderly_exits(commands, logs, codes, expected):
     bodies = ("ready()" + AFTER.format(f"sys.exit({code})") for code in codes)
     assert supervise(commands(*bodies), logs=logs) == expected
 
@@ -148,27 +148,27 @@ def test_after_an_orderly_end_the_others_may_end_by_themselves(commands, logs):
     assert (logs / "process-0.log").read_text() == "written\n"
 
 
-def test_one_process_that_said_why_says_it_alone(commands, workdir, capfd):
+def test_an_orderly_exit_of_one_process_is_not_reported_again(commands, workdir, capfd):
     body = "print('gadjax: x: found 1; expected 2', file=sys.stderr); sys.exit(2)"
     assert supervise(commands(body), workdir=workdir) == 2
     assert capfd.readouterr().err == "gadjax: x: found 1; expected 2\n"
     assert status(workdir)["status"] == "running"
 
 
-def test_an_abort_beside_another_death_is_its_consequence(commands, logs, capfd):
-    # Both are over before the supervisor looks for the first time after.
+def test_an_abort_with_another_death_is_its_consequence(commands, logs, capfd):
+    # Both have ended before the next poll of the supervisor.
     killed = AFTER.format("os.kill(os.getpid(), 9)")
     bodies = "ready()" + AFTER.format(ABORTS), "ready()" + killed
     assert supervise(commands(*bodies), logs=logs) == 3
-    said = capfd.readouterr().err
-    assert said.count("was killed by") == 1 and "process 1" in said and "SIGKILL" in said
+    err = capfd.readouterr().err
+    assert err.count("was killed by") == 1 and "process 1" in err and "SIGKILL" in err
 
 
-def test_a_lost_peer_is_told_as_jax_tells_it(commands, logs, workdir, capfd):
+def test_a_lost_peer_is_reported_with_the_message_of_jax(commands, logs, workdir, capfd):
     assert supervise(commands(ABORTS), logs=logs, workdir=workdir) == 3
-    said = capfd.readouterr().err
-    assert "SIGABRT" in said and "a peer was lost: The following tasks are unhealthy" in said
-    assert "heartbeats): 1\n" in said
+    err = capfd.readouterr().err
+    assert "SIGABRT" in err and "a peer was lost: The following tasks are unhealthy" in err
+    assert "heartbeats): 1\n" in err
     assert status(workdir)["status"] == "running"  # for its launcher to start it again
     assert supervise(commands("os.abort()"), logs=logs, workdir=workdir) == 3
     assert status(workdir)["status"] == "stopped"
@@ -183,15 +183,15 @@ def test_a_hung_step_prints_its_stacks(commands, logs, workdir, capfd):
     limits = Limits(hang=1, grace=0.5)
     assert supervise(commands(runs, hangs), limits, logs, workdir) == 3
     assert time.monotonic() - begun < 7
-    said = capfd.readouterr().err
-    assert said.count("gadjax launch:") == 1 and "process 1 (pid " in said
-    assert "hangs in step 5, " in said and str(logs) in said
+    err = capfd.readouterr().err
+    assert err.count("gadjax launch:") == 1 and "process 1 (pid " in err
+    assert "hangs in step 5, " in err and str(logs) in err
     assert "waits_for_its_peer" in (logs / "process-1.log").read_text()
     assert "most recent call first" in (logs / "process-0.log").read_text()
     assert "in step 5" in status(workdir)["reason"] and status(workdir)["status"] == "stopped"
 
 
-def test_a_start_has_longer_but_not_for_ever(commands, capfd):
+def test_a_start_has_a_longer_limit(commands, capfd):
     first = "time.sleep(0.6); beat(0); time.sleep(0.6)"  # loads, then compiles
     assert supervise(commands(first), Limits(hang=0.3, start=30)) == 0
     assert supervise(commands("beat(1); time.sleep(0.9)"), Limits(hang=0)) == 0
@@ -199,7 +199,7 @@ def test_a_start_has_longer_but_not_for_ever(commands, capfd):
     assert "hangs before its first step" in capfd.readouterr().err
 
 
-def test_what_refuses_to_end_is_killed(commands, logs, tmp_path):
+def test_a_process_that_ignores_sigterm_is_killed(commands, logs, tmp_path):
     begun = time.monotonic()
     assert supervise(commands(REFUSES, KILLS_ITSELF), Limits(grace=0.5), logs) == 3
     assert 0.5 < time.monotonic() - begun < 5
@@ -218,10 +218,12 @@ def supervised(tmp_path):
             "commands, logs, workdir = json.loads(sys.argv[1])\n"
             "sys.exit(supervise(commands, logs=Path(logs), workdir=Path(workdir)))"
         )
-        said = json.dumps([both, str(logs), str(workdir)])
+        arguments = json.dumps([both, str(logs), str(workdir)])
         started.append(
             subprocess.Popen(
-                [sys.executable, "-c", code, said], stderr=subprocess.PIPE, start_new_session=True
+                [sys.executable, "-c", code, arguments],
+                stderr=subprocess.PIPE,
+                start_new_session=True,
             )
         )
         files = [tmp_path / f"up-{i}" for i in range(len(both))]
@@ -235,7 +237,7 @@ def supervised(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_is_handed_on_and_what_saved_ends_well(commands, logs, workdir, supervised, kind):
+def test_a_signal_is_forwarded_and_a_saved_run_succeeds(commands, logs, workdir, supervised, kind):
     process, pids = supervised(commands(STAYS, STAYS), logs, workdir)
     os.killpg(process.pid, kind)  # as a terminal sends it: the children are not in this group
     assert process.wait(10) == 0

@@ -1,4 +1,4 @@
-"""Optional writers: what they are told, and that none of them stops a run."""
+"""Experiment trackers: their calls, and that none of them stops a run."""
 
 import json
 import sys
@@ -16,38 +16,38 @@ PICTURE = np.zeros((1, 4, 5, 3), np.uint8)
 
 
 def config(*names):
-    found = default_config()
-    found.log.trackers = names
-    return found
+    settings = default_config()
+    settings.log.trackers = names
+    return settings
 
 
 class FakeRun:
-    def __init__(self, told, fail=()):
-        self.told, self.fail = told, fail
+    def __init__(self, logged, fail=()):
+        self.logged, self.fail = logged, fail
 
     def log(self, data, step=None):
         if step in self.fail:
             raise ConnectionError("no\nroute")
-        self.told.append((step, data))
+        self.logged.append((step, data))
 
     def finish(self, exit_code=None):
-        self.told.append("finish")
+        self.logged.append("finish")
 
 
 @pytest.fixture(autouse=True)
 def modules(monkeypatch, tmp_path):
-    """Fakes of wandb and trackio with their signatures, and no tensorflow; all that they hear."""
-    told, started = {"wandb": [], "trackio": []}, []
+    """Fakes of wandb and trackio with their signatures, and no tensorflow; their calls."""
+    logged, started = {"wandb": [], "trackio": []}, []
     fail = {"wandb": [], "trackio": []}
 
     def wandb_init(*, project, id, name, dir, config, resume, mode, settings):
         started.append({"id": id, "name": name, "mode": mode, "resume": resume})
         assert config["steps"] == 1000 and settings["console"] == "off"
-        return FakeRun(told["wandb"], fail["wandb"])
+        return FakeRun(logged["wandb"], fail["wandb"])
 
     def trackio_init(project, name=None, *, config=None, resume="never", embed=True):
         started.append({"name": name, "resume": resume})
-        return FakeRun(told["trackio"], fail["trackio"])
+        return FakeRun(logged["trackio"], fail["trackio"])
 
     for name, init in (("wandb", wandb_init), ("trackio", trackio_init)):
         module = ModuleType(name)
@@ -58,18 +58,18 @@ def modules(monkeypatch, tmp_path):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    return SimpleNamespace(told=told, started=started, fail=fail, set=monkeypatch.setenv)
+    return SimpleNamespace(logged=logged, started=started, fail=fail, set=monkeypatch.setenv)
 
 
-def test_all_hear_the_same(modules, tmp_path):
+def test_all_trackers_get_the_same(modules, tmp_path):
     notes = []
     trackers = Trackers(tmp_path, config("wandb", "trackio"), notes.append)
     trackers.write_images(2, {"preview": PICTURE})
     trackers.write_scalars(2, {"loss": 0.5})
     trackers.close()
     trackers.close()
-    assert modules.told["wandb"] == [(2, {"preview": [(4, 5, 3)]}), (2, {"loss": 0.5}), "finish"]
-    assert modules.told["trackio"] == [(2, {"preview": (4, 5, 3)}), (2, {"loss": 0.5}), "finish"]
+    assert modules.logged["wandb"] == [(2, {"preview": [(4, 5, 3)]}), (2, {"loss": 0.5}), "finish"]
+    assert modules.logged["trackio"] == [(2, {"preview": (4, 5, 3)}), (2, {"loss": 0.5}), "finish"]
     assert notes == []
 
 
@@ -83,7 +83,7 @@ def test_a_resumed_run_is_the_same_run(modules, tmp_path):
     assert first[1] == {"name": f"{tmp_path.name}-{names['trackio']}", "resume": "allow"}
 
 
-def test_a_fault_is_noted_once_and_ends_that_one(modules, tmp_path):
+def test_an_error_is_reported_once_and_closes_its_tracker(modules, tmp_path):
     notes = []
     modules.fail["wandb"].append(2)
     trackers = Trackers(tmp_path, config("wandb", "trackio"), notes.append)
@@ -91,17 +91,17 @@ def test_a_fault_is_noted_once_and_ends_that_one(modules, tmp_path):
         trackers.write_scalars(step, {})
     trackers.close()
     assert notes == ["wandb stopped: ConnectionError: no route; the run goes on without it"]
-    assert modules.told["wandb"] == [(1, {})]
-    assert modules.told["trackio"] == [(1, {}), (2, {}), (3, {}), "finish"]
+    assert modules.logged["wandb"] == [(1, {})]
+    assert modules.logged["trackio"] == [(1, {}), (2, {}), (3, {}), "finish"]
 
 
-def test_one_that_does_not_even_start(modules, tmp_path, monkeypatch):
+def test_a_tracker_that_does_not_start(modules, tmp_path, monkeypatch):
     notes = []
     monkeypatch.delattr(sys.modules["wandb"], "init")
     trackers = Trackers(tmp_path, config("wandb", "trackio"), notes.append)
     trackers.write_scalars(1, {})
     assert len(notes) == 1 and notes[0].startswith("wandb stopped: AttributeError")
-    assert modules.told["trackio"] == [(1, {})]
+    assert modules.logged["trackio"] == [(1, {})]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_one_that_does_not_even_start(modules, tmp_path, monkeypatch):
         ({"NETRC": "netrc", "WANDB_BASE_URL": "https://wandb.example.org"}, "offline"),
     ],
 )
-def test_nobody_is_asked_for_a_key(modules, tmp_path, monkeypatch, variables, mode):
+def test_wandb_never_prompts_for_a_key(modules, tmp_path, monkeypatch, variables, mode):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
     for name, value in variables.items():
@@ -124,7 +124,7 @@ def test_nobody_is_asked_for_a_key(modules, tmp_path, monkeypatch, variables, mo
     assert modules.started[0]["mode"] == mode
 
 
-def test_what_cannot_be_is_refused(monkeypatch):
+def test_unknown_and_missing_trackers_are_refused(monkeypatch):
     check_trackers(())
     check_trackers(("wandb", "trackio"))
     with pytest.raises(InputError, match="'wandbb'; expected some of wandb, trackio"):
@@ -134,35 +134,35 @@ def test_what_cannot_be_is_refused(monkeypatch):
         check_trackers(("wandb",))
 
 
-def test_they_are_asked_for_in_the_config(tmp_path):
+def test_trackers_of_the_config(tmp_path):
     path = tmp_path / "c.py"
     path.write_text(
         "from gadjax.training.config import default_config\n\n"
         "def get_config():\n    return default_config()\n"
     )
     for text in ("('wandb',)", "wandb"):
-        found = read_config(["--config", str(path), f"--config.log.trackers={text}"])
-        assert found.log.trackers == ("wandb",)
-    found = read_config(["--config", str(path), "--config.log.trackers=('wandb', 'trackio')"])
-    assert found.log.trackers == ("wandb", "trackio")
+        settings = read_config(["--config", str(path), f"--config.log.trackers={text}"])
+        assert settings.log.trackers == ("wandb",)
+    settings = read_config(["--config", str(path), "--config.log.trackers=('wandb', 'trackio')"])
+    assert settings.log.trackers == ("wandb", "trackio")
 
 
 def test_tensorboard_where_tensorflow_is(tmp_path, monkeypatch):
-    told, notes = [], []
+    logged, notes = [], []
 
     class Writer:
         def __init__(self, folder):
-            told.append(folder)
+            logged.append(folder)
 
         def write_scalars(self, step, scalars):
-            told.append((step, scalars))
+            logged.append((step, scalars))
 
         def write_images(self, step, images):
             raise RuntimeError("full")
 
     tensorflow = ModuleType("tensorflow")
     tensorflow.__spec__ = ModuleSpec("tensorflow", None)
-    visible = lambda devices, kind: told.append((devices, kind))  # noqa: E731
+    visible = lambda devices, kind: logged.append((devices, kind))  # noqa: E731
     tensorflow.config = SimpleNamespace(set_visible_devices=visible)
     monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
     writers = SimpleNamespace(SummaryWriter=Writer)
@@ -171,5 +171,5 @@ def test_tensorboard_where_tensorflow_is(tmp_path, monkeypatch):
     trackers.write_scalars(4, {"loss": 2.0})
     trackers.write_images(5, {"preview": PICTURE})
     trackers.write_scalars(6, {"loss": 1.0})
-    assert told == [([], "GPU"), str(tmp_path / "tensorboard"), (4, {"loss": 2.0})]
+    assert logged == [([], "GPU"), str(tmp_path / "tensorboard"), (4, {"loss": 2.0})]
     assert notes == ["tensorboard stopped: RuntimeError: full; the run goes on without it"]

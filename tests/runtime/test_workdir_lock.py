@@ -20,7 +20,7 @@ def test_a_workdir_has_one_run_at_a_time(tmp_path):
         pass
 
 
-def test_a_killed_process_holds_nothing(tmp_path):
+def test_a_killed_process_releases_the_lock(tmp_path):
     code = (
         "import os, signal; from pathlib import Path\n"
         "from gadjax.runtime.workdir_lock import WorkdirLock\n"
@@ -33,31 +33,31 @@ def test_a_killed_process_holds_nothing(tmp_path):
         pass
 
 
-def test_other_processes_of_a_run_neither_hold_nor_write(tmp_path):
-    with WorkdirLock(tmp_path / "run", 10, is_owner=False) as claim:
-        claim.write_status("running", 1)
+def test_other_processes_of_a_run_neither_lock_nor_write(tmp_path):
+    with WorkdirLock(tmp_path / "run", 10, is_owner=False) as lock:
+        lock.write_status("running", 1)
     assert not (tmp_path / "run").exists()
 
 
-def test_where_a_run_stands(tmp_path):
-    with WorkdirLock(tmp_path, 10) as claim:
-        claim.write_status("running", 4)
-        found = status(tmp_path)
-        assert (found["status"], found["text"]) == ("running", "running")
-        assert (found["step"], found["steps"], found["reason"]) == (4, 10, "")
-        claim.write_status("preempted", 5)
+def test_status_of_a_run(tmp_path):
+    with WorkdirLock(tmp_path, 10) as lock:
+        lock.write_status("running", 4)
+        record = status(tmp_path)
+        assert (record["status"], record["text"]) == ("running", "running")
+        assert (record["step"], record["steps"], record["reason"]) == (4, 10, "")
+        lock.write_status("preempted", 5)
     assert status(tmp_path)["text"] == "preempted at step 5"
 
 
 def test_what_stops_a_run_is_its_reason(tmp_path):
-    with pytest.raises(ValueError), WorkdirLock(tmp_path, 10) as claim:
-        claim.write_status("running", 4)
+    with pytest.raises(ValueError), WorkdirLock(tmp_path, 10) as lock:
+        lock.write_status("running", 4)
         raise ValueError("two\nlines")
-    found = status(tmp_path)
-    assert (found["text"], found["step"]) == ("stopped: two lines", 4)
+    record = status(tmp_path)
+    assert (record["text"], record["step"]) == ("stopped: two lines", 4)
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_workdir_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/run: found a folder that cannot be written"):
         WorkdirLock(tmp_path / "file" / "run", 10)

@@ -9,7 +9,7 @@ import pytest
 from gadjax.errors import InputError
 from gadjax.worlds import shapes
 from gadjax.worlds.oracle import MAX_RESIDUAL, adherence, adheres, judge
-from gadjax.worlds.oracle import words as seen
+from gadjax.worlds.oracle import words as described
 from gadjax.worlds.shapes import ATTRIBUTES, BACKGROUNDS, CELLS, INKS, SIZES, Scene
 
 
@@ -64,10 +64,10 @@ def test_exact_on_every_combination_of_words():
 
 def test_words_of_pictures_that_are_the_world_s_and_of_others(world):
     images, scenes = world
-    found = seen(np.concatenate([images[:5], 0 * images[:2]]))
-    assert found[:5].tolist() == [list(words(scene).values()) for scene in scenes[:5]]
-    assert found[5:].tolist() == [[""] * len(ATTRIBUTES)] * 2
-    assert seen(images[:0]).shape == (0, len(ATTRIBUTES))
+    rows = described(np.concatenate([images[:5], 0 * images[:2]]))
+    assert rows[:5].tolist() == [list(words(scene).values()) for scene in scenes[:5]]
+    assert rows[5:].tolist() == [[""] * len(ATTRIBUTES)] * 2
+    assert described(images[:0]).shape == (0, len(ATTRIBUTES))
 
 
 def test_exact_with_slight_blur_and_noise(world):

@@ -1,4 +1,4 @@
-"""The shapes world: pictures are what their scenes say, captions are read back, numbers decide."""
+"""Shapes world: rendering, captions and their parser, determinism."""
 
 import numpy as np
 import pytest
@@ -89,15 +89,15 @@ def test_fixed_words_are_kept_and_leave_the_rest_random():
 
 
 @pytest.mark.parametrize(
-    "fixed, found",
+    "fixed, message",
     [
         ({"ink": "orange"}, "orange"),
         ({"colour": "red"}, "colour"),
         ({"ink": "black", "background": "black"}, "black on black"),
     ],
 )
-def test_impossible_words_are_refused(fixed, found):
-    with pytest.raises(InputError, match=found):
+def test_impossible_words_are_refused(fixed, message):
+    with pytest.raises(InputError, match=message):
         shapes.sample_scene(np.random.default_rng(0), **fixed)
 
 
@@ -116,8 +116,8 @@ def test_parse_inverts_caption():
     rng = np.random.default_rng(5)
     for _ in range(500):
         scene, mentioned = shapes.sample_scene(rng), shapes.sample_mentioned(rng)
-        wanted = {attribute: getattr(scene, attribute) for attribute in mentioned}
-        assert shapes.parse(shapes.caption(scene, mentioned)) == wanted
+        expected = {attribute: getattr(scene, attribute) for attribute in mentioned}
+        assert shapes.parse(shapes.caption(scene, mentioned)) == expected
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_full_prompts_name_everything_and_do_not_repeat():
     assert shapes.full_prompts(20, 0) == prompts[:20] != shapes.full_prompts(20, 1)
 
 
-def test_open_prompts_leave_something_open():
-    prompts = shapes.open_prompts(300, 0)
+def test_partial_prompts_leave_an_attribute_open():
+    prompts = shapes.partial_prompts(300, 0)
     named = {len(shapes.parse(text)) for text in prompts}
     assert len(prompts) == 300 and named == set(range(len(ATTRIBUTES)))
-    assert shapes.open_prompts(20, 0) == prompts[:20] != shapes.open_prompts(20, 1)
+    assert shapes.partial_prompts(20, 0) == prompts[:20] != shapes.partial_prompts(20, 1)

@@ -1,4 +1,4 @@
-"""Where a shape is, as a number whose gradient moves it the right way."""
+"""Layout tasks: centres of shapes, and gradients of their distance to a target."""
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +40,12 @@ def test_places_are_in_the_cells_of_their_words():
     )
 
 
-def test_the_centre_of_the_world_s_own_pictures(world):
+def test_centres_of_rendered_images(world):
     images, scenes = world
-    found = np.asarray(jax.jit(jax.vmap(centre))(images))
+    centres = np.asarray(jax.jit(jax.vmap(centre))(images))
     # A triangle's mass lies below the middle of its square: by a sixth of its height.
-    wanted = [[s.x, s.y + (s.radius / 3 if s.shape == "triangle" else 0)] for s in scenes]
-    np.testing.assert_allclose(found, wanted, atol=0.2)
+    expected = [[s.x, s.y + (s.radius / 3 if s.shape == "triangle" else 0)] for s in scenes]
+    np.testing.assert_allclose(centres, expected, atol=0.2)
 
 
 def test_faint_noise_hardly_moves_it(world):
@@ -59,17 +59,17 @@ def test_faint_noise_hardly_moves_it(world):
 @pytest.mark.parametrize("background", [0.96, 0.24, -0.94], ids=["white", "grey", "black"])
 @pytest.mark.parametrize("place", ["top left", "right", "bottom"])
 def test_its_gradient_points_to_the_place(background, place):
-    """By the chain rule the slope in (x, y) is 2 (centre - place), whatever the colours are."""
+    """Chain rule: the gradient in (x, y) is 2 (centre - target), for any colours."""
     ink = jnp.array(shapes.INKS["red"]) * 2 - 1
     with jax.enable_x64(True):
-        wanted = np.array(POSITION_CENTRES[place])
+        target = np.array(POSITION_CENTRES[place])
 
         def off(xy):
-            return squared_distance(soft(*xy, ink, background * jnp.ones(3)), jnp.array(wanted))
+            return squared_distance(soft(*xy, ink, background * jnp.ones(3)), jnp.array(target))
 
         here = np.array([16.0, 14.0])
         slope = jax.grad(off)(jnp.array(here))
-    np.testing.assert_allclose(slope, 2 * (here - wanted), rtol=2e-2, atol=0.1)
+    np.testing.assert_allclose(slope, 2 * (here - target), rtol=2e-2, atol=0.1)
 
 
 def test_an_empty_picture_has_no_slope():
