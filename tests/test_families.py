@@ -202,7 +202,7 @@ def test_a_recipe_of_another_family_is_refused(folders):
     pipeline, _ = load_pipeline(folders("sd15"))
     with pytest.raises(InputError, match="expected a StableDiffusionXLPipeline for dmd2-sdxl"):
         published_student("dmd2-sdxl", pipeline)
-    with pytest.raises(InputError, match="recipe: found 'x'; expected one of tdm-pixart"):
+    with pytest.raises(InputError, match="student_preset: found 'x'; expected one of tdm-pixart"):
         published_student("x", pipeline)
 
 

@@ -45,6 +45,6 @@ class SavePolicy:
             self.failures += 1
             if last or self.failures > self.max_failures:
                 raise
-            self.note(f"{error} (failure {self.failures} of {self.max_failures} that are borne)")
+            self.note(f"{error} (failure {self.failures} of {self.max_failures} tolerated)")
             return False
         return True

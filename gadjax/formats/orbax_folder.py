@@ -249,7 +249,7 @@ def write_diffusers_folder(pipeline: PipelineFolder, out: Path) -> None:
 
 
 @contextmanager
-def diffusers_folder(folder: Path, target: Path) -> Iterator[Path]:
+def as_diffusers_folder(folder: Path, target: Path) -> Iterator[Path]:
     """Context manager: `folder`, converted to a temporary diffusers folder if it is gadjax's.
 
     target: the folder being written; the temporary one lies next to it, and after a kill the next

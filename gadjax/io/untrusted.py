@@ -90,7 +90,7 @@ def parse_json(data: bytes) -> Any:
     try:
         value = json.loads(data.decode(), object_pairs_hook=_without_duplicates)
     except RecursionError:
-        raise ValueError(f"more than {MAX_DEPTH} values inside values") from None
+        raise ValueError(f"more than {MAX_DEPTH} nested values") from None
     _check_depth(value, MAX_DEPTH)
     return value
 
@@ -106,7 +106,7 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 def _check_depth(value: Any, remaining: int) -> None:
     if isinstance(value, dict | list):
         if not remaining:
-            raise ValueError(f"more than {MAX_DEPTH} values inside values")
+            raise ValueError(f"more than {MAX_DEPTH} nested values")
         for inner in value.values() if isinstance(value, dict) else value:
             _check_depth(inner, remaining - 1)
 

@@ -165,19 +165,19 @@ def test_a_damaged_step_is_logged_and_skipped(folder, state, damage, name, caplo
 def test_manifest_detects_every_flipped_bit_of_itself(tmp_path):
     (tmp_path / "a").write_bytes(b"weights")
     write_manifest(tmp_path)
-    seal = tmp_path / MANIFEST
-    manifest_bytes = seal.read_bytes()
+    manifest = tmp_path / MANIFEST
+    manifest_bytes = manifest.read_bytes()
     assert verify(tmp_path) is None and manifest_bytes.count(b"\n") > 5
     for bit in range(8 * len(manifest_bytes)):
         data = bytearray(manifest_bytes)
         data[bit // 8] ^= 1 << bit % 8
-        seal.write_bytes(data)
+        manifest.write_bytes(data)
         assert verify(tmp_path).startswith("manifest.json: "), bit
     for length in range(len(manifest_bytes)):
-        seal.write_bytes(manifest_bytes[:length])
+        manifest.write_bytes(manifest_bytes[:length])
         assert verify(tmp_path).startswith("manifest.json: "), length
     for text in ("[]", "1", '{"a": 1}', "[" * 100_000, '{"../a": {"size": 7}}'):
-        seal.write_text(text)
+        manifest.write_text(text)
         assert verify(tmp_path), text
 
 
@@ -198,17 +198,17 @@ def test_a_run_that_died_right_after_a_commit(folder, state):
 
 def test_manifest_without_its_checksum(folder, state):
     path = folder / "4" / MANIFEST
-    seal = json.loads(path.read_text())
-    del seal[MANIFEST]
-    path.write_text(json.dumps(seal, indent=1) + "\n")
+    manifest = json.loads(path.read_text())
+    del manifest[MANIFEST]
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
     assert restore(folder, shapes(state))[0] == 2
 
 
 def test_a_pipe_as_manifest_does_not_block(folder):
-    seal = folder / "4" / MANIFEST
-    seal.unlink()
-    os.mkfifo(seal)
-    assert verify(seal.parent) == "manifest.json: cannot be read"
+    manifest = folder / "4" / MANIFEST
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert verify(manifest.parent) == "manifest.json: cannot be read"
 
 
 def test_a_disk_that_cannot_be_read(folder, state, monkeypatch, caplog):
@@ -368,8 +368,8 @@ def test_a_save_that_fails(tmp_path, state, monkeypatch, caplog, place):
     checkpoints.close()
     # Files that Orbax still writes in the background are removed at the next start.
     step, restored, meta = restore(tmp_path, shapes(state))
-    sealed = place.endswith("finalize_manifest")  # all but the files of the commit
-    assert_remaining(tmp_path, ["4", "5"] if sealed else ["2", "5"])
+    has_manifest = place.endswith("finalize_manifest")  # all but the files of the commit
+    assert_remaining(tmp_path, ["4", "5"] if has_manifest else ["2", "5"])
     assert (step, meta) == (5, {"step": 5})
     assert_same(restored, state)
 
@@ -421,12 +421,12 @@ def test_a_mount_that_is_lost_and_comes_back(tmp_path, state):
 
 @pytest.mark.parametrize("name", ["write_manifest", "finalize_manifest"])
 def test_consecutive_failures_up_to_the_maximum_are_tolerated(tmp_path, state, monkeypatch, name):
-    seal = getattr(checkpoint, name)
+    original = getattr(checkpoint, name)
 
     def fail_some(folder):
         if int(folder.name.split(".")[0]) in (1, 2, 4, 5, 6):
             raise FULL
-        seal(folder)
+        original(folder)
 
     monkeypatch.setattr(checkpoint, name, fail_some)
     notes = []
@@ -435,7 +435,7 @@ def test_consecutive_failures_up_to_the_maximum_are_tolerated(tmp_path, state, m
     for step in range(1, 7):  # with 3, the count begins again
         saves.save(step, state, {}, last=False)
     assert [line[len(str(tmp_path)) :] for line in notes] == [
-        f"/{step}: cannot be written: No space left on device (failure {n} of 2 that are borne)"
+        f"/{step}: cannot be written: No space left on device (failure {n} of 2 tolerated)"
         for step, n in ((1, 1), (2, 2), (4, 1), (5, 2))
     ]
     with pytest.raises(SaveFailed, match="/6: cannot be written"):

@@ -8,7 +8,7 @@ from checkpoints import params_of, refused
 
 from gadjax.formats.diffusers_folder import read_pipeline
 from gadjax.formats.orbax_folder import (
-    diffusers_folder,
+    as_diffusers_folder,
     open_folder,
     read_gadjax_folder,
     write_gadjax_folder,
@@ -49,9 +49,9 @@ def test_some_networks_in_another_dtype(gadjax_folder, tiny_pipeline):
 
 
 def test_temporary_diffusers_folder(gadjax_folder, tiny_pipeline, tmp_path):
-    with diffusers_folder(tiny_pipeline, tmp_path / "out") as folder:
+    with as_diffusers_folder(tiny_pipeline, tmp_path / "out") as folder:
         assert folder == tiny_pipeline
-    with diffusers_folder(gadjax_folder, tmp_path / "out") as folder:
+    with as_diffusers_folder(gadjax_folder, tmp_path / "out") as folder:
         assert_same(params_of(read_pipeline(folder)), params_of(read_pipeline(tiny_pipeline)))
     assert not any(tmp_path.iterdir())
 

@@ -204,7 +204,7 @@ def _look(workdir: Path, began: float, newest: int) -> tuple[str, int]:
     saved = max(sound(workdir), default=0)
     # Saved before this process, or at most one save in flight and one interval behind it.
     if not max(newest, done - 2 * EVERY) <= saved <= done:
-        raise Failure(f"step {saved} is the newest sound one after {newest}, {done} in the metrics")
+        raise Failure(f"step {saved} is the latest valid one after {newest}, {done} in the metrics")
     if any(".orbax-checkpoint-tmp" in name for name in names(workdir / "checkpoints")) and own:
         return "save", done - saved
     return "step" if own else "start-up", done - saved

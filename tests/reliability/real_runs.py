@@ -53,7 +53,7 @@ def rows(workdir: Path) -> list[dict[str, Any]]:
 
 
 def sound(workdir: Path) -> list[int]:
-    """Steps of checkpoints that agree with their seals."""
+    """Steps of checkpoints that agree with their manifests."""
     folder = workdir / "checkpoints"
     steps = (int(name) for name in names(folder) if name.isdigit())
     return [step for step in steps if verify(folder / str(step)) is None]

@@ -113,8 +113,8 @@ def test_a_header_that_claims_much_allocates_nothing(tmp_path, header, length):
     "text, words",
     [
         ('{"a": 1, "b": 2, "a": 3}', "'a' more than once"),
-        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "64 values inside values"),
-        ('{"a": ' + "[" * 70 + "]" * 70 + "}", "64 values inside values"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "64 nested values"),
+        ('{"a": ' + "[" * 70 + "]" * 70 + "}", "64 nested values"),
         ('{"a": 1' + "0" * 100_000 + "}", "digits"),
         ('\ufeff{"a": 1}', "BOM"),
         ("[1]", "found a list"),

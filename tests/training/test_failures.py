@@ -18,7 +18,7 @@ from gadjax.io.storage import warn_on_write_error, write_atomic
 from gadjax.runtime.progress import Progress
 from gadjax.training.config import default_config
 
-SEAL = checkpoint.write_manifest  # which stands here for whatever a save writes
+WRITE_MANIFEST = checkpoint.write_manifest  # which stands here for whatever a save writes
 
 
 def full(*arguments, **more):
@@ -30,12 +30,12 @@ def train(config: Path, workdir: Path, *more: str) -> int:
 
 
 def saves_that_fail(monkeypatch, *steps: int) -> None:
-    def seal(folder):
+    def write_manifest(folder):
         if int(folder.name.split(".")[0]) in steps:
             full()
-        SEAL(folder)
+        WRITE_MANIFEST(folder)
 
-    monkeypatch.setattr(checkpoint, "write_manifest", seal)
+    monkeypatch.setattr(checkpoint, "write_manifest", write_manifest)
 
 
 def steps_of(workdir: Path) -> list[str]:
@@ -94,7 +94,7 @@ def test_saves_that_may_fail_stop_nothing(config, whole, tmp_path, monkeypatch, 
     for text in (capsys.readouterr().err, logged):
         for step, number in ((2, 1), (4, 2)):
             words = f"checkpoints/{step}: cannot be written: No space left on device (failure "
-            assert text.count(f"{words}{number} of 2 that are borne)") == 1
+            assert text.count(f"{words}{number} of 2 tolerated)") == 1
 
 
 @pytest.mark.parametrize("bad", [(2, 4), (6,)])
