@@ -434,7 +434,7 @@ def test_reverse_over_forward_is_the_gradient_of_the_loss(options):
 def test_bad_options():
     with pytest.raises(InputError, match="objective.gad.loss: found 'l1'; expected square or"):
         GAD(loss="l1")
-    with pytest.raises(InputError, match="normalize: found False beside the polar loss"):
+    with pytest.raises(InputError, match="normalize: found False with the polar loss"):
         GAD(normalize=False)
     with pytest.raises(InputError, match="found end 'x0'; expected 'next', 'clean' or 'whole'"):
         _ = GAD(end="x0").needs
