@@ -37,11 +37,8 @@ from gadjax.training.steps import CRITICS
 from gadjax.training.workdir import sampling_from_config
 from gadjax.types import Params
 
-REMAT = {
-    "none": False,
-    "results": "results",
-    "block": True,
-}  # config name -> `remat` of the networks
+# Config name -> `remat` of the networks.
+REMAT = {"none": False, "results": "results", "block": True}
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def prepare(
     if jax.config.jax_disable_jit:
         raise InputError(
             "JAX_DISABLE_JIT: found it set; expected it unset, because only compiled "
-            "updates place a run's state"
+            "updates place a run's state on its devices"
         )
     times = student_times(config)
     objective = build(config.objective, TERMS, times)
