@@ -127,7 +127,8 @@ class Context:
     """One batch as terms get it: networks, drawn steps, and the results of their `Needs`.
 
     Arrays with a trailing _B have one entry per sample. A (value, tangents) pair has tangents
-    [J, B, ...], or None if they were not requested. Results that were not requested are None or empty.
+    [J, B, ...], or None if they were not requested. Results that were not requested are None, or
+    empty mappings.
 
     Attributes:
       denoiser: network, schedule and parameterization.
