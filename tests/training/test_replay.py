@@ -117,12 +117,12 @@ def test_a_skipped_update_is_reproduced(formula, tmp_path, capsys, monkeypatch):
     assert train(formula, workdir, "--config.stop_after_bad=2", "--config.log.every=3") == 3
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
-        r"gadjax: stopped: step 6: the last 2 updates of the critic were not finite and were left "
-        r"out, the newest for critic/loss of prompts 4(, 4)*; expected finite losses \(lower "
+        r"gadjax: stopped: step 6: the last 2 updates of the critic were not finite and were "
+        r"skipped, the newest for critic/loss of prompts 4(, 4)*; expected finite losses \(lower "
         r"optim.lr, or debug it with --reproduce-step 6\)",
         error,
     )
-    # The first one is told when it happens, whatever log.every is.
+    # The first one is logged when it happens, whatever log.every is.
     log = (workdir / "train.log").read_text()
     for line in ("critic was not finite and was skipped: critic/loss", "student was not finite"):
         assert f"step 5: an update of the {line}" in log
