@@ -13,7 +13,7 @@ Variants: gad (default); sid (the base alone); both (with the diversity anchor)
 Hardware: meant for 16 TPU v5e chips or 8 GPUs of 80 GB.
 Result:   not yet run.
 
-The student's times are the 4-step grid of the teacher's own DPM-Solver, which takes no others.
+The student's times are the 4-step grid of the teacher's own DPM-Solver, which accepts no others.
 """
 
 from gadjax.errors import InputError

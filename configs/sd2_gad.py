@@ -8,8 +8,8 @@ Differs:  LADD's discriminator has heads on several blocks, with an R1 penalty; 
 Command:  gadjax train --config configs/sd2_gad.py --workdir DIR
               --config.teacher=PATH/stable-diffusion-2-base --config.data.prompts=PROMPTS.txt
 Variants: gad (regression to the teacher's next latent + GAD, the default); base (regression alone);
-          adversarial and adversarial_gad (a discriminator on the teacher's features beside it;
-          wants pictures: --config.data.latents=DIR of gadjax embed --images); one and one_gad (a
+          adversarial and adversarial_gad (with a discriminator on the teacher's features;
+          needs pictures: --config.data.latents=DIR of gadjax embed --images); one and one_gad (a
           single step)
 Hardware: meant for 16 TPU v5e chips or 8 GPUs of 80 GB.
 Result:   not yet run.

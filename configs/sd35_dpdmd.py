@@ -6,7 +6,7 @@ Reproduces: DP-DMD (arXiv 2602.03139) with its code's settings: the 4 times of i
           of weight 0.05 at the teacher's 10th of 30 steps (sigma 0.851).
 Differs:  that code draws one t a batch, uniform in the shifted grid (median sigma .75; here one a
           sample, uniform, median .50), and divides DMD's gradient by mean|x_t - T| (here by
-          mean|x0 - T|, which makes its weight larger beside the anchor's).
+          mean|x0 - T|, which makes its weight larger relative to the anchor's).
 Command:  gadjax train --config configs/sd35_dpdmd.py --workdir DIR
               --config.teacher=PATH/stable-diffusion-3.5-medium --config.data.prompts=PROMPTS.txt
 Variants: dpdmd (default); dpdmd_k5 (the anchor at the 5th step, sigma 0.935); gad (dpdmd + GAD);

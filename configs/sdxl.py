@@ -5,12 +5,12 @@ Reproduces: dmd2 and dmd2_gan: DMD2 (arXiv 2405.14867), 4 steps: times 999/749/4
           discriminator of weight 0.005.
           dpdmd: DP-DMD's form for diffusion models (the anchor's target is x0). Its settings for
           SDXL are not public; weight and K (a third of the teacher's steps) are SD3.5's.
-Differs:  DMD2's student adds noise between its steps; gadjax's walks the deterministic path, which
+Differs:  DMD2's student adds noise between its steps; gadjax's samples deterministically, which
           is what GAD differentiates. DMD2's discriminator is a tower of convolutions on the middle
           block of the critic; here it is an MLP there, averaged over positions.
 Command:  gadjax train --config configs/sdxl.py:dmd2 --workdir DIR
               --config.teacher=PATH/stable-diffusion-xl-base-1.0 --config.data.prompts=PROMPTS.txt
-Variants: dpdmd (default); dpdmd_gad (with GAD); dmd2; dmd2_gan (wants pictures:
+Variants: dpdmd (default); dpdmd_gad (with GAD); dmd2; dmd2_gan (needs pictures:
           --config.data.latents=DIR of gadjax embed --images)
 Hardware: meant for 64 TPU v5e chips or 16 GPUs of 80 GB.
 Result:   not yet run.

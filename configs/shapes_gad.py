@@ -12,7 +12,7 @@ Hardware: 2 CPU cores.
 Result:   quickstart: docs/results/quickstart/report.md; the others not yet run at this guidance
           (in 800 updates of 16 samples: docs/results/study/README.md)
 
-The student's times are the 4-step grid of the teacher's own DPM-Solver, which takes no others.
+The student's times are the 4-step grid of the teacher's own DPM-Solver, which accepts no others.
 """
 
 from gadjax.errors import InputError

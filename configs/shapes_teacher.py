@@ -8,14 +8,14 @@ Commands: python -m gadjax.experiments.folder --out DIR    (torch: random weight
 Variants: eps (default); flow, the flow teacher, from the eps teacher's weights:
           python -m gadjax.experiments.flow_folder --out DIR
           gadjax train --config configs/shapes_teacher.py:flow --workdir RUN --config.teacher=DIR
-Hardware: 2 CPU cores, on which a leg of it made 650 images/s: 40 minutes for all of it.
+Hardware: 2 CPU cores, at 650 images/s in one leg of the run: 40 minutes in all.
 Result:   as one run from the random start: not yet run. The bundled weights came from this recipe
           in legs, and draw 98.1 % of fully specified captions right: the story and the numbers
           are in gadjax/assets/shapes_teacher/README.md. The flow variant made the bundled flow
           teacher, see gadjax/assets/shapes_flow_teacher/README.md.
 
-`teacher` names the folder whose text encoder and autoencoder are used; student.init="random"
-starts the transformer anew, "teacher" goes on from its weights.
+`teacher` is the folder whose text encoder and autoencoder are used; student.init="random" starts
+from random weights of the transformer, "teacher" from its weights.
 """
 
 from gadjax.errors import InputError

@@ -1,4 +1,4 @@
-"""One cell of the study: a bundled teacher at real guidance, a base objective, terms beside it.
+"""One cell of the study: a bundled teacher at real guidance, a base objective, further terms.
 
 Reproduces: nothing published; the question is which term brings what back (docs/results/study).
 Command:  python -m gadjax.experiments.study (all cells, several seeds of each at once), or one run:

@@ -8,10 +8,10 @@
 # %% [markdown]
 # # From a teacher of 40 evaluations to a student of 4
 #
-# gadjax brings a teacher of a million parameters that draws captioned shapes. It takes 20 steps,
-# and guidance doubles the price of each: 40 evaluations of the network for a picture. Here we
-# distil it into a student that takes 4, and look at whether the same noise still means the same
-# picture.
+# gadjax bundles a teacher of a million parameters that draws captioned shapes. It samples in 20
+# steps, and classifier-free guidance doubles the cost of each: 40 network evaluations per picture.
+# Here we distil it into a student of 4 evaluations, and check whether the same noise still gives
+# the same picture.
 #
 # Run this file as a script, or open it with jupytext. Two CPU cores need a minute or two.
 
@@ -32,7 +32,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 
 
 def show(rows, captions, name):
-    """A row of pictures for each label: saved, and shown where this is a notebook."""
+    """Grid with a row of pictures for each label: saved, and displayed in a notebook."""
     sheet = grid([(label, images / 127.5 - 1) for label, images in rows], captions, scale=3)
     sheet.save(OUT / name)
     return sheet
@@ -41,8 +41,8 @@ def show(rows, captions, name):
 # %% [markdown]
 # ## The teacher
 #
-# `load` takes a diffusers pipeline folder, a workdir of `gadjax train`, or something bundled.
-# `sample` draws picture i from noise i of the seed, whichever model it is given.
+# `load` takes a diffusers pipeline folder, a workdir of `gadjax train`, or the name of a bundled
+# asset. `sample` draws picture i from noise i of the seed, for every model.
 
 # %%
 teacher = gadjax.load("asset:shapes_flow_teacher")
@@ -62,10 +62,11 @@ by_teacher = gadjax.sample(teacher, PROMPTS)
 # %% [markdown]
 # ## The student
 #
-# An objective is a sum of terms. DMD pulls the student's pictures towards the teacher's as a
-# distribution and says nothing about which noise gives which. GAD asks that the student answer a
-# small change of its noise as the teacher does, and the anchor that its first step go where the
-# teacher's noise leads. There is no data: prompts and noise are all it takes.
+# An objective is a sum of terms. DMD matches the distribution of the student's pictures to the
+# teacher's, and does not constrain which noise gives which picture. GAD matches the student's
+# Jacobian-vector products, its response to a small change of the noise, to the teacher's. The
+# anchor matches the student's first step to the teacher's ODE from the same noise. No data are
+# needed: prompts and noise suffice.
 
 # %%
 student = gadjax.distill(
@@ -83,10 +84,10 @@ print(student)
 # %% [markdown]
 # ## The same noises
 #
-# Each column starts from one noise. The middle row is the teacher in as many steps as the student
-# has, at the same guidance: too few for it. It costs 8 evaluations, the student 4. What a prompt
-# leaves open the noise decides, and there a student that was trained for a minute or two still
-# goes astray now and then.
+# Each column starts from one noise. The middle row is the teacher in as many steps as the student,
+# at the same guidance: too few for it. It costs 8 evaluations, the student 4. What a prompt leaves
+# open is decided by the noise, and there a student trained for a minute or two still errs now and
+# then.
 
 # %%
 hurried = gadjax.sample(teacher, PROMPTS, steps=4)
@@ -97,7 +98,7 @@ show([(label, x[: len(SHOWN)]) for label, x in rows.items()], SHOWN, "01_quickst
 
 # %%
 def distance(images):
-    """From the teacher's pictures of 20 steps, mean over pixels, of 255."""
+    """Mean absolute difference to the teacher's pictures of 20 steps, on the scale of 0 to 255."""
     return np.abs(images.astype(float) - by_teacher).mean()
 
 

@@ -8,10 +8,10 @@
 # %% [markdown]
 # # Write your own objective
 #
-# On the bench the teacher is a mixture of Gaussians, whose posterior mean is a formula. So its ODE
-# map from noise to data is known exactly, with its Jacobian, and a student of it trains in seconds,
-# by the same steps that train on pictures. It is the place to try a loss before anything is paid
-# for.
+# In `gadjax.analytic` the teacher is a mixture of Gaussians with a closed-form posterior mean. Its
+# ODE map from noise to data is therefore known exactly, with its Jacobian, and a student trains in
+# seconds, by the same update functions that train on pictures: a place to try a loss before paying
+# for it.
 #
 # Run this file as a script, or open it with jupytext. Two CPU cores need a minute.
 
@@ -37,11 +37,11 @@ bench = Bench(Mixture.ring(modes=8), family="flow", steps=1)
 # %% [markdown]
 # ## A loss in ten lines
 #
-# A term is a frozen dataclass. `needs` says what the training step has to hand over: here the
-# student at its step, the teacher's ODE over the same interval in 16 steps, and the tangents of
-# both, J v, along one random direction v of the noise. The tangents are exact (`jax.jvp`),
-# gradients go through the student's, and what several terms ask for is computed once. A term
-# returns a loss for each sample, and numbers to look at.
+# A term is a frozen dataclass. `needs` lists its inputs from the update: here the student's
+# prediction at its drawn step, the teacher's ODE over the same interval in 16 steps, and the
+# tangents J v of both along one random direction v of the noise. The tangents are exact
+# (`jax.jvp`), gradients flow through the student's, and a need of several terms is computed once. A
+# term returns a loss per sample, and scalar metrics.
 #
 # For any other derivative, call `jax.jvp` in the term itself, as in
 # `jax.jvp(lambda x: context.teacher(x, t_B).x0, (x_t,), (v,))`. No gradient reaches the parameters
@@ -53,22 +53,22 @@ ODE = TeacherMap("next", steps=16)
 
 @dataclass(frozen=True)
 class Sobolev(Addable):
-    """E |S(x) - T(x)|^2 + slope |J_S v - J_T v|^2, v ~ N(0, I): values and slopes at once."""
+    """E |S(x) - T(x)|^2 + slope |J_S v - J_T v|^2, v ~ N(0, I): values and tangents at once."""
 
     slope: float = 0.1
     needs = Needs(student=True, tangent=Directions("gaussian"), maps={ODE: True})
 
     def __call__(self, context):
-        (said, moved), (wanted, wanted_moved) = context.student, context.maps[ODE]
-        value_B = sample_mean((said.x0 - wanted) ** 2)
-        slope_B = sample_mean((moved.x0[0] - wanted_moved[0]) ** 2)  # of one direction
+        (student, student_Jv), (teacher, teacher_Jv) = context.student, context.maps[ODE]
+        value_B = sample_mean((student.x0 - teacher) ** 2)
+        slope_B = sample_mean((student_Jv.x0[0] - teacher_Jv[0]) ** 2)  # of one direction
         return value_B + self.slope * slope_B, {"slope": jnp.mean(slope_B)}
 
 
 # %% [markdown]
-# Terms add up and take weights. Ours stands beside what is there: distribution matching, which
-# never compares a picture with the teacher's of the same noise; the same with GAD; and regression,
-# which is ours without the slope.
+# Terms are added and weighted. We compare ours with existing ones: distribution matching, which
+# never compares pictures of the same noise; the same with GAD; and regression, which is ours
+# without tangents.
 
 # %%
 objectives = {
@@ -85,14 +85,14 @@ print(table({name: [result] for name, result in results.items()}))
 # teacher's own map, and 2 the right distribution from unrelated noise. Jacobian error and cosine
 # compare the two maps' exact Jacobians.
 #
-# The picture shows where each noise went, in the colour of the noise's own angle. All draw the
-# ring. With DMD alone the colours sit wherever the start of training happened to put them: a
-# distribution does not know which noise drew which of its points.
+# The picture shows each noise's sample in the colour of the noise's angle. All objectives give the
+# ring. With DMD alone the order of the colours depends on the initial parameters: a distribution
+# does not determine which noise gives which of its points.
 
 
 # %%
 def paint(points_ND, noise_ND, side=160, reach=2.5):
-    """Points in the plane as a picture [side, side, 3] in [-1, 1]."""
+    """Scatter plot of points in the plane: [side, side, 3] in [-1, 1]."""
     angle = np.arctan2(noise_ND[:, 1], noise_ND[:, 0])
     colour = np.cos(angle[:, None] - 2 * np.pi / 3 * np.arange(3))
     picture = np.ones((side, side, 3))
@@ -108,11 +108,11 @@ grid([("", np.stack(list(cells.values())))], list(cells), scale=1).save(OUT / "0
 print(f"picture: {OUT / '02_rings.png'}")
 
 # %% [markdown]
-# To train with it on pictures, give it a name: a run keeps its objective as a config, in which
+# To train with it on pictures, register a name: a run stores its objective as a config, in which
 # terms are names. With the line below `gadjax.distill(teacher, DMD() + 0.3 * Sobolev(), prompts)`
-# takes it, in this process; loading such a run's workdir in another one needs the line as well. For
-# the commands put the class into a file of `gadjax/objectives/`, its name into `TERMS` there, and a
-# test beside it: `CONTRIBUTING.md` has the three steps.
+# accepts it in this process; a process that loads such a run's workdir needs the line as well. For
+# the commands add the class as a file of `gadjax/objectives/`, its name to `TERMS` there, and a
+# test: `CONTRIBUTING.md` has the three steps.
 
 # %%
 TERMS["sobolev"] = Sobolev

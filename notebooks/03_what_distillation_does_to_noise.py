@@ -6,13 +6,13 @@
 #       format_name: percent
 # ---
 # %% [markdown]
-# # What distillation does to noise
+# # Distillation and the noise-to-image Jacobian
 #
-# A deterministic sampler is a map from noise z to a picture x0(z). Its Jacobian says what a small
-# change of the noise does to the picture, and the Jacobian's leading right singular vectors are the
-# changes that do most. Matching distributions, as DMD does, cares about the set of pictures and not
-# about this map. We distil the bundled teacher twice, with DMD alone and with GAD added, and ask of
-# each student: do the teacher's directions still do what they did?
+# A deterministic sampler is a map from noise z to a picture x0(z). Its Jacobian is the effect of a
+# small change of the noise on the picture, and the Jacobian's leading right singular vectors are
+# the changes with the largest effect. Distribution matching (DMD) constrains the set of pictures
+# and not this map. We distil the bundled teacher twice, with DMD alone and with GAD added, and
+# measure for each student whether the teacher's directions still have the same effect.
 #
 # Two CPU cores need about three minutes.
 
@@ -29,14 +29,14 @@ from gadjax.objectives import DMD, GAD
 from gadjax.pipelines.sampling import clean_latent, draw, initial_noise
 
 UPDATES = 150
-TOP = 6  # singular directions that we look at
-STEP = 4.0  # how far we go along one of them; a noise itself is 16 long
+TOP = 6  # leading singular directions
+STEP = 4.0  # distance along a direction; the norm of a noise is about 16
 OUT = Path("runs/notebooks")
 OUT.mkdir(parents=True, exist_ok=True)
 
 
 def show(rows, captions, name):
-    """A row of pictures for each label: saved, and shown where this is a notebook."""
+    """Grid with a row of pictures for each label: saved, and displayed in a notebook."""
     sheet = grid([(label, images / 127.5 - 1) for label, images in rows], captions, scale=3)
     sheet.save(OUT / name)
     return sheet
@@ -73,15 +73,17 @@ show(drawn.items(), PROMPTS, "03_same_noises.png")
 # %% [markdown]
 # ## The Jacobian's leading directions
 #
-# J is never written down. A forward derivative gives J v, a reverse one J^T u, and a randomised SVD
+# J is never materialised. A forward derivative gives J v, a reverse one J^T u, and a randomised SVD
 # (Halko, Martinsson and Tropp 2011) needs no more: sketch the range of J with random vectors,
-# sharpen the sketch with J and J^T once more, and take the SVD of the little that is left.
+# refine the sketch with J and J^T once more, and take the SVD of the small projected matrix.
 
 
 # %%
 def singular_directions(f, z, directions=None):
-    """Of f's Jacobian J at z: the TOP largest singular values, their right vectors [TOP, ...], and
-    J of `directions`, by default of these vectors."""
+    """TOP largest singular values of f's Jacobian J at z, their right vectors, and J `directions`.
+
+    The vectors are [TOP, ...]; `directions` are these vectors by default.
+    """
     _, push = jax.linearize(f, z)
     pull = jax.linear_transpose(push, z)
     forward, back = jax.vmap(push), jax.vmap(lambda u: pull(u)[0])
@@ -97,14 +99,16 @@ def singular_directions(f, z, directions=None):
 
 
 def at_noise(model, prompt):
-    """(z, directions) -> singular_directions of the model's map from noise to x0."""
+    """Function (z, directions) -> singular_directions of the model's map from noise to x0."""
     pipeline, sampling = model.pipeline, model.sampling
-    told, untold = (pipeline.tokens([text], sampling.length) for text in (prompt, ""))
+    prompt_tokens, empty_tokens = (
+        pipeline.tokens([text], sampling.length) for text in (prompt, "")
+    )
 
     @jax.jit
     def run(params, z, directions):
-        cond = pipeline.encode_text(params, *told)
-        null = pipeline.encode_text(params, *untold)
+        cond = pipeline.encode_text(params, *prompt_tokens)
+        null = pipeline.encode_text(params, *empty_tokens)
 
         def x0(z):
             return clean_latent(pipeline, params[pipeline.backbone], sampling, z[None], cond, null)[
@@ -119,17 +123,17 @@ def at_noise(model, prompt):
 # %% [markdown]
 # For each student, three numbers over a few noises:
 #
-# - *overlap* of its own leading directions with the teacher's, |V_S V_T^T|^2 / TOP, from 0 to 1;
-#   random ones of 256 dimensions would have TOP / 256 = 0.02.
-# - *cosine* between J_S v and J_T v for the teacher's directions v: does the picture change in the
-#   same way?
-# - *norm* |J_S v| / |J_T v|: and by as much? Below 1 the map was flattened.
+# - *overlap* of the student's leading directions with the teacher's, |V_S V_T^T|^2 / TOP, from 0 to
+#   1; random ones of 256 dimensions would have TOP / 256 = 0.02.
+# - *cosine* between J_S v and J_T v for the teacher's directions v: 1 if the picture changes in the
+#   same way.
+# - *norm* |J_S v| / |J_T v|: below 1 the student's map is flatter than the teacher's.
 
 # %%
 PROMPT, NOISES = "a shape", 4
 noises = initial_noise(0, NOISES, teacher.pipeline.latent)
-look = at_noise(teacher, PROMPT)
-of_teacher = [look(z) for z in noises]
+directions_at = at_noise(teacher, PROMPT)
+of_teacher = [directions_at(z) for z in noises]
 
 
 def flat(x):
@@ -138,20 +142,21 @@ def flat(x):
 
 print(f"{'':10} overlap  cosine    norm")
 for name, model in models.items():
-    look, rows = at_noise(model, PROMPT), []
-    for z, (_, wanted, J_T) in zip(noises, of_teacher, strict=True):
-        _, own, J_S = look(z, wanted)
+    directions_at, rows = at_noise(model, PROMPT), []
+    for z, (_, V_T, J_T) in zip(noises, of_teacher, strict=True):
+        _, V_S, J_S = directions_at(z, V_T)
         lengths = [np.linalg.norm(flat(x), axis=1) for x in (J_S, J_T)]
         cosine = np.sum(flat(J_S) * flat(J_T), axis=1) / (lengths[0] * lengths[1])
-        overlap = np.sum((flat(own) @ flat(wanted).T) ** 2) / TOP
+        overlap = np.sum((flat(V_S) @ flat(V_T).T) ** 2) / TOP
         rows.append([overlap, cosine.mean(), np.exp(np.log(lengths[0] / lengths[1]).mean())])
     print(f"{name:10} " + "  ".join(f"{x:6.3f}" for x in np.mean(rows, axis=0)))
 
 # %% [markdown]
-# ## What the directions do
+# ## Moving along the directions
 #
 # One noise, moved along the teacher's first three directions, forwards and back. In the teacher's
-# row every pair of columns shows what that direction means. Below it, what is left of the meaning.
+# row each pair of columns shows the effect of a direction; the rows below show what the students
+# keep of it.
 
 # %%
 _, directions, _ = of_teacher[0]

@@ -1,10 +1,10 @@
-"""Worlds in which every network is a formula: eight-dimensional x0, seen as [B, 2, 2, 2].
+"""Closed-form worlds, in which every network is a formula: 8-dimensional x0 as [B, 2, 2, 2].
 
-One `apply` plays all roles; the names of the parameters say which formula it is:
+One `apply` has all roles; the names of the parameters select the formula:
   gaussian   x0 ~ N(mean + text, basis diag(variance) basis^T): the exact posterior mean;
   mixture    x0 ~ sum_k softmax(logits)_k N(means_k + text, variances_k I): likewise;
-  student    step k of its grid says x0 = A_k x + bend_k tanh(A_k x) + bias_k + text, with
-             parameters of its own for each k, so that the gradients of the steps are told apart.
+  student    x0 = A_k x + bend_k tanh(A_k x) + bias_k + text at step k of its grid, with separate
+             parameters for each k, so that the gradients of the steps can be distinguished.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ GUIDANCE = 1.7
 
 @dataclass(frozen=True)
 class World:
-    """A schedule, what the networks' outputs mean in it, and the student's grid."""
+    """Closed-form world: a schedule, the networks' parameterization, and the student's grid."""
 
     schedule: object
     kind: str
@@ -40,23 +40,23 @@ class World:
 
     def apply(self, params, x_BHWC, t_B, cond):
         x = x_BHWC.reshape(-1, D)
-        told = cond.text[:, 0].astype(x.dtype)
+        text = cond.text[:, 0].astype(x.dtype)
         alpha, sigma = (v[:, None] for v in self.schedule.alpha_sigma(t_B))
         if "basis" in params:
-            said = gaussian(params, x, alpha, sigma, told)
+            pred = gaussian(params, x, alpha, sigma, text)
         elif "logits" in params:
-            said = mixture(params, x, alpha, sigma, told)
+            pred = mixture(params, x, alpha, sigma, text)
         else:
-            said = self.student(params, x, t_B, alpha, sigma, told)
-        return from_prediction(self.kind, said, alpha, sigma).reshape(x_BHWC.shape)
+            pred = self.student(params, x, t_B, alpha, sigma, text)
+        return from_prediction(self.kind, pred, alpha, sigma).reshape(x_BHWC.shape)
 
-    def student(self, params, x, t_B, alpha, sigma, told):
+    def student(self, params, x, t_B, alpha, sigma, text):
         starts = jnp.asarray(self.times[:-1], t_B.dtype)
         step_B = jnp.argmin(jnp.abs(starts - t_B[:, None]), axis=1)
         steps = [params[f"step{k}"] for k in range(len(starts))]
-        own = jax.tree.map(lambda *leaves: jnp.stack(leaves)[step_B], *steps)
-        moved = jnp.einsum("bij,bj->bi", own["matrix"], x)
-        x0 = moved + own["bend"] * jnp.tanh(moved) + own["bias"] + told
+        drawn = jax.tree.map(lambda *leaves: jnp.stack(leaves)[step_B], *steps)
+        moved = jnp.einsum("bij,bj->bi", drawn["matrix"], x)
+        x0 = moved + drawn["bend"] * jnp.tanh(moved) + drawn["bias"] + text
         return Prediction(x0, (x - alpha * x0) / sigma)
 
     def student_params(self, seed=1, bend=0.0, scale=0.3, dtype=jnp.float32):
@@ -75,7 +75,7 @@ class World:
         return StepSpec(denoiser=self.denoiser, objective=objective, times=self.times, **given)
 
     def context(self, term, batch, student=None, critic=None, teacher=None, **more):
-        """What the training step hands to a term."""
+        """Context of an update for one term."""
         step_spec, needs = self.step_spec(term, **more), term.needs
         return make_context(step_spec, needs, student, critic, teacher, batch)
 
@@ -93,14 +93,14 @@ def one_step(world: World) -> World:
     return World(world.schedule, world.kind, (world.times[0], world.times[-1]))
 
 
-def gaussian(params, x, alpha, sigma, told):
+def gaussian(params, x, alpha, sigma, text):
     return teachers.gaussian(
-        params["mean"] + told, params["basis"], params["variance"], x, alpha, sigma
+        params["mean"] + text, params["basis"], params["variance"], x, alpha, sigma
     )
 
 
-def mixture(params, x, alpha, sigma, told):
-    means = params["means"] + told[:, None]
+def mixture(params, x, alpha, sigma, text):
+    means = params["means"] + text[:, None]
     return teachers.mixture(means, params["variances"], params["logits"], x, alpha, sigma)
 
 
@@ -121,15 +121,15 @@ def mixture_params(seed=0, components=3, dtype=jnp.float32):
     return jax.tree.map(lambda v: jnp.asarray(v, dtype), params)
 
 
-def make_batch(samples, seed=0, dtype=jnp.float32, told=0.5) -> Batch:
+def make_batch(samples, seed=0, dtype=jnp.float32, text_scale=0.5) -> Batch:
     rng = np.random.default_rng(seed)
 
     def cond(text):
         return Cond(jnp.asarray(text, dtype), jnp.ones((samples, 1), dtype))
 
     return Batch(
-        cond=cond(told * rng.normal(size=(samples, 1, D))),
-        null=cond(told * rng.normal(size=(samples, 1, D))),
+        cond=cond(text_scale * rng.normal(size=(samples, 1, D))),
+        null=cond(text_scale * rng.normal(size=(samples, 1, D))),
         noise=jnp.asarray(rng.normal(size=(samples, *SHAPE)), dtype),
         key=jax.random.split(jax.random.key(seed), samples),
         stratum=jnp.arange(samples, dtype=jnp.int32),
@@ -137,26 +137,26 @@ def make_batch(samples, seed=0, dtype=jnp.float32, told=0.5) -> Batch:
 
 
 def guided_text(batch: Batch, guidance=GUIDANCE):
-    """By how much a guided gaussian's mean is moved: guidance keeps it a gaussian. [B, D]"""
-    told, untold = (np.asarray(c.text[:, 0], np.float64) for c in (batch.cond, batch.null))
-    return untold + guidance * (told - untold)
+    """Shift [B, D] of a gaussian's mean by its guided text; a guided gaussian is a gaussian."""
+    text, negative = (np.asarray(c.text[:, 0], np.float64) for c in (batch.cond, batch.null))
+    return negative + guidance * (text - negative)
 
 
-def gaussian_map(params, schedule, x, start_B, end_B, told):
-    """Where the gaussian's probability-flow ODE takes x [B, D], and its Jacobians [B, D, D]."""
+def gaussian_map(params, schedule, x, start_B, end_B, text):
+    """End of the gaussian's probability-flow ODE from x [B, D], and its Jacobians [B, D, D]."""
     mean, basis, variance = (np.asarray(params[k], float) for k in ("mean", "basis", "variance"))
     start, end = (
         tuple(v[:, None] for v in schedule.alpha_sigma(np.asarray(t, float)))
         for t in (start_B, end_B)
     )
-    return teachers.gaussian_map(mean + told, basis, variance, np.asarray(x, float), start, end)
+    return teachers.gaussian_map(mean + text, basis, variance, np.asarray(x, float), start, end)
 
 
-def gaussian_walk(params, schedule, times, told):
+def gaussian_walk(params, schedule, times, text):
     """The same map in the DDIM steps between times [n + 1, B]: (x -> J x + shift) as (J, shift)."""
     mean, basis, variance = (np.asarray(params[k], float) for k in ("mean", "basis", "variance"))
     alpha, sigma = schedule.alpha_sigma(np.asarray(times, float))
-    mean = mean + told
+    mean = mean + text
     jacobian = np.broadcast_to(np.eye(D), (alpha.shape[1], D, D))
     shift = np.zeros((alpha.shape[1], D))
     for (a, s), (b, r) in zip(
@@ -173,7 +173,7 @@ def gaussian_walk(params, schedule, times, told):
 
 
 def perfect_student(world, teacher, steps):
-    """A student each of whose steps is a gaussian teacher's map of it in `steps` DDIM steps."""
+    """Parameters of a student whose steps are a gaussian teacher's maps in `steps` DDIM steps."""
     alpha, sigma = world.schedule.alpha_sigma(np.array(world.times))
     params = {}
     for k in range(len(world.times) - 1):
@@ -202,8 +202,8 @@ def exact_map(predict, schedule, x_BHWC, start: int, end: int):
         t, da, ds = now
 
         def slope(x, t):
-            said = predict(x, t)
-            return da * said.x0 + ds * said.eps
+            pred = predict(x, t)
+            return da * pred.x0 + ds * pred.eps
 
         k1 = slope(x, t)
         k2 = slope(x + k1 / 2, t - 0.5)

@@ -1,4 +1,4 @@
-"""The notebooks are jupytext files in percent format that run as scripts."""
+"""Notebooks: jupytext files in percent format that run as scripts."""
 
 import ast
 import os
@@ -12,12 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.py"))}
-each = pytest.mark.parametrize("name", NOTEBOOKS)
+all_notebooks = pytest.mark.parametrize("name", NOTEBOOKS)
 
 
 @cache
 def output(name, folder):
-    """What the notebook prints, run as a script in an empty folder."""
+    """Output of the notebook, run as a script in an empty folder."""
     run = subprocess.run(
         [sys.executable, NOTEBOOKS[name]],
         cwd=folder,
@@ -34,9 +34,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("notebooks")
 
 
-@each
+@all_notebooks
 def test_it_is_a_notebook(name):
-    """A header that names the format, then text, then code, and every cell is Python by itself."""
+    """A header with the format, then text, then code; every cell parses as Python by itself."""
     text = NOTEBOOKS[name].read_text()
     head, *cells = re.split(r"^# %%", text, flags=re.MULTILINE)
     assert head.startswith("# ---\n") and "format_name: percent" in head
@@ -51,14 +51,14 @@ def test_it_is_a_notebook(name):
 
 
 @pytest.mark.slow
-@each
+@all_notebooks
 def test_it_runs(name, folder):
     assert output(name, folder)
 
 
 @pytest.mark.slow
-def test_writing_an_objective_shows_what_it_says(folder):
-    """DMD forgets which noise is whose; GAD, regression and the notebook's own loss do not."""
+def test_the_objectives_table_supports_the_text(folder):
+    """DMD loses the map from noise to data; GAD, regression and the notebook's loss keep it."""
     text = output("02_write_your_own_objective", folder)
     rows = {}
     for line in text.splitlines():
@@ -66,7 +66,7 @@ def test_writing_an_objective_shows_what_it_says(folder):
         if cells and re.fullmatch(r"[\d.]+", cells[0]):
             rows[label] = [float(cell) for cell in cells]
     assert list(rows) == ["DMD", "DMD + 0.3 GAD", "Regression", "Sobolev (ours)"]
-    modes, _, cost, error, cosine = zip(*rows.values(), strict=True)
+    modes, _, _, cost, error, cosine = zip(*rows.values(), strict=True)
     assert min(modes) == 1
     assert cost[0] > 0.5 and max(cost[1:]) < 0.1
     assert cosine[0] < 0.7 and min(cosine[1:]) > 0.9

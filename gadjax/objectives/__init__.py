@@ -1,4 +1,4 @@
-"""Objectives: one file each. TERMS holds every kind of term under its name in a config."""
+"""Objective terms, one file each; TERMS is the registry of their config names."""
 
 from gadjax.objectives.adversarial import Adversarial
 from gadjax.objectives.anchor import Anchor

@@ -1,4 +1,4 @@
-"""A discriminator on what a network makes of noised pictures, half-way."""
+"""Adversarial loss: a discriminator on network features of noised latents."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ LOSSES = {
         lambda fake, real: jax.nn.relu(1 + fake) + jax.nn.relu(1 - real),
     ),
 }
-SHARE = 0.01  # of the discriminator's gradient that the critic takes, beside its own of weight 1
+CRITIC_GRADIENT_SCALE = 0.01  # of the discriminator's gradient to the critic, whose own is 1
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,16 @@ class Adversarial(Addable):
     x_t = alpha x0 + sigma eps of the student's x0 at its drawn step, y_t the same of the data's
     clean latents, with one t, eps and text for both: D's two halves then differ by the pictures
     alone. t is uniform between `low` and `high` of the schedule's span. D(x_t) is a head on the
-    features of x_t: a normalisation, an MLP of one layer of `hidden`, the mean over tokens.
-    features: "critic", as DMD2 has it beside DMD with a weight of 0.001 to 0.005 (arXiv
-      2405.14867): the critic learns to tell pictures apart as well, with a hundredth of D's
-      gradient; "teacher", which is frozen. LADD (arXiv 2403.12015) has the teacher's too, but heads
-      on several blocks and an R1 penalty; here it is one head on one block half-way, without.
+    features of x_t: a normalisation, an MLP with one hidden layer of `hidden` units, the mean over
+    tokens.
+    features: "critic", as in DMD2 with a weight of 0.001 to 0.005 relative to DMD (arXiv
+      2405.14867): the critic is trained to discriminate too, with a hundredth of D's gradient;
+      "teacher", which is frozen. LADD (arXiv 2403.12015) also uses the teacher's, but with heads on
+      several blocks and an R1 penalty; here one head is on the block half-way, without a penalty.
     loss: "softplus", or "hinge": -D for the student, max(0, 1 + D(x_t)) + max(0, 1 - D(y_t)) for D.
-    The student's gradient passes the features' input and nothing else; D's is cut at x0.
-    Cost: half an evaluation and its reverse pass beside the student; two halves for D, and with the
-    critic's features their reverse passes.
+    The student's gradient flows through the features' input and nothing else; D's stops at x0.
+    Cost: beside the student half an evaluation and its reverse pass; two halves for D, and their
+    reverse passes with the critic's features.
     """
 
     features: str = "critic"
@@ -70,27 +71,27 @@ class Adversarial(Addable):
         )
 
     def __call__(self, context: Context):
-        seen = self.seen(context, context.student[0].x0)
-        fake_B = logits(context.discriminator_params, seen)
+        features = self.noised_features(context, context.student[0].x0)
+        fake_B = logits(context.discriminator_params, features)
         return LOSSES[self.loss][0](fake_B) * context.base_weight_B, {"logit": jnp.mean(fake_B)}
 
     def discriminator_loss(self, context: Context):
-        def judged(x0):
-            seen = self.seen(context, sg(x0))
-            return logits(context.discriminator_params, sg(seen) + SHARE * (seen - sg(seen)))
+        def logits_of(x0):
+            x = self.noised_features(context, sg(x0))
+            return logits(context.discriminator_params, sg(x) + CRITIC_GRADIENT_SCALE * (x - sg(x)))
 
-        fake_B, real_B = judged(context.student[0].x0), judged(context.batch.x0)
+        fake_B, real_B = logits_of(context.student[0].x0), logits_of(context.batch.x0)
         return LOSSES[self.loss][1](fake_B, real_B) * context.base_weight_B
 
-    def seen(self, context: Context, x0):
-        """The features [B, N, D] of x0, noised."""
+    def noised_features(self, context: Context, x0):
+        """Features [B, N, D] of x0 with noise added."""
         t_B = uniform_timesteps(context, self.low, self.high)
         x_t = add_noise(context.schedule, x0, context.normal("eps"), t_B)
         params = getattr(context, f"{self.features}_params")
         return context.denoiser.features(params, x_t, t_B, context.batch.cond)
 
     def init_discriminator(self, key, width: int) -> Params:
-        """The head for features of `width`; it starts at logits of zero, without an opinion."""
+        """Initial parameters of the head, for features of `width`; its logits start at zero."""
         kernel = jax.random.normal(key, (width, self.hidden)) / width**0.5
         return {
             "linear_1": {"kernel": kernel, "bias": jnp.zeros(self.hidden)},
@@ -98,10 +99,10 @@ class Adversarial(Addable):
         }
 
 
-def logits(params: Params, seen_BND):
-    """The head: [B], in at least float32."""
-    x = seen_BND.astype(jnp.promote_types(seen_BND.dtype, jnp.float32))
-    # The 1 leaves small features their size, which may be all that tells two pictures apart.
+def logits(params: Params, features_BND):
+    """The discriminator's head: logits [B], in at least float32."""
+    x = features_BND.astype(jnp.promote_types(features_BND.dtype, jnp.float32))
+    # The 1 keeps the scale of small features, which may be all that separates two pictures.
     x = (x - jnp.mean(x, -1, keepdims=True)) / jnp.sqrt(jnp.var(x, -1, keepdims=True) + 1)
     first, second = params["linear_1"], params["linear_2"]
     x = jax.nn.gelu(x @ first["kernel"] + first["bias"])

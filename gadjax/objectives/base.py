@@ -1,4 +1,4 @@
-"""What an objective term may ask for, and what it is handed."""
+"""Interface of objective terms: their needs, and the context that an update gives them."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -17,11 +17,13 @@ from gadjax.types import Batch, Metrics, Prediction
 
 @dataclass(frozen=True)
 class TeacherMap:
-    """The teacher's guided ODE in `steps` DDIM/Euler steps.
+    """Map of the teacher's guided ODE, in DDIM/Euler steps.
 
-    end: from a drawn step's own latent and time to "next" (the following time of the student's
-      grid) or "clean"; or "whole", from the initial noise z to the clean end.
-    until: with "next", the time at which it ends where the drawn step is the first.
+    Attributes:
+      end: "next" (the following time of the student's grid) or "clean", both from the latent and
+        time of the drawn step; or "whole", from the initial noise z to the clean end.
+      steps: number of steps.
+      until: with "next", the time at which the map ends if the drawn step is the first.
     """
 
     end: str = "next"
@@ -39,27 +41,30 @@ class TeacherMap:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a term asks of the training step; the step meets each need once, whoever asks.
+    """Inputs that a term requests from the update; a need of several terms is computed once.
 
-    student: the student at its drawn step, with gradient.
-    first: teacher maps from z at the first time; the student's prediction there, with gradient,
-      comes with each. Of all samples where the student's walk to the end is there, as `endpoint`
-      and `whole` have it, and no other term wants the map; else of those whose drawn step is the
-      first, which share the drawn step and its maps with other terms.
-    whole: the student's whole few-step map from z, with gradient through every step, no cut.
-    tangent: the directions along which the tangents of these two and of the maps are wanted.
-    maps: teacher maps -> whether their tangents are wanted too.
-    teacher: the term reads the teacher itself.
-    jvp: the term takes forward derivatives of a network itself.
-    endpoint: where the student's whole rollout ends, cut where `detach_first_step` says so.
-    critic: the term reads the critic, which must then be trained.
-    discriminator: the term reads the discriminator, which must then be trained.
-    detach_first_step: the first step belongs to another term: no base gradient may pass it.
-    images: clean latents from the data.
+    Attributes:
+      student: the student's prediction at its drawn step, with gradient.
+      first_step: teacher maps from z at the first time, each with the student's prediction there,
+        with gradient. For all samples if the student's full rollout is computed anyway (`endpoint`
+        or `full_map`) and no other term needs the map; otherwise for samples whose drawn step is
+        the first, which share that step and its maps with other terms.
+      full_map: the student's full few-step map from z, with gradient through every step.
+      tangent: directions of the tangents of `student`, `full_map` and of maps.
+      maps: teacher map -> whether its tangents are needed too.
+      teacher: the term evaluates the teacher itself.
+      jvp: the term takes forward derivatives of a network itself.
+      endpoint: end of the student's rollout from z, detached after the first step if
+        `detach_first_step`.
+      critic: the term evaluates the critic, which must then be trained.
+      discriminator: the term evaluates the discriminator, which must then be trained.
+      detach_first_step: the first step belongs to another term: no gradient of a base objective may
+        pass it.
+      images: clean latents from the data.
     """
 
     student: bool = False
-    first: tuple[TeacherMap, ...] = ()
+    first_step: tuple[TeacherMap, ...] = ()
     full_map: bool = False
     tangent: Directions | None = None
     maps: Mapping[TeacherMap, bool] = field(default_factory=dict)
@@ -73,14 +78,16 @@ class Needs:
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether there is a teacher in it at all; plain denoising has none."""
-        return bool(self.maps or self.first) or self.teacher or self.critic or self.discriminator
+        """True if the objective has a teacher; plain denoising has none."""
+        return (
+            bool(self.maps or self.first_step) or self.teacher or self.critic or self.discriminator
+        )
 
     def __or__(self, other: "Needs") -> "Needs":
         if self.tangent and other.tangent and self.tangent != other.tangent:
             raise InputError(
-                f"objective: found directions {_spelt(self.tangent)} and "
-                f"{_spelt(other.tangent)}; expected one choice for all terms"
+                f"objective: found directions {_describe(self.tangent)} and "
+                f"{_describe(other.tangent)}; expected one choice for all terms"
             )
         maps = dict(self.maps)
         for spec, tangent in other.maps.items():
@@ -90,36 +97,57 @@ class Needs:
             for f in fields(self)
             if f.type is bool
         }
-        first = tuple(dict.fromkeys(self.first + other.first))
-        return Needs(tangent=self.tangent or other.tangent, maps=maps, first=first, **either)
+        first_step = tuple(dict.fromkeys(self.first_step + other.first_step))
+        return Needs(
+            tangent=self.tangent or other.tangent, maps=maps, first_step=first_step, **either
+        )
 
 
-def _spelt(directions: Directions) -> str:
+def _describe(directions: Directions) -> str:
     return f"{directions.count} x {directions.kind!r}"
 
 
 class FirstStep(NamedTuple):
-    """Beside a teacher's map from z: what the student says at z, where the map ends [B, H, W, C],
-    and the weight [B] of each sample, by which the mean over B is one over the samples that have
-    all this. The others' numbers are finite and mean nothing."""
+    """First step of the student, and of a teacher map from the same z.
 
-    said: Prediction
-    arrived: jax.Array
+    Attributes:
+      prediction: the student's prediction at z, with gradient.
+      teacher_end: end of the teacher map [B, H, W, C].
+      weight_B: weight of each sample, by which the mean over B is the mean over the samples that
+        have a first step. The other samples' values are finite and meaningless.
+    """
+
+    prediction: Prediction
+    teacher_end: jax.Array
     weight_B: jax.Array
 
 
 @dataclass(frozen=True)
 class Context:
-    """One batch as the terms see it.
+    """One batch as terms get it: networks, drawn steps, and the results of their `Needs`.
 
-    Every array with a trailing _B has one entry per sample. step_B is the drawn place on the
-    student's grid, x_BHWC the student's own (gradient-free) latent there, t_B and next_B the
-    times it goes from and to. `student`, `whole` and `maps` are what Needs asked for, each a
-    (value, tangents) pair where the tangents [J, B, ...] are None unless they were asked for;
-    `first` has a First for each of its maps; `endpoint` is the x0 at which the student's whole
-    rollout ends.
-    teacher and critic: (x_BHWC, t_B, scale) -> Prediction; the scale is the run's `guidance` for
-    the teacher and 1 for the critic unless it is given. Gradients pass their inputs.
+    Arrays with a trailing _B have one entry per sample. A (value, tangents) pair has tangents
+    [J, B, ...], or None if they were not requested. Results that were not requested are None, or
+    empty mappings.
+
+    Attributes:
+      denoiser: network, schedule and parameterization.
+      batch: conditioning, initial noise and keys.
+      times: the student's grid, with the clean end.
+      guidance: the run's guidance scale.
+      teacher, critic: (x_BHWC, t_B, scale) -> Prediction; without a scale, `guidance` for the
+        teacher and 1 for the critic. Gradients flow to x_BHWC.
+      teacher_params, critic_params, student_params, discriminator_params: parameters.
+      step_B: index of the drawn step on the student's grid.
+      x_BHWC: the student's latent at the drawn step, without gradient.
+      direction_JBHWC: directions of the tangents.
+      student: prediction at the drawn step, and tangents.
+      first_step: teacher map -> FirstStep.
+      full_map: x0 of the student's full map from z, and tangents.
+      maps: teacher map -> its end, and tangents.
+      endpoint: x0 at the end of the student's rollout.
+      detach_first_step: the first step belongs to another term.
+      stream: prefix of the names of random numbers.
     """
 
     denoiser: Denoiser
@@ -136,7 +164,7 @@ class Context:
     x_BHWC: jax.Array | None = None
     direction_JBHWC: jax.Array | None = None
     student: tuple[Prediction, Prediction | None] | None = None
-    first: Mapping[TeacherMap, FirstStep] = field(default_factory=dict)
+    first_step: Mapping[TeacherMap, FirstStep] = field(default_factory=dict)
     full_map: tuple[jax.Array, jax.Array | None] | None = None
     maps: Mapping[TeacherMap, tuple[jax.Array, jax.Array | None]] = field(default_factory=dict)
     endpoint: jax.Array | None = None
@@ -145,14 +173,16 @@ class Context:
 
     @cached_property
     def t_B(self):
+        """Times [B] at which the drawn steps start."""
         return jnp.asarray(self.times, jnp.float32)[self.step_B]
 
     @cached_property
     def next_B(self):
+        """Times [B] at which the drawn steps end."""
         return jnp.asarray(self.times, jnp.float32)[self.step_B + 1]
 
     def map_end(self, spec: TeacherMap):
-        """The times at which a teacher map ends, per sample."""
+        """Times [B] at which a teacher map ends."""
         if spec.end != "next":
             return jnp.full_like(self.t_B, self.schedule.clean)
         if spec.until is None:
@@ -160,7 +190,7 @@ class Context:
         return jnp.where(self.step_B == 0, spec.until, self.next_B)
 
     def at_first_step(self) -> "Context":
-        """The same context with every sample at the first step, whose latent is z."""
+        """This context with every sample at the first step, whose latent is z."""
         return replace(self, step_B=jnp.zeros_like(self.step_B), x_BHWC=self.batch.noise)
 
     @property
@@ -169,8 +199,11 @@ class Context:
 
     @cached_property
     def base_weight_B(self):
-        """Weight of each sample in a base objective: where the first step is somebody else's,
-        0 there and n / (n - 1) elsewhere, so that the mean over B is the mean over the others."""
+        """Sample weights [B] of a base objective.
+
+        1; if the first step belongs to another term, 0 at the first step and n / (n - 1) elsewhere,
+        so that the mean over B is the mean over the later steps.
+        """
         if not self.detach_first_step:
             return jnp.ones(self.batch.noise.shape[0], jnp.float32)
         n = len(self.times) - 1
@@ -178,15 +211,15 @@ class Context:
 
     @cached_property
     def first_step_weight_B(self):
-        """Weight of each sample in a term about the first step alone, where the drawn one is it."""
+        """Sample weights [B] of a first-step term: n at the first of n steps, 0 elsewhere."""
         return (self.step_B == 0) * jnp.float32(len(self.times) - 1)
 
     def with_stream(self, name: str) -> "Context":
-        """The same context with random numbers of its own, so that terms do not share draws."""
+        """This context with a nested random stream, so that terms do not share draws."""
         return replace(self, stream=f"{self.stream}/{name}")
 
-    def of(self, name: str) -> "Context":
-        """The same context with the random numbers of the sum's term of that name."""
+    def with_term_stream(self, name: str) -> "Context":
+        """This context with the random stream of the sum's term of that name."""
         return replace(self, stream=f"/{name}")
 
     def _keys(self, name: str):
@@ -198,36 +231,36 @@ class Context:
         return jax.vmap(lambda k: jax.random.normal(k, shape))(self._keys(name))
 
     def uniform(self, name: str):
-        """Uniform [0, 1) per sample [B]."""
+        """Uniform [B] in [0, 1), a function of each sample's key and the name alone."""
         return jax.vmap(jax.random.uniform)(self._keys(name))
 
 
 def stream_keys(keys_B, name: str):
-    """An independent key per sample for the named use."""
+    """Independent keys [B], one per sample, for a named random stream."""
     number = zlib.crc32(name.encode())
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys_B)
 
 
 class Term(Protocol):
-    """An objective. A weighted sum of terms is again a term.
+    """Protocol of an objective term; a weighted sum of terms is again a term.
 
-    Besides what is below a term may have `check(times)`, which raises InputError where its options
-    do not go with a student whose steps start from these times.
+    A term may also have `check(times)`, which raises InputError if its options do not fit a student
+    whose steps start at these times.
     """
 
     @property
     def needs(self) -> Needs: ...
 
     def __call__(self, context: Context) -> tuple[jax.Array, Metrics]:
-        """Per-sample loss [B] in float32, and scalars to look at."""
+        """Loss per sample [B] in float32, and scalar metrics."""
 
     def critic_loss(self, context: Context) -> jax.Array:
-        """Per-sample loss [B] of the critic; of the one term that trains it."""
+        """The critic's loss per sample [B]; defined by the one term that trains it."""
 
     def discriminator_loss(self, context: Context) -> jax.Array:
-        """Per-sample loss [B] of the discriminator; of the one term that trains it."""
+        """The discriminator's loss per sample [B]; defined by the one term that trains it."""
 
 
 def sample_mean(x):
-    """Mean over all but the first axis: [B]."""
+    """Mean of each sample [B], over all axes but the first."""
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))

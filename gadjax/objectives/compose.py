@@ -1,4 +1,4 @@
-"""Sums of weighted terms, and the one dict of names that a config may use."""
+"""Weighted sums of objective terms, and the registry of their config names."""
 
 import math
 import re
@@ -15,12 +15,12 @@ from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, Term
 from gadjax.types import Metrics, Params
 
-# Name in a config -> kind of term, filled by gadjax.objectives.
+# Config name -> class of the term, filled by gadjax.objectives.
 TERMS: dict[str, type] = {}
-# Random streams that keep the name which they had before logs took the config's.
+# Random streams whose names differ from the config's: a rename would change their draws.
 STREAMS = {"gad_lift": "gadlift", "gad_script": "gadscript"}
 
-# Type of an option's default -> what the option may be, and how it is called.
+# Type of an option's default -> accepted types, and their name in messages.
 OPTIONS = {
     bool: (bool, "True or False"),
     int: (int, "a whole number"),
@@ -32,7 +32,7 @@ OPTIONS = {
 
 
 class Addable:
-    """`dmd + 0.5 * gad + 0.05 * anchor` for every term."""
+    """Operators of a term: `dmd + 0.5 * gad + 0.05 * anchor` is a Sum."""
 
     def __add__(self, other):
         return Sum(((1.0, self),)) + other
@@ -43,11 +43,15 @@ class Addable:
 
 @dataclass(frozen=True)
 class Sum:
-    """A weighted sum of terms. A term of weight zero is dropped here, before anything is traced:
-    what remains is bit for bit what it would be without it.
+    """Weighted sum of terms, itself a term.
 
-    names: one for each term, of its metrics and its random stream; by default that of its kind in
-      TERMS (the class's own where it is not there), and NAME_2, NAME_3 for more of one kind.
+    Terms of weight zero are dropped here, before anything is traced: the rest is bit for bit what
+    it would be without them.
+
+    Attributes:
+      parts: (weight, term) pairs.
+      names: of each term's metrics and random stream; by default its config name in TERMS (for an
+        unregistered class the class name in lower case), and NAME_2, NAME_3 for more of one class.
     """
 
     parts: tuple[tuple[float, Term], ...]
@@ -73,7 +77,7 @@ class Sum:
         return reduce(or_, (term.needs for _, term in self.parts), Needs())
 
     def term_losses(self, context: Context) -> Iterator[tuple[str, float, jax.Array, Metrics]]:
-        """Name, weight, per-sample loss [B] and scalars of every term."""
+        """Name, weight, loss per sample [B] and scalar metrics of every term."""
         for (weight, term), name in zip(self.parts, self.names, strict=True):
             yield name, weight, *term(context.with_stream(STREAMS.get(name, name)))
 
@@ -86,9 +90,12 @@ class Sum:
         return total_B, metrics
 
     def check(self, times: Sequence[float]) -> None:
-        """Raises: InputError for an empty sum, a critic or discriminator that nobody or more than
-        one term trains, and options that do not go with a student whose steps start from `times`
-        (in the network's units, falling, without the clean end)."""
+        """Check that the terms fit each other and the student's grid.
+
+        times: of the student's steps in the network's units, falling, without the clean end.
+        Raises: InputError for an empty sum, for a critic or discriminator that no term or several
+          terms train, and for options that do not fit the grid.
+        """
         if not self.parts:
             raise InputError("objective: found no term of non-zero weight; expected at least one")
         for role in ("critic", "discriminator"):
@@ -110,15 +117,15 @@ class Sum:
                 term.check(times)
 
     def trainer_needs(self, roles: Iterable[str]) -> Needs:
-        """What the terms that train these networks need, under the cut of the whole sum."""
-        found = (term.needs for role in roles for term in self._trainers(role))
-        return reduce(or_, found, Needs(detach_first_step=self.needs.detach_first_step))
+        """Needs of the terms that train these networks, with the `detach_first_step` of the sum."""
+        needs = (term.needs for role in roles for term in self._trainers(role))
+        return reduce(or_, needs, Needs(detach_first_step=self.needs.detach_first_step))
 
     def _trainers(self, role: str) -> list[Term]:
         return [term for _, term in self.parts if hasattr(term, f"{role}_loss")]
 
     def init_discriminator(self, key, width: int) -> Params:
-        """Its parameters, for features of `width`."""
+        """Initial parameters of the discriminator, for features of `width`."""
         (term,) = self._trainers("discriminator")
         return term.init_discriminator(key, width)
 
@@ -132,7 +139,7 @@ class Sum:
 
 
 def default_names(kinds: Iterable[type]) -> tuple[str, ...]:
-    """Names of terms of these kinds in a sum."""
+    """Names in a sum of terms of these classes."""
     known, counts, names = {kind: name for name, kind in TERMS.items()}, Counter(), []
     for kind in kinds:
         name = known.get(kind, kind.__name__.lower())
@@ -142,16 +149,20 @@ def default_names(kinds: Iterable[type]) -> tuple[str, ...]:
 
 
 def term_class(name: str, terms: Mapping[str, type]) -> type | None:
-    """The kind of the term NAME, or of one more, NAME_2; None for an unknown name."""
+    """Class of the term NAME, or of one more, NAME_2; None for an unknown name."""
     more = re.fullmatch(r"(.+)_([2-9]|[1-9][0-9]+)", name)
     return terms.get(name) or (terms.get(more[1]) if more else None)
 
 
 def build(config: Mapping[str, Mapping], terms: Mapping[str, type], times: Sequence[float]) -> Sum:
-    """name -> {weight, ...} as a Sum for a student whose steps start from `times`.
+    """Build the Sum of an objective's config.
 
-    A second term of one kind is NAME_2.
-    Raises: InputError for an unknown name or option, a bad weight, and what Sum.check refuses.
+    Args:
+      config: name -> {weight, option, ...}; a second term of one class is NAME_2.
+      terms: config name -> class.
+      times: of the student's steps, falling, without the clean end.
+
+    Raises: InputError for an unknown name or option, a bad weight, and as `Sum.check`.
     """
     parts = []
     for name, options in config.items():
@@ -172,9 +183,11 @@ def build(config: Mapping[str, Mapping], terms: Mapping[str, type], times: Seque
                     f"objective.{name}: found {option!r}; expected weight"
                     + "".join(f", {k}" for k in sorted(known))
                 )
-            expected, of = OPTIONS.get(type(known[option]), (object, ""))
+            expected, type_name = OPTIONS.get(type(known[option]), (object, ""))
             if not isinstance(value, expected) or isinstance(value, bool) and expected is not bool:
-                raise InputError(f"objective.{name}.{option}: found {value!r}; expected {of}")
+                raise InputError(
+                    f"objective.{name}.{option}: found {value!r}; expected {type_name}"
+                )
         parts.append((float(weight), kind(**options)))
     total = Sum(tuple(parts), names=tuple(config))
     total.check(times)
@@ -182,9 +195,9 @@ def build(config: Mapping[str, Mapping], terms: Mapping[str, type], times: Seque
 
 
 def as_config(objective: Term | Mapping, terms: Mapping[str, type]) -> Mapping[str, Mapping]:
-    """The mapping of which `build` makes this term or sum again; a mapping as it is.
+    """Config from which `build` makes this term or sum again; a mapping is returned as it is.
 
-    Raises: InputError for a term that `terms` has no name for.
+    Raises: InputError for a term that has no name in `terms`.
     """
     if isinstance(objective, Mapping):
         return objective
@@ -197,7 +210,7 @@ def as_config(objective: Term | Mapping, terms: Mapping[str, type]) -> Mapping[s
                 f"objective: found {kind.__name__}, which no config can name; expected one of "
                 f"{', '.join(terms)} (or gadjax.objectives.TERMS['mine'] = {kind.__name__})"
             )
-        chosen = ((f.name, getattr(term, f.name), f.default) for f in fields(term))
-        options = {name: value for name, value, default in chosen if value != default}
+        values = ((f.name, getattr(term, f.name), f.default) for f in fields(term))
+        options = {name: value for name, value, default in values if value != default}
         config[name] = options if weight == 1 else {"weight": weight, **options}
     return config

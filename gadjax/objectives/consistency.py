@@ -1,4 +1,4 @@
-"""Continuous-time consistency: one x0 from every point of the teacher's ODE."""
+"""Continuous-time consistency (sCM): one x0 from every point of the teacher's ODE."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,20 +24,20 @@ class Consistency(Addable):
     """mean |F - sg[F + g / (rms(g) + 0.1)]|^2, g = cos a dx0_S/da along the teacher's guided ODE.
 
     sCM (arXiv 2410.11081, algorithm 1) in any schedule. With the angle a = atan2(sigma, alpha) and
-    x_a = x_t / sqrt(alpha^2 + sigma^2), a network says F = cos a eps - sin a x0, and
+    x_a = x_t / sqrt(alpha^2 + sigma^2), a network's F is cos a eps - sin a x0, and
       g = -cos^2 a (F - F_T) - (cos a sin a x_a + dF/ds),  s = log tan a = log(sigma / alpha),
     dF/ds exact, by one jax.jvp in (x, t) along the teacher, whose value is the F of the loss: the
     student is evaluated once. g is stop-gradiented, so no reverse pass goes through the tangent.
     |g| is the root of its mean square, so that 0.1 means the same for every size of latent.
     a is uniform and the weight 1: with those, whatever the schedule calls its times, dF = g shrinks
     E|F - F*|^2 over the teacher's trajectories, F* being the exact one. sCM's learnt variance is
-    left out, and so is its warm-up of g's second part, since a term does not know its step.
+    not used, nor its warm-up of g's second part, since a term does not know its step.
 
-    x_t is a point of the teacher's own walk from z in `steps` DDIM/Euler steps, without any picture
-    (TBCM, arXiv 2511.20410); with images=True the data's x0 with the batch's noise. What is learnt
-    is where the teacher's ODE ends, from any time: a map for one step. dF/ds is as rough as the
+    x_t is a point of the teacher's own rollout from z in `steps` DDIM/Euler steps, without pictures
+    (TBCM, arXiv 2511.20410); with images=True the data's x0 with the batch's noise. The student
+    learns the end of the teacher's ODE from any time: a one-step map. dF/ds is as rough as the
     network's features of time (sCM, section 4.1): PixArt's turn by a radian a unit.
-    Cost: 1 evaluation of the student with a tangent, 2 of the teacher, 2 * steps for its walk.
+    Cost: 1 evaluation of the student with a tangent, 2 of the teacher, 2 * steps for its rollout.
     """
 
     images: bool = False
@@ -58,12 +58,17 @@ class Consistency(Addable):
         def student(x, t):
             return context.denoiser(context.student_params, x, t, context.batch.cond)
 
-        said, g = along(student, context.teacher(x, t_B), context.schedule, x, t_B)
+        student_velocity, g = velocity_and_update(
+            student, context.teacher(x, t_B), context.schedule, x, t_B
+        )
         size_B = jnp.sqrt(sample_mean(g**2))
-        loss_B = sample_mean((said - sg(said + g / expand(size_B + FLOOR, g))) ** 2)
+        loss_B = sample_mean(
+            (student_velocity - sg(student_velocity + g / expand(size_B + FLOOR, g))) ** 2
+        )
         return loss_B, {"tangent": jnp.mean(size_B)}
 
     def latents(self, context: Context, t_B):
+        """Points x_t of the teacher's rollout, or noised latents of the data."""
         batch = context.batch
         if self.images:
             return add_noise(context.schedule, batch.x0, batch.noise, t_B)
@@ -72,7 +77,7 @@ class Consistency(Addable):
 
 
 def uniform_angle(context: Context):
-    """Times from the first noised one to the student's first, uniform in atan2(sigma, alpha)."""
+    """Times [B], uniform in atan2(sigma, alpha), from the first noised to the student's first."""
     schedule = context.schedule
     first = schedule.clean + schedule.spacing
     knots = np.append(np.arange(first, context.times[0], schedule.spacing), context.times[0])
@@ -82,24 +87,32 @@ def uniform_angle(context: Context):
     return jnp.interp(angle_B, angles, knots)
 
 
-def velocity(said: Prediction, alpha, sigma):
-    """F = cos a eps - sin a x0, the speed of x_a in the angle."""
+def velocity(pred: Prediction, alpha, sigma):
+    """F = cos a eps - sin a x0, the derivative of x_a with respect to the angle a."""
     length = jnp.sqrt(alpha**2 + sigma**2)
-    return expand(alpha / length, said.eps) * said.eps - expand(sigma / length, said.x0) * said.x0
+    return expand(alpha / length, pred.eps) * pred.eps - expand(sigma / length, pred.x0) * pred.x0
 
 
-def along(student: Callable, real: Prediction, schedule: NoiseSchedule, x, t_B):
-    """The student's F and g at x, where the teacher says `real`."""
+def velocity_and_update(student: Callable, real: Prediction, schedule: NoiseSchedule, x, t_B):
+    """The student's F and the update direction g at x, both [B, H, W, C].
+
+    Args:
+      student: (x_BHWC, t_B) -> Prediction.
+      real: the teacher's prediction at x.
+      schedule: noise schedule.
+      x: latents x_t [B, H, W, C].
+      t_B: their times.
+    """
     one = jnp.ones_like(t_B)
     (alpha, sigma), (d_alpha, d_sigma) = jax.jvp(schedule.alpha_sigma, (t_B,), (one,))
     pace = alpha * sigma / (alpha * d_sigma - sigma * d_alpha)  # dt/ds
     dx = expand(pace * d_alpha, x) * real.x0 + expand(pace * d_sigma, x) * real.eps
 
-    def here(x, t_B):
+    def student_velocity(x, t_B):
         return velocity(student(x, t_B), *schedule.alpha_sigma(t_B))
 
-    said, ds = tangent(lambda at: here(*at), (x, t_B), (dx, pace))
+    value, ds = tangent(lambda x_and_t: student_velocity(*x_and_t), (x, t_B), (dx, pace))
     square = alpha**2 + sigma**2
     cos_cos, cos_sin = expand(alpha**2 / square, x), expand(alpha * sigma / square, x)
-    g = -cos_cos * (said - velocity(real, alpha, sigma))
-    return said, g - (cos_sin * x / expand(jnp.sqrt(square), x) + ds)
+    g = -cos_cos * (value - velocity(real, alpha, sigma))
+    return value, g - (cos_sin * x / expand(jnp.sqrt(square), x) + ds)

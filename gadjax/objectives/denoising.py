@@ -1,4 +1,4 @@
-"""Plain denoising: how a teacher is trained."""
+"""Denoising loss, with which a teacher is trained."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from gadjax.objectives.compose import Addable
 class Denoising(Addable):
     """E w(t) |raw(x_t, t, c) - target|^2 with x_t = alpha x0 + sigma eps (Ho et al. 2020, eq. 14).
 
-    t is uniform over the schedule's whole times; eps is the batch's noise. Nothing is
+    t is uniform over the schedule's grid; eps is the batch's noise. Nothing is
     stop-gradiented. One network evaluation. Condition dropout belongs to the data.
 
     balance: None for w = 1. A number b gives w = (1 + b) / (alpha^2 + b), between the eps loss

@@ -1,4 +1,4 @@
-"""Distribution matching, DMD2's few-step form."""
+"""Distribution matching distillation (DMD) in DMD2's few-step form."""
 
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ class DMD(Addable):
         return Needs(student=True, critic=True)
 
     def output(self, context: Context):
-        """The student's x0 and the weight of each sample."""
+        """The student's x0, and the sample weights [B]."""
         if self.backprop == "all":
             return context.endpoint, jnp.ones_like(context.base_weight_B)
         return context.student[0].x0, context.base_weight_B
@@ -63,7 +63,7 @@ class DMD(Addable):
         return loss_B * weight_B, {"gap": jnp.mean(jnp.abs(fake - real))}
 
     def critic_loss(self, context: Context):
-        """Plain denoising on the student's own pictures, t uniform over the whole span."""
+        """Denoising loss per sample [B] on the student's x0, t uniform over the full span."""
         x0, weight_B = self.output(context)
         t_B = uniform_timesteps(context, 0.0, 1.0)
         loss_B = context.denoiser.denoising_loss(

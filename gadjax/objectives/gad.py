@@ -1,4 +1,4 @@
-"""Geometry-aware distillation: the student's noise tangents are the teacher's."""
+"""Geometry-aware distillation (GAD): match the Jacobian-vector products of student and teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ class GAD(Addable):
       student can meet the teacher's only at a cosine c, the square is least at a norm of c times
       the teacher's: what cannot be matched is flattened.
     direction, directions: kind and number J of the v (gadjax.diffusion.geometry.Directions); the
-      mean is taken over them.
+      loss is the mean over them.
     step_weights: one weight for each step of the student's grid, () for 1 everywhere. Not with
       "whole".
-    Cost: the student's value is the base's own; J tangents add J evaluations, and the teacher's map
+    Cost: the student's value is the base's; J tangents add J evaluations, and the teacher's map
     2 steps (1 + J) (guidance); end="whole" adds the student's n (1 + J).
     """
 
@@ -48,7 +48,7 @@ class GAD(Addable):
             raise InputError(f"objective.gad.loss: found {self.loss!r}; expected square or polar")
         if self.loss == "polar" and not self.normalize:
             raise InputError(
-                "objective.gad.normalize: found False beside the polar loss, which is relative; "
+                "objective.gad.normalize: found False with the polar loss, which is relative; "
                 "expected loss='square' with it"
             )
 
@@ -71,17 +71,19 @@ class GAD(Addable):
             )
 
     def __call__(self, context: Context):
-        wanted = sg(context.maps[TeacherMap(self.end, self.steps)][1])
-        found = context.full_map[1] if self.end == "whole" else student_tangents(context, self.end)
+        teacher = sg(context.maps[TeacherMap(self.end, self.steps)][1])
+        student = (
+            context.full_map[1] if self.end == "whole" else student_tangents(context, self.end)
+        )
         mean = jax.vmap(sample_mean)
-        size_JB, own_JB = mean(wanted**2), mean(found**2)
-        cosine_JB = mean(found * wanted) * jax.lax.rsqrt(size_JB * own_JB)
+        teacher_JB, student_JB = mean(teacher**2), mean(student**2)
+        cosine_JB = mean(student * teacher) * jax.lax.rsqrt(teacher_JB * student_JB)
         if self.loss == "polar":
-            loss_JB = 2 * (1 - cosine_JB) + (0.5 * jnp.log(own_JB / size_JB)) ** 2
+            loss_JB = 2 * (1 - cosine_JB) + (0.5 * jnp.log(student_JB / teacher_JB)) ** 2
         else:
-            loss_JB = mean((found - wanted) ** 2) / (size_JB if self.normalize else 1)
+            loss_JB = mean((student - teacher) ** 2) / (teacher_JB if self.normalize else 1)
         loss_B = jnp.mean(loss_JB, axis=0)
         if self.step_weights:
             loss_B = loss_B * jnp.asarray(self.step_weights, jnp.float32)[context.step_B]
-        ratio = jnp.sqrt(own_JB / size_JB)
+        ratio = jnp.sqrt(student_JB / teacher_JB)
         return loss_B, {"cosine": jnp.mean(sg(cosine_JB)), "norm_ratio": jnp.mean(sg(ratio))}

@@ -1,4 +1,4 @@
-"""Output matching in its plainest form: regression to where the teacher's ODE leads."""
+"""Regression to the end of the teacher's ODE: output matching in its plainest form."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from gadjax.objectives.compose import Addable
 class Regression(Addable):
     """E |S(x_k) - ODE_T(x_k)|^2 over the drawn step's own interval, or to the clean end.
 
-    end="whole" compares where all the student's steps lead from z, differentiated through.
+    end="whole" compares the end of all the student's steps from z, differentiated through.
     The teacher's map is stop-gradiented. (Luhman & Luhman 2021 for end="clean" in one step;
     Salimans & Ho 2022 for the stepwise form.) Cost: 2 * steps teacher evaluations.
     """
@@ -21,13 +21,13 @@ class Regression(Addable):
 
     @property
     def needs(self) -> Needs:
-        whole = self.end == "whole"
+        full_map = self.end == "whole"
         maps = {TeacherMap(self.end, self.steps): False}
-        return Needs(student=not whole, endpoint=whole, maps=maps)
+        return Needs(student=not full_map, endpoint=full_map, maps=maps)
 
     def __call__(self, context: Context):
-        arrived = sg(context.maps[TeacherMap(self.end, self.steps)][0])
+        teacher_end = sg(context.maps[TeacherMap(self.end, self.steps)][0])
         if self.end == "whole":
-            return sample_mean((context.endpoint - arrived) ** 2), {}
-        loss_B = sample_mean((student_map(context, self.end) - arrived) ** 2)
+            return sample_mean((context.endpoint - teacher_end) ** 2), {}
+        loss_B = sample_mean((student_map(context, self.end) - teacher_end) ** 2)
         return loss_B * context.base_weight_B, {}

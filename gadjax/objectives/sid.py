@@ -1,4 +1,4 @@
-"""Score identity distillation, with gradients through what the score networks are told."""
+"""Score identity distillation (SiD), with gradients through the score networks' inputs."""
 
 from dataclasses import dataclass
 
@@ -20,11 +20,13 @@ class SiD(Addable):
 
     T and F are the teacher's and the critic's x0 at x_t = a x0 + s eps, t uniform between `low` and
     `high` of the schedule's span. Unlike DMD the gradient passes x0, x_t and both networks' inputs;
-    only their parameters and the normaliser are held. The student's x0 is its drawn step's on its
-    own latents, so that few steps are trained as a uniform mixture over them (arXiv 2505.12674).
+    only their parameters and the normaliser are stop-gradiented. The student's x0 is its drawn
+    step's on its own latents, so that few steps are trained as a uniform mixture over them (arXiv
+    2505.12674).
     guidance: "teacher", the run's scale for T and none for F; "lsg", the run's for both, F trained
       with it (long and short guidance, arXiv 2406.01561); "zero", none for T and an unconditional
-      F; "anti", none for T and -1 for F (both arXiv 2505.12674). F is trained as it is read.
+      F; "anti", none for T and -1 for F (both arXiv 2505.12674). F is trained with the
+      guidance at which it is evaluated.
     Cost beside the student: 1 or 2 evaluations each of T and F, and their reverse passes.
     """
 
@@ -43,7 +45,8 @@ class SiD(Addable):
             )
         check_span_fractions("sid", self.low, self.high)
 
-    def scales(self, context: Context):
+    def guidance_scales(self, context: Context):
+        """Guidance scales of teacher and critic."""
         teacher, critic = GUIDANCE[self.guidance]
         teacher = context.guidance if teacher is None else teacher
         return teacher, teacher if critic == "same" else critic
@@ -52,17 +55,26 @@ class SiD(Addable):
         x0 = context.student[0].x0
         t_B = uniform_timesteps(context, self.low, self.high)
         x_t = add_noise(context.schedule, x0, context.normal("eps"), t_B)
-        scale, own = self.scales(context)
-        real, fake = context.teacher(x_t, t_B, scale).x0, context.critic(x_t, t_B, own).x0
+        teacher_scale, critic_scale = self.guidance_scales(context)
+        real, fake = (
+            context.teacher(x_t, t_B, teacher_scale).x0,
+            context.critic(x_t, t_B, critic_scale).x0,
+        )
         gap = real - fake
         loss_B = sample_mean(gap * ((real - x0) - self.alpha * gap)) / mean_abs(sg(x0 - real))
         return loss_B * context.base_weight_B, {"gap": jnp.mean(jnp.abs(gap))}
 
     def critic_loss(self, context: Context):
-        """Plain denoising on the student's own pictures, guided as F is read."""
+        """Denoising loss per sample [B] on the student's x0, with F's guidance."""
         batch, x0 = context.batch, sg(context.student[0].x0)
         t_B, eps = uniform_timesteps(context, 0.0, 1.0), context.normal("eps")
         loss_B = context.denoiser.denoising_loss(
-            context.critic_params, x0, eps, t_B, batch.cond, batch.null, self.scales(context)[1]
+            context.critic_params,
+            x0,
+            eps,
+            t_B,
+            batch.cond,
+            batch.null,
+            self.guidance_scales(context)[1],
         )
         return loss_B * context.base_weight_B

@@ -1,4 +1,4 @@
-"""Trajectory distribution matching: DMD step by step along the student's own trajectory."""
+"""Trajectory distribution matching (TDM): DMD along the student's own trajectory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,34 +45,37 @@ class TDM(Addable):
                 "which the student starts"
             )
 
-    def diffused(self, context: Context):
-        """x_tau, tau and the fresh noise that went into it."""
+    def renoised(self, context: Context):
+        """x_tau [B, H, W, C], tau [B], and the fresh noise in x_tau."""
         low_B = jnp.maximum(context.next_B, self.floor)
         spacing = context.schedule.spacing
         high_B = jnp.maximum(context.t_B - self.gap, low_B + spacing)
         tau_B = low_B + context.uniform("tau") * (high_B - low_B)
         tau_B = jnp.floor(tau_B / spacing) * spacing
         fresh = context.normal("eps")
-        landed = student_map(context, "next")
-        return renoise(context.schedule, landed, context.next_B, tau_B, fresh), tau_B, fresh
+        x_next = student_map(context, "next")
+        return renoise(context.schedule, x_next, context.next_B, tau_B, fresh), tau_B, fresh
 
     def __call__(self, context: Context):
         x0 = context.student[0].x0
-        x_tau, tau_B, _ = self.diffused(context)
+        x_tau, tau_B, _ = self.renoised(context)
         x_tau = sg(x_tau)
         fake, real = context.critic(x_tau, tau_B).x0, context.teacher(x_tau, tau_B).x0
         loss_B = pseudo_loss(x0, sg(fake - real), mean_abs(sg(x0) - real), self.huber)
         return loss_B * context.base_weight_B, {"gap": jnp.mean(jnp.abs(fake - real))}
 
     def critic_loss(self, context: Context):
-        """min(SNR, max_snr) IS |F(x_tau) - x0|^2, where IS = exp((|eps|^2 - |mix|^2) / 2), in the
-        mean over elements, reweights from the trajectory's noise `mix` to fresh noise `eps`."""
+        """Denoising loss per sample [B]: min(SNR, max_snr) IS |F(x_tau) - x0|^2.
+
+        The importance weight IS = exp((|eps|^2 - |mix|^2) / 2), with means over elements, reweights
+        from the trajectory's noise `mix` to fresh noise `eps`.
+        """
         x0 = sg(context.student[0].x0)
-        x_tau, tau_B, fresh = self.diffused(context)
+        x_tau, tau_B, fresh = self.renoised(context)
         x_tau = sg(x_tau)
         alpha, sigma = context.schedule.alpha_sigma(tau_B)
         mix = (x_tau - expand(alpha, x0) * x0) / expand(sigma, x0)
         density_B = jnp.exp(0.5 * (sample_mean(fresh**2) - sample_mean(mix**2)))
         weight_B = density_B * jnp.minimum((alpha / sigma) ** 2, self.max_snr)
-        said = context.denoiser(context.critic_params, x_tau, tau_B, context.batch.cond)
-        return weight_B * sample_mean((said.x0 - x0) ** 2) * context.base_weight_B
+        prediction = context.denoiser(context.critic_params, x_tau, tau_B, context.batch.cond)
+        return weight_B * sample_mean((prediction.x0 - x0) ** 2) * context.base_weight_B

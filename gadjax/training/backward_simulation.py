@@ -1,4 +1,4 @@
-"""Where each sample's own walk from its noise starts the step that is drawn for it."""
+"""Backward simulation: the student's own rollout from noise to the start of each drawn step."""
 
 import jax
 import jax.numpy as jnp
@@ -9,55 +9,65 @@ from gadjax.types import Batch, Params, expand
 
 
 def stratified_step_indices(stratum_B, n: int):
-    """Steps of a grid of n, spread evenly; neighbours 2j and 2j + 1 have k and n - 1 - k."""
+    """Step indices [B] on a grid of n, spread evenly; neighbours 2j and 2j + 1 get k, n - 1 - k."""
     turn_B, half = stratum_B // 2 % n, (n + 1) // 2
     step_B = jnp.where(turn_B < half, turn_B, n - 1 + half - turn_B)
     return jnp.where(stratum_B % 2, n - 1 - step_B, step_B)
 
 
 def select_step(states, step_B):
-    """Of states [n, B, ...] each sample's at its own step."""
+    """Each sample's state at its drawn step: [n, B, ...] -> [B, ...]."""
     return states[step_B, jnp.arange(len(step_B))]
 
 
 def backward_simulate(step_spec: StepSpec, student: Params, batch: Batch, step_B):
-    """The latent [B, H, W, C] at which each sample's own rollout from z starts its step.
+    """Latents [B, H, W, C] from which each sample's drawn step starts, by rollout from z.
 
-    Two neighbours, who need k and n - 1 - k evaluations, take turns in one walk of n - 1, where
-    each device has both: half of what a walk for each would cost.
+    Neighbours 2j and 2j + 1 need k and n - 1 - k evaluations. Where both are on one device, they
+    share a rollout of n - 1 steps, one after the other: half the cost of a rollout for each.
+
+    Args:
+      step_spec: grid, denoiser, and whether neighbours share a device (`can_pair`).
+      student: the student's parameters.
+      batch: initial noise and conditioning; the conditioning may be a KV cache.
+      step_B: drawn step indices [B], as `stratified_step_indices` returns them.
     """
     starts, schedule = jnp.asarray(step_spec.times[:-1]), step_spec.denoiser.schedule
     n = len(starts)
     if n == 1:
         return batch.noise
 
-    def walk(x, times, cond):
+    def run_steps(x, times, cond):
         return rollout(lambda x, t: step_spec.denoiser(student, x, t, cond), schedule, x, times)
 
     if not step_spec.can_pair(len(step_B)):
-        found = walk(batch.noise, starts, batch.cond)
-        return select_step(jnp.concatenate([found.x, found.end[None]]), step_B)
+        trajectory = run_steps(batch.noise, starts, batch.cond)
+        return select_step(jnp.concatenate([trajectory.x, trajectory.end[None]]), step_B)
 
-    def member(which):
-        def one(x):
-            return x.reshape(-1, 2, *x.shape[1:])[:, which]
+    def select_member(index):
+        def select(x):
+            return x.reshape(-1, 2, *x.shape[1:])[:, index]
 
-        return one(batch.noise), batch.cond.map(one), one(step_B)
+        return select(batch.noise), batch.cond.map(select), select(step_B)
 
-    (first, first_cond, arrival_B), (second, second_cond, _) = member(0), member(1)
+    (first, first_cond, first_steps_B), (second, second_cond, _) = (
+        select_member(0),
+        select_member(1),
+    )
 
-    def choose(one_B):
-        return lambda a, b: jnp.where(expand(one_B, a), a, b)
+    def choose(where_B):
+        return lambda a, b: jnp.where(expand(where_B, a), a, b)
 
-    def turn(x, arrived, now):
-        return jax.tree.map(choose(arrival_B == now), (second, x), (x, arrived))
+    def switch_member(x, finished, now):
+        """Keep the first member's latent when it is finished; start from the second's noise."""
+        return jax.tree.map(choose(first_steps_B == now), (second, x), (x, finished))
 
     def step(carry, now):
-        x, arrived = turn(*carry, now)
-        place_B = jnp.where(now < arrival_B, now, now - arrival_B)
-        cond = first_cond.map(choose(now < arrival_B), second_cond)
-        return (walk(x, starts[jnp.stack([place_B, place_B + 1])], cond).end, arrived), None
+        x, finished = switch_member(*carry, now)
+        index_B = jnp.where(now < first_steps_B, now, now - first_steps_B)
+        cond = first_cond.map(choose(now < first_steps_B), second_cond)
+        return (run_steps(x, starts[jnp.stack([index_B, index_B + 1])], cond).end, finished), None
 
     carry, _ = jax.lax.scan(step, (first, first), jnp.arange(n - 1))
-    of_second, of_first = turn(*carry, n - 1)
-    return jnp.stack([of_first, of_second], 1).reshape(batch.noise.shape)
+    second_latent, first_latent = switch_member(*carry, n - 1)
+    return jnp.stack([first_latent, second_latent], 1).reshape(batch.noise.shape)

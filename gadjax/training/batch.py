@@ -1,4 +1,4 @@
-"""Host arrays to what an update is handed."""
+"""Training batches: host arrays to noise, keys and conditioning on the device."""
 
 from functools import partial
 from typing import Any
@@ -11,7 +11,13 @@ from gadjax.types import Batch, Cond
 
 
 def encode_raw(pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Array]) -> Cond:
-    """Token ids, or embeddings written ahead of time, to what the denoiser is told."""
+    """Conditioning of a batch, from token ids or from embeddings written ahead of time.
+
+    Args:
+      pipeline: the teacher's pipeline.
+      frozen: parameters of its text encoders by name; unused where `raw` has embeddings.
+      raw: "ids" and "mask" [B, L]; or "text" [B, L, D], "mask" and, in some families, "pooled".
+    """
     if "text" in raw:
         pooled = raw["pooled"].astype(jnp.float32) if "pooled" in raw else None
         return pipeline.cond(raw["text"].astype(jnp.float32), raw["mask"], pooled)
@@ -21,7 +27,17 @@ def encode_raw(pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Ar
 def make_batch(
     pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Array], key: jax.Array, update
 ) -> Batch:
-    """Host arrays to a Batch. Every sample's key is (the run's, update, its place in the batch)."""
+    """Batch of one update: conditioning, initial noise, and clean latents of pictures.
+
+    A sample's key depends on the run's key, the update and its place in the batch, on nothing else.
+
+    Args:
+      pipeline: the teacher's pipeline.
+      frozen: parameters by network, and the empty prompt under "null".
+      raw: host arrays of the data source, the samples first.
+      key: the run's key.
+      update: number of the update, the critic's included.
+    """
 
     samples = raw["mask"].shape[0]
     now = jax.random.fold_in(key, update)

@@ -1,4 +1,4 @@
-"""What of a config can be checked before anything is compiled."""
+"""Checks of a training config before anything is compiled; each raises InputError."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,25 +23,38 @@ ATTENTION = "auto", "jnp", "pallas"
 
 
 def lower_abstract(pipeline: Pipeline, frozen: dict[str, Any], params: Params, f: Callable):
-    """f(params, x_BHWC, t_B, cond) of one sample traced and lowered, but not compiled."""
+    """Lowered computation of `f` for one sample: traced, not compiled; `out_info` has its shapes.
+
+    Args:
+      pipeline: the teacher's pipeline, for the latent's shape and the conditioning.
+      frozen: parameters that are not trained, and the empty prompt under "null".
+      params: trained parameters, or their shapes.
+      f: (params, x_BHWC, t_B, cond) -> any tree of arrays.
+    """
 
     def run(params, frozen):
         params = merge_params(params, frozen.get("untrained"))
         cond = encode_raw(pipeline, frozen, frozen["null"])
         return f(params, jnp.zeros((1, *pipeline.latent)), jnp.zeros(1), cond)
 
-    return jax.jit(run).lower(*jax.eval_shape(lambda *given: given, params, frozen))
+    return jax.jit(run).lower(*jax.eval_shape(lambda *trees: trees, params, frozen))
 
 
 def check_tangents(pipeline: Pipeline, frozen: dict[str, Any], params: Params) -> None:
-    """Raises: InputError for a network through which jax.jvp cannot go, as with an attention
-    kernel that has no forward derivative."""
+    """Check that the denoiser has a forward derivative.
 
-    def moved(params, x, t, cond):
+    Args:
+      pipeline, frozen, params: as `lower_abstract` takes them.
+
+    Raises: InputError for a network through which jax.jvp cannot go, as with an attention kernel
+      that has no forward derivative.
+    """
+
+    def latent_tangent(params, x, t, cond):
         return tangent(lambda x: pipeline.denoiser.raw(params, x, t, cond), x, x)
 
     try:
-        lower_abstract(pipeline, frozen, params, moved)
+        lower_abstract(pipeline, frozen, params, latent_tangent)
     except (TypeError, ValueError, NotImplementedError) as error:
         why = str(error).split(".")[0]
         raise InputError(
@@ -51,13 +64,17 @@ def check_tangents(pipeline: Pipeline, frozen: dict[str, Any], params: Params) -
 
 
 def compute_dtype(name: str):
+    """Compute dtype by its config name. Raises: InputError for one that is not supported."""
     if name not in ("float32", "bfloat16"):
         raise InputError(f"dtype: found {name!r}; expected 'float32' or 'bfloat16'")
     return jnp.dtype(name)
 
 
 def student_times(config: ConfigDict) -> tuple[float, ...]:
-    """The times of the student's steps, latest noise first."""
+    """Timesteps at which the student's steps start, in falling order.
+
+    Raises: InputError for a bad `student.init`, `student.steps` or `student.timesteps`.
+    """
     times = tuple(float(t) for t in config.student.timesteps)
     if config.student.init not in ("teacher", "random"):
         raise InputError(
@@ -74,7 +91,7 @@ def student_times(config: ConfigDict) -> tuple[float, ...]:
 
 
 def check_schedule(name: str, optim: ConfigDict) -> None:
-    """Raises: InputError for a decay that ends before the warm-up does."""
+    """Check a learning-rate schedule. Raises: InputError if decay ends before warm-up does."""
     if optim.decay and optim.decay <= optim.warmup:
         raise InputError(
             f"{name}.decay: found {optim.decay}; expected more steps than the warm-up's "
@@ -83,17 +100,25 @@ def check_schedule(name: str, optim: ConfigDict) -> None:
 
 
 def select_kernels(choice: str, mesh: Mesh, dtype: str) -> str:
-    """Whose attention kernels a run takes. Raises: InputError for what its devices do not have.
+    """Platform whose Pallas attention kernels the run uses, "" for attention in plain JAX.
 
-    "auto" tries those for GPUs first, on every process: on an H200 they are right in bfloat16 and
-    wrong in float32.
+    "auto" validates the GPU kernels first, on every process: on an H200 they are right in bfloat16
+    and wrong in float32.
+
+    Args:
+      choice: `attention` of the config: auto, jnp or pallas.
+      mesh: the run's devices.
+      dtype: name of the compute dtype.
+
+    Raises: InputError for an unknown choice, or for kernels that these devices do not have.
     """
     if choice not in ATTENTION:
         raise InputError(f"attention: found {choice!r}; expected one of {', '.join(ATTENTION)}")
     platform = mesh.devices.flat[0].platform
     if choice == "pallas" and platform not in KERNEL_MODULES:
         raise InputError(
-            f"attention: found 'pallas' on a {platform}; expected one of {', '.join(KERNEL_MODULES)}"
+            f"attention: found 'pallas' on a {platform}; expected one of "
+            f"{', '.join(KERNEL_MODULES)}"
         )
     if choice == "jnp" or platform not in KERNEL_MODULES:
         return ""
@@ -103,9 +128,9 @@ def select_kernels(choice: str, mesh: Mesh, dtype: str) -> str:
 
 
 def check_sequence(pipeline: Pipeline, mesh: Mesh) -> None:
-    """Raises: InputError for a network that does not take a sample on several devices."""
+    """Check sequence sharding. Raises: InputError for a network whose positions cannot be split."""
     module = pipeline.folder.components[pipeline.backbone].module
-    if mesh.shape[SEQUENCE_AXIS] > 1 and (why := getattr(module, "WHOLE", "")):
+    if mesh.shape[SEQUENCE_AXIS] > 1 and (why := getattr(module, "NO_SEQUENCE_SHARDING", "")):
         raise InputError(
             f"mesh.sequence: found {mesh.shape[SEQUENCE_AXIS]}; expected 1 for a "
             f"{module.CLASS_NAMES[0]}, {why}"
@@ -113,7 +138,7 @@ def check_sequence(pipeline: Pipeline, mesh: Mesh) -> None:
 
 
 def check_offload(names: Sequence[str], uses_teacher: bool) -> None:
-    """Raises: InputError for what cannot wait in the host's memory."""
+    """Check host offload. Raises: InputError for an unknown name or a missing teacher."""
     for name in names:
         if name not in OFFLOAD:
             raise InputError(f"offload: found {name!r}; expected some of {', '.join(OFFLOAD)}")

@@ -1,4 +1,4 @@
-"""Configurations: their defaults, reading them with overrides, and comparing two runs."""
+"""Training configs: defaults, parsing with overrides, and comparison on resume."""
 
 import difflib
 import json
@@ -18,26 +18,26 @@ from gadjax.io.storage import write_atomic
 from gadjax.io.untrusted import read_json
 
 INPUTS = "inputs.json"  # in a workdir: fingerprints of what its run reads
-# What may change when a run is resumed; any other difference is another run.
+# Keys that may change when a run is resumed; any other difference makes it another run.
 MAY_CHANGE = ("mesh", "attention", "offload", "steps", "log", "preview", "checkpoint")
 
 
 def default_config() -> ConfigDict:
-    """Every key of a training config. A config file changes values and names its objective."""
+    """Default training config with every key; a config file changes values and sets `objective`."""
     return ConfigDict(
         {
             "seed": 0,
             "steps": 1000,  # student updates
             "batch": 32,  # global
             "microbatch": 0,  # global too; 0: the whole batch at once
-            # -1: the devices that others leave. sequence: that share the positions of a sample
+            # -1: the remaining devices. sequence: devices that share the positions of a sample
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1},
-            "dtype": "float32",  # what networks compute in; parameters are float32
-            "remat": "block",  # computed again in reverse: none, results (all but those), block
-            "attention": "auto",  # auto: Pallas (on GPUs if it proves right there); jnp; pallas
-            "offload": (),  # some of teacher, optimizer, ema: in the host's memory between uses
+            "dtype": "float32",  # compute dtype of networks; parameters are float32
+            "remat": "block",  # recomputed in reverse: none, results (all but results), block
+            "attention": "auto",  # auto: Pallas (on GPUs if validated there); jnp; pallas
+            "offload": (),  # some of teacher, optimizer, ema: in host memory between uses
             "teacher": "",  # diffusers pipeline folder, or asset:NAME
-            "guidance": 4.5,  # of the teacher
+            "guidance": 4.5,  # the teacher's classifier-free guidance scale
             "student": {
                 "init": "teacher",  # or "random"
                 "timesteps": (899, 674, 449, 224),  # in the network's units
@@ -53,8 +53,8 @@ def default_config() -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip": 1.0,  # of the gradient's global norm; 0: none
             },
-            # Of the critic and of a discriminator. What is None is as in optim; warmup and decay
-            # are steps of the run here too, however many updates a step has.
+            # Of critic and discriminator. None: as in optim. warmup and decay count steps of the
+            # run here too, however many updates a step has.
             "critic": {
                 "updates": 1,  # per student update
                 "lr": 1e-5,
@@ -66,21 +66,21 @@ def default_config() -> ConfigDict:
             },
             "ema": 0.999,
             "data": {
-                # One of these five; the last three have pictures.
+                # Exactly one of these five sources; the last three have pictures.
                 "prompts": "",  # txt, jsonl or csv file, or asset:NAME
                 "embeddings": "",  # folder written by `gadjax embed`
                 "world": "",  # module that draws captioned pictures
                 "images": "",  # folder of pictures with metadata.jsonl, metadata.csv or NAME.txt
                 "latents": "",  # folder written by `gadjax embed --images`
-                "column": "prompt",  # with the prompts or captions, in jsonl and csv
-                "background": "white",  # under pictures that are transparent
-                "cache": 0,  # pictures of the world that are encoded once; 0: each when it is used
-                "dropout": 0.0,  # of captions, where a teacher is trained
+                "column": "prompt",  # of the prompts or captions, in jsonl and csv
+                "background": "white",  # under transparent pictures
+                "cache": 0,  # samples of the world encoded once, ahead; 0: each when used
+                "dropout": 0.0,  # caption dropout, where a teacher is trained
                 "length": 120,  # text tokens
             },
             # failures: saves in a row that may fail before the run stops
             "checkpoint": {"every": 500, "keep": 3, "failures": 0},
-            # trackers: some of wandb, trackio; TensorBoard is written where tensorflow is there
+            # trackers: some of wandb, trackio; TensorBoard is written if tensorflow is installed
             "log": {"every": 10, "trackers": (), "project": "gadjax"},
             "preview": {"every": 500, "prompts": 8, "scale": 3},
             "stop_after_bad": 3,  # non-finite updates in a row
@@ -89,10 +89,10 @@ def default_config() -> ConfigDict:
 
 
 def read_config(arguments: Sequence[str]) -> ConfigDict:
-    """From `--config FILE[:variant] --config.a.b=value ...` to a locked config.
+    """Parse `--config FILE[:variant] --config.a.b=value ...` into a locked config.
 
     Raises: InputError in one line for a missing file, an unknown key (did you mean), a wrong type
-    or an unknown variant.
+      or an unknown variant.
     """
     values = flags.FlagValues()
     argv = ["gadjax", *arguments]
@@ -103,7 +103,7 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     try:
         rest = values(argv)
         config = values.config
-        found = None if config is None else config.to_dict()  # a file that is missing raises here
+        values_by_key = None if config is None else config.to_dict()  # raises if missing
     except Exception as error:  # config files are Python: whatever they raise is the user's input
         raise InputError(_one_line(error)) from error
     finally:
@@ -112,16 +112,16 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
         raise InputError("--config: found nothing; expected FILE[:variant]")
     if len(rest) > 1:
         raise InputError(f"arguments: found {rest[1]!r}; expected only flags")
-    _check_keys(found, default_config().to_dict(), "")
+    _check_keys(values_by_key, default_config().to_dict(), "")
     return config
 
 
 def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """`config` with other values, nested as it is.
+    """Copy of `config` with some values replaced; `changes` is nested as `config` is.
 
     Raises: InputError in one line for an unknown key (did you mean) or a wrong type.
     """
-    _check_keys(changes, default_config().to_dict(), "", whole=False)
+    _check_keys(changes, default_config().to_dict(), "", complete=False)
     config = ConfigDict(config)
     try:
         config.update(changes)
@@ -132,8 +132,8 @@ def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict
 
 def _one_line(error: Exception) -> str:
     text = str(error)
-    if own := [e for e in _chain(error) if isinstance(e, InputError)]:
-        text = str(own[-1])  # what the file itself raised; flags and ml_collections quote it
+    if raised := [e for e in _chain(error) if isinstance(e, InputError)]:
+        text = str(raised[-1])  # raised by the file itself; flags and ml_collections quote it
     if isinstance(error, AttributeError) and isinstance(error.args[0], KeyError):
         key = str(error.args[0].args[0]).strip("'")
         text = f"found no key {key!r} to change; expected one that the config file itself names"
@@ -153,8 +153,18 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__context__
 
 
-def _check_keys(found: Mapping, known: dict, prefix: str, whole: bool = True) -> None:
-    for key, value in found.items():
+def _check_keys(config: Mapping, known: dict, prefix: str, complete: bool = True) -> None:
+    """Check a config's keys and nesting against the defaults.
+
+    Args:
+      config: values by key, nested.
+      known: defaults by key, nested; the options of terms are not checked here.
+      prefix: names of the keys above, with a dot.
+      complete: every known key must be there.
+
+    Raises: InputError for an unknown or missing key, or a value where keys belong.
+    """
+    for key, value in config.items():
         name = f"{prefix}{key}"
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -164,56 +174,68 @@ def _check_keys(found: Mapping, known: dict, prefix: str, whole: bool = True) ->
             expected = "keys below it" if isinstance(known[key], dict) else "a plain value"
             raise InputError(f"config: found {name} = {value!r}; expected {expected}")
         if isinstance(value, dict) and name != "objective":
-            _check_keys(value, known[key], f"{name}.", whole)
-    for key in known if whole else ():
-        if key not in found:
+            _check_keys(value, known[key], f"{name}.", complete)
+    for key in known if complete else ():
+        if key not in config:
             raise InputError(f"config: found no key {prefix}{key}; expected it")
 
 
 def write_json(config: ConfigDict, path: Path) -> None:
+    """Write a config as sorted JSON, atomically."""
     write_atomic(path, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    """(key, old value, new value) of every leaf in which two configs differ."""
-    found = []
+    """Leaves in which two configs differ, as (key, old value, new value).
+
+    Args:
+      old, new: nested configs.
+      prefix: names of the keys above, with a dot.
+    """
+    leaves = []
     for key in sorted({*old, *new}):
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{name}.")
+            leaves += differences(a, b, f"{name}.")
         elif a != b:
-            found.append((name, a, b))
-    return found
+            leaves.append((name, a, b))
+    return leaves
 
 
 def as_json(config: ConfigDict) -> dict:
-    """The config as it reads back from a file (tuples as lists)."""
+    """The config as it is read back from JSON (tuples become lists)."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def with_resolved_teacher(config: ConfigDict) -> ConfigDict:
-    """The config with the teacher's folder from the root on: what is drawn from a workdir later may
-    be drawn from another folder."""
+    """Copy of a config with an absolute path to the teacher, valid in any current directory."""
     config = ConfigDict(config)
-    config.teacher = _from_root(config.teacher)
+    config.teacher = _absolute_teacher(config.teacher)
     return config
 
 
-def _from_root(teacher: Any) -> Any:
+def _absolute_teacher(teacher: Any) -> Any:
     if not isinstance(teacher, str) or not teacher or teacher.startswith(assets.PREFIX):
         return teacher
     return os.path.abspath(assets.resolve(teacher))
 
 
 def check_resume(saved: dict, config: ConfigDict, where: Path) -> None:
-    """Raises: InputError naming every key in which a workdir's config differs and may not.
+    """Check that a run may resume a workdir.
 
-    A key that was added since the workdir was begun had its default there.
+    A key that is missing in an older workdir's config had its default there.
+
+    Args:
+      saved: config.json of the workdir.
+      config: config of the run.
+      where: the workdir, for messages.
+
+    Raises: InputError naming every key that differs and may not.
     """
-    saved = _filled(saved, as_json(default_config()))
-    saved["teacher"] = _from_root(saved["teacher"])  # as it was given, in older ones
-    asked = as_json(with_resolved_teacher(config))
-    changed = [d for d in differences(saved, asked) if d[0].split(".")[0] not in MAY_CHANGE]
+    saved = _with_defaults(saved, as_json(default_config()))
+    saved["teacher"] = _absolute_teacher(saved["teacher"])  # older workdirs have it as given
+    requested = as_json(with_resolved_teacher(config))
+    changed = [d for d in differences(saved, requested) if d[0].split(".")[0] not in MAY_CHANGE]
     if changed:
         values = ((key, short_repr(old, 200), short_repr(new, 200)) for key, old, new in changed)
         text = "; ".join(f"{key}: found {old}, asked for {new}" for key, old, new in values)
@@ -221,28 +243,35 @@ def check_resume(saved: dict, config: ConfigDict, where: Path) -> None:
 
 
 def check_inputs(workdir: Path, config: ConfigDict, inputs: dict[str, str]) -> None:
-    """Raises: InputError naming what a run reads that is no longer what it was begun with.
+    """Check that a run's inputs are those with which its workdir was begun.
 
-    A workdir that was begun without a record has nothing to be compared with.
+    A workdir without a record of its inputs passes.
+
+    Args:
+      workdir: the run's workdir.
+      config: config of the run.
+      inputs: fingerprints by key of the config, as `input_fingerprints` returns them.
+
+    Raises: InputError naming an input with another fingerprint.
     """
     path = workdir / INPUTS
     if not path.exists():
         return
     saved = read_json(path)
-    for key, found in inputs.items():
-        if saved.get(key, found) != found:
-            what = "text encoders" if key == "teacher" else "contents"
+    for key, fingerprint in inputs.items():
+        if saved.get(key, fingerprint) != fingerprint:
+            kind = "text encoders" if key == "teacher" else "contents"
             raise InputError(
-                f"{key} {config[key]}: found other {what} (fingerprint {found}); expected those "
-                f"with which the run in {workdir} was begun ({short_repr(saved[key])})"
+                f"{key} {config[key]}: found other {kind} (fingerprint {fingerprint}); expected "
+                f"those with which the run in {workdir} was begun ({short_repr(saved[key])})"
             )
 
 
-def _filled(found: dict, default: dict) -> dict:
-    """`found` with what it lacks of `default`, at every depth."""
-    deeper = {
-        key: _filled(value, default[key])
-        for key, value in found.items()
+def _with_defaults(config: dict, default: dict) -> dict:
+    """`config` with its missing keys taken from `default`, at every depth."""
+    nested = {
+        key: _with_defaults(value, default[key])
+        for key, value in config.items()
         if isinstance(value, dict) and isinstance(default.get(key), dict)
     }
-    return default | found | deeper
+    return default | config | nested

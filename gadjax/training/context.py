@@ -1,4 +1,4 @@
-"""What an update hands to its terms: every need met once."""
+"""Context of an update: every need of the objective's terms, computed once."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,23 +27,34 @@ def make_context(
     batch: Batch,
     discriminator: Params | None = None,
 ) -> Context:
-    """Meet every need once and hand the results over."""
+    """Context for the terms of an objective; each need is computed once, the teacher's first.
+
+    Args:
+      step_spec: denoiser, grid and guidance.
+      needs: union of the terms' needs.
+      student: the student's parameters, through which gradients flow.
+      critic: the critic's parameters; None: the context has no critic.
+      teacher: the teacher's parameters; None where nothing uses a teacher.
+      batch: one microbatch.
+      discriminator: the discriminator's parameters.
+    """
     denoiser, schedule, times = step_spec.denoiser, step_spec.denoiser.schedule, step_spec.times
-    # A walk to the end has everybody's first step; a map that other terms want too is made once, at
-    # the drawn step.
-    walks = needs.endpoint or needs.full_map
-    apart = [spec for spec in needs.first if walks and spec not in needs.maps]
-    shared = {spec: False for spec in needs.first if spec not in apart}
-    student_too = needs.student or bool(needs.first and not walks)
-    needs = replace(needs, maps=shared | dict(needs.maps), student=student_too)
+    # A rollout to the end has every sample's first step; a map that other terms need too is
+    # computed once, at the drawn step.
+    full_rollout = needs.endpoint or needs.full_map
+    separate = [spec for spec in needs.first_step if full_rollout and spec not in needs.maps]
+    shared = {spec: False for spec in needs.first_step if spec not in separate}
+    needs_student = needs.student or bool(needs.first_step and not full_rollout)
+    needs = replace(needs, maps=shared | dict(needs.maps), student=needs_student)
 
     guided = None
     if needs.uses_teacher:
         guided = denoiser.guided_fn(teacher, batch.cond, batch.null, step_spec.guidance)
-    # A drawn step that is differentiated by itself makes keys and values again with its blocks:
-    # kept through the teacher's map and the backward pass they are dearer than they are made.
-    drawn = needs.uses_teacher and not walks
-    told = batch.cond if drawn else denoiser.cache_text(student, batch.cond)
+    # Without a full rollout the drawn step alone is differentiated, and recomputes keys and values
+    # with its blocks: kept through the teacher's map and the backward pass, a KV cache costs more
+    # memory than it saves work.
+    drawn_step_only = needs.uses_teacher and not full_rollout
+    student_cond = batch.cond if drawn_step_only else denoiser.cache_text(student, batch.cond)
 
     def teacher_at(x, t, scale=None):
         if guided and scale is None:
@@ -55,7 +66,7 @@ def make_context(
         return denoiser.guided(critic, x, t, batch.cond, batch.null, scale)
 
     def student_at(x, t):
-        return denoiser(student, x, t, told)
+        return denoiser(student, x, t, student_cond)
 
     context = Context(
         denoiser=denoiser,
@@ -71,30 +82,30 @@ def make_context(
         step_B=stratified_step_indices(batch.stratum, len(times) - 1),
         detach_first_step=needs.detach_first_step,
     )
-    noise, ends = batch.noise, {}
-    if apart:
-        firsts = (teacher_map(context.at_first_step(), teacher_at, spec) for spec in apart)
-        # The teacher is through before anything of the student's waits for reverse mode.
-        noise, found = jax.lax.optimization_barrier((noise, [f(z) for f, z in firsts]))
-        ends = dict(zip(apart, found, strict=True))
-    walk = said = None
+    noise, separate_ends = batch.noise, {}
+    if separate:
+        first_maps = (teacher_map(context.at_first_step(), teacher_at, spec) for spec in separate)
+        # The teacher has finished before any of the student's residuals wait for reverse mode.
+        noise, ends = jax.lax.optimization_barrier((noise, [f(z) for f, z in first_maps]))
+        separate_ends = dict(zip(separate, ends, strict=True))
+    trajectory = first_prediction = None
     if needs.endpoint and (needs.detach_first_step or not needs.full_map):
-        walk = rollout(
+        trajectory = rollout(
             student_at,
             schedule,
             noise,
             jnp.asarray(times),
             detach_first_step=needs.detach_first_step,
         )
-        context = replace(context, endpoint=walk.end)
-        said = first_prediction(walk)
+        context = replace(context, endpoint=trajectory.end)
+        first_prediction = prediction_at_first_step(trajectory)
 
     if needs.student or any(spec.end != "whole" for spec in needs.maps):
-        if walk is None:
-            held, cond = jax.lax.stop_gradient((student, told))
-            x = backward_simulate(step_spec, held, batch._replace(cond=cond), context.step_B)
-        else:  # the rollout to the end has been there
-            x = select_step(jax.lax.stop_gradient(walk.x), context.step_B)
+        if trajectory is None:
+            params, cond = jax.lax.stop_gradient((student, student_cond))
+            x = backward_simulate(step_spec, params, batch._replace(cond=cond), context.step_B)
+        else:  # the full rollout has passed through these latents
+            x = select_step(jax.lax.stop_gradient(trajectory.x), context.step_B)
         context = replace(context, x_BHWC=x)
     maps = {spec: teacher_map(context, teacher_at, spec) for spec in needs.maps}
     v = None
@@ -102,45 +113,61 @@ def make_context(
         v = draw_directions(needs, context, maps)
         context = replace(context, direction_JBHWC=v)
 
-    def pair(f, x, with_tangents):
+    def value_and_tangents(f, x, with_tangents):
         return tangents(f, x, v) if with_tangents else (f(x), None)
 
-    found = [pair(*maps[spec], wanted) for spec, wanted in needs.maps.items()]
-    # As above.
-    noise, x, found = jax.lax.optimization_barrier((noise, context.x_BHWC, found))
-    context = replace(context, maps=dict(zip(needs.maps, found, strict=True)))
+    results = [
+        value_and_tangents(*maps[spec], with_tangents) for spec, with_tangents in needs.maps.items()
+    ]
+    # The teacher has finished here too.
+    noise, x, results = jax.lax.optimization_barrier((noise, context.x_BHWC, results))
+    context = replace(context, maps=dict(zip(needs.maps, results, strict=True)))
     if needs.student:
-        own = pair(lambda x: student_at(x, context.t_B), x, needs.tangent)
-        context = replace(context, student=own)
-        said = said or own[0]
+        drawn_step = value_and_tangents(lambda x: student_at(x, context.t_B), x, needs.tangent)
+        context = replace(context, student=drawn_step)
+        first_prediction = first_prediction or drawn_step[0]
     if needs.full_map:
 
         def full_map(z):
-            walk = rollout(student_at, schedule, z, jnp.asarray(times))
-            return walk.end, first_prediction(walk) if needs.first else None
+            trajectory = rollout(student_at, schedule, z, jnp.asarray(times))
+            return trajectory.end, (
+                prediction_at_first_step(trajectory) if needs.first_step else None
+            )
 
-        value, dots = pair(full_map, noise, needs.tangent)
+        value, dots = value_and_tangents(full_map, noise, needs.tangent)
         context = replace(context, full_map=(value[0], dots and dots[0]))
-        if walk is None:
-            said = value[1]
+        if trajectory is None:
+            first_prediction = value[1]
         if not needs.detach_first_step:
             context = replace(context, endpoint=value[0])
-    first = {}
-    for spec in needs.first:
-        if spec in ends:
-            first[spec] = FirstStep(said, ends[spec], jnp.ones_like(context.first_step_weight_B))
+    first_step = {}
+    for spec in needs.first_step:
+        if spec in separate_ends:
+            first_step[spec] = FirstStep(
+                first_prediction, separate_ends[spec], jnp.ones_like(context.first_step_weight_B)
+            )
         else:
-            first[spec] = FirstStep(said, context.maps[spec][0], context.first_step_weight_B)
-    return replace(context, first=first)
+            first_step[spec] = FirstStep(
+                first_prediction, context.maps[spec][0], context.first_step_weight_B
+            )
+    return replace(context, first_step=first_step)
 
 
-def first_prediction(walk: Trajectory) -> Prediction:
-    """What the network said at the first step of a walk."""
-    return jax.tree.map(lambda said: said[0], walk.prediction)
+def prediction_at_first_step(trajectory: Trajectory) -> Prediction:
+    """The network's prediction at the first step of a rollout."""
+    return jax.tree.map(lambda steps: steps[0], trajectory.prediction)
 
 
 def teacher_map(context: Context, teacher: Callable, spec: TeacherMap):
-    """The map, and the points at which it is wanted: the context's own, or z for a whole one."""
+    """The teacher's ODE map of a spec, as a function, and its inputs [B, H, W, C].
+
+    Args:
+      context: drawn steps and the latents there, which are the inputs; z is for end="whole".
+      teacher: (x_BHWC, t_B) -> Prediction, guided.
+      spec: where the map ends, and in how many steps.
+
+    Returns: f: [B, H, W, C] -> [B, H, W, C], and the x at which to evaluate it.
+    """
     start_B, x = context.t_B, context.x_BHWC
     if spec.end == "whole":
         start_B, x = jnp.full_like(start_B, context.times[0]), context.batch.noise
@@ -149,10 +176,16 @@ def teacher_map(context: Context, teacher: Callable, spec: TeacherMap):
 
 
 def draw_directions(needs: Needs, context: Context, maps):
-    """The directions [J, B, H, W, C] that all tangents of a step share."""
+    """Directions [J, B, H, W, C] shared by all tangents of an update.
+
+    Args:
+      needs: kind and number of directions, and which maps have tangents.
+      context: initial noise and the samples' keys.
+      maps: map -> (function, inputs), of which kind "control" uses the first with tangents.
+    """
     noise = context.batch.noise
     keys = stream_keys(context.batch.key, "direction")
     if needs.tangent.kind != "control":
         return directions(needs.tangent, keys, noise.shape[1:], noise.dtype)
-    f, x = next(maps[spec] for spec, wanted in needs.maps.items() if wanted)
+    f, x = next(maps[spec] for spec, with_tangents in needs.maps.items() if with_tangents)
     return jax.lax.stop_gradient(control_directions(f, x, keys, needs.tangent.count))

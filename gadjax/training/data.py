@@ -1,4 +1,4 @@
-"""The source of training data that a config names."""
+"""Data source of a training run, and fingerprints of its inputs."""
 
 from functools import partial
 
@@ -30,7 +30,12 @@ SOURCES = ("prompts", "embeddings", *WITH_PICTURES)
 
 
 def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str, np.ndarray]]:
-    """The source of prompts (or pictures), and the empty prompt in the same form."""
+    """Source of prompts or pictures for a config, and the empty prompt in the same form.
+
+    The empty prompt is token ids and mask, or its embeddings, [1, ...] each.
+
+    Raises: InputError for no source or several, and for data that does not fit the teacher.
+    """
     data = config.data
     given = [name for name in SOURCES if data[name]]
     if len(given) != 1:
@@ -58,9 +63,9 @@ def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str,
     sides = tuple(side * pipeline.upscale for side in pipeline.latent[:2])
     if data.world:
         world = WorldSource(data.world, tokenize, config.seed, data.dropout)
-        if (found := world.batch(0, 1)["image"].shape[1:3]) != sides:
+        if (size := world.batch(0, 1)["image"].shape[1:3]) != sides:
             raise InputError(
-                f"data.world: found pictures of {found[0]} x {found[1]} in {data.world}; expected "
+                f"data.world: found pictures of {size[0]} x {size[1]} in {data.world}; expected "
                 f"{sides[0]} x {sides[1]}, as the teacher draws"
             )
         return (cache_latents(world, pipeline, data.cache) if data.cache else world), null
@@ -72,23 +77,32 @@ def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str,
 
 
 def input_fingerprints(config: ConfigDict, source: Source) -> dict[str, str]:
-    """Key of the config -> fingerprint of what lies there, for what may become something else under
-    its name. What the key of the teacher says is of its text encoders: its network has its own."""
+    """Fingerprints of a run's inputs by key of the config, for inputs whose contents may change.
+
+    The teacher's is of its text encoders: its backbone has one of its own (`Run.fingerprint`).
+    """
     data = config.data
-    found = {"teacher": text_fingerprint(assets.resolve(config.teacher))}
+    inputs = {"teacher": text_fingerprint(assets.resolve(config.teacher))}
     if data.prompts:
         prompts = read_prompts(assets.resolve(data.prompts), data.column)
-        found["data.prompts"] = fingerprints.fingerprint_prompts(prompts)
+        inputs["data.prompts"] = fingerprints.fingerprint_prompts(prompts)
     if data.images:
-        found["data.images"] = fingerprints.fingerprint_pictures(source.pictures)
+        inputs["data.images"] = fingerprints.fingerprint_pictures(source.pictures)
     for name in ("embeddings", "latents"):
         if data[name]:
-            found[f"data.{name}"] = fingerprints.fingerprint_embeddings(source.embeddings)
-    return found
+            inputs[f"data.{name}"] = fingerprints.fingerprint_embeddings(source.embeddings)
+    return inputs
 
 
 def cache_latents(source: WorldSource, pipeline: Pipeline, count: int, size: int = 128) -> Source:
-    """The first `count` samples of a world with their pictures encoded, once, ahead of training."""
+    """Source of a world's first `count` samples, with their pictures encoded ahead of training.
+
+    Args:
+      source: the world.
+      pipeline: the teacher's pipeline, whose autoencoder encodes.
+      count: number of samples.
+      size: pictures encoded at once.
+    """
     encode = jax.jit(pipeline.encode_image)
     params = pipeline.folder.components["vae"].params
     parts = []

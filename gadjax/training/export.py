@@ -1,6 +1,6 @@
-"""A run's weights as a complete diffusers pipeline folder, checked against diffusers.
+"""Export of a run's weights as a complete diffusers pipeline folder, checked against diffusers.
 
-The check needs torch and diffusers; without them the folder says that it is not verified.
+The check needs torch and diffusers; without them the folder is marked as not verified.
 """
 
 import json
@@ -21,8 +21,8 @@ from gadjax.io.untrusted import read_json
 from gadjax.pipelines import parity
 from gadjax.training.workdir import Trained
 
-# Of what a scheduler returns of a single step PixArtAlphaPipeline takes the second, and DPM's
-# returns one thing only (diffusers' issue 8689); the other, of the same parts, takes the first.
+# For a single step PixArtAlphaPipeline takes the second output of `scheduler.step`, and DPM-Solver
+# has only one (diffusers issue 8689); PixArtSigmaPipeline, of the same parts, takes the first.
 ONE_DPM_STEP = {PIXART: "PixArtSigmaPipeline"}
 
 
@@ -35,13 +35,19 @@ def export(
     report: Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
-    """Write `out`, all of it or nothing.
+    """Export trained weights to the folder `out`, atomically.
 
-    teacher: where the run's teacher is now, if it has moved. dtype: of the weights' files, None for
-      that of the parameters. report: report.json of `gadjax evaluate`, for the card.
-    Returns: what the comparison with diffusers gave, None where it is not installed.
-    Raises: InputError for whatever does not belong together, timesteps that diffusers could not
-      take among it; RunStopped where diffusers draws something else.
+    Args:
+      trained: trained weights of a run.
+      out: folder to write.
+      teacher: the teacher's folder now, if it has moved.
+      dtype: of the weights' files; None: that of the parameters.
+      report: report.json of `gadjax evaluate`, for the model card.
+      overwrite: replace an existing folder.
+
+    Returns: result of the comparison with diffusers; None if it is not installed.
+    Raises: InputError for inputs that do not belong together, or timesteps that diffusers does not
+      accept; RunStopped if diffusers samples other images.
     """
     measured = report and read_report(report)
     check_target(out, overwrite=overwrite, marker=INDEX)
@@ -51,35 +57,35 @@ def export(
     if not source.is_dir():
         raise InputError(
             f"{source}: found no such folder; expected the teacher of {trained.workdir} "
-            "(--teacher says where it is now)"
+            "(--teacher gives its folder now)"
         )
     folder = open_folder(source, components=())
     backbone = folder.backbone
     folder = open_folder(source, components=(backbone,))
     weights = trained.full_params(folder.components[backbone])
-    scheduler, sampling = _drawn_by(trained, folder)
-    made = _describe(out.resolve().name, trained, folder, scheduler, sampling, measured)
+    scheduler, sampling = _scheduler_and_sampling(trained, folder)
+    description = _describe(out.resolve().name, trained, folder, scheduler, sampling, measured)
 
     with atomic_folder(out, overwrite=overwrite, marker=INDEX) as new:
         with diffusers_folder(source, out) as src:
             params = {backbone: weights}
             write_pipeline(src, new, params, scheduler=scheduler, dtype=dtype)
-        index = read_json(new / INDEX) | {"_class_name": made.pipeline}
+        index = read_json(new / INDEX) | {"_class_name": description.pipeline}
         (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         _check_report(report, measured, new / backbone)
-        (new / GADJAX_JSON).write_text(metadata_json(made, None), encoding="utf-8")
+        (new / GADJAX_JSON).write_text(metadata_json(description, None), encoding="utf-8")
         verified = None if parity.missing() else parity.verify(new)
-        (new / GADJAX_JSON).write_text(metadata_json(made, verified), encoding="utf-8")
-        (new / CARD).write_text(card(made, verified), encoding="utf-8")
+        (new / GADJAX_JSON).write_text(metadata_json(description, verified), encoding="utf-8")
+        (new / CARD).write_text(card(description, verified), encoding="utf-8")
     return verified
 
 
-def _drawn_by(
+def _scheduler_and_sampling(
     trained: Trained, teacher: PipelineFolder
 ) -> tuple[dict[str, Any] | None, SamplingConfig]:
-    """A replacement for the teacher's scheduler, None to keep it, and what diffusers is told.
+    """Scheduler config that replaces the teacher's (None: keep it), and the sampling config.
 
-    Raises: InputError for timesteps that diffusers could not take.
+    Raises: InputError for timesteps that diffusers does not accept.
     """
     sampling = trained.sampling
     if not trained.is_few_step:
@@ -123,15 +129,15 @@ def _describe(
 
 
 def _name(teacher: str) -> str:
-    """The last part of a path: where it lay is nobody's business."""
+    """Last part of a teacher's path; the rest of the path is private."""
     return Path(teacher.removeprefix("asset:")).name
 
 
 def _check_report(path: Path | None, report: dict[str, Any] | None, weights: Path) -> None:
-    """Raises: InputError for a report of other weights than those in a folder."""
+    """Check a report's weights. Raises: InputError if it measured others than those exported."""
     measured = report and report.get("settings", {}).get(f"student's {weights.name}")
-    if measured and measured != (found := fingerprint(open_weights(weights))):
+    if measured and measured != (exported := fingerprint(open_weights(weights))):
         raise InputError(
             f"{path}: found a report of weights with fingerprint {measured}; expected one of "
-            f"those exported here, {found}"
+            f"those exported here, {exported}"
         )

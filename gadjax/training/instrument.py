@@ -1,6 +1,6 @@
-"""An update looked at while it is computed: it changes nothing, and says what no run needs.
+"""Instrumented update for debugging: finiteness of every network output, loss of every sample.
 
-What is computed is the update's own program with more results.
+The instrumented program is the update itself with more results; the state stays as it was.
 """
 
 from collections.abc import Callable
@@ -19,17 +19,16 @@ from gadjax.types import Params
 
 
 class FiniteCounter:
-    """By name how many arrays, or trees of them, a program came by, and how many were not finite.
+    """Counts, by name, of recorded arrays (or trees of them) and of those that are not finite.
 
-    Told by callbacks out of the compiled program: an array inside a scan or a derivative is seen
-    there as well.
+    Recorded by callbacks from the compiled program, and so inside scans and derivatives too.
     """
 
     def __init__(self):
         self.counts: dict[str, tuple[int, int]] = {}
 
     def record(self, name: str, tree: Any) -> Any:
-        """To be called where the program is traced; returns `tree`."""
+        """Record `tree` under a name while a program is traced; returns `tree`."""
         leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
         if leaves:
             finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]).all()
@@ -37,93 +36,97 @@ class FiniteCounter:
         return tree
 
     def _count(self, name: str, finite: Any) -> None:
-        all_of, bad = self.counts.get(name, (0, 0))
-        self.counts[name] = all_of + 1, bad + (not finite)
+        total, nonfinite = self.counts.get(name, (0, 0))
+        self.counts[name] = total + 1, nonfinite + (not finite)
 
     def pop(self) -> dict[str, tuple[int, int]]:
-        """What was told since the last time; waits for the programs that tell."""
+        """Name -> (recorded, not finite) since the last call; waits for the running programs."""
         jax.effects_barrier()
-        found, self.counts = self.counts, {}
-        return found
+        counts, self.counts = self.counts, {}
+        return counts
 
 
 @dataclass(frozen=True)
 class InstrumentedSum(Sum):
-    """A sum that tells what its terms are handed and what networks say to them, and of every term
-    each sample's loss, `TERM/loss_B`."""
+    """Sum that records its terms' inputs and network outputs, and logs `TERM/loss_B` per sample."""
 
-    seen: FiniteCounter
+    counter: FiniteCounter
 
     def term_losses(self, context: Context):
-        for name, weight, loss_B, extra in super().term_losses(observed(context, self.seen)):
+        for name, weight, loss_B, extra in super().term_losses(observed(context, self.counter)):
             yield name, weight, loss_B, extra | {"loss_B": loss_B}
 
     def critic_loss(self, context: Context):
-        return super().critic_loss(observed(context, self.seen))
+        return super().critic_loss(observed(context, self.counter))
 
     def discriminator_loss(self, context: Context):
-        return super().discriminator_loss(observed(context, self.seen))
+        return super().discriminator_loss(observed(context, self.counter))
 
 
-def observed(context: Context, seen: FiniteCounter) -> Context:
-    """The same context; tells whether what is in it, and what networks say to it, is finite."""
+def observed(context: Context, counter: FiniteCounter) -> Context:
+    """The context with its arrays recorded, and its networks wrapped to record their outputs."""
     batch = context.batch
-    seen.record("batch", (batch.cond, batch.null, batch.noise, batch.x0))
-    seen.record("student's latents", context.x_BHWC)
+    counter.record("batch", (batch.cond, batch.null, batch.noise, batch.x0))
+    counter.record("student's latents", context.x_BHWC)
     for pair in (context.student, context.full_map):
         value, dot = pair or (None, None)
-        seen.record("student", value)
-        seen.record("student's tangents", dot)
-    seen.record("student", (context.endpoint, [first.said for first in context.first.values()]))
-    seen.record("teacher's maps", [first.arrived for first in context.first.values()])
+        counter.record("student", value)
+        counter.record("student's tangents", dot)
+    counter.record(
+        "student", (context.endpoint, [first.prediction for first in context.first_step.values()])
+    )
+    counter.record("teacher's maps", [first.teacher_end for first in context.first_step.values()])
     for value, dot in context.maps.values():
-        seen.record("teacher's maps", value)
-        seen.record("teacher's tangents", dot)
+        counter.record("teacher's maps", value)
+        counter.record("teacher's tangents", dot)
 
-    def telling(name: str, f: Callable | None):
-        return f and (lambda *args, **more: seen.record(name, f(*args, **more)))
+    def recording(name: str, f: Callable | None):
+        return f and (lambda *args, **kwargs: counter.record(name, f(*args, **kwargs)))
 
     roles = ("teacher", "critic", "student")
 
     def apply(params: Params, *args):
         role = next((r for r in roles if params is getattr(context, f"{r}_params")), "a network")
-        return seen.record(role, context.denoiser.apply(params, *args))
+        return counter.record(role, context.denoiser.apply(params, *args))
 
     return replace(
         context,
         denoiser=replace(context.denoiser, apply=apply),
-        teacher=telling("teacher", context.teacher),
-        critic=telling("critic", context.critic),
+        teacher=recording("teacher", context.teacher),
+        critic=recording("critic", context.critic),
     )
 
 
-def instrument(seen: FiniteCounter) -> Callable[[Callable], Callable]:
-    """For `compile_steps`. The metrics are then also each term's loss by sample, and
-    `ROLE/grad_norm/GROUP` for the groups of parameters at the top of a network."""
+def instrument(counter: FiniteCounter) -> Callable[[Callable], Callable]:
+    """Wrapper of an update for `compile_steps(wrap=...)`: it records, and leaves the state alone.
 
-    def look(step: Callable) -> Callable:
-        def looked(step_spec: StepSpec, state, teacher, batch):
+    Its metrics also have each term's loss per sample, and `ROLE/grad_norm/GROUP` for the groups of
+    parameters at the top of a network.
+    """
+
+    def wrap(step: Callable) -> Callable:
+        def instrumented(step_spec: StepSpec, state, teacher, batch):
             norms: dict[str, jax.Array] = {}
             objective = step_spec.objective
             step_spec = replace(
                 step_spec,
-                objective=InstrumentedSum(objective.parts, seen, names=objective.names),
+                objective=InstrumentedSum(objective.parts, counter, names=objective.names),
                 optimizers={
-                    role: _telling_norms(optimizer, f"{role}/grad_norm", norms)
+                    role: _with_group_norms(optimizer, f"{role}/grad_norm", norms)
                     for role, optimizer in step_spec.optimizers.items()
                 },
             )
-            # What waits on the host would be updated in a branch, out of which nothing is told.
-            here = jax.device_put(state, jax.memory.Space.Device)
-            _, metrics = step(step_spec, here, teacher, batch)
+            # An offloaded tree would be updated in a branch, from which no norms come out.
+            on_device = jax.device_put(state, jax.memory.Space.Device)
+            _, metrics = step(step_spec, on_device, teacher, batch)
             return state, metrics | norms
 
-        return looked
+        return instrumented
 
-    return look
+    return wrap
 
 
-def _telling_norms(optimizer: optax.GradientTransformation, name: str, norms: dict):
+def _with_group_norms(optimizer: optax.GradientTransformation, name: str, norms: dict):
     def update(grads, state, params):
         norms.update({f"{name}/{key}": optax.tree.norm(grads[key]) for key in grads})
         return optimizer.update(grads, state, params)

@@ -1,4 +1,4 @@
-"""The host's side of training: data in, updates, checkpoints, and something to look at."""
+"""Training loop on the host: data, updates, checkpoints, previews, progress."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -47,13 +47,18 @@ from gadjax.training.run_record import write_record
 from gadjax.training.setup import Run, prepare
 from gadjax.training.state import TrainState
 
-# What a run may leave in its workdir that is killed before it has written its config.
-BEGUN = LOCK, "config.json.new"
+# Files in the workdir of a run that was killed before it had written its config.
+LEFTOVERS = LOCK, "config.json.new"
 Restore = Callable[[TrainState], tuple[int, TrainState, dict] | None]  # as `Checkpoints.restore`
 
 
-class Watch(NamedTuple):
-    """How a start is looked at: where its time goes, and (step, count) of what is profiled."""
+class Profiling(NamedTuple):
+    """Time measurement of one start of a run.
+
+    Attributes:
+      clock: where its time goes.
+      profile: (step, count): steps to trace after that one; None for none.
+    """
 
     clock: GoodputClock
     profile: tuple[int, int] | None
@@ -66,14 +71,20 @@ def train(
     devices: int | None = None,
     profile: tuple[int, int] | None = None,
 ) -> None:
-    """Train until `steps`, resuming what the workdir holds; every process of the run calls it.
+    """Train until `steps`, resuming from the workdir's checkpoints; called on every process.
 
-    devices: how many there have to be in all processes together. profile: (step, count) to trace
-    so many steps after that one. `status.json` says how it stands (`gadjax.runtime.workdir_lock`).
+    `status.json` has the state of the run (`gadjax.runtime.workdir_lock`).
+
+    Args:
+      config: training config.
+      workdir: folder of checkpoints, logs and previews.
+      devices: expected number of devices in all processes together.
+      profile: (step, count): trace `count` steps after that step.
+
     Raises: InputError for a bad config, a workdir of another config or another run, processes that
-    run different things; RunStopped where updates stay non-finite or nothing can be saved.
+      differ in config or workdir; RunStopped if updates stay non-finite or nothing can be saved.
     """
-    watch = Watch(GoodputClock(), profile)
+    profiling = Profiling(GoodputClock(), profile)
     if devices is not None:
         check_devices(devices)
     check_same_on_all(as_json(config), workdir)
@@ -83,27 +94,27 @@ def train(
     run = run_on_all_processes(lambda: prepare(config))
     run_on_all_processes(lambda: check_inputs(workdir, config, run.inputs))
     steps = compile_steps(run)
-    with run_on_all_processes(lambda: _claim(config, workdir, run.inputs)) as claim:
+    with run_on_all_processes(lambda: _lock_workdir(config, workdir, run.inputs)) as lock:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         try:
-            with abort_on_lost_peer(), PreemptionHandler() as leaving:
-                step = _loop(run, steps, checkpoints, claim, leaving, watch)
+            with abort_on_lost_peer(), PreemptionHandler() as preemption:
+                step = _loop(run, steps, checkpoints, lock, preemption, profiling)
         finally:
             checkpoints.close()
-        claim.write_status("done" if step == config.steps else "preempted", step)
+        lock.write_status("done" if step == config.steps else "preempted", step)
 
 
 def _check_workdir(config: ConfigDict, workdir: Path) -> None:
     saved = workdir / "config.json"
     if saved.exists():
         check_resume(read_json(saved), config, workdir)
-    elif workdir.exists() and any(path.name not in BEGUN for path in workdir.iterdir()):
+    elif workdir.exists() and any(path.name not in LEFTOVERS for path in workdir.iterdir()):
         raise InputError(f"{workdir}: found files but no config.json; expected an empty folder")
 
 
-def _claim(config: ConfigDict, workdir: Path, inputs: dict[str, str]) -> WorkdirLock:
-    claim = WorkdirLock(workdir, config.steps, is_owner=jax.process_index() == 0)
-    if claim.is_owner:
+def _lock_workdir(config: ConfigDict, workdir: Path, inputs: dict[str, str]) -> WorkdirLock:
+    lock = WorkdirLock(workdir, config.steps, is_owner=jax.process_index() == 0)
+    if lock.is_owner:
         name = "config.json"
         try:
             write_json(config, workdir / name)
@@ -112,90 +123,98 @@ def _claim(config: ConfigDict, workdir: Path, inputs: dict[str, str]) -> Workdir
         except OSError as error:
             text = error.strerror or error
             raise RunStopped(f"{workdir}/{name}: cannot be written: {text}") from error
-    return claim
+    return lock
 
 
 def _loop(
     run: Run,
     steps: Steps,
     checkpoints: Checkpoints,
-    claim: WorkdirLock,
-    leaving: PreemptionHandler,
-    watch: Watch,
+    lock: WorkdirLock,
+    preemption: PreemptionHandler,
+    profiling: Profiling,
 ) -> int:
-    """Returns the number of steps done."""
-    config, workdir, clock = run.config, claim.workdir, watch.clock
-    done, state = begin(run, steps, checkpoints.restore)
+    """Run training steps until `steps` or preemption; returns the number of steps done."""
+    config, workdir, clock = run.config, lock.workdir, profiling.clock
+    done, state = restore_or_init(run, steps, checkpoints.restore)
     resumed = done > 0
-    claim.write_status("running", done)
+    lock.write_status("running", done)
     frozen = put_on_mesh(run.frozen, steps.frozen)
     meta = {"config": as_json(config), "teacher": run.fingerprint}
-    show = Preview(run, frozen, workdir) if config.preview.every else None
-    before: list[Update] = []
+    preview = Preview(run, frozen, workdir) if config.preview.every else None
+    previous: list[Update] = []
     with Progress(workdir, config, done, clock) as progress:
         saves = SavePolicy(checkpoints, config.checkpoint.failures, progress.note)
         progress.note(
             f"resumed at step {done}" if resumed else parameter_table(state.params["student"])
         )
         if run.step_spec.objective.needs.uses_teacher:
-            own = read_sampling(run.pipeline.folder.path, run.pipeline.sampling).guidance
-            own = run.pipeline.denoiser.guidance_scale(own)
+            stored = read_sampling(run.pipeline.folder.path, run.pipeline.sampling).guidance
+            stored = run.pipeline.denoiser.guidance_scale(stored)
             progress.note(f"teacher: {escape_nonprintable(config.teacher)}")
-            progress.note(guidance_note(run.step_spec.guidance, own))
-        if show and show.due(done):  # a run that was killed had saved this step, not yet shown it
-            progress.image(done, "preview", show(state, done))
+            progress.note(guidance_note(run.step_spec.guidance, stored))
+        if preview and preview.is_due(done):  # a killed run may have saved it without a preview
+            progress.image(done, "preview", preview(state, done))
         batches = host_batches(run, steps, done, config.steps)
-        profile = Profile(watch.profile, workdir, progress.note)
-        leave = False
-        while done < config.steps and not leave:
+        profile = Profile(profiling.profile, workdir, progress.note)
+        preempted = False
+        while done < config.steps and not preempted:
             write_heartbeat(done)
             profile.before_step(done, state)
-            begun: list[Update] = []
+            step_updates: list[Update] = []
             for step in steps.order:
                 with clock("data"):
                     update, batch = next(batches)
                 state, metrics = step(state, frozen, batch, update)
-                begun.append(Update(int(update) * config.batch, batch.get("which"), metrics))
+                step_updates.append(Update(int(update) * config.batch, batch.get("which"), metrics))
             done += 1
-            claim.step = done
-            leave = leaving.should_stop(done)
-            progress.update(done, merge_scalars(begun))
-            if progress.enabled and not before:  # the first step of this start
+            lock.step = done
+            preempted = preemption.should_stop(done)
+            progress.update(done, merge_scalars(step_updates))
+            if progress.enabled and not previous:  # the first step of this start
                 write_record(run, steps, workdir, state, frozen, batch, update)
-            check_nonfinite(before, done - 1, config.stop_after_bad, progress.note)
-            before = begun
+            check_nonfinite(previous, done - 1, config.stop_after_bad, progress.note)
+            previous = step_updates
             last = done == config.steps
-            if done % config.checkpoint.every == 0 or last or leave:
+            if done % config.checkpoint.every == 0 or last or preempted:
                 progress.flush()
                 with clock("checkpoint"):
                     check_replicas(state, done, checkpoints)
-                    saves.save(done, state, meta, last=last or leave)
-                claim.write_status("running", done)
-            if show and show.due(done):
+                    saves.save(done, state, meta, last=last or preempted)
+                lock.write_status("running", done)
+            if preview and preview.is_due(done):
                 with clock("preview"):
-                    progress.image(done, "preview", show(state, done))
-        check_nonfinite(before, done, config.stop_after_bad, progress.note)
+                    progress.image(done, "preview", preview(state, done))
+        check_nonfinite(previous, done, config.stop_after_bad, progress.note)
         profile.close(done, state)
         with clock("checkpoint"):
             checkpoints.wait()
     return done
 
 
-def guidance_note(guidance: float, own: float) -> str:
-    """What a student is distilled at, beside what its teacher's folder says."""
-    beside = "" if guidance == own else f" (its folder says {own:g})"
-    return f"the teacher is distilled at guidance {guidance:g}{beside}"
+def guidance_note(guidance: float, stored: float) -> str:
+    """Log line of a distillation's guidance scale, and of the teacher folder's if it differs."""
+    other = "" if guidance == stored else f" (its folder has {stored:g})"
+    return f"the teacher is distilled at guidance {guidance:g}{other}"
 
 
-def begin(run: Run, steps: Steps, restore: Restore) -> tuple[int, TrainState]:
-    """The step and the state that `restore` finds, or step 0 and what a run starts from."""
-    found = restore(
+def restore_or_init(run: Run, steps: Steps, restore: Restore) -> tuple[int, TrainState]:
+    """Step and training state from `restore`, or step 0 and the initial state.
+
+    Args:
+      run: the prepared run.
+      steps: its compiled updates, for the state's shardings.
+      restore: shapes -> (step, state, metadata), or None if there is no checkpoint.
+
+    Raises: InputError for a checkpoint of another teacher.
+    """
+    restored = restore(
         shapes_with_shardings(jax.eval_shape(run.start, run.initial_params), steps.state)
     )
-    if found is None:
+    if restored is None:
         initial_params = put_on_mesh(run.initial_params, steps.state.params["student"])
         return 0, jax.jit(run.start, out_shardings=steps.state)(initial_params)
-    step, state, meta = found
+    step, state, meta = restored
     if meta["teacher"] != run.fingerprint:
         raise InputError(
             f"{run.config.teacher}: found weights of fingerprint {run.fingerprint}; expected "
@@ -207,13 +226,21 @@ def begin(run: Run, steps: Steps, restore: Restore) -> tuple[int, TrainState]:
 def host_batches(
     run: Run, steps: Steps, done: int, stop: int
 ) -> Iterator[tuple[np.uint32, dict[str, jax.Array]]]:
-    """Number and global batch of every update of steps done + 1 .. stop, put on the mesh ahead of
-    their use; every process makes the samples of its own devices."""
-    each = len(steps.order)  # data and keys are numbered by update, the critic's included
+    """Number and global batch of every update of steps done + 1 .. stop, prefetched to the mesh.
+
+    Every process makes the samples of its own devices.
+
+    Args:
+      run: the prepared run.
+      steps: its compiled updates.
+      done: steps that are done.
+      stop: last step.
+    """
+    updates_per_step = len(steps.order)  # data and keys are numbered by update, the critic's too
     size, sharding = run.config.batch, batch_sharding(run.mesh)
     low, high = local_rows(sharding, size)
 
-    @pinned_jax_config()  # in a thread of its own
+    @pinned_jax_config()  # a thread's settings are its own
     def fetch(number: int):
         rows = run.source.batch(number * size + low, high - low)
 
@@ -226,4 +253,4 @@ def host_batches(
 
         return np.uint32(number), jax.tree.map(place, rows)
 
-    return prefetch(fetch, done * each, stop * each)
+    return prefetch(fetch, done * updates_per_step, stop * updates_per_step)

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: the same prompts and noises every time."""
+"""Preview images of a run, from the same prompts and noises every time."""
 
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,13 @@ from gadjax.training.state import TrainState
 
 
 class Preview:
-    """Fixed prompts and noises drawn by the teacher and by the student's average, as a PNG."""
+    """Preview grids (PNG): fixed prompts and noises, sampled by teacher and student EMA."""
 
     def __init__(self, run: Run, frozen: dict[str, Any], workdir: Path):
         self.folder, self.scale = workdir / "previews", run.config.preview.scale
         self.every, self.last = run.config.preview.every, run.config.steps
-        self.patient = run.config.checkpoint.failures > 0
-        with warn_on_write_error(self.folder, self.patient):
+        self.tolerate_errors = run.config.checkpoint.failures > 0
+        with warn_on_write_error(self.folder, self.tolerate_errors):
             self.folder.mkdir(exist_ok=True)
         pipeline, step_spec = run.pipeline, run.step_spec
         needs, count = step_spec.objective.needs, run.config.preview.prompts
@@ -43,25 +43,25 @@ class Preview:
             x0 = clean_latent(pipeline, params, sampling, noise, cond, null)
             return pipeline.decode(frozen["vae"], x0)
 
-        many = SamplingConfig(guidance=step_spec.guidance)
-        few = SamplingConfig(len(step_spec.times) - 1, step_spec.times[:-1], guidance=1)
-        # What is trained by plain denoising is itself sampled as a teacher is.
-        own = few if needs.uses_teacher else many
-        self.draw = lambda params: np.asarray(draw(params, own, frozen, raw))
+        many_step = SamplingConfig(guidance=step_spec.guidance)
+        few_step = SamplingConfig(len(step_spec.times) - 1, step_spec.times[:-1], guidance=1)
+        # A network trained by plain denoising is sampled like a teacher.
+        student_sampling = few_step if needs.uses_teacher else many_step
+        self.draw = lambda params: np.asarray(draw(params, student_sampling, frozen, raw))
         self.teacher = None
         if pipeline.backbone in frozen:
-            self.teacher = np.asarray(draw(frozen[pipeline.backbone], many, frozen, raw))
+            self.teacher = np.asarray(draw(frozen[pipeline.backbone], many_step, frozen, raw))
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.last
 
     def __call__(self, state: TrainState, step: int) -> np.ndarray:
-        """Writes the picture of one step, and returns it: uint8 [H, W, 3]."""
+        """Write the preview of one step and return it: uint8 [H, W, 3]."""
         rows = [("student", self.draw(state.ema))]
         if self.teacher is not None:
             rows.insert(0, ("teacher", self.teacher))
-        picture = grid(rows, None, self.scale)
+        sheet = grid(rows, None, self.scale)
         if jax.process_index() == 0:
-            with warn_on_write_error(self.folder, self.patient):
-                save_png(picture, self.folder / f"{step:07d}.png")
-        return np.asarray(picture)
+            with warn_on_write_error(self.folder, self.tolerate_errors):
+                save_png(sheet, self.folder / f"{step:07d}.png")
+        return np.asarray(sheet)

@@ -1,4 +1,4 @@
-"""What a run computes and on what: run.json for whoever looks at its workdir."""
+"""Record of a run in run.json: devices, versions, settings and the FLOPs of a step."""
 
 import json
 import os
@@ -14,32 +14,37 @@ from gadjax.training.compile import Steps
 from gadjax.training.setup import Run
 
 RUN = "run.json"
-SETTINGS = "JAX_", "XLA_", "LIBTPU_"  # begin the names of variables
+VARIABLES = "JAX_", "XLA_", "LIBTPU_"  # prefixes of environment variables
 PACKAGES = "gadjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
 
 
 def write_record(run: Run, steps: Steps, workdir: Path, *arguments) -> None:
-    """Devices, versions, and the FLOPs of one step: a student's update and its critic's.
+    """Write run.json: devices, versions, and the FLOPs of a step, the critic's updates included.
 
-    arguments: what an update was called with (state, frozen, batch, number), so that the programs
-    traced for it are the ones counted and nothing is traced twice.
-    Raises: RunStopped where it cannot be written, if that is to stop the run.
+    Args:
+      run: the prepared run.
+      steps: its compiled updates.
+      workdir: folder of run.json.
+      *arguments: arguments of an update's call (state, frozen, batch, number), so that its cached
+        trace is counted and nothing is traced twice.
+
+    Raises: RunStopped if it cannot be written, in a local workdir with `checkpoint.failures` 0.
     """
-    times = {steps.student: 1}
+    calls = {steps.student: 1}
     if steps.critic:
-        times[steps.critic] = run.config.critic.updates
-    work = sum(n * jaxpr_flops(step.trace(*arguments).jaxpr.jaxpr) for step, n in times.items())
+        calls[steps.critic] = run.config.critic.updates
+    flops = sum(n * jaxpr_flops(step.trace(*arguments).jaxpr.jaxpr) for step, n in calls.items())
     kind = jax.devices()[0].device_kind
     record = {
         "devices": jax.device_count(),
         "device": kind,
         "processes": jax.process_count(),
-        "flops_per_step": work,
+        "flops_per_step": flops,
         "peak_flops": peak_flops(kind),  # of one device
         "images_per_step": run.config.batch,
-        # What JAX was told from outside; of what `pinned_jax_config` sets, nothing is taken.
+        # Settings from outside; those that `pinned_jax_config` sets have no effect.
         "environment": {
-            name: text for name, text in sorted(os.environ.items()) if name.startswith(SETTINGS)
+            name: text for name, text in sorted(os.environ.items()) if name.startswith(VARIABLES)
         },
         "matmul_precision": jax.config.jax_default_matmul_precision,
         "versions": {name: version(name) for name in PACKAGES},

@@ -1,4 +1,4 @@
-"""What a config means: networks, recipe and data."""
+"""Setup of a run from its config: networks, optimizers, data, and the step's specification."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,12 +37,27 @@ from gadjax.training.steps import CRITICS
 from gadjax.training.workdir import sampling_from_config
 from gadjax.types import Params
 
-REMAT = {"none": False, "results": "results", "block": True}  # as networks are told
+# Config name -> `remat` of the networks.
+REMAT = {"none": False, "results": "results", "block": True}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a config means: the recipe, the frozen networks and the data."""
+    """A prepared run: step specification, frozen networks and data of a config.
+
+    Attributes:
+      config: the training config.
+      pipeline: the teacher's pipeline.
+      step_spec: static specification of its steps.
+      mesh: the run's devices.
+      source: data source.
+      frozen: parameters that no update changes, by network; the empty prompt under "null", and
+        parameters of the backbone that are never trained under "untrained".
+      initial_params: initial parameters of student and critic.
+      start: initial parameters -> initial training state.
+      fingerprint: of the teacher's backbone.
+      inputs: fingerprints by key of the config, as `input_fingerprints` returns them.
+    """
 
     config: ConfigDict
     pipeline: Pipeline
@@ -50,25 +65,30 @@ class Run:
     mesh: Mesh
     source: Source
     frozen: dict[str, Any]
-    initial_params: Params  # what student and critic start from
+    initial_params: Params
     start: Callable[[Params], TrainState]
-    fingerprint: str  # of the teacher's transformer
-    inputs: dict[str, str] = field(default_factory=dict)  # as `input_fingerprints`
+    fingerprint: str
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(
     config: ConfigDict, *, abstract: bool = False, devices: Sequence[jax.Device] | None = None
 ) -> Run:
-    """Check everything that can be checked, then load. Raises: InputError before device work.
+    """Validate a config, then load its networks and data.
 
-    abstract: from the teacher's configurations alone; parameters are then shapes, and the run can
-      be traced and compiled but not carried out. devices: of the mesh; all there are by default.
+    Args:
+      config: training config.
+      abstract: read the teacher's configs alone: parameters are shapes, and the run can be traced
+        and compiled but not executed.
+      devices: devices of the mesh; None: all.
+
+    Raises: InputError for whatever is wrong with the config or its files, before device work.
     """
     check_seed(config.seed)
     if jax.config.jax_disable_jit:
         raise InputError(
-            "JAX_DISABLE_JIT: found it set; expected it unset, as compiled updates alone put a "
-            "run's state where it belongs"
+            "JAX_DISABLE_JIT: found it set; expected it unset, because only compiled "
+            "updates place a run's state on its devices"
         )
     times = student_times(config)
     objective = build(config.objective, TERMS, times)
@@ -94,7 +114,7 @@ def prepare(
             f"teacher: found the scheduler {pipeline.folder.scheduler['_class_name']}, whose steps "
             "add noise; expected one with deterministic steps"
         )
-    if sampling.timesteps is not None:  # it is None where plain denoising trains a teacher
+    if sampling.timesteps is not None:  # None if a teacher is trained by plain denoising
         try:
             *times, _ = sampler_and_times(pipeline, sampling)[1].tolist()
         except InputError as error:
@@ -124,7 +144,7 @@ def prepare(
     source, null = open_data(config, pipeline)
     frozen = {"null": null} | {
         name: cast(params[name], dtype)
-        for name, wanted in (
+        for name, needed in (
             (pipeline.backbone, objective.needs.uses_teacher),
             *(
                 (name, not (data.embeddings or data.latents))
@@ -132,7 +152,7 @@ def prepare(
             ),
             ("vae", objective.needs.images and not data.latents or config.preview.every),
         )
-        if wanted
+        if needed
     }
 
     part = pipeline.folder.components[pipeline.backbone]
@@ -175,6 +195,8 @@ def prepare(
 
 
 def critic_optim(config: ConfigDict) -> ConfigDict:
-    """The critic's optimizer settings: its own, and the student's where it has none."""
-    own = {key: value for key, value in config.critic.items() if value is not None}
-    return ConfigDict(dict(config.optim) | {key: own[key] for key in config.optim if key in own})
+    """Optimizer settings of the critic; those that are None are the student's."""
+    settings = {key: value for key, value in config.critic.items() if value is not None}
+    return ConfigDict(
+        dict(config.optim) | {key: settings[key] for key in config.optim if key in settings}
+    )

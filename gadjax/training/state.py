@@ -1,5 +1,4 @@
-"""What training changes, and nothing else: frozen networks are separate arguments. And what of a
-step is fixed when it is traced."""
+"""Training state, optimizers, and the static specification of a training step."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,8 +13,15 @@ from gadjax.types import Params
 
 
 class TrainState(NamedTuple):
-    """step: student updates done. params, opt: by role (student, critic). ema: of the student.
-    bad: by role, how many updates in a row were masked because they were not finite."""
+    """Training state: all that an update changes. Frozen networks are separate arguments.
+
+    Attributes:
+      step: student updates done.
+      params: parameters by role (student, critic, discriminator).
+      ema: exponential moving average of the student's parameters.
+      opt: optimizer state by role.
+      bad: skipped updates in a row by role, because something in them was not finite.
+    """
 
     step: jax.Array
     params: dict[str, Params]
@@ -25,7 +31,7 @@ class TrainState(NamedTuple):
 
 
 def create_state(params: dict[str, Params], optimizers: dict[str, optax.GradientTransformation]):
-    """A state at step 0; the EMA is a copy, so that both may be donated."""
+    """Training state at step 0; the EMA is a copy, so that both may be donated."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -36,12 +42,12 @@ def create_state(params: dict[str, Params], optimizers: dict[str, optax.Gradient
 
 
 def make_optimizer(config, updates: int = 1) -> optax.GradientTransformation:
-    """AdamW behind a clip by global norm, with warm-up and an optional cosine decay.
+    """AdamW after clipping by global norm, with warm-up and an optional cosine decay.
 
     Args:
       config: lr, warmup (steps), decay (steps, 0 for none), b1, b2, weight_decay, clip (0: none).
-      updates: of this network in one training step; warmup and decay cover as many steps of the
-        run whatever it is.
+      updates: updates of this network per training step; warmup and decay count the run's steps
+        whatever it is.
     """
     warmup, decay = config.warmup * updates, config.decay * updates
     if decay:
@@ -59,11 +65,17 @@ def make_optimizer(config, updates: int = 1) -> optax.GradientTransformation:
 
 @dataclass(frozen=True)
 class StepSpec:
-    """Everything about a step that is fixed when it is traced.
+    """Static specification of a training step: everything that is fixed when it is traced.
 
-    times: the student's grid, its last entry the schedule's clean time.
-    guidance: the teacher's classifier-free guidance scale.
-    shares: in how many parts a mesh splits a batch.
+    Attributes:
+      denoiser: network, schedule and parameterization of student, teacher and critic.
+      objective: weighted sum of terms.
+      times: the student's grid; the last entry is the schedule's clean time.
+      guidance: the teacher's classifier-free guidance scale.
+      optimizers: optimizer by role (student, critic, discriminator).
+      ema: decay of the student's moving average per update.
+      microbatches: gradient-accumulation steps per update.
+      batch_shards: into how many parts the mesh splits a batch.
     """
 
     denoiser: Denoiser
@@ -76,5 +88,5 @@ class StepSpec:
     batch_shards: int = 1
 
     def can_pair(self, samples: int) -> bool:
-        """Whether two neighbours of a microbatch are on one device, whichever they are."""
+        """True if all neighbours 2j, 2j + 1 of a microbatch of `samples` share a device."""
         return samples % (2 * self.batch_shards) == 0

@@ -1,4 +1,4 @@
-"""From a loss to a new state: gradients in microbatches, and an update or none of it."""
+"""Gradient accumulation over microbatches, and optimizer updates applied only if finite."""
 
 from collections.abc import Callable
 
@@ -17,96 +17,122 @@ def accumulate(
     microbatches: int,
     can_pair: Callable[[int], bool],
 ):
-    """Loss, metrics and gradients of the whole batch, one microbatch at a time.
+    """Loss, metrics and gradients of a batch, accumulated over its microbatches.
 
-    Equal to the large batch up to summation order, because a sample's randomness is its own.
-    loss: (params, batch) -> (loss, metrics). Metrics that are scalars are averaged, those with an
-    entry per sample [B] keep the order of the batch. pairs: whether neighbours of so many samples
-    walk together.
+    Equal to one large batch up to summation order, because a sample's randomness depends on its key
+    alone.
+
+    Args:
+      loss: (params, batch) -> (loss, metrics). Scalar metrics are averaged; those with an entry per
+        sample [B] keep the order of the batch.
+      params: parameters to differentiate.
+      batch: the global batch.
+      microbatches: into how many equal parts it is split.
+      can_pair: number of samples -> whether neighbours share a rollout in backward simulation.
+
+    Returns: (loss, metrics), gradients; as `jax.value_and_grad` with `has_aux`.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         return value_and_grad(params, batch)
 
-    def part_of(params, part):
+    def loss_and_grads(params, part):
         (value, metrics), grads = value_and_grad(params, part)
-        scalars, own = split_metrics(metrics)
-        return ((value, scalars), grads), own
+        scalars, per_sample = split_metrics(metrics)
+        return ((value, scalars), grads), per_sample
 
     # Strided: every device keeps the samples it has, and a share of every microbatch; neighbours
-    # stay together where they walk together.
-    together = 2 if can_pair(len(batch.stratum) // microbatches) else 1
+    # stay in one microbatch where they share a rollout.
+    group = 2 if can_pair(len(batch.stratum) // microbatches) else 1
 
-    def dealt(x, before, after):
-        x = x.reshape(before, after, together, *x.shape[1:]).swapaxes(0, 1)
+    def deal(x, before, after):
+        x = x.reshape(before, after, group, *x.shape[1:]).swapaxes(0, 1)
         return x.reshape(len(x), -1, *x.shape[3:])
 
-    split = jax.tree.map(lambda x: dealt(x, -1, microbatches), batch)
+    split = jax.tree.map(lambda x: deal(x, -1, microbatches), batch)
 
     def add(total, part):
-        found, own = part_of(params, part)
-        return jax.tree.map(jnp.add, total, found), own
+        result, per_sample = loss_and_grads(params, part)
+        return jax.tree.map(jnp.add, total, result), per_sample
 
     first = jax.tree.map(lambda x: x[0], split)
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part_of, params, first)[0]
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(loss_and_grads, params, first)[0]
     )
-    total, own = jax.lax.scan(add, zeros, split)
+    total, per_sample = jax.lax.scan(add, zeros, split)
     (value, scalars), grads = jax.tree.map(lambda x: x / microbatches, total)
-    own = jax.tree.map(lambda x: dealt(x.reshape(-1), microbatches, -1).reshape(-1), own)
-    return (value, scalars | own), grads
+    per_sample = jax.tree.map(
+        lambda x: deal(x.reshape(-1), microbatches, -1).reshape(-1), per_sample
+    )
+    return (value, scalars | per_sample), grads
 
 
 def split_metrics(metrics: Metrics) -> tuple[Metrics, Metrics]:
-    """The scalars, and what has an entry per sample."""
-    own = {name: value for name, value in metrics.items() if jnp.ndim(value)}
-    return {name: value for name, value in metrics.items() if name not in own}, own
+    """Scalar metrics, and metrics with an entry per sample."""
+    per_sample = {name: value for name, value in metrics.items() if jnp.ndim(value)}
+    return {name: value for name, value in metrics.items() if name not in per_sample}, per_sample
 
 
-def tree_where(good, new, old):
-    """The new tree where good, the old one otherwise."""
-    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+def tree_where(condition, new, old):
+    """`jnp.where` with one scalar condition over the leaves of two trees."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
-def apply_if_finite(good, change: Callable, waiting, given):
-    """change(waiting, given) -> both anew, where good; otherwise both as they are.
+def apply_if_finite(finite, change: Callable, offloadable, other):
+    """change(offloadable, other) if finite, otherwise both trees unchanged.
 
-    What waits may do so in the host's memory, and goes back there. Then it is fetched in a branch,
-    which begins when `good` is known: brought in any other way it would lie on the device long
-    before, while activations do.
+    An offloadable tree in host memory is fetched in a branch, and goes back there. The branch
+    starts once `finite` is known; a transfer anywhere else would put the tree on the device long
+    before that, while activations are live.
+
+    Args:
+      finite: bool scalar.
+      change: (offloadable, other) -> new values of both.
+      offloadable: tree in device or host memory.
+      other: tree in device memory.
     """
-    spaces = jax.tree.map(lambda x: jax.typeof(x).memory_space, waiting)
+    spaces = jax.tree.map(lambda x: jax.typeof(x).memory_space, offloadable)
     if jax.memory.Space.Host not in jax.tree.leaves(spaces):
-        return tree_where(good, change(waiting, given), (waiting, given))
+        return tree_where(finite, change(offloadable, other), (offloadable, other))
 
-    def branch(waiting, given):
-        waiting, given = change(jax.device_put(waiting, jax.memory.Space.Device), given)
-        return jax.tree.map(jax.device_put, waiting, spaces), given
+    def branch(offloadable, other):
+        offloadable, other = change(jax.device_put(offloadable, jax.memory.Space.Device), other)
+        return jax.tree.map(jax.device_put, offloadable, spaces), other
 
-    return jax.lax.cond(good, branch, lambda *unchanged: unchanged, waiting, given)
+    return jax.lax.cond(finite, branch, lambda *unchanged: unchanged, offloadable, other)
 
 
 def apply_update(
-    optimizers: dict[str, optax.GradientTransformation], state: TrainState, role: str, found
+    optimizers: dict[str, optax.GradientTransformation],
+    state: TrainState,
+    role: str,
+    loss_and_grads,
 ):
-    """One optimizer step, or none of it where anything in it is not finite.
+    """One optimizer step of a network, skipped if its loss, gradient or update is not finite.
 
-    The metrics say so: `ROLE/bad` in a row, and `ROLE/loss_B` each sample's own loss.
+    Args:
+      optimizers: optimizer by role.
+      state: training state before the update.
+      role: student, critic or discriminator.
+      loss_and_grads: ((loss, metrics), gradients), as `accumulate` returns it.
+
+    Returns: the new state, and metrics: `ROLE/bad` counts skipped updates in a row, `ROLE/loss_B`
+      has each sample's loss.
     """
-    (loss, metrics), grads = found
+    (loss, metrics), grads = loss_and_grads
     norm = optax.tree.norm(grads)
 
-    def change(opt, given):
-        params, _ = given
-        updates, new = optimizers[role].update(grads, opt, params)
-        good = jnp.isfinite(optax.tree.norm(updates))
-        moved = optax.apply_updates(params, updates)
-        return tree_where(good, new, opt), (tree_where(good, moved, params), good)
+    def change(opt, other):
+        params, _ = other
+        updates, new_opt = optimizers[role].update(grads, opt, params)
+        finite = jnp.isfinite(optax.tree.norm(updates))
+        new_params = optax.apply_updates(params, updates)
+        return tree_where(finite, new_opt, opt), (tree_where(finite, new_params, params), finite)
 
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    given = state.params[role], jnp.zeros_like(good)
-    opt, (params, good) = apply_if_finite(good, change, state.opt[role], given)
-    bad = jnp.where(good, 0, state.bad[role] + 1)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    other = state.params[role], jnp.zeros_like(finite)
+    opt, (params, finite) = apply_if_finite(finite, change, state.opt[role], other)
+    bad = jnp.where(finite, 0, state.bad[role] + 1)
     state = state._replace(
         params=state.params | {role: params},
         opt=state.opt | {role: opt},

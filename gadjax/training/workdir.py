@@ -1,4 +1,4 @@
-"""What a workdir's run has trained, for the commands that draw with it or hand it on."""
+"""Trained weights of a workdir, for the commands that sample with them or export them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,16 @@ from gadjax.types import Params
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights of a run, and how they are to be sampled.
+    """Trained weights of a run with their sampling config.
 
-    part: ema or student. fingerprint: of the teacher's transformer when the run was started.
+    Attributes:
+      workdir: the run's workdir.
+      step: of the checkpoint.
+      part: "ema" or "student".
+      params: the trained parameters alone.
+      config: the run's config, as JSON.
+      fingerprint: of the teacher's backbone when the run was started.
+      sampling: sampling config of these weights.
     """
 
     workdir: Path
@@ -38,21 +45,21 @@ class Trained:
 
     @property
     def is_few_step(self) -> bool:
-        """Whether it is a student with timesteps of its own, rather than a teacher."""
+        """True for a student with its own grid, False for a teacher trained by denoising."""
         return self.sampling.timesteps is not None
 
     def full_params(self, teacher: Component) -> Params:
-        """All parameters of the network: those that were trained, and those that never are.
+        """All parameters of the network, the trained and the untrained ones.
 
-        teacher: the network that the run was started with. Raises: InputError for another one.
+        teacher: the network with which the run was started. Raises: InputError for another one.
         """
         keymap = teacher.keymap
-        where = teacher.weights.folder
-        found = fingerprint(tensors_from_params(teacher.params, keymap))
-        if found != self.fingerprint:
+        source = teacher.weights.folder
+        identity = fingerprint(tensors_from_params(teacher.params, keymap))
+        if identity != self.fingerprint:
             raise InputError(
-                f"{where}: found weights with fingerprint {found}; expected {self.fingerprint}, "
-                f"the teacher of {self.workdir}"
+                f"{source}: found weights with fingerprint {identity}; expected "
+                f"{self.fingerprint}, the teacher of {self.workdir}"
             )
         params = merge_params(self.params, split_frozen(teacher.params, teacher.frozen)[1])
         shapes = {k: v.shape for k, v in tensors_from_params(params, keymap, views=True)}
@@ -61,28 +68,34 @@ class Trained:
 
 
 def is_workdir(path: Path) -> bool:
+    """True for a folder with the config and checkpoints of `gadjax train`."""
     return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
 
 
 def read_trained(workdir: Path, part: str = "ema", step: int | None = None) -> Trained:
-    """Read one step's weights, by default the newest valid one's.
+    """Read the trained weights of a workdir.
 
-    Raises: InputError for a folder that is no workdir, or of a run that cannot have been, and as
-    `read_params`.
+    Args:
+      workdir: workdir of `gadjax train`.
+      part: "ema" or "student".
+      step: of the checkpoint; None: the newest valid one.
+
+    Raises: InputError for a folder that is no workdir, or whose metadata no run can have written;
+      and as `read_params`.
     """
     check_access(workdir)
     if not is_workdir(workdir):
-        found = "no such folder" if not workdir.is_dir() else "no config.json and checkpoints"
-        raise InputError(f"{workdir}: found {found}; expected a workdir of gadjax train")
+        state = "no such folder" if not workdir.is_dir() else "no config.json and checkpoints"
+        raise InputError(f"{workdir}: found {state}; expected a workdir of gadjax train")
     step, params, meta = read_params(workdir / "checkpoints", part, step)
     config, teacher, sampling = parse_run_metadata(meta, f"{workdir}, step {step}")
     return Trained(workdir, step, part, params, config, teacher, sampling)
 
 
 def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, SamplingConfig]:
-    """A checkpoint's config, the fingerprint of its teacher, and how its weights are sampled.
+    """Config, teacher fingerprint and sampling config from a checkpoint's metadata.
 
-    Raises: InputError where it is not what `gadjax train` writes.
+    Raises: InputError for metadata that `gadjax train` does not write.
     """
     try:
         config, teacher = meta["config"], meta["teacher"]
@@ -90,21 +103,24 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
         texts = teacher, config["teacher"], config["data"]["world"]
         numbers = *(sampling.timesteps or ()), config["guidance"]
         counts = sampling.length, sampling.steps, config["batch"]
-        whole = all(isinstance(text, str) for text in texts)
-        whole &= all(type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
-        whole &= all(type(n) is int and 0 < n < 2**31 for n in counts)
+        valid = all(isinstance(text, str) for text in texts)
+        valid &= all(type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
+        valid &= all(type(n) is int and 0 < n < 2**31 for n in counts)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
-        whole = False
-    if not whole:
+        valid = False
+    if not valid:
         raise InputError(f"{where}: found another config or teacher; expected those of a run")
     return config, teacher, sampling
 
 
 def sampling_from_config(config: dict[str, Any]) -> SamplingConfig:
-    """How a run's weights are sampled: a student in its own steps, without guidance; what learns
-    by plain denoising as teachers are."""
+    """Sampling config of a run's weights.
+
+    A student is sampled on its own grid without guidance, a network trained by plain denoising like
+    a teacher.
+    """
     timesteps = tuple(config["student"]["timesteps"])
     length = config["data"]["length"]
     needs = build(config["objective"], TERMS, timesteps).needs

@@ -1,4 +1,4 @@
-"""Logits by hand, gaussians whose discriminator is known, and whole runs of `gadjax train`."""
+"""Logits by hand, gaussians with a known discriminator, and full runs of `gadjax train`."""
 
 import json
 import os
@@ -46,13 +46,13 @@ MIX = np.random.default_rng(9).normal(size=(2 * D + 2, TOKENS * WIDTH)) / 3
 
 
 def seeing(world: World) -> World:
-    """The same world whose networks show x, their x0, alpha and sigma, mixed into two tokens."""
+    """The world with features: x, the networks' x0, alpha and sigma, mixed into two tokens."""
 
     def features(params, x_BHWC, t_B, cond):
         x0 = world.denoiser(params, x_BHWC, t_B, cond).x0
         alpha_sigma = jnp.stack(world.schedule.alpha_sigma(t_B), axis=1)
-        seen = jnp.concatenate([x_BHWC.reshape(-1, D), x0.reshape(-1, D), alpha_sigma], axis=1)
-        return (seen @ MIX.astype(seen.dtype)).reshape(-1, TOKENS, WIDTH)
+        features = jnp.concatenate([x_BHWC.reshape(-1, D), x0.reshape(-1, D), alpha_sigma], axis=1)
+        return (features @ MIX.astype(features.dtype)).reshape(-1, TOKENS, WIDTH)
 
     world = World(world.schedule, world.kind, world.times)
     object.__setattr__(world, "denoiser", replace(world.denoiser, features=features))
@@ -63,7 +63,7 @@ DDPM, FLOW, ONE = seeing(DDPM_WORLD), seeing(FLOW_WORLD), seeing(one_step(FLOW_W
 
 
 def some_head(term, dtype=jnp.float32):
-    """A head with opinions."""
+    """Parameters of a head with non-zero logits."""
     rng = np.random.default_rng(4)
     head = term.init_discriminator(jax.random.key(0), WIDTH)
     return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / 4, dtype), head)
@@ -74,7 +74,7 @@ def pictures(samples, dtype=jnp.float32):
 
 
 def logits_by_hand(world, context, params, head, x0):
-    """Of the docstring, all of it differentiable."""
+    """Logits by the docstring's formula, differentiable in everything."""
     span = world.schedule.last - world.schedule.clean
     t = jnp.floor(context.uniform("t") * span) + world.schedule.clean + 1
     alpha, sigma = (v[:, None, None, None] for v in world.schedule.alpha_sigma(t))
@@ -84,8 +84,10 @@ def logits_by_hand(world, context, params, head, x0):
     x = x / jnp.sqrt((x**2).sum(2, keepdims=True) / WIDTH + 1)
     x = jnp.einsum("bnd,dh->bnh", x, head["linear_1"]["kernel"]) + head["linear_1"]["bias"]
     x = x / 2 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    each = jnp.einsum("bnh,ho->bno", x, head["linear_2"]["kernel"]) + head["linear_2"]["bias"]
-    return (each[:, 0, 0] + each[:, 1, 0]) / 2
+    token_logits = (
+        jnp.einsum("bnh,ho->bno", x, head["linear_2"]["kernel"]) + head["linear_2"]["bias"]
+    )
+    return (token_logits[:, 0, 0] + token_logits[:, 1, 0]) / 2
 
 
 BY_HAND = {
@@ -105,9 +107,9 @@ BY_HAND = {
     [(DDPM, "critic", "hinge"), (FLOW, "teacher", "softplus")],
     ids=["critic, hinge", "teacher, softplus"],
 )
-def test_losses_and_what_they_move(world, features, loss):
-    """The student's reaches it through x0 and the features' input; the discriminator's all of the
-    head, a hundredth of it the network that shows the features, and never the student."""
+def test_losses_and_their_gradients(world, features, loss):
+    """The student's gradient flows through x0 and the features' input; the discriminator's reaches
+    the head, scaled by a hundredth the network of the features, and never the student."""
     term = Adversarial(features, loss, hidden=6)
     with jax.enable_x64(True):
         batch = make_batch(B, dtype=float)._replace(x0=pictures(B, float))
@@ -123,15 +125,15 @@ def test_losses_and_what_they_move(world, features, loss):
             return make_context(world.step_spec(term), term.needs, *given)
 
         def ours(nets):
-            found = context(nets)
-            loss_B, metrics = term(found)
-            return jnp.stack([loss_B.mean(), term.discriminator_loss(found).mean()]), metrics
+            actual = context(nets)
+            loss_B, metrics = term(actual)
+            return jnp.stack([loss_B.mean(), term.discriminator_loss(actual).mean()]), metrics
 
         def theirs(nets):
-            found = context(nets)
-            said = world.denoiser(nets["student"], found.x_BHWC, found.t_B, batch.cond).x0
-            logits = partial(logits_by_hand, world, found, nets["network"], nets["head"])
-            fake, real = logits(said), logits(batch.x0)
+            actual = context(nets)
+            names = world.denoiser(nets["student"], actual.x_BHWC, actual.t_B, batch.cond).x0
+            logits = partial(logits_by_hand, world, actual, nets["network"], nets["head"])
+            fake, real = logits(names), logits(batch.x0)
             student, discriminator = BY_HAND[loss]
             means = student(fake).mean(), discriminator(fake, real).mean()
             return jnp.stack(means), {"logit": fake.mean()}
@@ -149,16 +151,16 @@ def test_losses_and_what_they_move(world, features, loss):
     }
     for row, shares in enumerate(share.values()):
         for role, expected in shares.items():
-            found, full = (jax.tree.leaves(x[2][role]) for x in (a, b))
+            actual, full = (jax.tree.leaves(x[2][role]) for x in (a, b))
             assert any(np.any(y[row]) for y in full), role
-            for x, y in zip(found, full, strict=True):
+            for x, y in zip(actual, full, strict=True):
                 size = np.abs(y[row]).max()
                 # The times are float32 inside the step.
                 np.testing.assert_allclose(x[row], expected * y[row], rtol=1e-4, atol=1e-6 * size)
 
 
-def test_what_a_critic_step_trains():
-    """The head, and the critic where it shows the features; a frozen teacher leaves it as it is."""
+def test_a_critic_step_trains_the_head_and_the_critic():
+    """The head, and the critic if the features are the critic's; nothing of a frozen teacher."""
     plain = dict.fromkeys(("student", "critic", "discriminator"), optax.sgd(1.0))
     batch, teacher = make_batch(B)._replace(x0=pictures(B)), gaussian_params()
     old, new = {}, {}
@@ -183,11 +185,11 @@ def test_what_a_critic_step_trains():
         assert not any(same(new[name]["discriminator"], old[name]["discriminator"]))
     assert all(same(new["teacher"]["critic"], new["alone"]["critic"]))
     assert not any(same(new["critic"]["critic"], new["alone"]["critic"]))
-    said = ("loss", "loss_B", "grad_norm", "bad")
-    assert set(metrics) == {f"{r}/{m}" for r in ("critic", "discriminator") for m in said}
+    names = ("loss", "loss_B", "grad_norm", "bad")
+    assert set(metrics) == {f"{r}/{m}" for r in ("critic", "discriminator") for m in names}
 
 
-def test_under_the_cut_the_first_step_is_left_out():
+def test_a_detached_first_step_has_no_weight():
     term, batch = Adversarial("teacher", hidden=6), make_batch(B)._replace(x0=pictures(B))
     given = FLOW.student_params(), None, gaussian_params(), batch, some_head(term)
 
@@ -197,15 +199,15 @@ def test_under_the_cut_the_first_step_is_left_out():
         cut = replace(context, detach_first_step=True)
         return [(term(c)[0], term.discriminator_loss(c)) for c in (context, cut)]
 
-    whole, cut = both()
-    for a, b in zip(whole, cut, strict=True):
+    full, cut = both()
+    for a, b in zip(full, cut, strict=True):
         np.testing.assert_allclose(
             b, a * np.where(stratified_step_indices(np.arange(B), 4), 4 / 3, 0), rtol=1e-5
         )
 
 
 def data(batch, number, mean, spread):
-    """New draws each time, of N(mean, diag spread^2), and nothing told."""
+    """Batch with new samples of N(mean, diag spread^2), without text."""
     keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(batch.key)
     initial_params, second = (
         jax.vmap(lambda k, i=i: jax.random.normal(jax.random.fold_in(k, i), SHAPE))(keys)
@@ -220,9 +222,9 @@ REAL = FAKE[0] + 0.5, FAKE[1][::-1].copy()
 AT = 0.401  # sigma, and alpha is what is left
 
 
-def test_it_tells_two_gaussians_apart_as_well_as_can_be():
-    """Its loss comes down to that of the exact log-ratio of the densities at the one t, and sigmoid
-    of its logit to the share of the real; where the two are one, its logits go to zero."""
+def test_it_learns_the_optimal_discriminator_of_two_gaussians():
+    """Its loss converges to that of the exact log-ratio of the densities at one t, the sigmoid of
+    its logit to the probability of real; if the two are equal, its logits converge to zero."""
     term = Adversarial("teacher", low=0.4, high=0.4, hidden=64)
     rate = optax.cosine_decay_schedule(2e-2, 400, 0.01)
     optimizers = {"student": optax.sgd(0.0), "discriminator": optax.adam(rate)}
@@ -230,7 +232,7 @@ def test_it_tells_two_gaussians_apart_as_well_as_can_be():
     # x0 = mean + spread z, exactly.
     student = {"step0": {"matrix": jnp.diag(jnp.float32(FAKE[1])), "bias": jnp.float32(FAKE[0])}}
     student["step0"]["bend"] = jnp.zeros(D)
-    batch, teacher = make_batch(256, told=0.0), gaussian_params()
+    batch, teacher = make_batch(256, text_scale=0.0), gaussian_params()
     head = jax.tree.map(lambda p: p / 3, some_head(term))  # equality is not where it starts
 
     @jax.jit
@@ -242,18 +244,18 @@ def test_it_tells_two_gaussians_apart_as_well_as_can_be():
         start = create_state({"student": student, "discriminator": head}, optimizers)
         state, _ = jax.lax.scan(update, start, jnp.arange(400))
         head = state.params["discriminator"]
-        many = data(make_batch(8192, told=0.0), 1000, *real)
+        many = data(make_batch(8192, text_scale=0.0), 1000, *real)
         context = make_context(step_spec, term.needs, student, None, teacher, many, head)
         fake, noise = context.student[0].x0, AT * context.normal("eps")
-        seen = [(1 - AT) * x0 + noise for x0 in (fake, many.x0)]
-        return term.discriminator_loss(context).mean(), seen, jnp.exp(-term(context)[0])
+        features = [(1 - AT) * x0 + noise for x0 in (fake, many.x0)]
+        return term.discriminator_loss(context).mean(), features, jnp.exp(-term(context)[0])
 
     def density(x, mean, spread):
         x, variance = x.reshape(-1, D).astype(float), ((1 - AT) * spread) ** 2 + AT**2
         return -0.5 * ((x - (1 - AT) * mean) ** 2 / variance + np.log(variance)).sum(1)
 
-    loss, seen, share = jax.device_get(trained(head, REAL))
-    ratio = [density(x, *REAL) - density(x, *FAKE) for x in seen]
+    loss, features, share = jax.device_get(trained(head, REAL))
+    ratio = [density(x, *REAL) - density(x, *FAKE) for x in features]
     best = np.logaddexp(0, ratio[0]).mean() + np.logaddexp(0, -ratio[1]).mean()
     off = np.abs(share - 1 / (1 + np.exp(-ratio[0]))).mean()
     print(f"loss {loss:.4f}, of the exact log-ratio {best:.4f}, of none {2 * np.log(2):.4f}")
@@ -266,7 +268,7 @@ def test_it_tells_two_gaussians_apart_as_well_as_can_be():
 
 
 def test_a_student_learns_the_data_from_it_alone():
-    """Mean and covariance of its pictures come to those of the data."""
+    """Mean and covariance of its samples converge to those of the data."""
     # At little noise, where covariances show most.
     updates, term = 800, Adversarial("teacher", "hinge", low=0.05, high=0.3, hidden=64)
     rates = {"student": 0.01, "discriminator": 0.04}
@@ -275,7 +277,7 @@ def test_a_student_learns_the_data_from_it_alone():
         for role, rate in rates.items()
     }
     step_spec = ONE.step_spec(1.0 * term, optimizers=optimizers, ema=0.98)
-    batch, teacher = make_batch(128, told=0.0), gaussian_params()
+    batch, teacher = make_batch(128, text_scale=0.0), gaussian_params()
 
     @jax.jit
     def run(state):
@@ -292,9 +294,9 @@ def test_a_student_learns_the_data_from_it_alone():
     state, logit = run(create_state({"student": student, "discriminator": head}, optimizers))
 
     def apart(params):
-        own = jax.tree.map(np.asarray, params["step0"])
-        covariance = own["matrix"] @ own["matrix"].T - np.diag(REAL[1] ** 2)
-        return np.linalg.norm(own["bias"] - REAL[0]), np.linalg.norm(covariance)
+        step = jax.tree.map(np.asarray, params["step0"])
+        covariance = step["matrix"] @ step["matrix"].T - np.diag(REAL[1] ** 2)
+        return np.linalg.norm(step["bias"] - REAL[0]), np.linalg.norm(covariance)
 
     before, after = apart(student), apart(state.ema)
     print(f"mean off by {before[0]:.3f} -> {after[0]:.3f}, cov. {before[1]:.3f} -> {after[1]:.3f}")
@@ -302,7 +304,7 @@ def test_a_student_learns_the_data_from_it_alone():
     assert after[0] < 0.1 * before[0] and after[1] < 0.25 * before[1]
 
 
-def test_it_stands_beside_dmd_and_gad():
+def test_it_combines_with_dmd_and_gad():
     total = DMD() + 0.01 * Adversarial(hidden=6) + 0.5 * GAD(steps=1)
     total.check(DDPM_WORLD.times[:-1])
     optimizers = dict.fromkeys(("student", "critic", "discriminator"), optax.adam(1e-2))
@@ -386,8 +388,8 @@ def train(config, workdir, *flags):
     return main(["train", "--config", str(config), "--workdir", str(workdir), *flags])
 
 
-def test_the_head_needs_no_rule_of_its_network(config):
-    """Only what is large is cut."""
+def test_the_head_is_replicated(config):
+    """Only large leaves are sharded."""
     run = prepare(read_config(["--config", str(config)]))
     state = compile_steps(run).state
     shapes = jax.eval_shape(run.start, run.initial_params).params["discriminator"]
@@ -416,10 +418,10 @@ def test_a_run_resumes_with_its_discriminator(config, tmp_path, monkeypatch):
     def metrics(workdir):
         return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
 
-    whole, again, two = (tmp_path / name for name in ("whole", "again", "two"))
-    assert train(config, whole) == 0
+    full, again, two = (tmp_path / name for name in ("whole", "again", "two"))
+    assert train(config, full) == 0
     for workdir in (again, two):
-        shutil.copytree(whole, workdir)
+        shutil.copytree(full, workdir)
         shutil.rmtree(workdir / "checkpoints" / "2")
     assert train(config, again) == 0
     flags = "--config.mesh.data=1", "--config.mesh.fsdp=2"
@@ -431,16 +433,16 @@ def test_a_run_resumes_with_its_discriminator(config, tmp_path, monkeypatch):
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
-    before, after = read(whole, 1), read(whole, 2)
+    before, after = read(full, 1), read(full, 2)
     for part, expected in after.items():
         np.testing.assert_array_equal(read(again, 2)[part], expected)
-        way, apart = expected - before[part], read(two, 2)[part] - expected
-        print(part, f"{np.linalg.norm(apart) / np.linalg.norm(way):.1e} of the way apart")
-        assert np.linalg.norm(apart) < 0.005 * np.linalg.norm(way)
+        change, apart = expected - before[part], read(two, 2)[part] - expected
+        print(part, f"{np.linalg.norm(apart) / np.linalg.norm(change):.1e} of the way apart")
+        assert np.linalg.norm(apart) < 0.005 * np.linalg.norm(change)
     names = "loss/dmd", "loss/adversarial", "loss/gad", "critic/loss", "discriminator/loss"
     for name in (*names, "adversarial/logit"):
-        assert np.isfinite(metrics(whole)[name])
-        assert metrics(two)[name] == pytest.approx(metrics(whole)[name], rel=1e-4)
+        assert np.isfinite(metrics(full)[name])
+        assert metrics(two)[name] == pytest.approx(metrics(full)[name], rel=1e-4)
 
 
 @pytest.mark.parametrize(

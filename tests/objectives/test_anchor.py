@@ -33,7 +33,7 @@ from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.training.state import create_state
 from gadjax.training.steps import student_step
 
-each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 12
 
 
@@ -42,16 +42,16 @@ def flat(x):
 
 
 def walked(world, batch, teacher, steps):
-    """z, where the teacher's first interval leads from it, and T_w there; in float64."""
-    z, told = flat(batch.noise), guided_text(batch)
+    """z, the end of the teacher's first interval from it, and T_w there; in float64."""
+    z, text = flat(batch.noise), guided_text(batch)
     times = np.linspace(world.times[0], world.times[1], steps + 1)
     times = np.broadcast_to(times[:, None], (steps + 1, len(z)))
-    jacobian, shift = gaussian_walk(teacher, world.schedule, times, told)
+    jacobian, shift = gaussian_walk(teacher, world.schedule, times, text)
     arrived = np.einsum("bij,bj->bi", jacobian, z) + shift
     alpha, sigma = world.schedule.alpha_sigma(np.array(world.times[1]))
     mean, basis, variance = (np.asarray(teacher[k], float) for k in ("mean", "basis", "variance"))
     gain = alpha * variance / (alpha**2 * variance + sigma**2)
-    mean = mean + told
+    mean = mean + text
     return z, arrived, mean + ((arrived - alpha * mean) @ basis * gain) @ basis.T
 
 
@@ -75,8 +75,8 @@ def flat_text(batch):
     return np.asarray(batch.cond.text[:, 0], float)
 
 
-@each_world
-def test_the_x0_target_is_what_the_teacher_sees_at_the_end_of_its_walk(world):
+@all_worlds
+def test_the_x0_target_is_the_teachers_prediction_at_the_end_of_its_map(world):
     batch, student, teacher = make_batch(B), world.student_params(), gaussian_params()
     loss_B, _ = world.losses(Anchor("x0", steps=3))(batch, student, None, teacher)
     z, _, target = walked(world, batch, teacher, 3)
@@ -87,9 +87,9 @@ def test_the_x0_target_is_what_the_teacher_sees_at_the_end_of_its_walk(world):
     np.testing.assert_allclose(loss_B, np.where(first, 4 * expected, 0), rtol=1e-4)
 
 
-@each_world
+@all_worlds
 def test_the_secants_path_passes_through_both_ends(world):
-    """So that a student which says it steps onto the teacher's own trajectory."""
+    """A student with that prediction steps onto the teacher's trajectory."""
     batch, student, teacher = make_batch(B), world.student_params(), mixture_params()
 
     @jax.jit
@@ -109,7 +109,7 @@ def test_the_secants_path_passes_through_both_ends(world):
     np.testing.assert_allclose(end, arrived, rtol=1e-4, atol=1e-4)
 
 
-@each_world
+@all_worlds
 @pytest.mark.parametrize("target", ["v", "x0"])
 def test_it_trains_the_first_step_alone_and_towards_the_teacher(world, target):
     batch, teacher, term = make_batch(256), gaussian_params(), Anchor(target)
@@ -133,8 +133,8 @@ def test_it_trains_the_first_step_alone_and_towards_the_teacher(world, target):
 
 @dataclass(frozen=True)
 class End(Addable):
-    """Asks for the student's walk to the end, as DMD through the whole of it does, or with tangents
-    for GAD of the whole map."""
+    """A term that needs the student's full rollout, as DMD through all steps does, or the full map
+    with tangents, as GAD does."""
 
     kind: str = "endpoint"
 
@@ -160,39 +160,39 @@ def slopes(world, term, batch, **more):
     return jax.device_get((loss_B, slope))
 
 
-@each_world
+@all_worlds
 @pytest.mark.parametrize("kind", ["endpoint", "tangent"])
 @pytest.mark.parametrize("anchor", [Anchor(steps=2), Anchor("x0", steps=2, until=700.0)])
-def test_where_the_student_walks_to_the_end_all_samples_train_the_first_step(world, kind, anchor):
-    """As one whose drawn step is the first does in a batch of such samples, there at weight 4."""
+def test_with_a_full_rollout_all_samples_train_the_first_step(world, kind, anchor):
+    """Like samples whose drawn step is the first, which have weight 4."""
     batch = make_batch(B)
     first = batch._replace(stratum=jnp.zeros_like(batch.stratum))
-    alone, beside = (
+    alone, combined = (
         slopes(world, anchor, first, batch_shards=B),
         slopes(world, anchor + End(kind), batch),
     )
-    for one, other in zip(*map(jax.tree.leaves, (alone, beside)), strict=True):
+    for one, other in zip(*map(jax.tree.leaves, (alone, combined)), strict=True):
         np.testing.assert_allclose(one / 4, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("beside", [(), (End(),)], ids=["drawn", "all"])
-def test_two_anchors_each_have_a_map_of_their_own(beside):
+@pytest.mark.parametrize("combined", [(), (End(),)], ids=["drawn", "all"])
+def test_two_anchors_have_separate_maps(combined):
     batch, terms = make_batch(B), (Anchor(steps=2), Anchor("x0", steps=3, until=700.0))
-    one, two = (slopes(FLOW_WORLD, Sum(()) + sum(beside, term), batch)[0] for term in terms)
-    both, _ = slopes(FLOW_WORLD, sum(beside, terms[0] + 0.5 * terms[1]), batch)
+    one, two = (slopes(FLOW_WORLD, Sum(()) + sum(combined, term), batch)[0] for term in terms)
+    both, _ = slopes(FLOW_WORLD, sum(combined, terms[0] + 0.5 * terms[1]), batch)
     np.testing.assert_allclose(both, one + 0.5 * two, rtol=1e-5, atol=1e-6)
 
 
 def test_all_samples_give_the_same_mean_at_a_quarter_of_the_variance():
     """Over 4096 batches of 8, in which a drawn step is the first for 2."""
     batch = make_batch(4096 * 8)
-    alone, beside = (
+    alone, combined = (
         slopes(FLOW_WORLD, term, batch)[0].reshape(4096, 8).astype(float).mean(1)
         for term in (Anchor(steps=2), Anchor(steps=2) + End())
     )
-    error = (alone - beside).std() / 4096**0.5
-    assert abs(alone.mean() - beside.mean()) < 3 * error < 0.05 * beside.mean()
-    ratio = alone.var() / beside.var()
+    error = (alone - combined).std() / 4096**0.5
+    assert abs(alone.mean() - combined.mean()) < 3 * error < 0.05 * combined.mean()
+    ratio = alone.var() / combined.var()
     print(f"variance at drawn first steps / with all samples: {ratio:.2f}")
     assert 3.5 < ratio < 4.5
 
@@ -203,7 +203,7 @@ PLAIN = {"student": optax.sgd(1.0), "critic": optax.sgd(1.0)}
 
 @dataclass(frozen=True)
 class Landing(Addable):
-    """Wants the anchor's map itself, which is then made once, at the drawn step."""
+    """A term that needs the anchor's map too, which is then computed once, at the drawn step."""
 
     needs = Needs(maps={Anchor(steps=2).map: False})
 
@@ -211,7 +211,7 @@ class Landing(Addable):
         return 0 * sample_mean(context.maps[Anchor(steps=2).map][0]), {}
 
 
-def test_a_map_that_others_want_is_made_once():
+def test_a_map_shared_with_another_term_is_computed_once():
     batch = make_batch(B)
     alone, total = Anchor(steps=2), Anchor(steps=2) + Landing() + End()
     for one, other in zip(
@@ -237,7 +237,7 @@ def test_dpdmds_update_costs_no_more_for_four_times_the_samples():
 
 
 def moves(mesh, **more):
-    """By how much plain gradient steps move the student, and its losses."""
+    """Change of the student by plain gradient steps, and its losses."""
     params = {"student": FLOW_WORLD.student_params(bend=0.2), "critic": gaussian_params(3)}
     step_spec = FLOW_WORLD.step_spec(DPDMD, optimizers=PLAIN, batch_shards=mesh.size, **more)
     state = jax.device_put(create_state(params, PLAIN), replicated(mesh))
@@ -252,7 +252,7 @@ def assert_close(one, other):
 
 
 def worker():
-    """On eight devices, whole and in microbatches, the update is what it is on one."""
+    """On eight devices, with and without microbatches, the update equals that on one."""
     one = moves(make_mesh({"data": 1}, jax.devices()[:1]))
     assert float(one[1]["loss/anchor"]) > 0.1
     assert_close(moves(make_mesh({"data": 1}, jax.devices()[:1]), microbatches=4), one)
@@ -266,7 +266,7 @@ def test_dpdmds_update_on_eight_devices_and_in_microbatches():
 
 def test_a_first_step_on_the_teachers_trajectory_has_no_loss():
     """K with the student's own end of the first interval makes the anchor a plain regression."""
-    world, steps, batch, teacher = DDPM_WORLD, 6, make_batch(B, told=0.0), gaussian_params()
+    world, steps, batch, teacher = DDPM_WORLD, 6, make_batch(B, text_scale=0.0), gaussian_params()
     times = np.linspace(world.times[0], world.times[1], steps + 1)[:, None]
     jacobian, shift = (v[0] for v in gaussian_walk(teacher, world.schedule, times, 0))
     (a, b), (s, r) = world.schedule.alpha_sigma(np.array(world.times[:2]))
@@ -298,16 +298,16 @@ def test_guidance_is_in_the_target():
     """The same student is not the anchor's at another guidance scale."""
     world = World(FLOW_WORLD.schedule, "flow", (1000.0, 500.0, 0.0))
     batch, student, teacher = make_batch(B), world.student_params(), gaussian_params()
-    found = [
+    actual = [
         np.asarray(world.losses(Anchor(), guidance=w)(batch, student, None, teacher)[0])
         for w in (1, GUIDANCE)
     ]
-    found = np.array(found)[:, stratified_step_indices(np.arange(B), 2) == 0]
-    assert np.abs(found[0] - found[1]).min() > 1e-3
+    actual = np.array(actual)[:, stratified_step_indices(np.arange(B), 2) == 0]
+    assert np.abs(actual[0] - actual[1]).min() > 1e-3
 
 
 @pytest.mark.parametrize("until", [1000.0, 1200, 0, -1.0, float("nan")])
-def test_an_end_that_is_not_within_the_students_walk(until):
+def test_an_end_outside_the_students_trajectory(until):
     words = f"objective.anchor.until: found {until}; expected a time between 0 and 1000.0"
     with pytest.raises(InputError, match=words):
         build({"anchor": {"until": until}}, TERMS, FLOW_WORLD.times[:-1])

@@ -46,7 +46,7 @@ def rows(x):
 
 
 def cosines(a, b):
-    """Per sample; 0 where rounding has left nothing."""
+    """Cosines per sample; 0 if rounding has left nothing."""
     a, b = rows(a), rows(b)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return (a * b).sum(1) / np.maximum(lengths, np.finfo(float).tiny)
@@ -62,9 +62,9 @@ def rounded(x, dtype):
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """The teacher in several precisions, and where the script would ask it.
+    """The teacher in several precisions, and the points at which the script evaluates it.
 
-    x, t: the student's own latents on the grid, as in a rollout of 4 steps; x_tau, tau: the
+    x, t: the student's latents on the grid, as in a rollout of 4 steps; x_tau, tau: the
     diffused ones; v: standard normal directions.
     """
 
@@ -79,9 +79,9 @@ class Bench:
 
     def first(self, keep):
         """The samples that `keep` indexes."""
-        each = (self.batch, self.t, self.x, self.tau, self.x_tau, self.v)
+        arrays = (self.batch, self.t, self.x, self.tau, self.x_tau, self.v)
         return Bench(
-            self.networks, self.params, *jax.tree.map(lambda leaf: leaf[np.asarray(keep)], each)
+            self.networks, self.params, *jax.tree.map(lambda leaf: leaf[np.asarray(keep)], arrays)
         )
 
     def wide(self):
@@ -90,10 +90,10 @@ class Bench:
         def widen(leaf):
             return leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf
 
-        each = (self.batch._replace(key=None), self.t, self.x, self.tau, self.x_tau, self.v)
-        return Bench(self.networks, *jax.tree.map(widen, (self.params, *each)))
+        arrays = (self.batch._replace(key=None), self.t, self.x, self.tau, self.x_tau, self.v)
+        return Bench(self.networks, *jax.tree.map(widen, (self.params, *arrays)))
 
-    def say(self, name, x, t, v=None, scale=1):
+    def evaluate(self, name, x, t, v=None, scale=1):
         """x0 of the student (and the critic), or with scale the teacher's; or its tangent."""
         batch = self.batch
         given = self.params, x, t, v, batch.cond, batch.null
@@ -118,13 +118,15 @@ def bench():
     prompts = read_prompts(resolve("asset:shapes_test_prompts.txt"))
     encode = jax.jit(pipeline.encode_text)
 
-    def told(prompts):
+    def encode_prompts(prompts):
         text = encode(params, *pipeline.tokens(prompts, 16))
         return Cond(text.text, text.mask)
 
     batch = Batch(
-        cond=jax.tree.map(lambda leaf: leaf[np.arange(SAMPLES) % len(leaf)], told(prompts)),
-        null=jax.tree.map(lambda leaf: jnp.repeat(leaf, SAMPLES, 0), told([""])),
+        cond=jax.tree.map(
+            lambda leaf: leaf[np.arange(SAMPLES) % len(leaf)], encode_prompts(prompts)
+        ),
+        null=jax.tree.map(lambda leaf: jnp.repeat(leaf, SAMPLES, 0), encode_prompts([""])),
         noise=jax.random.normal(jax.random.key(1), (SAMPLES, *pipeline.latent)),
         key=jax.random.split(jax.random.key(0), SAMPLES),
         stratum=jnp.arange(SAMPLES, dtype=jnp.int32) + 2 * (jnp.arange(SAMPLES) // len(prompts)),
@@ -134,7 +136,7 @@ def bench():
     @jax.jit
     def asked(batch, student):
         context = make_context(step_spec, TDM().needs, student, student, student, batch)
-        x_tau, tau_B, _ = TDM().diffused(context)
+        x_tau, tau_B, _ = TDM().renoised(context)
         return context.t_B, context.x_BHWC, tau_B, x_tau
 
     networks = {"float32": pipeline.denoiser}
@@ -155,9 +157,9 @@ def test_a_the_scripts_student_difference_is_not_along_d(bench):
         with jax.enable_x64(True):
             b = bench.first(bench.t == t).wide()
             d = STEP * b.v
-            there, here = (b.say("float64", x, b.tau) for x in (b.x_tau + d, b.x_tau))
-            script, same = there - b.say("float64", b.x, b.t), there - here
-            exact = b.say("float64", b.x_tau, b.tau, d)
+            there, here = (b.evaluate("float64", x, b.tau) for x in (b.x_tau + d, b.x_tau))
+            script, same = there - b.evaluate("float64", b.x, b.t), there - here
+            exact = b.evaluate("float64", b.x_tau, b.tau, d)
         ratio, cosine = np.median(ratios(script, same)), cosines(script, exact)
         error, right = cosine.std() / len(cosine) ** 0.5, cosines(same, exact)
         print(f"    {t:.0f}  {ratio:8.0f}  {cosine.mean():+.3f} +- {error:.3f}  {right.mean():.6f}")
@@ -172,17 +174,17 @@ def test_b_the_perturbation_is_below_the_resolution_of_half_precision():
     d = rng.normal(size=raw.shape).astype(np.float32)
     d *= 1e-2 / np.linalg.norm(d, axis=1, keepdims=True)
     print("\n(b) elements changed, norm of the change, cosine with d")
-    found = {}
+    actual = {}
     for name, dtype in (HALF | {"float32": jnp.float32}).items():
         x = raw.astype(dtype).astype(np.float32)
         change = (x + d).astype(dtype).astype(np.float32) - x
         share, cosine = (change != 0).mean(), cosines(change, d).mean()
         norm = np.linalg.norm(change, axis=1).mean()
         print(f"    {name:9} {share:7.2%}  {norm:.2e}  {cosine:.3f}")
-        found[name] = share, cosine
-    assert found["float16"][0] < 0.2 and found["float16"][1] < 0.6
-    assert found["bfloat16"][0] < 0.03 and found["bfloat16"][1] < 0.25
-    assert found["float32"][0] > 0.999 and found["float32"][1] > 0.999
+        actual[name] = share, cosine
+    assert actual["float16"][0] < 0.2 and actual["float16"][1] < 0.6
+    assert actual["bfloat16"][0] < 0.03 and actual["bfloat16"][1] < 0.25
+    assert actual["float32"][0] > 0.999 and actual["float32"][1] > 0.999
 
 
 @pytest.mark.slow
@@ -191,13 +193,13 @@ def test_c_rounding_of_the_networks_output_against_exact_tangents(bench):
     b = bench.first(bench.t == 449)
     with jax.enable_x64(True):
         w = b.wide()
-        exact = np.asarray(w.say("float64", w.x, w.t, w.v))
+        exact = np.asarray(w.evaluate("float64", w.x, w.t, w.v))
     print("\n(c) at t = 449, J_S v as jax.jvp: cosine with float64's, relative error")
     tangents = {}
     for name in ("float32", *HALF):
-        found = b.say(name, b.x, b.t, b.v)
-        tangents[name] = cosines(found, exact).mean()
-        print(f"    {name:9} {tangents[name]:.6f}  {ratios(found - exact, exact).mean():.1e}")
+        actual = b.evaluate(name, b.x, b.t, b.v)
+        tangents[name] = cosines(actual, exact).mean()
+        print(f"    {name:9} {tangents[name]:.6f}  {ratios(actual - exact, exact).mean():.1e}")
     print("    finite difference, h of the script's size (rms of an element): cosine, |fd| / |jvp|")
     cosine = {}
     for factor in (1, 10, 100, 1000, 10_000):
@@ -206,9 +208,9 @@ def test_c_rounding_of_the_networks_output_against_exact_tangents(bench):
             dtype = HALF.get(name, jnp.float32)
             base = rounded(b.x, dtype)
             moved = rounded(base + h * b.v, dtype)
-            found = (b.say(name, moved, b.t) - b.say(name, base, b.t)) / h
-            cosine[name, factor] = cosines(found, exact).mean()
-            line += f"  {name} {cosine[name, factor]:.3f} {ratios(found, exact).mean():.2f}"
+            actual = (b.evaluate(name, moved, b.t) - b.evaluate(name, base, b.t)) / h
+            cosine[name, factor] = cosines(actual, exact).mean()
+            line += f"  {name} {cosine[name, factor]:.3f} {ratios(actual, exact).mean():.2f}"
         print(f"    {1e-2 * factor:5g} ({h:.1e}){line}")
     assert all(value > 0.99 for value in tangents.values())
     assert cosine["float32", 1] > 0.99
@@ -218,31 +220,31 @@ def test_c_rounding_of_the_networks_output_against_exact_tangents(bench):
 
 @pytest.mark.slow
 def test_d_the_gradient_of_the_script(bench):
-    """What descent on its derivative term does to m = S(x_k, t_k), against (J_T - J_F) d.
+    """Effect of descent on its derivative term on m = S(x_k, t_k), against (J_T - J_F) d.
 
     F is the unguided teacher, as at the start of training. The other student value, S(x_tau + d),
     gets the opposite gradient.
     """
     print("\n(d) cosine of the move of m with delta, Huber saturated, |gradient| / |TDM's|")
-    few, found = bench.first(np.arange(0, SAMPLES, len(GRID))), {}
+    few, actual = bench.first(np.arange(0, SAMPLES, len(GRID))), {}
     for name in ("float64", "float32", *HALF):
         with jax.enable_x64(name == "float64"):
             b = few.wide() if name == "float64" else few
             if name == "float64":
-                teacher, fake = (b.say(name, b.x_tau, b.tau, b.v, s) for s in (SCALE, 1))
+                teacher, fake = (b.evaluate(name, b.x_tau, b.tau, b.v, s) for s in (SCALE, 1))
                 delta = np.asarray(teacher - fake)
-            found[name] = script_gradient(b, name, delta)
-        print("    {:9} {:+.3f}  {:.2f}  {:.2f}".format(name, *found[name]))
-    assert found["float64"][0] < -0.7 and abs(found["float16"][0]) < 0.1
+            actual[name] = script_gradient(b, name, delta)
+        print("    {:9} {:+.3f}  {:.2f}  {:.2f}".format(name, *actual[name]))
+    assert actual["float64"][0] < -0.7 and abs(actual["float16"][0]) < 0.1
 
 
 def script_gradient(b, name, delta, h=1e-2):
     dtype = HALF.get(name, b.x.dtype)
     x, x_tau = (u.astype(dtype).astype(u.dtype) for u in (b.x, b.x_tau))
     moved = (x_tau + STEP * b.v).astype(dtype).astype(x.dtype)
-    m = b.say(name, x, b.t)
-    there, fake = (b.say(name, u, b.tau) for u in (moved, x_tau))
-    teacher_there, teacher = (b.say(name, u, b.tau, scale=SCALE) for u in (moved, x_tau))
+    m = b.evaluate(name, x, b.t)
+    there, fake = (b.evaluate(name, u, b.tau) for u in (moved, x_tau))
+    teacher_there, teacher = (b.evaluate(name, u, b.tau, scale=SCALE) for u in (moved, x_tau))
     dT, dF = (teacher_there - teacher) / h, (there - fake) / h
 
     def loss(m):
@@ -316,7 +318,7 @@ def test_g_the_score_form_has_no_gradient_on_average():
             for name, g in kinds.items()
         }
 
-    parts = [jax.device_get(run(make_batch(65536, seed, told=0.0))) for seed in range(3)]
+    parts = [jax.device_get(run(make_batch(65536, seed, text_scale=0.0))) for seed in range(3)]
     print("\n(g) mean gradient in standard errors (1: none), three batches of 65536")
     size = {name: [significance(part[name]) for part in parts] for name in parts[0]}
     for name, values in size.items():
@@ -332,14 +334,14 @@ def test_g_the_score_form_has_no_gradient_on_average():
 
 
 def test_gauge_distribution_terms_do_not_turn_the_noise_and_gad_does(monkeypatch):
-    """The part of d L / d A along A W, W skew: by it a student turns its noise, A e^W.
+    """Component of d L / d A along A W, W skew, by which a student rotates its noise: A e^W.
 
     Zero on average for DMD and for its tangent, whatever the teacher, where each sample's
     normaliser is left out; with it their directions are no longer a gradient in x0.
     """
     (world, student, critic), teacher = linear_world(), gaussian_params()
     matrix = np.asarray(student["step0"]["matrix"], float)
-    batch = make_batch(65536, told=0.0)
+    batch = make_batch(65536, text_scale=0.0)
 
     def significances(term):
         @jax.jit
@@ -364,12 +366,12 @@ def test_gauge_distribution_terms_do_not_turn_the_noise_and_gad_does(monkeypatch
 
     terms = {"GAD": GAD("clean", 16), "DMD": DMD(), "its tangent": GADLift()}
     print("\n(gauge) mean gradient along A W in standard errors: W skew, W symmetric")
-    found = {name: significances(term) for name, term in terms.items()}
+    actual = {name: significances(term) for name, term in terms.items()}
     for module in (dmd, gad_lift):
         monkeypatch.setattr(module, "mean_abs", lambda x: jnp.ones(len(x)))
     plain = {f"{name}, plain": significances(terms[name]) for name in ("DMD", "its tangent")}
-    for name, (skew, symmetric) in (found | plain).items():
+    for name, (skew, symmetric) in (actual | plain).items():
         print(f"    {name:18} {skew:6.2f} {symmetric:6.2f}")
     assert all(skew < 1.6 and symmetric > 20 for skew, symmetric in plain.values())
-    assert all(found[name][0] < 0.1 * found[name][1] for name in ("DMD", "its tangent"))
-    assert found["GAD"][0] > 20
+    assert all(actual[name][0] < 0.1 * actual[name][1] for name in ("DMD", "its tangent"))
+    assert actual["GAD"][0] > 20

@@ -34,19 +34,19 @@ def run(total):
         loss_B, metrics = total(WORLD.context(total, batch, student, critic, teacher))
         return loss_B.mean(), (loss_B, metrics)
 
-    found = jax.jit(jax.value_and_grad(loss, has_aux=True))(WORLD.student_params(bend=0.2))
-    (_, (loss_B, metrics)), slope = jax.device_get(found)
+    actual = jax.jit(jax.value_and_grad(loss, has_aux=True))(WORLD.student_params(bend=0.2))
+    (_, (loss_B, metrics)), slope = jax.device_get(actual)
     return loss_B, metrics, slope
 
 
 def test_a_term_of_weight_zero_leaves_no_trace():
-    """Bit for bit, and nothing of what it needs is asked for."""
+    """The update is bit for bit the same, and none of its needs is computed."""
     alone = build({"dmd": {"weight": 1.0}}, TERMS, TIMES)
     config = {"dmd": {}, "gad": {"weight": 0.0, "steps": 7}, "anchor": {"weight": 0}}
-    beside = build(config, TERMS, TIMES[:1])
-    assert beside == alone and beside.needs == alone.needs == DMD().needs
+    combined = build(config, TERMS, TIMES[:1])
+    assert combined == alone and combined.needs == alone.needs == DMD().needs
     assert DMD() + 0 * GAD() + 0.0 * (Anchor() + Regression()) == alone
-    for a, b in zip(*map(jax.tree.leaves, (run(alone), run(beside))), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (run(alone), run(combined))), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -54,18 +54,18 @@ def test_a_sum_weighs_its_terms_and_names_their_metrics():
     total = DMD() + 0.5 * GAD() + 0.05 * Anchor()
     loss_B, metrics, _ = run(total)
     names = {"dmd", "gad", "anchor"}
-    found = {f"loss/{name}" for name in names}
-    assert set(metrics) == found | {"dmd/gap", "gad/cosine", "gad/norm_ratio"}
+    actual = {f"loss/{name}" for name in names}
+    assert set(metrics) == actual | {"dmd/gap", "gad/cosine", "gad/norm_ratio"}
     weights = {"dmd": 1, "gad": 0.5, "anchor": 0.05}
     expected = sum(w * metrics[f"loss/{name}"] for name, w in weights.items())
     assert loss_B.shape == (B,) and float(loss_B.mean()) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_a_terms_random_numbers_do_not_depend_on_its_neighbours():
-    """DMD beside GAD is DMD; beside GADLift, which draws under the same names, too."""
-    (_, alone, _), (_, beside, _) = run(Sum(((1.0, DMD()),))), run(GADLift() + GAD() + DMD())
-    assert float(beside["loss/dmd"]) == pytest.approx(float(alone["loss/dmd"]), rel=1e-5)
-    assert float(beside["dmd/gap"]) == pytest.approx(float(alone["dmd/gap"]), rel=1e-5)
+    """DMD with GAD draws like DMD; also with GADLift, which draws under the same names."""
+    (_, alone, _), (_, combined, _) = run(Sum(((1.0, DMD()),))), run(GADLift() + GAD() + DMD())
+    assert float(combined["loss/dmd"]) == pytest.approx(float(alone["loss/dmd"]), rel=1e-5)
+    assert float(combined["dmd/gap"]) == pytest.approx(float(alone["dmd/gap"]), rel=1e-5)
 
 
 def test_logs_take_the_names_of_the_config():
@@ -75,14 +75,14 @@ def test_logs_take_the_names_of_the_config():
 
 
 def test_the_random_streams_of_the_terms_are_as_they_were():
-    """By which recorded runs can be repeated."""
+    """Recorded runs can be repeated with them."""
     streams = {name: STREAMS.get(name, name) for name in TERMS}
     assert streams == {name: kind.__name__.lower() for name, kind in TERMS.items()}
 
 
 @dataclass(frozen=True)
 class First(Addable):
-    """A term that shows what it draws under the name that its neighbour uses too."""
+    """A term that returns its draw, under a name that its neighbour uses too."""
 
     needs = Needs()
 
@@ -104,7 +104,7 @@ def test_terms_do_not_share_their_draws():
     assert abs(one.mean() - 0.5) < 0.05 and one.min() >= 0 and one.max() < 1
 
 
-def test_two_terms_of_a_kind_keep_draws_and_metrics_of_their_own():
+def test_two_terms_of_one_class_have_separate_draws_and_metrics():
     total = GADLift() + DMD() + 0.5 * GADLift(low=0.5)
     assert total.names == ("gad_lift", "dmd", "gad_lift_2")
     (_, one, _), (_, two, _) = run(GADLift() + DMD()), run(total)

@@ -23,7 +23,7 @@ from gadjax.diffusion.schedules import DDPM, Flow, add_noise
 from gadjax.errors import InputError
 from gadjax.objectives import DMD, GAD, TERMS, Consistency, Needs, build
 from gadjax.objectives.base import sample_mean
-from gadjax.objectives.consistency import along, uniform_angle, velocity
+from gadjax.objectives.consistency import uniform_angle, velocity, velocity_and_update
 from gadjax.ops.attention import tangent_pass
 from gadjax.types import Prediction
 
@@ -31,13 +31,13 @@ DEGREE = 6
 
 
 class Smooth(World):
-    """One-step worlds with students that know the time itself.
+    """One-step worlds with students that are functions of the time.
 
     slope: the gaussian's exact flow map, x0 at the end of the ODE; matrix: F = sum_k phi_k(a)
     (matrix_k x_a + bias_k) + bend tanh(x_a + a), phi the Chebyshev polynomials.
     """
 
-    def student(self, params, x, t_B, alpha, sigma, told):
+    def student(self, params, x, t_B, alpha, sigma, text):
         if "slope" in params:
             away = (x - alpha * params["mean"]) @ params["axes"]
             slope = jnp.sqrt(params["slope"] / (alpha**2 * params["slope"] + sigma**2))
@@ -54,7 +54,7 @@ class Smooth(World):
 
 WORLDS = {kind: Smooth(DDPM(), kind, (899.0, -1.0)) for kind in ("eps", "v", "x0")}
 WORLDS["flow"] = Smooth(Flow(), "flow", (1000.0, 0.0))
-each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 
 
 def smooth_params(scale=0.0, seed=1, dtype=jnp.float32):
@@ -63,8 +63,8 @@ def smooth_params(scale=0.0, seed=1, dtype=jnp.float32):
     return {k: jnp.asarray(scale * rng.normal(size=v), dtype) for k, v in shapes.items()}
 
 
-def flow_map(teacher, told=0.0):
-    mean = teacher["mean"] + jnp.asarray(told, teacher["mean"].dtype)
+def flow_map(teacher, text=0.0):
+    mean = teacher["mean"] + jnp.asarray(text, teacher["mean"].dtype)
     return {"mean": mean, "slope": teacher["variance"], "axes": teacher["basis"]}
 
 
@@ -73,16 +73,16 @@ def flat(x):
 
 
 def predictors(world, batch, student, teacher):
-    def own(x, t):
+    def student_pred(x, t):
         return world.denoiser(student, x, t, batch.cond)
 
     def real(x, t):
         return world.denoiser.guided(teacher, x, t, batch.cond, batch.null, GUIDANCE)
 
-    return own, real
+    return student_pred, real
 
 
-@each_world
+@all_worlds
 def test_g_is_the_derivative_of_the_students_x0_along_the_teachers_ode(world):
     """cos a dx0/da by central differences of x0 on Runge-Kutta steps of the ODE, in float64."""
     h, samples = 1e-3, 32
@@ -94,26 +94,28 @@ def test_g_is_the_derivative_of_the_students_x0_along_the_teachers_ode(world):
 
         @jax.jit
         def run(x, student, teacher):
-            own, real = predictors(world, batch, student, teacher)
-            said, g = along(own, real(x, t), world.schedule, x, t)
+            student_pred, real = predictors(world, batch, student, teacher)
+            student_F, g = velocity_and_update(student_pred, real(x, t), world.schedule, x, t)
             before, after = (world.schedule.alpha_sigma(jnp.floor(t) + k) for k in (0, 1))
             da, ds = ((b - a)[:, None, None, None] for a, b in zip(before, after, strict=True))
 
             def speed(x, t):
-                told = real(x, t)
-                return da * told.x0 + ds * told.eps
+                pred = real(x, t)
+                return da * pred.x0 + ds * pred.eps
 
             def moved(h):
                 k1 = speed(x, t)
                 k2 = speed(x + h / 2 * k1, t + h / 2)
                 k3 = speed(x + h / 2 * k2, t + h / 2)
                 k4 = speed(x + h * k3, t + h)
-                return own(x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), t + h).x0
+                return student_pred(x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), t + h).x0
 
             slope = (moved(h) - moved(-h)) / (2 * h)
-            return said, g, own(x, t), slope, da, ds
+            return student_F, g, student_pred(x, t), slope, da, ds
 
-        said, g, own, slope, da, ds = jax.device_get(run(batch.noise, student, teacher))
+        student_F, g, student_pred, slope, da, ds = jax.device_get(
+            run(batch.noise, student, teacher)
+        )
     alpha, sigma = (v[:, None, None, None] for v in world.schedule.alpha_sigma(np.asarray(t)))
     square = alpha**2 + sigma**2
     rate = (alpha * ds - sigma * da) / square
@@ -122,13 +124,16 @@ def test_g_is_the_derivative_of_the_students_x0_along_the_teachers_ode(world):
     print("relative error of g", error.max())
     assert error.max() < 1e-6
     np.testing.assert_allclose(
-        said, (alpha * own.eps - sigma * own.x0) / np.sqrt(square), rtol=1e-9, atol=1e-9
+        student_F,
+        (alpha * student_pred.eps - sigma * student_pred.x0) / np.sqrt(square),
+        rtol=1e-9,
+        atol=1e-9,
     )
 
 
-@each_world
-def test_the_teachers_own_flow_map_is_where_it_rests(world):
-    """With guidance, which keeps a gaussian a gaussian; no other map of the same form is."""
+@all_worlds
+def test_the_teachers_flow_map_is_the_fixed_point(world):
+    """With guidance, under which a gaussian is a gaussian; no other map of the same form is one."""
     with jax.enable_x64(True):
         batch, teacher = make_batch(64, dtype=float), gaussian_params(dtype=float)
 
@@ -179,20 +184,24 @@ def test_the_student_is_evaluated_once_and_its_tangent_held():
         t = uniform_angle(context)
         x = Consistency().latents(context, t)
 
-        def own(student):
+        def student_pred(student):
             return lambda x, t: world.denoiser(student, x, t, batch.cond)
 
-        _, g = along(own(student), context.teacher(x, t), world.schedule, x, t)
+        _, g = velocity_and_update(
+            student_pred(student), context.teacher(x, t), world.schedule, x, t
+        )
         size = jnp.sqrt(sample_mean(g**2))[:, None, None, None]
-        _, pull = jax.vjp(lambda s: velocity(own(s)(x, t), *world.schedule.alpha_sigma(t)), student)
+        _, pull = jax.vjp(
+            lambda s: velocity(student_pred(s)(x, t), *world.schedule.alpha_sigma(t)), student
+        )
         return jax.grad(loss)(student), pull(-2 * g / (size + 0.1) / g.size)[0]
 
-    found, expected = jax.device_get(run(smooth_params(0.3)))
+    actual, expected = jax.device_get(run(smooth_params(0.3)))
     assert calls == [True]
-    for name in found:
+    for name in actual:
         scale = np.abs(expected[name]).max()
         assert scale > 1e-4
-        np.testing.assert_allclose(found[name], expected[name], atol=1e-5 * scale)
+        np.testing.assert_allclose(actual[name], expected[name], atol=1e-5 * scale)
 
 
 def flops(f, *given):
@@ -200,16 +209,16 @@ def flops(f, *given):
 
 
 class Wide(Smooth):
-    """A student that costs far more than all else."""
+    """A student that costs far more than everything else."""
 
-    def student(self, params, x, t_B, alpha, sigma, told):
+    def student(self, params, x, t_B, alpha, sigma, text):
         hidden = jnp.tanh(jnp.tanh(x @ params["in"] + alpha) @ params["deep"])
         x0 = hidden @ params["in"].T
         return Prediction(x0, (x - alpha * x0) / sigma)
 
 
-def test_a_tangent_costs_one_evaluation_and_what_needs_stand_for_none():
-    """The reverse pass is that of the plain evaluation; what the needs ask for is dropped."""
+def test_a_tangent_costs_one_evaluation_and_unused_needs_nothing():
+    """The reverse pass is that of the plain evaluation; unused needs are eliminated."""
     world, term = Wide(DDPM(), "eps", (899.0, -1.0)), Consistency()
     batch, teacher = make_batch(16), gaussian_params()
     student = {"in": jnp.full((D, 256), 0.1), "deep": jnp.full((256, 256), 0.1)}
@@ -223,17 +232,17 @@ def test_a_tangent_costs_one_evaluation_and_what_needs_stand_for_none():
         return jax.grad(loss)
 
     def plain(student):
-        said = world.denoiser(student, batch.noise, jnp.full(16, 500.0), batch.cond)
-        return (said.x0**2).mean()
+        student_F = world.denoiser(student, batch.noise, jnp.full(16, 500.0), batch.cond)
+        return (student_F.x0**2).mean()
 
     forward, both = flops(plain, student), flops(jax.grad(plain), student)
-    found, bare = (flops(asking(needs), student) for needs in (term.needs, Needs()))
+    actual, bare = (flops(asking(needs), student) for needs in (term.needs, Needs()))
     assert both > 2.5 * forward
-    assert found == bare < both + 1.2 * forward
+    assert actual == bare < both + 1.2 * forward
 
 
-@each_world
-def test_x_t_is_on_the_teachers_own_walk_or_the_noised_picture(world):
+@all_worlds
+def test_x_t_is_on_the_teachers_trajectory_or_a_noised_latent(world):
     samples, steps = 32, 5
     with jax.enable_x64(True):
         batch, teacher = make_batch(samples, dtype=float), gaussian_params(dtype=float)
@@ -255,7 +264,7 @@ def test_x_t_is_on_the_teachers_own_walk_or_the_noised_picture(world):
     assert Consistency(images=True).needs.images and not Consistency().needs.images
 
 
-@each_world
+@all_worlds
 def test_the_angle_is_uniform_up_to_the_students_first_time(world):
     samples = 4096
     batch, given = make_batch(samples), (smooth_params(), None, gaussian_params())
@@ -274,7 +283,7 @@ def test_a_uniform_angle_makes_the_update_shrink_the_error():
     world, samples = WORLDS["eps"], 16384
     with jax.enable_x64(True):
         teacher = gaussian_params(dtype=float)
-        batch = make_batch(samples, dtype=float, told=0.0)
+        batch = make_batch(samples, dtype=float, text_scale=0.0)
         rng = np.random.default_rng(3)
         drawn = rng.normal(size=(samples, D)) * np.sqrt(teacher["variance"])
         x0 = np.asarray(teacher["mean"]) + drawn @ np.asarray(teacher["basis"]).T
@@ -283,13 +292,13 @@ def test_a_uniform_angle_makes_the_update_shrink_the_error():
 
         @jax.jit
         def run(batch):
-            own, real = predictors(world, batch, wrong, teacher)
+            student_pred, real = predictors(world, batch, wrong, teacher)
             best, _ = predictors(world, batch, flow_map(teacher), teacher)
 
             def measure(t):
                 x = add_noise(world.schedule, batch.x0, batch.noise, t)
-                said, g = along(own, real(x, t), world.schedule, x, t)
-                error = said - velocity(best(x, t), *world.schedule.alpha_sigma(t))
+                student_F, g = velocity_and_update(student_pred, real(x, t), world.schedule, x, t)
+                error = student_F - velocity(best(x, t), *world.schedule.alpha_sigma(t))
                 return sample_mean(error * g), sample_mean(error**2)
 
             context = world.context(Consistency(True), batch, wrong, None, teacher)
@@ -307,12 +316,12 @@ def test_a_uniform_angle_makes_the_update_shrink_the_error():
 
 
 def map_error(world, student, teacher, samples=256):
-    """Of the one step from z, relative to the exact end of the teacher's ODE."""
-    batch = make_batch(samples, seed=5, told=0.0)
+    """Error of the one step from z, relative to the exact end of the teacher's ODE."""
+    batch = make_batch(samples, seed=5, text_scale=0.0)
     start, end = (np.full(samples, t) for t in world.times)
-    found = jax.jit(world.denoiser)(student, batch.noise, jnp.float32(start), batch.cond).x0
-    wanted, _ = gaussian_map(teacher, world.schedule, flat(batch.noise), start, end, 0)
-    return np.linalg.norm(flat(found) - wanted) / np.linalg.norm(wanted)
+    actual = jax.jit(world.denoiser)(student, batch.noise, jnp.float32(start), batch.cond).x0
+    expected, _ = gaussian_map(teacher, world.schedule, flat(batch.noise), start, end, 0)
+    return np.linalg.norm(flat(actual) - expected) / np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("kind", ["eps", "flow"])
@@ -330,7 +339,7 @@ def test_training_brings_the_one_step_map_to_the_teachers(kind, total, bound):
 
     def update(carry, i):
         student, state = carry
-        batch = make_batch(samples, told=0.0)
+        batch = make_batch(samples, text_scale=0.0)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(1), i), samples)
         noise = jax.vmap(lambda key: jax.random.normal(key, SHAPE))(keys)
         batch = batch._replace(key=keys, noise=noise)
@@ -349,7 +358,7 @@ def test_training_brings_the_one_step_map_to_the_teachers(kind, total, bound):
 
 
 def test_it_composes_in_a_world_of_four_steps():
-    """Beside GAD and a critic; only the student is trained, and a weight of zero is nothing."""
+    """With GAD and a critic; only the student is trained, and a weight of zero has no effect."""
     world = Smooth(DDPM_WORLD.schedule, "eps", DDPM_WORLD.times)
     total = Consistency() + 0.3 * GAD() + 0.5 * DMD()
     batch = make_batch(16)
@@ -376,14 +385,14 @@ def test_refusals():
     assert build({"consistency": {"images": True}}, TERMS, DDPM_WORLD.times[:1]).needs.images
 
 
-def test_its_tangent_in_time_is_taken_where_attention_has_one():
-    """By kernels a network has no tangent outside of such a pass."""
-    seen = []
+def test_its_tangent_uses_an_attention_with_a_jvp_rule():
+    """With kernels a network has no tangent outside of a tangent pass."""
+    passes = []
 
     def student(x, t_B):
-        seen.append(tangent_pass.value)
+        passes.append(tangent_pass.value)
         return Prediction(x, x)
 
     x = jnp.ones((2, 4, 4, 1))
-    along(student, Prediction(x, x), DDPM(), x, jnp.full(2, 500.0))
-    assert seen == [True]
+    velocity_and_update(student, Prediction(x, x), DDPM(), x, jnp.full(2, 500.0))
+    assert passes == [True]

@@ -6,21 +6,21 @@ from closed_form import SHAPE, WORLDS, D, World, gaussian_params, make_batch
 
 from gadjax.objectives import Denoising
 
-each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 4096
 
 
 def pictures(params, batch):
-    """Samples of the gaussian that the captions of the batch move."""
+    """Samples of the gaussian, shifted by the batch's text."""
     mean, basis, variance = (np.asarray(params[k], float) for k in ("mean", "basis", "variance"))
     drawn = np.random.default_rng(5).normal(size=(B, D)) * variance**0.5
     x0 = mean + np.asarray(batch.cond.text[:, 0]) + drawn @ basis.T
     return batch._replace(x0=jnp.asarray(x0.reshape(B, *SHAPE), jnp.float32))
 
 
-@each_world
+@all_worlds
 def test_least_at_the_posterior_mean(world):
-    """All networks are the student here: of the same form as the truth, right or wrong."""
+    """Networks of the form of the exact posterior mean, with right or wrong parameters."""
     right, term = gaussian_params(), Denoising()
     batch = pictures(right, make_batch(B))
 
@@ -46,15 +46,15 @@ def test_least_at_the_posterior_mean(world):
         parts = jax.tree.map(lambda v: v.reshape(64, -1, *v.shape[1:]), batch)
         return jax.lax.map(lambda part: jax.grad(one)(params, part), parts)
 
-    found = jax.device_get(slopes(right))
+    actual = jax.device_get(slopes(right))
     for name in ("mean", "variance"):
-        slope = found[name].astype(float)
+        slope = actual[name].astype(float)
         assert np.all(np.abs(slope.mean(0)) < 4.5 * slope.std(0) / 8)
 
 
-@each_world
-def test_times_are_the_schedules_own(world):
-    """Every whole time from the first noised one to the last, and the target of its own x_t."""
+@all_worlds
+def test_times_are_the_schedules_grid(world):
+    """Every integer time from the first noised one to the last, with the target of its x_t."""
     asked = []
 
     def apply(params, x, t, cond):
@@ -89,8 +89,8 @@ def test_balance_lies_between_the_eps_loss_and_the_v_loss():
 
         context = world.context(Denoising(), batch, params, None, None)
         alpha, _ = world.schedule.alpha_sigma(jnp.floor(context.uniform("t") * 1000))
-        found = [losses(world, b) for b in (None, 0.0, 0.3)]
-        return found, losses(as_v, None)[0], alpha
+        actual = [losses(world, b) for b in (None, 0.0, 0.3)]
+        return actual, losses(as_v, None)[0], alpha
 
     (plain, balanced, between), v, alpha = jax.device_get(run(params))
     eps, metrics = plain

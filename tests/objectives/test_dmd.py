@@ -21,11 +21,11 @@ from gadjax.objectives import DMD, Anchor
 from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.types import Prediction
 
-each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 64
 
 
-@each_world
+@all_worlds
 def test_gradient_is_critic_minus_teacher_over_the_mean_distance(world):
     term = DMD(low=0.1, high=0.9)
 
@@ -34,8 +34,8 @@ def test_gradient_is_critic_minus_teacher_over_the_mean_distance(world):
         context = world.context(term, batch, student, critic, teacher)
 
         def loss(x0):
-            said = Prediction(x0, context.student[0].eps)
-            return term(replace(context, student=(said, None)))[0].sum()
+            pred = Prediction(x0, context.student[0].eps)
+            return term(replace(context, student=(pred, None)))[0].sum()
 
         x0 = context.student[0].x0
         t = jnp.floor((0.1 + 0.8 * context.uniform("t")) * 1000) + world.schedule.clean + 1
@@ -58,7 +58,7 @@ def test_gradient_is_critic_minus_teacher_over_the_mean_distance(world):
 
 
 def test_a_step_down_moves_the_student_towards_the_teacher():
-    """The critic knows the student's law, and the teacher's differs from it in the mean alone."""
+    """The critic has the student's distribution, and the teacher's differs in the mean alone."""
     world = one_step(DDPM_WORLD)
     student = world.student_params()
     root = np.asarray(student["step0"]["matrix"], float)
@@ -67,7 +67,7 @@ def test_a_step_down_moves_the_student_towards_the_teacher():
     critic = jax.tree.map(jnp.float32, critic)
     towards = np.linspace(-1, 1, D, dtype=np.float32)
     teacher = critic | {"mean": critic["mean"] + towards}
-    batch = make_batch(B, told=0.0)
+    batch = make_batch(B, text_scale=0.0)
 
     def loss(student, critic, teacher):
         return DMD()(world.context(DMD(), batch, student, critic, teacher))[0].mean()
@@ -79,12 +79,12 @@ def test_a_step_down_moves_the_student_towards_the_teacher():
     assert all(np.abs(leaf).max() < 1e-4 for leaf in jax.tree.leaves(jax.device_get(still)))
 
 
-def test_a_student_that_is_the_teachers_own_mean_has_a_bounded_gradient():
-    """The distance that the gradient is divided by is then zero."""
+def test_a_student_equal_to_the_teachers_mean_has_a_bounded_gradient():
+    """The distance by which the gradient is divided is then zero."""
     world = one_step(FLOW_WORLD)
     student = jax.tree.map(jnp.zeros_like, world.student_params())
     teacher = gaussian_params(0) | {"variance": jnp.zeros(D), "mean": jnp.zeros(D)}
-    batch = make_batch(4, told=0.0)
+    batch = make_batch(4, text_scale=0.0)
     loss_B, metrics = world.losses(DMD())(batch, student, gaussian_params(3), teacher)
     # Rounding leaves a distance of about 1e-8; what is divided by is the floor of 1e-4.
     assert 1e6 < np.max(loss_B) < 100 * float(metrics["gap"]) ** 2 / 1e-8
@@ -94,8 +94,8 @@ def per_step(gradient):
     return [np.abs(np.asarray(step["matrix"])).max() for step in gradient.values()]
 
 
-def test_the_anchors_cut_keeps_dmd_off_the_first_step_and_nowhere_else():
-    """Back-propagation through the whole rollout, with and without somebody else's first step."""
+def test_detaching_the_first_step_removes_dmds_gradient_there_and_only_there():
+    """Backpropagation through the full rollout, with and without a detached first step."""
     world = FLOW_WORLD
     batch, critic, teacher = make_batch(B), gaussian_params(3), gaussian_params(0)
     student, dmd = world.student_params(bend=0.3), DMD(backprop="all")
@@ -110,13 +110,13 @@ def test_the_anchors_cut_keeps_dmd_off_the_first_step_and_nowhere_else():
 
         return [jax.value_and_grad(loss)(student, cut) for cut in (True, False)]
 
-    (with_cut, cut), (without, whole) = gradients(student, critic, teacher)
+    (with_cut, cut), (without, uncut) = gradients(student, critic, teacher)
     assert float(with_cut) == float(without)
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(cut["step0"]))
-    assert per_step(whole)[0] > 1e-5
+    assert per_step(uncut)[0] > 1e-5
     for k in range(1, 4):
         assert per_step(cut)[k] > 1e-5
-        for a, b in zip(*map(jax.tree.leaves, (cut[f"step{k}"], whole[f"step{k}"])), strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (cut[f"step{k}"], uncut[f"step{k}"])), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
@@ -127,7 +127,7 @@ class Asks:
         self.term, self.needs = term, needs
 
 
-def test_gradients_of_a_whole_rollout_pass_through_every_step():
+def test_gradients_of_a_full_rollout_pass_through_every_step():
     """Not only the last one: the first step's share is the chain through all the others."""
     world, dmd = DDPM_WORLD, DMD(backprop="all")
     batch, critic, teacher = make_batch(B), gaussian_params(3), gaussian_params(0)
@@ -147,10 +147,10 @@ def test_gradients_of_a_whole_rollout_pass_through_every_step():
 
         return jax.grad(of_end)(context.endpoint), jax.grad(of_student)(student)
 
-    held, found = jax.device_get(run(student))
+    held, actual = jax.device_get(run(student))
     g = held.astype(float).reshape(B, D)
     alpha, sigma = world.schedule.alpha_sigma(np.array(world.times))
-    told = np.asarray(batch.cond.text[:, 0], float)
+    text = np.asarray(batch.cond.text[:, 0], float)
     x = [np.asarray(batch.noise, float).reshape(B, D)]
     slopes = []
     for k in range(4):
@@ -158,17 +158,17 @@ def test_gradients_of_a_whole_rollout_pass_through_every_step():
         a = sigma[k + 1] / sigma[k]
         reach = alpha[k + 1] - a * alpha[k]
         slopes.append((reach, a * np.eye(D) + reach * matrix))
-        x.append(a * x[-1] + reach * (x[-1] @ matrix.T + bias + told))
+        x.append(a * x[-1] + reach * (x[-1] @ matrix.T + bias + text))
     for k in reversed(range(4)):
         reach, slope = slopes[k]
         expected = reach * g.T @ x[k]
         np.testing.assert_allclose(
-            found[f"step{k}"]["matrix"], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
+            actual[f"step{k}"]["matrix"], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
         )
         g = g @ slope
 
 
-def test_drawn_steps_leave_the_anchors_step_out_of_the_mean():
+def test_the_anchors_step_has_no_weight_in_the_mean():
     world = DDPM_WORLD
     batch, critic, teacher = make_batch(B), gaussian_params(3), gaussian_params(0)
     total = DMD() + 0.05 * Anchor()
@@ -182,8 +182,8 @@ def test_drawn_steps_leave_the_anchors_step_out_of_the_mean():
             return loss_B.mean(), (loss_B, context.base_weight_B, context.first_step_weight_B)
 
         alone = world.context(DMD(), batch, student, critic, teacher)
-        (_, found), slope = jax.value_and_grad(masked, has_aux=True)(student)
-        return found, slope, DMD()(alone)[0]
+        (_, actual), slope = jax.value_and_grad(masked, has_aux=True)(student)
+        return actual, slope, DMD()(alone)[0]
 
     (masked, weight, first), slope, plain = jax.device_get(run(student))
     step = stratified_step_indices(np.arange(B), 4)
@@ -196,15 +196,15 @@ def test_drawn_steps_leave_the_anchors_step_out_of_the_mean():
     assert per_step(slope)[0] == 0 and min(per_step(slope)[1:]) > 0
 
 
-def test_the_critic_learns_to_denoise_the_students_own_pictures():
-    """Its loss is least where it is the posterior of what the student draws."""
+def test_the_critic_learns_to_denoise_the_students_samples():
+    """Its loss is least at the posterior of the student's samples."""
     world, samples = one_step(FLOW_WORLD), 4096
     student = world.student_params()
     root = np.asarray(student["step0"]["matrix"], float)
     variance, basis = np.linalg.eigh(root @ root.T)
     right = {"mean": student["step0"]["bias"], "basis": basis, "variance": variance}
     right = jax.tree.map(jnp.float32, right)
-    batch = make_batch(samples, told=0.0)
+    batch = make_batch(samples, text_scale=0.0)
 
     @jax.jit
     def run(critic):
@@ -216,9 +216,9 @@ def test_the_critic_learns_to_denoise_the_students_own_pictures():
         return DMD().critic_loss(context), by_hand.mean((1, 2, 3))
 
     def loss_B(critic):
-        found, expected = run(critic)
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
-        return np.asarray(found, float)
+        actual, expected = run(critic)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4)
+        return np.asarray(actual, float)
 
     least = loss_B(right)
     assert least.shape == (samples,)

@@ -30,7 +30,7 @@ from gadjax.objectives.common import student_map, student_tangents
 from gadjax.training.backward_simulation import stratified_step_indices
 
 SQUARE = {"loss": "square"}
-each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 ends = pytest.mark.parametrize("end", ["next", "clean"])
 
 
@@ -43,7 +43,7 @@ def central(f, x, v, h=1e-5):
 
 
 @pytest.mark.parametrize("name,end", [("ddpm", "clean"), ("flow", "next")])
-def test_tangents_are_those_of_the_maps_at_the_students_own_latent(name, end):
+def test_tangents_are_those_of_the_maps_at_the_students_latent(name, end):
     """Against central differences in float64, for a student and a teacher that are not linear."""
     world, term, samples = WORLDS[name], GAD(end=end, steps=3), 8
     with jax.enable_x64(True):
@@ -63,8 +63,8 @@ def test_tangents_are_those_of_the_maps_at_the_students_own_latent(name, end):
             alpha, sigma = (u[:, None, None, None] for u in world.schedule.alpha_sigma(stop))
 
             def of_student(x):
-                said = world.denoiser(student, x, t, batch.cond)
-                return alpha * said.x0 + sigma * said.eps
+                pred = world.denoiser(student, x, t, batch.cond)
+                return alpha * pred.x0 + sigma * pred.eps
 
             def of_teacher(x):
                 grid = interpolate_times(t, stop.astype(t.dtype), 3)
@@ -100,8 +100,8 @@ def test_tangents_are_those_of_the_maps_at_the_students_own_latent(name, end):
         assert abs(float(v.std()) - 1) < 0.3
 
 
-@each_world
-def test_the_targets_are_products_of_the_steps_own_matrices(world):
+@all_worlds
+def test_the_targets_are_products_of_the_steps_matrices(world):
     """DDIM in a gaussian world is linear, so that J_T is a product of K matrices."""
     steps, samples = 6, 16
     term = GAD(steps=steps)
@@ -130,23 +130,23 @@ COUNTS = (128, 256)
 
 
 def targets(world, end, batch, student, teacher):
-    """The maps and their tangents in ever smaller steps, and where they start."""
+    """Maps and tangents in ever smaller steps, and their inputs."""
 
     @jax.jit
     def run(batch, student, teacher):
-        found = []
+        actual = []
         for steps in COUNTS:
             context = world.context(GAD(end, steps), batch, student, None, teacher)
             value, pushed = context.maps[TeacherMap(end, steps)]
-            found.append((value, pushed[0]))
-        return found, context.x_BHWC, context.direction_JBHWC[0]
+            actual.append((value, pushed[0]))
+        return actual, context.x_BHWC, context.direction_JBHWC[0]
 
     return run(batch, student, teacher)
 
 
-def check_first_order(found, value, pushed):
+def check_first_order(actual, value, pushed):
     errors = np.array(
-        [[np.abs(flat(a) - value).max(), np.abs(flat(b) - pushed).max()] for a, b in found]
+        [[np.abs(flat(a) - value).max(), np.abs(flat(b) - pushed).max()] for a, b in actual]
     )
     slopes = -np.diff(np.log2(errors), axis=0)[0]
     print("relative errors", errors[-1] / [np.abs(value).max(), np.abs(pushed).max()], slopes)
@@ -154,31 +154,31 @@ def check_first_order(found, value, pushed):
     assert np.all(errors[-1] < 0.02 * np.array([np.abs(value).max(), np.abs(pushed).max()]))
 
 
-@each_world
+@all_worlds
 @ends
 def test_the_targets_converge_to_a_gaussians_exact_jacobian(world, end):
     """At first order in the step, which is DDIM's, from every step of the student's grid."""
     with jax.enable_x64(True):
         batch, teacher = make_batch(8, dtype=float), gaussian_params(dtype=float)
         student = world.student_params(dtype=float)
-        found, x, v = targets(world, end, batch, student, teacher)
+        actual, x, v = targets(world, end, batch, student, teacher)
     step = stratified_step_indices(np.arange(8), 4)
     start, stop = np.array(world.times)[step], np.array(world.times)[step + 1]
     if end == "clean":
         stop = np.full(8, world.times[-1])
-    told = guided_text(batch)
-    value, jacobian = gaussian_map(teacher, world.schedule, flat(x), start, stop, told)
-    check_first_order(found, value, np.einsum("bij,bj->bi", jacobian, flat(v)))
+    text = guided_text(batch)
+    value, jacobian = gaussian_map(teacher, world.schedule, flat(x), start, stop, text)
+    check_first_order(actual, value, np.einsum("bij,bj->bi", jacobian, flat(v)))
 
 
 @pytest.mark.parametrize("name,end", [("ddpm", "clean"), ("flow", "next")])
-def test_the_targets_converge_to_the_odes_own_derivative(name, end):
+def test_the_targets_converge_to_the_odes_derivative(name, end):
     """Where neither map nor Jacobian is linear: a guided mixture, by Runge-Kutta."""
     world = WORLDS[name]
     with jax.enable_x64(True):
         batch = make_batch(32, dtype=float)
         student, teacher = world.student_params(dtype=float), mixture_params(dtype=float)
-        found, x, v = targets(world, end, batch, student, teacher)
+        actual, x, v = targets(world, end, batch, student, teacher)
         stop = world.times[-1] if end == "clean" else world.times[2]
 
         def predict(x, t):
@@ -189,13 +189,13 @@ def test_the_targets_converge_to_the_odes_own_derivative(name, end):
             walk = lambda x: exact_map(predict, world.schedule, x, world.times[1], stop)  # noqa: E731
             return jax.jvp(walk, (x,), (v,))
 
-        own = stratified_step_indices(np.arange(32), 4) == 1
-        found, value, pushed = jax.tree.map(lambda x: x[own], (found, *exact(x, v)))
-    check_first_order(found, flat(value), flat(pushed))
+        drawn = stratified_step_indices(np.arange(32), 4) == 1
+        actual, value, pushed = jax.tree.map(lambda x: x[drawn], (actual, *exact(x, v)))
+    check_first_order(actual, flat(value), flat(pushed))
 
 
 def test_the_formulas_of_the_gaussian_world():
-    """The exact map is where the Runge-Kutta of the posterior mean leads, and its slope."""
+    """The exact map and its Jacobian against Runge-Kutta of the posterior mean."""
     world = DDPM_WORLD
     with jax.enable_x64(True):
         batch, teacher = make_batch(2, dtype=float), gaussian_params(dtype=float)
@@ -205,12 +205,12 @@ def test_the_formulas_of_the_gaussian_world():
 
         v = batch.noise[::-1]
         walk = lambda x: exact_map(predict, world.schedule, x, 500, -1)  # noqa: E731
-        found = jax.jit(lambda x: jax.jvp(walk, (x,), (v,)))(batch.noise)
-    times, told = (np.full(2, 500.0), np.full(2, -1.0)), guided_text(batch)
-    value, jacobian = gaussian_map(teacher, world.schedule, flat(batch.noise), *times, told)
-    np.testing.assert_allclose(flat(found[0]), value, rtol=1e-6, atol=1e-6)
+        actual = jax.jit(lambda x: jax.jvp(walk, (x,), (v,)))(batch.noise)
+    times, text = (np.full(2, 500.0), np.full(2, -1.0)), guided_text(batch)
+    value, jacobian = gaussian_map(teacher, world.schedule, flat(batch.noise), *times, text)
+    np.testing.assert_allclose(flat(actual[0]), value, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(
-        flat(found[1]), np.einsum("bij,bj->bi", jacobian, flat(v)), rtol=1e-6, atol=1e-6
+        flat(actual[1]), np.einsum("bij,bj->bi", jacobian, flat(v)), rtol=1e-6, atol=1e-6
     )
 
 
@@ -223,16 +223,16 @@ def test_the_mean_over_directions_is_the_distance_of_the_jacobians(direction):
     batch = make_batch(samples)
     loss_B = np.asarray(world.losses(term)(batch, student, None, teacher)[0], float)
     times = np.linspace(world.times[0], world.times[1], 4)[:, None]
-    wanted = gaussian_walk(teacher, world.schedule, times, 0)[0][0]
+    target = gaussian_walk(teacher, world.schedule, times, 0)[0][0]
     # Down to the clean end a step is its x0.
-    exact = np.sum((np.asarray(student["step0"]["matrix"], float) - wanted) ** 2) / D
+    exact = np.sum((np.asarray(student["step0"]["matrix"], float) - target) ** 2) / D
     error = loss_B.std() / samples**0.5
     assert error < 0.02 * exact and abs(loss_B.mean() - exact) < 4 * error
 
 
-@each_world
-def test_zero_at_the_teachers_own_map_and_nowhere_near(world):
-    batch, teacher = make_batch(16, told=0.0), gaussian_params()
+@all_worlds
+def test_zero_at_the_teachers_map_and_only_there(world):
+    batch, teacher = make_batch(16, text_scale=0.0), gaussian_params()
     right = perfect_student(world, teacher, 4)
     run = world.losses(GAD(**SQUARE))
     loss_B, metrics = run(batch, right, None, teacher)
@@ -250,15 +250,15 @@ def test_the_relative_loss_is_the_plain_one_over_the_targets_square():
     @jax.jit
     def run(student):
         context = world.context(GAD(), batch, student, None, teacher)
-        wanted, found = context.maps[TeacherMap()][1][0], student_tangents(context, "next")[0]
+        target, actual = context.maps[TeacherMap()][1][0], student_tangents(context, "next")[0]
         plain = GAD(**SQUARE, normalize=False)(context)[0]
-        return GAD(**SQUARE)(context), plain, GAD()(context)[0], wanted, found
+        return GAD(**SQUARE)(context), plain, GAD()(context)[0], target, actual
 
-    (relative, metrics), plain, polar, wanted, found = run(student)
-    size = (wanted**2).mean((1, 2, 3))
-    np.testing.assert_allclose(plain, ((found - wanted) ** 2).mean((1, 2, 3)), rtol=1e-4)
+    (relative, metrics), plain, polar, target, actual = run(student)
+    size = (target**2).mean((1, 2, 3))
+    np.testing.assert_allclose(plain, ((actual - target) ** 2).mean((1, 2, 3)), rtol=1e-4)
     np.testing.assert_allclose(relative * size, plain, rtol=1e-5)
-    a, b = flat(found), flat(wanted)
+    a, b = flat(actual), flat(target)
     lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(1) / lengths[0] / lengths[1]
     expected = 2 * (1 - cosine) + np.log(lengths[0] / lengths[1]) ** 2
@@ -267,9 +267,9 @@ def test_the_relative_loss_is_the_plain_one_over_the_targets_square():
     assert float(metrics["norm_ratio"]) == pytest.approx((lengths[0] / lengths[1]).mean(), rel=1e-4)
 
 
-@each_world
-def test_the_whole_map_is_every_step_of_both(world):
-    """Its tangents against central differences in float64, from z, and not cut by an anchor."""
+@all_worlds
+def test_the_full_map_has_every_step_of_both(world):
+    """Its tangents against central differences in float64, from z, not detached by an anchor."""
     term = GAD(end="whole", steps=6, directions=2) + Anchor(steps=2)
     with jax.enable_x64(True):
         batch, teacher = make_batch(4, dtype=float), mixture_params(dtype=float)
@@ -315,24 +315,24 @@ def test_several_directions_are_the_mean_of_single_ones():
     @jax.jit
     def run(student):
         context = world.context(term, batch, student, None, teacher)
-        found, wanted = student_tangents(context, "next"), context.maps[TeacherMap()][1]
+        actual, target = student_tangents(context, "next"), context.maps[TeacherMap()][1]
         x, losses = context.x_BHWC, []
 
         def of_student(x):
-            said = world.denoiser(student, x, context.t_B, batch.cond)
+            pred = world.denoiser(student, x, context.t_B, batch.cond)
             alpha, sigma = world.schedule.alpha_sigma(context.next_B)
             alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
-            return alpha * said.x0 + sigma * said.eps
+            return alpha * pred.x0 + sigma * pred.eps
 
         for j in range(3):
             alone = jax.jvp(of_student, (x,), (context.direction_JBHWC[j],))[1]
-            error = ((alone - wanted[j]) ** 2).mean((1, 2, 3))
-            losses.append(error / (wanted[j] ** 2).mean((1, 2, 3)))
-        return term(context)[0], sum(losses) / 3, found
+            error = ((alone - target[j]) ** 2).mean((1, 2, 3))
+            losses.append(error / (target[j] ** 2).mean((1, 2, 3)))
+        return term(context)[0], sum(losses) / 3, actual
 
-    loss_B, expected_B, found = run(student)
+    loss_B, expected_B, actual = run(student)
     np.testing.assert_allclose(loss_B, expected_B, rtol=1e-4)
-    assert float(jnp.abs(found[0] - found[1]).min(axis=0).max()) > 0
+    assert float(jnp.abs(actual[0] - actual[1]).min(axis=0).max()) > 0
 
 
 def test_step_weights_choose_the_steps():
@@ -370,34 +370,34 @@ def test_control_directions_are_the_teachers_gradient():
 
 
 def test_what_cannot_be_matched_is_flattened_by_the_square_and_not_by_the_polar_loss():
-    """Of all multiples of tangents that meet the teacher's at cosine c, the square prefers the one
-    of c times their norm and the polar loss the one of their norm; both agree where they meet."""
+    """For multiples of tangents at cosine c to the teacher's, the square is least at c times the
+    teacher's norm and the polar loss at that norm; both agree at c = 1."""
     rng = np.random.default_rng(0)
-    wanted = rng.normal(size=(1, 1, 2, 3, 4))
-    other = rng.normal(size=wanted.shape)
-    other -= wanted * (other * wanted).sum() / (wanted**2).sum()
-    other *= np.linalg.norm(wanted) / np.linalg.norm(other)
+    target = rng.normal(size=(1, 1, 2, 3, 4))
+    other = rng.normal(size=target.shape)
+    other -= target * (other * target).sum() / (target**2).sum()
+    other *= np.linalg.norm(target) / np.linalg.norm(other)
     for c in (0.3, 0.8):
-        found = c * wanted + (1 - c**2) ** 0.5 * other
+        actual = c * target + (1 - c**2) ** 0.5 * other
         scales = np.linspace(0.05, 1.5, 146)
-        square, polar = (at(scales, found, wanted, **more) for more in (SQUARE, {}))
+        square, polar = (at(scales, actual, target, **more) for more in (SQUARE, {}))
         assert scales[square.argmin()] == pytest.approx(c, abs=0.006)
         assert scales[polar.argmin()] == pytest.approx(1, abs=0.006)
-    near = wanted + 1e-3 * other
+    near = target + 1e-3 * other
     for scale in (0.999, 1.001):
-        square, polar = (at([scale], near, wanted, **more)[0] for more in (SQUARE, {}))
+        square, polar = (at([scale], near, target, **more)[0] for more in (SQUARE, {}))
         assert polar == pytest.approx(square, rel=3e-3)
 
 
-def at(scales, found, wanted, **options):
-    """The loss of multiples of given tangents."""
+def at(scales, actual, target, **options):
+    """Losses of multiples of given tangents."""
     term = GAD(end="whole", **options)
     values = []
     with jax.enable_x64(True):
         for scale in scales:
             context = SimpleNamespace(
-                maps={TeacherMap("whole", term.steps): (None, jnp.asarray(wanted))},
-                full_map=(None, jnp.asarray(scale * found)),
+                maps={TeacherMap("whole", term.steps): (None, jnp.asarray(target))},
+                full_map=(None, jnp.asarray(scale * actual)),
             )
             values.append(float(term(context)[0][0]))
     return np.array(values)
@@ -405,35 +405,36 @@ def at(scales, found, wanted, **options):
 
 @pytest.mark.parametrize("options", [SQUARE, {}], ids=["square", "polar"])
 def test_reverse_over_forward_is_the_gradient_of_the_loss(options):
-    """Against central differences in float64, along one way through every parameter.
+    """Against central differences in float64, along one direction in all parameters.
 
-    The student's own latents move with its parameters and are held by a stop-gradient, so that the
-    comparison is made where there is one step, whose latent is z.
+    The student's latents depend on its parameters but have a stop-gradient, so that the
+    comparison is made with one step, whose latent is z.
     """
     world, term = one_step(DDPM_WORLD), GAD(**options)
     with jax.enable_x64(True):
         batch = make_batch(4, dtype=float)
         student = world.student_params(bend=0.5, dtype=float)
-        way = world.student_params(seed=9, bend=0.5, dtype=float)
+        direction = world.student_params(seed=9, bend=0.5, dtype=float)
         teacher = mixture_params(dtype=float)
         run = jax.jit(
             lambda student: term(world.context(term, batch, student, None, teacher))[0].mean()
         )
 
         def at(h):
-            return float(run(jax.tree.map(lambda p, w: p + h * w, student, way)))
+            return float(run(jax.tree.map(lambda p, w: p + h * w, student, direction)))
 
         slope = jax.jit(jax.grad(run.__wrapped__))(student)
-        found = sum(
-            float((g * w).sum()) for g, w in zip(*map(jax.tree.leaves, (slope, way)), strict=True)
+        actual = sum(
+            float((g * w).sum())
+            for g, w in zip(*map(jax.tree.leaves, (slope, direction)), strict=True)
         )
-        assert found == pytest.approx((at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-7)
+        assert actual == pytest.approx((at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-7)
 
 
 def test_bad_options():
     with pytest.raises(InputError, match="objective.gad.loss: found 'l1'; expected square or"):
         GAD(loss="l1")
-    with pytest.raises(InputError, match="normalize: found False beside the polar loss"):
+    with pytest.raises(InputError, match="normalize: found False with the polar loss"):
         GAD(normalize=False)
     with pytest.raises(InputError, match="found end 'x0'; expected 'next', 'clean' or 'whole'"):
         _ = GAD(end="x0").needs

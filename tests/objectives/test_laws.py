@@ -1,4 +1,4 @@
-"""What holds of all objectives, and what tells them apart."""
+"""Properties of all objectives, and differences between them."""
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,14 @@ SUMS = {
     "whole rollout": DMD(backprop="all") + GAD("clean") + Anchor(),
     "trajectory": TDM() + Regression(),
 }
-each_sum = pytest.mark.parametrize("total", SUMS.values(), ids=SUMS)
+all_sums = pytest.mark.parametrize("total", SUMS.values(), ids=SUMS)
 
 
 def leaves(tree):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-@each_sum
+@all_sums
 def test_the_students_loss_reaches_the_student_alone(total):
     world, batch = DDPM_WORLD, make_batch(16)
 
@@ -48,7 +48,7 @@ def test_the_students_loss_reaches_the_student_alone(total):
     assert all(np.all(np.isfinite(leaf)) for leaf in leaves(values))
 
 
-@each_sum
+@all_sums
 def test_the_critics_loss_reaches_the_critic_alone(total):
     world, batch = FLOW_WORLD, make_batch(16)
 
@@ -64,9 +64,9 @@ def test_the_critics_loss_reaches_the_critic_alone(total):
     assert all(np.all(leaf != 0) and np.all(np.isfinite(leaf)) for leaf in leaves(critic))
 
 
-@each_sum
-def test_a_samples_loss_is_its_own(total):
-    """Draws come from the sample's key, so that they move with it to another place."""
+@all_sums
+def test_a_samples_loss_depends_on_that_sample_alone(total):
+    """Draws depend on the sample's key, so that they move with it to another place."""
     world, batch = FLOW_WORLD, make_batch(8)
     given = world.student_params(bend=0.3), mixture_params(3), mixture_params(0)
     run = jax.jit(lambda batch: total(world.context(total, batch, *given))[0])
@@ -75,18 +75,18 @@ def test_a_samples_loss_is_its_own(total):
 
 
 def law(matrix):
-    """What a critic that has learnt everything says of x0 = A z."""
+    """Posterior mean of x0 = A z: an exact critic."""
     variance, basis = jnp.linalg.eigh(matrix @ matrix.T)
     return {"mean": jnp.zeros(D), "basis": basis, "variance": jnp.maximum(variance, 1e-6)}
 
 
 def descend(world, total, start, teacher, updates=300):
-    """Train a linear one-step student beside a perfect critic."""
+    """Train a linear one-step student with an exact critic."""
     adam = optax.adam(optax.cosine_decay_schedule(0.05, updates))
 
     def update(carry, i):
         matrix, state = carry
-        batch = make_batch(256, told=0.0)
+        batch = make_batch(256, text_scale=0.0)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(1), i), 256)
         noise = jax.vmap(lambda k: jax.random.normal(k, batch.noise.shape[1:]))(keys)
         batch = batch._replace(key=keys, noise=noise)
@@ -104,8 +104,8 @@ def descend(world, total, start, teacher, updates=300):
 
 
 def test_matching_distributions_keeps_a_rotated_map_and_gad_turns_it_back():
-    """Noise is isotropic, so that A and A R draw the same pictures: neither DMD nor the tangent of
-    its gradient sees R. GAD does, because the teacher's map is of the same z."""
+    """Noise is isotropic, so that A z and A R z have one distribution: neither DMD nor the tangent
+    of its gradient depends on R. GAD does, because the teacher's map is of the same z."""
     world = one_step(FLOW_WORLD)
     teacher = gaussian_params() | {"mean": jnp.zeros(D), "variance": jnp.geomspace(0.2, 1.5, D)}
     ends = [np.full(1, t) for t in world.times]
@@ -114,8 +114,8 @@ def test_matching_distributions_keeps_a_rotated_map_and_gad_turns_it_back():
     start = 0.6 * right @ rotation
 
     def errors(matrix):
-        wanted = right @ right.T
-        covariance = np.linalg.norm(matrix @ matrix.T - wanted) / np.linalg.norm(wanted)
+        expected = right @ right.T
+        covariance = np.linalg.norm(matrix @ matrix.T - expected) / np.linalg.norm(expected)
         return covariance, np.linalg.norm(matrix - right) / np.linalg.norm(right)
 
     matching = DMD() + GADLift()

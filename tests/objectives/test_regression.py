@@ -14,12 +14,12 @@ from closed_form import (
 from gadjax.objectives import Anchor, Regression
 from gadjax.training.backward_simulation import stratified_step_indices
 
-each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 
 
-@each_world
-def test_zero_at_the_teachers_own_map_with_zero_gradient(world):
-    batch, teacher, term = make_batch(32, told=0.0), gaussian_params(), Regression(steps=5)
+@all_worlds
+def test_zero_at_the_teachers_map_with_zero_gradient(world):
+    batch, teacher, term = make_batch(32, text_scale=0.0), gaussian_params(), Regression(steps=5)
 
     def loss(student):
         return term(world.context(term, batch, student, None, teacher))[0].mean()
@@ -34,8 +34,8 @@ def test_zero_at_the_teachers_own_map_with_zero_gradient(world):
         assert np.abs(small).max() < 1e-3 * np.abs(large).max()
 
 
-@each_world
-def test_to_the_clean_end_it_is_the_distance_of_x0_from_the_whole_walk(world):
+@all_worlds
+def test_to_the_clean_end_it_is_the_distance_of_x0_to_the_end_of_the_ode(world):
     samples, term = 16, Regression("clean", 7)
     student, teacher = world.student_params(), gaussian_params()
 
@@ -45,16 +45,16 @@ def test_to_the_clean_end_it_is_the_distance_of_x0_from_the_whole_walk(world):
         return term(context)[0], context.x_BHWC, context.student[0].x0
 
     batch = make_batch(samples)
-    loss_B, x, said = jax.device_get(run(batch, student, teacher))
-    x, said = (v.reshape(samples, D).astype(float) for v in (x, said))
+    loss_B, x, student_x0 = jax.device_get(run(batch, student, teacher))
+    x, student_x0 = (v.reshape(samples, D).astype(float) for v in (x, student_x0))
     start = np.array(world.times)[stratified_step_indices(np.arange(samples), 4)]
     times = start + np.linspace(0, 1, 8)[:, None] * (world.times[-1] - start)
     jacobian, shift = gaussian_walk(teacher, world.schedule, times, guided_text(batch))
-    wanted = np.einsum("bij,bj->bi", jacobian, x) + shift
-    np.testing.assert_allclose(loss_B, ((said - wanted) ** 2).mean(1), rtol=1e-4)
+    expected = np.einsum("bij,bj->bi", jacobian, x) + shift
+    np.testing.assert_allclose(loss_B, ((student_x0 - expected) ** 2).mean(1), rtol=1e-4)
 
 
-def test_the_anchors_step_is_left_out():
+def test_the_anchors_step_has_no_weight():
     world, batch, term = WORLDS["flow"], make_batch(16), Regression()
     student, teacher = world.student_params(), gaussian_params()
 

@@ -16,31 +16,31 @@ from closed_form import (
 from gadjax.diffusion.schedules import add_noise
 from gadjax.objectives import DMD, GAD, Anchor, SiD
 
-each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 8
 
 
 def by_hand(world, term, batch, student, critic, teacher, scales):
-    """The loss of the docstring, written with the predictions alone."""
+    """Loss by the docstring's formula, from the predictions alone."""
     context = world.context(term, batch, student, critic, teacher)
     span = world.schedule.last - world.schedule.clean
     share = 0.02 + 0.96 * context.uniform("t")
     t = jnp.floor(share * span) + world.schedule.clean + 1
-    said = world.denoiser(student, context.x_BHWC, context.t_B, batch.cond).x0
-    x_t = add_noise(world.schedule, said, context.normal("eps"), t)
+    student_x0 = world.denoiser(student, context.x_BHWC, context.t_B, batch.cond).x0
+    x_t = add_noise(world.schedule, student_x0, context.normal("eps"), t)
 
     def guided(params, scale):
-        told = world.denoiser(params, x_t, t, batch.cond).x0
-        untold = world.denoiser(params, x_t, t, batch.null).x0
-        return untold + scale * (told - untold)
+        conditional = world.denoiser(params, x_t, t, batch.cond).x0
+        unconditional = world.denoiser(params, x_t, t, batch.null).x0
+        return unconditional + scale * (conditional - unconditional)
 
     real, fake = guided(teacher, scales[0]), guided(critic, scales[1])
-    product = (real - fake) * ((real - said) - term.alpha * (real - fake))
-    norm = jnp.abs(said - real).mean((1, 2, 3))
+    product = (real - fake) * ((real - student_x0) - term.alpha * (real - fake))
+    norm = jnp.abs(student_x0 - real).mean((1, 2, 3))
     return product.mean((1, 2, 3)) / jax.lax.stop_gradient(norm)
 
 
-@each_world
+@all_worlds
 @pytest.mark.parametrize(
     "guidance,scales",
     [
@@ -51,7 +51,7 @@ def by_hand(world, term, batch, student, critic, teacher, scales):
     ],
 )
 def test_the_loss_and_its_gradient_through_the_networks_inputs(world, guidance, scales):
-    """Value and gradient equal those of the formula, with nothing but parameters and norm held."""
+    """Value and gradient equal those of the formula, with parameters and norm stop-gradiented."""
     term = SiD(alpha=1.2, guidance=guidance)
     with jax.enable_x64(True):
         batch = make_batch(B, dtype=float)
@@ -104,7 +104,7 @@ def test_with_alpha_one_the_loss_is_the_gap_times_the_critics_error():
     assert float(metrics["gap"]) == pytest.approx(float(gap), rel=1e-5)
 
 
-@each_world
+@all_worlds
 def test_zero_with_no_gradient_where_critic_and_teacher_agree(world):
     term = SiD(guidance="lsg")
 
@@ -113,23 +113,23 @@ def test_zero_with_no_gradient_where_critic_and_teacher_agree(world):
 
     with jax.enable_x64(True):
         given = gaussian_params(dtype=float), make_batch(B, dtype=float)
-        found = jax.jit(jax.value_and_grad(loss))(world.student_params(dtype=float), *given)
-        value, grad = jax.device_get(found)
+        actual = jax.jit(jax.value_and_grad(loss))(world.student_params(dtype=float), *given)
+        value, grad = jax.device_get(actual)
     # T - F is zero and the product with it too; its derivative is that of T - F, zero as well.
     assert abs(float(value)) < 1e-9
     assert max(np.abs(g).max() for g in jax.tree.leaves(grad)) < 1e-9
 
 
-def test_the_critic_is_trained_as_it_is_read():
-    """Unconditional under "zero": the condition then changes nothing."""
+def test_the_critic_is_trained_with_its_guidance():
+    """Unconditional with "zero": the conditioning then has no effect."""
     world, batch = DDPM_WORLD, make_batch(B)
     other = batch._replace(cond=jax.tree.map(lambda x: x + 1.0, batch.cond))
     student, critic = world.student_params(), gaussian_params(3)
 
-    def loss(term, told):
+    def loss(term, conditional):
         # The student's own pictures must not see the other condition.
         context = world.context(term, batch, student, critic, None)
-        return term.critic_loss(context.__class__(**{**vars(context), "batch": told}))
+        return term.critic_loss(context.__class__(**{**vars(context), "batch": conditional}))
 
     for guidance, moves in (("zero", False), ("teacher", True), ("anti", True), ("lsg", True)):
         term = SiD(guidance=guidance)
@@ -147,7 +147,7 @@ def test_one_step_with_gad(world):
 
 
 def test_the_anchor_takes_the_first_step():
-    """Under the cut neither SiD nor DMD moves the parameters of step one."""
+    """With a detached first step neither SiD nor DMD changes the parameters of step one."""
     world, batch = FLOW_WORLD, make_batch(B)
     critic, teacher = gaussian_params(3), gaussian_params()
     for base in (SiD(), DMD()):

@@ -17,32 +17,32 @@ from gadjax.objectives import TDM, Anchor
 from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.types import Prediction
 
-each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 64
 
 
-def test_tau_lies_within_the_steps_own_interval():
-    """From the next time (at least `floor`) to `gap` below the step's own; whole, and all of it."""
+def test_tau_lies_within_the_drawn_steps_interval():
+    """From the next time (at least `floor`) to `gap` below the step's time: all integers there."""
     world, term, samples = DDPM_WORLD, TDM(floor=50, gap=40), 4096
     batch, student = make_batch(samples), world.student_params()
 
     @jax.jit
     def run(batch, student):
         context = world.context(term, batch, student, gaussian_params(3), gaussian_params(0))
-        return term.diffused(context)[1]
+        return term.renoised(context)[1]
 
     tau = np.asarray(run(batch, student))
     np.testing.assert_array_equal(tau, np.floor(tau))
     for k in range(4):
-        own = tau[stratified_step_indices(np.arange(samples), 4) == k]
+        drawn = tau[stratified_step_indices(np.arange(samples), 4) == k]
         low, high = max(50, world.times[k + 1]), world.times[k] - 40
-        assert own.min() >= low and own.max() < high
-        assert own.min() < low + 5 and own.max() >= high - 5
+        assert drawn.min() >= low and drawn.max() < high
+        assert drawn.min() < low + 5 and drawn.max() >= high - 5
 
 
-@each_world
+@all_worlds
 @pytest.mark.parametrize("huber", [0.0, 0.05])
-def test_gradient_is_critic_minus_teacher_at_the_diffused_next_latent(world, huber):
+def test_gradient_is_critic_minus_teacher_at_the_renoised_next_latent(world, huber):
     term = TDM(huber=huber)
 
     @jax.jit
@@ -50,11 +50,11 @@ def test_gradient_is_critic_minus_teacher_at_the_diffused_next_latent(world, hub
         context = world.context(term, batch, student, critic, teacher)
 
         def loss(x0):
-            said = Prediction(x0, context.student[0].eps)
-            return term(replace(context, student=(said, None)))[0].sum()
+            pred = Prediction(x0, context.student[0].eps)
+            return term(replace(context, student=(pred, None)))[0].sum()
 
-        said = context.student[0]
-        _, tau, fresh = term.diffused(context)
+        pred = context.student[0]
+        _, tau, fresh = term.renoised(context)
 
         def put(t):
             return [v[:, None, None, None] for v in world.schedule.alpha_sigma(t)]
@@ -62,10 +62,10 @@ def test_gradient_is_critic_minus_teacher_at_the_diffused_next_latent(world, hub
         # The student's DDIM step, then the forward process from there to tau.
         (b, r), (a, s) = put(context.next_B), put(tau)
         spread = (s**2 - (a * r / b) ** 2) ** 0.5
-        x_tau = a / b * (b * said.x0 + r * said.eps) + spread * fresh
+        x_tau = a / b * (b * pred.x0 + r * pred.eps) + spread * fresh
         fake = world.denoiser(critic, x_tau, tau, batch.cond).x0
         real = world.denoiser.guided(teacher, x_tau, tau, batch.cond, batch.null, GUIDANCE).x0
-        return jax.grad(loss)(said.x0), term(context)[0], said.x0, fake, real
+        return jax.grad(loss)(pred.x0), term(context)[0], pred.x0, fake, real
 
     batch, critic, teacher = make_batch(B), gaussian_params(3), gaussian_params(0)
     gradient, loss_B, x0, fake, real = jax.device_get(
@@ -86,22 +86,22 @@ def test_the_critics_loss_is_reweighted_denoising_of_the_students_x0():
     @jax.jit
     def run(batch, student, critic):
         context = world.context(term, batch, student, critic, None)
-        x_tau, tau, fresh = term.diffused(context)
-        said = world.denoiser(critic, x_tau, tau, batch.cond).x0
-        return term.critic_loss(context), context.student[0].x0, x_tau, tau, fresh, said
+        x_tau, tau, fresh = term.renoised(context)
+        pred = world.denoiser(critic, x_tau, tau, batch.cond).x0
+        return term.critic_loss(context), context.student[0].x0, x_tau, tau, fresh, pred
 
     batch, critic = make_batch(B), gaussian_params(3)
-    loss_B, x0, x_tau, tau, fresh, said = jax.device_get(run(batch, world.student_params(), critic))
+    loss_B, x0, x_tau, tau, fresh, pred = jax.device_get(run(batch, world.student_params(), critic))
     sigma = (tau / 1000)[:, None, None, None]
     mix = (x_tau - (1 - sigma) * x0) / sigma
     density = np.exp((fresh**2 - mix**2).mean((1, 2, 3)) / 2)
     snr = ((1 - sigma) / sigma).reshape(B) ** 2
     assert snr.min() < 2 < snr.max()
-    expected = density * np.minimum(snr, 2) * ((said - x0) ** 2).mean((1, 2, 3))
+    expected = density * np.minimum(snr, 2) * ((pred - x0) ** 2).mean((1, 2, 3))
     np.testing.assert_allclose(loss_B, expected, rtol=1e-3)
 
 
-def test_the_anchors_step_is_left_out():
+def test_the_anchors_step_has_no_weight():
     world, batch = DDPM_WORLD, make_batch(B)
     student, critic, teacher = world.student_params(), gaussian_params(3), gaussian_params(0)
 

@@ -49,7 +49,7 @@ def refused(*arguments):
     return text
 
 
-def test_reading_leaves_nothing_beside_the_file(plain, tmp_path, monkeypatch):
+def test_reading_writes_no_bytecode(plain, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.dont_write_bytecode", False)
     read_config([plain])
     assert [path.name for path in tmp_path.iterdir()] == ["plain.py"]
@@ -103,7 +103,7 @@ def test_unknown_variants(plain):
     assert found.startswith("--config: found the variant 'best'; expected one of gad")
 
 
-def test_files_that_are_not_there_or_not_configs(plain, tmp_path):
+def test_missing_files_and_files_that_are_not_configs(plain, tmp_path):
     found = refused(f"--config={tmp_path / 'nowhere.py'}")
     assert "No such file" in found and "nowhere.py" in found
     assert str(tmp_path) in refused(f"--config={tmp_path}")
@@ -150,8 +150,8 @@ def test_a_workdir_of_an_older_version_had_the_default_of_a_newer_key(plain, tmp
         check_resume(saved, read_config([plain, "--config.ema=0.5"]), tmp_path)
 
 
-def test_a_teacher_is_found_from_another_folder(plain, tmp_path, monkeypatch):
-    """It is kept from the root on; a workdir that was begun before has it as it was given."""
+def test_the_teachers_path_is_saved_as_absolute(plain, tmp_path, monkeypatch):
+    """The absolute path is saved; an older workdir has the path as it was given."""
     monkeypatch.chdir(tmp_path)
     given = read_config([plain, "--config.teacher=teachers/one"])
     config = with_resolved_teacher(given)
@@ -168,7 +168,7 @@ def test_a_teacher_is_found_from_another_folder(plain, tmp_path, monkeypatch):
     assert with_resolved_teacher(bundled) == bundled
 
 
-def test_a_resumed_run_may_change_where_it_runs_and_no_more(plain, tmp_path):
+def test_keys_that_a_resumed_run_may_change(plain, tmp_path):
     saved = as_json(read_config([plain]))
     free = ("mesh.data=1", "steps=5", "log.every=1", "preview.every=7", "checkpoint.keep=1")
     check_resume(saved, read_config([plain, *(f"--config.{flag}" for flag in free)]), tmp_path)

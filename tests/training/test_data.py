@@ -25,7 +25,7 @@ CAPTIONS = ("red circle", "green square", "blue circle above red square", "a cir
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
-    """Of several sizes and formats, with captions beside them."""
+    """Pictures of several sizes and formats, with captions beside them."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for number, caption in enumerate(CAPTIONS):
@@ -178,7 +178,7 @@ def test_a_loss_that_needs_pictures_gets_them_or_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_one_source_is_named_and_no_more(opened, images, latents):
+def test_exactly_one_source(opened, images, latents):
     five = "expected one of prompts, embeddings, world, images, latents"
     refused(lambda: opened(), "data: found none", five)
     refused(lambda: opened(images=images, latents=latents), "found images and latents", five)
@@ -210,8 +210,8 @@ def prompts_only(tiny_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sana"])
-def test_a_dropped_caption_is_what_guidance_leads_away_from(folders, images, family):
-    """In SDXL that is no prompt but zeros, in SANA the empty one without its instruction."""
+def test_a_dropped_caption_is_the_negative_prompt(folders, images, family):
+    """In SDXL it is zeros, in SANA the empty prompt without its instruction."""
     config = default_config()
     config.teacher = str(folders(family))
     length = 77 if family != "sana" else LENGTH
@@ -221,10 +221,10 @@ def test_a_dropped_caption_is_what_guidance_leads_away_from(folders, images, fam
     batch = source.batch(0, 1)
     for name in ("ids", "mask"):
         np.testing.assert_array_equal(batch[name], null[name])
-    told = pipeline.encode_text(params, batch["ids"], batch["mask"])
+    empty = pipeline.encode_text(params, batch["ids"], batch["mask"])
     negative_tokens = pipeline.encode_text(params, *pipeline.prompts.negative_tokens(None, length))
-    np.testing.assert_array_equal(told.text, negative_tokens.text)
-    assert np.any(np.asarray(told.text)) == (family != "sdxl")
+    np.testing.assert_array_equal(empty.text, negative_tokens.text)
+    assert np.any(np.asarray(empty.text)) == (family != "sdxl")
     config.data.dropout = 0.0
     captions = open_data(config, pipeline)[0].batch(0, 1)
     assert np.any(captions["ids"] != null["ids"])

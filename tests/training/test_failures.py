@@ -1,4 +1,4 @@
-"""Disks that are full, and what a run does about it: `checkpoint.failures`."""
+"""Training on full disks: `checkpoint.failures`."""
 
 import errno
 import json
@@ -55,19 +55,21 @@ def read(workdir: Path) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
+def undisturbed(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("failures") / "whole"
     assert train(config, workdir, "--config.steps=6") == 0
     return workdir
 
 
-def same_as(whole: Path, workdir: Path) -> bool:
-    return all(map(np.array_equal, read(workdir), read(whole))) and rows(workdir) == rows(whole)
+def same_as(undisturbed: Path, workdir: Path) -> bool:
+    return all(map(np.array_equal, read(workdir), read(undisturbed))) and rows(workdir) == rows(
+        undisturbed
+    )
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_a_run_which_goes_on_when_there_is_room(
-    config, whole, tmp_path, monkeypatch, capsys
+def test_a_full_disk_stops_a_run_which_resumes_when_there_is_room(
+    config, undisturbed, tmp_path, monkeypatch, capsys
 ):
     workdir = tmp_path / "run"
     saves_that_fail(monkeypatch, 4)
@@ -76,20 +78,20 @@ def test_a_full_disk_stops_a_run_which_goes_on_when_there_is_room(
     assert last == (
         f"gadjax: stopped: {workdir}/checkpoints/4: cannot be written: No space left on device"
     )
-    said = json.loads((workdir / "status.json").read_text())
-    assert said["status"] == "stopped" and "No space left" in said["reason"]
+    status = json.loads((workdir / "status.json").read_text())
+    assert status["status"] == "stopped" and "No space left" in status["reason"]
     assert "2" in steps_of(workdir) and "4" not in steps_of(workdir)
     monkeypatch.undo()
     assert train(config, workdir, "--config.steps=6") == 0
-    assert same_as(whole, workdir)
+    assert same_as(undisturbed, workdir)
 
 
-def test_saves_that_may_fail_stop_nothing(config, whole, tmp_path, monkeypatch, capsys):
+def test_saves_that_may_fail_stop_nothing(config, undisturbed, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     saves_that_fail(monkeypatch, 2, 4)
     failures = "--config.checkpoint.failures=2"
     assert train(config, workdir, "--config.steps=6", failures) == 0
-    assert steps_of(workdir) == ["6"] and same_as(whole, workdir)
+    assert steps_of(workdir) == ["6"] and same_as(undisturbed, workdir)
     logged = (workdir / "train.log").read_text()
     for text in (capsys.readouterr().err, logged):
         for step, number in ((2, 1), (4, 2)):
@@ -108,10 +110,10 @@ def test_one_too_many_and_the_last_stop_a_run(config, tmp_path, monkeypatch, cap
     assert rows(workdir)[: bad[-1]] == list(range(1, bad[-1] + 1))
 
 
-def test_a_damaged_config_is_one_line(config, whole, tmp_path, capsys):
+def test_a_damaged_config_is_one_line(config, undisturbed, tmp_path, capsys):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    text = (whole / "config.json").read_text()
+    text = (undisturbed / "config.json").read_text()
     for damaged in (text[:-9], text.replace("{", "[", 1), "", "[]", "\ud800"):
         (workdir / "config.json").write_bytes(damaged.encode("utf-8", "surrogatepass"))
         assert train(config, workdir) == 2
@@ -131,13 +133,13 @@ def test_a_start_on_a_full_disk_is_one_line(config, tmp_path, monkeypatch, capsy
 
 
 def fill(file: AppendFile):
-    """Its disk is full, until what this returns is put back."""
+    """Fill a run's disk; the return value restores it."""
     room = file.file
     file.file = open("/dev/full", "ab", buffering=0)
     return room
 
 
-def test_lines_that_a_disk_has_no_room_for_are_held(tmp_path, caplog):
+def test_lines_are_buffered_while_the_disk_is_full(tmp_path, caplog):
     file = AppendFile(tmp_path / "lines")
     file.add("one")
     room = fill(file)
@@ -159,7 +161,7 @@ def test_half_a_line_is_continued(tmp_path):
     file = AppendFile(tmp_path / "lines")
 
     class Short:
-        """A disk that takes three bytes and is full then."""
+        """A disk that is full after three bytes."""
 
         def write(self, data):
             if taken:
@@ -202,7 +204,7 @@ def test_a_report_on_a_full_disk(tmp_path, caplog, failures):
     assert (tmp_path / "train.log").read_text().count("step ") == 4
 
 
-def test_a_failure_is_said_again_after_it_was_over(tmp_path, caplog):
+def test_a_failure_is_logged_again_after_recovery(tmp_path, caplog):
     for fails in (True, True, False, True):
         with warn_on_write_error(tmp_path / "x", tolerate=True):
             if fails:
@@ -213,7 +215,7 @@ def test_a_failure_is_said_again_after_it_was_over(tmp_path, caplog):
             full()
 
 
-def test_a_file_that_is_written_whole_leaves_no_half(tmp_path, monkeypatch):
+def test_an_atomic_write_leaves_no_partial_file(tmp_path, monkeypatch):
     write_atomic(tmp_path / "file", "old")
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError):
@@ -222,7 +224,7 @@ def test_a_file_that_is_written_whole_leaves_no_half(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "old"
 
 
-def test_metrics_with_a_flipped_byte_can_be_gone_on_with(tmp_path):
+def test_metrics_with_a_flipped_byte_can_be_continued(tmp_path):
     config = default_config()
     config.steps, config.log.every = 9, 1
     good = json.dumps({"step": 1, "loss": 1.0}).encode()

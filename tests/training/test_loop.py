@@ -1,4 +1,4 @@
-"""Whole runs of `gadjax train`: resuming, being killed, going wrong."""
+"""Full runs of `gadjax train`: resuming, being killed, failing."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def train(config: Path, workdir: Path, *more: str) -> int:
 
 
 def command(config: Path, workdir: Path, *more: str, devices: int = 1) -> subprocess.Popen:
-    """The same in a process of its own."""
+    """`gadjax train` in a separate process."""
     environment = os.environ | {"XLA_FLAGS": flags_for(devices)}
     arguments = ["train", "--config", str(config), "--workdir", str(workdir), *more]
     return subprocess.Popen(
@@ -58,7 +58,7 @@ def uninterrupted(config, tmp_path_factory) -> Path:
     return workdir
 
 
-def test_a_run_leaves_what_it_promises(uninterrupted):
+def test_files_of_a_run(uninterrupted):
     lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for name in ("loss/dmd", "loss/gad", "loss/anchor", "gad/cosine", "critic/loss"):
@@ -68,15 +68,17 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert json.loads((uninterrupted / "config.json").read_text())["student"]["steps"] == 2
 
 
-def test_a_run_can_be_seen_from_outside(uninterrupted, capsys):
+def test_status_of_a_finished_run(uninterrupted, capsys):
     assert main(["status", str(uninterrupted), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["state"] == "done" and found["step"] == found["checkpoint"]["step"] == 4
-    assert found["devices"] == 1 and found["utilisation"] is None  # of a CPU nobody knows the peak
+    report = json.loads(capsys.readouterr().out)
+    assert report["state"] == "done" and report["step"] == report["checkpoint"]["step"] == 4
+    assert (
+        report["devices"] == 1 and report["utilisation"] is None
+    )  # of a CPU nobody knows the peak
     run = json.loads((uninterrupted / "run.json").read_text())
     assert run["flops_per_step"] > 1e6 and run["versions"]["jax"] == jax.__version__
     assert run["environment"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
-    seconds = found["seconds"]
+    seconds = report["seconds"]
     assert all(seconds[kind] > 0 for kind in ("compile", "step", "data", "checkpoint"))
     assert seconds["lost"] == seconds["preview"] == 0
     lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").open()]
@@ -110,7 +112,7 @@ def test_other_prompts_under_the_same_name_are_refused(config, tmp_path, capsys)
     assert "data.prompts" in json.loads((workdir / "inputs.json").read_text())
 
 
-def test_done_is_said_and_changes_nothing(config, uninterrupted, tmp_path):
+def test_a_finished_run_is_reported_and_unchanged(config, uninterrupted, tmp_path):
     before = (uninterrupted / "checkpoints" / "4" / "manifest.json").stat().st_mtime_ns
     assert train(config, uninterrupted) == 0
     assert (uninterrupted / "checkpoints" / "4" / "manifest.json").stat().st_mtime_ns == before
@@ -130,9 +132,9 @@ def test_a_killed_process_resumes_bit_identically(config, uninterrupted, tmp_pat
     steps = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     goal = steps + 2
     assert train(config, workdir, f"--config.steps={goal}") == 0
-    whole = tmp_path / "whole"
-    assert train(config, whole, f"--config.steps={goal}") == 0
-    assert_same(workdir, whole)
+    straight = tmp_path / "whole"
+    assert train(config, straight, f"--config.steps={goal}") == 0
+    assert_same(workdir, straight)
 
 
 @pytest.mark.slow
@@ -156,7 +158,7 @@ def running(config, workdir) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_and_leaves_with_zero(config, tmp_path, kind):
+def test_a_signal_saves_and_exits_with_zero(config, tmp_path, kind):
     workdir = tmp_path / "asked"
     process = running(config, workdir)
     process.send_signal(kind)
@@ -199,9 +201,9 @@ def test_another_mesh_continues(config, uninterrupted, tmp_path):
     # move apart; over all parameters that is little of the way they went. With other prompts or
     # noises the ways would have nothing in common.
     for part in PARTS:
-        way = read(uninterrupted, part, 4) - read(uninterrupted, part, 2)
+        change = read(uninterrupted, part, 4) - read(uninterrupted, part, 2)
         apart = read(workdir, part, 4) - read(uninterrupted, part, 4)
-        assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(way)
+        assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(change)
     losses = [
         [json.loads(line)["student/loss"] for line in (w / "metrics.jsonl").open()]
         for w in (workdir, uninterrupted)

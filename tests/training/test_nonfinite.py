@@ -1,4 +1,4 @@
-"""What is said of an update that was left out: which loss, which samples, which step."""
+"""Report of a skipped update: its loss, samples and step."""
 
 import sys
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ B, BAD = 16, 5
 
 @dataclass(frozen=True)
 class Plain(Addable):
-    """What the student says, and what the teacher says to the same."""
+    """Squared difference of the student's and the teacher's prediction."""
 
     needs = Needs(student=True, teacher=True)
 
     def __call__(self, context):
-        said = context.student[0].x0 - context.teacher(context.x_BHWC, context.t_B).x0
-        return sample_mean(said**2), {}
+        error = context.student[0].x0 - context.teacher(context.x_BHWC, context.t_B).x0
+        return sample_mean(error**2), {}
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def spoilt(value):
     return batch._replace(noise=batch.noise.at[BAD, 0, 0, 0].set(value))
 
 
-def told(value):
-    """A prompt whose embedding is not a number."""
+def prompt_with(value):
+    """Batch with one prompt whose embedding is not finite."""
     batch = make_batch(B)
     text = batch.cond.text.at[BAD].set(value)
     return batch._replace(cond=batch.cond._replace(text=text))
@@ -91,8 +91,8 @@ def told(value):
     ("microbatches", "batch", "cause"),
     [
         (1, lambda: spoilt(77.0), "loss/division of samples 165"),
-        (1, lambda: told(np.nan), "loss/division, loss/plain of samples 165"),
-        (2, lambda: told(np.inf), "samples 165"),
+        (1, lambda: prompt_with(np.nan), "loss/division, loss/plain of samples 165"),
+        (2, lambda: prompt_with(np.inf), "samples 165"),
     ],
     ids=["a division", "a prompt", "microbatches"],
 )
@@ -125,7 +125,7 @@ def test_the_gradient_of_a_finite_loss():
 
 
 def made(role="critic", count=1, size=40, bad=(), **more):
-    """An update as if it had been computed."""
+    """An update with chosen metrics."""
     loss_B = np.ones(size, np.float32)
     loss_B[list(bad)] = np.nan
     loss = {f"{role}/loss": np.mean(loss_B), f"{role}/loss_B": loss_B}
@@ -140,37 +140,37 @@ def test_one_is_noted_and_several_in_a_row_stop_the_run():
     assert not notes
     check([made(count=1, bad=[3]), made("student", 2, bad=[1, 2])], 8)
     assert notes == [
-        f"step 8: an update of the {role} was not finite and was left out: {role}/loss of {which}"
+        f"step 8: an update of the {role} was not finite and was skipped: {role}/loss of {which}"
         for role, which in (("critic", "samples 83"), ("student", "samples 81, 82"))
     ]
     # Also where the last of a step's critic updates was good again.
     with pytest.raises(RunStopped) as stopped:
         check([made(count=3, bad=[0]), made(count=0), made("student", 0)], 9)
     assert str(stopped.value).startswith(
-        "step 9: the last 3 updates of the critic were not finite and were left out, the newest "
+        "step 9: the last 3 updates of the critic were not finite and were skipped, the newest "
         "for critic/loss of samples 80; expected finite losses"
     )
     assert "--reproduce-step 9" in str(stopped.value) and len(notes) == 2
 
 
 def test_a_line_stays_a_line():
-    whole = nonfinite_cause(made(bad=range(40)), "critic")
-    assert whole.endswith(" 94, 95 and 24 more") and len(whole) < 200
+    cause_of_all = nonfinite_cause(made(bad=range(40)), "critic")
+    assert cause_of_all.endswith(" 94, 95 and 24 more") and len(cause_of_all) < 200
     odd = nonfinite_cause(made(**{"critic/grad_norm": np.float32(1)}), "critic")
     assert odd.startswith(
         "the optimizer's update for a finite gradient of the whole batch, samples"
     )
 
 
-def test_what_is_reported_are_scalars_of_the_last_update_of_each_network():
+def test_step_metrics_are_the_scalars_of_each_networks_last_update():
     first, last, student = made(count=2), made(count=0), made("student", 0)
-    found = merge_scalars([first, last, student])
-    assert {name: np.shape(x) for name, x in found.items()} == {
+    actual = merge_scalars([first, last, student])
+    assert {name: np.shape(x) for name, x in actual.items()} == {
         f"{role}/{name}": ()
         for role in ("critic", "student")
         for name in ("loss", "grad_norm", "bad")
     }
-    assert int(found["critic/bad"]) == 0
+    assert int(actual["critic/bad"]) == 0
 
 
 def test_on_a_mesh():

@@ -1,4 +1,4 @@
-"""`gadjax train --reproduce-step`: the same bits again, and what a look at them says."""
+"""`gadjax train --reproduce-step`: a bit-identical replay and its report."""
 
 import json
 import re
@@ -18,7 +18,7 @@ ARGUMENTS = "--reproduce-step"
 
 @pytest.fixture(scope="module", autouse=True)
 def in_haste():
-    """A program that tells is compiled anew each time: no cache keeps what calls back."""
+    """Fast compilation: programs with callbacks are not cached, and are compiled every time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -26,7 +26,7 @@ def in_haste():
 
 @pytest.fixture(autouse=True)
 def formulas(monkeypatch):
-    """Of a run without a fault; a test may put another source in its place."""
+    """`prepare` of a run without a fault; a test may replace its source."""
     for module in (loop, replay):
         monkeypatch.setattr(module, "prepare", prepare_with(Texts()))
 
@@ -52,12 +52,12 @@ def rows(workdir):
 
 
 def files(workdir):
-    """Everything in a folder, with what a write of any kind would change."""
-    found = sorted(workdir.rglob("*"))
-    return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in found]
+    """Everything in a folder, with times and sizes, which any write would change."""
+    paths = sorted(workdir.rglob("*"))
+    return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
 
 
-def test_the_same_step_to_the_last_digit_and_looked_at(formula, done, capsys):
+def test_a_replayed_step_is_bit_identical_and_reported(formula, done, capsys):
     before = files(done)
     assert train(formula, done, ARGUMENTS, "7") == 0
     text = capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_the_same_step_to_the_last_digit_and_looked_at(formula, done, capsys):
         assert worst[0] >= float(loss) == pytest.approx(rows(done)[7][f"loss/{name}"], rel=1e-6)
 
 
-def test_a_step_whose_moments_wait_on_the_host(formula, tmp_path, capsys):
+def test_a_step_with_offloaded_moments(formula, tmp_path, capsys):
     offload, workdir = "--config.offload=('optimizer','ema')", tmp_path / "run"
     assert train(formula, workdir, offload, "--config.steps=4") == 0
     assert train(formula, workdir, offload, "--config.steps=4", ARGUMENTS, "4") == 0
@@ -95,7 +95,7 @@ def test_a_step_whose_moments_wait_on_the_host(formula, tmp_path, capsys):
     assert "  gradient of the student: " in out and "step 4 is as metrics.jsonl has it" in out
 
 
-def test_a_step_that_differs_is_told(formula, done, tmp_path, capsys):
+def test_a_step_that_differs_is_reported(formula, done, tmp_path, capsys):
     workdir = tmp_path / "changed"
     workdir.mkdir()
     (workdir / "config.json").symlink_to(done / "config.json")
@@ -109,7 +109,7 @@ def test_a_step_that_differs_is_told(formula, done, tmp_path, capsys):
     assert f"(it was {row['loss/gad']})" in out
 
 
-def test_a_masked_update_is_found_again(formula, tmp_path, capsys, monkeypatch):
+def test_a_skipped_update_is_reproduced(formula, tmp_path, capsys, monkeypatch):
     """Prompt 4 is not a number from update 8 on: step 5's critic, the first that draws it."""
     for module in (loop, replay):
         monkeypatch.setattr(module, "prepare", prepare_with(Texts(bad=4, since=8 * 8)))
@@ -117,24 +117,24 @@ def test_a_masked_update_is_found_again(formula, tmp_path, capsys, monkeypatch):
     assert train(formula, workdir, "--config.stop_after_bad=2", "--config.log.every=3") == 3
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
-        r"gadjax: stopped: step 6: the last 2 updates of the critic were not finite and were left "
-        r"out, the newest for critic/loss of prompts 4(, 4)*; expected finite losses \(lower "
-        r"optim.lr, or look at it with --reproduce-step 6\)",
+        r"gadjax: stopped: step 6: the last 2 updates of the critic were not finite and were "
+        r"skipped, the newest for critic/loss of prompts 4(, 4)*; expected finite losses \(lower "
+        r"optim.lr, or debug it with --reproduce-step 6\)",
         error,
     )
-    # The first one is told when it happens, whatever log.every is.
+    # The first one is logged when it happens, whatever log.every is.
     log = (workdir / "train.log").read_text()
-    for told in ("critic was not finite and was left out: critic/loss", "student was not finite"):
-        assert f"step 5: an update of the {told}" in log
+    for line in ("critic was not finite and was skipped: critic/loss", "student was not finite"):
+        assert f"step 5: an update of the {line}" in log
     assert json.loads((workdir / "status.json").read_text())["step"] >= 6
     before = files(workdir)
     assert train(formula, workdir, "--config.stop_after_bad=2", "--config.log.every=3",
                  ARGUMENTS, "6") == 0  # fmt: skip
     out = capsys.readouterr().out
     assert out.startswith("replaying 2 steps from checkpoint 3\n")
-    assert out.count("  left out, for ") == 2 and files(workdir) == before
+    assert out.count("  skipped, for ") == 2 and files(workdir) == before
     student = out.partition("of the student\n")[2]
-    assert "left out, for loss/dmd, loss/gad of prompts 4" in student
+    assert "skipped, for loss/dmd, loss/gad of prompts 4" in student
     for name in ("batch", "teacher", "student"):
         assert re.search(rf"^  {name}: \d+ of \d+ NOT finite$", student, re.MULTILINE), name
     assert re.search(r"term gad: nan; the worst of prompts\n    4: nan  'a whale'\n", student)
@@ -172,8 +172,8 @@ def test_bad_workdirs_are_one_line_and_left_alone(formula, done, tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_checkpoint_is_passed_over(formula, done, tmp_path, monkeypatch, capsys, caplog):
-    """Three steps are done again instead, to the same bits."""
+def test_a_damaged_checkpoint_is_skipped(formula, done, tmp_path, monkeypatch, capsys, caplog):
+    """Three steps are replayed instead, bit-identically."""
     workdir = tmp_path / "damaged"
     (workdir / "checkpoints" / "6").mkdir(parents=True)
     for name in ("config.json", "metrics.jsonl", "checkpoints/3"):
@@ -204,14 +204,14 @@ def main(folder: Path) -> None:
     assert train(config, workdir, *more, ARGUMENTS, "2") == 0
     assert files(workdir) == before
     assert (
-        "student was not finite and was left out: loss/dmd, loss/gad of prompts 4"
+        "student was not finite and was skipped: loss/dmd, loss/gad of prompts 4"
         in (workdir / "train.log").read_text()
     )
 
 
 @pytest.mark.slow
 def test_of_a_pipeline(config, tmp_path, monkeypatch, capsys):
-    """Networks that are none of the formulas: text encoder, transformer, the prompts of a file."""
+    """Real networks: text encoder, transformer, the prompts of a file."""
     monkeypatch.undo()
     variant = f"{config}:tdm"
     assert train(variant, tmp_path / "run") == 0

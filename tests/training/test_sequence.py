@@ -1,4 +1,4 @@
-"""A mesh with an axis of positions: what its devices exchange, and who refuses it."""
+"""Sequence sharding: collectives of a tangent's loss, and networks that refuse it."""
 
 import math
 import re
@@ -59,23 +59,23 @@ COLLECTIVE = re.compile(
 
 
 def test_only_keys_and_values_leave_a_share_of_positions(tmp_path):
-    """And what is summed over positions: gradients of parameters and of what a sample is told."""
+    """Besides sums over positions: gradients of parameters and of the conditioning."""
     out = tmp_path / "program.hlo"
     run_on_devices(4, __file__, out)
     text = out.read_text()
-    tokens, found = (LATENT // 2) ** 2, COLLECTIVE.findall(text)
-    gathered = [shape for shape, kind in found if kind == "all-gather"]
+    tokens, collectives = (LATENT // 2) ** 2, COLLECTIVE.findall(text)
+    gathered = [shape for shape, kind in collectives if kind == "all-gather"]
     keys = f"f32[2,{tokens},2,8]"
     # Keys, values and their tangents, once forward and once in reverse, in a loop over blocks.
     assert len(gathered) == 8 and all(shape.startswith(keys) for shape in gathered)
-    assert sum(kind == "reduce-scatter" for _, kind in found) == 4
-    others = " ".join(shape for shape, kind in found if kind != "all-gather")
-    assert {kind for _, kind in found} == {"all-gather", "all-reduce", "reduce-scatter"}
+    assert sum(kind == "reduce-scatter" for _, kind in collectives) == 4
+    others = " ".join(shape for shape, kind in collectives if kind != "all-gather")
+    assert {kind for _, kind in collectives} == {"all-gather", "all-reduce", "reduce-scatter"}
     sizes = [math.prod(map(int, x.split(","))) for x in re.findall(r"\[([\d,]+)\]", others)]
     assert max(sizes) <= 2 * tokens * 16 / 4
     # Nothing but keys and values has all positions of a sample.
-    whole = set(re.findall(rf"\w+\[2,{tokens},[\d,]*\]", text))
-    assert whole <= {keys}, whole
+    full_length = set(re.findall(rf"\w+\[2,{tokens},[\d,]*\]", text))
+    assert full_length <= {keys}, full_length
 
 
 UNET = "mesh.sequence: found 2; expected 1 for a UNet2DConditionModel, whose convolutions"

@@ -1,4 +1,4 @@
-"""What `prepare` refuses, in one line and before anything is compiled."""
+"""Refusals of `prepare`, in one line and before anything is compiled."""
 
 from types import SimpleNamespace
 
@@ -34,7 +34,7 @@ def refused(config) -> str:
 
 
 def test_guidance_up_to_one_is_none(config):
-    """A user's number means what it means in sampling; objectives' own zeros are scales."""
+    """The config's guidance is that of sampling; zeros in objectives are scales."""
     for asked, scale in ((0, 1), (0.5, 1), (3, 3)):
         config.guidance = asked
         assert setup.prepare(config, abstract=True).step_spec.guidance == scale
@@ -105,7 +105,7 @@ def test_objectives_without_what_they_need(config, changes, message):
         (("teacher",), {"denoising": {}}, ("offload: found 'teacher'", "without one")),
     ],
 )
-def test_an_offload_of_what_there_is_not(config, offload, objective, words):
+def test_bad_offload(config, offload, objective, words):
     config.offload, config.objective = offload, objective
     config.data.update(
         prompts="", world="gadjax.worlds.shapes"
@@ -114,7 +114,7 @@ def test_an_offload_of_what_there_is_not(config, offload, objective, words):
     assert all(word in text for word in words)
 
 
-def test_a_remat_that_is_none(config):
+def test_bad_remat(config):
     config.remat = "blocks"
     assert refused(config) == "remat: found 'blocks'; expected one of none, results, block"
 
@@ -147,28 +147,34 @@ def rates(optimizer, updates: int) -> np.ndarray:
 
 def test_learning_rates_of_all_networks_are_those_of_the_same_step(config):
     """In parts of their peaks, at every step of the run, however often the critic is updated."""
-    steps, each = 24, 3
+    steps, updates = 24, 3
     config.objective = {"dmd": {}}
     config.optim.update(lr=2e-3, warmup=4, decay=steps)
-    config.critic.update(updates=each, lr=5e-3)
+    config.critic.update(updates=updates, lr=5e-3)
     optimizers = setup.prepare(config).step_spec.optimizers
     student = rates(optimizers["student"], steps + 1) / 2e-3
-    critic = rates(optimizers["critic"], each * (steps + 1)) / 5e-3
-    np.testing.assert_allclose(critic[::each], student, atol=2e-5)
-    assert critic[each * steps // 2] > 0.5, "the critic's rate is at its floor half-way"
+    critic = rates(optimizers["critic"], updates * (steps + 1)) / 5e-3
+    np.testing.assert_allclose(critic[::updates], student, atol=2e-5)
+    assert critic[updates * steps // 2] > 0.5, "the critic's rate is at its floor half-way"
     # Between two of the student's updates its rates lie between theirs.
     low, high = np.minimum(student[1:], student[:-1]), np.maximum(student[1:], student[:-1])
-    for place in range(1, each):
-        between = critic[place::each][:-1]
+    for place in range(1, updates):
+        between = critic[place::updates][:-1]
         assert np.all((between >= low - 2e-5) & (between <= high + 2e-5))
 
 
-def test_a_critic_may_have_settings_of_its_own(config):
+def test_critic_settings_override_the_students(config):
     config.objective = {"dmd": {}}
     config.optim.update(lr=2e-3, warmup=4, decay=24, clip=1.0)
     config.critic.update(updates=2, lr=5e-3, warmup=0, decay=0, b1=0.5, clip=7.0)
-    own = setup.critic_optim(config)
-    assert (own.lr, own.warmup, own.decay, own.b1, own.clip) == (5e-3, 0, 0, 0.5, 7.0)
-    assert (own.b2, own.weight_decay) == (config.optim.b2, config.optim.weight_decay)
+    settings = setup.critic_optim(config)
+    assert (settings.lr, settings.warmup, settings.decay, settings.b1, settings.clip) == (
+        5e-3,
+        0,
+        0,
+        0.5,
+        7.0,
+    )
+    assert (settings.b2, settings.weight_decay) == (config.optim.b2, config.optim.weight_decay)
     constant = rates(setup.prepare(config).step_spec.optimizers["critic"], 60)
     np.testing.assert_allclose(constant, 5e-3, rtol=1e-4)

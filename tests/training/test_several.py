@@ -1,4 +1,4 @@
-"""Two processes of one run: what one of eight devices does, dying, leaving, and going on."""
+"""Two processes of one run: results of one process, loss of a peer, preemption, resuming."""
 
 import json
 import signal
@@ -58,7 +58,7 @@ def two(run, tmp_path_factory):
     return workdir
 
 
-def test_one_of_them_writes_what_is_looked_at(two):
+def test_one_process_writes_logs_and_previews(two):
     assert [path.name for path in sorted((two / "previews").iterdir())] == [
         "0000000.png",
         "0000004.png",
@@ -69,14 +69,14 @@ def test_one_of_them_writes_what_is_looked_at(two):
 
 def test_two_processes_do_what_one_does(run, two, tmp_path):
     assert end(run(tmp_path / "one", 1)) == [0]
-    found, wanted = losses(two), losses(tmp_path / "one")
-    assert found.keys() == wanted.keys() == {1, 2, 3, 4}
-    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-5)
+    actual, expected = losses(two), losses(tmp_path / "one")
+    assert actual.keys() == expected.keys() == {1, 2, 3, 4}
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=1e-5)
     # Sums in another order: Adam turns rounding into steps where a gradient is all rounding.
     for part in PARTS:
-        way = read(tmp_path / "one", part) - read(tmp_path / "one", part, 2)
+        change = read(tmp_path / "one", part) - read(tmp_path / "one", part, 2)
         apart = read(tmp_path / "one", part) - read(two, part)
-        assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(way)
+        assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(change)
 
 
 def wait_for(there, processes, timeout=300):
@@ -86,7 +86,7 @@ def wait_for(there, processes, timeout=300):
         time.sleep(0.02)
 
 
-def test_a_killed_process_ends_the_other_and_both_go_on_to_the_bit(run, two, tmp_path):
+def test_a_killed_process_ends_the_other_and_both_resume_bit_identically(run, two, tmp_path):
     workdir = tmp_path / "killed"
     processes = run(workdir, 2, "--config.steps=4000")
     wait_for((workdir / "checkpoints" / "2").exists, processes)
@@ -105,18 +105,18 @@ def test_a_killed_process_ends_the_other_and_both_go_on_to_the_bit(run, two, tmp
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1])
-def test_both_save_and_leave_when_one_is_told(run, two, tmp_path, kind):
+def test_both_save_and_exit_when_one_is_preempted(run, two, tmp_path, kind):
     workdir = tmp_path / "told"
     processes = run(workdir, 2, "--config.steps=4000", "--config.checkpoint.every=1000")
     wait_for(lambda: len(losses(workdir)) > 1, processes)  # all have compiled
     processes[1].send_signal(kind)
-    told, begin = max(losses(workdir)), time.monotonic()
+    last_step, begin = max(losses(workdir)), time.monotonic()
     assert end(processes) == [0, 0]
     print(f"{kind.name}: left {time.monotonic() - begin:.1f} s later")
     # Its row is told one step late, and they leave after the step that none has begun.
     status = json.loads((workdir / "status.json").read_text())
     assert status["text"] == f"preempted at step {status['step']}"
-    assert read_params(workdir / "checkpoints", "ema")[0] == status["step"] <= told + 3
+    assert read_params(workdir / "checkpoints", "ema")[0] == status["step"] <= last_step + 3
 
 
 # Processes, devices and mesh that go on with what two processes of eight devices began.
@@ -129,13 +129,13 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_others_go_on_with_the_same_prompts_and_noises(run, two, tmp_path, name):
+def test_other_meshes_resume_with_the_same_prompts_and_noises(run, two, tmp_path, name):
     count, devices, mesh = OTHERS[name]
     workdir = tmp_path / "moved"
     assert end(run(workdir, 2, "--config.steps=2")) == [0, 0]
     assert end(run(workdir, count, mesh=mesh, devices=devices)) == [0] * count
-    found, wanted = losses(workdir), losses(two)
-    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-4)
+    actual, expected = losses(workdir), losses(two)
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=1e-4)
 
 
 def test_two_runs_in_one_workdir(run, two, tmp_path):

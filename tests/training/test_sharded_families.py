@@ -1,5 +1,5 @@
-"""Every denoiser's loss of a tangent, and its gradient: eight devices against one, sample by sample
-and, but for the U-Net, position by position.
+"""Every backbone's loss of a tangent, and its gradient: eight devices against one, sharded over
+samples and, except for the U-Net, over positions.
 
 In float64: SANA's linear attention divides by sums of rectified products, and a sum taken in
 another order moves its float32 gradients by 1e-4 of the largest.
@@ -101,8 +101,8 @@ SAMPLEWISE, *POSITIONWISE = (2, 2, 2, 1), (1, 2, 2, 2), (1, 2, 1, 4)
 
 
 def meshes(name):
-    whole = getattr(FAMILIES[name][0], "NO_SEQUENCE_SHARDING", "")
-    return (SAMPLEWISE,) if whole else (SAMPLEWISE, *POSITIONWISE)
+    unsplittable = getattr(FAMILIES[name][0], "NO_SEQUENCE_SHARDING", "")
+    return (SAMPLEWISE,) if unsplittable else (SAMPLEWISE, *POSITIONWISE)
 
 
 def worker(out: Path, name: str) -> None:
@@ -168,9 +168,9 @@ def results(tmp_path_factory):
     "name,sizes", [(name, sizes) for name in FAMILIES for sizes in meshes(name)]
 )
 def test_eight_devices_equal_one(results, name, sizes):
-    found = results(name)["x".join(map(str, sizes))]
-    assert found["value"] <= 1e-12 and found["gradient"] <= 1e-11, found
-    assert found["split"] >= 10
+    errors = results(name)["x".join(map(str, sizes))]
+    assert errors["value"] <= 1e-12 and errors["gradient"] <= 1e-11, errors
+    assert errors["split"] >= 10
 
 
 if __name__ == "__main__":

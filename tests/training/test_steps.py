@@ -34,7 +34,7 @@ from gadjax.training.steps import critic_step, student_step
 from gadjax.types import Cond, TextKV
 
 
-def test_a_student_step_changes_the_student_and_its_average():
+def test_a_student_step_changes_the_student_and_its_ema():
     old, batch = start(), make_batch(B)
     new, metrics = train_student(old, TEACHER, batch)
     assert moved(new.params["student"], old.params["student"]) and moved(new.ema, old.ema)
@@ -52,15 +52,15 @@ def test_a_critic_step_changes_the_critic_and_counts_no_step():
     new, metrics = train_critic(old, None, batch)
     assert moved(new.params["critic"], old.params["critic"])
     assert equal(new._replace(params=0, opt=0), old._replace(params=0, opt=0))
-    for whole, part in ((old.params, new.params), (old.opt, new.opt)):
-        assert equal(whole["student"], part["student"])
+    for tree, part in ((old.params, new.params), (old.opt, new.opt)):
+        assert equal(tree["student"], part["student"])
     names = {"critic/loss", "critic/grad_norm", "critic/bad", "critic/loss_B"}
     assert metrics.keys() == names
     assert float(metrics["critic/grad_norm"]) > 0
 
 
-def test_the_critic_comes_to_know_the_student():
-    """Repeated critic steps lower its loss on pictures that it has not seen."""
+def test_critic_steps_lower_the_critics_loss():
+    """Repeated critic steps lower its loss on samples that it was not trained on."""
     step_spec = replace(STEP_SPEC, optimizers=dict.fromkeys(OPTIMIZERS, optax.adam(0.03)))
     params = {"student": WORLD.student_params(), "critic": gaussian_params(5)}
     state = create_state(params, step_spec.optimizers)
@@ -68,7 +68,7 @@ def test_the_critic_comes_to_know_the_student():
     @jax.jit
     def run(state):
         def update(state, i):
-            batch = make_batch(64, told=0.0)
+            batch = make_batch(64, text_scale=0.0)
             keys = jax.vmap(lambda k: jax.random.fold_in(k, i))(batch.key)
             noise = jax.vmap(lambda k: jax.random.normal(k, batch.noise.shape[1:]))(keys)
             state, metrics = critic_step(
@@ -83,20 +83,20 @@ def test_the_critic_comes_to_know_the_student():
     assert losses[-20:].mean() < 0.8 * losses[:20].mean()
 
 
-def test_the_average_follows_quickly_at_first():
+def test_the_ema_decay_is_lower_at_first():
     state, batch = start(), make_batch(B)
     for step in range(3):
         old, (state, _) = state, train_student(state, TEACHER, batch)
         decay = min(0.9, (1 + step) / (10 + step))
-        for e, p, found in zip(
+        for e, p, actual in zip(
             *map(jax.tree.leaves, (old.ema, state.params["student"], state.ema)), strict=True
         ):
-            np.testing.assert_allclose(found, decay * e + (1 - decay) * p, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(actual, decay * e + (1 - decay) * p, rtol=1e-5, atol=1e-7)
     late, _ = train_student(state._replace(step=jnp.int32(1000)), TEACHER, batch)
-    e, p, found = (
+    e, p, actual = (
         tree["step1"]["matrix"] for tree in (state.ema, late.params["student"], late.ema)
     )
-    np.testing.assert_allclose(found, 0.9 * e + 0.1 * p, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(actual, 0.9 * e + 0.1 * p, rtol=1e-5, atol=1e-7)
 
 
 PIPELINE = SimpleNamespace(latent=(2, 2, 2), cond=lambda text, mask, pooled: Cond(text, mask))
@@ -167,12 +167,12 @@ READ = {
 }
 
 
-def cache_text(found: list):
-    """The world's denoiser, whose texts are read ahead; tells `found` of each."""
+def cache_text(calls: list):
+    """The world's denoiser with a KV cache; its computations are recorded in `calls`."""
     names = {"basis": "teacher", "step0": "student", "logits": "critic"}
 
     def text_kv(params, text):
-        found.extend([next(names[key] for key in names if key in params), len(text)])
+        calls.extend([next(names[key] for key in names if key in params), len(text)])
         return TextKV(text[None], text[None])
 
     def apply(params, x, t, cond):
@@ -184,14 +184,14 @@ def cache_text(found: list):
 
 
 @pytest.mark.parametrize("objective", READ, ids=("tdm", "dmd", "endpoint", "whole"))
-def test_a_text_is_read_once_for_all_evaluations(objective):
-    found, batch = [], make_batch(B)
+def test_a_prompts_kv_cache_is_computed_once_for_all_evaluations(objective):
+    calls, batch = [], make_batch(B)
     step_spec = replace(STEP_SPEC, objective=objective)
-    ahead = replace(step_spec, denoiser=cache_text(found))
+    ahead = replace(step_spec, denoiser=cache_text(calls))
     (state, metrics), (same, others) = (
         jax.jit(partial(student_step, r))(start(), TEACHER, batch) for r in (step_spec, ahead)
     )
-    assert found == READ[objective]
+    assert calls == READ[objective]
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(same.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(metrics["student/loss"], others["student/loss"], rtol=1e-5)
@@ -199,11 +199,11 @@ def test_a_text_is_read_once_for_all_evaluations(objective):
 
 @dataclass(frozen=True)
 class Reading(Addable):
-    """A term whose critic's loss reads all that a term may ask for."""
+    """A term whose critic's loss reads everything that a term may need."""
 
     needs = Needs(
         student=True,
-        first=(TeacherMap("next", 3),),
+        first_step=(TeacherMap("next", 3),),
         tangent=Directions(),
         maps={TeacherMap("next", 2): True},
         endpoint=True,
@@ -212,10 +212,10 @@ class Reading(Addable):
     )
 
     def __call__(self, context):
-        (said, dots), (arrived, moved) = context.student, context.maps[TeacherMap("next", 2)]
-        first = context.first[TeacherMap("next", 3)]
-        real = context.teacher(said.x0, context.t_B)
-        read = (said, dots, arrived, moved, first, context.endpoint, real)
+        (pred, dots), (arrived, moved) = context.student, context.maps[TeacherMap("next", 2)]
+        first = context.first_step[TeacherMap("next", 3)]
+        real = context.teacher(pred.x0, context.t_B)
+        read = (pred, dots, arrived, moved, first, context.endpoint, real)
         return sum(jnp.sum(v**2, axis=tuple(range(1, v.ndim))) for v in rows(read)), {}
 
     def critic_loss(self, context):
@@ -223,34 +223,34 @@ class Reading(Addable):
 
 
 def rows(tree):
-    """Every array with samples first."""
+    """Every array with the batch axis first."""
     return [v[0] if v.ndim == 5 else v for v in jax.tree.leaves(tree)]
 
 
-def test_a_critics_loss_is_handed_what_its_term_asks_for():
-    """The very values that the student's loss is handed."""
+def test_a_critics_loss_gets_the_needs_of_its_term():
+    """They equal those of the student's loss."""
     step_spec = replace(STEP_SPEC, objective=1.0 * Reading())
     given = start(), TEACHER, make_batch(B)
     _, mine = jax.jit(partial(critic_step, step_spec))(*given)
     _, expected = jax.jit(partial(student_step, step_spec))(*given)
     scale = float(jnp.sum(given[0].params["critic"]["logits"]))
-    own = mine["critic/loss_B"] / scale
-    np.testing.assert_allclose(own, expected["student/loss_B"], rtol=1e-4)
+    critic_loss_B = mine["critic/loss_B"] / scale
+    np.testing.assert_allclose(critic_loss_B, expected["student/loss_B"], rtol=1e-4)
 
 
-def test_a_critics_update_reads_the_students_text_once():
-    found = []
-    step_spec = replace(STEP_SPEC, denoiser=cache_text(found), objective=TDM())
+def test_a_critics_update_computes_the_students_kv_cache_once():
+    calls = []
+    step_spec = replace(STEP_SPEC, denoiser=cache_text(calls), objective=TDM())
     _, metrics = jax.jit(partial(critic_step, step_spec))(start(), None, make_batch(B))
     step_spec = replace(STEP_SPEC, objective=TDM())
     _, expected = jax.jit(partial(critic_step, step_spec))(start(), None, make_batch(B))
-    assert found == ["student", B]
+    assert calls == ["student", B]
     np.testing.assert_allclose(metrics["critic/loss"], expected["critic/loss"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_neighbours_take_turns_in_one_walk(steps):
-    """Half of the evaluations, and the latents of a walk for each."""
+def test_neighbours_share_one_rollout(steps):
+    """Half of the evaluations, and the latents of a rollout for each."""
     evaluated, denoiser = [], cache_text([])
 
     def watched(params, x, *rest):
@@ -302,23 +302,23 @@ def rates(updates, **options):
     params = jnp.zeros(2)
 
     def update(state, _):
-        found, state = adam.update(jnp.array([3e3, -3e3]), state, params)
-        return state, found
+        actual, state = adam.update(jnp.array([3e3, -3e3]), state, params)
+        return state, actual
 
-    found = np.asarray(
+    actual = np.asarray(
         jax.jit(lambda s: jax.lax.scan(update, s, None, updates)[1])(adam.init(params))
     )
-    np.testing.assert_allclose(found[:, 0], -found[:, 1], rtol=1e-5)
-    return -found[:, 0]
+    np.testing.assert_allclose(actual[:, 0], -actual[:, 1], rtol=1e-5)
+    return -actual[:, 0]
 
 
 def test_learning_rates():
     np.testing.assert_allclose(rates(3), 0.1, rtol=1e-4)
     np.testing.assert_allclose(rates(6, warmup=4), [0, 0.025, 0.05, 0.075, 0.1, 0.1], rtol=1e-4)
-    found = rates(12, warmup=2, decay=10)
-    np.testing.assert_allclose(found[[0, 1, 2]], [0, 0.05, 0.1], rtol=1e-4)
-    assert np.all(np.diff(found[2:11]) < 0)
-    np.testing.assert_allclose(found[10:], 0.005, rtol=1e-4)
+    actual = rates(12, warmup=2, decay=10)
+    np.testing.assert_allclose(actual[[0, 1, 2]], [0, 0.05, 0.1], rtol=1e-4)
+    assert np.all(np.diff(actual[2:11]) < 0)
+    np.testing.assert_allclose(actual[10:], 0.005, rtol=1e-4)
 
 
 def test_the_clip_is_by_the_global_norm():

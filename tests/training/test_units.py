@@ -1,4 +1,4 @@
-"""Counts of steps, updates and samples in runs whose critic has several updates a step."""
+"""Counts of steps, updates and samples in runs with several critic updates per step."""
 
 import json
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.training.batch import make_batch
 from gadjax.training.compile import compile_steps
 from gadjax.training.config import read_config
-from gadjax.training.loop import begin, host_batches
+from gadjax.training.loop import host_batches, restore_or_init
 from gadjax.training.nonfinite import Update, merge_scalars
 from gadjax.training.previews import Preview
 from gadjax.training.run_record import write_record
@@ -49,8 +49,8 @@ def run(path):
 def two_steps(run):
     """The states and the updates of two steps: [(number, prompts, state, metrics)]."""
     steps = compile_steps(run)
-    _, state = begin(run, steps, lambda shapes: None)
-    frozen, batches, found = (
+    _, state = restore_or_init(run, steps, lambda shapes: None)
+    frozen, batches, result = (
         put_on_mesh(run.frozen, steps.frozen),
         host_batches(run, steps, 0, 2),
         [],
@@ -59,9 +59,9 @@ def two_steps(run):
         for step in steps.order:
             number, batch = next(batches)
             state, metrics = step(state, frozen, batch, number)
-            found.append(jax.device_get((number, batch["which"], state, metrics)))
+            result.append(jax.device_get((number, batch["which"], state, metrics)))
     assert next(batches, None) is None
-    return found
+    return result
 
 
 def test_a_step_is_the_critics_updates_and_one_of_the_student(two_steps):
@@ -69,14 +69,14 @@ def test_a_step_is_the_critics_updates_and_one_of_the_student(two_steps):
     assert [next(r for r in roles if f"{r}/loss" in m) for *_, m in two_steps] == roles
     counts = []
     for *_, state, _ in two_steps:
-        own = {role: int(optax.tree.get(opt, "count")) for role, opt in state.opt.items()}
-        counts.append((int(state.step), own["student"], own["critic"]))
+        per_network = {role: int(optax.tree.get(opt, "count")) for role, opt in state.opt.items()}
+        counts.append((int(state.step), per_network["student"], per_network["critic"]))
     first = [(0, 0, 1), (0, 0, 2), (0, 0, 3), (1, 1, 3)]
     assert counts == first + [(1, 1, 4), (1, 1, 5), (1, 1, 6), (2, 2, 6)]
 
 
 def test_data_and_draws_are_numbered_by_update(run, two_steps):
-    """So that no two updates share prompts or noises, and a resumed run goes on where it was."""
+    """No two updates share prompts or noises, and a resumed run continues where it was."""
     assert [int(number) for number, *_ in two_steps] == list(range(8))
     for number, which, *_ in two_steps:
         expected = Texts().batch(int(number) * B, B)["which"]
@@ -85,7 +85,7 @@ def test_data_and_draws_are_numbered_by_update(run, two_steps):
     assert resumed == [4, 5, 6, 7]
 
 
-def test_the_average_follows_the_students_updates_alone(two_steps):
+def test_the_ema_follows_the_students_updates_alone(two_steps):
     emas = [state.ema["step1"]["matrix"] for *_, state, _ in two_steps]
     student = [state.params["student"]["step1"]["matrix"] for *_, state, _ in two_steps]
     for k in (1, 2, 5, 6):
@@ -103,7 +103,7 @@ def test_a_row_has_the_last_of_the_critics_updates(two_steps):
     assert float(row["critic/loss"]) == losses[2] and len(set(losses)) == 3
 
 
-def test_the_students_steps_are_drawn_evenly_among_its_own_updates(run):
+def test_the_students_steps_are_drawn_evenly_over_its_updates(run):
     """One of every four draws is the student's, and the grid has four steps."""
     raw = {name: jnp.asarray(v) for name, v in Texts().batch(0, 2).items()}
     steps = jax.jit(
@@ -111,8 +111,8 @@ def test_the_students_steps_are_drawn_evenly_among_its_own_updates(run):
             make_batch(run.pipeline, run.frozen, raw, make_key(0), n).stratum, 4
         )
     )
-    for own in range(UPDATES + 1):
-        drawn = np.concatenate([steps(n) for n in range(own, 400, UPDATES + 1)])
+    for student_update in range(UPDATES + 1):
+        drawn = np.concatenate([steps(n) for n in range(student_update, 400, UPDATES + 1)])
         assert np.bincount(drawn, minlength=4).min() > 30  # of 200, where 50 are expected
 
 
@@ -121,20 +121,20 @@ def test_the_operations_of_a_step_count_every_update(run, tmp_path):
     student, critic = jax.jit(lambda a, b: a @ b), jax.jit(lambda a, b: (a @ b) @ b.T)
     steps = SimpleNamespace(student=student, critic=critic)
     write_record(run, steps, tmp_path, a, b)
-    found = json.loads((tmp_path / "run.json").read_text())
-    own = flops(student, a, b), flops(critic, a, b)
-    assert own[1] == 2 * own[0]
-    assert found["flops_per_step"] == own[0] + UPDATES * own[1]
-    assert found["images_per_step"] == B
+    result = json.loads((tmp_path / "run.json").read_text())
+    per_network = flops(student, a, b), flops(critic, a, b)
+    assert per_network[1] == 2 * per_network[0]
+    assert result["flops_per_step"] == per_network[0] + UPDATES * per_network[1]
+    assert result["images_per_step"] == B
 
 
 class Broken(Texts):
-    """Every text is not a number from a sample on."""
+    """Source whose texts are not finite from a sample on."""
 
     def batch(self, index, size):
-        found = super().batch(index, size)
-        found["text"][np.arange(index, index + size) >= self.since] = np.nan
-        return found
+        result = super().batch(index, size)
+        result["text"][np.arange(index, index + size) >= self.since] = np.nan
+        return result
 
 
 def test_updates_of_one_network_in_a_row_stop_a_run(path, tmp_path, monkeypatch, capsys):
@@ -143,16 +143,16 @@ def test_updates_of_one_network_in_a_row_stop_a_run(path, tmp_path, monkeypatch,
     bad = 3 * (2 + 1) * B
     monkeypatch.setattr(loop, "prepare", prepare_with(Broken(since=bad)))
     options = {"critic.updates": 2, "stop_after_bad": 3, "log.every": 3, "checkpoint.every": 3}
-    found = train(path, tmp_path / "run", *(f"--config.{k}={v}" for k, v in options.items()))
+    result = train(path, tmp_path / "run", *(f"--config.{k}={v}" for k, v in options.items()))
     words = capsys.readouterr().err
-    assert found == 3 and "step 5: the last 3 updates of the critic were not finite" in words
+    assert result == 3 and "step 5: the last 3 updates of the critic were not finite" in words
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = {row["step"]: row for row in map(json.loads, lines)}
-    assert list(rows) == [3, 6]  # step 6 was under way when step 5 was looked at
+    assert list(rows) == [3, 6]  # step 6 was running when step 5 was checked
     assert (rows[3]["critic/bad"], rows[6]["critic/bad"], rows[6]["student/bad"]) == (0, 6, 3)
     assert committed_steps(tmp_path / "run" / "checkpoints") == [3]
 
 
 def test_previews_are_counted_in_steps():
-    due = [s for s in range(1, 8) if Preview.due(SimpleNamespace(every=3, last=7), s)]
-    assert due == [3, 6, 7]
+    is_due = [s for s in range(1, 8) if Preview.is_due(SimpleNamespace(every=3, last=7), s)]
+    assert is_due == [3, 6, 7]

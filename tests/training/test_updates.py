@@ -27,7 +27,7 @@ from gadjax.training.updates import accumulate
 
 @cache
 def one_update(parts):
-    """By how much plain gradient steps move student and critic, and their metrics."""
+    """Change of student and critic by plain gradient steps, and their metrics."""
     plain = {"student": optax.sgd(1.0), "critic": optax.sgd(1.0)}
     state, batch = create_state(start().params, plain), make_batch(B)
     step_spec = replace(STEP_SPEC, optimizers=plain, microbatches=parts)
@@ -45,8 +45,8 @@ def one_update(parts):
 @pytest.mark.parametrize("microbatches", [2, 4])
 def test_microbatches_sum_to_the_large_batch(microbatches):
     """Same draws, same weights, whatever the number of parts: the gradients are equal."""
-    (whole, metrics), (parts, same) = one_update(1), one_update(microbatches)
-    for a, b in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):
+    (full, metrics), (parts, same) = one_update(1), one_update(microbatches)
+    for a, b in zip(*map(jax.tree.leaves, (full, parts)), strict=True):
         assert np.abs(a).max() > 0
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.abs(a).max())
     assert metrics.keys() == same.keys()
@@ -55,11 +55,11 @@ def test_microbatches_sum_to_the_large_batch(microbatches):
 
 
 def test_a_microbatch_is_a_strided_share_of_the_batch():
-    """So that on a mesh, where neighbours share a device, every device works on every part."""
-    seen = []
+    """On a mesh, where neighbours share a device, every device works on every microbatch."""
+    strata = []
 
     def loss(params, batch):
-        jax.debug.callback(lambda s: seen.append(np.asarray(s).tolist()), batch.stratum)
+        jax.debug.callback(lambda s: strata.append(np.asarray(s).tolist()), batch.stratum)
         return params * jnp.mean(batch.stratum.astype(jnp.float32)), {}
 
     for batch_shards, parts in (
@@ -69,13 +69,13 @@ def test_a_microbatch_is_a_strided_share_of_the_batch():
         can_pair = replace(STEP_SPEC, batch_shards=batch_shards).can_pair
         jax.jit(lambda p, can_pair=can_pair: accumulate(loss, p, make_batch(8), 4, can_pair))(1.0)
         jax.effects_barrier()
-        assert sorted(seen) == parts
-        seen.clear()
+        assert sorted(strata) == parts
+        strata.clear()
 
 
 @dataclass(frozen=True)
 class Spoilt(Addable):
-    """An infinite loss, without a gradient, where a batch holds a mark."""
+    """An infinite loss, without a gradient, for a batch with a mark."""
 
     needs = Needs()
 
@@ -89,7 +89,7 @@ def spoil(batch, value):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 77.0], ids=["nan", "inf", "loss alone"])
-def test_an_update_that_is_not_finite_is_left_out(value):
+def test_a_nonfinite_update_is_skipped(value):
     step_spec = replace(STEP_SPEC, objective=TOTAL + Spoilt(), microbatches=2)
     train, good = jax.jit(partial(student_step, step_spec)), make_batch(B)
     old, _ = train(start(), TEACHER, good)
@@ -118,7 +118,7 @@ def test_the_critics_update_likewise(value):
     assert equal(new.bad, {"student": 0, "critic": 0})
 
 
-def test_gradients_that_overflow_in_the_norm_are_left_out():
+def test_gradients_that_overflow_in_the_norm_are_skipped():
     """Finite leaf by leaf; their squares' sum is not, and the clip would make them zeros."""
     step_spec = replace(STEP_SPEC, objective=1e30 * GAD(loss="square", normalize=False))
     old = start()

@@ -1,4 +1,4 @@
-"""The tangent of distribution matching, for comparison with the flow-map tangent of GAD."""
+"""Tangent of distribution matching (lift), for comparison with the flow-map tangent of GAD."""
 
 from dataclasses import dataclass
 
@@ -23,9 +23,9 @@ class GADLift(Addable):
     """d L / d (dx0) = (J_F dx - J_T dx) / mean|dx0 - J_T dx|, dx = alpha dx0, at x_t.
 
     dx0 = J_S(x_k) v is the student's tangent; both networks' tangents are taken along it at the
-    re-noised picture and stop-gradiented: the derivative of DMD's gradient along the noise. Like
+    re-noised x0 and stop-gradiented: the derivative of DMD's gradient along the noise. Like
     DMD it depends on the student's distribution alone, which a rotation of the noise leaves as it
-    is: it can restore how much the picture moves, not where the teacher would move it.
+    is: it can restore how much the image moves with the noise, not the teacher's direction.
     Cost: 4 teacher evaluations and 2 of the critic, and the student's tangent.
     """
 

@@ -1,4 +1,4 @@
-"""The released GAD script's own loss, in float32, for comparison only."""
+"""Loss of the released GAD script, in float32, for comparison only."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,14 @@ from gadjax.types import expand
 class GADScript(Addable):
     """Finite differences as the public train_gad_distillation.py takes them (commit 237bf7e).
 
-    d = h n / |n| perturbs x_tau, which is that of a `tdm` beside it, as the script draws one for
-    both (if that has its own floor and gap by default). dT_w and dF are same-point differences over
+    d = h n / |n| perturbs x_tau, which is shared with a `tdm` in the same sum, as in the script (if
+    that has the default floor and gap). dT_w and dF are same-point differences over
     h. The student's, ds = (S(x_tau + d, tau) - S(x_k, t_k)) / h, is not: it compares two inputs and
-    two times, and that is kept, since this term is here to be compared with. The loss is
+    two times, and that is kept, since this term exists for comparison. The loss is
     mean H(ds - sg[ds + dT_w - dF]) / mean|ds - dT_w|, with gradient through both student values.
     `weighted` is the script's --use_nsp_timestep_weighting. Its fp16 has a resolution coarser than
-    d; here everything is float32, and `half` rounds what the networks are told and what they say
-    to fp16, as its autocast does.
+    d; here everything is float32, and `half` rounds the networks' inputs and outputs to fp16, as
+    its autocast does.
     Cost: 4 teacher evaluations, 2 of the critic, 1 of the student with gradient; those at x_tau, 2
     and 1, are the same as TDM's.
     """
@@ -41,27 +41,27 @@ class GADScript(Addable):
 
     def __call__(self, context: Context):
         value = context.student[0].x0
-        # TDM's own, which the script builds on.
-        x_tau, tau_B, _ = TDM().diffused(context.of("tdm"))
+        # That of TDM, on which the script builds.
+        x_tau, tau_B, _ = TDM().renoised(context.with_term_stream("tdm"))
         raw = context.normal("perturbation")
         length = jnp.sqrt(jnp.sum(raw**2, axis=tuple(range(1, raw.ndim))))
         moved = x_tau + self.step * raw / expand(length, raw)
 
         if self.half:
-            moved, x_tau, value = rounded(moved), rounded(x_tau), rounded(value)
+            moved, x_tau, value = round_to_fp16(moved), round_to_fp16(x_tau), round_to_fp16(value)
 
-        def said(f, x):
-            return rounded(f(x, tau_B).x0) if self.half else f(x, tau_B).x0
+        def x0_at(f, x):
+            return round_to_fp16(f(x, tau_B).x0) if self.half else f(x, tau_B).x0
 
         def difference(f):
-            return sg((said(f, moved) - said(f, x_tau)) / self.step)
+            return sg((x0_at(f, moved) - x0_at(f, x_tau)) / self.step)
 
         real, fake = difference(context.teacher), difference(context.critic)
 
         def student(x, t):
             return context.denoiser(context.student_params, x, t, context.batch.cond)
 
-        ds = (said(student, moved) - value) / self.step
+        ds = (x0_at(student, moved) - value) / self.step
         error = ds - sg(ds + real - fake)
         scale_B = sg(sample_mean(jnp.abs(ds - real))) + 1e-8
         loss_B = sample_mean(jnp.sqrt(error**2 + self.huber**2) - self.huber) / scale_B
@@ -70,6 +70,6 @@ class GADScript(Addable):
         return loss_B * context.base_weight_B, {}
 
 
-def rounded(x):
-    """x as fp16 holds it; the gradient passes as if it were not rounded."""
+def round_to_fp16(x):
+    """x rounded to fp16; the gradient passes straight through."""
     return x + sg(x.astype(jnp.float16).astype(x.dtype) - x)

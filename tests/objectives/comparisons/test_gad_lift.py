@@ -19,7 +19,7 @@ from gadjax.types import Prediction
 
 
 def slope(params, world, t):
-    """J of the posterior mean, [B, D, D] in float64; guidance leaves a gaussian's as it is."""
+    """Jacobian of the posterior mean [B, D, D] in float64; guidance does not change it."""
     alpha, sigma = (v[:, None] for v in world.schedule.alpha_sigma(np.asarray(t, float)))
     basis, variance = (np.asarray(params[k], float) for k in ("basis", "variance"))
     gain = alpha * variance / (alpha**2 * variance + sigma**2)
@@ -70,7 +70,7 @@ def test_on_average_it_is_dmds_own_gradient_in_a_gaussian_world(monkeypatch):
     for module in (dmd, gad_lift):
         monkeypatch.setattr(module, "mean_abs", lambda x: jnp.ones(len(x)))
     world = one_step(FLOW_WORLD)
-    batch = make_batch(16384, told=0.0)
+    batch = make_batch(16384, text_scale=0.0)
     student, teacher = world.student_params(), gaussian_params(0) | {"mean": jnp.zeros(D)}
     student["step0"]["bias"] = jnp.zeros(D)
     critic = law(student)
@@ -89,13 +89,13 @@ def test_on_average_it_is_dmds_own_gradient_in_a_gaussian_world(monkeypatch):
 
 
 def law(student):
-    """A linear one-step student's own distribution."""
+    """Distribution of a linear one-step student."""
     step = student["step0"]
     variance, basis = jnp.linalg.eigh(step["matrix"] @ step["matrix"].T)
     return {"mean": step["bias"], "basis": basis, "variance": jnp.maximum(variance, 0)}
 
 
-def test_the_anchors_step_is_left_out():
+def test_the_anchors_step_has_no_weight():
     world, batch = DDPM_WORLD, make_batch(16)
     student, critic, teacher = world.student_params(), gaussian_params(3), gaussian_params(0)
     term = GADLift()

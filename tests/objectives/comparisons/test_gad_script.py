@@ -19,7 +19,7 @@ def differences(term, bend=0.3, samples=B):
     @jax.jit
     def run(batch, student, critic, teacher):
         context = world.context(term, batch, student, critic, teacher)
-        x_tau, tau, _ = TDM().diffused(context.of("tdm"))
+        x_tau, tau, _ = TDM().renoised(context.with_term_stream("tdm"))
         raw = context.normal("perturbation")
         d = term.step * raw / jnp.sqrt((raw**2).sum((1, 2, 3), keepdims=True))
 
@@ -29,19 +29,19 @@ def differences(term, bend=0.3, samples=B):
         def fake(x):
             return world.denoiser(critic, x, tau, batch.cond).x0
 
-        def own(x):
+        def student_x0(x):
             return world.denoiser(student, x, tau, batch.cond).x0
 
         value = context.student[0].x0
-        found = {
+        parts = {
             "real": guided(x_tau + d) - guided(x_tau),
             "fake": fake(x_tau + d) - fake(x_tau),
-            "script": own(x_tau + d) - value,
-            "same point": own(x_tau + d) - own(x_tau),
-            "exact": jax.jvp(own, (x_tau,), (d,))[1],
+            "script": student_x0(x_tau + d) - value,
+            "same point": student_x0(x_tau + d) - student_x0(x_tau),
+            "exact": jax.jvp(student_x0, (x_tau,), (d,))[1],
             "d": d,
         }
-        return term(context)[0], found, tau
+        return term(context)[0], parts, tau
 
     return jax.device_get(
         run(
@@ -60,10 +60,10 @@ def rows(x):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_loss_is_the_scripts_formula(weighted):
     term = GADScript(step=0.1, huber=0.02, weighted=weighted)
-    loss_B, found, tau = differences(term)
-    lengths = np.linalg.norm(rows(found["d"]), axis=1)
+    loss_B, parts, tau = differences(term)
+    lengths = np.linalg.norm(rows(parts["d"]), axis=1)
     np.testing.assert_allclose(lengths, 0.1, rtol=1e-5)
-    real, fake, ds = (rows(found[name]) / 0.1 for name in ("real", "fake", "script"))
+    real, fake, ds = (rows(parts[name]) / 0.1 for name in ("real", "fake", "script"))
     # ds - sg[ds + dT - dF]
     error = fake - real
     scale = np.abs(ds - real).mean(1) + 1e-8
@@ -80,18 +80,18 @@ def cosines(a, b):
 
 def test_its_student_difference_is_no_derivative():
     """It compares two inputs and two times; the same point's difference is the derivative."""
-    _, found, _ = differences(GADScript(), samples=1024)
-    script = cosines(found["script"], found["exact"])
-    print("cosine", script.mean(), "same point", cosines(found["same point"], found["exact"]).min())
+    _, parts, _ = differences(GADScript(), samples=1024)
+    script = cosines(parts["script"], parts["exact"])
+    print("cosine", script.mean(), "same point", cosines(parts["same point"], parts["exact"]).min())
     assert abs(script.mean()) < 4 * script.std() / len(script) ** 0.5 < 0.1
     # What float32 leaves of a difference of 1e-2.
-    assert cosines(found["same point"], found["exact"]).mean() > 0.999
-    size = np.linalg.norm(rows(found["script"]), axis=1)
-    assert np.median(size / np.linalg.norm(rows(found["exact"]), axis=1)) > 100
+    assert cosines(parts["same point"], parts["exact"]).mean() > 0.999
+    size = np.linalg.norm(rows(parts["script"]), axis=1)
+    assert np.median(size / np.linalg.norm(rows(parts["exact"]), axis=1)) > 100
 
 
 def test_gradient_reaches_both_of_the_students_values_with_opposite_signs():
-    """So that moving S everywhere by the same constant is free."""
+    """A shift of S by a constant has no effect on the loss."""
     world, term = DDPM_WORLD, GADScript()
 
     @jax.jit
@@ -114,7 +114,7 @@ def test_gradient_reaches_both_of_the_students_values_with_opposite_signs():
 
 def test_the_gradient_is_the_difference_of_critic_and_teacher():
     """d L / d S(x_tau + d) = H'(dF - dT) / scale, and the opposite for S(x_k): checked for the
-    latter, on a student that answers the same whatever it is asked."""
+    latter, on a student with a constant output."""
     world, term, batch = DDPM_WORLD, GADScript(step=0.1, huber=0.02), make_batch(B)
     student = jax.tree.map(jnp.zeros_like, world.student_params())
     critic, teacher = gaussian_params(3), gaussian_params(0)
@@ -122,7 +122,7 @@ def test_the_gradient_is_the_difference_of_critic_and_teacher():
     @jax.jit
     def run(student):
         context = world.context(term, batch, student, critic, teacher)
-        x_tau, tau, _ = TDM().diffused(context.of("tdm"))
+        x_tau, tau, _ = TDM().renoised(context.with_term_stream("tdm"))
         raw = context.normal("perturbation")
         d = 0.1 * raw / jnp.sqrt((raw**2).sum((1, 2, 3), keepdims=True))
 
@@ -130,8 +130,8 @@ def test_the_gradient_is_the_difference_of_critic_and_teacher():
             return (predict(x_tau + d, tau).x0 - predict(x_tau, tau).x0) / 0.1
 
         def loss(x0):
-            said = Prediction(x0, context.student[0].eps)
-            return term(replace(context, student=(said, None)))[0].sum()
+            pred = Prediction(x0, context.student[0].eps)
+            return term(replace(context, student=(pred, None)))[0].sum()
 
         value = context.student[0].x0
         return jax.grad(loss)(value), difference(context.critic) - difference(context.teacher)
@@ -147,7 +147,7 @@ def test_the_gradient_is_the_difference_of_critic_and_teacher():
 
 
 def test_it_shares_x_tau_with_tdm():
-    """One draw for both losses, as the script has it: what the networks say there is said once."""
+    """One draw for both losses, as in the script: the networks are evaluated there once."""
     world, batch, total = DDPM_WORLD, make_batch(B), TDM() + GADScript()
     asked = []
 
@@ -161,8 +161,8 @@ def test_it_shares_x_tau_with_tdm():
         return total(replace(context, critic=telling))[0], list(asked)
 
     networks = world.student_params(bend=0.3), mixture_params(3), mixture_params(0)
-    _, found = jax.device_get(jax.jit(losses)(*networks))
-    (x, t), (moved, t_too), (same, t_three) = found
+    _, parts = jax.device_get(jax.jit(losses)(*networks))
+    (x, t), (moved, t_too), (same, t_three) = parts
     np.testing.assert_array_equal(t, t_too)
     np.testing.assert_array_equal(t, t_three)
     np.testing.assert_allclose(x, same, rtol=1e-6, atol=1e-6)
