@@ -11,7 +11,7 @@ from typing import Any
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import INDEX, PipelineFolder, write_pipeline
 from gadjax.formats.model_card import CARD, Export, card, metadata_json, read_license, read_report
-from gadjax.formats.orbax_folder import diffusers_folder, open_folder
+from gadjax.formats.orbax_folder import as_diffusers_folder, open_folder
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig, read_world
 from gadjax.formats.scheduler_config import DPM, PIXART, student_scheduler_config
 from gadjax.formats.schedulers import sampler_from_config
@@ -67,7 +67,7 @@ def export(
     description = _describe(out.resolve().name, trained, folder, scheduler, sampling, measured)
 
     with atomic_folder(out, overwrite=overwrite, marker=INDEX) as new:
-        with diffusers_folder(source, out) as src:
+        with as_diffusers_folder(source, out) as src:
             params = {backbone: weights}
             write_pipeline(src, new, params, scheduler=scheduler, dtype=dtype)
         index = read_json(new / INDEX) | {"_class_name": description.pipeline}
