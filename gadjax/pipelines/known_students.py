@@ -57,7 +57,9 @@ def published_student(name: str, pipeline: Pipeline) -> tuple[Pipeline, Sampling
     Raises: InputError for an unknown name, or a pipeline of another family.
     """
     if name not in PUBLISHED_STUDENTS:
-        raise InputError(f"student_preset: found {name!r}; expected one of {', '.join(PUBLISHED_STUDENTS)}")
+        raise InputError(
+            f"student_preset: found {name!r}; expected one of {', '.join(PUBLISHED_STUDENTS)}"
+        )
     student, folder = PUBLISHED_STUDENTS[name], pipeline.folder
     family = folder.model_index.get("_class_name")
     if family != student.family:
