@@ -1,6 +1,6 @@
 """Comparison of objectives on closed-form teachers: the tables of docs/results/bench.md.
 
-    python -m gadjax.analytic
+Run by `python -m gadjax.analytic`.
 """
 
 from collections.abc import Iterator, Mapping

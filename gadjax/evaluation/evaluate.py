@@ -124,14 +124,14 @@ def evaluate(
         pictures = sum(len(texts) for texts, _ in sets[key].values()) + MOVE_COST * moves
         work += (pictures + 2 * config.tangents * len(prompts)) * model.evaluations
 
-    drawn, others, controlled = {}, None, {}
+    outputs, others, controlled = {}, None, {}
     with tqdm(total=work, unit="evaluation", unit_scale=True, disable=None) as bar:
         for key, model in models.items():
             if key in cache:
-                drawn[key], others, controlled[key], targets = cache[key]
+                outputs[key], others, controlled[key], targets = cache[key]
                 continue
             images = draw_sets(model, sets[key], config.batch, bar)
-            drawn[key] = _measure(
+            outputs[key] = _measure(
                 images, _tangents(model, prompts, config, bar), config.seeds, world
             )
             if "others" in images:
@@ -146,14 +146,14 @@ def evaluate(
                 )
                 controlled[key] = replace(controlled[key], layout_result=layout_result)
             if key != "student":
-                cache[key] = drawn[key], others, controlled.get(key), targets
+                cache[key] = outputs[key], others, controlled.get(key), targets
     control = ControlResults(library, targets, controlled) if library else None
-    return _evaluation(models, drawn, others, prompts, world, control)
+    return _evaluation(models, outputs, others, prompts, world, control)
 
 
 def _evaluation(
     models: dict[str, Model],
-    drawn: dict[str, ModelOutputs],
+    outputs: dict[str, ModelOutputs],
     others: np.ndarray | None,
     prompts: Sequence[str],
     world: World,
@@ -161,14 +161,14 @@ def _evaluation(
 ) -> Evaluation:
     listed, rows = catalogue(world), []
     for key, model in models.items():
-        taken = row_metrics(drawn[key], drawn["teacher"], others, prompts, world)
+        taken = row_metrics(outputs[key], outputs["teacher"], others, prompts, world)
         taken |= control_metrics(control, key) if control else {}
         metrics = {name: taken[name] for name in listed if name in taken}
         label = f"{key.split('_')[0]}, {model.sampling.steps} steps"
-        images = drawn[key].images_PSHWC
+        images = outputs[key].images_PSHWC
         rows.append(Row(key, label, model.sampling, model.evaluations, images, metrics))
     names = {name for row in rows for name in row.metrics}
-    absent = absent_metrics(drawn["teacher"], prompts, world)
+    absent = absent_metrics(outputs["teacher"], prompts, world)
     absent |= absent_control(control, names, world)
     return Evaluation(rows, listed, absent, control)
 

@@ -40,12 +40,12 @@ def as_markdown(evaluation: Evaluation, settings: dict[str, Any]) -> str:
     """Report in Markdown: a summary, and a section for each group of metrics."""
     rows, listed = evaluation.rows, evaluation.catalogue
     taken = [name for name in listed if any(name in row.metrics for row in rows)]
-    drawn = {
+    sampling = {
         "network evaluations": [str(row.evaluations) for row in rows],
         "guidance": [f"{row.sampling.guidance:g}" for row in rows],
     }
     lines = ["# Student compared with its teacher", ""]
-    lines += _table(evaluation, [n for n in SUMMARY if n in taken], drawn)
+    lines += _table(evaluation, [n for n in SUMMARY if n in taken], sampling)
     lines += [
         "",
         "In brackets: 95 % intervals, by bootstrap unless stated otherwise. The metrics are",
@@ -73,12 +73,14 @@ def as_markdown(evaluation: Evaluation, settings: dict[str, Any]) -> str:
 
 
 def _table(
-    evaluation: Evaluation, names: Sequence[str], drawn: Mapping[str, Sequence[str]] | None = None
+    evaluation: Evaluation,
+    names: Sequence[str],
+    sampling: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
     rows = evaluation.rows
     labels = (escape_markdown(row.label) for row in rows)
     lines = ["| | " + " | ".join(labels) + " |", "|---|" + "---|" * len(rows)]
-    for title, texts in (drawn or {}).items():
+    for title, texts in (sampling or {}).items():
         lines.append(f"| {title} | " + " | ".join(texts) + " |")
     for name in names:
         cells = (_cell(row.metrics.get(name)) for row in rows)
