@@ -191,7 +191,7 @@ def test_without_libtpu(monkeypatch):
 
 def test_a_mesh_that_does_not_divide():
     pytest.importorskip("libtpu")
-    assert "(mesh.fsdp=4 would, target 3 does not)" in refused(shapes_config(fsdp=3), "v5e:2x2")
+    assert "(mesh.fsdp=4 would, where 3 does not)" in refused(shapes_config(fsdp=3), "v5e:2x2")
 
 
 def test_a_state_larger_than_the_chip(monkeypatch):
