@@ -132,7 +132,7 @@ def iterations(variants: tuple[str, ...], rounds: int) -> Iterator[Figure]:
     """Cost of iterations of the study's objectives on the bundled eps teacher (batch 16, 4 steps of
     the student, 2 critic updates where there is a critic), beside the same base alone."""
     configs = {name: study.config_of(f"eps/{name}") for name in variants}
-    cost = {name: evaluations_of(config) for name, config in configs.items()}
+    cost = {name: evaluations_of(prepare(config)) for name, config in configs.items()}
     for name in variants:
         base = f"{'tdm' if name == 'script' else name.split('_')[0]}_none"
         yield Figure(f"evaluations an iteration: {name}", cost[name])
