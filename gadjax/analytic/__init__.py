@@ -1,4 +1,4 @@
-"""Objectives tried in seconds, on teachers whose every answer is a formula."""
+"""Closed-form teachers, on which an objective is tried in seconds."""
 
 from gadjax.analytic.bench import Bench
 from gadjax.analytic.result import Result, table

@@ -1,4 +1,7 @@
-"""`python -m gadjax.analytic`: the tables of docs/results/bench.md."""
+"""Comparison of objectives on closed-form teachers: the tables of docs/results/bench.md.
+
+Run by `python -m gadjax.analytic`.
+"""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -12,7 +15,7 @@ from gadjax.objectives import DMD, GAD, TDM, GADLift, Regression, Term
 from gadjax.seeds import make_key
 
 UPDATES, SEEDS = 1000, 3
-FINE = 16  # steps of the teacher's maps; the metrics' own is exact
+FINE = 16  # steps of the teacher's maps in the objectives; the metrics use the exact map
 
 REGRESSION, TANGENTS = Regression(steps=FINE), GAD(steps=FINE, loss="square")
 ROWS: dict[str, Term] = {
@@ -24,47 +27,58 @@ ROWS: dict[str, Term] = {
     "TDM": TDM(),
     "TDM + 0.3 GAD": TDM() + 0.3 * TANGENTS,
 }
-WHOLE: dict[str, Term] = {
+FULL_MAP: dict[str, Term] = {
     "DMD + 0.3 GAD(whole)": DMD() + 0.3 * GAD("whole", steps=2 * FINE, loss="square")
 }
 FEW = ("Regression", "DMD", "DMD + 0.3 GAD")
 
 
 def exact(bench: Bench) -> Result:
-    """The teacher beside itself: what is left is the metrics' own error."""
+    """Metrics of the teacher compared with itself: the error of the metrics."""
     alpha, sigma = (float(v) for v in bench.schedule.alpha_sigma(bench.times[0]))
-    walk = partial(posterior_map, bench.teacher.posterior, alpha=alpha, sigma=sigma, steps=128)
-    return bench.measure(lambda _, z: walk(z))
+    ode = partial(posterior_map, bench.teacher.posterior, alpha=alpha, sigma=sigma, steps=128)
+    return bench.measure(lambda _, z: ode(z))
 
 
 def compare(bench: Bench, rows: Mapping[str, Term], updates: int, seeds: int) -> str:
+    """Table of the teacher, the untrained student and a student of each objective.
+
+    Args:
+      bench: teacher and student.
+      rows: objectives by label.
+      updates: student updates of a run.
+      seeds: runs of each objective.
+    """
     start = bench.init(make_key(0))
-    found = {"teacher": [exact(bench)], "start": [bench.measure(bench.draw, start)]}
+    results = {"teacher": [exact(bench)], "start": [bench.measure(bench.draw, start)]}
     for label, objective in rows.items():
-        found[label] = [bench.fit(objective, updates, seed) for seed in range(seeds)]
-    return table(found)
+        results[label] = [bench.fit(objective, updates, seed) for seed in range(seeds)]
+    return table(results)
 
 
 def gauge(updates: int, seeds: int) -> str:
-    """From the teacher's own map behind a rotation of the noise, which draws the same pictures."""
+    """Table of students that start from the teacher's map behind a rotation of the noise.
+
+    The start has the teacher's distribution, but not its correspondence of noise and sample.
+    """
     bench = Bench(Gaussian.random(8))
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(8, 8)))[0]
     matrix = bench.reference.jacobian[0] @ rotation
     start = bench.linear(matrix, bench.teacher.mean)
-    found = {"teacher": [exact(bench)], "start": [bench.measure(bench.draw, start)]}
+    results = {"teacher": [exact(bench)], "start": [bench.measure(bench.draw, start)]}
     for label in ("DMD", "DMD + GADLift", "DMD + 0.3 GAD"):
         fits = [bench.fit(ROWS[label], updates, seed, start) for seed in range(seeds)]
-        found[label] = fits
-    return table(found)
+        results[label] = fits
+    return table(results)
 
 
 def report(updates: int = UPDATES, seeds: int = SEEDS) -> Iterator[str]:
-    """The parts of the report as they are done."""
+    """Parts of the report, each as soon as it is done."""
     yield f"Mean of {seeds} runs (and their range), {updates} updates each."
     for steps in (1, 4):
         for family in ("flow", "ddpm"):
             yield f"## A ring of 8 modes in 2 dimensions: {family}, {steps} step{'s'[: steps > 1]}"
-            rows = ROWS | WHOLE if steps > 1 else ROWS
+            rows = ROWS | FULL_MAP if steps > 1 else ROWS
             yield compare(Bench(Mixture.ring(), family, steps), rows, updates, seeds)
     for dim in (16, 64):
         yield f"## 8 random modes in {dim} dimensions: flow, 1 step"

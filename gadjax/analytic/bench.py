@@ -1,4 +1,4 @@
-"""Distillation in seconds where every answer is known: a formula for a teacher, an MLP to train."""
+"""Distillation from a closed-form teacher to an MLP, in seconds, with exact metrics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,22 +24,27 @@ from gadjax.training.steps import CRITICS, critic_step, student_step
 from gadjax.types import Batch, Cond, Params, Prediction
 
 FAMILIES = {"flow": (Flow(), "flow"), "ddpm": (DDPM(), "eps")}
-SAMPLES = 4096  # over which the metrics are taken; those that need the exact ODE over
-FOLLOWED = 2048  # / D samples, but at least 64
-WAVES = 4  # frequencies of the time that the MLP sees
+SAMPLES = 4096  # of the metrics that need no exact ODE
+ODE_SAMPLES = 2048  # / D, but at least 64: of those that do
+FREQUENCIES = 4  # of the timestep embedding of the MLP
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """One teacher in one family, and a student of `steps` steps, even in time.
+    """Closed-form teacher, and a student of `steps` steps, even in time.
 
-    family: "flow" (a velocity on the straight-line schedule) or "ddpm" (eps on DDPM's).
     Student and critic are the teacher's formula plus a small MLP r that starts near zero, so that
-    they start as the teacher, as they do where its weights are copied:
+    they start as the teacher, as copies of its weights do:
     x0 = E[x0 | x_t] + sigma s r / sqrt(alpha^2 s^2 + sigma^2), s being the data's scale. With this
     factor (Karras et al. 2022) the error is bounded in x0, eps and velocity at all times.
-    width: of the MLP's two hidden layers. batch, lr (of the student; twice that of the critic),
-      critic_updates for each of the student's: of the training.
+
+    teacher: a Gaussian or a mixture.
+    family: "flow" (a velocity on the straight-line schedule) or "ddpm" (eps on DDPM's).
+    steps: of the student's sampler.
+    width: of the MLP's two hidden layers.
+    batch: samples of an update.
+    lr: learning rate of the student; the critic's is twice that.
+    critic_updates: updates of the critic for each of the student's.
     """
 
     teacher: Gaussian | Mixture
@@ -64,7 +69,7 @@ class Bench:
 
     @property
     def times(self) -> tuple[float, ...]:
-        """The student's grid, from the last time of the schedule to its clean one."""
+        """Timesteps of the student, from the last time of the schedule to its clean one."""
         grid = np.linspace(self.schedule.last, self.schedule.clean, self.steps + 1)
         return tuple(float(t) for t in np.round(grid))
 
@@ -83,113 +88,126 @@ class Bench:
     def denoiser(self) -> Denoiser:
         return Denoiser(self.apply, *FAMILIES[self.family], self.features)
 
-    def said(self, params: Params, x_BHWC, t_B) -> Prediction:
-        """The teacher's formula [B, D], and where there are parameters the MLP on top."""
+    def predict(self, params: Params, x_BHWC, t_B) -> Prediction:
+        """Prediction [B, D] of the teacher's formula, plus the MLP where there are parameters.
+
+        Args:
+          params: of the MLP; empty for the teacher.
+          x_BHWC: noised samples.
+          t_B: timesteps.
+        """
         x = x_BHWC.reshape(-1, self.dim)
         alpha, sigma = (v[:, None] for v in self.schedule.alpha_sigma(t_B))
-        said = self.teacher.posterior(x, alpha, sigma)
+        prediction = self.teacher.posterior(x, alpha, sigma)
         if not params:
-            return said
+            return prediction
         unit = jax.lax.rsqrt((alpha * self.scale) ** 2 + sigma**2)
         r = self.scale * unit * mlp(params, x * unit, jnp.arctan2(sigma, alpha))
-        return Prediction(said.x0 + sigma * r, said.eps - alpha * r)
+        return Prediction(prediction.x0 + sigma * r, prediction.eps - alpha * r)
 
     def apply(self, params: Params, x_BHWC, t_B, cond: Cond):
-        """Teacher (no parameters), student and critic as a network's raw output."""
+        """Raw output of teacher (no parameters), student or critic, as a backbone's."""
         alpha, sigma = (v[:, None] for v in self.schedule.alpha_sigma(t_B))
-        said = self.said(params, x_BHWC, t_B)
-        return from_prediction(FAMILIES[self.family][1], said, alpha, sigma).reshape(x_BHWC.shape)
+        prediction = self.predict(params, x_BHWC, t_B)
+        return from_prediction(FAMILIES[self.family][1], prediction, alpha, sigma).reshape(
+            x_BHWC.shape
+        )
 
     def features(self, params: Params, x_BHWC, t_B, cond: Cond):
-        """[B, 1, 2 D] for a discriminator: x0 and eps, as there is no network to look into."""
-        return jnp.concatenate(self.said(params, x_BHWC, t_B), axis=1)[:, None]
+        """Features [B, 1, 2 D] for a discriminator: x0 and eps, for want of hidden layers."""
+        return jnp.concatenate(self.predict(params, x_BHWC, t_B), axis=1)[:, None]
 
     def init(self, key) -> Params:
-        """A random MLP with a small output."""
-        given = self.dim + 2 * WAVES + 1
-        sizes = (given, self.width), (self.width, self.width), (self.width + given, self.dim)
+        """Parameters of a random MLP with a small output."""
+        inputs = self.dim + 2 * FREQUENCIES + 1
+        sizes = (inputs, self.width), (self.width, self.width), (self.width + inputs, self.dim)
         keys = jax.random.split(key, 3)
         gains = (
             3.0,
             1.0,
             0.1,
-        )  # of the first: so that modes apart by less than a unit are told apart
+        )  # of the first: separates modes less than a unit apart
         return {
             f"layer{i}": gain / np.sqrt(size[0]) * jax.random.normal(k, size)
             for i, (k, size, gain) in enumerate(zip(keys, sizes, gains, strict=True))
         }
 
     def linear(self, matrix, offset=0.0) -> Params:
-        """The one-step student x0 = matrix z + offset; exact where the teacher's own step is
-        linear, as a Gaussian's always is and any flow's from pure noise.
+        """Parameters of the one-step student x0 = matrix z + offset.
 
-        Raises InputError for a student of more steps.
+        Exact where the teacher's own step is linear, as a Gaussian's always is and any flow's from
+        pure noise.
+        Raises: InputError for a student of more steps.
         """
         if self.steps != 1:
             raise InputError(f"bench: found a student of {self.steps} steps; expected 1")
         alpha, sigma = (float(v) for v in self.schedule.alpha_sigma(self.times[0]))
         ends = jnp.concatenate([jnp.zeros((1, self.dim)), jnp.eye(self.dim)])  # 0 and the axes
-        told = self.denoiser({}, ends.reshape(-1, 1, 1, self.dim), self.times[0], None).x0
-        shift, *columns = np.asarray(told, float).reshape(-1, self.dim)
+        outputs = self.denoiser({}, ends.reshape(-1, 1, 1, self.dim), self.times[0], None).x0
+        shift, *columns = np.asarray(outputs, float).reshape(-1, self.dim)
         unit = 1 / np.hypot(alpha * self.scale, sigma)
         gain = sigma * self.scale * unit
         params = dict(self.init(make_key(0)))
-        last = np.zeros((self.width + self.dim + 2 * WAVES + 1, self.dim))
-        moved = slice(self.width, self.width + self.dim)
-        last[moved] = (np.asarray(matrix, float).T - (np.array(columns) - shift)) / (gain * unit)
+        last = np.zeros((self.width + self.dim + 2 * FREQUENCIES + 1, self.dim))
+        x_rows = slice(self.width, self.width + self.dim)
+        last[x_rows] = (np.asarray(matrix, float).T - (np.array(columns) - shift)) / (gain * unit)
         last[-1] = (offset - shift) / gain
         return params | {"layer2": jnp.asarray(last, jnp.float32)}
 
     def cond(self, samples: int) -> Cond:
-        """The empty condition."""
+        """Empty conditioning of a batch."""
         return Cond(jnp.zeros((samples, 1, 1)), jnp.ones((samples, 1)))
 
     def make_batch(self, key, images: bool) -> Batch:
-        """One update's noises and keys, and pictures where they are asked for."""
-        places, shape = jnp.arange(self.batch, dtype=jnp.int32), (1, 1, self.dim)
-        keys = jax.vmap(partial(jax.random.fold_in, key))(places)
+        """Noises and keys of one update, and clean samples where `images` asks for them."""
+        indices, shape = jnp.arange(self.batch, dtype=jnp.int32), (1, 1, self.dim)
+        keys = jax.vmap(partial(jax.random.fold_in, key))(indices)
         noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
         cond, x0 = self.cond(self.batch), None
         if images:
             x0 = self.teacher.sample(jax.random.fold_in(key, self.batch), self.batch)
             x0 = x0.reshape(noise.shape)
-        return Batch(cond, cond, noise, keys, places, x0)
+        return Batch(cond, cond, noise, keys, indices, x0)
 
     def draw(self, params: Params, z_ND):
-        """The student's map from noise to x0."""
+        """Map from noise to x0 of a student: its sampler."""
         cond, x = self.cond(len(z_ND)), z_ND.reshape(-1, 1, 1, self.dim)
-        walk = rollout(
+        trajectory = rollout(
             lambda x, t: self.denoiser(params, x, t, cond), self.schedule, x, jnp.array(self.times)
         )
-        return walk.end.reshape(z_ND.shape)
+        return trajectory.end.reshape(z_ND.shape)
 
     @cached_property
     def reference(self) -> Reference:
-        """The same noises for every student, and where the exact ODE takes them."""
+        """Held-out noises, the same for every student, and the teacher's exact map of them."""
         keys = jax.random.split(make_key(10_000), 2)
         noise = np.asarray(jax.random.normal(keys[0], (SAMPLES, self.dim)))
-        few = max(64, FOLLOWED // self.dim)
+        few = max(64, ODE_SAMPLES // self.dim)
         ends = (float(v) for v in self.schedule.alpha_sigma(self.times[0]))
         sample = np.asarray(self.teacher.sample(keys[1], SAMPLES), float)
         return Reference(noise, sample, *self.teacher.map(noise[:few], *ends))
 
     @pinned_jax_config()
     def measure(self, f: Callable, params: Params | None = None) -> Result:
-        """Any map (params, z_ND) -> x_ND that takes every noise by itself."""
+        """Metrics of a map (params, z_ND) -> x_ND that maps every noise independently."""
         reference = self.reference
         few = len(reference.end)
-        samples, jacobian = followed(f, few, params, reference.noise)
+        samples, jacobian = map_and_jacobians(f, few, params, reference.noise)
         return compare_maps(self.teacher, reference, samples, jacobian, params)
 
     @pinned_jax_config()
     def fit(
         self, objective: Term, updates: int = 500, seed: int = 0, start: Params | None = None
     ) -> Result:
-        """Train a student, by the training's own steps, and measure its average.
+        """Train a student with the package's training steps, and measure its EMA.
 
-        start: its first parameters, random ones by default.
-        Raises: InputError for an objective that these steps cannot train, RunStopped where updates
-        are not finite.
+        Args:
+          objective: a term or a sum of terms.
+          updates: student updates.
+          seed: of the initial parameters, noises and samples.
+          start: initial parameters; random ones by default.
+        Raises: InputError for an objective that these steps cannot train; RunStopped where updates
+          are not finite.
         """
         total = objective if isinstance(objective, Sum) else Sum(((1.0, objective),))
         total.check(self.times[:-1])
@@ -203,36 +221,57 @@ class Bench:
 
 
 def mlp(params: Params, x_BD, angle_B1):
-    """Two hidden layers; the last one reads the input too. angle: atan2(sigma, alpha)."""
-    waves = angle_B1 * 2.0 ** np.arange(WAVES, dtype=np.float32)
+    """MLP of two hidden layers, with the input concatenated to the last one's.
+
+    Args:
+      params: weights by layer.
+      x_BD: scaled samples.
+      angle_B1: atan2(sigma, alpha), the timestep.
+    """
+    waves = angle_B1 * 2.0 ** np.arange(FREQUENCIES, dtype=np.float32)
     one = jnp.ones_like(angle_B1)  # for the biases
-    given = jnp.concatenate([x_BD, jnp.sin(waves), jnp.cos(waves), one], axis=1)
-    y = jax.nn.silu(given @ params["layer0"])
+    inputs = jnp.concatenate([x_BD, jnp.sin(waves), jnp.cos(waves), one], axis=1)
+    y = jax.nn.silu(inputs @ params["layer0"])
     y = jax.nn.silu(y @ params["layer1"])
-    return jnp.concatenate([y, given], axis=1) @ params["layer2"]
+    return jnp.concatenate([y, inputs], axis=1) @ params["layer2"]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def followed(f: Callable, few: int, params: Params | None, noise_ND):
-    """f of all noises, and its Jacobians at the first few."""
+def map_and_jacobians(f: Callable, few: int, params: Params | None, noise_ND):
+    """Samples f(params, noise), and the Jacobians of f at the first `few` noises.
 
-    def of(z):
+    Args:
+      f: (params, z_ND) -> x_ND.
+      few: number of Jacobians.
+      params: of the student, or None.
+      noise_ND: initial noises.
+    """
+
+    def apply(z):
         return f(params, z)
 
-    return of(noise_ND), jacobians(of, noise_ND[:few])[1]
+    return apply(noise_ND), jacobians(apply, noise_ND[:few])[1]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
-    """The student's average, and per role how many updates were left out for not being finite."""
+    """Train a student; returns its EMA and the number of skipped, non-finite updates by role.
+
+    Args:
+      bench: teacher, denoiser and training settings.
+      objective: sum of terms.
+      updates: student updates.
+      start: initial parameters.
+      key: of all random numbers.
+    """
     roles = ["student"] + [role for role in CRITICS if getattr(objective.needs, role)]
-    each = bench.critic_updates if len(roles) > 1 else 0
+    critic_updates = bench.critic_updates if len(roles) > 1 else 0
     rate = optax.cosine_decay_schedule(bench.lr, updates, 0.05)
-    often = optax.cosine_decay_schedule(2 * bench.lr, updates * max(each, 1), 0.05)
+    critic_rate = optax.cosine_decay_schedule(2 * bench.lr, updates * max(critic_updates, 1), 0.05)
     optimizers = {
         role: optax.chain(
             optax.clip_by_global_norm(1.0),
-            optax.adam(rate if role == "student" else often, b1=0.5, b2=0.95),
+            optax.adam(rate if role == "student" else critic_rate, b1=0.5, b2=0.95),
         )
         for role in roles
     }
@@ -240,8 +279,8 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
     if "critic" in roles:
         params["critic"] = bench.init(jax.random.fold_in(key, 1))
     if "discriminator" in roles:
-        own = jax.random.fold_in(key, 2)
-        params["discriminator"] = objective.init_discriminator(own, 2 * bench.dim)
+        init_key = jax.random.fold_in(key, 2)
+        params["discriminator"] = objective.init_discriminator(init_key, 2 * bench.dim)
     step_spec = StepSpec(bench.denoiser, objective, bench.times, 1, optimizers, ema=0.98)
 
     def batch(number):
@@ -254,10 +293,10 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
         return state, state.bad
 
     def update(state, number):
-        first = number * (each + 1)
-        if each:
-            state, _ = jax.lax.scan(critics, state, first + jnp.arange(each))
-        state, _ = student_step(step_spec, state, {}, batch(first + each))
+        first = number * (critic_updates + 1)
+        if critic_updates:
+            state, _ = jax.lax.scan(critics, state, first + jnp.arange(critic_updates))
+        state, _ = student_step(step_spec, state, {}, batch(first + critic_updates))
         return state, {role: state.bad[role] > 0 for role in roles}
 
     state, bad = jax.lax.scan(update, create_state(params, optimizers), jnp.arange(updates))

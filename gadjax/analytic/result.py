@@ -1,4 +1,4 @@
-"""How near a map from noise to x0 is to the teacher's own, and what it draws."""
+"""Metrics of a student's map from noise to x0 against the teacher's exact ODE map."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,13 @@ PROJECTIONS = 128
 
 
 class Reference(NamedTuple):
-    """Held-out noises [N, D], N samples of the teacher from other noises, and for the first M
-    noises where the teacher's exact ODE takes them [M, D] and its Jacobians [M, D, D]."""
+    """Reference of a teacher: noises, samples and its exact ODE map.
+
+    noise: held-out noises [N, D].
+    sample: N samples of the teacher from other noises [N, D].
+    end: end points of the exact ODE from the first M noises [M, D].
+    jacobian: Jacobians of that map [M, D, D].
+    """
 
     noise: np.ndarray
     sample: np.ndarray
@@ -24,15 +29,15 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """A student G beside its teacher, Phi being the teacher's exact ODE map.
+    """Metrics of a student G against Phi, the teacher's exact ODE map.
 
-    modes_covered: share of the components that hold at least half of what is due to them. One
-      holds the samples nearest to it, but none further off than nearly all of its own (98 %).
+    modes_covered: share of the components that hold at least half of their expected samples. A
+      component holds the samples nearest to it, if no further off than 98 % of its own.
     mode_spread: root mean square distance from the nearest component's mean in its own standard
       deviations and by dimension: 1 for the teacher, above where modes are blurred or missed.
-    sliced_wasserstein: W2 between what both draw, root mean square over random projections.
+    sliced_wasserstein: W2 between the samples of both, root mean square over random projections.
     transport_cost: E |G(z) - Phi(z)|^2 over the trace of the teacher's covariance: 0 for the
-      teacher's own map, 2 where the right distribution is drawn from unrelated noise.
+      teacher's own map, 2 for the right distribution from unrelated noise.
     jacobian_error: sqrt(E |J_G - J_Phi|_F^2 / E |J_Phi|_F^2).
     jacobian_cosine: E <J_G, J_Phi> / (|J_G| |J_Phi|).
     noise, samples: the held-out noises [N, D] and G of them. params: the student's, if it has any.
@@ -56,15 +61,23 @@ def compare_maps(
     jacobian_MDD: np.ndarray,
     params: Params | None = None,
 ) -> Result:
-    """What a map makes of the reference's noises, and its Jacobians at the first M."""
-    samples, found = np.asarray(samples_ND, float), np.asarray(jacobian_MDD, float)
-    end, wanted = reference.end, reference.jacobian
+    """Metrics of a map from its samples and Jacobians at the reference's noises.
+
+    Args:
+      teacher: the closed-form teacher.
+      reference: noises and the teacher's exact map.
+      samples_ND: the map's samples of all noises.
+      jacobian_MDD: its Jacobians at the first M noises.
+      params: the student's parameters, kept in the result.
+    """
+    samples, jacobian = np.asarray(samples_ND, float), np.asarray(jacobian_MDD, float)
+    end, exact = reference.end, reference.jacobian
     which_N, square_N, dim = teacher.nearest(samples)
     near = which_N[square_N < dim + 3 * np.sqrt(2 * dim)]
     held = np.bincount(near, minlength=len(teacher.weights)) / len(samples)
     axes = (1, 2)
-    sizes = np.sqrt(np.sum(found**2, axes) * np.sum(wanted**2, axes))
-    cosine = np.sum(found * wanted, axes) / np.maximum(sizes, np.finfo(float).tiny)
+    sizes = np.sqrt(np.sum(jacobian**2, axes) * np.sum(exact**2, axes))
+    cosine = np.sum(jacobian * exact, axes) / np.maximum(sizes, np.finfo(float).tiny)
     return Result(
         modes_covered=float(np.mean(held >= 0.5 * teacher.weights)),
         mode_spread=float(np.sqrt(np.mean(square_N) / dim)),
@@ -72,7 +85,7 @@ def compare_maps(
         transport_cost=float(
             np.mean(np.sum((samples[: len(end)] - end) ** 2, axis=1)) / teacher.total_variance
         ),
-        jacobian_error=float(np.sqrt(np.sum((found - wanted) ** 2) / np.sum(wanted**2))),
+        jacobian_error=float(np.sqrt(np.sum((jacobian - exact) ** 2) / np.sum(exact**2))),
         jacobian_cosine=float(np.mean(cosine)),
         noise=reference.noise,
         samples=samples,
@@ -81,7 +94,8 @@ def compare_maps(
 
 
 def sliced_wasserstein(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
-    """Root mean square over random directions of W2 between the projections (Rabin et al. 2011)."""
+    """Sliced Wasserstein distance: W2 of projections, root mean square over random directions
+    (Rabin et al. 2011)."""
     v = np.random.default_rng(0).normal(size=(a_ND.shape[1], PROJECTIONS))
     v /= np.linalg.norm(v, axis=0)
     a, b = (np.sort(x @ v, axis=0) for x in (a_ND, b_ND))
@@ -99,7 +113,7 @@ COLUMNS = {
 
 
 def table(rows: Mapping[str, Sequence[Result]]) -> str:
-    """Markdown: per row the mean over its results and, where there are several, their range."""
+    """Table in Markdown: the mean over each row's results and, of several, their range."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for label, results in rows.items():
         cells = []

@@ -1,7 +1,7 @@
-"""Teachers whose posterior mean is a formula, so that no network has to be trained first.
+"""Closed-form teachers: Gaussians and mixtures, whose posterior mean is a formula.
 
 x_t = alpha x0 + sigma eps; the posterior E[x0 | x_t] and its eps are exact for Gaussians and their
-mixtures, and so is everything made of them: the ODE map from noise to x0 and its Jacobian.
+mixtures, and so are the ODE map from noise to x0 and its Jacobian.
 """
 
 from collections.abc import Callable
@@ -17,35 +17,58 @@ from gadjax.types import Prediction
 
 
 def gaussian(mean, basis, variance, x_BD, alpha_B1, sigma_B1) -> Prediction:
-    """The posterior of x0 ~ N(mean, basis diag(variance) basis^T). mean: [D] or [B, D]."""
+    """Posterior mean for x0 ~ N(mean, basis diag(variance) basis^T).
+
+    Args:
+      mean: [D] or [B, D].
+      basis: orthonormal columns [D, D].
+      variance: along each column [D].
+      x_BD: noised samples.
+      alpha_B1: of the noise schedule.
+      sigma_B1: of the noise schedule.
+    """
     mean, basis, variance = (jnp.asarray(v, x_BD.dtype) for v in (mean, basis, variance))
     spread = alpha_B1**2 * variance + sigma_B1**2
-    away = (x_BD - alpha_B1 * mean) @ basis
-    x0 = mean + (alpha_B1 * variance / spread * away) @ basis.T
-    return Prediction(x0, (sigma_B1 / spread * away) @ basis.T)
+    offset = (x_BD - alpha_B1 * mean) @ basis
+    x0 = mean + (alpha_B1 * variance / spread * offset) @ basis.T
+    return Prediction(x0, (sigma_B1 / spread * offset) @ basis.T)
 
 
 def mixture(means, variances, logits, x_BD, alpha_B1, sigma_B1) -> Prediction:
-    """The posterior of x0 ~ sum_k softmax(logits)_k N(means_k, variances_k I).
+    """Posterior mean for x0 ~ sum_k softmax(logits)_k N(means_k, variances_k I).
 
-    means: [K, D] or [B, K, D].
+    Args:
+      means: [K, D] or [B, K, D].
+      variances: [K].
+      logits: of the weights [K].
+      x_BD: noised samples.
+      alpha_B1: of the noise schedule.
+      sigma_B1: of the noise schedule.
     """
     means, variances, logits = (jnp.asarray(v, x_BD.dtype) for v in (means, variances, logits))
     spread = (alpha_B1**2 * variances + sigma_B1**2)[..., None]
-    away = x_BD[:, None] - alpha_B1[..., None] * means
-    logits = logits - 0.5 * jnp.sum(away**2 / spread + jnp.log(spread), axis=-1)
+    offset = x_BD[:, None] - alpha_B1[..., None] * means
+    logits = logits - 0.5 * jnp.sum(offset**2 / spread + jnp.log(spread), axis=-1)
     share = jax.nn.softmax(logits)[..., None]
     gain = alpha_B1[..., None] * variances[:, None] / spread
-    x0 = jnp.sum(share * (means + gain * away), axis=1)
-    return Prediction(x0, jnp.sum(share * sigma_B1[..., None] / spread * away, axis=1))
+    x0 = jnp.sum(share * (means + gain * offset), axis=1)
+    return Prediction(x0, jnp.sum(share * sigma_B1[..., None] / spread * offset, axis=1))
 
 
 def gaussian_map(mean, basis, variance, x_BD, start, end):
-    """Where a gaussian's probability-flow ODE takes x, and its Jacobians [B, D, D]. In float64.
+    """Exact probability-flow ODE map of a Gaussian, with its Jacobians [B, D, D]. In float64.
 
-    start, end: (alpha_B1, sigma_B1) at the two times. x(t) - alpha mean has the covariance
+    x(t) - alpha mean has the covariance
     M_t = alpha^2 S + sigma^2 at all times, and all M_t commute; so
     x(s) = alpha_s mean + M_s^(1/2) M_t^(-1/2) (x - alpha_t mean).
+
+    Args:
+      mean: [D].
+      basis: orthonormal columns [D, D].
+      variance: along each column [D].
+      x_BD: states at the first time.
+      start: (alpha_B1, sigma_B1) at the first time.
+      end: (alpha_B1, sigma_B1) at the second time.
     """
     (a, s), (b, r) = start, end
     slope = np.sqrt((b**2 * variance + r**2) / (a**2 * variance + s**2))
@@ -54,17 +77,24 @@ def gaussian_map(mean, basis, variance, x_BD, start, end):
 
 
 def posterior_map(posterior: Callable[..., Prediction], x_BD, alpha: float, sigma: float, steps):
-    """Where the ODE of any posterior (x, alpha, sigma) takes x on its way to sigma = 0.
+    """Probability-flow ODE map of any posterior to sigma = 0, by Runge-Kutta of order 4.
 
     Schedules differ in scale and pace alone: with (alpha, sigma) = r (cos h, sin h) and u = x / r
-    the ODE is du/dh = cos h eps - sin h x0, which is smooth at both ends. Runge-Kutta, even in h.
+    the ODE is du/dh = cos h eps - sin h x0, which is smooth at both ends. Steps are even in h.
+
+    Args:
+      posterior: (x_BD, alpha_B1, sigma_B1) -> Prediction.
+      x_BD: states at (alpha, sigma).
+      alpha: at the start.
+      sigma: at the start.
+      steps: of the solver.
     """
     width = -np.arctan2(sigma, alpha) / steps
 
     def slope(u, h):
         cos, sin = (jnp.full((len(u), 1), f(h), u.dtype) for f in (jnp.cos, jnp.sin))
-        said = posterior(u, cos, sin)
-        return cos * said.eps - sin * said.x0
+        prediction = posterior(u, cos, sin)
+        return cos * prediction.eps - sin * prediction.x0
 
     def step(u, h):
         k1 = slope(u, h)
@@ -73,12 +103,12 @@ def posterior_map(posterior: Callable[..., Prediction], x_BD, alpha: float, sigm
         k4 = slope(u + width * k3, h + width)
         return u + width / 6 * (k1 + 2 * k2 + 2 * k3 + k4), None
 
-    places = jnp.asarray(-width * np.arange(steps, 0, -1), x_BD.dtype)
-    return jax.lax.scan(step, x_BD / np.hypot(alpha, sigma), places)[0]
+    angles = jnp.asarray(-width * np.arange(steps, 0, -1), x_BD.dtype)
+    return jax.lax.scan(step, x_BD / np.hypot(alpha, sigma), angles)[0]
 
 
 def jacobians(f: Callable[[jax.Array], jax.Array], x_ND):
-    """f(x) and the exact Jacobians [N, D, D] of an f that maps every sample by itself."""
+    """Values and exact Jacobians [N, D, D] of an f that maps every sample independently."""
 
     def along(axis):
         return jax.jvp(f, (x_ND,), (jnp.broadcast_to(axis, x_ND.shape),))
@@ -89,7 +119,7 @@ def jacobians(f: Callable[[jax.Array], jax.Array], x_ND):
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """N(mean, basis diag(variance) basis^T); its ODE map is linear, x0 = mean + S^(1/2) (...)."""
+    """Gaussian teacher N(mean, basis diag(variance) basis^T), with a linear ODE map."""
 
     mean: np.ndarray
     basis: np.ndarray
@@ -97,12 +127,12 @@ class Gaussian:
 
     @classmethod
     def random(cls, dim: int = 8, seed: int = 0) -> "Gaussian":
-        """A mean of the data's own size, and standard deviations from 0.3 to 1.4."""
+        """Gaussian with a mean of the data's scale and standard deviations from 0.3 to 1.4."""
         rng = np.random.default_rng(seed)
         basis = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
         return cls(0.5 * rng.normal(size=dim), basis, np.geomspace(0.1, 2.0, dim))
 
-    weights = np.ones(1)  # of its one component
+    weights = np.ones(1)  # one component
 
     @property
     def dim(self) -> int:
@@ -110,31 +140,37 @@ class Gaussian:
 
     @property
     def total_variance(self) -> float:
-        """The trace of the covariance."""
+        """Trace of the covariance."""
         return float(self.variance.sum())
 
     def posterior(self, x_BD, alpha_B1, sigma_B1) -> Prediction:
         return gaussian(self.mean, self.basis, self.variance, x_BD, alpha_B1, sigma_B1)
 
     def sample(self, key, count: int):
-        away = jnp.sqrt(self.variance) * jax.random.normal(key, (count, self.dim))
-        return self.mean + away @ self.basis.T
+        deviation = jnp.sqrt(self.variance) * jax.random.normal(key, (count, self.dim))
+        return self.mean + deviation @ self.basis.T
 
     def map(self, z_ND, alpha: float, sigma: float):
-        """Where the ODE takes z from (alpha, sigma), and its Jacobians: [N, D], [N, D, D]."""
+        """Exact ODE map of z from (alpha, sigma) to x0 [N, D], and its Jacobians [N, D, D].
+
+        Args:
+          z_ND: states at (alpha, sigma).
+          alpha: of the noise schedule.
+          sigma: of the noise schedule.
+        """
         z_ND, one = np.asarray(z_ND, float), np.ones((len(z_ND), 1))
         start, end = (alpha * one, sigma * one), (one, 0 * one)
         return gaussian_map(self.mean, self.basis, self.variance, z_ND, start, end)
 
     def nearest(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """See Mixture.nearest; a Gaussian is one component."""
+        """Nearest component of every sample, as `Mixture.nearest`; a Gaussian is one component."""
         square_N = np.sum(((x_ND - self.mean) @ self.basis) ** 2 / self.variance, axis=1)
         return np.zeros(len(x_ND), int), square_N, self.dim
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """sum_k weights_k N(means_k, variances_k I)."""
+    """Mixture teacher sum_k weights_k N(means_k, variances_k I)."""
 
     means: np.ndarray
     variances: np.ndarray
@@ -142,9 +178,14 @@ class Mixture:
 
     @classmethod
     def ring(cls, modes: int = 8, dim: int = 2, radius: float = 1.5, std: float = 0.25):
-        """Equal components on a circle in the first two of `dim` dimensions.
+        """Mixture of equal components on a circle in the first two of `dim` dimensions.
 
-        Raises InputError for fewer than two.
+        Args:
+          modes: number of components.
+          dim: dimensions.
+          radius: of the circle.
+          std: standard deviation of a component.
+        Raises: InputError for fewer than two modes or dimensions.
         """
         if modes < 2 or dim < 2:
             raise InputError(
@@ -159,7 +200,15 @@ class Mixture:
     def random(
         cls, modes: int = 8, dim: int = 16, radius: float = 1.5, std: float = 0.3, seed: int = 0
     ):
-        """Means about `radius` from 0 and sqrt(2) times that from each other, unequal weights."""
+        """Mixture of unequal components, about `radius` from 0 and sqrt(2) times that apart.
+
+        Args:
+          modes: number of components.
+          dim: dimensions.
+          radius: root mean square norm of a mean.
+          std: standard deviation of a component.
+          seed: of means and weights.
+        """
         rng = np.random.default_rng(seed)
         weights = rng.uniform(0.5, 1.5, modes)
         means = radius / np.sqrt(dim) * rng.normal(size=(modes, dim))
@@ -175,31 +224,42 @@ class Mixture:
 
     @property
     def total_variance(self) -> float:
-        """The trace of the covariance."""
-        away = np.sum((self.means - self.mean) ** 2, axis=1)
-        return float(self.weights @ (away + self.dim * self.variances))
+        """Trace of the covariance."""
+        square = np.sum((self.means - self.mean) ** 2, axis=1)
+        return float(self.weights @ (square + self.dim * self.variances))
 
     def posterior(self, x_BD, alpha_B1, sigma_B1) -> Prediction:
         logits = np.log(self.weights)
         return mixture(self.means, self.variances, logits, x_BD, alpha_B1, sigma_B1)
 
     def sample(self, key, count: int):
-        which, away = jax.random.split(key)
-        k = jax.random.choice(which, len(self.weights), (count,), p=jnp.asarray(self.weights))
+        component_key, noise_key = jax.random.split(key)
+        k = jax.random.choice(
+            component_key, len(self.weights), (count,), p=jnp.asarray(self.weights)
+        )
         std = jnp.sqrt(jnp.asarray(self.variances))[k, None]
-        return jnp.asarray(self.means)[k] + std * jax.random.normal(away, (count, self.dim))
+        return jnp.asarray(self.means)[k] + std * jax.random.normal(noise_key, (count, self.dim))
 
     def map(self, z_ND, alpha: float, sigma: float, steps: int = 128):
-        """As Gaussian.map, by Runge-Kutta in float64."""
+        """Exact ODE map and its Jacobians, as `Gaussian.map`, by Runge-Kutta in float64.
+
+        Args:
+          z_ND: states at (alpha, sigma).
+          alpha: of the noise schedule.
+          sigma: of the noise schedule.
+          steps: of the solver.
+        """
         with jax.enable_x64():
-            walk = partial(posterior_map, self.posterior, alpha=alpha, sigma=sigma, steps=steps)
-            return jax.device_get(jax.jit(partial(jacobians, walk))(jnp.asarray(z_ND, float)))
+            ode = partial(posterior_map, self.posterior, alpha=alpha, sigma=sigma, steps=steps)
+            return jax.device_get(jax.jit(partial(jacobians, ode))(jnp.asarray(z_ND, float)))
 
     def nearest(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """Of every sample the component that it likeliest comes from, and the square of its
-        distance from that one's mean in standard deviations; in how many dimensions.
+        """Likeliest component of every sample, and its squared distance from that one's mean.
 
-        Both are judged in the subspace that the means span: the others' spread would hide a shift.
+        Both are taken in the subspace that the means span: the variance of the other dimensions
+        would hide a shift.
+        Returns: indices [N], squared distances [N] in standard deviations, and the subspace's
+          number of dimensions.
         """
         _, size, axes = np.linalg.svd(self.means - self.mean, full_matrices=False)
         axes = axes[size > 1e-9 * size.max()]

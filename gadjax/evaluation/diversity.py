@@ -1,10 +1,10 @@
-"""How much the pictures of one prompt differ from seed to seed. P prompts, S seeds, D values."""
+"""Diversity among the seeds of a prompt, and seed alignment. P prompts, S seeds, D values."""
 
 import numpy as np
 
 
 def vendi(features_PSD: np.ndarray) -> np.ndarray:
-    """The Vendi score of each prompt [P], from 1 (all alike) to S (all different).
+    """Vendi score of each prompt [P], from 1 (all alike) to S (all different).
 
     exp of the entropy of the eigenvalues of K / S, K the cosine similarity of the features
     (Friedman and Dieng 2023, https://arxiv.org/abs/2210.02410).
@@ -17,7 +17,7 @@ def vendi(features_PSD: np.ndarray) -> np.ndarray:
 
 
 def squared_distances(a_PSD: np.ndarray, b_PSD: np.ndarray) -> np.ndarray:
-    """Mean squared difference of every picture of a from every one of b: [P, S, S]."""
+    """Mean squared difference between every picture of a and every picture of b: [P, S, S]."""
     # Prompt by prompt, so that large pictures are not all converted at once; differences rather
     # than |a|^2 - 2ab + |b|^2, which is never exactly zero between equal pictures.
     out = np.empty((len(a_PSD), a_PSD.shape[1], b_PSD.shape[1]))
@@ -28,26 +28,28 @@ def squared_distances(a_PSD: np.ndarray, b_PSD: np.ndarray) -> np.ndarray:
 
 
 def pairwise_distance(x_PSD: np.ndarray) -> np.ndarray:
-    """Mean over the pairs of different seeds of the root mean square difference: [P]."""
+    """Root mean square difference between seeds, mean over pairs of different seeds: [P]."""
     seeds = x_PSD.shape[1]
     distances = np.sqrt(squared_distances(x_PSD, x_PSD))
     return distances.sum((1, 2)) / (seeds * (seeds - 1))
 
 
 def seed_alignment(student_PSD: np.ndarray, teacher_PSD: np.ndarray) -> np.ndarray:
-    """Share of a prompt's seeds whose student picture lies nearest to the teacher's of that same
-    seed, among the teacher's pictures of all S seeds: [P], chance 1 / S. Ties count in part."""
+    """Seed alignment: share of a prompt's seeds whose student picture is nearest to the teacher's
+    picture of the same seed, among the teacher's S pictures: [P], chance 1 / S. Ties count in
+    part."""
     distances = squared_distances(student_PSD, teacher_PSD)
     nearest = distances == distances.min(-1, keepdims=True)
-    own = np.einsum("pss->ps", nearest)
-    return (own / nearest.sum(-1)).mean(-1)
+    same_seed = np.einsum("pss->ps", nearest)
+    return (same_seed / nearest.sum(-1)).mean(-1)
 
 
 def coverage(words_PSA: np.ndarray, open_PA: np.ndarray) -> np.ndarray:
-    """How many different words a prompt's seeds show of an attribute that it leaves open, mean
-    over those attributes: [Q] for the Q prompts that leave any. "" is no word."""
+    """Coverage: number of different words that a prompt's seeds show for an attribute that it
+    leaves open, mean over those attributes: [Q] for the Q prompts that leave any open. "" is no
+    word."""
     counts = np.array(
         [[len(set(words_S) - {""}) for words_S in words_SA.T] for words_SA in words_PSA]
     )
-    leaves = open_PA.any(1)
-    return (counts * open_PA).sum(1)[leaves] / open_PA.sum(1)[leaves]
+    has_open = open_PA.any(1)
+    return (counts * open_PA).sum(1)[has_open] / open_PA.sum(1)[has_open]

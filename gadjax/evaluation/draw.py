@@ -1,4 +1,4 @@
-"""Drawing many sets of pictures at once with a model that is evaluated."""
+"""Sample many sets of pictures with one compiled program."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +15,11 @@ def draw_sets(
 ) -> dict[str, np.ndarray]:
     """Pictures [N, H, W, 3] of every set of N prompts and noises; the program is compiled once.
 
+    Args:
+      model: pipeline, parameters and sampling settings.
+      sets: prompts and noises [N, H, W, C] by name.
+      batch: pictures at a time.
+      bar: progress in network evaluations.
     Raises: InputError for pictures that are not finite.
     """
     prompts = [prompt for prompts, _ in sets.values() for prompt in prompts]
@@ -33,6 +38,6 @@ def draw_sets(
 
 
 def check_finite(model: Model, images: np.ndarray) -> None:
-    """Raises: InputError for pictures that are not finite."""
+    """Check that all pictures are finite. Raises: InputError."""
     if not np.isfinite(images).all():
         raise InputError(f"{model.name}: found pictures that are not finite; expected finite ones")

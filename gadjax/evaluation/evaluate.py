@@ -1,4 +1,4 @@
-"""A student beside its teacher: what few steps kept, and what they lost."""
+"""Evaluation of a student against its teacher: sample both and take every metric."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,15 +27,20 @@ from gadjax.pipelines.model import Model
 from gadjax.pipelines.sampling import BATCH, initial_noise, sampler_and_times
 from gadjax.runtime.settings import pinned_jax_config
 
-LEAST = {"seeds": 2, "tangents": 0, "batch": 1, "library": 0, "moves": 0}
+MINIMUMS = {"seeds": 2, "tangents": 0, "batch": 1, "library": 0, "moves": 0}
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """seeds: pictures of each prompt. tangents: directions of noise for each prompt, every one at
-    a seed of its own; 0 leaves noise sensitivity out. batch: pictures at a time. library: noises
-    for the tasks of noise control, where the world has them; 0 leaves these out. moves: of a shape
-    to another place by its noise, at most one for each noise of the library."""
+    """Sizes of an evaluation.
+
+    seeds: pictures of each prompt.
+    tangents: noise directions for each prompt, each at a seed of its own; 0 omits noise
+      sensitivity.
+    batch: pictures at a time.
+    library: noises for the noise-control tasks, where the world has them; 0 omits these.
+    moves: layout targets (a shape moved by its noise), at most one for each noise of the library.
+    """
 
     seeds: int = 8
     tangents: int = 1
@@ -46,7 +51,8 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """One way of drawing. images_PSHWC: seed s of prompt p has the same noise in every row."""
+    """Pictures and metrics of one model. images_PSHWC: seed s of prompt p has the same noise in
+    every row. evaluations: network evaluations for one picture."""
 
     key: str
     label: str
@@ -58,8 +64,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """catalogue: every metric of the world, in order. absent: those that could not be taken -> why.
-    control: None where the world has no such tasks or none were asked for."""
+    """Result of an evaluation: rows, metrics and noise-control pictures.
+
+    catalogue: every metric of the world, in the order of the report.
+    absent: metric that could not be taken -> reason.
+    control: None where the world has no noise-control tasks or none were asked for.
+    """
 
     rows: list[Row]
     catalogue: dict[str, Metric]
@@ -73,66 +83,77 @@ def evaluate(
     student: Model,
     prompts: Sequence[str],
     world: World,
-    plan: EvaluationConfig,
-    known: dict[str, tuple] | None = None,
+    config: EvaluationConfig,
+    cache: dict[str, tuple] | None = None,
 ) -> Evaluation:
-    """Draw P prompts from S noises each in three ways, and compare.
+    """Sample P prompts from S noises each with teacher and student, and compare.
 
     The rows are the teacher, the teacher in as few steps as the student, and the student. Prompt p
     of seed s starts from initial_noise(s, P)[p]. A bar on a terminal counts network evaluations.
-    known: filled with what was drawn of the teacher's rows, which a later call that differs in the
-      student alone, of as many steps, takes from there.
-    Raises: InputError, before anything is drawn, for a plan, prompts or pipelines that do not go
-      together; and for pictures that are not finite.
+
+    Args:
+      teacher: the reference model, in its own number of steps.
+      student: the evaluated model.
+      prompts: P prompts, which the world's oracle can parse.
+      world: oracle, feature extractor and layout task; any may be absent.
+      config: numbers of seeds, tangents, noises and layout targets.
+      cache: filled with the teacher's rows, which a later call takes from it. That call may differ
+        in the student alone, which has as many steps.
+    Raises: InputError, before anything is sampled, for a config, prompts or pipelines that do not
+      go together; and for pictures that are not finite.
     """
     few = replace(teacher.sampling, steps=student.sampling.steps, timesteps=None)
     models = {"teacher": teacher, "teacher_few": replace(teacher, sampling=few), "student": student}
-    _check(models, prompts, world, plan)
+    _check(models, prompts, world, config)
 
-    library, moves, wishes = None, 0, None
-    if plan.library and world.oracle and world.captions:
-        library = make_library(world, plan.library, teacher.pipeline.latent)
-        moves = min(plan.moves, plan.library) if world.layout else 0
-    sets = _sets(prompts, teacher.pipeline.latent, plan)
-    # The teacher also draws the seeds to which the distance of every row, its own too, is taken;
-    # last, so that what they share stands at the same places of the batches.
+    library, moves, targets = None, 0, None
+    if config.library and world.oracle and world.captions:
+        library = make_library(world, config.library, teacher.pipeline.latent)
+        moves = min(config.moves, config.library) if world.layout else 0
+    sets = _sets(prompts, teacher.pipeline.latent, config)
+    # The teacher also draws the seeds to which the Fréchet distance of every row, its own too, is
+    # taken; last, so that the shared pictures have the same positions in their batches.
     more = {"others": sets.pop("others")}
     sets |= library.sets() if library else {}
     sets = {key: sets | more if key == "teacher" and world.extractor else sets for key in models}
-    known = {} if known is None else known
+    cache = {} if cache is None else cache
     work = 0
     for key, model in models.items():
-        if key in known:
+        if key in cache:
             continue
         pictures = sum(len(texts) for texts, _ in sets[key].values()) + MOVE_COST * moves
-        work += (pictures + 2 * plan.tangents * len(prompts)) * model.evaluations
+        work += (pictures + 2 * config.tangents * len(prompts)) * model.evaluations
 
-    drawn, others, controlled = {}, None, {}
+    outputs, others, controlled = {}, None, {}
     with tqdm(total=work, unit="evaluation", unit_scale=True, disable=None) as bar:
         for key, model in models.items():
-            if key in known:
-                drawn[key], others, controlled[key], wishes = known[key]
+            if key in cache:
+                outputs[key], others, controlled[key], targets = cache[key]
                 continue
-            images = draw_sets(model, sets[key], plan.batch, bar)
-            drawn[key] = _read(images, _tangents(model, prompts, plan, bar), plan.seeds, world)
+            images = draw_sets(model, sets[key], config.batch, bar)
+            outputs[key] = _measure(
+                images, _tangents(model, prompts, config, bar), config.seeds, world
+            )
             if "others" in images:
-                others = _features(world, _by_prompt(images["others"], plan.seeds))
+                others = _features(world, _by_prompt(images["others"], config.seeds))
             if library:
                 controlled[key] = classify_library(library, images)
             if moves:
-                # The teacher, which comes first, decides what a move is for everyone.
-                wishes = wishes or choose_targets(library, controlled["teacher"].words_CLA, moves)
-                moved = optimize_noise(model, library, wishes, controlled[key], plan.batch, bar)
-                controlled[key] = replace(controlled[key], moved=moved)
+                # The teacher, which comes first, determines the targets of all models.
+                targets = targets or choose_targets(library, controlled["teacher"].words_CLA, moves)
+                layout_result = optimize_noise(
+                    model, library, targets, controlled[key], config.batch, bar
+                )
+                controlled[key] = replace(controlled[key], layout_result=layout_result)
             if key != "student":
-                known[key] = drawn[key], others, controlled.get(key), wishes
-    control = ControlResults(library, wishes, controlled) if library else None
-    return _evaluation(models, drawn, others, prompts, world, control)
+                cache[key] = outputs[key], others, controlled.get(key), targets
+    control = ControlResults(library, targets, controlled) if library else None
+    return _evaluation(models, outputs, others, prompts, world, control)
 
 
 def _evaluation(
     models: dict[str, Model],
-    drawn: dict[str, ModelOutputs],
+    outputs: dict[str, ModelOutputs],
     others: np.ndarray | None,
     prompts: Sequence[str],
     world: World,
@@ -140,25 +161,25 @@ def _evaluation(
 ) -> Evaluation:
     listed, rows = catalogue(world), []
     for key, model in models.items():
-        found = row_metrics(drawn[key], drawn["teacher"], others, prompts, world)
-        found |= control_metrics(control, key) if control else {}
-        metrics = {name: found[name] for name in listed if name in found}
+        taken = row_metrics(outputs[key], outputs["teacher"], others, prompts, world)
+        taken |= control_metrics(control, key) if control else {}
+        metrics = {name: taken[name] for name in listed if name in taken}
         label = f"{key.split('_')[0]}, {model.sampling.steps} steps"
-        images = drawn[key].images_PSHWC
+        images = outputs[key].images_PSHWC
         rows.append(Row(key, label, model.sampling, model.evaluations, images, metrics))
-    taken = {name for row in rows for name in row.metrics}
-    absent = absent_metrics(drawn["teacher"], prompts, world)
-    absent |= absent_control(control, taken, world)
+    names = {name for row in rows for name in row.metrics}
+    absent = absent_metrics(outputs["teacher"], prompts, world)
+    absent |= absent_control(control, names, world)
     return Evaluation(rows, listed, absent, control)
 
 
 def _check(
-    models: dict[str, Model], prompts: Sequence[str], world: World, plan: EvaluationConfig
+    models: dict[str, Model], prompts: Sequence[str], world: World, config: EvaluationConfig
 ) -> None:
-    for name, least in LEAST.items():
-        if getattr(plan, name) < least:
-            raise InputError(f"{name}: found {getattr(plan, name)}; expected {least} or more")
-    if plan.library == 1:
+    for name, minimum in MINIMUMS.items():
+        if getattr(config, name) < minimum:
+            raise InputError(f"{name}: found {getattr(config, name)}; expected {minimum} or more")
+    if config.library == 1:
         raise InputError("library: found 1 noise; expected 2 or more, or 0 for none")
     latent = models["teacher"].pipeline.latent
     for model in models.values():
@@ -185,38 +206,50 @@ def _check(
 
 
 def _sets(
-    prompts: Sequence[str], latent: tuple[int, int, int], plan: EvaluationConfig
+    prompts: Sequence[str], latent: tuple[int, int, int], config: EvaluationConfig
 ) -> dict[str, tuple[list[str], np.ndarray]]:
-    """Every prompt at its seeds and at the `others` after them, and the first prompts `near` their
-    own seeds: z -> sqrt(1 - r^2) z + r n. Seed by seed."""
+    """Prompts and noises to sample, seed by seed, by name.
+
+    "own": every prompt at the evaluated seeds. "others": every prompt at as many later seeds.
+    "near": the first prompts at perturbed seeds, z -> sqrt(1 - r^2) z + r n.
+
+    Args:
+      prompts: P prompts.
+      latent: shape (H, W, C) of a noise.
+      config: numbers of seeds and tangents.
+    """
     first, count = list(prompts[:NEAR]), len(prompts)
 
     def noises(start, count):
-        return np.concatenate([initial_noise(start + s, count, latent) for s in range(plan.seeds)])
+        return np.concatenate(
+            [initial_noise(start + s, count, latent) for s in range(config.seeds)]
+        )
 
     # New noise of seeds that are neither drawn from nor directions of tangents.
-    new = noises(2 * plan.seeds + plan.tangents, len(first))
+    new = noises(2 * config.seeds + config.tangents, len(first))
     near = (1 - NEAR_SHARE**2) ** 0.5 * noises(0, len(first)) + NEAR_SHARE * new
-    every = [*prompts] * plan.seeds
+    prompts_by_seed = [*prompts] * config.seeds
     return {
-        "own": (every, noises(0, count)),
-        "others": (every, noises(plan.seeds, count)),
-        "near": (first * plan.seeds, near),
+        "own": (prompts_by_seed, noises(0, count)),
+        "others": (prompts_by_seed, noises(config.seeds, count)),
+        "near": (first * config.seeds, near),
     }
 
 
-def _read(
+def _measure(
     images: dict[str, np.ndarray], tangents: np.ndarray | None, seeds: int, world: World
 ) -> ModelOutputs:
-    own, near = (_by_prompt(images[name], seeds) for name in ("own", "near"))
-    words = world.oracle and world.oracle.classify(merge_leading_axes(own)).reshape(
-        *own.shape[:2], -1
+    images_PSHWC, near = (_by_prompt(images[name], seeds) for name in ("own", "near"))
+    words = world.oracle and world.oracle.classify(merge_leading_axes(images_PSHWC)).reshape(
+        *images_PSHWC.shape[:2], -1
     )
-    return ModelOutputs(own, _features(world, own), tangents, words, near, _features(world, near))
+    return ModelOutputs(
+        images_PSHWC, _features(world, images_PSHWC), tangents, words, near, _features(world, near)
+    )
 
 
 def _by_prompt(images: np.ndarray, seeds: int) -> np.ndarray:
-    """[S P, ...] drawn seed by seed -> [P, S, ...]."""
+    """Reorder pictures [S P, ...], sampled seed by seed, to [P, S, ...]."""
     return images.reshape(seeds, -1, *images.shape[1:]).swapaxes(0, 1)
 
 
@@ -227,26 +260,33 @@ def _features(world: World, images_PSHWC: np.ndarray) -> np.ndarray | None:
 
 
 def _tangents(
-    model: Model, prompts: Sequence[str], plan: EvaluationConfig, bar: tqdm
+    model: Model, prompts: Sequence[str], config: EvaluationConfig, bar: tqdm
 ) -> np.ndarray | None:
-    """J v of each prompt's map from noise to x0: [T, P, H, W, C]."""
-    if not plan.tangents:
+    """Tangents J v [T, P, H, W, C] of each prompt's map from noise to x0.
+
+    Args:
+      model: the model whose map is differentiated.
+      prompts: P prompts.
+      config: T = config.tangents; None is returned for 0.
+      bar: progress in network evaluations.
+    """
+    if not config.tangents:
         return None
     count, latent = len(prompts), model.pipeline.latent
     # Directions are noise too, of seeds from which no picture is drawn.
-    first = 2 * plan.seeds
+    first = 2 * config.seeds
     z, v = (
-        np.concatenate([initial_noise(start + i, count, latent) for i in range(plan.tangents)])
+        np.concatenate([initial_noise(start + i, count, latent) for i in range(config.tangents)])
         for start in (0, first)
     )
-    found = map_tangents(
+    tangents = map_tangents(
         model.pipeline,
         model.params,
         model.sampling,
-        [*prompts] * plan.tangents,
+        [*prompts] * config.tangents,
         z,
         v,
-        batch=plan.batch,
+        batch=config.batch,
         progress=lambda done: bar.update(2 * done * model.evaluations),
     )
-    return found.reshape(plan.tangents, count, *latent)
+    return tangents.reshape(config.tangents, count, *latent)

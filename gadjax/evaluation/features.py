@@ -1,7 +1,7 @@
-"""A small convolutional network whose last layer but one describes pictures, and its folder.
+"""Feature extractor: a small convolutional network for perceptual distances, and its folder.
 
-Distances between pictures need features; the bundled world has no public network that knows it,
-so one is shipped. It is trained by gadjax/experiments/shapes_features.py.
+No public feature network covers the bundled world, so one is shipped. It is trained by
+gadjax/experiments/shapes_features.py.
 """
 
 import json
@@ -28,8 +28,13 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Config:
-    """size: side of the pictures; widths: channels of the convolutions, each halving the side;
-    hidden: of the layer between them and the `features`."""
+    """Sizes of a FeatureNet.
+
+    size: side of the pictures, in pixels.
+    widths: channels of the convolutions, each of which halves the side.
+    hidden: width of the layer between the convolutions and the features.
+    features: number D of features.
+    """
 
     size: int = 32
     widths: tuple[int, ...] = (24, 32, 40)
@@ -38,7 +43,7 @@ class Config:
 
 
 class FeatureNet(nnx.Module):
-    """Pictures [N, size, size, 3] in [-1, 1] -> features [N, D]."""
+    """Convolutional network: pictures [N, size, size, 3] in [-1, 1] -> features [N, D]."""
 
     def __init__(self, config: Config, rngs: Keys):
         inputs = (3, *config.widths)
@@ -54,16 +59,23 @@ class FeatureNet(nnx.Module):
         h = image_BHWC
         for i in range(self.depth):
             h = jax.nn.gelu(getattr(self, f"conv_{i}")(h))
-        # Not pooled: the features have to tell where things are.
+        # Not pooled: the features have to depend on positions.
         return self.linear_2(jax.nn.gelu(self.linear_1(h.reshape(len(h), -1))))
 
 
 def network(config: Config) -> Functional:
+    """FeatureNet as pure functions."""
     return functional(lambda rngs: FeatureNet(config, rngs))
 
 
 def save_features(folder: Path, config: Config, params: Params) -> None:
-    """Write config.json and model.safetensors."""
+    """Write config.json and model.safetensors.
+
+    Args:
+      folder: made where it is missing.
+      config: sizes of the network.
+      params: its parameters.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(
         folder / "model.safetensors", dict(tensors_from_params(jax.device_get(params), KEYMAP))
@@ -72,10 +84,10 @@ def save_features(folder: Path, config: Config, params: Params) -> None:
 
 
 def load_features(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """An extractor: pictures [N, size, size, 3] -> features [N, D].
+    """Load a feature extractor: pictures [N, size, size, 3] -> features [N, D].
 
-    Raises: InputError for a folder that is not one of `save_features`; the extractor raises it for
-    pictures of another size.
+    Raises: InputError for a folder that `save_features` has not written; the extractor raises it
+      for pictures of another size.
     """
     cfg = read_json(folder / "config.json")
     try:

@@ -1,4 +1,4 @@
-"""How far apart two sets of pictures are, as two Gaussians of features."""
+"""Fréchet distance between two sets of pictures, as Gaussians of their features."""
 
 import numpy as np
 
@@ -6,9 +6,10 @@ from gadjax.errors import InputError
 
 
 def frechet(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson and Landau 1982; Heusel et al.
-    2017 for pictures). Falls with N towards its limit, so compare values of equal N only.
+    """Fréchet distance |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
 
+    Dowson and Landau 1982; Heusel et al. 2017 for pictures. Falls with N towards its limit, so
+    compare values of equal N only.
     Raises: InputError where a set has no more pictures than features: its covariance is singular.
     """
     for features in (a_ND, b_ND):
@@ -24,5 +25,5 @@ def frechet(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
     root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
     shift = ((a_ND.mean(0) - b_ND.mean(0)) ** 2).sum()
-    # Rounding may leave equal sets a hair below zero.
+    # Rounding may leave equal sets slightly below zero.
     return float(max(0.0, shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))

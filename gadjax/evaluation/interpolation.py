@@ -1,13 +1,17 @@
-"""Paths between two noises, and how evenly the pictures follow. M paths of K points, D values."""
+"""Interpolation between noises: arcs, path length and evenness. M paths, K points, D values."""
 
 import numpy as np
 
 
 def slerp(a: np.ndarray, b: np.ndarray, points: int) -> np.ndarray:
-    """The great arc from a to b, both included, in even steps: [points, *a.shape].
+    """Spherical interpolation from a to b, both included, in even steps: [points, *a.shape].
 
-    Between, the norm goes evenly from that of a to that of b, so that every point is as plausible
-    a noise as its ends. a and b are not opposite to each other.
+    The norm is interpolated linearly, so that every point is as plausible a noise as the ends.
+
+    Args:
+      a: first noise, any shape.
+      b: last noise, not opposite to a.
+      points: number of points.
     """
     sizes = np.linalg.norm(a), np.linalg.norm(b)
     start, end = a / sizes[0], b / sizes[1]
@@ -21,12 +25,12 @@ def slerp(a: np.ndarray, b: np.ndarray, points: int) -> np.ndarray:
 
 
 def path_steps(x_MKD: np.ndarray) -> np.ndarray:
-    """Root mean square difference of every two neighbours: [M, K - 1]; its sum is the length."""
+    """Root mean square differences of neighbours: [M, K - 1]; their sum is the path's length."""
     return np.sqrt(np.square(np.diff(np.asarray(x_MKD, np.float64), axis=1)).mean(-1))
 
 
 def largest_jump(steps_MK: np.ndarray) -> np.ndarray:
-    """The largest step as a share of its path's length: [M], from 1 / steps (even) to 1.
+    """Largest step as a share of its path's length: [M], from 1 / steps (even) to 1.
 
     A path on which nothing changes counts as even.
     """

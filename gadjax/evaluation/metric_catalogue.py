@@ -1,4 +1,4 @@
-"""Every number of a report: its title, what it means, and which section it stands in."""
+"""Metric catalogue: title, meaning and report section of every metric."""
 
 from typing import NamedTuple
 
@@ -8,23 +8,25 @@ from gadjax.evaluation.oracles import World
 
 
 class Metric(NamedTuple):
+    """Title, meaning and section (a key of GROUPS) of a metric."""
+
     title: str
     meaning: str
     group: str
 
 
-# Heading, and what was resampled for the intervals.
+# Heading of the section, and the unit that was resampled for the intervals.
 GROUPS = {
-    "prompts": ("What the prompts ask for", "of adherence over pictures (Wilson)"),
+    "prompts": ("Prompt adherence and fidelity", "of adherence over pictures (Wilson)"),
     "diversity": ("Diversity among the seeds of a prompt", "over prompts"),
-    "seeds": ("What a seed keeps", "over prompts"),
+    "seeds": ("Seed consistency", "over prompts"),
     "sensitivity": ("Noise sensitivity", "over prompts"),
     "retrieval": ("Noise retrieval", "over the library's noises, which all captions share"),
-    "control": ("Layout control", "over moves, each of which has a noise of its own"),
+    "control": ("Layout control", "over moves, each from a noise of its own"),
     "path": ("Interpolation between noises", "over paths, each between two noises of its own"),
 }
-NEAR, NEAR_SHARE = 16, 0.1  # prompts also drawn from changed noise, and how much of it is new
-# One number for each thing that a user asks first.
+NEAR, NEAR_SHARE = 16, 0.1  # prompts also drawn from perturbed noise; share of new noise
+# Metrics of the summary table.
 SUMMARY = (
     "adherence",
     "frechet",
@@ -39,7 +41,7 @@ SUMMARY = (
 _BEFORE = {
     "adherence": Metric(
         "prompt adherence",
-        "share of the pictures that show what their prompt says, by the world's oracle",
+        "share of the pictures that show what their prompt names, by the world's oracle",
         "prompts",
     ),
     "frechet": Metric(
@@ -64,14 +66,14 @@ _BEFORE = {
         "distance, features / teacher's", "1 = as diverse as the teacher", "diversity"
     ),
     "distance_pixels": Metric(
-        "distance between seeds, pixels", "the same of colour values in [-1, 1]", "diversity"
+        "distance between seeds, pixels", "the same for colour values in [-1, 1]", "diversity"
     ),
     "distance_pixels_ratio": Metric(
         "distance, pixels / teacher's", "1 = as diverse as the teacher", "diversity"
     ),
     "coverage": Metric(
         "coverage of open attributes",
-        "number of different words that a prompt's seeds show of an attribute which it leaves "
+        "number of different words that a prompt's seeds show for an attribute which it leaves "
         "open, in pictures of the world, mean over attributes and prompts",
         "diversity",
     ),
@@ -85,7 +87,7 @@ _BEFORE = {
     "alignment_pixels": Metric("seed alignment, pixels", "the same by colour values", "seeds"),
     "identity_features": Metric(
         "seed identity, features",
-        "share of the pictures whose nearest among the model's own from slightly changed noises "
+        "share of the pictures whose nearest among the model's own from perturbed noises "
         f"(sqrt(1 - r^2) z + r n, r = {NEAR_SHARE}) of all seeds of that prompt is the one of the "
         f"same seed; of the first {NEAR} prompts; chance is 1 / seeds",
         "seeds",
@@ -94,46 +96,46 @@ _BEFORE = {
     "tangent_cosine": Metric(
         "noise sensitivity, cosine",
         "between J v of this map from noise to x0 and of the teacher's, v a random direction, "
-        "mean: 1 = a change of noise does the same thing",
+        "mean: 1 = a change of the noise has the same effect",
         "sensitivity",
     ),
     "tangent_norm_ratio": Metric(
         "noise sensitivity, norm / teacher's",
-        "|J v| over the teacher's, geometric mean: below 1 = noise is heard less",
+        "|J v| over the teacher's, geometric mean; below 1: outputs respond less to the noise",
         "sensitivity",
     ),
     "retrieval": Metric(
         "noise retrieval",
         "captions that leave attributes open; for every word of those, the noises of the library "
-        "from which the teacher draws it: how often this model draws it from them too",
+        "from which the teacher draws it: share of them from which this model draws it too",
         "retrieval",
     ),
     "retrieval_chance": Metric(
-        "chance of it",
-        "how often this model draws such a word from the library's other noises: what noises that "
-        "mean nothing would reach",
+        "retrieval by chance",
+        "how often this model draws such a word from the library's other noises: the value for "
+        "noises without meaning",
         "retrieval",
     ),
 }
 _AFTER = {
     "control": Metric(
         "layout control",
-        f"share of shapes that {SNAPSHOT_STEPS[-1]} steps on the noise, along the gradient through this "
-        "model's own walk, bring to a wanted place, in a picture that still shows what the caption "
-        "names",
+        f"share of shapes that {SNAPSHOT_STEPS[-1]} steps on the noise, along the gradient through "
+        "this model's own sampler, bring to a target place, in a picture that still shows what the "
+        "caption names",
         "control",
     ),
     **{
-        f"control_{n}": Metric(f"after {n} steps", "the same, on the way", "control")
+        f"control_{n}": Metric(f"after {n} steps", "the same after fewer steps", "control")
         for n in SNAPSHOT_STEPS[:-1]
     },
     "control_angle": Metric(
-        "how far the noise went, degrees",
+        "change of the noise, degrees",
         "angle between the noises before and after; of independent noises 90",
         "control",
     ),
     "path_agreement": Metric(
-        "words along the path",
+        "attribute agreement along the path",
         f"{PATHS} paths at most of {POINTS} noises, on the great arc between two: how often an "
         "attribute that the caption leaves open has the word that it has in the teacher's picture "
         "from the same noise",
@@ -145,13 +147,13 @@ _AFTER = {
         "path",
     ),
     "path_length_features_ratio": Metric(
-        "length, features / teacher's", "below 1 = noise is heard less", "path"
+        "length, features / teacher's", "below 1, outputs respond less to the noise", "path"
     ),
     "path_length_pixels": Metric(
-        "length of the path, pixels", "the same of colour values in [-1, 1]", "path"
+        "length of the path, pixels", "the same for colour values in [-1, 1]", "path"
     ),
     "path_length_pixels_ratio": Metric(
-        "length, pixels / teacher's", "below 1 = noise is heard less", "path"
+        "length, pixels / teacher's", "below 1, outputs respond less to the noise", "path"
     ),
     "path_jump_features": Metric(
         "largest jump, features",
@@ -164,17 +166,17 @@ _AFTER = {
 
 
 def catalogue(world: World) -> dict[str, Metric]:
-    """Name -> what it is, in the order of the report; retrieval also by the world's attributes."""
-    apart = {}
+    """Metrics by name, in the report's order; retrieval also for each attribute of the world."""
+    by_attribute = {}
     if world.oracle and world.captions:
         for name, is_open in zip(
             world.oracle.attributes, world.oracle.left_open(world.captions).any(0), strict=True
         ):
             if is_open:
-                apart[f"retrieval_{name}"] = Metric(
+                by_attribute[f"retrieval_{name}"] = Metric(
                     f"retrieval of {name}", "of one attribute alone", "retrieval"
                 )
-                apart[f"retrieval_{name}_chance"] = Metric(
-                    f"chance of it, {name}", "of one attribute alone", "retrieval"
+                by_attribute[f"retrieval_{name}_chance"] = Metric(
+                    f"retrieval of {name} by chance", "of one attribute alone", "retrieval"
                 )
-    return {**_BEFORE, **apart, **_AFTER}
+    return {**_BEFORE, **by_attribute, **_AFTER}

@@ -1,4 +1,4 @@
-"""Which numbers are taken of one row of pictures, and which cannot be."""
+"""Metrics of one row of pictures, and the reasons for those that are absent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +24,11 @@ FROM_FEATURES = (
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """P prompts at S seeds by one model: pictures, their features, T tangents of every prompt.
+    """Pictures of one model for P prompts at S seeds, their features, and T tangents a prompt.
 
-    words_PSA: what the world's oracle sees. near: pictures and features of the first Q prompts
-    from slightly changed noise.
+    words_PSA: words that the world's oracle assigns to the pictures.
+    near_QSHWC, near_features_QSD: pictures and features of the first Q prompts from perturbed
+      noise.
     """
 
     images_PSHWC: np.ndarray
@@ -45,48 +46,53 @@ def row_metrics(
     prompts: Sequence[str],
     world: World,
 ) -> dict[str, Estimate]:
-    """Every metric that can be taken; those that compare with the teacher not of itself.
+    """Every metric of a row that can be taken; the teacher is not compared with itself.
 
-    others_PSD: features of the teacher's pictures at other seeds.
+    Args:
+      row: the row's pictures.
+      teacher: the teacher's pictures.
+      others_PSD: features of the teacher's pictures at other seeds.
+      prompts: P prompts.
+      world: oracle and feature extractor.
     """
-    found = {}
+    metrics = {}
     if world.oracle:
         captions = [prompt for prompt in prompts for _ in range(row.words_PSA.shape[1])]
         hits = world.oracle.adheres(merge_leading_axes(row.words_PSA), captions)
-        found["adherence"] = wilson(int(np.sum(hits)), len(hits))
+        metrics["adherence"] = wilson(int(np.sum(hits)), len(hits))
         open_PA = world.oracle.left_open(prompts)
         if open_PA.any():
             counts = coverage(row.words_PSA, open_PA)
-            found["coverage"] = mean(counts)
-            wanted = coverage(teacher.words_PSA, open_PA)
-            if row is not teacher and wanted.any():
-                found["coverage_ratio"] = ratio(counts, wanted)
+            metrics["coverage"] = mean(counts)
+            teacher_counts = coverage(teacher.words_PSA, open_PA)
+            if row is not teacher and teacher_counts.any():
+                metrics["coverage_ratio"] = ratio(counts, teacher_counts)
     if row.features_PSD is not None:
         if others_PSD is not None and _enough(others_PSD):
-            found["frechet"] = Estimate(
+            metrics["frechet"] = Estimate(
                 frechet(merge_leading_axes(row.features_PSD), merge_leading_axes(others_PSD))
             )
         scores = vendi(row.features_PSD)
-        found["vendi"] = mean(scores)
+        metrics["vendi"] = mean(scores)
         if row is not teacher:
-            found["vendi_ratio"] = ratio(scores, vendi(teacher.features_PSD))
+            metrics["vendi_ratio"] = ratio(scores, vendi(teacher.features_PSD))
         sets = row.features_PSD, teacher.features_PSD, row.near_features_QSD
-        found |= _seed_metrics("features", *sets, row is teacher)
+        metrics |= _seed_metrics("features", *sets, row is teacher)
     sets = (_pixels(x) for x in (row.images_PSHWC, teacher.images_PSHWC, row.near_QSHWC))
-    found |= _seed_metrics("pixels", *sets, row is teacher)
+    metrics |= _seed_metrics("pixels", *sets, row is teacher)
     if row.tangents_TPHWC is not None and row is not teacher:
-        turns, count = row.tangents_TPHWC.shape[:2]
+        directions, count = row.tangents_TPHWC.shape[:2]
         cosine, size = compare_tangents(
             merge_leading_axes(row.tangents_TPHWC), merge_leading_axes(teacher.tangents_TPHWC)
         )
-        found["tangent_cosine"] = mean(cosine.reshape(turns, count).mean(0))
-        logs = np.log(np.maximum(size, np.finfo(np.float64).tiny)).reshape(turns, count)
-        found["tangent_norm_ratio"] = geometric_mean(np.exp(logs.mean(0)))
-    return found
+        metrics["tangent_cosine"] = mean(cosine.reshape(directions, count).mean(0))
+        logs = np.log(np.maximum(size, np.finfo(np.float64).tiny)).reshape(directions, count)
+        metrics["tangent_norm_ratio"] = geometric_mean(np.exp(logs.mean(0)))
+    return metrics
 
 
 def absent_metrics(teacher: ModelOutputs, prompts: Sequence[str], world: World) -> dict[str, str]:
-    """Metric -> why it is not there."""
+    """Reason for every metric that cannot be taken, by name."""
     absent = {}
     if world.oracle is None:
         absent |= dict.fromkeys(("adherence", "coverage", "coverage_ratio"), "no oracle")
@@ -111,17 +117,17 @@ def absent_metrics(teacher: ModelOutputs, prompts: Sequence[str], world: World) 
 
 
 def _seed_metrics(
-    kind: str, x_PSD: np.ndarray, teacher_PSD: np.ndarray, near_QSD: np.ndarray, itself: bool
+    kind: str, x_PSD: np.ndarray, teacher_PSD: np.ndarray, near_QSD: np.ndarray, is_teacher: bool
 ) -> dict[str, Estimate]:
     distance = pairwise_distance(x_PSD)
-    found = {f"distance_{kind}": mean(distance)}
-    if not itself:
+    metrics = {f"distance_{kind}": mean(distance)}
+    if not is_teacher:
         if _varies(teacher_PSD):
-            found[f"distance_{kind}_ratio"] = ratio(distance, pairwise_distance(teacher_PSD))
-        found[f"alignment_{kind}"] = mean(seed_alignment(x_PSD, teacher_PSD))
-    # A model's own pictures in the teacher's place.
-    found[f"identity_{kind}"] = mean(seed_alignment(x_PSD[: len(near_QSD)], near_QSD))
-    return found
+            metrics[f"distance_{kind}_ratio"] = ratio(distance, pairwise_distance(teacher_PSD))
+        metrics[f"alignment_{kind}"] = mean(seed_alignment(x_PSD, teacher_PSD))
+    # The model's unperturbed pictures in the teacher's place.
+    metrics[f"identity_{kind}"] = mean(seed_alignment(x_PSD[: len(near_QSD)], near_QSD))
+    return metrics
 
 
 def _pixels(images_PSHWC: np.ndarray) -> np.ndarray:
@@ -129,7 +135,7 @@ def _pixels(images_PSHWC: np.ndarray) -> np.ndarray:
 
 
 def merge_leading_axes(x: np.ndarray) -> np.ndarray:
-    """The first two axes as one."""
+    """Merge the first two axes."""
     return x.reshape(-1, *x.shape[2:])
 
 

@@ -1,8 +1,7 @@
-"""What every model is asked to do with the same noises, and what it did with them.
+"""Noise-control tasks: retrieval, layout control and interpolation over one library of noises.
 
-C under-specified captions share a library of L noises, from which pictures are drawn once and
-serve three tasks: retrieval, moving a shape by its noise, and walking from noise to noise. A words;
-"" where a picture shows nothing.
+C under-specified captions share a library of L noises, from which pictures are drawn once for all
+three tasks. A attributes; a word is "" where the picture shows nothing of the world.
 """
 
 from dataclasses import dataclass
@@ -23,14 +22,14 @@ from gadjax.evaluation.oracles import World
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.sampling import initial_noise
 
-SEED = 1_000_003  # of the library: no prompt's pictures start from its noises
+LIBRARY_SEED = 1_000_003  # no prompt's pictures start from the library's noises
 PATHS, POINTS = 16, 9
-MOVE_COST = GRADIENT_EVALUATIONS * (SNAPSHOT_STEPS[-1] + 1)  # of each, in pictures drawn
+MOVE_COST = GRADIENT_EVALUATIONS * (SNAPSHOT_STEPS[-1] + 1)  # pictures drawn for one target
 
 
 @dataclass(frozen=True)
 class Library:
-    """The noises, and M paths: m leads from noise 2m to noise 2m + 1, under caption m mod C."""
+    """Noise library with M paths: path m joins noises 2m and 2m + 1 under caption m mod C."""
 
     world: World
     noise_LHWC: np.ndarray
@@ -46,7 +45,7 @@ class Library:
         return [(m % len(self.captions), 2 * m, 2 * m + 1) for m in range(count)]
 
     def sets(self) -> dict[str, tuple[list[str], np.ndarray]]:
-        """What to draw: every caption from every noise, and between the ends of the paths."""
+        """Prompts and noises to draw: every caption from every noise, and the paths' interiors."""
         count, between = len(self.captions), POINTS - 2
         arcs = [
             slerp(self.noise_LHWC[a], self.noise_LHWC[b], POINTS)[1:-1] for _, a, b in self.paths
@@ -64,12 +63,13 @@ class Library:
 
 
 def make_library(world: World, count: int, latent: tuple[int, int, int]) -> Library:
-    return Library(world, initial_noise(SEED, count, latent))
+    """Library of `count` noises of shape `latent` (H, W, C), the same ones at every call."""
+    return Library(world, initial_noise(LIBRARY_SEED, count, latent))
 
 
 @dataclass(frozen=True)
 class LayoutTargets:
-    """N wishes: what noise n of the library draws under caption captions[n] shall be at places[n].
+    """N layout targets: move the shape drawn from noise n under captions[n] to places[n].
 
     No two share a noise, so that they are independent.
     """
@@ -79,9 +79,14 @@ class LayoutTargets:
 
 
 def choose_targets(library: Library, teacher_CLA: np.ndarray, count: int) -> LayoutTargets:
-    """To places other than where the teacher's picture is, at random.
+    """Random layout targets, at places other than those in the teacher's pictures.
 
-    Noise n gets the first caption from n mod C on of which the teacher draws what it names.
+    Noise n gets the first caption, from n mod C on, to which the teacher's picture adheres.
+
+    Args:
+      library: captions and noises.
+      teacher_CLA: words of the teacher's pictures of the library.
+      count: number of targets, at most one for each noise.
     """
     rng = np.random.default_rng(0)
     world, (total, noises) = library.world, teacher_CLA.shape[:2]
@@ -100,8 +105,8 @@ def choose_targets(library: Library, teacher_CLA: np.ndarray, count: int) -> Lay
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """Pictures after each of STEPS steps, whether they show what was wished for, and how far the
-    noises went in all, in degrees."""
+    """Pictures after each of R = len(SNAPSHOT_STEPS) numbers of steps, whether each reached its
+    target, and the angle in degrees between the noises before and after."""
 
     images_RNHWC: np.ndarray
     reached_RN: np.ndarray
@@ -110,42 +115,42 @@ class LayoutResult:
 
 @dataclass(frozen=True)
 class NoiseControl:
-    """What one model drew: the library, the paths, and what was moved."""
+    """Noise-control pictures of one model: the library, the paths, and the moved shapes."""
 
     images_CLHWC: np.ndarray
     words_CLA: np.ndarray
     paths_MKHWC: np.ndarray
     path_words_MKA: np.ndarray
-    moved: LayoutResult | None = None
+    layout_result: LayoutResult | None = None
 
 
 @dataclass(frozen=True)
 class ControlResults:
-    """The tasks, and what each model made of them, by its row's key."""
+    """Noise-control tasks, and each model's pictures by the key of its row."""
 
     library: Library
-    moves: LayoutTargets | None
+    targets: LayoutTargets | None
     rows: dict[str, NoiseControl]
 
 
 def classify_library(library: Library, images: dict[str, np.ndarray]) -> NoiseControl:
-    """What the pictures of `Library.sets` show."""
+    """Pictures of `Library.sets` with the words that the oracle assigns to them."""
     classify = library.world.oracle.classify
     shape = len(library.captions), len(library.noise_LHWC)
     images_CL = images["library"].reshape(*shape, *images["library"].shape[1:])
     words_CL = classify(images["library"]).reshape(*shape, -1)
-    paths = _whole(library, images_CL, images["paths"])
-    words = _whole(library, words_CL, classify(images["paths"]))
+    paths = _with_endpoints(library, images_CL, images["paths"])
+    words = _with_endpoints(library, words_CL, classify(images["paths"]))
     return NoiseControl(images_CL, words_CL, paths, words)
 
 
-def _whole(library: Library, drawn_CL: np.ndarray, between: np.ndarray) -> np.ndarray:
-    """The paths [M, K, ...] with their ends, which the library holds."""
-    ways = between.reshape(len(library.paths), POINTS - 2, *drawn_CL.shape[2:])
+def _with_endpoints(library: Library, drawn_CL: np.ndarray, between: np.ndarray) -> np.ndarray:
+    """Paths [M, K, ...] from their interiors and the library's pictures at their ends."""
+    interiors = between.reshape(len(library.paths), POINTS - 2, *drawn_CL.shape[2:])
     return np.stack(
         [
-            np.concatenate([drawn_CL[c, a, None], way, drawn_CL[c, b, None]])
-            for (c, a, b), way in zip(library.paths, ways, strict=True)
+            np.concatenate([drawn_CL[c, a, None], interior, drawn_CL[c, b, None]])
+            for (c, a, b), interior in zip(library.paths, interiors, strict=True)
         ]
     )
 
@@ -153,17 +158,27 @@ def _whole(library: Library, drawn_CL: np.ndarray, between: np.ndarray) -> np.nd
 def optimize_noise(
     model: Model,
     library: Library,
-    moves: LayoutTargets,
+    targets: LayoutTargets,
     start: NoiseControl,
     batch: int,
     bar: tqdm,
 ) -> LayoutResult:
-    """Follow the model's own gradient to each place."""
+    """Optimize one noise for each layout target by the gradient through the model's sampler.
+
+    Args:
+      model: teacher or student.
+      library: captions and noises.
+      targets: captions and places, one for each of the first N noises.
+      start: the model's pictures of the library, which are those before the first step.
+      batch: pictures at a time in plain sampling; gradients take a GRADIENT_EVALUATIONS-th of it.
+      bar: progress in network evaluations.
+    Raises: InputError for pictures that are not finite.
+    """
     world = library.world
-    prompts = [library.captions[c] for c in moves.captions]
-    places = np.array([world.layout.places[word] for word in moves.places], np.float32)
+    prompts = [library.captions[c] for c in targets.captions]
+    places = np.array([world.layout.places[word] for word in targets.places], np.float32)
     noise = library.noise_LHWC[: len(prompts)]
-    ways, images = polyak_descent(
+    noises, images = polyak_descent(
         model,
         prompts,
         noise,
@@ -178,11 +193,11 @@ def optimize_noise(
     words = world.oracle.classify(merge_leading_axes(images_RN[1:])).reshape(
         len(SNAPSHOT_STEPS) - 1, len(prompts), -1
     )
-    first = start.words_CLA[moves.captions, np.arange(len(prompts))]
+    first = start.words_CLA[targets.captions, np.arange(len(prompts))]
     words_RNA = np.concatenate([first[None], words])
     column = world.oracle.attributes.index(world.layout.attribute)
     reached = [
-        world.oracle.adheres(seen_NA, prompts) & (seen_NA[:, column] == np.array(moves.places))
-        for seen_NA in words_RNA
+        world.oracle.adheres(words_NA, prompts) & (words_NA[:, column] == np.array(targets.places))
+        for words_NA in words_RNA
     ]
-    return LayoutResult(images_RN, np.stack(reached), angles_degrees(noise, ways[:, -1]))
+    return LayoutResult(images_RN, np.stack(reached), angles_degrees(noise, noises[:, -1]))

@@ -1,4 +1,4 @@
-"""Which numbers are taken of the tasks of noise control, and which cannot be."""
+"""Metrics of the noise-control tasks, and the reasons for those that are absent."""
 
 from collections.abc import Callable
 
@@ -14,34 +14,34 @@ from gadjax.evaluation.statistics import Estimate, mean, ratio
 
 
 def control_metrics(control: ControlResults, key: str) -> dict[str, Estimate]:
-    """Every metric of one row that can be taken; the teacher's are not compared with itself."""
+    """Noise-control metrics of one row; the teacher is not compared with itself."""
     row, teacher = control.rows[key], control.rows["teacher"]
     world = control.library.world
-    found = _retrieval(row, teacher, world)
-    if row.moved:
-        hits = row.moved.reached_RN.astype(float)
-        found["control"] = mean(hits[-1])
-        found |= {
+    metrics = _retrieval(row, teacher, world)
+    if row.layout_result:
+        hits = row.layout_result.reached_RN.astype(float)
+        metrics["control"] = mean(hits[-1])
+        metrics |= {
             f"control_{n}": mean(h) for n, h in zip(SNAPSHOT_STEPS[:-1], hits[:-1], strict=True)
         }
-        found["control_angle"] = mean(row.moved.angles_N)
+        metrics["control_angle"] = mean(row.layout_result.angles_N)
     if row is not teacher:
-        told_MKA = teacher.path_words_MKA != ""
-        told_MKA &= _open_along(control)[:, None]
-        same_MKA = told_MKA & (row.path_words_MKA == teacher.path_words_MKA)
-        if told_MKA.any():
-            found["path_agreement"] = ratio(same_MKA.sum((1, 2)), told_MKA.sum((1, 2)))
-    for kind, read in _readers(world).items():
-        steps, wanted = (path_steps(read(x.paths_MKHWC)) for x in (row, teacher))
-        found[f"path_length_{kind}"] = mean(steps.sum(1))
-        if row is not teacher and wanted.any():
-            found[f"path_length_{kind}_ratio"] = ratio(steps.sum(1), wanted.sum(1))
-        found[f"path_jump_{kind}"] = mean(largest_jump(steps))
-    return found
+        named_MKA = teacher.path_words_MKA != ""
+        named_MKA &= _open_along(control)[:, None]
+        same_MKA = named_MKA & (row.path_words_MKA == teacher.path_words_MKA)
+        if named_MKA.any():
+            metrics["path_agreement"] = ratio(same_MKA.sum((1, 2)), named_MKA.sum((1, 2)))
+    for kind, embed in _path_spaces(world).items():
+        steps, teacher_steps = (path_steps(embed(x.paths_MKHWC)) for x in (row, teacher))
+        metrics[f"path_length_{kind}"] = mean(steps.sum(1))
+        if row is not teacher and teacher_steps.any():
+            metrics[f"path_length_{kind}_ratio"] = ratio(steps.sum(1), teacher_steps.sum(1))
+        metrics[f"path_jump_{kind}"] = mean(largest_jump(steps))
+    return metrics
 
 
 def absent_control(control: ControlResults | None, taken: set[str], world: World) -> dict[str, str]:
-    """Metric of noise control that is not among the `taken` -> why."""
+    """Reason for every noise-control metric that is not among `taken`, by name."""
     absent = {}
     for name, metric in catalogue(world).items():
         if metric.group not in ("retrieval", "control", "path") or name in taken:
@@ -66,27 +66,27 @@ def _retrieval(row: NoiseControl, teacher: NoiseControl, world: World) -> dict[s
     columns = np.flatnonzero(open_CA.any(0)).tolist()
     groups = {"retrieval": columns}
     groups |= {f"retrieval_{world.oracle.attributes[a]}": [a] for a in columns}
-    found = {}
+    metrics = {}
     for name, attributes in groups.items():
         taken = retrieval(row.words_CLA, teacher.words_CLA, open_CA, attributes)
         if taken:
-            found |= {f"{name}_chance": taken[1]} if row is teacher else {}
-            found |= {} if row is teacher else {name: taken[0], f"{name}_chance": taken[1]}
-    return found
+            metrics |= {f"{name}_chance": taken[1]} if row is teacher else {}
+            metrics |= {} if row is teacher else {name: taken[0], f"{name}_chance": taken[1]}
+    return metrics
 
 
 def _open_along(control: ControlResults) -> np.ndarray:
-    """What the caption of each path leaves open: [M, A]."""
+    """Attributes that the caption of each path leaves open: bool [M, A]."""
     open_CA = control.library.world.oracle.left_open(control.library.captions)
     return open_CA[[c for c, _, _ in control.library.paths]]
 
 
-def _readers(world: World) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Pictures of paths [M, K, H, W, 3] -> values [M, K, D]."""
+def _path_spaces(world: World) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Distance spaces by name: functions from path pictures [M, K, H, W, 3] to values [M, K, D]."""
 
     def features(images_MKHWC):
         flat = images_MKHWC.reshape(-1, *images_MKHWC.shape[2:])
         return world.extractor(flat).reshape(*images_MKHWC.shape[:2], -1)
 
-    readers = {"features": features} if world.extractor else {}
-    return readers | {"pixels": lambda images: images.reshape(*images.shape[:2], -1)}
+    spaces = {"features": features} if world.extractor else {}
+    return spaces | {"pixels": lambda images: images.reshape(*images.shape[:2], -1)}

@@ -1,6 +1,6 @@
-"""What can say what a picture shows, how pictures differ, and what to ask of the noise.
+"""Oracles, feature extractors and layout tasks of a world, by which pictures are evaluated.
 
-All plain callables; `evaluate` takes any. WORLDS are those that the command line can name.
+All are plain callables; `evaluate` takes any. WORLDS are those that the command line can name.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,18 +17,21 @@ from gadjax.worlds import layout, oracle, shapes
 
 
 class Extractor(Protocol):
+    """Feature extractor of pictures."""
+
     def __call__(self, images_NHWC: np.ndarray) -> np.ndarray:
         """Features [N, D] of pictures in [-1, 1], centred so that a cosine means something."""
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """Says in words what pictures show, one word for each of A attributes.
+    """Classifier of pictures and parser of captions, by A attributes of a world.
 
-    see: pictures [N, H, W, 3] in [-1, 1] -> words [N, A], "" throughout for a picture that is none
-      of the world's. Not free; every picture is shown to it once.
-    read: a caption -> the words that it names, by attribute. Raises InputError for a caption that
-      it does not understand.
+    attributes: their names, in the order of the words.
+    classify: pictures [N, H, W, 3] in [-1, 1] -> words [N, A], "" throughout for a picture that is
+      none of the world's. Expensive: every picture is classified once.
+    parse: a caption -> the words that it names, by attribute. Raises InputError for a caption that
+      cannot be parsed.
     """
 
     attributes: tuple[str, ...]
@@ -36,21 +39,23 @@ class Oracle:
     parse: Callable[[str], dict[str, str]]
 
     def adheres(self, words_NA: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """Whether each picture is one of the world's and shows what its caption names: bool [N]."""
+        """Prompt adherence: the picture is of the world and shows every named word, bool [N]."""
         named = np.array([[self.parse(c).get(a, "") for a in self.attributes] for c in captions])
         return np.all((words_NA == named) | (named == ""), axis=1) & (words_NA[:, 0] != "")
 
     def left_open(self, captions: Sequence[str]) -> np.ndarray:
-        """Which attributes each caption does not name: bool [N, A]."""
+        """Attributes that each caption does not name: bool [N, A]."""
         return np.array([[a not in self.parse(c) for a in self.attributes] for c in captions])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How to ask for a place. attribute: the one whose words are `places`, (x, y) in pixels.
+    """Layout task: move a shape to a place.
 
-    distance: (image_HWC in [-1, 1], place [2]) -> how far off the picture is, 0 at best;
-      differentiable.
+    attribute: the attribute whose words are the keys of `places`.
+    places: word -> (x, y) in pixels.
+    distance: (image_HWC in [-1, 1], place [2]) -> distance of the picture from the place, 0 at
+      best; differentiable.
     """
 
     attribute: str
@@ -60,9 +65,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class World:
-    """Any part may be absent. size: side of the pictures that oracle and extractor take.
+    """World that pictures are evaluated against; any part may be absent.
 
-    captions: which leave attributes to the noise, for the tasks of noise control.
+    size: side of the pictures that oracle and extractor take, in pixels.
+    captions: under-specified captions, which leave attributes to the noise, for noise control.
     """
 
     oracle: Oracle | None = None
@@ -78,7 +84,7 @@ def _shapes_network() -> Extractor:
 
 
 def shapes_features(images_NHWC: np.ndarray) -> np.ndarray:
-    """By the bundled network, which is read when first needed."""
+    """Features [N, D] of the bundled network, which is loaded at the first call."""
     return _shapes_network()(images_NHWC)
 
 

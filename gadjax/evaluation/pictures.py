@@ -1,4 +1,4 @@
-"""The pictures of a report: the same noise through every model, one line per model."""
+"""Image grids of a report: the same noises through every model, one line per model."""
 
 from collections.abc import Sequence
 
@@ -9,48 +9,54 @@ from gadjax.evaluation.evaluate import Evaluation
 from gadjax.evaluation.noise_control import ControlResults
 from gadjax.io.image_grid import grid
 
-SHEET = 4096  # pixels of width that the pictures may take
-SHOWN = 4, 4  # prompts, and seeds of each
-MOVES, PATHS = 6, 4  # that are shown
-ENLARGED = 96  # small pictures are shown at about this side
+SHEET = 4096  # largest width of a grid, in pixels
+SHOWN = 4, 4  # prompts, seeds of each prompt
+MOVES, PATHS = 6, 4  # shown
+ENLARGED = 96  # side, in pixels, to which small pictures are enlarged
 MARK = (1.0, 0.1, -1.0)  # orange, which stands out from most pictures
 
 
 def samples(evaluation: Evaluation, prompts: Sequence[str]) -> Image.Image:
-    """Some prompts at some seeds: the same noise down each column."""
+    """Grid of some prompts at some seeds, with the same noise down each column."""
     side = evaluation.rows[0].images_PSHWC.shape[2]
     scale = _scale(side)
     seeds = min(SHOWN[1], evaluation.rows[0].images_PSHWC.shape[1])
     count = int(np.clip(SHEET // (side * scale * seeds), 1, min(SHOWN[0], len(prompts))))
     captions = [p if s == 0 else "" for p in prompts[:count] for s in range(seeds)]
-    shown = []
+    lines = []
     for row in evaluation.rows:
         images = row.images_PSHWC[:count, :seeds]
-        shown.append((row.label, images.reshape(-1, *images.shape[2:])))
-    return grid(shown, captions, scale)
+        lines.append((row.label, images.reshape(-1, *images.shape[2:])))
+    return grid(lines, captions, scale)
 
 
 def moves(control: ControlResults, labels: dict[str, str]) -> Image.Image:
-    """Moves of a shape by its noise: before and after, with the wanted place marked."""
+    """Grid of layout targets: pictures before and after, with the target place marked."""
     side = control.rows["teacher"].images_CLHWC.shape[2]
-    scale, asked = _scale(side), control.moves
-    count = int(np.clip(SHEET // (2 * side * scale), 1, min(MOVES, len(asked.places))))
+    scale, targets = _scale(side), control.targets
+    count = int(np.clip(SHEET // (2 * side * scale), 1, min(MOVES, len(targets.places))))
     places = control.library.world.layout.places
     captions = []
-    for caption, word in zip(asked.captions[:count], asked.places, strict=False):
+    for caption, word in zip(targets.captions[:count], targets.places, strict=False):
         captions += [control.library.captions[caption], f"moved to the {word}"]
-    shown = []
+    lines = []
     for key, label in labels.items():
-        pairs = control.rows[key].moved.images_RNHWC[[0, -1], :count].swapaxes(0, 1)
+        pairs = control.rows[key].layout_result.images_RNHWC[[0, -1], :count].swapaxes(0, 1)
         large = pairs.repeat(scale, axis=2).repeat(scale, axis=3)
-        for pair, word in zip(large, asked.places, strict=False):
+        for pair, word in zip(large, targets.places, strict=False):
             _mark(pair, [scale * x for x in places[word]], reach=scale * side // 8)
-        shown.append((label, large.reshape(-1, *large.shape[2:])))
-    return grid(shown, captions, 1)
+        lines.append((label, large.reshape(-1, *large.shape[2:])))
+    return grid(lines, captions, 1)
 
 
 def _mark(images_NHWC: np.ndarray, place: Sequence[float], reach: int) -> None:
-    """The corners of a square around a place, written into the pictures."""
+    """Draw the corners of a square around a place into the pictures, in place.
+
+    Args:
+      images_NHWC: pictures in [-1, 1], changed in place.
+      place: (x, y) in pixels.
+      reach: half the side of the square, in pixels.
+    """
     x, y = (round(p) for p in place)
     limit = images_NHWC.shape[1] - 1
     left, right = max(x - reach, 0), min(x + reach, limit)
@@ -65,7 +71,7 @@ def _mark(images_NHWC: np.ndarray, place: Sequence[float], reach: int) -> None:
 
 
 def paths(control: ControlResults, labels: dict[str, str]) -> Image.Image:
-    """Walks from one noise to another, one block of lines for each."""
+    """Grid of interpolations between two noises, one block of lines for each path."""
     shape = control.rows["teacher"].paths_MKHWC.shape
     scale = _scale(shape[3])
     blocks = []
@@ -73,12 +79,12 @@ def paths(control: ControlResults, labels: dict[str, str]) -> Image.Image:
         rows = [(label, control.rows[key].paths_MKHWC[m]) for key, label in labels.items()]
         texts = [control.library.captions[caption], *[""] * (shape[1] - 1)]
         blocks.append(grid(rows, texts, scale))
-    whole = Image.new("RGB", (blocks[0].width, sum(b.height for b in blocks)), "white")
+    sheet = Image.new("RGB", (blocks[0].width, sum(b.height for b in blocks)), "white")
     top = 0
     for block in blocks:
-        whole.paste(block, (0, top))
+        sheet.paste(block, (0, top))
         top += block.height
-    return whole
+    return sheet
 
 
 def _scale(side: int) -> int:

@@ -1,4 +1,4 @@
-"""An evaluation as report.json, report.md and pictures."""
+"""Reports of an evaluation: report.json, report.md and pictures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from gadjax.evaluation.statistics import Estimate
 from gadjax.io.image_grid import save_png
 from gadjax.io.markdown import escape_markdown
 
-PICTURES = {  # of which group, by which function of its tasks
+PICTURES = {  # group of metrics -> file, function that draws it
     "control": ("control.png", pictures.moves),
     "path": ("interpolation.png", pictures.paths),
 }
 
 
 def as_dict(evaluation: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
-    """The report for machines. Every metric is {"value", "low", "high"}."""
+    """Report as JSON values. Every metric is {"value", "low", "high"}."""
     return {
         "settings": settings,
         "rows": {
@@ -37,45 +37,50 @@ def as_dict(evaluation: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_markdown(evaluation: Evaluation, settings: dict[str, Any]) -> str:
-    """The report for people: a summary, and a section for each group of metrics."""
+    """Report in Markdown: a summary, and a section for each group of metrics."""
     rows, listed = evaluation.rows, evaluation.catalogue
     taken = [name for name in listed if any(name in row.metrics for row in rows)]
-    drawn = {
+    sampling = {
         "network evaluations": [str(row.evaluations) for row in rows],
         "guidance": [f"{row.sampling.guidance:g}" for row in rows],
     }
-    lines = ["# A student beside its teacher", ""]
-    lines += _table(evaluation, [n for n in SUMMARY if n in taken], drawn)
-    lines += ["", "In brackets: 95 % intervals, by bootstrap where nothing else is said. What the"]
-    lines += ["numbers mean stands below, section by section.", "", "![](samples.png)"]
+    lines = ["# Student compared with its teacher", ""]
+    lines += _table(evaluation, [n for n in SUMMARY if n in taken], sampling)
+    lines += [
+        "",
+        "In brackets: 95 % intervals, by bootstrap unless stated otherwise. The metrics are",
+    ]
+    lines += ["explained below, section by section.", "", "![](samples.png)"]
     for group, (heading, units) in GROUPS.items():
         names = [name for name in taken if listed[name].group == group]
         if names:
             lines += ["", f"## {heading}", "", *_table(evaluation, names), ""]
             lines += _meanings([listed[name] for name in names])
             lines += ["", f"Intervals {units}."]
-        if group in _drawn(evaluation):
+        if group in _picture_groups(evaluation):
             lines += ["", f"![]({PICTURES[group][0]})"]
     if evaluation.absent:
         lines += ["", "## Absent", ""]
-        for why in dict.fromkeys(evaluation.absent.values()):
-            titles = [listed[n].title for n, other in evaluation.absent.items() if other == why]
-            lines.append(f"- {escape_markdown(why)}: {'; '.join(titles)}")
+        for reason in dict.fromkeys(evaluation.absent.values()):
+            titles = [listed[n].title for n, other in evaluation.absent.items() if other == reason]
+            lines.append(f"- {escape_markdown(reason)}: {'; '.join(titles)}")
     lines += ["", "## Settings", ""]
     lines += [
         f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in settings.items()
     ]
-    lines += [f"- {escape_markdown(row.label)}: {escape_markdown(_spelt(row))}" for row in rows]
+    lines += [f"- {escape_markdown(row.label)}: {escape_markdown(_settings(row))}" for row in rows]
     return "\n".join([*lines, ""])
 
 
 def _table(
-    evaluation: Evaluation, names: Sequence[str], drawn: Mapping[str, Sequence[str]] | None = None
+    evaluation: Evaluation,
+    names: Sequence[str],
+    sampling: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
     rows = evaluation.rows
     labels = (escape_markdown(row.label) for row in rows)
     lines = ["| | " + " | ".join(labels) + " |", "|---|" + "---|" * len(rows)]
-    for title, texts in (drawn or {}).items():
+    for title, texts in (sampling or {}).items():
         lines.append(f"| {title} | " + " | ".join(texts) + " |")
     for name in names:
         cells = (_cell(row.metrics.get(name)) for row in rows)
@@ -84,37 +89,45 @@ def _table(
 
 
 def _meanings(metrics: Sequence[Metric]) -> list[str]:
-    """One line for all that mean the same."""
+    """One line for all metrics with the same meaning."""
     titles = {m.meaning: [n.title for n in metrics if n.meaning == m.meaning] for m in metrics}
     return [f"- {', '.join(names)}: {meaning}" for meaning, names in titles.items()]
 
 
-def _cell(found: Estimate | None) -> str:
-    if found is None:
+def _cell(metric: Estimate | None) -> str:
+    if metric is None:
         return ""
-    if found.low is None or found.high is None:
-        return f"{found.value:.3f}"
-    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+    if metric.low is None or metric.high is None:
+        return f"{metric.value:.3f}"
+    return f"{metric.value:.3f} ({metric.low:.3f} to {metric.high:.3f})"
 
 
-def _spelt(row: Row) -> str:
+def _settings(row: Row) -> str:
     return ", ".join(f"{name} {value}" for name, value in row.sampling.to_dict().items())
 
 
-def _drawn(evaluation: Evaluation) -> list[str]:
-    """Groups that have a picture."""
+def _picture_groups(evaluation: Evaluation) -> list[str]:
+    """Groups of metrics that have a picture."""
     control = evaluation.control
-    return [g for g in PICTURES if control and (g != "control" or control.moves)]
+    return [g for g in PICTURES if control and (g != "control" or control.targets)]
 
 
 def write_report(
     folder: Path, evaluation: Evaluation, prompts: Sequence[str], settings: dict[str, Any]
 ) -> None:
+    """Write report.json, report.md and the pictures.
+
+    Args:
+      folder: an existing folder.
+      evaluation: rows and metrics.
+      prompts: the evaluated prompts.
+      settings: name -> value, for the section of settings.
+    """
     text = json.dumps(as_dict(evaluation, settings), indent=2, allow_nan=False) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
     (folder / "report.md").write_text(as_markdown(evaluation, settings), encoding="utf-8")
     save_png(pictures.samples(evaluation, prompts), folder / "samples.png")
     labels = {row.key: row.label for row in evaluation.rows}
-    for group in _drawn(evaluation):
+    for group in _picture_groups(evaluation):
         name, draw = PICTURES[group]
         save_png(draw(evaluation.control, labels), folder / name)

@@ -1,9 +1,10 @@
-"""Whether a noise that was chosen for what the teacher draws from it does the same elsewhere.
+"""Noise retrieval: noises selected by the teacher's pictures, tried with another model.
 
-Noise retrieval: for a caption that leaves an attribute open and a word of it, the noises from
-which the teacher draws that word are looked up in a library; how often does another model draw it
-from them? Over all captions, attributes and words, each as often as it was looked up. L noises, C
-captions that share them, A attributes; words are strings, "" where a picture shows nothing.
+For a caption that leaves an attribute open and a word of that attribute, the noises from which the
+teacher draws the word are selected from a library. The metric is how often another model draws the
+word from them, over all captions, attributes and words, weighted by the number of selected noises.
+L noises, C captions that share them, A attributes; words are strings, "" where a picture shows
+nothing.
 """
 
 from collections.abc import Sequence
@@ -16,33 +17,39 @@ from gadjax.evaluation.statistics import Estimate, bootstrap, ratio
 def retrieval(
     row_CLA: np.ndarray, teacher_CLA: np.ndarray, open_CA: np.ndarray, attributes: Sequence[int]
 ) -> tuple[Estimate, Estimate] | None:
-    """How often the row draws the wanted word from the noises chosen for it, and from others.
+    """Retrieval rate of a row, and its chance level.
 
-    The second is chance: how often the row draws that word from all other noises of the library,
-    in the same proportion of captions and words; what is expected of noises that mean nothing.
-    Intervals over noises. None where the teacher draws no word.
+    Chance is how often the row draws the same words from all other noises of the library, in the
+    same proportion of captions and words: the expected rate of noises without meaning.
+
+    Args:
+      row_CLA: words of the row's pictures.
+      teacher_CLA: words of the teacher's pictures.
+      open_CA: attributes that each caption leaves open.
+      attributes: indices of the attributes to include.
+    Returns: (rate, chance) with intervals over noises; None where the teacher draws no word.
     """
-    wanted, drawn = [], []
+    selected, drawn = [], []
     for a in attributes:
         asked_CL = open_CA[:, a, None] & (teacher_CLA[:, :, a] != "")
         for word in np.unique(teacher_CLA[:, :, a][asked_CL]):
-            wanted.append(asked_CL & (teacher_CLA[:, :, a] == word))
+            selected.append(asked_CL & (teacher_CLA[:, :, a] == word))
             drawn.append(row_CLA[:, :, a] == word)
-    if not wanted:
+    if not selected:
         return None
     # [L, queries], a query being a word under a caption.
-    wanted, drawn = (np.concatenate(x).T.astype(float) for x in (wanted, drawn))
-    asked_L, hits_LL = wanted.sum(1), wanted @ drawn.T
+    selected, drawn = (np.concatenate(x).T.astype(float) for x in (selected, drawn))
+    asked_L, hits_LL = selected.sum(1), selected @ drawn.T
     rate = ratio(np.diagonal(hits_LL), asked_L)
-    # A noise drawn twice in a resample is no other noise, so that pairs of one with itself go.
+    # A noise drawn twice in a resample is no other noise: pairs of a noise with itself are removed.
     np.fill_diagonal(hits_LL, 0)
 
     def chance(noises):
-        rows = noises.reshape(-1, len(wanted))
-        times = np.array([np.bincount(row, minlength=len(wanted)) for row in rows])
+        rows = noises.reshape(-1, len(selected))
+        times = np.array([np.bincount(row, minlength=len(selected)) for row in rows])
         hits = np.einsum("ri,ij,rj->r", times, hits_LL, times, optimize=True)
-        asked = (times * asked_L * (len(wanted) - times)).sum(1)
-        # A resample may hold no noise that was chosen for anything; it then says nothing.
+        asked = (times * asked_L * (len(selected) - times)).sum(1)
+        # A resample without any selected noise gives no value.
         return (hits / np.where(asked == 0, np.nan, asked)).reshape(noises.shape[:-1])
 
-    return rate, bootstrap(chance, np.arange(len(wanted)))
+    return rate, bootstrap(chance, np.arange(len(selected)))

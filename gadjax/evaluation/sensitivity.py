@@ -1,4 +1,4 @@
-"""Whether a change of the noise changes the student's picture as it changes the teacher's."""
+"""Noise sensitivity: tangents J v of the map from noise to x0, of student and teacher."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,12 +22,22 @@ def map_tangents(
     batch: int,
     progress: Callable[[int], object] = lambda count: None,
 ) -> np.ndarray:
-    """J v [N, H, W, C] of the whole map from noise to x0, guidance and all its steps included.
+    """Tangents J v [N, H, W, C] of the map from noise to x0, guidance and all steps included.
 
-    Exact (jax.jvp). Costs two to three times what drawing N pictures does.
+    Exact (jax.jvp). Costs two to three times as much as sampling N pictures.
+
+    Args:
+      pipeline: networks and sampler.
+      params: parameters by component.
+      sampling: steps, guidance and prompt length.
+      prompts: N prompts.
+      noise_NHWC: initial noises.
+      directions_NHWC: tangent directions v.
+      batch: noises at a time.
+      progress: called with the number of noises that are done.
     """
 
-    def moved(params, z, v, cond, null):
+    def push(params, z, v, cond, null):
         def x0(z):
             return clean_latent(pipeline, params[pipeline.backbone], sampling, z, cond, null)
 
@@ -35,14 +45,14 @@ def map_tangents(
 
     arrays = (noise_NHWC, directions_NHWC)
     return map_prompts(
-        moved, pipeline, params, sampling, prompts, arrays, batch=batch, progress=progress
+        push, pipeline, params, sampling, prompts, arrays, batch=batch, progress=progress
     )
 
 
-def compare_tangents(found: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine, and norm of the first over norm of the second, of N pairs [N, ...]: [N] each."""
-    found, wanted = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (found, wanted))
-    sizes = np.linalg.norm(found, axis=1), np.linalg.norm(wanted, axis=1)
+def compare_tangents(student: np.ndarray, teacher: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and norm ratio (student over teacher) of N pairs of tangents [N, ...]: [N] each."""
+    student, teacher = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (student, teacher))
+    sizes = np.linalg.norm(student, axis=1), np.linalg.norm(teacher, axis=1)
     tiny = np.finfo(np.float64).tiny
-    cosine = np.sum(found * wanted, axis=1) / np.maximum(sizes[0] * sizes[1], tiny)
+    cosine = np.sum(student * teacher, axis=1) / np.maximum(sizes[0] * sizes[1], tiny)
     return cosine, sizes[0] / np.maximum(sizes[1], tiny)

@@ -1,4 +1,4 @@
-"""A number and how far to trust it."""
+"""Estimates with 95 % confidence intervals: Wilson and bootstrap."""
 
 import math
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 2000
-Z = 1.959964  # 95 % of a normal distribution lie within
+Z = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 class Estimate(NamedTuple):
-    """A value and the ends of its 95 % interval, None where none is known."""
+    """Value with the ends of its 95 % interval, None where no interval is known."""
 
     value: float
     low: float | None = None
@@ -19,7 +19,7 @@ class Estimate(NamedTuple):
 
 
 def wilson(hits: int, total: int) -> Estimate:
-    """A rate with the score interval of Wilson (1927), which stays within [0, 1]."""
+    """Rate with the score interval of Wilson (1927), which stays within [0, 1]."""
     rate, z2 = hits / total, Z * Z
     middle = (rate + z2 / (2 * total)) / (1 + z2 / total)
     reach = Z / (1 + z2 / total) * math.sqrt(rate * (1 - rate) / total + z2 / (4 * total**2))
@@ -29,11 +29,15 @@ def wilson(hits: int, total: int) -> Estimate:
 def bootstrap(
     statistic: Callable[..., np.ndarray], *values_P: np.ndarray, seed: int = 0
 ) -> Estimate:
-    """A statistic of P units' values with its percentile interval (Efron and Tibshirani 1993).
+    """Statistic of P units' values with its percentile interval (Efron and Tibshirani 1993).
 
     Units (prompts, noises, paths) are drawn with replacement, the same ones for every array, so
-    that a ratio's interval knows that both its sides saw the same ones.
-    statistic: arrays [..., P] -> [...].
+    that a ratio's interval accounts for the dependence of its two sides.
+
+    Args:
+      statistic: arrays [..., P] -> [...].
+      *values_P: its arguments.
+      seed: of the resampling.
     """
     count = len(values_P[0])
     value = float(statistic(*values_P))
@@ -45,21 +49,22 @@ def bootstrap(
 
 
 def mean(values_P: np.ndarray) -> Estimate:
+    """Mean of P units with its bootstrap interval."""
     return bootstrap(lambda v: v.mean(-1), values_P)
 
 
 def ratio(above_P: np.ndarray, below_P: np.ndarray) -> Estimate:
-    """Mean over mean, of which the second is not zero."""
+    """Ratio of means with its bootstrap interval; the mean of `below_P` is not zero."""
 
     def statistic(above, below):
         below = below.mean(-1)
-        # A resample may hold zeros only; it then says nothing.
+        # A resample of zeros only gives no value.
         return above.mean(-1) / np.where(below == 0, np.nan, below)
 
     return bootstrap(statistic, above_P, below_P)
 
 
 def geometric_mean(values_P: np.ndarray) -> Estimate:
-    """Of positive numbers; what a mean of ratios should be, as twice and half then cancel."""
+    """Geometric mean of positive numbers: for ratios, since twice and half cancel."""
     logs = np.log(np.maximum(values_P, np.finfo(np.float64).tiny))
     return bootstrap(lambda v: np.exp(v.mean(-1)), logs)

@@ -1,4 +1,4 @@
-"""A loop for the bundled world's small helpers: autoencoder, text encoder, evaluation features."""
+"""Training loop of the bundled small networks: autoencoder, text encoder, evaluation features."""
 
 from collections.abc import Callable
 
@@ -20,9 +20,17 @@ def fit(
     seed: int,
     average: float = 0.995,
 ) -> Params:
-    """AdamW with warm-up and cosine decay to zero; returns the running average of the parameters.
+    """Train with AdamW, warm-up and cosine decay to zero.
 
-    loss: (params, key, *batch) -> (scalar, metrics); batches: step -> its arrays.
+    Args:
+      params: initial parameters.
+      loss: (params, key, *batch) -> (scalar, metrics).
+      batches: step -> arrays of its batch.
+      steps: number of updates.
+      lr: peak learning rate.
+      seed: of the keys.
+      average: decay of the EMA, lower in the first steps.
+    Returns: the EMA of the parameters.
     """
     rate = optax.warmup_cosine_decay_schedule(0.0, lr, min(200, steps // 10), steps)
     optimizer = optax.chain(
@@ -30,19 +38,19 @@ def fit(
     )
 
     @jax.jit
-    def update(params, mean, state, step, batch):
+    def update(params, ema, state, step, batch):
         key = jax.random.fold_in(make_key(seed), step)
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, key, *batch)
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        share = jax.numpy.minimum(average, (1.0 + step) / (10.0 + step))
-        mean = jax.tree.map(lambda m, p: m + (1 - share) * (p - m), mean, params)
-        return params, mean, state, {"loss": value, **metrics}
+        decay = jax.numpy.minimum(average, (1.0 + step) / (10.0 + step))
+        ema = jax.tree.map(lambda m, p: m + (1 - decay) * (p - m), ema, params)
+        return params, ema, state, {"loss": value, **metrics}
 
-    mean, state = params, optimizer.init(params)
+    ema, state = params, optimizer.init(params)
     bar = tqdm(range(steps), mininterval=5.0)
     for step in bar:
-        params, mean, state, metrics = update(params, mean, state, step, batches(step))
+        params, ema, state, metrics = update(params, ema, state, step, batches(step))
         if step % 50 == 0:
             bar.set_postfix({k: f"{float(v):.4f}" for k, v in metrics.items()})
-    return mean
+    return ema

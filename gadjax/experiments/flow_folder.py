@@ -1,8 +1,8 @@
-"""The bundled teacher's folder under a flow scheduler: where the flow teacher starts from.
+"""Initial folder of the bundled flow teacher: the eps teacher under a flow scheduler.
 
     python -m gadjax.experiments.flow_folder --out DIR
 
-The weights are still those of an eps network and draw nonsense until they are trained:
+The weights are still those of an eps network and generate nonsense until they are trained:
 gadjax train --config configs/shapes_teacher.py:flow --config.teacher=DIR.
 """
 

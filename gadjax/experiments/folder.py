@@ -1,7 +1,7 @@
-"""Making the bundled pipeline folder: python -m gadjax.experiments.folder --out DIR
+"""Bundled pipeline folder with random weights: python -m gadjax.experiments.folder --out DIR
 
-Writes a PixArtAlphaPipeline of the bundled world's size with random weights, by diffusers' own
-save_pretrained (needs torch and diffusers). The other recipes then replace one component each.
+Writes a PixArtAlphaPipeline of the bundled world's size by diffusers' own save_pretrained (needs
+torch and diffusers). The other scripts of this package then replace one component each.
 """
 
 import argparse
@@ -23,13 +23,22 @@ STEMS = {"text_encoder": "model"}  # every other component's file is a diffusers
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """config.json of one component of a pipeline folder."""
     return json.loads((folder / component / "config.json").read_text())
 
 
 def replace_component(
     folder: Path, component: str, params: Params, keymap: KeyMap, config: Mapping[str, Any]
 ) -> None:
-    """Overwrite one component's weights and config.json in place."""
+    """Overwrite one component's weights and config.json in place.
+
+    Args:
+      folder: a pipeline folder.
+      component: name of the component's folder.
+      params: its parameters.
+      keymap: from parameter paths to tensor names.
+      config: for config.json.
+    """
     stem = STEMS.get(component, "diffusion_pytorch_model")
     tensors = dict(tensors_from_params(jax.device_get(params), keymap))
     save_file(tensors, folder / component / f"{stem}.safetensors", metadata={"format": "pt"})
@@ -38,7 +47,7 @@ def replace_component(
 
 
 def write(out: Path, seed: int) -> None:
-    """A pipeline folder of the bundled world's size, every weight at its random start."""
+    """Write a pipeline folder of the bundled world's size with randomly initialised weights."""
     import torch
     from diffusers import (
         AutoencoderKL,
@@ -87,7 +96,7 @@ def write(out: Path, seed: int) -> None:
             use_additional_conditions=False,
         ),
         scheduler=DPMSolverMultistepScheduler(
-            # Less noise than PixArt's 0.02: 8x8 latents are gone long before that.
+            # Less noise than PixArt's 0.02, at which 8x8 latents have long been destroyed.
             beta_schedule="linear",
             beta_start=1e-4,
             beta_end=0.015,

@@ -1,8 +1,10 @@
-"""Recipe for the bundled world's evaluation features: python -m gadjax.experiments.shapes_features
+"""Training of the evaluation features of the bundled world.
 
-Trains a small network to read a rendered picture's attributes, and how badly it was spoilt, through
-linear heads on 32 features. The heads are thrown away; the features are shifted and scaled to zero
-mean and unit variance over the world's pictures.
+    python -m gadjax.experiments.shapes_features
+
+A small network predicts a rendered picture's attributes, and the amounts of its corruptions,
+through linear heads on 32 features. The heads are discarded; the features are shifted and scaled to
+zero mean and unit variance over the world's pictures.
 """
 
 import argparse
@@ -23,9 +25,9 @@ from gadjax.worlds import shapes
 
 CHOICES = shapes.ATTRIBUTES
 PLACE = ("x", "y", "radius")
-SPOILT = ("blur", "noise", "ghost")
+CORRUPTIONS = ("blur", "noise", "ghost")
 BLUR = np.exp(-0.5 * (np.arange(-4, 5) / 1.2) ** 2)  # 1.2 pixels
-MOST = {"blur": 1.0, "noise": 0.2, "ghost": 0.4}
+MAX_AMOUNT = {"blur": 1.0, "noise": 0.2, "ghost": 0.4}
 HELD_OUT = 4096
 
 
@@ -42,25 +44,27 @@ def blur(image_BHWC: jax.Array) -> jax.Array:
     return image_BHWC
 
 
-def spoil(key: jax.Array, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Half of the pictures blurred, noisy and with a ghost of another picture; how much, [B, 3].
+def corrupt(key: jax.Array, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Corrupt half of the pictures with blur, noise and a ghost of another picture.
 
-    What few-step students get wrong must move the features, or a distance in them sees nothing.
+    Typical errors of few-step students must change the features, or a distance in them misses
+    these errors.
+    Returns: pictures, and the amount of each corruption [B, 3].
     """
     keys = jax.random.split(key, 3)
     count = len(image_BHWC)
     amount = jax.random.uniform(keys[0], (count, 3))
     amount *= jax.random.bernoulli(keys[1], 0.5, (count, 1))
     soft, noise, ghost = (
-        amount[:, i, None, None, None] * MOST[name] for i, name in enumerate(SPOILT)
+        amount[:, i, None, None, None] * MAX_AMOUNT[name] for i, name in enumerate(CORRUPTIONS)
     )
     image_BHWC += ghost * (jnp.roll(image_BHWC, 1, axis=0) - image_BHWC)
     image_BHWC += soft * (blur(image_BHWC) - image_BHWC)
     return image_BHWC + noise * jax.random.normal(keys[2], image_BHWC.shape), amount
 
 
-def drawn(seed: int, indices: range) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """Pictures, the words' numbers, and centre and radius in [0, 1] [N, 3]."""
+def render_batch(seed: int, indices: range) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """Rendered pictures, indices of their words, and centre and radius in [0, 1] [N, 3]."""
     images, _, scenes = shapes.sample_batch(seed, indices)
     labels = {
         name: np.array([words.index(getattr(scene, name)) for scene in scenes])
@@ -72,30 +76,40 @@ def drawn(seed: int, indices: range) -> tuple[np.ndarray, dict[str, np.ndarray],
 
 @pinned_jax_config()
 def train(config: Config, *, steps: int, batch: int, lr: float, seed: int):
-    """Fit the network and its heads.
+    """Train the network and its heads.
 
-    Returns: the network's parameters and what the heads read off held-out pictures: the share of
-    right words by attribute, of pictures with all of them right, and the error of the place.
+    Args:
+      config: sizes of the network.
+      steps: updates.
+      batch: pictures of an update.
+      lr: peak learning rate.
+      seed: of parameters and pictures.
+    Returns: the network's parameters, and the heads' scores on held-out pictures: accuracy by
+      attribute, of all attributes together, and the error of the position.
     """
     net = network(config)
 
-    def read(params, image):
+    def predict(params, image):
         features = net.apply(params["network"], image)
         return {name: features @ h["kernel"] + h["bias"] for name, h in params["heads"].items()}
 
     def loss(params, key, image, labels, place):
-        image, spoilt = spoil(key, image)
-        found = read(params, image)
+        image, amounts = corrupt(key, image)
+        outputs = predict(params, image)
         words = sum(
-            optax.softmax_cross_entropy_with_integer_labels(found[name], labels[name]).mean()
+            optax.softmax_cross_entropy_with_integer_labels(outputs[name], labels[name]).mean()
             for name in CHOICES
         )
-        where = jnp.mean((found["place"] - place) ** 2)
-        how = jnp.mean((found["spoilt"] - spoilt) ** 2)
-        return words + 20 * where + 5 * how, {"words": words, "place": where, "spoilt": how}
+        position = jnp.mean((outputs["place"] - place) ** 2)
+        corruption = jnp.mean((outputs["corruption"] - amounts) ** 2)
+        return words + 20 * position + 5 * corruption, {
+            "words": words,
+            "place": position,
+            "corruption": corruption,
+        }
 
     sizes = {name: len(words) for name, words in CHOICES.items()}
-    sizes |= {"place": len(PLACE), "spoilt": len(SPOILT)}
+    sizes |= {"place": len(PLACE), "corruption": len(CORRUPTIONS)}
     first, second = jax.random.split(make_key(seed))
     heads = {
         name: {
@@ -108,17 +122,17 @@ def train(config: Config, *, steps: int, batch: int, lr: float, seed: int):
     params = fit(
         {"network": net.init(first), "heads": heads},
         loss,
-        lambda step: drawn(seed, range(step * batch, (step + 1) * batch)),
+        lambda step: render_batch(seed, range(step * batch, (step + 1) * batch)),
         steps=steps,
         lr=lr,
         seed=seed,
     )
-    images, labels, places = drawn(seed + 1, range(HELD_OUT))
-    found = jax.device_get(jax.jit(read)(params, images))
-    right = {name: found[name].argmax(1) == labels[name] for name in CHOICES}
+    images, labels, places = render_batch(seed + 1, range(HELD_OUT))
+    outputs = jax.device_get(jax.jit(predict)(params, images))
+    right = {name: outputs[name].argmax(1) == labels[name] for name in CHOICES}
     scores = {name: float(hits.mean()) for name, hits in right.items()}
     scores["all five"] = float(np.all(list(right.values()), axis=0).mean())
-    errors = (found["place"] - places) * np.float32([shapes.SIZE, shapes.SIZE, shapes.SIZE / 4])
+    errors = (outputs["place"] - places) * np.float32([shapes.SIZE, shapes.SIZE, shapes.SIZE / 4])
     scores |= {
         f"{name}, pixels": float(error)
         for name, error in zip(PLACE, np.sqrt((errors**2).mean(0)), strict=True)
@@ -128,7 +142,7 @@ def train(config: Config, *, steps: int, batch: int, lr: float, seed: int):
 
 
 def standardise(params: Params, features_ND: np.ndarray) -> Params:
-    """Parameters under which these features have mean 0 and standard deviation 1."""
+    """Rescale the last layer so that these features have mean 0 and standard deviation 1."""
     mean, spread = features_ND.mean(0), features_ND.std(0)
     last = params["linear_2"]
     scaled = {"kernel": last["kernel"] / spread, "bias": (last["bias"] - mean) / spread}

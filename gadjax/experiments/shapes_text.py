@@ -1,9 +1,9 @@
-"""Recipe for the bundled world's text encoder.
+"""Training of the bundled world's text encoder.
 
     python -m gadjax.experiments.shapes_text --folder DIR
 
-Trains the T5 encoder of a pipeline folder to tell which attributes a caption names, and which it
-leaves open, through linear heads on its mean token. The heads are thrown away.
+The T5 encoder of a pipeline folder learns to predict which attributes a caption names, and which it
+leaves open, through linear heads on its mean token. The heads are discarded.
 """
 
 import argparse
@@ -29,7 +29,17 @@ CHOICES = {name: ("", *words) for name, words in shapes.ATTRIBUTES.items()}
 
 @pinned_jax_config()
 def train(config: t5.Config, tokenizer, *, steps: int, batch: int, lr: float, seed: int):
-    """Fit the encoder; returns its parameters and the share of held-out captions read right."""
+    """Train the encoder.
+
+    Args:
+      config: of the T5 encoder.
+      tokenizer: of the pipeline folder.
+      steps: updates.
+      batch: captions of an update.
+      lr: peak learning rate.
+      seed: of parameters and captions.
+    Returns: its parameters, and its accuracy on held-out captions (all attributes right).
+    """
     net = functional(t5.build(config, remat=False))
 
     def logits(params, ids, mask):
@@ -39,9 +49,9 @@ def train(config: t5.Config, tokenizer, *, steps: int, batch: int, lr: float, se
 
     def loss(params, key, ids, mask, labels):
         del key
-        found = logits(params, ids, mask)
+        outputs = logits(params, ids, mask)
         losses = [
-            optax.softmax_cross_entropy_with_integer_labels(found[name], labels[name]).mean()
+            optax.softmax_cross_entropy_with_integer_labels(outputs[name], labels[name]).mean()
             for name in CHOICES
         ]
         return sum(losses), {}
@@ -52,9 +62,9 @@ def train(config: t5.Config, tokenizer, *, steps: int, batch: int, lr: float, se
             rng = np.random.default_rng([seed, index])
             scene = shapes.sample_scene(rng)
             captions.append(shapes.caption(scene, shapes.sample_mentioned(rng)))
-        read = [shapes.parse(text) for text in captions]
+        parsed = [shapes.parse(text) for text in captions]
         labels = {
-            name: np.array([words.index(r.get(name, "")) for r in read])
+            name: np.array([words.index(r.get(name, "")) for r in parsed])
             for name, words in CHOICES.items()
         }
         return *tokenizer(captions, LENGTH), labels
@@ -67,8 +77,8 @@ def train(config: t5.Config, tokenizer, *, steps: int, batch: int, lr: float, se
     start = {"encoder": net.init(first), "heads": heads}
     params = fit(start, loss, batches, steps=steps, lr=lr, seed=seed)
     ids, mask, labels = batches(0, seed=seed + 1)
-    found = jax.jit(logits)(params, ids, mask)
-    right = [np.argmax(found[name], -1) == labels[name] for name in CHOICES]
+    outputs = jax.jit(logits)(params, ids, mask)
+    right = [np.argmax(outputs[name], -1) == labels[name] for name in CHOICES]
     return params["encoder"], float(np.mean(np.all(right, axis=0)))
 
 
@@ -89,7 +99,7 @@ def main() -> None:
         lr=args.lr,
         seed=args.seed,
     )
-    print(f"held-out captions read right: {right:.4f}")
+    print(f"held-out captions classified correctly: {right:.4f}")
     replace_component(args.folder, "text_encoder", params, t5.KEYMAP, raw)
 
 

@@ -1,6 +1,8 @@
-"""Recipe for the bundled world's autoencoder: python -m gadjax.experiments.shapes_vae --folder DIR
+"""Training of the bundled world's autoencoder.
 
-Trains the vae of a pipeline folder on rendered pictures and writes it back, with the scaling
+    python -m gadjax.experiments.shapes_vae --folder DIR
+
+The vae of a pipeline folder is trained on rendered pictures and written back, with the scaling
 factor that gives its latents unit variance.
 """
 
@@ -19,13 +21,19 @@ from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
 from gadjax.worlds import shapes
 
-KL = 2e-4  # weight of the mean KL per latent element, against the mean square per colour value
+KL_WEIGHT = 2e-4  # mean KL per latent element, against the mean square per colour value
 
 
 @pinned_jax_config()
 def train(config: autoencoder_kl.Config, *, steps: int, batch: int, lr: float, seed: int):
-    """Fit the autoencoder on the world.
+    """Train the autoencoder on the world.
 
+    Args:
+      config: of the autoencoder.
+      steps: updates.
+      batch: pictures of an update.
+      lr: peak learning rate.
+      seed: of parameters and pictures.
     Returns: its parameters and the scaling factor 1 / (standard deviation of the mean latents).
     """
     net = functional(autoencoder_kl.build(config, remat=False))
@@ -33,12 +41,12 @@ def train(config: autoencoder_kl.Config, *, steps: int, batch: int, lr: float, s
     def loss(params, key, image):
         mean, logvar = net.apply(params, image, method="encode")
         noise = jax.random.normal(key, mean.shape)
-        shown = net.apply(params, mean + jnp.exp(0.5 * logvar) * noise, method="decode")
+        decoded = net.apply(params, mean + jnp.exp(0.5 * logvar) * noise, method="decode")
         kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
-        error = shown - image
+        error = decoded - image
         square = jnp.mean(error**2)
         metrics = {"mse": square, "kl": kl, "spread": jnp.std(mean)}
-        return square + 0.1 * jnp.mean(jnp.abs(error)) + KL * kl, metrics
+        return square + 0.1 * jnp.mean(jnp.abs(error)) + KL_WEIGHT * kl, metrics
 
     def batches(step):
         return (shapes.sample_batch(seed, range(step * batch, (step + 1) * batch))[0],)

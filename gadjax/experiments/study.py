@@ -1,10 +1,10 @@
-"""The study: every base objective with and without each term, many seeds of a cell at once.
+"""Study of objectives: each base with and without each term, several seeds of a cell at once.
 
     python -m gadjax.experiments.study [CELL ...] [--seeds 3] [--workers 1] [--budget SECONDS]
                                    [--out docs/results/study]
 
 A cell is FAMILY/VARIANT, such as flow/dmd_polar_anchor; without any, all of them are done in
-order. A cell with a row in --out is finished; what it needs is bundled, and nothing is fetched.
+order. A cell with a row in --out is finished. All inputs are bundled; nothing is downloaded.
 """
 
 import argparse
@@ -45,11 +45,11 @@ COMBINED = (*ALONE, "reg", "reg_polar", "reg_polar_anchor")
 
 
 def map_steps(steps: int) -> dict[str, dict]:
-    """The teacher's map in so many steps: the anchor's as well, which then shares GAD's walk."""
+    """Objective changes for a teacher map of `steps` steps, which GAD and the anchor share."""
     return {"gad": POLAR | {"steps": steps}, "anchor": ANCHOR | {"steps": steps}}
 
 
-# One thing changed beside dmd_polar_anchor: its name -> what it changes in the objective.
+# Ablations of dmd_polar_anchor: name -> the terms that it changes.
 CHANGES = {
     "map_1": map_steps(1),
     "map_2": map_steps(2),
@@ -72,7 +72,7 @@ LONGER = {"dmd_long": ("dmd_none", 1.92), "dmd_reg_long": ("dmd_reg", 1.4)}
 
 @dataclass(frozen=True)
 class Family:
-    """A teacher, the guidance it is distilled and judged at, and the student's times."""
+    """Teacher with the guidance of its distillation and evaluation, and the student's timesteps."""
 
     teacher: str
     guidance: float
@@ -93,26 +93,26 @@ FAMILIES = {
 
 
 def objectives() -> dict[str, dict]:
-    """Variant -> objective, as a config spells it."""
-    found = {}
+    """Objectives by variant, as a config spells them."""
+    variants = {}
     for base, options in BASES.items():
         for added in ALONE if base == "regression" else COMBINED:
             parts = (ADDED[name] for name in added.split("_"))
-            found[f"{base}_{added}"] = {base: options}
+            variants[f"{base}_{added}"] = {base: options}
             for part in parts:
-                found[f"{base}_{added}"] |= part
+                variants[f"{base}_{added}"] |= part
     for name, changed in CHANGES.items():
-        found[name] = found["dmd_polar_anchor"] | changed
+        variants[name] = variants["dmd_polar_anchor"] | changed
     for weight in (0.3, 3.0):
-        beside = {"regression": REGRESSION | {"weight": weight}}
-        found[f"dmd_reg_{weight:g}"] = {"dmd": {}} | beside
-    found["script"] = {"tdm": {}, "gad_script": {}}
-    found["script_half"] = {"tdm": {}, "gad_script": {"half": True}}
-    return found | {name: found[of] for name, (of, _) in LONGER.items()}
+        extra = {"regression": REGRESSION | {"weight": weight}}
+        variants[f"dmd_reg_{weight:g}"] = {"dmd": {}} | extra
+    variants["script"] = {"tdm": {}, "gad_script": {}}
+    variants["script_half"] = {"tdm": {}, "gad_script": {"half": True}}
+    return variants | {name: variants[of] for name, (of, _) in LONGER.items()}
 
 
 def cells() -> list[str]:
-    """All of the study, the ones that tell most first."""
+    """Cells of the study, the most informative first."""
     grid = [f"{base}_{name}" for base in ("dmd", "tdm", "sid") for name in COMBINED]
     alone = [f"regression_{name}" for name in ALONE]
     dmd = [f"dmd_{name}" for name in COMBINED]
@@ -133,7 +133,7 @@ def cells() -> list[str]:
 
 
 def config_of(cell: str):
-    """The config of any family and variant. Raises: InputError for one that is not known."""
+    """Config of a cell FAMILY/VARIANT. Raises: InputError for one that is not known."""
     known, (name, _, variant) = objectives(), cell.partition("/")
     if name not in FAMILIES or variant not in known:
         raise InputError(
@@ -166,14 +166,21 @@ def config_of(cell: str):
 
 @pinned_jax_config()
 def run_cell(cell: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
-    """Train and evaluate all seeds of a cell, and write its row and the picture of its first."""
+    """Train and evaluate all seeds of a cell, and write its row and the first seed's pictures.
+
+    Args:
+      cell: FAMILY/VARIANT.
+      seeds: number of students, trained together.
+      out: folder of the rows.
+      evaluate: of this process, which caches the teachers' pictures.
+    """
     config, started = config_of(cell), time.perf_counter()
     run = prepare(config)
     students, curves = train_seeds(run, range(seeds))
     trained = time.perf_counter()
     reports = [evaluate(config, student) for student in students]
     rows = evaluate.teachers(config) | {"student": reports[0]}
-    found = {
+    row = {
         "cell": cell,
         "config": as_json(config),
         "seeds": list(range(seeds)),
@@ -188,22 +195,30 @@ def run_cell(cell: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
     path = row_path(out, cell)
     picture = grid([(row["label"], row["images"]) for row in rows.values()], None, scale=1)
     save_png(picture, path.with_suffix(".png"))
-    write_atomic(path, json.dumps(found) + "\n")
+    write_atomic(path, json.dumps(row) + "\n")
 
 
-_evaluator: Evaluator | None = None  # of this process, which keeps what the teachers draw
+_evaluator: Evaluator | None = None  # of this process; caches the teachers' pictures
 
 
 def work(cell: str, seeds: int, out: Path, until: float) -> tuple[str, str]:
-    """`run_cell`, unless the clock is past `until`. The cell, and why it has no row."""
+    """Run a cell in a worker process, unless the clock is past `until`.
+
+    Args:
+      cell: FAMILY/VARIANT.
+      seeds: number of students.
+      out: folder of the rows.
+      until: time.time() from which no cell is started.
+    Returns: the cell, and the reason why it has no row, empty where it has one.
+    """
     global _evaluator
     if time.time() > until:
-        return cell, "not begun, as the budget is spent"
+        return cell, "not started, as the budget is spent"
     jax.config.update("jax_default_matmul_precision", "highest")  # a card's default is TF32
     _evaluator = _evaluator or Evaluator()
     try:
         run_cell(cell, seeds, out, _evaluator)
-    except Exception as error:  # one cell's failure is not the others'
+    except Exception as error:  # one cell's failure must not end the others
         return cell, f"{type(error).__name__}: {error}"
     return cell, ""
 
@@ -213,7 +228,9 @@ def main() -> int:
     parser.add_argument("cells", nargs="*", help="FAMILY/VARIANT; all of them by default")
     parser.add_argument("--seeds", type=int, default=3, help="of every cell, trained together")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds; then none is begun")
+    parser.add_argument(
+        "--budget", type=float, default=1e9, help="seconds, after which no cell is started"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/results/study"))
     args = parser.parse_args()
     for cell in args.cells:

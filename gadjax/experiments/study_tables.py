@@ -1,4 +1,4 @@
-"""The study's finished cells as tables in Markdown."""
+"""Tables of the study's finished cells, in Markdown."""
 
 import json
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ METRICS = {
     "tangent_cosine": "tangent cosine",
     "tangent_norm_ratio": "tangent norm",
     "retrieval": "retrieval",
-    "path_agreement": "words along the path",
+    "path_agreement": "attribute agreement along the path",
 }
 LABELS = {"teacher": "teacher, 20 steps", "teacher_few": "teacher, the student's steps"}
 
 _TEXT = """
-What each term does to each base objective on the bundled world, at real guidance:
+Effect of each term on each base objective on the bundled world, at practical guidance:
 
     python -m gadjax.experiments.study --seeds {seeds}
 
-Students of a bundled teacher from its own weights, 800 steps of 16 samples (more only where a row
-says long), all else as in `gadjax/experiments/study.py`; judged on 64 prompts x 8 noises with 4
-tangents each and a library of 128 noises, the same ones for every row. A cell is the mean over
-runs of different seeds, with the half width of its 95 % interval over runs (Student's t).
+Students of a bundled teacher from its own weights, 800 steps of 16 samples (more only in rows
+labelled long), all else as in `gadjax/experiments/study.py`; evaluated on 64 prompts x 8 noises
+with 4 tangents each and a library of 128 noises, the same ones for every row. A cell is the mean
+over runs of different seeds, with the half width of its 95 % interval over runs (Student's t).
 `reg` is regression to the teacher's next latent beside the base, `gad` the square loss and `polar`
 the polar one. Evaluations are those of the network for a sample and a step, critic updates
 included. Numbers, config and curves of every cell are in the .json beside this page. Measured
@@ -37,20 +37,21 @@ included. Numbers, config and curves of every cell are in the .json beside this 
 
 
 def row_path(out: Path, cell: str) -> Path:
+    """File of a cell's row."""
     return out / f"{cell.replace('/', '-')}.json"
 
 
 def write_tables(out: Path, cells: Sequence[str]) -> None:
-    """README.md of the results: a table for each family, a row for each finished cell.
+    """Write README.md of the results: a table for each family, a row for each finished cell.
 
     cells: FAMILY/VARIANT, in the order of the tables.
     """
-    found = {
+    finished = {
         cell: json.loads(p.read_text()) for cell in cells if (p := row_path(out, cell)).is_file()
     }
-    if not found:
+    if not finished:
         return
-    rows = found.values()
+    rows = finished.values()
     text = _TEXT.strip().format(
         seeds=max(len(row["seeds"]) for row in rows),
         dates=" to ".join(sorted({row["date"] for row in rows})),
@@ -58,10 +59,10 @@ def write_tables(out: Path, cells: Sequence[str]) -> None:
     )
     lines = ["# The study", "", text, ""]
     for family in dict.fromkeys(cell.split("/")[0] for cell in cells):
-        own = [cell for cell in cells if cell.startswith(f"{family}/")]
+        family_cells = [cell for cell in cells if cell.startswith(f"{family}/")]
         lines += [f"## {family.replace('_', ' ')}", ""]
-        lines += _table([(cell, found[cell]) for cell in own if cell in found])
-        missing = [cell.split("/")[1] for cell in own if cell not in found]
+        lines += _table([(cell, finished[cell]) for cell in family_cells if cell in finished])
+        missing = [cell.split("/")[1] for cell in family_cells if cell not in finished]
         lines += [f"Not run yet: {', '.join(missing)}.", ""] if missing else []
     (out / "README.md").write_text("\n".join(lines))
 
@@ -90,7 +91,7 @@ def _cells(runs: Sequence[dict]) -> list[str]:
 
 
 def estimate(values: Sequence[float]) -> str:
-    """Mean, and the half width of its 95 % interval where there are several."""
+    """Mean and, of several values, the half width of its 95 % interval (Student's t)."""
     if not values:
         return ""
     text = f"{np.mean(values):.3f}"

@@ -1,4 +1,4 @@
-"""A plan as a table for people."""
+"""Plan of a run as a table in plain text."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,42 +7,43 @@ from gadjax.parallel.hardware import GIB
 from gadjax.plan.traffic import KINDS
 
 
-def table(found: dict[str, Any]) -> str:
-    return "\n".join(_lines(found))
+def table(plan: dict[str, Any]) -> str:
+    """Table of what `gadjax.plan.plan.plan` returns."""
+    return "\n".join(_lines(plan))
 
 
-def _lines(found: dict[str, Any]) -> Iterator[str]:
-    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
-    shares = found["mesh"]["data"] * found["mesh"]["fsdp"]
-    yield f"{found['teacher']}: {' + '.join(found['objective'])}"
-    yield f"{found['topology']}: {found['chips']} chips; mesh {mesh}"
-    split = f", in {found['microbatches']} microbatches" if found["microbatches"] > 1 else ""
-    yield f"batch {found['batch']}, {found['batch'] // shares} a share{split}"
-    if found["estimate"]:
+def _lines(plan: dict[str, Any]) -> Iterator[str]:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    shares = plan["mesh"]["data"] * plan["mesh"]["fsdp"]
+    yield f"{plan['teacher']}: {' + '.join(plan['objective'])}"
+    yield f"{plan['topology']}: {plan['chips']} chips; mesh {mesh}"
+    split = f", in {plan['microbatches']} microbatches" if plan["microbatches"] > 1 else ""
+    yield f"batch {plan['batch']}, {plan['batch'] // shares} a share{split}"
+    if plan["estimate"]:
         yield "ESTIMATE: compiled for CPUs; a GPU's own program needs other temporaries"
-    yield from _memory(found["memory"])
+    yield from _memory(plan["memory"])
     yield ""
-    work, names = found["flops"], list(found["updates"])
-    for name, times in found["updates"].items():
+    work, names = plan["flops"], list(plan["updates"])
+    for name, times in plan["updates"].items():
         yield _row(f"TFLOP, {name} step x {times}", work["step"][name] / 1e12)
     yield _row("TFLOP, a student update", work["update"] / 1e12)
     yield _row("TFLOP, an image of it", work["image"] / 1e12)
-    each, whole = found["images_per_second_per_chip"], found["images_per_second"]
-    yield _row(f"images/s of a chip at {found['utilisation']:.0%} of its peak", each)
-    yield _row("images/s of all chips", whole)
-    if sent := found["traffic"]:
+    per_chip, total = plan["images_per_second_per_chip"], plan["images_per_second"]
+    yield _row(f"images/s of a chip at {plan['utilisation']:.0%} of its peak", per_chip)
+    yield _row("images/s of all chips", total)
+    if sent := plan["traffic"]:
         yield ""
         kinds = [kind for kind in KINDS if any(kind in sent["step"][name] for name in names)]
         for name in names:
             for kind in kinds:
                 yield _row(f"GiB sent, {name} step: {kind}", sent["step"][name].get(kind, 0) / GIB)
         yield _row("GiB sent, a student update", sent["update"] / GIB)
-        if lost := sent["unknown_loops"]:
-            yield f"{lost} loops of unknown length are counted once"
-    if whole := found["replicated"]:
+        if unknown := sent["unknown_loops"]:
+            yield f"{unknown} loops of unknown length are counted once"
+    if leaf := plan["replicated"]:
         yield ""
-        yield f"largest parameter on every chip: {whole['name']}, {whole['elements']:,} elements"
-    if best := found.get("largest"):
+        yield f"largest parameter on every chip: {leaf['name']}, {leaf['elements']:,} elements"
+    if best := plan.get("largest"):
         yield ""
         yield _best(best)
 

@@ -1,4 +1,4 @@
-"""What a compiled program sends between chips, read from its HLO text."""
+"""Traffic of a compiled program between chips: its collectives, read from the HLO text."""
 
 import math
 import re
@@ -16,23 +16,26 @@ CALLED = re.compile(
     r"|\b(?:branch_computations|called_computations)=\{([^}]*)\}"
 )
 # A TPU spreads one collective over several fusions, so that others hide it, and over the loops
-# between its start and its end; all have its number.
+# between its start and its end; all have its channel number.
 PART = re.compile(r"channel_id=\d+")
 
 
 class Traffic(NamedTuple):
-    """sent: bytes by kind that a chip sends each time the program runs. unknown: loops with traffic
-    in them that were counted once, because their length could not be read."""
+    """Bytes that a chip sends each time a program runs, by kind of collective.
+
+    unknown: loops with traffic in them that were counted once, because their length could not be
+      read.
+    """
 
     sent: dict[str, float]
     unknown: int
 
 
 def traffic(text: str, devices: int) -> Traffic:
-    """text: of a compiled program for `devices` chips.
+    """Traffic of a compiled program for `devices` chips. text: its HLO.
 
     On a ring of n chips a chip sends (n - 1)/n of what all-gather collects, reduce-scatter sums or
-    all-to-all exchanges, twice that for all-reduce, and the whole for collective-permute. A loop's
+    all-to-all exchanges, twice that for all-reduce, and all of it for collective-permute. A loop's
     body counts as often as it runs; of an asynchronous pair the start counts and the end does not.
     """
     blocks, entry = _blocks(text)
@@ -41,7 +44,7 @@ def traffic(text: str, devices: int) -> Traffic:
     unknown = 0
 
     def walk(name: str, times: int) -> bool:
-        """Whether anything is sent in a computation that runs so often."""
+        """Add the traffic of a computation that runs `times` times; true if there is any."""
         nonlocal unknown
         sends = False
         for shape, op, rest in blocks.get(name, ()):
@@ -56,16 +59,16 @@ def traffic(text: str, devices: int) -> Traffic:
                             continue
                         part = PART.findall(rest)
                         key = part[0] if part else (inner, place)
-                        # Where it is spread into a loop beside it, it still runs but once.
+                        # Where it is also spread into a loop, it still runs only once.
                         fewest = min(times, spread[key][0]) if key in spread else times
                         spread[key] = fewest, op, _sent(op, shape, False, rest, devices)
                         sends = True
             elif not op.endswith(("-done", "-update")):
                 trips = _trips(rest, blocks) if op == "while" else 1
                 for inner in _called(rest):
-                    found = walk(inner, times * (trips or 1))
-                    unknown += found and trips is None
-                    sends |= found
+                    inner_sends = walk(inner, times * (trips or 1))
+                    unknown += inner_sends and trips is None
+                    sends |= inner_sends
         return sends
 
     walk(entry, 1)
@@ -75,14 +78,14 @@ def traffic(text: str, devices: int) -> Traffic:
 
 
 def _blocks(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """Computation -> (shape, operation, what follows its name), and which is the entry."""
+    """Instructions (shape, operation, rest of the line) by computation, and the entry's name."""
     blocks, entry, current = {}, "", None
     for line in text.splitlines():
         if head := HEAD.match(line):
             current = blocks.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif current is not None and (found := LINE.match(line)):
-            shape, rest = _shape(found[1])
+        elif current is not None and (match := LINE.match(line)):
+            shape, rest = _shape(match[1])
             op, bracket, _ = rest.partition("(")
             if bracket:
                 current.append((shape, op, rest[len(op) :]))
@@ -90,7 +93,7 @@ def _blocks(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
 
 
 def _shape(text: str) -> tuple[str, str]:
-    """'(f32[2]{0}, u32[]) op(...)' -> the shape and the rest."""
+    """Split '(f32[2]{0}, u32[]) op(...)' into the shape and the rest."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter in "({[") - (letter in ")}]")
@@ -100,7 +103,7 @@ def _shape(text: str) -> tuple[str, str]:
 
 
 def _parts(shape: str) -> list[str]:
-    """The elements of a tuple's shape, or the shape itself."""
+    """Elements of a tuple's shape, or the shape itself."""
     if not shape.startswith("("):
         return [shape]
     parts, depth, start = [], 0, 1
@@ -117,12 +120,12 @@ def _bytes(shape: str) -> float:
         bits = BITS.get(kind) or int(kind[1:])
         return bits / 8 * math.prod(int(side) for side in sides.split(",") if side)
 
-    return sum(size(*found) for found in ARRAY.findall(shape))
+    return sum(size(*match) for match in ARRAY.findall(shape))
 
 
 def _sent(kind: str, shape: str, started: bool, rest: str, devices: int) -> float:
     parts = _parts(shape)
-    # A start gives what it reads, then what it makes; all-reduce gives the latter alone.
+    # A start returns its operands, then its results; all-reduce returns the latter alone.
     result = _bytes(parts[1] if started and kind != "all-reduce" and len(parts) > 1 else shape)
     n = _group(rest, devices)
     share = (n - 1) / n
@@ -131,16 +134,16 @@ def _sent(kind: str, shape: str, started: bool, rest: str, devices: int) -> floa
 
 
 def _group(rest: str, devices: int) -> int:
-    """How many chips take part together."""
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    """Number of chips in one group of a collective."""
+    if match := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         # An axis, or a part of one: 'a' or 'a':(before)size.
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return len(found[1].split(","))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(match[1].split(","))
     return devices
 
 
@@ -150,14 +153,14 @@ def _called(rest: str) -> Iterator[str]:
 
 
 def _trips(rest: str, blocks) -> int | None:
-    """How often a while loop runs; its condition counts up to a constant where nothing says it."""
-    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
-        return int(found[1])
+    """Trip count of a while loop, from its annotation or else the constant in its condition."""
+    if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
+        return int(match[1])
     condition = re.search(r"condition=%?([\w.\-]+)", rest)
     lines = blocks.get(condition[1], ()) if condition else ()
     limits = [
-        int(found[1])
+        int(match[1])
         for shape, op, line in lines
-        if op == "constant" and (found := re.match(r"\((\d+)\)", line))
+        if op == "constant" and (match := re.match(r"\((\d+)\)", line))
     ]
     return limits[0] if len(limits) == 1 else None

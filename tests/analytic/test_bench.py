@@ -48,29 +48,31 @@ def test_a_student_starts_as_the_teacher_in_as_many_steps(family, steps):
         draws = (bench.draw(params, z) for params in (silent, bench.init(jax.random.key(1))))
         return rollout(predict, bench.schedule, z, jnp.array(bench.times)).end, *draws
 
-    wanted, quiet, start = run(z)
+    expected, quiet, start = run(z)
     # x0 from eps divides by the schedule's smallest alpha.
-    np.testing.assert_allclose(quiet, wanted, atol=1e-4)
-    assert 0 < np.sqrt(np.mean((start - wanted) ** 2)) < 0.5 * bench.scale
+    np.testing.assert_allclose(quiet, expected, atol=1e-4)
+    assert 0 < np.sqrt(np.mean((start - expected) ** 2)) < 0.5 * bench.scale
 
 
 @families
-def test_what_the_network_adds_moves_x0_and_eps_together(family):
+def test_the_mlp_changes_x0_and_eps_consistently(family):
     """alpha x0 + sigma eps stays x_t, and both stay finite at the ends of the schedule."""
     bench = Bench(RING, family, **SMALL)
     params = bench.init(jax.random.key(0))
     t = jnp.array([bench.schedule.last, 500.0, 1.0, bench.schedule.clean])
     x = jax.random.normal(jax.random.key(1), (4, 1, 1, 2))
     alpha, sigma = (v[:, None] for v in bench.schedule.alpha_sigma(t))
-    said, bare = jax.jit(lambda x: (bench.said(params, x, t), bench.said({}, x, t)))(x)
-    moved = np.abs(said.x0 - bare.x0).max(axis=1)
+    prediction, bare = jax.jit(lambda x: (bench.predict(params, x, t), bench.predict({}, x, t)))(x)
+    moved = np.abs(prediction.x0 - bare.x0).max(axis=1)
     assert np.all(moved[:3] > 1e-5) and moved[3] < 1e-6
-    np.testing.assert_allclose(alpha * said.x0 + sigma * said.eps, x[:, 0, 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        alpha * prediction.x0 + sigma * prediction.eps, x[:, 0, 0], rtol=1e-4, atol=1e-5
+    )
     assert bench.denoiser.features(params, x, t, None).shape == (4, 1, 4)
 
 
 @families
-def test_a_linear_student_is_the_map_it_is_told_to_be(family):
+def test_a_linear_student_is_the_given_map(family):
     bench = Bench(Gaussian.random(4), family, **SMALL)
     matrix, offset = np.random.default_rng(0).normal(size=(4, 4)), np.arange(4.0)
     z = np.random.default_rng(1).normal(size=(16, 4)).astype(np.float32)
@@ -98,8 +100,8 @@ def test_regression_learns_a_gaussians_map():
 
 
 def test_gad_turns_a_rotated_map_back_and_matching_distributions_does_not():
-    """Through the training's own steps, a network for a student and a network for a critic. Both
-    find the distribution, which the rotated map draws as well as the right one."""
+    """Trained by the package's own steps, with networks as student and critic. Both objectives
+    match the distribution, which the rotated map has as well as the right one."""
     start = LINE.measure(LINE.draw, turned_student())
     blind = fitted(DMD() + GADLift(), turned=True)
     seeing = fitted(DMD() + 0.3 * GAD(steps=16, loss="square"), turned=True)
@@ -125,7 +127,7 @@ def test_a_seed_is_a_result():
 
 @dataclass(frozen=True)
 class Judged(Addable):
-    """Needs all that a batch and a state may hold: pictures, and a discriminator of its own."""
+    """A term that needs all that a batch and a state may hold: pictures and a discriminator."""
 
     needs = Needs(student=True, discriminator=True, images=True)
 
@@ -146,9 +148,9 @@ class Judged(Addable):
         return self.score(context, fake) - self.score(context, real) + size
 
 
-def test_pictures_and_a_discriminator_are_there_for_a_term_that_asks():
-    """A linear one sees where the student's mean is, and sends it to the pictures'; it would not
-    stop there, so few updates."""
+def test_pictures_and_a_discriminator_are_provided_on_request():
+    """A linear discriminator moves the student's mean to that of the pictures; it would move on
+    from there, so few updates."""
     teacher = Gaussian(np.array([2.0, -1.0]), np.eye(2), np.full(2, 0.01))
     bench = Bench(teacher, steps=2, **SMALL)
     start = bench.init(jax.random.key(0))
@@ -158,7 +160,7 @@ def test_pictures_and_a_discriminator_are_there_for_a_term_that_asks():
     assert np.linalg.norm(before) > 1 and np.linalg.norm(after) < 0.8 * np.linalg.norm(before)
 
 
-def test_every_update_has_noise_of_its_own():
+def test_every_update_has_new_noise():
     seen = []
 
     @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Spoilt(Addable):
         return jnp.log(-jnp.abs(context.student[0].x0[:, 0, 0, 0])), {}
 
 
-def test_what_cannot_be_trained_is_said():
+def test_untrainable_objectives_are_refused():
     with pytest.raises(InputError, match="bench: found family 'edm'; expected flow or ddpm"):
         Bench(RING, "edm")
     with pytest.raises(InputError, match="bench: found 0 steps"):
@@ -213,7 +215,7 @@ def test_what_cannot_be_trained_is_said():
 @families
 @pytest.mark.parametrize("name", TERMS)
 def test_every_term_trains_here(name, family):
-    """With a base where it is no objective by itself. Far from convergence."""
+    """With a base, where the term is no objective by itself. Far from convergence."""
     term = TERMS[name]()
     bench = Bench(RING, family, steps=4, **SMALL)
     start = bench.init(jax.random.key(0))

@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 ends = pytest.mark.parametrize("alpha,sigma", [(0.0, 1.0), (0.3, 0.95), (0.8, 0.2), (1.0, 0.0)])
 
 
-def told(teacher, x, alpha, sigma):
+def posterior64(teacher, x, alpha, sigma):
     """The posterior in float64."""
     with jax.enable_x64():
         full = (jnp.full((len(x), 1), v, float) for v in (alpha, sigma))
@@ -29,18 +29,18 @@ def told(teacher, x, alpha, sigma):
 def test_a_gaussians_posterior_is_linear_regression(alpha, sigma):
     """x0 = m + alpha S C^-1 (x - alpha m) with C = alpha^2 S + sigma^2."""
     teacher, x = Gaussian.random(5, seed=3), RNG.normal(size=(7, 5))
-    said = told(teacher, x, alpha, sigma)
+    prediction = posterior64(teacher, x, alpha, sigma)
     cov = teacher.basis @ np.diag(teacher.variance) @ teacher.basis.T
-    away = np.linalg.solve(alpha**2 * cov + sigma**2 * np.eye(5), (x - alpha * teacher.mean).T)
-    np.testing.assert_allclose(said.x0, teacher.mean + alpha * (cov @ away).T, rtol=1e-10)
-    np.testing.assert_allclose(said.eps, sigma * away.T, rtol=1e-10, atol=1e-12)
+    solution = np.linalg.solve(alpha**2 * cov + sigma**2 * np.eye(5), (x - alpha * teacher.mean).T)
+    np.testing.assert_allclose(prediction.x0, teacher.mean + alpha * (cov @ solution).T, rtol=1e-10)
+    np.testing.assert_allclose(prediction.eps, sigma * solution.T, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("alpha,sigma", [(0.0, 1.0), (0.3, 0.95), (0.8, 0.2)])
 def test_a_mixtures_posterior_is_the_mean_under_bayes_rule(alpha, sigma):
     """Summed over a fine grid of x0: p(x0 | x) ~ p(x0) N(x; alpha x0, sigma^2)."""
     x = RNG.normal(size=(4, 2))
-    said = told(UNEVEN, x, alpha, sigma)
+    prediction = posterior64(UNEVEN, x, alpha, sigma)
     axis = np.linspace(-4, 4, 801)
     x0 = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 1, 2)
     square = np.sum((x0 - UNEVEN.means) ** 2, axis=-1) / UNEVEN.variances
@@ -49,29 +49,31 @@ def test_a_mixtures_posterior_is_the_mean_under_bayes_rule(alpha, sigma):
         reach = np.sum((x[i] - alpha * x0[:, 0]) ** 2, axis=1) / sigma**2
         share = density * np.exp(-0.5 * reach)
         mean = share @ x0[:, 0] / share.sum()
-        np.testing.assert_allclose(said.x0[i], mean, rtol=1e-8, atol=1e-10)
-        np.testing.assert_allclose(said.eps[i], (x[i] - alpha * mean) / sigma, rtol=1e-8, atol=1e-9)
+        np.testing.assert_allclose(prediction.x0[i], mean, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(
+            prediction.eps[i], (x[i] - alpha * mean) / sigma, rtol=1e-8, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("schedule", [Flow(), DDPM()], ids=["flow", "ddpm"])
 def test_a_gaussians_map_is_its_ode(schedule):
-    """The formula against a fine walk, in another schedule's time than its own, and its Jacobian
-    against jacfwd of that walk."""
+    """The formula against a fine ODE solution, in another schedule's time than its own, and its
+    Jacobian against jacfwd of that solution."""
     teacher, z = Gaussian.random(4), RNG.normal(size=(6, 4))
     alpha, sigma = (float(v) for v in schedule.alpha_sigma(schedule.last))
     value, jacobian = teacher.map(z, alpha, sigma)
     with jax.enable_x64():
 
-        def walk(z):
+        def solve(z):
             return posterior_map(teacher.posterior, z[None], alpha, sigma, 400)[0]
 
-        end, found = jax.jit(jax.vmap(lambda z: (walk(z), jax.jacfwd(walk)(z))))(jnp.asarray(z))
+        end, found = jax.jit(jax.vmap(lambda z: (solve(z), jax.jacfwd(solve)(z))))(jnp.asarray(z))
     np.testing.assert_allclose(end, value, rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(found, jacobian, rtol=1e-8, atol=1e-8)
 
 
 def test_a_mixtures_map_is_the_schedules_own_ode():
-    """Against a walk in DDPM's time, one unit a step, and its central differences."""
+    """Against an ODE solution in DDPM's time, one unit a step, and its central differences."""
     schedule, z, h = DDPM(), RNG.normal(size=(8, 2)), 1e-5
     alpha, sigma = (float(v) for v in schedule.alpha_sigma(999.0))
     value, jacobian = UNEVEN.map(z, alpha, sigma)
@@ -81,9 +83,9 @@ def test_a_mixtures_map_is_the_schedules_own_ode():
             given = (jnp.broadcast_to(v, (len(x), 1)) for v in schedule.alpha_sigma(t))
             return UNEVEN.posterior(x, *given)
 
-        walk = jax.jit(lambda x: exact_map(predict, schedule, x, 999, -1))
+        solve = jax.jit(lambda x: exact_map(predict, schedule, x, 999, -1))
         moves = np.concatenate([np.zeros((1, 2)), h * np.eye(2), -h * np.eye(2)])
-        ends = np.asarray(walk(jnp.asarray((z[:, None] + moves).reshape(-1, 2))))
+        ends = np.asarray(solve(jnp.asarray((z[:, None] + moves).reshape(-1, 2))))
     ends = ends.reshape(8, 5, 2)
     np.testing.assert_allclose(value, ends[:, 0], atol=2e-6)
     slopes = np.swapaxes(ends[:, 1:3] - ends[:, 3:], 1, 2) / (2 * h)
@@ -94,9 +96,9 @@ def test_jacobians_have_the_outputs_first():
     matrix = RNG.normal(size=(3, 3)).astype(np.float32)
     x = jnp.asarray(RNG.normal(size=(5, 3)), jnp.float32)
     value, found = jacobians(lambda x: jnp.sin(x @ matrix.T), x)
-    moved = np.asarray(x) @ matrix.T
-    np.testing.assert_allclose(value, np.sin(moved), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found, np.cos(moved)[:, :, None] * matrix, rtol=1e-5, atol=1e-6)
+    shifted = np.asarray(x) @ matrix.T
+    np.testing.assert_allclose(value, np.sin(shifted), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, np.cos(shifted)[:, :, None] * matrix, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("teacher", [Gaussian.random(3), UNEVEN, Mixture.random(5, 3)])
@@ -116,10 +118,10 @@ def test_samples_belong_to_their_nearest_component(dim):
     which, square, inner = teacher.nearest(x)
     # The ring spans two dimensions, and in these it is judged.
     assert inner == 2 and np.mean(square) == pytest.approx(2, rel=0.05)
-    wanted = np.argmin(np.sum((x[:, None, :2] - teacher.means[:, :2]) ** 2, -1), axis=1)
-    np.testing.assert_array_equal(which, wanted)
-    moved = teacher.means + 0.5 * np.eye(dim)[0]
-    np.testing.assert_allclose(teacher.nearest(moved)[1], 4)  # 0.5 is two standard deviations
+    expected = np.argmin(np.sum((x[:, None, :2] - teacher.means[:, :2]) ** 2, -1), axis=1)
+    np.testing.assert_array_equal(which, expected)
+    shifted = teacher.means + 0.5 * np.eye(dim)[0]
+    np.testing.assert_allclose(teacher.nearest(shifted)[1], 4)  # 0.5 is two standard deviations
     assert np.mean(teacher.nearest(0.3 * x)[1]) > 16
 
 

@@ -1,4 +1,4 @@
-"""What attention costs where a gradient goes through a tangent, and how it grows."""
+"""Cost of attention, and its growth, where a gradient goes through a tangent."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -33,29 +33,31 @@ T = 500.0
 
 
 def plain(q, k, v, bias=None):
-    """Attention as one writes it down, logits and softmax in float32."""
+    """Plain attention, with logits and softmax in float32."""
     s = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32)
     p = jax.nn.softmax(s * q.shape[-1] ** -0.5 + (0 if bias is None else bias), axis=-1)
     return jnp.einsum("bhnm,bmhk->bnhk", p.astype(v.dtype), v)
 
 
 def exactness(shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Figure]:
-    """In float32, of self-attention: value, tangent, and the gradient of both. shapes: (positions,
-    heads, channels); more than 2^19 logits a head are computed in blocks."""
+    """Errors of self-attention in float32: value, tangent, and the gradient of both.
+
+    shapes: (positions, heads, channels); more than 2^19 logits a head are computed in blocks.
+    """
     for shape in shapes:
         primals, tangents, weights = operands(shape, jnp.float32)
         with jax.default_matmul_precision("highest"):
-            found, wanted = (
+            values, expected = (
                 jax.jit(f)(primals, tangents, weights)
-                for f in (pushed(ours, tangent), pushed(plain, plain_jvp))
+                for f in (with_gradients(ours, tangent), with_gradients(plain, plain_jvp))
             )
-        for name, a, b in zip(("value", "jvp", "grad of jvp"), found, wanted, strict=True):
+        for name, a, b in zip(("value", "jvp", "grad of jvp"), values, expected, strict=True):
             note = "{} positions, {} heads of {}".format(*shape)
             yield Figure(f"{name} beside plain attention", relative(a, b), 1e-5, note=note)
 
 
 def operands(shape, dtype, batch: int = 1):
-    """(q, k, v), their tangents, and the weights of value and tangent in a loss."""
+    """Random (q, k, v), their tangents, and the weights of value and tangent in a loss."""
     rng = np.random.default_rng(0)
     n, h, k = shape
     made = [jnp.asarray(rng.standard_normal((batch, n, h, k)), dtype) for _ in range(8)]
@@ -66,25 +68,25 @@ def plain_jvp(f, x, v):
     return jax.jvp(f, (x,), (v,))
 
 
-def pushed(attention: Callable, push: Callable):
-    """(primals, tangents, weights) -> value, tangent, gradients of their sum to both."""
+def with_gradients(attention: Callable, push: Callable):
+    """Function (primals, tangents, weights) -> value, tangent, gradients of their sum to both."""
 
     def loss(primals, tangents, weights):
         out = push(lambda qkv: attention(*qkv), primals, tangents)
         return sum(jnp.vdot(w, o) for w, o in zip(weights, out, strict=True)), out
 
-    def run(*given):
-        grads, (value, dot) = jax.grad(loss, (0, 1), has_aux=True)(*given)
+    def run(*inputs):
+        grads, (value, dot) = jax.grad(loss, (0, 1), has_aux=True)(*inputs)
         return value, dot, grads
 
     return run
 
 
 def operator(shape: tuple[int, int, int], batch: int, rounds: int) -> Iterator[Figure]:
-    """The tangent attention alone in bfloat16, forward and reverse, beside plain attention."""
-    given = operands(shape, jnp.bfloat16, batch)
-    programs = operator_programs(given, place(jax.devices()))
-    taken = seconds({n: lambda p=p: p(*given) for n, p in programs.items()}, rounds)
+    """Time and memory of the tangent attention in bfloat16, forward and reverse, beside plain."""
+    inputs = operands(shape, jnp.bfloat16, batch)
+    programs = operator_programs(inputs, place(jax.devices()))
+    taken = seconds({n: lambda p=p: p(*inputs) for n, p in programs.items()}, rounds)
     size = {name: temp(program) / MIB for name, program in programs.items()}
     note = f"{batch} x {shape[0]} positions, {shape[1]} heads of {shape[2]}, bfloat16"
     for what, of, least in (("time", taken, 5), ("temp", size, 10)):
@@ -99,17 +101,17 @@ def place(devices) -> Placement:
     return Placement(mesh, select_kernels("auto", mesh, "bfloat16"))
 
 
-def operator_programs(given, where: Placement):
-    """Forward and reverse of the tangent attention and of the plain one, compiled for a place."""
+def operator_programs(inputs, where: Placement):
+    """Forward and reverse of the tangent attention and of the plain one, compiled for a mesh."""
     with current_placement(where):
         return {
-            name: jax.jit(pushed(f, push)).lower(*given).compile()
+            name: jax.jit(with_gradients(f, push)).lower(*inputs).compile()
             for name, f, push in (("ours", ours, tangent), ("plain", plain, plain_jvp))
         }
 
 
 def ahead(names: tuple[str, ...], shapes, batch: int) -> Iterator[Figure]:
-    """Temp memory of `operator` for chips that are not there, by kernels, in blocks and plain."""
+    """Temp memory of `operator` for absent chips, by kernels, in blocks and plain."""
     for name in names:
         where = find_topology(name)
         if where.estimate:
@@ -119,9 +121,9 @@ def ahead(names: tuple[str, ...], shapes, batch: int) -> Iterator[Figure]:
         everywhere = NamedSharding(chip.mesh, PartitionSpec())
         for shape in shapes:
             x = jax.ShapeDtypeStruct((batch, *shape), jnp.bfloat16, sharding=everywhere)
-            given = (x,) * 3, (x,) * 3, (x,) * 2
-            size = {n: temp(p) / MIB for n, p in operator_programs(given, chip).items()}
-            blocks = operator_programs(given, chip._replace(kernels=""))["ours"]
+            inputs = (x,) * 3, (x,) * 3, (x,) * 2
+            size = {n: temp(p) / MIB for n, p in operator_programs(inputs, chip).items()}
+            blocks = operator_programs(inputs, chip._replace(kernels=""))["ours"]
             note = f"{batch} x {shape[0]} positions, {shape[1]} heads of {shape[2]}, bfloat16"
             least = 10 if shape[0] == 4096 else None
             if size["ours"]:  # a TPU's program may have all of its own in VMEM
@@ -135,7 +137,7 @@ def ahead(names: tuple[str, ...], shapes, batch: int) -> Iterator[Figure]:
 def gradient_programs(size: Size, dtype=jnp.float32) -> dict[str, Callable]:
     """Gradients to the parameters of <x, f(x)> and of that plus <v, J v>, J v in three ways.
 
-    Each block is recomputed in reverse.
+    Each block is rematerialised in reverse.
     """
     _, denoiser = make_network(size, dtype)
 
@@ -146,27 +148,27 @@ def gradient_programs(size: Size, dtype=jnp.float32) -> dict[str, Callable]:
         value = f(x)
         return value, (f(x + H * v) - value) / H
 
-    def of(push):
+    def gradient(push):
         def loss(params, x, v, cond):
             value, dot = push(lambda x: denoiser.raw(params, x, T, cond), x, v)
             return jnp.vdot(x, value) + jnp.vdot(v, dot)
 
         return jax.grad(loss)
 
-    def naive(*given):
+    def naive(*inputs):
         with mock.patch.object(layers, "attention", plain):
-            return of(plain_jvp)(*given)
+            return gradient(plain_jvp)(*inputs)
 
     return {
-        "value": of(alone),
-        "difference": of(difference),
-        "jvp": of(tangent),
+        "value": gradient(alone),
+        "difference": gradient(difference),
+        "jvp": gradient(tangent),
         "jvp, plain attention": naive,
     }
 
 
-def given_to(size: Size):
-    """Shapes of what the programs are given."""
+def input_shapes(size: Size):
+    """Inputs of the programs: a function that makes them, and their shapes."""
 
     def make():
         batch = make_batch(size)
@@ -181,7 +183,7 @@ def programs(
 ) -> Iterator[Figure]:
     """FLOPs and temp memory of the four programs at each size, and seconds at `timed`."""
     for size in sizes:
-        _, shapes = given_to(size)
+        _, shapes = input_shapes(size)
         made = gradient_programs(size, dtype)
         cost = {name: flops(f, *shapes) for name, f in made.items()}
         held = {n: temp(jax.jit(f).lower(*shapes).compile()) / MIB for n, f in made.items()}
@@ -195,10 +197,10 @@ def programs(
         ratio = held["jvp"] / held["jvp, plain attention"]
         yield Figure("temp: jvp / jvp, plain attention", ratio, most, note=str(size))
     if timed is not None:
-        make, shapes = given_to(timed)
-        given, made = jax.jit(make)(), gradient_programs(timed, dtype)
+        make, shapes = input_shapes(timed)
+        inputs, made = jax.jit(make)(), gradient_programs(timed, dtype)
         compiled = {n: jax.jit(f).lower(*shapes).compile() for n, f in made.items()}
-        taken = seconds({n: lambda p=p: p(*given) for n, p in compiled.items()}, rounds)
+        taken = seconds({n: lambda p=p: p(*inputs) for n, p in compiled.items()}, rounds)
         for name, aim in (("value", 2.3), ("difference", 1.25), ("jvp, plain attention", None)):
             ratio = taken["jvp"] / taken[name]
             yield Figure(f"time: jvp / {name}", ratio, aim, note=str(timed))
@@ -206,16 +208,16 @@ def programs(
 
 
 def growth(base: Size, sides: tuple[int, ...], depths: tuple[int, ...], dtype=jnp.float32):
-    """`programs` over numbers of tokens and over depths, and how temp memory grows with each."""
+    """Growth of temp memory over numbers of tokens and over depths, with `programs` of each."""
     sizes = [replace(base, side=side) for side in sides]
     others = [replace(base, layers=n, side=sides[1]) for n in depths if n != base.layers]
-    found = []
+    figures = []
     for size in sizes + others:
         for figure in programs([size], dtype=dtype):
-            found.append((size, figure))
+            figures.append((size, figure))
             yield figure
     for name in ("value", "difference", "jvp", "jvp, plain attention"):
-        of = {size: f.value for size, f in found if f.name == f"temp MiB: {name}"}
+        of = {size: f.value for size, f in figures if f.name == f"temp MiB: {name}"}
         wide = [(np.log(size.tokens), np.log(of[size])) for size in sizes]
         deep = [(size.layers, of[size]) for size in (sizes[1], *others)]
         exponent, slope = (np.polyfit(*zip(*points, strict=True), 1)[0] for points in (wide, deep))

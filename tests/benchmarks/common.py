@@ -1,4 +1,4 @@
-"""What the benchmarks share: a figure, a size of network, programs of it, and clocks."""
+"""Shared parts of the benchmarks: figures, network sizes and programs, clocks."""
 
 import time
 from collections.abc import Callable
@@ -20,9 +20,11 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Figure:
-    """One number. value: None where it could not be measured, and `note` says why.
+    """One measured number.
 
-    most, least: its aim, where it has one. note: what was counted.
+    value: None where it could not be measured; `note` then has the reason.
+    most, least: its aim, where it has one.
+    note: conditions of the measurement.
     """
 
     name: str
@@ -39,7 +41,7 @@ class Figure:
 
     @property
     def holds(self) -> bool | None:
-        """None without a value or an aim."""
+        """True if the aim is met; None without a value or an aim."""
         if self.value is None or not self.aim:
             return None
         return self.value <= self.most if self.least is None else self.value >= self.least
@@ -47,7 +49,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Size:
-    """A PixArt. side: of the latents, whose tokens are side^2 / 4. text: tokens of the prompt."""
+    """Size of a PixArt. side: of the latents, whose tokens are side^2 / 4. text: prompt tokens."""
 
     layers: int
     heads: int
@@ -81,7 +83,7 @@ XL_1024 = Size(28, 16, 72, 128, text=120, caption=4096)
 
 
 def make_network(size: Size, dtype=jnp.float32, remat: bool | str = True):
-    """The network as functions and as a denoiser."""
+    """Network as pure functions, and as a denoiser."""
     network = functional(pixart.build(size.config, dtype=dtype, remat=remat))
     predict = pixart.predictor(network.apply, size.config)
     text_kv = partial(network.apply, method=pixart.TEXT_KV)
@@ -108,33 +110,33 @@ def make_batch(size: Size, seed: int = 0) -> Batch:
 
 
 def clock() -> Callable[[], float]:
-    """Seconds of this process's work on a CPU, where others may share it; else of the wall."""
+    """Clock in seconds: processor time on a CPU, which others may share; else wall time."""
     return time.process_time if jax.default_backend() == "cpu" else time.perf_counter
 
 
 def seconds(runs: dict[str, Callable[[], object]], rounds: int = 3) -> dict[str, float]:
-    """The quickest of `rounds` runs of each, taken in turn after one that is not counted.
+    """Shortest time of `rounds` runs of each program, in turn, after one that is not counted.
 
     A run does its work, or returns the arrays that it makes.
     """
-    now, found = clock(), {name: [] for name in runs}
+    now, times = clock(), {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
             begin = now()
             jax.block_until_ready(run())
             if turn:
-                found[name].append(now() - begin)
-    return {name: min(times) for name, times in found.items()}
+                times[name].append(now() - begin)
+    return {name: min(values) for name, values in times.items()}
 
 
 def temp(compiled) -> float:
-    """Bytes that a compiled program needs beside its arguments and results."""
+    """Temporary bytes of a compiled program, beside its arguments and results."""
     return float(compiled.memory_analysis().temp_size_in_bytes)
 
 
-def relative(found, wanted) -> float:
-    """|found - wanted| / |wanted| over all leaves."""
-    return (_dot(found, wanted, np.subtract) / _dot(wanted, wanted)) ** 0.5
+def relative(value, expected) -> float:
+    """Relative error |value - expected| / |expected| over all leaves."""
+    return (_dot(value, expected, np.subtract) / _dot(expected, expected)) ** 0.5
 
 
 def cosine(a, b) -> float:
@@ -142,7 +144,7 @@ def cosine(a, b) -> float:
 
 
 def _dot(a, b, f=None) -> float:
-    """<a, b>, or with f the squared norm of f(a, b), in float64."""
+    """Inner product <a, b>, or with f the squared norm of f(a, b), in float64."""
     total = 0.0
     for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
         x, y = (np.asarray(v, np.float64).ravel() for v in (x, y))

@@ -1,4 +1,4 @@
-"""What the host adds to a training step: waiting for data, and for checkpoints."""
+"""Overhead of the host in a training step: waiting for data, and for checkpoints."""
 
 import tempfile
 import time
@@ -16,22 +16,22 @@ from gadjax.training.setup import prepare
 
 
 def host(batch: int, steps: int, saves: int) -> Iterator[Figure]:
-    """Of `steps` iterations of configs/shapes_gad.py:dmd, the cheapest, by the wall: how long
-    `next(batches)` and `save` keep the loop waiting. A checkpoint is written beside later
-    iterations; all of its time is what it could cost where nothing is free to do so."""
+    """Wall time for which `next(batches)` and `save` block the loop of configs/shapes_gad.py:dmd,
+    the cheapest variant, over `steps` iterations. A checkpoint is written beside later iterations;
+    its whole time is the cost where nothing overlaps."""
     overrides = [f"--config.batch={batch}", f"--config.steps={steps}"]
     bench = Bench(prepare(read_config(["--config=configs/shapes_gad.py:dmd", *overrides])))
-    run, each = bench.run, bench.critics + 1
+    run, updates = bench.run, bench.critics + 1
 
     jax.block_until_ready(bench.iterate())
     alone = timed(lambda: bench.iterate(), steps)
-    waiting = Waiting(batch for _, batch in host_batches(run, bench.steps, 0, steps))
+    waiting = TimedIterator(batch for _, batch in host_batches(run, bench.steps, 0, steps))
     fed = timed(lambda: bench.iterate(waiting), steps)
     begin = time.perf_counter()
     for update in range(steps):
         run.source.batch(update * batch, batch)
     making = (time.perf_counter() - begin) / steps
-    note = f"bundled teacher, batch {batch}, {each} updates an iteration, {steps} iterations"
+    note = f"bundled teacher, batch {batch}, {updates} updates an iteration, {steps} iterations"
     yield Figure("seconds an iteration: one batch reused", alone, note=note)
     yield Figure("seconds an iteration: fed by the source", fed, note=note)
     yield Figure("ms to make a batch", 1e3 * making, note=note)
@@ -50,7 +50,7 @@ def host(batch: int, steps: int, saves: int) -> Iterator[Figure]:
             writes.append(time.perf_counter() - begin)
         checkpoints.close()
     every = run.config.checkpoint.every
-    for name, times in (("save() keeps the loop", stalls), ("a checkpoint is written in", writes)):
+    for name, times in (("save() blocks the loop", stalls), ("a checkpoint is written in", writes)):
         taken = sum(times) / saves
         yield Figure(f"seconds {name}", taken, note=f"mean of {saves}")
         note = f"one every {every} iterations"
@@ -58,7 +58,7 @@ def host(batch: int, steps: int, saves: int) -> Iterator[Figure]:
 
 
 def timed(f, count: int) -> float:
-    """Seconds of the wall that one of `count` calls takes."""
+    """Wall time in seconds of one of `count` calls."""
     begin = time.perf_counter()
     for _ in range(count):
         last = f()
@@ -66,8 +66,8 @@ def timed(f, count: int) -> float:
     return (time.perf_counter() - begin) / count
 
 
-class Waiting:
-    """An iterator that knows how long it kept others waiting."""
+class TimedIterator:
+    """Iterator that adds up the time for which it blocked its consumer."""
 
     def __init__(self, iterator):
         self.iterator, self.seconds = iterator, 0.0

@@ -1,10 +1,10 @@
-"""The papers' backbones at full size, planned for chips that need not be there.
+"""Plans of the papers' backbones at full size, for chips that need not be present.
 
     python tests/benchmarks/plans.py [ROW ...] [--out docs/results/plans]
 
-plans each row (all of them unless told; needs libtpu) that `--out` does not have already, one JSON
-of `gadjax plan` for each, and writes the table of all to its README.md. A row has a process of its
-own, and so has each update, whose process ends once every buffer has its place.
+plans each row (all of them by default; needs libtpu) that `--out` does not have already, one JSON
+of `gadjax plan` for each, and writes the table of all to its README.md. Each row runs in a process
+of its own, and so does each update, whose process ends after buffer assignment.
 """
 
 import argparse
@@ -42,14 +42,14 @@ GAD = {"tdm": {}, "gad": {"weight": 1.0, "steps": 4}}
 # An anchor of 10 teacher steps, the number of DP-DMD's code.
 DPDMD = {"dmd": {"backprop": "all"}, "anchor": {"weight": 0.05, "target": "x0", "steps": 10}}
 DIFFERENCES = "GAD by differences"
-# What a row trains -> objective, updates of the critic for one of the student.
+# Kind of training -> objective, updates of the critic for one of the student.
 TRAINS = {
     "GAD": (GAD, 1),
     DIFFERENCES: (GAD, 1),
     "DP-DMD": (DPDMD, 5),
     "both": (DPDMD | {"gad": GAD["gad"]}, 5),
 }
-FLOWS = "sana_gad.py", "sd35_dpdmd.py"  # whose anchor is of v
+FLOWS = "sana_gad.py", "sd35_dpdmd.py"  # configs with an anchor on v
 # Name in a row -> repository, config, changes of its transformer.
 BACKBONES = {
     "PixArt-XL, 512 px": ("PixArt-XL-2-512x512", "pixart_gad.py", {}),
@@ -65,15 +65,17 @@ BACKBONES = {
 }
 
 
-# Has the scheduler overlap no more than fits in a tenth of a chip's memory. It takes up to 95 % for
-# it, so that a program is no smaller than it has to be.
+# Limits the scheduler's overlap to a tenth of a chip's memory. It takes up to 95 % otherwise, so
+# that a program is no smaller than it has to be.
 TIGHT = {"xla_tpu_scheduler_percent_shared_memory_limit": 10}
 
 
 class Row(NamedTuple):
-    """batch: samples of a chip, all at once. most: the aim for the peak, in GiB of a chip.
+    """Row of the table of plans.
 
-    tight: whether the compiler is told to save memory (`TIGHT`).
+    batch: samples of a chip, all at once.
+    most: aim for the peak, in GiB of a chip.
+    tight: the compiler saves memory (`TIGHT`).
     """
 
     backbone: str
@@ -111,7 +113,7 @@ ROWS = {
     "pixart-gad-largest": Row(XL, "GAD", "v5e:4x4", 16, 16, largest=True),
     # Each backbone with each of the three.
     "pixart-gad": Row(XL, "GAD", "v5e:4x4", 2, 16),
-    # libtpu 0.0.52 fails on it ("overlaps with another chunk") unless it is told to save memory.
+    # libtpu 0.0.52 fails on it ("overlaps with another chunk") unless it saves memory.
     "pixart-dpdmd": Row(XL, "DP-DMD", "v5e:4x4", 2, 16, tight=True),
     "pixart-both": Row(XL, "both", "v5e:4x4", 2, 16),
     "sd2-gad": Row("SD 2, 512 px", "GAD", "v5e:4x4", 2, 16),
@@ -137,7 +139,7 @@ ROWS = {
 
 
 def make_plan(row: Row, folder: Path) -> dict[str, Any]:
-    """folder: where the repository's configurations go."""
+    """Plan of a row. folder: for the repository's configurations."""
     repository, file, changes = BACKBONES[row.backbone]
     teacher = write_folder(repository, folder, transformer=changes)
     config = read_config([f"--config={ROOT}/configs/{file}", f"--config.teacher={teacher}"])
@@ -151,32 +153,32 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
     config.batch, config.microbatch, config.offload = row.batch * chips, 0, row.offload
     config.remat = row.remat
     log = partial(print, file=sys.stderr, flush=True)
-    with ExitStack() as meanwhile:
+    with ExitStack() as patches:
         if row.trains == DIFFERENCES:
-            meanwhile.enter_context(mock.patch.object(context, "tangents", differences))
+            patches.enter_context(mock.patch.object(context, "tangents", differences))
         if row.tight:
-            meanwhile.enter_context(mock.patch.dict(FAST_COMPILE_OPTIONS["tpu"], TIGHT))
-        found = plan(config, row.topology, largest=row.largest, log=log)
-        return found | {"teacher": repository}
+            patches.enter_context(mock.patch.dict(FAST_COMPILE_OPTIONS["tpu"], TIGHT))
+        result = plan(config, row.topology, largest=row.largest, log=log)
+        return result | {"teacher": repository}
 
 
 def differences(f: Callable, x: jax.Array, v_J: jax.Array, h: float = 0.01):
-    """`gadjax.diffusion.geometry.tangents` for one direction, as the released script has it."""
+    """Finite difference in place of `gadjax.geometry.tangents`, for one direction."""
     value, moved = f(x), f(x + h * v_J[0])
     return value, jax.tree.map(lambda a, b: (b - a)[None] / h, value, moved)
 
 
 def make_row(name: str, path: Path) -> None:
-    """Writes the row's plan."""
+    """Write the row's plan."""
     with tempfile.TemporaryDirectory() as folder:
-        if ROWS[name].topology.startswith("v"):  # for cards making the code is the lesser part
-            Programs.compile = lambda *asked: compiled_apart(name, Path(folder), *asked)
+        if ROWS[name].topology.startswith("v"):  # for cards code generation is the lesser part
+            Programs.compile = lambda *args: compile_in_process(name, Path(folder), *args)
         text = json.dumps(make_plan(ROWS[name], Path(folder)), indent=1)
     path.write_text(text + "\n")
 
 
-def compiled_apart(row: str, folder: Path, programs: Programs, name: str, batch: int, log: Log):
-    """`programs.compile(name, batch, say)` in a process of its own."""
+def compile_in_process(row: str, folder: Path, programs: Programs, name: str, batch: int, log: Log):
+    """Result of `programs.compile(name, batch, log)`, in a process of its own."""
     log(f"compiling the {name} step, {batch} samples ...")
     path = folder / f"{name}{batch}.json"
     command = [sys.executable, __file__, row, "--to", path, "--update", name, "--batch", str(batch)]
@@ -185,15 +187,15 @@ def compiled_apart(row: str, folder: Path, programs: Programs, name: str, batch:
 
 
 def make_update(name: str, path: Path, update: str, batch: int) -> None:
-    """Writes one update's Compiled, then ends the process, whose program is still without code."""
+    """Write one update's Compiled, then end the process before code generation."""
     folder = path.with_suffix("")
     folder.mkdir()
     dump_to(folder / "dumps")
 
     def compile_it(programs: Programs, one: str, _: int, log: Log) -> None:
         if one == update:
-            found = placed(folder / "dumps", programs, one, batch, log)
-            path.write_text(json.dumps(found._asdict()))
+            compiled = placed(folder / "dumps", programs, one, batch, log)
+            path.write_text(json.dumps(compiled._asdict()))
             os._exit(0)
 
     Programs.compile = compile_it
@@ -201,7 +203,7 @@ def make_update(name: str, path: Path, update: str, batch: int) -> None:
 
 
 def plans(names: list[str], out: Path) -> Iterator[Figure]:
-    """Peaks beside their aims; each plan is left in `out`, and what is there is not made again."""
+    """Peaks beside their aims; each plan is kept in `out`, and not made again."""
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         path = out / f"{name}.json"
@@ -225,75 +227,75 @@ HEADS = (
     "TFLOP an image",
     "images/s a chip",
     "sent for an update, GiB",
-    "largest whole parameter",
+    "largest replicated parameter",
     "compiled in, s",
 )
 
 
 def write_table(out: Path) -> None:
-    """README.md of the plans: a row for each, "not yet run" where there is none."""
+    """Write README.md of the plans: a row for each, "not yet run" where there is none."""
     lines = [TEXT.strip(), "", f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
     for name, row in ROWS.items():
         path = out / f"{name}.json"
         how = row.trains + ", tight" * row.tight + ", offload" * bool(row.offload)
         how += ", results kept" * (row.remat == "results")
         cells = [row.backbone, how, row.topology, f"{row.data} x {row.fsdp}"]
-        found = json.loads(path.read_text()) if path.is_file() else None
-        cells += numbers(row, found) if found else [str(row.batch), "not yet run"]
+        result = json.loads(path.read_text()) if path.is_file() else None
+        cells += numbers(row, result) if result else [str(row.batch), "not yet run"]
         lines.append(f"| {' | '.join(cells)} |")
     (out / "README.md").write_text("\n".join(lines) + "\n")
 
 
-def numbers(row: Row, found: dict[str, Any]) -> list[str]:
-    memory, sent, whole = found["memory"], found["traffic"], found["replicated"]
+def numbers(row: Row, result: dict[str, Any]) -> list[str]:
+    memory, sent, parameter = result["memory"], result["traffic"], result["replicated"]
     peak = memory["peak"]
     chips = row.data * row.fsdp
     return [
-        f"{row.batch}; at most {found['largest']['batch'] // chips}"
+        f"{row.batch}; at most {result['largest']['batch'] // chips}"
         if row.largest
         else str(row.batch),
         f"{peak / GIB:.2f}" if peak else "more",
         f"{sum(memory['held'].values()) / GIB:.2f}",
         f"{memory['capacity'] / GIB:.2f}" + ("" if memory["fits"] else ": **does not fit**"),
         aim(row.most, memory) if row.most else "",
-        f"{found['flops']['image'] / 1e12:.1f}",
-        f"{found['images_per_second_per_chip']:.2f}",
+        f"{result['flops']['image'] / 1e12:.1f}",
+        f"{result['images_per_second_per_chip']:.2f}",
         f"{sent['update'] / GIB:.1f}" if sent else "",
-        f"{whole['elements']:,}" if whole else "none",
-        " + ".join(f"{taken:.0f}" for taken in found["seconds"].values()),
+        f"{parameter['elements']:,}" if parameter else "none",
+        " + ".join(f"{taken:.0f}" for taken in result["seconds"].values()),
     ]
 
 
 def aim(most: float, memory: dict[str, Any]) -> str:
-    """Of the peak, and of it without what the aims' step did not have."""
+    """Aim beside the peak, and beside the peak without encoder and EMA (lean)."""
 
-    def beside(peak):
+    def verdict(peak):
         return f"{peak:.2f} {'holds' if peak <= most else '**misses**'}"
 
     peak, held = memory["peak"] / GIB, memory["held"]
     lean = peak - (held["text encoders"] + held["EMA"]) / GIB
-    return f"{most:g}: {beside(peak)}; lean {beside(lean)}"
+    return f"{most:g}: {verdict(peak)}; lean {verdict(lean)}"
 
 
 TEXT = """
 # Plans at full size
 
-What `gadjax plan` says of the papers' backbones (bfloat16, Pallas attention where the network
-has one, prompts encoded in the step, float32 masters with moments and an average; each row's
-.json is beside this page). GAD is TDM + GAD along a map of 4 steps with one critic update; DP-
-DMD is DMD through the whole rollout + the anchor of 10 teacher steps with five; both is DP-DMD
-+ GAD. A chip has all of its samples at once. "of it held" is what lies there between updates;
-"lean" is the peak without text encoder and average, which the step of the aims did not have.
-"tight": XLA's scheduler is told to overlap no more than fits in a tenth of the chip's memory (it
-takes up to 95 % otherwise, so that a program is not as small as it can be);
-`LIBTPU_INIT_ARGS=--xla_tpu_scheduler_percent_shared_memory_limit=10` does so to a run. "offload":
-teacher, moments and average wait in the host's memory. "results kept": `remat = "results"`. The
-images are a ceiling at 40 % of the peak. Seconds, on two slow cores beside other work, are until
-every buffer of both programs has its place, which is all that the memory needs; cards' are of the
-whole programs.
+Results of `gadjax plan` for the papers' backbones (bfloat16, Pallas attention where the network has
+one, prompts encoded in the step, float32 masters with moments and an EMA; each row's .json is
+beside this page). GAD is TDM + GAD along a map of 4 steps with one critic update; DP-DMD is DMD
+through the whole rollout + the anchor of 10 teacher steps with five; both is DP-DMD + GAD. A chip
+has all of its samples at once. "of it held" is the memory in use between updates; "lean" is the
+peak without text encoder and EMA, which the step of the aims did not have. "tight": XLA's scheduler
+is limited to a tenth of the chip's memory for overlap (it takes up to 95 % otherwise, so that a
+program is not as small as it can be);
+`LIBTPU_INIT_ARGS=--xla_tpu_scheduler_percent_shared_memory_limit=10` limits a run's. "offload":
+teacher, moments and EMA are offloaded to the host's memory. "results kept": `remat = "results"`.
+The images are a ceiling at 40 % of the peak. Seconds, on two slow cores beside other work, are
+until buffer assignment of both programs, after which the memory is known; cards' are of the whole
+programs.
 
 A U-Net's blocks are no loop: the program of SD 2's student with GAD has 143,000 lines before XLA
-begins, and its buffers took 6 to 9 minutes and 11 GB of the planning machine.
+begins, and its buffer assignment took 6 to 9 minutes and 11 GB of the planning machine.
 
     python tests/benchmarks/plans.py [ROW ...]
 """

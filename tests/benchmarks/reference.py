@@ -1,4 +1,4 @@
-"""gadjax's updates beside the same ones in PyTorch: sizes, device and process are the same."""
+"""Updates of gadjax beside the same ones in PyTorch, of the same size, device and process."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +15,7 @@ from gadjax.parallel.hardware import CHIPS
 from gadjax.training.steps import critic_step, student_step
 
 ONE = 899.0, -1.0  # a grid of one step: the update starts from a given latent
-# Which update -> what gadjax is asked for, its grid, whether its critic learns too, PyTorch's.
+# Update -> gadjax's objective, its grid, whether its critic is trained too, PyTorch's method.
 CASES = {
     "generator step": (TDM() + GAD(steps=1), ONE, False, "generator"),
     "generator step with the script's differences": (TDM() + GADScript(), ONE, False, "generator"),
@@ -28,14 +28,20 @@ AIMS = {"generator step": 0.8, "whole iteration": 0.75}
 def reference(
     size: Size, dtype: str, half: str, remat: bool, rounds: int, cases: tuple[str, ...] = ()
 ) -> Iterator[Figure]:
-    """dtype: gadjax's. half: PyTorch's on a GPU; on a CPU both compute in float32.
+    """Seconds and evaluations of updates in gadjax and in PyTorch.
 
-    cases: names of CASES; all by default.
+    Args:
+      size: of the networks.
+      dtype: gadjax's.
+      half: PyTorch's on a GPU; on a CPU both compute in float32.
+      remat: rematerialise each block in reverse.
+      rounds: runs of which the shortest counts.
+      cases: names of CASES; all by default.
     """
-    of = {name: CASES[name] for name in cases or CASES}
+    selected = {name: CASES[name] for name in cases or CASES}
     note = f"{size}, batch {size.batch}, {'each block' if remat else 'nothing'} recomputed"
-    theirs = dict(torch_seconds(size, half, remat, {c[3] for c in of.values()}, rounds))
-    for name, (objective, times, critic, other) in of.items():
+    theirs = dict(torch_seconds(size, half, remat, {c[3] for c in selected.values()}, rounds))
+    for name, (objective, times, critic, other) in selected.items():
         update, cost, u = make_update(size, objective, times, critic, jnp.dtype(dtype), remat)
         taken = seconds({name: update}, rounds)[name]
         del update
@@ -55,7 +61,7 @@ def reference(
 
 
 def torch_seconds(size: Size, half: str, remat: bool, names: set[str], rounds: int):
-    """name -> (seconds, evaluations, dtype), or nothing without a torch for this device."""
+    """Pairs (name, (seconds, evaluations, dtype)); none without a torch for this device."""
     try:
         import torch
         from benchmarks.torch_steps import Reference
@@ -76,7 +82,7 @@ def torch_seconds(size: Size, half: str, remat: bool, names: set[str], rounds: i
 
 
 def make_update(size, objective, times, critic, dtype, remat) -> tuple[Callable, float, float]:
-    """An update that goes on from its own last state; its FLOPs; those of one evaluation."""
+    """Update that continues from its last state; its FLOPs; those of one evaluation."""
     step_spec = make_step_spec(size, objective, times, dtype, remat)
     shapes = jax.eval_shape(partial(start, size, step_spec, dtype))
     steps = [student_step] + [critic_step] * critic
@@ -99,6 +105,6 @@ def make_update(size, objective, times, critic, dtype, remat) -> tuple[Callable,
 
 
 def peak() -> float | None:
-    """FLOP/s of this device's bfloat16 products, where it is known."""
+    """Peak bfloat16 FLOP/s of this device, None where it is not known."""
     kind = jax.devices()[0].device_kind.lower()
     return next((c.peak for name, c in CHIPS.items() if name.split("-")[0] in kind), None)

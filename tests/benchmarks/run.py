@@ -1,4 +1,4 @@
-"""Measure gadjax and print each figure beside its aim. Nothing here fails for being slow.
+"""Benchmarks of gadjax: print each figure beside its aim; slowness never fails.
 
     python tests/benchmarks/run.py cpu|gpu [--only NAME] [--json FILE] [--tiny]
 
@@ -38,11 +38,11 @@ def in_order(*parts: Callable[[], Iterator[Figure]]) -> Callable[[], Iterator[Fi
 
 
 def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]]]:
-    """Name -> figures, as they are found. tiny: the same programs at sizes that say nothing."""
+    """Benchmarks by name. tiny: the same programs at sizes whose figures are meaningless."""
     if kind == "gpu":
         head, size, large = ((16, 2, 12), TINY, TINY) if tiny else ((4096, 16, 72), XL_512, XL_1024)
         cases = "generator step", "whole iteration", "DP-DMD's student step"
-        # What says most comes first: the last two took longer than was left on an H200.
+        # The most informative first: the last two took longer than was left on an H200.
         return {
             "reference": partial(
                 reference.reference,
@@ -78,7 +78,7 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
             4,
         ),
         "step": in_order(
-            # Two samples, since neighbours walk together.
+            # Two samples, since neighbours share backward simulation.
             *(partial(step.evaluations, replace(size, batch=2)) for size in sizes),
             partial(step.iterations, few if tiny else many, 3),
         ),
@@ -96,14 +96,14 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
 
 
 def device(kind: str, tiny: bool) -> str:
-    """What is measured on. Raises: SystemExit where it is not what `kind` says."""
-    found = jax.devices()
-    if not tiny and found[0].platform != kind:
-        sys.exit(f"{kind}: found {found[0].platform}; expected JAX to run on a {kind}")
-    if not tiny and kind == "gpu" and len(found) > 1:
-        sys.exit(f"gpu: found {len(found)} of them; expected one (CUDA_VISIBLE_DEVICES=0)")
-    if found[0].platform != "cpu":
-        return found[0].device_kind
+    """Name of the device. Raises: SystemExit where it is of another kind."""
+    devices = jax.devices()
+    if not tiny and devices[0].platform != kind:
+        sys.exit(f"{kind}: found {devices[0].platform}; expected JAX to run on a {kind}")
+    if not tiny and kind == "gpu" and len(devices) > 1:
+        sys.exit(f"gpu: found {len(devices)} of them; expected one (CUDA_VISIBLE_DEVICES=0)")
+    if devices[0].platform != "cpu":
+        return devices[0].device_kind
     return f"{cpu()}, {len(os.sched_getaffinity(0))} cores"
 
 
@@ -116,11 +116,11 @@ def cpu() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in ("gadjax", "jax", "jaxlib", "flax", "torch", "diffusers"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def main(arguments: list[str]) -> int:
@@ -141,16 +141,16 @@ def main(arguments: list[str]) -> int:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
     path = args.json and args.json.absolute()
-    found = {}
+    figures = {}
     with contextlib.chdir(ROOT):  # where configs are
         for name in [args.only] if args.only else known:
             print(f"\n{name}: {about['device']}\n{'figure':58} {'value':>10} {'aim':>9} holds")
-            found[name] = []
+            figures[name] = []
             for figure in known[name]():
-                found[name].append(asdict(figure) | {"holds": figure.holds})
+                figures[name].append(asdict(figure) | {"holds": figure.holds})
                 print(row(figure), flush=True)
                 if path:
-                    path.write_text(json.dumps(about | {"figures": found}, indent=1) + "\n")
+                    path.write_text(json.dumps(about | {"figures": figures}, indent=1) + "\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a step costs: in evaluations of the network by the program, and in seconds of small runs."""
+"""Cost of a step: in network evaluations by the program, and in seconds of small runs."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -42,7 +42,7 @@ def make_step_spec(
 
 
 def start(size: Size, step_spec: StepSpec, dtype=jnp.float32):
-    """(state, teacher in `dtype`, batch), all of whose networks are one random network."""
+    """State, teacher in `dtype` and batch; all networks are one random network."""
     params = make_network(size)[0].init(jax.random.key(0))
     state = create_state(
         {role: jax.tree.map(jnp.copy, params) for role in step_spec.optimizers},
@@ -52,7 +52,7 @@ def start(size: Size, step_spec: StepSpec, dtype=jnp.float32):
 
 
 def evaluations(size: Size) -> Iterator[Figure]:
-    """Of the generator step, without optimizer, in units u: the products of one forward pass.
+    """Cost of the generator step, without optimizer, in units u: FLOPs of one forward pass.
 
     "as planned": the student's value and tangent with their gradient, and value and tangent of
     the teacher (guided: two evaluations) and of the critic. This is the released script's step with
@@ -75,29 +75,31 @@ def evaluations(size: Size) -> Iterator[Figure]:
     for who, amount in cost["pair"].items():
         yield Figure(f"of these: {who}, u", amount, note=note)
 
-    def spent(step, objective, times, remat=True):
+    def cost_of(step, objective, times, remat=True):
         step_spec = make_step_spec(size, objective, times, remat=remat)
         state = jax.eval_shape(lambda: start(size, step_spec)[0])
         return flops(partial(step, step_spec), state, params, batch) / u
 
     one, base, gad = (899.0, -1.0), 1.0 * TDM(), 1.0 * GAD(steps=1)
-    given, own = "student_step from a given latent", "student_step with its own walk"
+    given, simulated = "student_step from a given latent", "student_step with backward simulation"
     for name, objective, times, remat, most in (
         (f"{given}: TDM, u", base, one, True, None),
         (f"{given}: GAD, map of 1 step, u", gad, one, True, aim),
         (f"{given}: TDM + GAD, map of 1 step, u", base + gad, one, True, aim),
         (f"{given}: TDM + GAD, map of 1 step, u", base + gad, one, "results", aim),
-        (f"{own}: TDM + GAD, map of 1 step, u", base + gad, GRID, True, None),
-        (f"{own}: TDM + GAD, map of 4 steps, u", base + GAD(steps=4), GRID, True, None),
-        (f"{own}: TDM + GAD, map of 4 steps, u", base + GAD(steps=4), GRID, "results", None),
+        (f"{simulated}: TDM + GAD, map of 1 step, u", base + gad, GRID, True, None),
+        (f"{simulated}: TDM + GAD, map of 4 steps, u", base + GAD(steps=4), GRID, True, None),
+        (f"{simulated}: TDM + GAD, map of 4 steps, u", base + GAD(steps=4), GRID, "results", None),
     ):
-        found = spent(student_step, objective, times, remat)
-        yield Figure(name, found, most, note=how[remat])
-    yield Figure("critic_step with its own walk: TDM, u", spent(critic_step, base, GRID), note=note)
+        value = cost_of(student_step, objective, times, remat)
+        yield Figure(name, value, most, note=how[remat])
+    yield Figure(
+        "critic_step with backward simulation: TDM, u", cost_of(critic_step, base, GRID), note=note
+    )
 
 
 def parts(size: Size, params, batch, remat: bool | str):
-    """kind -> who -> evaluations: of values alone, and of values and tangents ("pair"); and u."""
+    """Evaluations by kind and network, of values alone and with tangents ("pair"); and u."""
     _, denoiser = make_network(size, remat=remat)
 
     def raw(params, x, batch):
@@ -127,10 +129,10 @@ def parts(size: Size, params, batch, remat: bool | str):
 
 
 def iterations(variants: tuple[str, ...], rounds: int) -> Iterator[Figure]:
-    """Whole iterations of the study's objectives on the bundled eps teacher (batch 16, 4 steps of
+    """Cost of iterations of the study's objectives on the bundled eps teacher (batch 16, 4 steps of
     the student, 2 critic updates where there is a critic), beside the same base alone."""
     configs = {name: study.config_of(f"eps/{name}") for name in variants}
-    cost = {name: evaluations_of(config) for name, config in configs.items()}
+    cost = {name: evaluations_of(prepare(config)) for name, config in configs.items()}
     for name in variants:
         base = f"{'tdm' if name == 'script' else name.split('_')[0]}_none"
         yield Figure(f"evaluations an iteration: {name}", cost[name])
@@ -145,13 +147,13 @@ def iterations(variants: tuple[str, ...], rounds: int) -> Iterator[Figure]:
 
 
 def iteration(config) -> Callable[[], object]:
-    """One student update with its critic updates, each time from where the last one ended."""
+    """Function that does one student update with its critic updates, from the last state."""
     bench = Bench(prepare(config))
     return bench.iterate
 
 
 class Bench:
-    """A run's compiled updates and a state that they change."""
+    """Compiled updates of a run, and a state that they change."""
 
     def __init__(self, run: Run):
         self.run, self.steps = run, compile_steps(run)
@@ -160,13 +162,13 @@ class Bench:
         self.frozen = jax.device_put(run.frozen, self.steps.frozen)
         self.critics = run.config.critic.updates if self.steps.critic else 0
         self.update = 0
-        # Placed as the loop's are: for other arguments a step is compiled anew.
+        # Sharded as the loop's are: for other arguments a step is compiled again.
         self.raw = put_on_mesh(run.source.batch(0, run.config.batch), batch_sharding(run.mesh))
 
     def iterate(self, raws=None):
-        """raws: an iterator of host batches, of which each update takes one; else one is reused."""
-        for place in range(self.critics + 1):
-            step = self.steps.student if place == self.critics else self.steps.critic
+        """Do one iteration. raws: iterator of host batches, one an update; else one is reused."""
+        for i in range(self.critics + 1):
+            step = self.steps.student if i == self.critics else self.steps.critic
             raw = self.raw if raws is None else next(raws)
             update = jnp.uint32(self.update)
             self.state, metrics = step(self.state, self.frozen, raw, update)

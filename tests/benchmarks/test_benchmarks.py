@@ -1,4 +1,4 @@
-"""That the benchmarks run, and the figures that are about being right. None about being quick."""
+"""The benchmarks run, and their figures of correctness hold; none is about speed."""
 
 import json
 import math
@@ -41,11 +41,11 @@ def test_another_device_or_name_is_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_tangent_in_bfloat16_is_true():
+def test_a_tangent_in_bfloat16_is_accurate():
     found = {f.name: f for f in accuracy.accuracy(Size(6, 6, 64, 32), ("bfloat16",))}
     held = [name for name, figure in found.items() if figure.aim]
     assert len(held) == 2 and all(found[name].holds for name in held)
-    # What the finite differences of the released script make of it.
+    # The finite differences of the released script, for comparison.
     assert found["error of J v: difference h=0.01, bfloat16"].value > 10
 
 
@@ -87,7 +87,7 @@ from gadjax.training.setup import prepare
 config = read_config(["--config=configs/shapes_gad.py:dmd", "--config.mesh.fsdp=4"])
 where = find_topology("v5e:2x2")
 programs = build_programs(prepare(config, abstract=True, devices=where.devices()), where)
-done = placing.compile_whole(programs, "student", config.batch, print)
+done = placing.compile_fully(programs, "student", config.batch, print)
 text, assignment = placing.reports(folder, "student")
 print(json.dumps([
     [done.peak, done.arguments, done.temporary, traffic(done.text, 4).sent],
@@ -99,7 +99,7 @@ print(json.dumps([
 @pytest.mark.slow
 def test_placed_buffers_are_those_of_the_finished_program(request, tmp_path):
     pytest.importorskip("libtpu")
-    said = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", PLACED, str(tmp_path)],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         cwd=request.config.rootpath,
@@ -107,10 +107,10 @@ def test_placed_buffers_are_those_of_the_finished_program(request, tmp_path):
         text=True,
         check=True,
     )
-    whole, placed = json.loads(said.stdout.splitlines()[-1])
+    expected, placed = json.loads(completed.stdout.splitlines()[-1])
     assert placed == [
-        pytest.approx(whole[0], abs=2**18),
-        *whole[1:2],
-        pytest.approx(whole[2], abs=2**16),
-        whole[3],
+        pytest.approx(expected[0], abs=2**18),
+        *expected[1:2],
+        pytest.approx(expected[2], abs=2**16),
+        expected[3],
     ]

@@ -1,4 +1,4 @@
-"""Updates as the public scripts make them, in PyTorch with diffusers' network, to be timed.
+"""Reference updates of the public scripts, in PyTorch with diffusers' network, for timing.
 
 The losses are those of gadjax.objectives.tdm, gad_script, dmd and anchor; each random number is
 drawn anew. Nothing is compiled; on a GPU the networks run under autocast and AdamW is fused.
@@ -19,8 +19,8 @@ GRID = 899, 674, 449, 224, -1
 class Reference:
     """Student, critic and frozen teacher of one size.
 
-    half: what autocast computes in on a GPU, and the teacher's dtype there; float32 on a CPU.
-    remat: whether each block is recomputed in reverse.
+    half: dtype of autocast on a GPU, and of the teacher there; float32 on a CPU.
+    remat: gradient checkpointing of each block.
     """
 
     def __init__(self, size: Size, half: torch.dtype, remat: bool):
@@ -30,7 +30,7 @@ class Reference:
         with torch.device(self.device):
             self.student, self.critic, self.teacher = (self.network(size) for _ in range(3))
             self.z = torch.randn(size.batch, 4, size.side, size.side)
-            self.told, self.untold = torch.randn(2, size.batch, size.text, size.caption)
+            self.text, self.null_text = torch.randn(2, size.batch, size.text, size.caption)
             self.mask = torch.ones(size.batch, size.text)
         self.teacher.requires_grad_(False).to(self.half)
         self.optimizers = {}
@@ -59,7 +59,7 @@ class Reference:
         ).train()
 
     def at(self, t):
-        """alpha and sigma [B, 1, 1, 1]."""
+        """Noise schedule: alpha and sigma [B, 1, 1, 1]."""
         return (v[t + 1].view(-1, 1, 1, 1) for v in (self.alpha, self.sigma))
 
     def raw(self, model, x, t, text, mask):
@@ -74,93 +74,100 @@ class Reference:
             )[0]
         return out.chunk(2, dim=1)[0].float()
 
-    def said(self, model, x, t):
-        """x0 and eps."""
-        return self.split(self.raw(model, x, t, self.told, self.mask), x, t)
+    def predict(self, model, x, t):
+        """Prediction (x0, eps)."""
+        return self.split(self.raw(model, x, t, self.text, self.mask), x, t)
 
     def guided(self, x, t):
-        told, untold = self.raw(
+        cond_out, uncond_out = self.raw(
             self.teacher,
             torch.cat([x, x]),
             torch.cat([t, t]),
-            torch.cat([self.told, self.untold]),
+            torch.cat([self.text, self.null_text]),
             torch.cat([self.mask, self.mask]),
         ).chunk(2)
-        return self.split(untold + GUIDANCE * (told - untold), x, t)
+        return self.split(uncond_out + GUIDANCE * (cond_out - uncond_out), x, t)
 
     def split(self, eps, x, t):
         alpha, sigma = self.at(t)
         return (x - sigma * eps) / alpha, eps
 
-    def landed(self, said, t):
+    def next_latent(self, prediction, t):
         alpha, sigma = self.at(t)
-        return alpha * said[0] + sigma * said[1]
+        return alpha * prediction[0] + sigma * prediction[1]
 
     def times(self, k: int):
         return self.grid[k].expand(len(self.z))
 
     @torch.no_grad()
-    def walk(self):
-        """The latent at each sample's own place on the grid."""
+    def backward_simulate(self):
+        """Backward simulation: latents at each sample's step of the grid."""
         x, states = self.z, [self.z]
         for k in range(len(GRID) - 2):
-            x = self.landed(self.said(self.student, x, self.times(k)), self.times(k + 1))
+            x = self.next_latent(self.predict(self.student, x, self.times(k)), self.times(k + 1))
             states.append(x)
         return torch.stack(states)[self.k, torch.arange(len(x))]
 
     def generator(self, x_k=None):
-        """TDM and GAD by finite differences from given latents; what the critic learns from."""
+        """Generator update: TDM and GAD by finite differences, from given latents.
+
+        Returns: the critic's training data: x0, x_tau and tau.
+        """
         x_k = self.z if x_k is None else x_k
         t_k, next_k = self.grid[self.k], self.grid[self.k + 1]
-        said = self.said(self.student, x_k, t_k)
+        prediction = self.predict(self.student, x_k, t_k)
         low = next_k.clamp(min=20)
         tau = (low + torch.rand(len(x_k), device=self.device) * (t_k - 10 - low)).long()
         with torch.no_grad():
-            landed, (a, s), (b, r) = self.landed(said, next_k), self.at(next_k), self.at(tau)
-            fresh = torch.randn_like(landed)
-            x_tau = b / a * landed + (r**2 - (b / a * s) ** 2).clamp(min=0).sqrt() * fresh
+            x_next, (a, s), (b, r) = (
+                self.next_latent(prediction, next_k),
+                self.at(next_k),
+                self.at(tau),
+            )
+            fresh = torch.randn_like(x_next)
+            x_tau = b / a * x_next + (r**2 - (b / a * s) ** 2).clamp(min=0).sqrt() * fresh
             raw = torch.randn_like(x_tau)
-            moved = x_tau + H * raw / raw.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-            real, fake = self.guided(x_tau, tau)[0], self.said(self.critic, x_tau, tau)[0]
-            real_h = (self.guided(moved, tau)[0] - real) / H
-            fake_h = (self.said(self.critic, moved, tau)[0] - fake) / H
-        ds = (self.said(self.student, moved, tau)[0] - said[0]) / H
+            perturbed = x_tau + H * raw / raw.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            real, fake = self.guided(x_tau, tau)[0], self.predict(self.critic, x_tau, tau)[0]
+            real_h = (self.guided(perturbed, tau)[0] - real) / H
+            fake_h = (self.predict(self.critic, perturbed, tau)[0] - fake) / H
+        ds = (self.predict(self.student, perturbed, tau)[0] - prediction[0]) / H
         error = ds - (ds + real_h - fake_h).detach()
         gad = (error**2 + HUBER**2).sqrt().mean() / (ds - real_h).abs().mean().detach()
-        self.update(self.student, self.matching(said[0], real, fake) + gad)
-        return said[0].detach(), x_tau, tau
+        self.update(self.student, self.matching(prediction[0], real, fake) + gad)
+        return prediction[0].detach(), x_tau, tau
 
     def matching(self, x0, real, fake):
         toward = (fake - real) / (x0.detach() - real).abs().mean(dim=(1, 2, 3), keepdim=True)
         return 0.5 * ((x0 - (x0 - toward).detach()) ** 2).mean()
 
     def iteration(self):
-        """The walk, the generator's update, and the critic's on the same pictures."""
-        x0, x_tau, tau = self.generator(self.walk())
-        error = self.said(self.critic, x_tau, tau)[0] - x0
+        """Backward simulation, the generator's update, and the critic's on the same pictures."""
+        x0, x_tau, tau = self.generator(self.backward_simulate())
+        error = self.predict(self.critic, x_tau, tau)[0] - x0
         self.update(self.critic, (error**2).mean())
 
     def dpdmd(self):
-        """The student's update of DP-DMD: DMD through the walk but for its first step, which the
-        secant to where 4 guided steps of the teacher lead trains."""
+        """Student update of DP-DMD: DMD through the rollout but for its first step, which is
+        trained by the secant to the result of 4 guided steps of the teacher."""
         x, first = self.z, None
         for k in range(len(GRID) - 1):
-            said = self.said(self.student, x, self.times(k))
-            x = self.landed(said, self.times(k + 1))
+            prediction = self.predict(self.student, x, self.times(k))
+            x = self.next_latent(prediction, self.times(k + 1))
             if k == 0:
-                first, x = said, x.detach()
+                first, x = prediction, x.detach()
         with torch.no_grad():
             arrived, times = self.z, torch.linspace(GRID[0], GRID[1], 5).long().to(self.device)
             for now, after in zip(times[:-1], times[1:], strict=True):
                 now, after = (v.expand(len(arrived)) for v in (now, after))
-                arrived = self.landed(self.guided(arrived, now), after)
+                arrived = self.next_latent(self.guided(arrived, now), after)
             (a, s), (b, r) = self.at(self.times(0)), self.at(self.times(1))
             scale = s * b - r * a
             x0, eps = (s * arrived - r * self.z) / scale, (b * self.z - a * arrived) / scale
             t = torch.randint(20, 980, (len(x),), device=self.device)
             alpha, sigma = self.at(t)
             noised = alpha * x + sigma * torch.randn_like(x)
-            real, fake = self.guided(noised, t)[0], self.said(self.critic, noised, t)[0]
+            real, fake = self.guided(noised, t)[0], self.predict(self.critic, noised, t)[0]
         anchor = (((first[1] - first[0]) - (eps - x0)) ** 2).mean()
         self.update(self.student, self.matching(x, real, fake) + 0.05 * anchor)
 
@@ -182,4 +189,4 @@ class Reference:
 
     def once(self):
         with torch.no_grad():
-            self.said(self.student, self.z, self.times(0))
+            self.predict(self.student, self.z, self.times(0))

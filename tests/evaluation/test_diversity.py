@@ -1,4 +1,4 @@
-"""Diversity and seed alignment where the answer is known."""
+"""Diversity and seed alignment against known values."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ def x():
     return np.random.default_rng(0).standard_normal((5, 8, 12)).astype(np.float32)
 
 
-def test_vendi_counts_what_is_different():
+def test_vendi_counts_different_pictures():
     alike = np.tile(np.random.default_rng(0).standard_normal(9), (1, 6, 1))
     apart = np.eye(9)[None, :6] * np.arange(1, 7)[:, None]
     halves = np.repeat(np.eye(9)[:2], 3, axis=0)[None]

@@ -1,4 +1,4 @@
-"""The command as a user meets it, and the function behind it."""
+"""`gadjax evaluate`: the command, and the function behind it."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TEACHER = {"steps": 4, "guidance": 2.0, "length": 6}
 
 @pytest.fixture(scope="module")
 def folders(tiny_pipeline, tmp_path_factory):
-    """A teacher, a student in two steps, prompts."""
+    """Folders of a teacher and of a student in two steps, and a file of prompts."""
     root = tmp_path_factory.mktemp("evaluate")
     for name, sampling in (
         ("teacher", TEACHER),
@@ -75,16 +75,16 @@ def test_the_command(folders, tmp_path, capsys):
 
 
 def test_flags_and_overwriting(folders, tmp_path, capsys, monkeypatch):
-    """What the command passes on, and what it does with the answer."""
-    asked = []
+    """Arguments that the command passes on, and files that it writes from the result."""
+    calls = []
 
-    def answer(*args):
-        asked.append(args)
+    def fake_evaluate(*args):
+        calls.append(args)
         images = np.zeros((3, 2, 8, 8, 3), np.float32)
         row = Row("teacher", "teacher, 2 steps", args[0].sampling, 2, images, {})
         return Evaluation([row], catalogue(WORLDS["none"]), {"adherence": "no oracle"})
 
-    monkeypatch.setattr("gadjax.evaluation.evaluate.evaluate", answer)
+    monkeypatch.setattr("gadjax.evaluation.evaluate.evaluate", fake_evaluate)
     more = (
         "--tangents=0",
         "--batch=3",
@@ -94,11 +94,11 @@ def test_flags_and_overwriting(folders, tmp_path, capsys, monkeypatch):
         "--teacher-guidance=1",
     )
     assert main(arguments(folders, tmp_path / "out", *more)) == 0
-    teacher, student, prompts, world, plan = asked[0]
+    teacher, student, prompts, world, config = calls[0]
     assert teacher.sampling == SamplingConfig(2, None, 1.0, 6)
     assert student.sampling == SamplingConfig(2, (899.0, 449.0), 1.0, 6)
     assert (
-        prompts == PROMPTS and plan == EvaluationConfig(2, 0, 3, 5, 4) and world is WORLDS["none"]
+        prompts == PROMPTS and config == EvaluationConfig(2, 0, 3, 5, 4) and world is WORLDS["none"]
     )
     report = tmp_path / "out" / "report.md"
     assert capsys.readouterr().out == report.read_text()
@@ -106,7 +106,7 @@ def test_flags_and_overwriting(folders, tmp_path, capsys, monkeypatch):
     before = report.stat().st_mtime_ns
     assert main(arguments(folders, tmp_path / "out")) == 2
     assert "found a folder with files in it" in capsys.readouterr().err
-    assert report.stat().st_mtime_ns == before and len(asked) == 1
+    assert report.stat().st_mtime_ns == before and len(calls) == 1
     assert main(arguments(folders, tmp_path / "out", "--overwrite")) == 0
     assert report.stat().st_mtime_ns > before
 
@@ -119,22 +119,22 @@ def test_flags_and_overwriting(folders, tmp_path, capsys, monkeypatch):
         (4.0, ("--teacher-guidance=3",), 3.0, "3, but the student was distilled at 4"),
     ],
 )
-def test_the_teacher_is_judged_at_the_guidance_of_the_distillation(
+def test_the_teacher_is_evaluated_at_the_guidance_of_the_distillation(
     folders, tmp_path, capsys, monkeypatch, distilled_at, more, guidance, text
 ):
     student = tmp_path / "student"
     shutil.copytree(folders / "student", student)
     if distilled_at:
-        own = json.loads((student / "gadjax.json").read_text())
-        own["teacher"] = {"name": "teacher", "guidance": distilled_at}
-        (student / "gadjax.json").write_text(json.dumps(own))
+        sampling = json.loads((student / "gadjax.json").read_text())
+        sampling["teacher"] = {"name": "teacher", "guidance": distilled_at}
+        (student / "gadjax.json").write_text(json.dumps(sampling))
 
-    def answer(teacher, *_):
+    def fake_evaluate(teacher, *_):
         images = np.zeros((3, 2, 8, 8, 3), np.float32)
         row = Row("teacher", "teacher, 4 steps", teacher.sampling, 8, images, {})
         return Evaluation([row], catalogue(WORLDS["none"]), {})
 
-    monkeypatch.setattr("gadjax.evaluation.evaluate.evaluate", answer)
+    monkeypatch.setattr("gadjax.evaluation.evaluate.evaluate", fake_evaluate)
     more = f"--student={student}", *more
     assert main(arguments(folders, tmp_path / "out", *more)) == 0
     report = (tmp_path / "out" / "report.md").read_text()
@@ -178,7 +178,7 @@ def colours(images_NHWC):
 
 
 def classify(images_NHWC):
-    """Bright pictures show something, at the side that is brighter."""
+    """Word of the brighter side, for pictures that are bright enough."""
     left, right = (x.mean((1, 2, 3)) for x in np.split(images_NHWC, 2, axis=2))
     sides = np.where(left > right, "left", "right")
     return np.where(images_NHWC.mean((1, 2, 3))[:, None] > -0.2, sides[:, None], "")
@@ -190,7 +190,7 @@ def parse(caption):
 
 
 def brighter(image_HWC, place_2):
-    """1 less the contrast between the halves, towards the wanted one."""
+    """Square of 1 less the contrast between the halves, towards the target place."""
     left, right = (x.mean() for x in (image_HWC[:, :8], image_HWC[:, 8:]))
     return (1 - (right - left) * (place_2[0] - 8) / 4) ** 2
 
@@ -201,7 +201,7 @@ WORLD = World(Oracle(("side",), classify, parse), colours, None, ("red circle", 
 
 @pytest.fixture(scope="module")
 def itself(teacher):
-    """A teacher evaluated as its own student, all tasks included."""
+    """Evaluation of a teacher as its own student, all tasks included."""
     return evaluate(teacher, teacher, PROMPTS, WORLD, EvaluationConfig(2, 2, 8, 4, 3))
 
 
@@ -223,22 +223,22 @@ def test_a_student_that_is_its_teacher(itself):
     np.testing.assert_array_equal(few.images_PSHWC, same.images_PSHWC)
 
 
-def test_what_was_controlled(itself, teacher):
+def test_layout_targets_are_approached(itself, teacher):
     control = itself.control
     row = control.rows["student"]
     assert row.images_CLHWC.shape == (2, 4, 16, 16, 3)
-    noise, asked = control.library.noise_LHWC, control.moves
+    noise, targets = control.library.noise_LHWC, control.targets
     alone = draw(teacher.pipeline, teacher.params, teacher.sampling, ["blue"] * 4, noise)
     np.testing.assert_allclose(row.images_CLHWC[1], alone, atol=1e-5)
     assert row.words_CLA.tolist() == [classify(images).tolist() for images in row.images_CLHWC]
-    # Every move makes its own half brighter.
-    before, after = row.moved.images_RNHWC[[0, -1]]
-    for n, word in enumerate(asked.places):
+    # Every move makes its target half brighter.
+    before, after = row.layout_result.images_RNHWC[[0, -1]]
+    for n, word in enumerate(targets.places):
         place = np.array(SIDES.places[word])
         assert brighter(after[n], place) < brighter(before[n], place)
-        np.testing.assert_allclose(before[n], row.images_CLHWC[asked.captions[n], n], atol=1e-5)
-        assert row.moved.reached_RN[-1, n] == (classify(after[n : n + 1])[0, 0] == word)
-    assert itself.rows[2].metrics["control"].value == row.moved.reached_RN[-1].mean()
+        np.testing.assert_allclose(before[n], row.images_CLHWC[targets.captions[n], n], atol=1e-5)
+        assert row.layout_result.reached_RN[-1, n] == (classify(after[n : n + 1])[0, 0] == word)
+    assert itself.rows[2].metrics["control"].value == row.layout_result.reached_RN[-1].mean()
 
 
 def test_the_report_of_all_tasks(itself, tmp_path):
@@ -262,7 +262,7 @@ def test_a_seed_is_that_of_the_sample_command(itself, teacher):
     np.testing.assert_allclose(itself.rows[2].images_PSHWC[:, 1], alone, atol=1e-5)
 
 
-def test_prompts_that_the_oracle_cannot_read(teacher):
+def test_prompts_that_the_oracle_cannot_parse(teacher):
     def parse(caption):
         raise InputError(f"caption: found {caption!r}; expected another")
 
@@ -283,7 +283,7 @@ def test_pictures_that_are_not_finite(teacher):
 
 @pytest.mark.parametrize("moves", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_bundled_world_from_the_command_line(tmp_path, capsys, moves):
-    """The bundled teacher as its own student, in few steps. Gradients take long to compile."""
+    """The bundled teacher as its own student, in few steps; gradients are slow to compile."""
     student = tmp_path / "student"
     shutil.copytree(resolve("asset:shapes_teacher"), student)
     sampling = {"timesteps": [899, 449], "guidance": 1.0, "length": 16}

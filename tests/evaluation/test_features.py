@@ -1,4 +1,4 @@
-"""The bundled features tell the world's pictures apart, and spoilt pictures from good ones."""
+"""Bundled features: they separate the world's pictures, and corrupted pictures from clean ones."""
 
 import json
 
@@ -29,34 +29,34 @@ def test_they_are_standardised(pictures):
     np.testing.assert_allclose(features.std(0), 1, atol=0.2)
 
 
-def test_attributes_are_read_off_them(pictures):
-    """Least squares on 512 pictures finds 512 others' shape and place."""
+def test_attributes_are_linear_in_the_features(pictures):
+    """Least squares on 512 pictures predicts shape and position of 512 others."""
     images, (others, _, scenes) = pictures
     first = shapes.sample_batch(1, range(512))[2]
 
-    def told(scenes):
+    def labels(scenes):
         one_hot = [[float(s.shape == name) for name in shapes.SHAPES] for s in scenes]
         return np.hstack([one_hot, [[s.x, s.y] for s in scenes]])
 
     def rows(images):
         return np.hstack([shapes_features(images), np.ones((len(images), 1))])
 
-    found = rows(others) @ np.linalg.lstsq(rows(images), told(first), rcond=None)[0]
-    right = np.argmax(found[:, :4], 1) == [shapes.SHAPES.index(s.shape) for s in scenes]
+    predicted = rows(others) @ np.linalg.lstsq(rows(images), labels(first), rcond=None)[0]
+    right = np.argmax(predicted[:, :4], 1) == [shapes.SHAPES.index(s.shape) for s in scenes]
     assert right.mean() > 0.8
-    assert np.abs(found - told(scenes))[:, 4:].mean() < 1.0
+    assert np.abs(predicted - labels(scenes))[:, 4:].mean() < 1.0
 
 
-def test_the_distance_sees_blur_ghosts_and_what_is_left_out(pictures):
+def test_the_distance_grows_with_blur_ghosts_and_missing_shapes(pictures):
     images, (others, _, scenes) = pictures
     reference = shapes_features(images)
     floor = frechet(reference, shapes_features(others))
-    spoilt = {
+    corrupted = {
         "blur": np.asarray(blur(others)),
         "ghost": 0.7 * others + 0.3 * np.roll(others, 1, axis=0),
         "no circles": others[[s.shape != "circle" for s in scenes]],
     }
-    for name, worse in spoilt.items():
+    for name, worse in corrupted.items():
         assert frechet(reference, shapes_features(worse)) > 1.3 * floor, name
 
 

@@ -1,4 +1,4 @@
-"""Arcs between noises, and the evenness of what is drawn along them."""
+"""Spherical interpolation of noises, and the evenness of the pictures along it."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_between_noises_of_two_norms(ends):
     np.testing.assert_allclose(sizes, np.linspace(sizes[0], sizes[-1], 5))
 
 
-def test_a_quarter_of_a_circle_and_no_way_at_all():
+def test_a_quarter_of_a_circle_and_a_path_of_length_zero():
     arc = slerp(np.array([2.0, 0.0]), np.array([0.0, 2.0]), 3)
     np.testing.assert_allclose(arc, [[2, 0], [2**0.5, 2**0.5], [0, 2]], atol=1e-12)
     a = np.float32([[1.0, 2.0]])

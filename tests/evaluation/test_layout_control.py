@@ -1,4 +1,4 @@
-"""Moving what is drawn by following its gradient back to the noise."""
+"""Layout control: Polyak descent on the noise."""
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +33,17 @@ def test_a_step_is_polyak_s_up_to_a_cap_and_stays_on_the_sphere(z):
     g = np.random.default_rng(1).standard_normal(z.shape).astype(np.float32)
     g -= z * ((g * z).sum((1, 2, 3)) / (z**2).sum((1, 2, 3)))[:, None, None, None]
     distance = np.array([0.0, 0.3, 1e6]).astype(np.float32)
-    moved = polyak_step(jnp.array(z), jnp.array(g), jnp.array(distance))
-    np.testing.assert_allclose(norms(moved), norms(z), rtol=1e-6)
+    stepped = polyak_step(jnp.array(z), jnp.array(g), jnp.array(distance))
+    np.testing.assert_allclose(norms(stepped), norms(z), rtol=1e-6)
     # g is tangent to the sphere: the angle's tangent is the length of the step over |z|.
     reach = [0, 0.3 / norms(g)[1] / norms(z)[1], MAX_STEP]
-    np.testing.assert_allclose(np.tan(np.radians(angles_degrees(z, moved))), reach, atol=1e-3)
-    assert np.sum((np.asarray(moved) - z)[1] * g[1]) < 0
+    np.testing.assert_allclose(np.tan(np.radians(angles_degrees(z, stepped))), reach, atol=1e-3)
+    assert np.sum((np.asarray(stepped) - z)[1] * g[1]) < 0
 
 
 def test_no_slope_no_step(z):
-    moved = polyak_step(jnp.array(z), jnp.zeros(z.shape), jnp.ones(3))
-    np.testing.assert_allclose(moved, z, rtol=1e-6)
+    stepped = polyak_step(jnp.array(z), jnp.zeros(z.shape), jnp.ones(3))
+    np.testing.assert_allclose(stepped, z, rtol=1e-6)
 
 
 def test_angles():
@@ -53,39 +53,39 @@ def test_angles():
 
 
 def brightness(image_HWC, place_2):
-    """Not a layout, but as differentiable: the square of the mean's distance from a number."""
+    """Differentiable distance in place of a layout's: squared error of the mean brightness."""
     return (100 * (image_HWC.mean() - place_2[0])) ** 2
 
 
 @pytest.mark.slow
-def test_the_whole_walk_against_steps_taken_by_hand(tiny_pipeline):
-    """A random network and a batch that has to be padded; gradients with no rematerialisation."""
+def test_descent_against_steps_computed_by_hand(tiny_pipeline):
+    """Random network, a batch that has to be padded, reference gradients without remat."""
     pipeline, params = load_pipeline(tiny_pipeline)
     sampling = SamplingConfig(2, None, 2.0, 6)
     model = Model("model", pipeline, params, sampling)
     z = initial_noise(0, 3, pipeline.latent)
     places = np.float32([[0.1, 0.0], [-0.2, 0.0], [0.3, 0.0]])
-    ways, images = polyak_descent(model, PROMPTS, z, places, brightness, batch=2)
-    assert ways.shape == (3, len(SNAPSHOT_STEPS), *pipeline.latent)
-    np.testing.assert_array_equal(ways[:, 0], z)
+    noises, images = polyak_descent(model, PROMPTS, z, places, brightness, batch=2)
+    assert noises.shape == (3, len(SNAPSHOT_STEPS), *pipeline.latent)
+    np.testing.assert_array_equal(noises[:, 0], z)
     for r in range(len(SNAPSHOT_STEPS)):
-        np.testing.assert_allclose(norms(ways[:, r]), norms(z), rtol=1e-5)
+        np.testing.assert_allclose(norms(noises[:, r]), norms(z), rtol=1e-5)
 
     def step(params, z, places, cond, null):
-        def off(z):
+        def distances(z):
             x0 = clean_latent(pipeline, params["transformer"], sampling, z, cond, null)
             return jax.vmap(brightness)(pipeline.decode(params["vae"], x0), places)
 
-        value, pull = jax.vjp(off, z)
+        value, pull = jax.vjp(distances, z)
         return polyak_step(z, pull(jnp.ones(len(z)))[0], value)
 
     def run(z):
         return map_prompts(step, pipeline, params, sampling, PROMPTS, (z, places), batch=3)
 
     by_hand = run(run(z))
-    np.testing.assert_allclose(ways[:, SNAPSHOT_STEPS.index(2)], by_hand, atol=1e-3)
+    np.testing.assert_allclose(noises[:, SNAPSHOT_STEPS.index(2)], by_hand, atol=1e-3)
     for r in (0, -1):
-        alone = draw(pipeline, params, sampling, PROMPTS, ways[:, r])
+        alone = draw(pipeline, params, sampling, PROMPTS, noises[:, r])
         np.testing.assert_allclose(images[:, r], alone, atol=1e-5)
     off = [
         np.square(100 * (x.mean((1, 2, 3)) - places[:, 0])) for x in (images[:, 0], images[:, -1])

@@ -1,4 +1,4 @@
-"""Which numbers are taken, and which are reported as absent."""
+"""Metrics of a row, and those that are reported as absent."""
 
 from dataclasses import replace
 
@@ -15,12 +15,12 @@ NAMES = [name for name, metric in catalogue(World()).items() if metric.group in 
 PROMPTS = ["a dot", "a bar", "anything"]
 
 
-def read(caption):
+def parse(caption):
     words = caption.split()[1:]
     return {"shape": words[0]} if words else {}
 
 
-ORACLE = World(Oracle(("shape", "ink"), lambda images: None, read))
+ORACLE = World(Oracle(("shape", "ink"), lambda images: None, parse))
 BOTH = World(ORACLE.oracle, lambda images: None)
 
 
@@ -75,7 +75,7 @@ def test_adherence_and_coverage_by_hand():
 
 
 def test_coverage_of_prompts_that_leave_nothing_open():
-    closed = World(Oracle(("shape",), lambda images: None, read))
+    closed = World(Oracle(("shape",), lambda images: None, parse))
     teacher = replace(drawn(0), words_PSA=np.full((3, 5, 1), "dot"))
     prompts = ["a dot"] * 3
     found = row_metrics(teacher, teacher, None, prompts, closed)
@@ -94,7 +94,7 @@ def test_coverage_beside_a_teacher_that_draws_nothing():
     )
 
 
-def test_a_seed_is_known_again_among_the_model_s_own():
+def test_seed_identity_of_perturbed_noises():
     row = drawn(0)
     near = row.images_PSHWC[:2] + 0.01
     kept = replace(row, near_QSHWC=near)
@@ -105,7 +105,7 @@ def test_a_seed_is_known_again_among_the_model_s_own():
         assert found["identity_pixels"].value == pytest.approx(value)
 
 
-def test_why_there_is_no_distance():
+def test_reason_for_an_absent_frechet_distance():
     assert absent_metrics(drawn(0, 15), PROMPTS, BOTH) == {
         "frechet": "15 pictures; takes more than the 15 features"
     }

@@ -1,4 +1,4 @@
-"""The tasks: who is asked what, and what is read off the answers. No network."""
+"""Noise-control tasks and their metrics, on pictures without a network."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def parse(caption):
 
 
 def classify(images_NHWC):
-    """The first two numbers of a picture are its words, one below zero is no picture at all."""
+    """The first two numbers of a picture index its words; below zero it is none of the world's."""
     numbers = images_NHWC.reshape(len(images_NHWC), -1)[:, :2].astype(int)
     words = [[SHAPES[s], PLACES[p]] if s >= 0 else ["", ""] for s, p in numbers]
     return np.array(words)
@@ -50,7 +50,7 @@ def library():
 
 
 def drawn(library, seed):
-    """Pictures as a model would hand them over."""
+    """Random pictures in the form in which a model returns them."""
     rng, images = np.random.default_rng(seed), {}
     for name, (prompts, _) in library.sets().items():
         images[name] = rng.standard_normal((len(prompts), 2, 2, 3))
@@ -59,7 +59,7 @@ def drawn(library, seed):
     return images
 
 
-def test_what_is_drawn(library):
+def test_prompts_and_noises_of_the_sets(library):
     sets = library.sets()
     prompts, noise = sets["library"]
     assert prompts[:NOISES] == ["a dot"] * NOISES and len(prompts) == len(noise) == 3 * NOISES
@@ -86,11 +86,11 @@ def test_paths_begin_and_end_in_the_library(library):
     np.testing.assert_array_equal(found.path_words_MKA.reshape(-1, 2), classify(flat))
 
 
-def test_moves_start_from_what_the_teacher_got_right_and_lead_elsewhere(library):
+def test_targets_start_from_adhering_pictures_and_lead_elsewhere(library):
     teacher = classify_library(library, drawn(library, 0))
-    moves = choose_targets(library, teacher.words_CLA, 10)
-    assert len(moves.captions) == 10
-    for n, (c, place) in enumerate(zip(moves.captions, moves.places, strict=True)):
+    targets = choose_targets(library, teacher.words_CLA, 10)
+    assert len(targets.captions) == 10
+    for n, (c, place) in enumerate(zip(targets.captions, targets.places, strict=True)):
         assert teacher.words_CLA[c, n, 1] != place
         fits = WORLD.oracle.adheres(teacher.words_CLA[:, n], CAPTIONS)
         assert fits[c] or not fits.any()
@@ -103,20 +103,20 @@ def row(library, seed, reached):
     found = classify_library(library, drawn(library, seed))
     hits = np.array(reached, bool)
     return replace(
-        found, moved=LayoutResult(np.zeros((4, 3, 2, 2, 3)), hits, np.array([0.0, 30, 60]))
+        found, layout_result=LayoutResult(np.zeros((4, 3, 2, 2, 3)), hits, np.array([0.0, 30, 60]))
     )
 
 
 @pytest.fixture(scope="module")
 def control(library):
-    moves = LayoutTargets(np.zeros(3, int), ("above",) * 3)
+    targets = LayoutTargets(np.zeros(3, int), ("above",) * 3)
     early, late = [[0, 0, 0]] * 3, [[1, 1, 0]]
     rows = {
         "teacher": row(library, 0, early + late),
         "student": row(library, 1, [[1, 0, 0]] * 4),
         "same": row(library, 0, early + late),
     }
-    return ControlResults(library, moves, rows)
+    return ControlResults(library, targets, rows)
 
 
 def test_every_metric_is_taken(control):
@@ -139,7 +139,7 @@ def test_a_student_that_is_its_teacher(control):
     assert teacher["retrieval_place_chance"].value < 0.6
 
 
-def test_another_student(control):
+def test_layout_control_and_path_agreement_of_another_student(control):
     found = control_metrics(control, "student")
     assert found["control"].value == found["control_0"].value == pytest.approx(1 / 3)
     assert control_metrics(control, "teacher")["control_0"] == (0, 0, 0)
@@ -150,33 +150,35 @@ def test_another_student(control):
     for m, (c, _, _) in enumerate(control.library.paths):
         for k in range(POINTS if c != 2 else 0):
             asked += teacher.path_words_MKA[m, k, 1] != ""
-            told = teacher.path_words_MKA[m, k, 1] != ""
-            hits += told and student.path_words_MKA[m, k, 1] == teacher.path_words_MKA[m, k, 1]
+            named = teacher.path_words_MKA[m, k, 1] != ""
+            hits += named and student.path_words_MKA[m, k, 1] == teacher.path_words_MKA[m, k, 1]
     assert found["path_agreement"].value == pytest.approx(hits / asked)
     assert "retrieval_shape" not in found
 
 
 @pytest.mark.parametrize(
-    ("world", "why"),
+    ("world", "reason"),
     [
         (World(), "no oracle"),
         (World(WORLD.oracle), "the world has no captions for it"),
         (WORLD, "no library asked for"),
     ],
 )
-def test_why_there_is_nothing(world, why):
+def test_reasons_for_absent_metrics(world, reason):
     absent = absent_control(None, set(), world)
-    assert set(absent.values()) == {why}
+    assert set(absent.values()) == {reason}
     assert {"retrieval", "control", "control_2", "path_jump_pixels"} <= set(absent)
 
 
-def test_why_there_are_no_moves(library):
-    still = ControlResults(library, None, {"teacher": classify_library(library, drawn(library, 0))})
-    taken = set(control_metrics(still, "teacher"))
-    absent = absent_control(still, taken, WORLD)
+def test_reasons_for_absent_layout_metrics(library):
+    no_targets = ControlResults(
+        library, None, {"teacher": classify_library(library, drawn(library, 0))}
+    )
+    taken = set(control_metrics(no_targets, "teacher"))
+    absent = absent_control(no_targets, taken, WORLD)
     assert absent["control"] == "no moves asked for" and "path_jump_pixels" not in absent
-    blind = replace(WORLD, layout=None, extractor=None)
-    absent = absent_control(still, set(), blind)
+    reduced = replace(WORLD, layout=None, extractor=None)
+    absent = absent_control(no_targets, set(), reduced)
     assert absent["control"] == "the world has no places"
     assert absent["path_jump_features"] == "no feature extractor"
 

@@ -14,20 +14,20 @@ def library(seed, noises=40):
 
 
 def brute(row, teacher, attributes):
-    """Query by query, as the definition says."""
-    hits, asked, luck = 0, 0, 0.0
+    """Retrieval and chance, query by query."""
+    hits, queries, chance = 0, 0, 0.0
     for c in range(3):
         for a in attributes:
             if not OPEN[c, a]:
                 continue
             for word in WORDS[1:]:
-                chosen = [i for i, seen in enumerate(teacher[c]) if seen[a] == word]
-                hits += sum(row[c, i, a] == word for i in chosen)
-                asked += len(chosen)
-                for i in chosen:
+                selected = [i for i, words in enumerate(teacher[c]) if words[a] == word]
+                hits += sum(row[c, i, a] == word for i in selected)
+                queries += len(selected)
+                for i in selected:
                     others = np.delete(row[c, :, a], i)
-                    luck += np.mean(others == word)
-    return hits / asked, luck / asked
+                    chance += np.mean(others == word)
+    return hits / queries, chance / queries
 
 
 @pytest.mark.parametrize("attributes", [[0, 1], [0], [1]])
@@ -54,12 +54,12 @@ def test_permuted_noises_are_at_chance():
     row = teacher[:, rng.permutation(800)]
     rate, chance = retrieval(row, teacher, OPEN, [0, 1])
     assert rate.value == pytest.approx(chance.value, abs=0.04)
-    # Nothing (a tenth) is never asked for and never right.
+    # The empty word (a tenth) is never a query and never a hit.
     assert chance.value == pytest.approx((0.36 + 0.04 + 0.01) / 0.9, abs=0.03)
 
 
 def test_noises_are_resampled_and_not_pictures():
-    """Captions that all say the same add no certainty."""
+    """Equal captions add no certainty."""
     rng = np.random.default_rng(4)
     teacher, row = (WORDS[rng.integers(1, 3, (1, 100, 1))] for _ in range(2))
     one = retrieval(row, teacher, np.ones((1, 1), bool), [0])

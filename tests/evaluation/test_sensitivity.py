@@ -1,4 +1,4 @@
-"""Tangents of the whole map from noise to x0: exact, and compared as they should be."""
+"""Noise sensitivity: tangents of the map from noise to x0, and their comparison."""
 
 import jax
 import numpy as np
@@ -17,17 +17,17 @@ def test_a_map_against_itself_and_others():
     v = np.random.default_rng(0).standard_normal((200, 6))
     jacobian = np.random.default_rng(1).standard_normal((6, 6))
     turn = np.linalg.qr(np.random.default_rng(2).standard_normal((6, 6)))[0]
-    wanted = v @ jacobian
-    np.testing.assert_allclose(compare_tangents(wanted, wanted), 1)
-    cosine, size = compare_tangents(wanted @ turn, wanted)
+    expected = v @ jacobian
+    np.testing.assert_allclose(compare_tangents(expected, expected), 1)
+    cosine, size = compare_tangents(expected @ turn, expected)
     np.testing.assert_allclose(size, 1)  # a rotation keeps lengths
     assert abs(cosine.mean()) < 0.5
-    cosine, size = compare_tangents(-0.3 * wanted, wanted)
+    cosine, size = compare_tangents(-0.3 * expected, expected)
     np.testing.assert_allclose(cosine, -1)
     np.testing.assert_allclose(size, 0.3)
 
 
-def test_a_map_that_hears_nothing():
+def test_a_map_that_ignores_the_noise():
     cosine, size = compare_tangents(np.zeros((2, 3)), np.ones((2, 3)))
     np.testing.assert_array_equal([cosine, size], 0)
 
@@ -52,6 +52,6 @@ def test_tangents_are_derivatives(tiny_pipeline, sampling):
         found = map_tangents(*args, PROMPTS, z, v, batch=3)
         h = 1e-4
         ends = map_prompts(x0, *args, PROMPTS * 2, (np.concatenate([z + h * v, z - h * v]),))
-        wanted = (ends[:3] - ends[3:]) / (2 * h)
-    assert np.abs(found - wanted).max() < 1e-6 * np.abs(wanted).max()
-    assert np.abs(wanted).max() > 1e-3
+        expected = (ends[:3] - ends[3:]) / (2 * h)
+    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+    assert np.abs(expected).max() > 1e-3

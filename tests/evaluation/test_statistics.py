@@ -22,7 +22,7 @@ def test_wilson(hits, total, low, high):
     np.testing.assert_allclose([found.low, found.high], [low, high], atol=5e-5)
 
 
-def test_bootstrap_is_as_wide_as_the_standard_error_says():
+def test_bootstrap_has_the_width_of_the_standard_error():
     values = np.random.default_rng(0).standard_normal(400)
     found = mean(values)
     assert found.value == pytest.approx(values.mean())
@@ -37,13 +37,13 @@ def test_one_prompt_has_no_interval():
     assert bootstrap(lambda v: v.mean(-1), np.array([2.0])) == (2.0, None, None)
 
 
-def test_a_ratio_knows_that_both_sides_saw_the_same_prompts():
+def test_a_ratio_resamples_both_sides_together():
     values = np.random.default_rng(0).uniform(1, 9, 30)
     np.testing.assert_allclose(ratio(0.5 * values, values), 0.5)
 
 
-def test_a_ratio_to_what_hardly_varies_is_a_number():
-    """Of 2000 resamples of two prompts, some hold the one that is zero alone."""
+def test_a_ratio_with_zeros_in_the_denominator_is_finite():
+    """Some of 2000 resamples of two prompts hold only the one that is zero."""
     found = ratio(np.array([1.0, 1.0]), np.array([0.0, 2.0]))
     assert found.value == 1 and np.isfinite(found).all()
 

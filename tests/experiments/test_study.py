@@ -1,4 +1,4 @@
-"""The study's list of cells, what it refuses, how it trains, and the table of finished cells."""
+"""The study: its cells, refusals, training, and the table of finished cells."""
 
 import json
 
@@ -57,8 +57,8 @@ def cost_of(cell):
 def test_longer_rows_take_the_evaluations_of_the_row_they_are_compared_with():
     cost = cost_of("flow/dmd_polar_anchor")
     for name, (of, share) in study.LONGER.items():
-        own = cost_of(f"flow/{of}")
-        assert share == pytest.approx(cost / own, rel=0.05)
+        base = cost_of(f"flow/{of}")
+        assert share == pytest.approx(cost / base, rel=0.05)
         assert study.config_of(f"flow/{name}").steps == round(800 * share)
 
 
@@ -102,7 +102,7 @@ def row(cell, values, cost):
     }
 
 
-def test_the_table_has_what_is_finished_and_names_the_rest(tmp_path):
+def test_the_table_has_finished_cells_and_names_the_rest(tmp_path):
     for cell, values, cost in (
         ("flow/dmd_none", [0.5, 0.6, 0.7], 20.0),
         ("flow/dmd_polar", [0.8], 40.0),
@@ -126,6 +126,6 @@ def test_the_command_skips_finished_cells_and_stops_at_its_budget(tmp_path, monk
     path.write_text(json.dumps(row("flow/dmd_none", [0.5], 20.0)))
     monkeypatch.setattr("sys.argv", ["study", "flow/dmd_none", f"--out={tmp_path}"])
     assert study.main() == 0 and capsys.readouterr().out == ""
-    cell, why = study.work("flow/dmd_gad", 1, tmp_path, until=0.0)
-    assert cell == "flow/dmd_gad" and "budget" in why
+    cell, reason = study.work("flow/dmd_gad", 1, tmp_path, until=0.0)
+    assert cell == "flow/dmd_gad" and "budget" in reason
     assert not study_tables.row_path(tmp_path, cell).exists()

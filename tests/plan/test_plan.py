@@ -1,4 +1,4 @@
-"""What a plan says, against sums of its own and a real compilation for chips that are not there."""
+"""`gadjax plan` against sums over shapes and a real compilation for absent chips."""
 
 import json
 import math
@@ -43,10 +43,10 @@ def shapes_config(*more, variant="dmd", fsdp=4):
 
 @pytest.fixture(scope="module")
 def made():
-    """A plan of the bundled teacher for four chips of a v5e, and what was said on the way."""
+    """A plan of the bundled teacher for four chips of a v5e, with its log lines."""
     pytest.importorskip("libtpu")
-    said = []
-    return plan(shapes_config(), "v5e:2x2", utilisation=0.5, log=said.append), said
+    lines = []
+    return plan(shapes_config(), "v5e:2x2", utilisation=0.5, log=lines.append), lines
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def run():
     return prepare(shapes_config(fsdp=1), abstract=True, devices=jax.devices()[:1])
 
 
-def test_what_a_chip_holds(made, run):
+def test_memory_held_by_a_chip(made, run):
     held = made[0]["memory"]["held"]
     numbers = sum(leaf.size for leaf in jax.tree.leaves(run.initial_params))
     state = ("student parameters", "critic parameters", "optimizer moments", "EMA")
@@ -71,7 +71,7 @@ def test_what_a_chip_holds(made, run):
     assert memory["fits"] and memory["spare"] == memory["capacity"] - memory["peak"]
 
 
-def test_what_waits_on_the_host_is_not_on_the_chip():
+def test_offloaded_arrays_are_not_on_the_chip():
     pytest.importorskip("libtpu")
     config = shapes_config("--config.offload=('optimizer','ema')", variant="regression")
     memory = plan(config, "v5e:2x2")["memory"]
@@ -84,11 +84,11 @@ def test_operations_are_those_of_the_steps(made, run):
     found = made[0]["flops"]
     for name, step in {"critic": critic_step, "student": student_step}.items():
 
-        def whole(state, frozen, raw, step=step):
+        def update(state, frozen, raw, step=step):
             batch = make_batch(run.pipeline, frozen, raw, make_key(0), 0)
             return step(run.step_spec, state, frozen["transformer"], batch)
 
-        assert found["step"][name] == flops(whole, state, run.frozen, raw)
+        assert found["step"][name] == flops(update, state, run.frozen, raw)
     assert made[0]["updates"] == {"critic": 2, "student": 1}
     assert found["update"] == 2 * found["step"]["critic"] + found["step"]["student"]
     assert found["image"] == found["update"] / 16
@@ -97,7 +97,7 @@ def test_operations_are_those_of_the_steps(made, run):
     assert made[0]["images_per_second"] == pytest.approx(4 * speed)
 
 
-def test_what_is_sent(made, run):
+def test_traffic_of_a_step(made, run):
     sent, numbers = (
         made[0]["traffic"],
         sum(leaf.size for leaf in jax.tree.leaves(run.initial_params)),
@@ -109,27 +109,27 @@ def test_what_is_sent(made, run):
         assert step["all-reduce"] < 2 * 4 * numbers
     per_step = {name: sum(step.values()) for name, step in sent["step"].items()}
     assert sent["update"] == 2 * per_step["critic"] + per_step["student"]
-    whole = made[0]["replicated"]
-    assert 0 < whole["elements"] < 2**16 and "/" in whole["name"]
+    replicated = made[0]["replicated"]
+    assert 0 < replicated["elements"] < 2**16 and "/" in replicated["name"]
 
 
-def test_the_table_and_json_say_the_same(made):
-    found, said = made
+def test_the_table_and_json_agree(made):
+    found, lines = made
     assert json.loads(json.dumps(found)) == found
     text = table(found)
     for words in ("at 50% of its peak", "fits, with", "GiB sent", "EMA", "largest parameter"):
         assert words in text
     assert "ESTIMATE" not in text and not found["estimate"]
-    assert [line.split()[0] for line in said] == ["compiling"] * 2 + ["compiled"] * 2
+    assert [line.split()[0] for line in lines] == ["compiling"] * 2 + ["compiled"] * 2
 
 
 def test_topologies_have_as_many_chips_as_their_table_says():
     pytest.importorskip("libtpu")
     for chip, sizes in TOPOLOGIES.items():
         for size in sizes:
-            where = find_topology(f"{chip}:{size}")
-            assert len(where.devices()) == where.count, where
-            assert where.chip == CHIPS[chip] and not where.estimate
+            target = find_topology(f"{chip}:{size}")
+            assert len(target.devices()) == target.count, target
+            assert target.chip == CHIPS[chip] and not target.estimate
 
 
 def test_cards_are_an_estimate_without_a_plugin_for_them(monkeypatch):
@@ -157,7 +157,7 @@ def test_cards_are_compiled_for_where_a_plugin_is(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_program_for_cards_that_are_not_there():
+def test_a_program_for_absent_cards():
     if not hardware._has_cuda():
         pytest.skip("no CUDA plugin of JAX: 180 MB that no requirement asks for")
     found = plan(shapes_config(fsdp=8), "h100:8")
@@ -180,7 +180,7 @@ def test_an_unknown_topology(name):
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.01, 40, math.nan])
-def test_a_share_of_the_peak_that_is_none(share):
+def test_an_invalid_share_of_the_peak(share):
     assert "--utilisation: found" in refused(shapes_config(), "v5e:2x2", utilisation=share)
 
 
@@ -200,42 +200,42 @@ def test_a_state_larger_than_the_chip(monkeypatch):
     assert "that every chip has to hold (optimizer moments" in text and "raise mesh.fsdp" in text
 
 
-class Pretended:
-    """Programs of which a chip of 100 bytes takes `a + c * batch / 8`, from 4 shares."""
+class FakePrograms:
+    """Programs that take `a + c * batch / 8` of a chip of 100 bytes, from 4 shares."""
 
-    def __init__(self, run, a, c, says=True):
-        self.run, self.a, self.c, self.says = run, a, c, says
-        self.where = Topology("", Chip("", 100, 1), 8, False)
+    def __init__(self, run, a, c, reports=True):
+        self.run, self.a, self.c, self.reports = run, a, c, reports
+        self.target = Topology("", Chip("", 100, 1), 8, False)
         self.compiled = []
 
     def compile(self, name, batch, log):
         self.compiled.append(batch)
         peak = self.a + self.c * batch / 8
-        return Compiled(peak <= 100, peak if peak <= 100 or self.says else None, 1, 1, "", 0.0)
+        return Compiled(peak <= 100, peak if peak <= 100 or self.reports else None, 1, 1, "", 0.0)
 
 
-@pytest.mark.parametrize("says", [True, False])
-@pytest.mark.parametrize("initial_params", [8, 24, 800])
-def test_the_largest_batch(initial_params, says):
+@pytest.mark.parametrize("reports", [True, False])
+@pytest.mark.parametrize("first", [8, 24, 800])
+def test_the_largest_batch(first, reports):
     mesh = jax.sharding.AbstractMesh((2, 4, 1), ("data", "fsdp", "tensor"))
     run = SimpleNamespace(mesh=mesh, step_spec=SimpleNamespace(microbatches=1))
-    programs = Pretended(run, 20.5, 7, says)
+    programs = FakePrograms(run, 20.5, 7, reports)
     done = {"critic": programs.compile("critic", 8, None)._replace(peak=1.0)}
-    done["student"] = programs.compile("student", initial_params, None)
-    found = planning._largest(programs, initial_params, done, None)
+    done["student"] = programs.compile("student", first, None)
+    found = planning._largest(programs, first, done, None)
     assert found["step"] == "student" and found["batch"] % 8 == 0
-    if says:
+    if reports:
         assert found["batch"] == 88  # 20.5 + 7 * 11 = 97.5
     assert 8 <= found["batch"] <= 88 and found["peak"] == 20.5 + 7 * found["batch"] / 8
-    assert len(programs.compiled) <= 3 + planning.TRIES
-    if initial_params == 24:  # two for the line, and one that the line says
+    assert len(programs.compiled) <= 3 + planning.MAX_TRIES
+    if first == 24:  # two for the line, and one that the line predicts
         assert programs.compiled == [8, 24, 48, 88]
 
 
 def test_nothing_fits():
     mesh = jax.sharding.AbstractMesh((1, 4, 1), ("data", "fsdp", "tensor"))
     run = SimpleNamespace(mesh=mesh, step_spec=SimpleNamespace(microbatches=2))
-    programs = Pretended(run, 200, 7)
+    programs = FakePrograms(run, 200, 7)
     found = planning._largest(programs, 16, {"student": programs.compile("", 16, None)}, None)
     assert found["batch"] == 0 and found["peak"] is None
 
@@ -249,15 +249,15 @@ def test_nothing_fits():
     ],
 )
 def test_a_program_that_the_compiler_refuses(text, size):
-    """An answer, not an error: what it said, and how much it wanted."""
+    """A result, not an error: the compiler's message, and the memory it asked for."""
 
     class Step:
         def lower(self, *arguments):
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}\nmore")
 
     run = SimpleNamespace(mesh=jax.make_mesh((1,), ("data",)))
-    where = Topology("", Chip("", 100, 1), 1, False)
-    programs = Programs(run, {"student": Step()}, (None, None), lambda batch: {}, where)
+    target = Topology("", Chip("", 100, 1), 1, False)
+    programs = Programs(run, {"student": Step()}, (None, None), lambda batch: {}, target)
     found = programs.compile("student", 8, lambda text: None)
     assert not found.fits and found.text == f"RESOURCE_EXHAUSTED: {text}"
     assert found.peak == (size and size * GIB)
@@ -269,8 +269,8 @@ def test_a_compiler_that_fails_is_one_line():
             raise jax.errors.JaxRuntimeError("INTERNAL: a value overlaps with another\nmore")
 
     run = SimpleNamespace(mesh=jax.make_mesh((1,), ("data",)))
-    where = Topology("", Chip("", 100, 1), 1, False)
-    programs = Programs(run, {"student": Step()}, (None, None), lambda batch: {}, where)
+    target = Topology("", Chip("", 100, 1), 1, False)
+    programs = Programs(run, {"student": Step()}, (None, None), lambda batch: {}, target)
     with pytest.raises(InputError, match="^batch: found 8, for which the compiler fails on the"):
         programs.compile("student", 8, lambda text: None)
 
@@ -327,7 +327,7 @@ backend_config={"known_trip_count":{"n":"28"},"flag_configs":[]}
 """
 
 
-def test_what_a_program_sends():
+def test_traffic_of_a_program():
     found = traffic(PROGRAM, 4)
     assert found.unknown == 0
     assert found.sent == {
