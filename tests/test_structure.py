@@ -25,10 +25,10 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
-KERNEL_MODULES = {
+MODULES = {
     ".".join(("gadjax", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES
 }
-KERNEL_MODULES |= {name.removesuffix(".__init__") for name in KERNEL_MODULES}
+MODULES |= {name.removesuffix(".__init__") for name in MODULES}
 
 
 def room_of(path: Path) -> str:
@@ -46,7 +46,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level and node.module, f"{path}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Constant) and node.value in KERNEL_MODULES - {"gadjax"}:
+        elif isinstance(node, ast.Constant) and node.value in MODULES - {"gadjax"}:
             found.add(node.value)
     return found | {name.rpartition(".")[0] for name in found if "." in name} - {"gadjax"}
 
@@ -111,6 +111,6 @@ def test_supervisor_answers_without_jax():
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         found = imports(path)
         assert not {n.split(".")[0] for n in found} & {"jax", "numpy"}, name
-        waiting += found & KERNEL_MODULES - seen
-        seen |= found & KERNEL_MODULES
+        waiting += found & MODULES - seen
+        seen |= found & MODULES
     assert {name.split(".")[1] for name in seen} == {"errors", "io", "runtime"}
