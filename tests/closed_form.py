@@ -18,7 +18,7 @@ from gadjax.analytic import teachers
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.parameterization import from_prediction
 from gadjax.diffusion.schedules import DDPM, Flow
-from gadjax.training.context import make_context
+from gadjax.training.context import Roles, make_context
 from gadjax.training.state import StepSpec
 from gadjax.types import Batch, Cond, Prediction
 
@@ -77,7 +77,7 @@ class World:
     def context(self, term, batch, student=None, critic=None, teacher=None, **more):
         """Context of an update for one term."""
         step_spec, needs = self.step_spec(term, **more), term.needs
-        return make_context(step_spec, needs, student, critic, teacher, batch)
+        return make_context(step_spec, needs, Roles(student, teacher, critic), batch)
 
     def losses(self, term, **more):
         """Jitted (batch, student, critic, teacher) -> (loss_B, metrics)."""

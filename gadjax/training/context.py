@@ -1,7 +1,8 @@
 """Context of an update: every need of the objective's terms, computed once."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,142 +16,228 @@ from gadjax.training.backward_simulation import (
     stratified_step_indices,
 )
 from gadjax.training.state import StepSpec
-from gadjax.types import Batch, Params, Prediction
+from gadjax.types import Batch, Cond, Params, Prediction
 
 
-def make_context(
-    step_spec: StepSpec,
-    needs: Needs,
-    student: Params,
-    critic: Params | None,
-    teacher: Params | None,
-    batch: Batch,
-    discriminator: Params | None = None,
-) -> Context:
+class Roles(NamedTuple):
+    """Parameters of an update's networks; None for a network that the update does not have."""
+
+    student: Params
+    teacher: Params | None = None
+    critic: Params | None = None
+    discriminator: Params | None = None
+
+
+@dataclass
+class Workspace:
+    """A context under construction, and what its providers leave to later ones.
+
+    Attributes:
+      step_spec: static specification of the step.
+      needs: needs of all terms, completed.
+      roles: parameters by role.
+      cond: the student's conditioning, with the KV cache where one is kept.
+      context: the context so far.
+      noise: initial noise [B, H, W, C], ordered after the teacher's computations.
+      separate_ends: first-step map -> its ends, of maps that no other term needs.
+      trajectory: the student's full rollout from z.
+      first_prediction: the student's prediction at its first step.
+      x: latents [B, H, W, C] of the drawn steps, ordered after the teacher's computations.
+    """
+
+    step_spec: StepSpec
+    needs: Needs
+    roles: Roles
+    cond: Cond
+    context: Context
+    noise: jax.Array
+    separate_ends: dict[TeacherMap, jax.Array] = field(default_factory=dict)
+    trajectory: Trajectory | None = None
+    first_prediction: Prediction | None = None
+    x: jax.Array | None = None
+
+    def student(self, x, t) -> Prediction:
+        return self.step_spec.denoiser(self.roles.student, x, t, self.cond)
+
+    def provide(self, **results: Any) -> None:
+        self.context = replace(self.context, **results)
+
+    def value_and_tangents(self, f: Callable, x, with_tangents):
+        """(f(x), tangents along the context's directions), or (f(x), None)."""
+        return tangents(f, x, self.context.direction_JBHWC) if with_tangents else (f(x), None)
+
+
+def make_context(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batch) -> Context:
     """Context for the terms of an objective; each need is computed once, the teacher's first.
 
     Args:
       step_spec: denoiser, grid and guidance.
       needs: union of the terms' needs.
-      student: the student's parameters, through which gradients flow.
-      critic: the critic's parameters; None: the context has no critic.
-      teacher: the teacher's parameters; None where nothing uses a teacher.
+      roles: parameters of the networks; gradients flow through the student's.
       batch: one microbatch.
-      discriminator: the discriminator's parameters.
     """
-    denoiser, schedule, times = step_spec.denoiser, step_spec.denoiser.schedule, step_spec.times
-    # A rollout to the end has every sample's first step; a map that other terms need too is
-    # computed once, at the drawn step.
-    full_rollout = needs.endpoint or needs.full_map
-    separate = [spec for spec in needs.first_step if full_rollout and spec not in needs.maps]
-    shared = {spec: False for spec in needs.first_step if spec not in separate}
-    needs_student = needs.student or bool(needs.first_step and not full_rollout)
-    needs = replace(needs, maps=shared | dict(needs.maps), student=needs_student)
+    needs = complete_needs(needs)
+    work = start_workspace(step_spec, needs, roles, batch)
+    for is_needed, provider in PROVIDERS:
+        if is_needed(needs):
+            provider(work)
+    return work.context
 
+
+def has_full_rollout(needs: Needs) -> bool:
+    """True if the student's rollout from z is computed, and with it every sample's first step."""
+    return needs.endpoint or needs.full_map
+
+
+def separate_maps(needs: Needs) -> list[TeacherMap]:
+    """First-step maps that no other term needs, computed for every sample if there is a rollout."""
+    return [spec for spec in needs.first_step if has_full_rollout(needs) and spec not in needs.maps]
+
+
+def complete_needs(needs: Needs) -> Needs:
+    """Needs with those that first steps imply: other maps than separate ones are shared, at the
+    drawn step, and without a full rollout so is the student's prediction."""
+    separate = separate_maps(needs)
+    shared = {spec: False for spec in needs.first_step if spec not in separate}
+    student = needs.student or bool(needs.first_step and not has_full_rollout(needs))
+    return replace(needs, maps=shared | dict(needs.maps), student=student)
+
+
+def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batch) -> Workspace:
+    """Workspace whose context has the networks and the drawn steps."""
+    denoiser = step_spec.denoiser
     guided = None
     if needs.uses_teacher:
-        guided = denoiser.guided_fn(teacher, batch.cond, batch.null, step_spec.guidance)
+        guided = denoiser.guided_fn(roles.teacher, batch.cond, batch.null, step_spec.guidance)
     # Without a full rollout the drawn step alone is differentiated, and recomputes keys and values
     # with its blocks: kept through the teacher's map and the backward pass, a KV cache costs more
     # memory than it saves work.
-    drawn_step_only = needs.uses_teacher and not full_rollout
-    student_cond = batch.cond if drawn_step_only else denoiser.cache_text(student, batch.cond)
+    drawn_step_only = needs.uses_teacher and not has_full_rollout(needs)
+    cond = batch.cond if drawn_step_only else denoiser.cache_text(roles.student, batch.cond)
 
     def teacher_at(x, t, scale=None):
         if guided and scale is None:
             return guided(x, t)
         scale = step_spec.guidance if scale is None else scale
-        return denoiser.guided(teacher, x, t, batch.cond, batch.null, scale)
+        return denoiser.guided(roles.teacher, x, t, batch.cond, batch.null, scale)
 
     def critic_at(x, t, scale=1):
-        return denoiser.guided(critic, x, t, batch.cond, batch.null, scale)
-
-    def student_at(x, t):
-        return denoiser(student, x, t, student_cond)
+        return denoiser.guided(roles.critic, x, t, batch.cond, batch.null, scale)
 
     context = Context(
         denoiser=denoiser,
         batch=batch,
-        times=times,
+        times=step_spec.times,
         guidance=step_spec.guidance,
         teacher=teacher_at,
-        critic=None if critic is None else critic_at,
-        teacher_params=teacher,
-        critic_params=critic,
-        student_params=student,
-        discriminator_params=discriminator,
-        step_B=stratified_step_indices(batch.stratum, len(times) - 1),
+        critic=None if roles.critic is None else critic_at,
+        teacher_params=roles.teacher,
+        critic_params=roles.critic,
+        student_params=roles.student,
+        discriminator_params=roles.discriminator,
+        step_B=stratified_step_indices(batch.stratum, len(step_spec.times) - 1),
         detach_first_step=needs.detach_first_step,
     )
-    noise, separate_ends = batch.noise, {}
-    if separate:
-        first_maps = (teacher_map(context.at_first_step(), teacher_at, spec) for spec in separate)
-        # The teacher has finished before any of the student's residuals wait for reverse mode.
-        noise, ends = jax.lax.optimization_barrier((noise, [f(z) for f, z in first_maps]))
-        separate_ends = dict(zip(separate, ends, strict=True))
-    trajectory = first_prediction = None
-    if needs.endpoint and (needs.detach_first_step or not needs.full_map):
-        trajectory = rollout(
-            student_at,
-            schedule,
-            noise,
-            jnp.asarray(times),
-            detach_first_step=needs.detach_first_step,
-        )
-        context = replace(context, endpoint=trajectory.end)
-        first_prediction = prediction_at_first_step(trajectory)
+    return Workspace(step_spec, needs, roles, cond, context, batch.noise)
 
-    if needs.student or any(spec.end != "whole" for spec in needs.maps):
-        if trajectory is None:
-            params, cond = jax.lax.stop_gradient((student, student_cond))
-            x = backward_simulate(step_spec, params, batch._replace(cond=cond), context.step_B)
-        else:  # the full rollout has passed through these latents
-            x = select_step(jax.lax.stop_gradient(trajectory.x), context.step_B)
-        context = replace(context, x_BHWC=x)
-    maps = {spec: teacher_map(context, teacher_at, spec) for spec in needs.maps}
-    v = None
+
+def provide_separate_maps(work: Workspace) -> None:
+    """Ends of teacher maps from z for every sample's first step."""
+    specs, context = separate_maps(work.needs), work.context
+    maps = (teacher_map(context.at_first_step(), context.teacher, spec) for spec in specs)
+    # The teacher has finished before any of the student's residuals wait for reverse mode.
+    work.noise, ends = jax.lax.optimization_barrier((work.noise, [f(z) for f, z in maps]))
+    work.separate_ends = dict(zip(specs, ends, strict=True))
+
+
+def provide_endpoint(work: Workspace) -> None:
+    """End of the student's full rollout from z, and its prediction at the first step."""
+    times, detach = jnp.asarray(work.step_spec.times), work.needs.detach_first_step
+    schedule = work.context.schedule
+    work.trajectory = rollout(work.student, schedule, work.noise, times, detach_first_step=detach)
+    work.provide(endpoint=work.trajectory.end)
+    work.first_prediction = prediction_at_first_step(work.trajectory)
+
+
+def provide_latents(work: Workspace) -> None:
+    """The student's latents at the drawn steps, without gradient."""
+    step_B, batch = work.context.step_B, work.context.batch
+    if work.trajectory is None:
+        params, cond = jax.lax.stop_gradient((work.roles.student, work.cond))
+        x = backward_simulate(work.step_spec, params, batch._replace(cond=cond), step_B)
+    else:  # the full rollout has passed through these latents
+        x = select_step(jax.lax.stop_gradient(work.trajectory.x), step_B)
+    work.provide(x_BHWC=x)
+
+
+def provide_maps(work: Workspace) -> None:
+    """Teacher maps of the drawn steps and from z, and their tangents."""
+    needs, context = work.needs, work.context
+    maps = {spec: teacher_map(context, context.teacher, spec) for spec in needs.maps}
     if needs.tangent:
-        v = draw_directions(needs, context, maps)
-        context = replace(context, direction_JBHWC=v)
-
-    def value_and_tangents(f, x, with_tangents):
-        return tangents(f, x, v) if with_tangents else (f(x), None)
-
+        work.provide(direction_JBHWC=draw_directions(needs, context, maps))
     results = [
-        value_and_tangents(*maps[spec], with_tangents) for spec, with_tangents in needs.maps.items()
+        work.value_and_tangents(*maps[spec], with_tangents)
+        for spec, with_tangents in needs.maps.items()
     ]
     # The teacher has finished here too.
-    noise, x, results = jax.lax.optimization_barrier((noise, context.x_BHWC, results))
-    context = replace(context, maps=dict(zip(needs.maps, results, strict=True)))
-    if needs.student:
-        drawn_step = value_and_tangents(lambda x: student_at(x, context.t_B), x, needs.tangent)
-        context = replace(context, student=drawn_step)
-        first_prediction = first_prediction or drawn_step[0]
-    if needs.full_map:
+    barrier = jax.lax.optimization_barrier((work.noise, context.x_BHWC, results))
+    work.noise, work.x, results = barrier
+    work.provide(maps=dict(zip(needs.maps, results, strict=True)))
 
-        def full_map(z):
-            trajectory = rollout(student_at, schedule, z, jnp.asarray(times))
-            return trajectory.end, (
-                prediction_at_first_step(trajectory) if needs.first_step else None
-            )
 
-        value, dots = value_and_tangents(full_map, noise, needs.tangent)
-        context = replace(context, full_map=(value[0], dots and dots[0]))
-        if trajectory is None:
-            first_prediction = value[1]
-        if not needs.detach_first_step:
-            context = replace(context, endpoint=value[0])
-    first_step = {}
-    for spec in needs.first_step:
-        if spec in separate_ends:
-            first_step[spec] = FirstStep(
-                first_prediction, separate_ends[spec], jnp.ones_like(context.first_step_weight_B)
-            )
+def provide_drawn_step(work: Workspace) -> None:
+    """The student's prediction at its drawn step, and tangents."""
+
+    def step(x):
+        return work.student(x, work.context.t_B)
+
+    pair = work.value_and_tangents(step, work.x, work.needs.tangent)
+    work.provide(student=pair)
+    work.first_prediction = work.first_prediction or pair[0]
+
+
+def provide_full_map(work: Workspace) -> None:
+    """The student's full map from z, with gradient through every step, and tangents."""
+    needs = work.needs
+
+    def full_map(z):
+        times = jnp.asarray(work.step_spec.times)
+        trajectory = rollout(work.student, work.context.schedule, z, times)
+        return trajectory.end, prediction_at_first_step(trajectory) if needs.first_step else None
+
+    (end, first_prediction), dots = work.value_and_tangents(full_map, work.noise, needs.tangent)
+    work.provide(full_map=(end, dots and dots[0]))
+    if work.trajectory is None:
+        work.first_prediction = first_prediction
+    if not needs.detach_first_step:
+        work.provide(endpoint=end)
+
+
+def provide_first_steps(work: Workspace) -> None:
+    """First steps of the student beside those of teacher maps, separate ones and shared ones."""
+    context, first_step = work.context, {}
+    for spec in work.needs.first_step:
+        end, weight_B = work.separate_ends.get(spec), context.first_step_weight_B
+        if end is None:
+            end = context.maps[spec][0]
         else:
-            first_step[spec] = FirstStep(
-                first_prediction, context.maps[spec][0], context.first_step_weight_B
-            )
-    return replace(context, first_step=first_step)
+            weight_B = jnp.ones_like(weight_B)
+        first_step[spec] = FirstStep(work.first_prediction, end, weight_B)
+    work.provide(first_step=first_step)
+
+
+# (condition on the needs, provider), in order. The teacher precedes the student's differentiated
+# computations, so that its activations and the student's residuals are not live together.
+PROVIDERS: tuple[tuple[Callable[[Needs], Any], Callable[[Workspace], None]], ...] = (
+    (separate_maps, provide_separate_maps),
+    (lambda n: n.endpoint and (n.detach_first_step or not n.full_map), provide_endpoint),
+    (lambda n: n.student or any(spec.end != "whole" for spec in n.maps), provide_latents),
+    (lambda n: True, provide_maps),
+    (lambda n: n.student, provide_drawn_step),
+    (lambda n: n.full_map, provide_full_map),
+    (lambda n: n.first_step, provide_first_steps),
+)
 
 
 def prediction_at_first_step(trajectory: Trajectory) -> Prediction:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gadjax.objectives.compose import Sum
-from gadjax.training.context import make_context
+from gadjax.training.context import Roles, make_context
 from gadjax.training.state import StepSpec, TrainState
 from gadjax.training.updates import accumulate, apply_if_finite, apply_update
 from gadjax.types import Batch, Params
@@ -29,7 +29,8 @@ def student_step(step_spec: StepSpec, state: TrainState, teacher: Params | None,
     def loss(student, batch):
         critic, discriminator = (state.params.get(role) for role in CRITICS)
         needs = step_spec.objective.needs
-        context = make_context(step_spec, needs, student, critic, teacher, batch, discriminator)
+        roles = Roles(student, teacher, critic, discriminator)
+        context = make_context(step_spec, needs, roles, batch)
         loss_B, metrics = step_spec.objective(context)
         return jnp.mean(loss_B), metrics | {"student/loss_B": loss_B}
 
@@ -69,7 +70,8 @@ def critic_step(step_spec: StepSpec, state: TrainState, teacher: Params | None, 
 
     def loss(params, batch):
         critic, discriminator = (params.get(role) for role in CRITICS)
-        context = make_context(step_spec, needs, student, critic, teacher, batch, discriminator)
+        networks = Roles(student, teacher, critic, discriminator)
+        context = make_context(step_spec, needs, networks, batch)
         losses_B = {role: getattr(step_spec.objective, f"{role}_loss")(context) for role in roles}
         losses = {role: jnp.mean(loss_B) for role, loss_B in losses_B.items()}
         return sum(losses.values()), losses | {f"{role}/loss_B": losses_B[role] for role in roles}

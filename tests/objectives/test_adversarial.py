@@ -36,7 +36,7 @@ from gadjax.parallel.sharding import path_name
 from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.training.compile import compile_steps
 from gadjax.training.config import read_config
-from gadjax.training.context import make_context
+from gadjax.training.context import Roles, make_context
 from gadjax.training.setup import prepare
 from gadjax.training.state import create_state
 from gadjax.training.steps import critic_step, student_step
@@ -121,8 +121,8 @@ def test_losses_and_their_gradients(world, features, loss):
 
         def context(nets, other=None):
             shown = {"critic": other, "teacher": other} | {features: nets["network"]}
-            given = nets["student"], shown["critic"], shown["teacher"], batch, nets["head"]
-            return make_context(world.step_spec(term), term.needs, *given)
+            roles = Roles(nets["student"], shown["teacher"], shown["critic"], nets["head"])
+            return make_context(world.step_spec(term), term.needs, roles, batch)
 
         def ours(nets):
             actual = context(nets)
@@ -191,11 +191,11 @@ def test_a_critic_step_trains_the_head_and_the_critic():
 
 def test_a_detached_first_step_has_no_weight():
     term, batch = Adversarial("teacher", hidden=6), make_batch(B)._replace(x0=pictures(B))
-    given = FLOW.student_params(), None, gaussian_params(), batch, some_head(term)
+    roles = Roles(FLOW.student_params(), gaussian_params(), discriminator=some_head(term))
 
     @jax.jit
     def both():
-        context = make_context(FLOW.step_spec(term), term.needs, *given)
+        context = make_context(FLOW.step_spec(term), term.needs, roles, batch)
         cut = replace(context, detach_first_step=True)
         return [(term(c)[0], term.discriminator_loss(c)) for c in (context, cut)]
 
@@ -245,7 +245,8 @@ def test_it_learns_the_optimal_discriminator_of_two_gaussians():
         state, _ = jax.lax.scan(update, start, jnp.arange(400))
         head = state.params["discriminator"]
         many = data(make_batch(8192, text_scale=0.0), 1000, *real)
-        context = make_context(step_spec, term.needs, student, None, teacher, many, head)
+        roles = Roles(student, teacher, discriminator=head)
+        context = make_context(step_spec, term.needs, roles, many)
         fake, noise = context.student[0].x0, AT * context.normal("eps")
         features = [(1 - AT) * x0 + noise for x0 in (fake, many.x0)]
         return term.discriminator_loss(context).mean(), features, jnp.exp(-term(context)[0])

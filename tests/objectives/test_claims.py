@@ -29,7 +29,7 @@ from gadjax.objectives.base import sample_mean
 from gadjax.objectives.common import pseudo_loss, sg
 from gadjax.objectives.comparisons import gad_lift
 from gadjax.pipelines.pipeline import load_pipeline
-from gadjax.training.context import make_context
+from gadjax.training.context import Roles, make_context
 from gadjax.training.state import StepSpec
 from gadjax.types import Batch, Cond
 
@@ -135,7 +135,7 @@ def bench():
 
     @jax.jit
     def asked(batch, student):
-        context = make_context(step_spec, TDM().needs, student, student, student, batch)
+        context = make_context(step_spec, TDM().needs, Roles(student, student, student), batch)
         x_tau, tau_B, _ = TDM().renoised(context)
         return context.t_B, context.x_BHWC, tau_B, x_tau
 

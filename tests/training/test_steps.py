@@ -28,7 +28,7 @@ from gadjax.objectives.compose import Addable
 from gadjax.seeds import make_key
 from gadjax.training.backward_simulation import backward_simulate, stratified_step_indices
 from gadjax.training.batch import make_batch as batch_of
-from gadjax.training.context import make_context
+from gadjax.training.context import Roles, make_context
 from gadjax.training.state import create_state, make_optimizer
 from gadjax.training.steps import critic_step, student_step
 from gadjax.types import Cond, TextKV
@@ -152,7 +152,7 @@ def test_steps_of_the_students_grid_are_drawn_evenly():
         np.testing.assert_array_equal(steps[::2] + steps[1::2], n - 1)
     needs = Needs(student=True)
     batch = make_batch(8)._replace(stratum=jnp.arange(8, dtype=jnp.int32) + 6)
-    context = make_context(STEP_SPEC, needs, WORLD.student_params(), None, None, batch)
+    context = make_context(STEP_SPEC, needs, Roles(WORLD.student_params()), batch)
     assert np.asarray(context.step_B).tolist() == [2, 1, 0, 3, 1, 2, 3, 0]
     assert np.asarray(context.t_B).tolist() == [750, 900, 1000, 500, 900, 750, 500, 1000]
     assert np.asarray(context.next_B).tolist() == [500, 750, 900, 0, 750, 500, 0, 900]
