@@ -81,8 +81,7 @@ def check_classes(path: Path, index: Mapping[str, Any]) -> None:
 def corrected_scheduler(index: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler_config.json as the pipeline uses it: of the class that model_index.json names,
     without the values that it lists as defaults; Stable Diffusion's without two old faults."""
-    defaults = config.get("_use_default_values") or ()
-    found = {key: value for key, value in config.items() if key not in defaults}
+    found = _without_defaults(config, "scheduler_config.json")
     entry = index.get("scheduler")
     if isinstance(entry, list) and isinstance(entry[-1], str):
         found["_class_name"] = entry[-1]
@@ -96,14 +95,27 @@ def corrected_scheduler(index: Mapping[str, Any], config: Mapping[str, Any]) -> 
 def corrected_network(
     index: Mapping[str, Any], name: str, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A network's config.json as the pipeline uses it."""
+    """A network's config.json as the pipeline uses it; diffusers' classes go without the values
+    that it lists as defaults."""
     found, kind = dict(config), index.get("_class_name")
+    entry = index.get(name)
+    if isinstance(entry, list) and entry[0] == "diffusers":
+        found = _without_defaults(found, f"{name}/config.json")
     if kind == SD and name == "unet" and _before_0_9(config.get("_diffusers_version")):
         side = config.get("sample_size")
         found["sample_size"] = max(side, 64) if type(side) is int else side
     if kind in PIPELINES and kind != SD3 and name == "vae":
         found.pop("shift_factor", None)  # which StableDiffusion3Pipeline alone adds
     return found
+
+
+def _without_defaults(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    defaults = config.get("_use_default_values") or []
+    if not isinstance(defaults, list):
+        raise InputError(
+            f"{where}, _use_default_values: found {shown(defaults)}; expected a list of keys"
+        )
+    return {key: value for key, value in config.items() if key not in defaults}
 
 
 def _before_0_9(version: Any) -> bool:

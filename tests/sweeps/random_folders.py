@@ -108,7 +108,7 @@ def change_diffusers(name: str, config: dict[str, Any], pick: Choice) -> None:
             config[key] = False
     elif pick.chance(0.1):
         config.pop("_class_name", None)
-    if pick.chance(0.1):
+    if pick.chance(0.15):
         options = [key for key in config if key[0] != "_"]
         config["_use_default_values"] = pick.some(options, 0.1)
 

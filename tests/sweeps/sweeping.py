@@ -1,11 +1,13 @@
 """Random cases held against torch: equal, or refused by name, never different.
 
-GADJAX_SWEEP: cases of each component, 40 unless it is set (500 is the full sweep).
+GADJAX_SWEEP: cases of each component (text encoders, U-Nets, pipelines, ...), of which each of its
+classes has an equal share; 40 unless it is set, and 500 in the full sweep.
 GADJAX_SWEEP_SEED: the seed of the first case, 0 unless it is set. A failure prints its seed, so
 that GADJAX_SWEEP=1 GADJAX_SWEEP_SEED=<seed> repeats it alone.
 """
 
 import gc
+import math
 import os
 import re
 import shutil
@@ -51,15 +53,22 @@ class Case:
     tolerance: float = TOLERANCE
 
 
-def sweep(component: str, draw: Callable[[np.random.Generator, Path], Case], folder: Path) -> None:
-    """Draw cases until torch has taken CASES of them; fail for any that differs.
+def sweep(
+    component: str,
+    draw: Callable[[np.random.Generator, Path], Case],
+    folder: Path,
+    classes: int = 1,
+) -> None:
+    """Draw cases until torch has taken enough of them; fail for any that differs.
 
     draw: (generator, empty folder) -> Case; raises where torch cannot make the configuration.
+    classes: that share the CASES of a component.
     """
+    cases = math.ceil(CASES / classes)
     equal, refused, failed, untaken = 0, Counter(), [], Counter()
     began, largest = time.time(), 0.0
-    for seed in range(FIRST_SEED, FIRST_SEED + TRIES * CASES):
-        if equal + refused.total() + len(failed) == CASES:
+    for seed in range(FIRST_SEED, FIRST_SEED + TRIES * cases):
+        if equal + refused.total() + len(failed) == cases:
             break
         place = folder / str(seed)
         place.mkdir()
@@ -98,7 +107,7 @@ def sweep(component: str, draw: Callable[[np.random.Generator, Path], Case], fol
     if untaken.total() > count:
         print("\n".join(f"  torch: {n} x {reason}" for reason, n in untaken.most_common(8)))
     assert not failed, "\n\n".join(failed)
-    assert count == CASES, f"torch took {count} of {TRIES * CASES} configurations: {untaken}"
+    assert count == cases, f"torch took {count} of {TRIES * cases} configurations: {untaken}"
     assert 2 * equal >= count, f"{component}: found {equal} equal of {count}; expected half"
 
 

@@ -48,7 +48,7 @@ def network(xp, x, t):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_schedulers(name, tmp_path):
-    sweep(name, partial(draw, name), tmp_path)
+    sweep(name, partial(draw, name), tmp_path, len(SUPPORTED))
 
 
 def draw(name: str, rng: np.random.Generator, root: Path) -> Case:

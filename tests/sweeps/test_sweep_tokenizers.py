@@ -56,7 +56,7 @@ CORPUS = [text for text in TEXTS if text.strip()] * 5
 
 @pytest.mark.parametrize("name", FILES)
 def test_tokenizers(name, tmp_path):
-    sweep(name, partial(draw, name), tmp_path)
+    sweep(name, partial(draw, name), tmp_path, len(FILES))
 
 
 def draw(name: str, rng: np.random.Generator, root: Path) -> Case:
