@@ -1,6 +1,10 @@
 """Draw pictures: PROMPT-NUMBER.png for each prompt, prompts.jsonl, and a contact sheet grid.png.
 
 Picture n of prompt p starts from noise p of seed SEED + n, whatever else is drawn.
+
+Unlike diffusers' pipelines of PixArt and SANA it draws the size that is asked for (no resolution
+binning) and does not clean captions: use_resolution_binning=False and clean_caption=False make
+theirs do the same.
 """
 
 import argparse
@@ -42,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance", type=float, help="by default what the model or its family says"
     )
     parser.add_argument("--negative", help="prompt that guidance leads away from")
-    parser.add_argument("--size", help="of pictures, HEIGHTxWIDTH in pixels")
+    parser.add_argument(
+        "--size",
+        help="of pictures, HEIGHTxWIDTH in pixels, drawn as asked (no resolution binning); by "
+        "default the network's own",
+    )
     parser.add_argument(
         "--recipe", help=f"of a known student, where the folder has none: {', '.join(KNOWN)}"
     )

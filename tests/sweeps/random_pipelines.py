@@ -28,8 +28,13 @@ CONCEPTS = ("<cat>", "<cat>_1", "<dog>", "sks")
 def random_vae(pick: Choice, channels: int):
     scale, shift = pick((0.18215, None), (0.13025, None), (1.5305, 0.0609), (1, 0.2))
     quant = pick(True, False)
-    return families.vae_kl(
-        channels,
+    widths = pick((8,), (8,), (8, 12))
+    return diffusers.AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        latent_channels=channels,
+        norm_num_groups=4,
         scaling_factor=scale,
         shift_factor=shift,
         use_quant_conv=quant,

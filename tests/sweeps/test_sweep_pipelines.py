@@ -51,7 +51,7 @@ def draw(name: str, rng: np.random.Generator, root: Path) -> Case:
     folder = root / "folder"
     prompts = [pick(*PROMPTS) for _ in range(pick(1, 2, 3))]
     asked = {
-        "steps": pick(1, 2, 3, 4, 6),
+        "steps": pick(1, 2, 2, 3, 4),
         "guidance": pick(0, 0.5, 1, 1.5, 3.0, 4.5, 7.5, -1),
         "negative": pick(*[None] * 4, "", "the blue square"),
         "size": size_of(name, pick),
