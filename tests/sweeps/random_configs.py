@@ -15,7 +15,7 @@ from sweeping import Choice
 Options = dict[str, Any]
 
 
-def clip(pick: Choice, heads=None) -> tuple[Options, Options, Options]:
+def clip(pick: Choice) -> tuple[Options, Options, Options]:
     heads = pick(1, 2, 3, 4)
     fixed = dict(
         vocab_size=pick(20, 50, 99),

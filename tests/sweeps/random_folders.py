@@ -34,15 +34,22 @@ def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
                 value.add_(0.1 * torch.randn(value.shape, generator=generator))
 
 
-def save(model, folder: Path, pick: Choice) -> str | None:
-    """Write a model whole or in shards, plain or as a variant. Returns: the variant."""
-    options: dict[str, Any] = {}
-    if pick.chance(0.2):
-        options["max_shard_size"] = pick("4KB", "20KB")
+def save(model, folder: Path, pick: Choice, generator: torch.Generator) -> tuple[str | None, bool]:
+    """Write a model whole or in shards, in one precision or another, plain or as a variant; at
+    times over what an earlier save has left.
+
+    Returns: the variant, and whether there is nothing but it.
+    """
+    if earlier := pick.chance(0.1):
+        model.save_pretrained(folder, max_shard_size=pick("4KB", "1GB"))
+        randomise(model, generator)
+    options: dict[str, Any] = {"max_shard_size": pick("1GB", "1GB", "1GB", "4KB", "20KB")}
     if variant := pick(*[None] * 4, "fp16"):
-        model, options["variant"] = model.half(), variant
+        options["variant"] = variant
+    if variant or pick.chance(0.15):
+        model = model.to(pick(torch.float16, torch.bfloat16))
     model.save_pretrained(folder, **options)
-    return variant
+    return variant, not earlier
 
 
 def defaults_of(name: str) -> dict[str, Any]:
@@ -68,17 +75,15 @@ def age(name: str, folder: Path, pick: Choice) -> None:
     def change(config: dict[str, Any]) -> None:
         drop_defaults(name, config, pick)
         for key in pick.some(["unused_option", "another_one"], 0.1):
-            config[key] = None
+            config[key] = pick(None, None, None, 3)
         if pick.chance(0.5):
             config["_name_or_path"] = pick("", "/home/somebody/model", "some/repository")
         (change_transformers if of_transformers else change_diffusers)(name, config, pick)
 
     edit(folder / "config.json", change)
     for path in folder.glob("*.safetensors"):
-        if not (index := list(folder.glob("*.index*.json"))):
+        if not list(folder.glob("*.index*.json")):
             rename_keys(name, path, pick)
-        elif pick.chance(0.1):  # what an earlier save has left beside the shards
-            index[0].unlink() if len(list(folder.glob("*.safetensors"))) == 1 else None
 
 
 def drop_defaults(name: str, config: dict[str, Any], pick: Choice) -> None:

@@ -102,7 +102,11 @@ SUPPORTED = (
 # What an older file has not, and walks differently without.
 NEEDED = {
     "DDIMScheduler": {"clip_sample": False},
-    "PNDMScheduler": {"skip_prk_steps": True, "prediction_type": "epsilon"},
+    "PNDMScheduler": {
+        "skip_prk_steps": True,
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+    },
     "EulerDiscreteScheduler": {"timestep_spacing": "leading"},
     "SCMScheduler": {"prediction_type": "trigflow"},
 }

@@ -3,7 +3,7 @@
 GADJAX_SWEEP: cases of each component (text encoders, U-Nets, pipelines, ...), of which each of its
 classes has an equal share; 40 unless it is set, and 500 in the full sweep.
 GADJAX_SWEEP_SEED: the seed of the first case, 0 unless it is set. A failure prints its seed, so
-that GADJAX_SWEEP=1 GADJAX_SWEEP_SEED=<seed> repeats it alone.
+that GADJAX_SWEEP=1 GADJAX_SWEEP_SEED=<seed> and pytest's -k <class> repeat it alone.
 """
 
 import gc

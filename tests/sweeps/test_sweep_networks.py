@@ -27,7 +27,13 @@ for library in (diffusers, transformers):
 # The words by which what is no key is refused: inputs, and files of weights.
 WORDS = {"latents", "picture", "ids", "architectures", "model_type", "rope_theta", "text_config"}
 WORDS |= {"_class_name", "config.json", "model.safetensors", "dense_act_fn", "is_gated_act"}
-WORDS |= {"diffusion_pytorch_model.safetensors", "hidden_act", "rope_scaling"}
+WORDS |= {
+    "unused_option",
+    "another_one",
+    "diffusion_pytorch_model.safetensors",
+    "hidden_act",
+    "rope_scaling",
+}
 
 
 def part_of(name: str) -> str:
@@ -52,7 +58,7 @@ def draw(name: str, rng: np.random.Generator, root: Path) -> Case:
     config_class = getattr(kind, "config_class", None)
     model = kind(config_class(**options)) if config_class else kind(**options)
     randomise(model, generator)
-    variant = save(model, root / part, pick)
+    variant, alone = save(model, root / part, pick, generator)
     age(name, root / part, pick)
     library = "transformers" if config_class else "diffusers"
     (root / INDEX).write_text(json.dumps({part: [library, name]}))
@@ -75,7 +81,7 @@ def draw(name: str, rng: np.random.Generator, root: Path) -> Case:
             return {k: v.numpy() for k, v in RUN[part](model, given).items()}
 
     def ours() -> Outputs:
-        asked = variant if pick.chance(0.5) else None
+        asked = None if alone and pick.chance(0.5) else variant
         folder = read_pipeline(root, dtype=np.float32, variant=asked)
         return OURS[part](folder.components[part], inputs)
 
