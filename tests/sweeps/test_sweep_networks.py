@@ -24,16 +24,9 @@ for library in (diffusers, transformers):
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 
-# The words by which what is no key is refused: inputs, and files of weights.
-WORDS = {"latents", "picture", "ids", "architectures", "model_type", "rope_theta", "text_config"}
-WORDS |= {"_class_name", "config.json", "model.safetensors", "dense_act_fn", "is_gated_act"}
-WORDS |= {
-    "unused_option",
-    "another_one",
-    "diffusion_pytorch_model.safetensors",
-    "hidden_act",
-    "rope_scaling",
-}
+# The words by which what is no key of the case's own is refused.
+WORDS = {"latents", "picture", "ids", "architectures", "model_type", "rope_theta", "rope_scaling"}
+WORDS |= {"_class_name", "dense_act_fn", "is_gated_act", "hidden_act"}
 
 
 def part_of(name: str) -> str:
@@ -63,6 +56,7 @@ def draw(name: str, rng: np.random.Generator, root: Path) -> Case:
     library = "transformers" if config_class else "diffusers"
     (root / INDEX).write_text(json.dumps({part: [library, name]}))
     written = json.loads((root / part / "config.json").read_text())
+    files = {path.name for path in (root / part).iterdir()}
 
     loaded = getattr(diffusers if library == "diffusers" else transformers, name).from_pretrained(
         root / part, local_files_only=True, dtype=torch.float32, variant=variant
@@ -87,7 +81,7 @@ def draw(name: str, rng: np.random.Generator, root: Path) -> Case:
 
     return Case(
         {"options": options, "config.json": written, "inputs": jax.tree.map(np.shape, inputs)},
-        frozenset({*options, *written, *WORDS}),
+        frozenset({*options, *written, *files, *WORDS}),
         lambda: theirs(loaded),
         ours,
         lambda: theirs(loaded.double(), torch.float64),
