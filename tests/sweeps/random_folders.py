@@ -155,29 +155,29 @@ def change_transformers(name: str, config: dict[str, Any], pick: Choice) -> None
 def rename_keys(name: str, path: Path, pick: Choice) -> None:
     """Spell the keys of a whole file as other versions do."""
     held = load_file(path)
-    found = dict(held)
+    tensors = dict(held)
     if name == "AutoencoderKL" and pick.chance(0.3):
         for new, old in ATTENTION.items():
-            found = {
+            tensors = {
                 re.sub(
                     rf"(mid_block\.attentions\.\d+)\.{re.escape(new)}\.", rf"\1.{old}.", key
                 ): value
-                for key, value in found.items()
+                for key, value in tensors.items()
             }
     if name == "CLIPTextModel" and pick.chance(0.4):
-        prefixed = any(key.startswith("text_model.") for key in found)
-        found = {
+        prefixed = any(key.startswith("text_model.") for key in tensors)
+        tensors = {
             key.removeprefix("text_model.") if prefixed else f"text_model.{key}": value
-            for key, value in found.items()
+            for key, value in tensors.items()
         }
     if name.startswith("CLIP") and pick.chance(0.3):
-        prefix = "text_model." if any(key.startswith("text_model.") for key in found) else ""
-        count = next(v for k, v in found.items() if "position_embedding" in k).shape[0]
-        found[f"{prefix}embeddings.position_ids"] = torch.arange(count)[None]
+        prefix = "text_model." if any(key.startswith("text_model.") for key in tensors) else ""
+        count = next(v for k, v in tensors.items() if "position_embedding" in k).shape[0]
+        tensors[f"{prefix}embeddings.position_ids"] = torch.arange(count)[None]
     if name == "T5EncoderModel" and pick.chance(0.4):
-        table = found["shared.weight"]
+        table = tensors["shared.weight"]
         if pick.chance(0.5):
-            del found["shared.weight"]
-        found["encoder.embed_tokens.weight"] = table.clone()
-    if found.keys() != held.keys():
-        save_file(found, path, metadata={"format": "pt"})
+            del tensors["shared.weight"]
+        tensors["encoder.embed_tokens.weight"] = table.clone()
+    if tensors.keys() != held.keys():
+        save_file(tensors, path, metadata={"format": "pt"})

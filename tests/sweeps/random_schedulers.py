@@ -116,12 +116,16 @@ def keys_of(name: str) -> list[str]:
     return list(inspect.signature(getattr(diffusers, name).__init__).parameters)[1:]
 
 
+def check_options(name: str) -> None:
+    """Raises: AssertionError for an option of the class that no case has."""
+    absent = set(keys_of(name)).difference(USUAL, BETAS[1])
+    assert not absent, f"{name}: found {sorted(absent)} in its signature; expected a choice of each"
+
+
 def random_scheduler(name: str, pick: Choice, odd: float = 0.2) -> dict[str, Any]:
     """A scheduler_config.json of a class, as some version of diffusers leaves it."""
     keys = keys_of(name)
     betas = {"beta_start", "beta_end", "beta_schedule"}
-    if absent := set(keys) - betas - set(USUAL):
-        raise SystemExit(f"{name}: found {sorted(absent)} in its signature; expected a choice here")
     config = {key: pick(*USUAL[key]) for key in pick.some(sorted(set(keys) - betas))}
     if betas <= set(keys):
         config |= pick(*BETAS)

@@ -41,14 +41,14 @@ class Case:
     """One random configuration.
 
     config: whatever repeats the case by hand. names: what a refusal may name. expected: torch's
-    outputs; raises where torch cannot take the configuration, which is then no case. found:
+    outputs; raises where torch cannot take the configuration, which is then no case. actual:
     gadjax's. exact: torch's outputs in float64, by which its own rounding error is known.
     """
 
     config: Any
     names: frozenset[str]
     expected: Callable[[], Outputs]
-    found: Callable[[], Outputs]
+    actual: Callable[[], Outputs]
     exact: Callable[[], Outputs] | None = None
     tolerance: float = TOLERANCE
 
@@ -108,14 +108,17 @@ def sweep(
         print("\n".join(f"  torch: {n} x {reason}" for reason, n in untaken.most_common(8)))
     assert not failed, "\n\n".join(failed)
     assert count == cases, f"torch took {count} of {TRIES * cases} configurations: {untaken}"
-    assert 2 * equal >= count, f"{component}: found {equal} equal of {count}; expected half"
+    # Of fewer, as where one is repeated, all may be refused.
+    assert count < 5 or 2 * equal >= count, (
+        f"{component}: found {equal} equal of {count}; expected half"
+    )
 
 
 def compare(case: Case, expected: Outputs) -> float:
     """The largest difference of any output, as a share of the output's largest value."""
-    found = case.found()
-    assert found.keys() == expected.keys(), (list(found), list(expected))
-    errors = {name: relative(found[name], expected[name]) for name in expected}
+    actual = case.actual()
+    assert actual.keys() == expected.keys(), (list(actual), list(expected))
+    errors = {name: relative(actual[name], expected[name]) for name in expected}
     worst = max(errors, key=errors.get)
     if errors[worst] > case.tolerance and case.exact is not None:
         exact = case.exact()
@@ -128,11 +131,11 @@ def compare(case: Case, expected: Outputs) -> float:
     return errors[worst]
 
 
-def relative(found, expected) -> float:
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape, f"shapes {found.shape} and {expected.shape}"
-    assert np.isfinite(found).all(), "found values that are not finite"
-    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+def relative(actual, expected) -> float:
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"shapes {actual.shape} and {expected.shape}"
+    assert np.isfinite(actual).all(), "found values that are not finite"
+    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30))
 
 
 def named(message: str, names: frozenset[str]) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from random_configs import MAKERS, class_of, random_config
+from random_configs import MAKERS, check_options, class_of, random_config
 from random_folders import age, randomise, save
 from sweeping import Case, Choice, Outputs, sweep
 
@@ -37,6 +37,7 @@ def part_of(name: str) -> str:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_networks(name, tmp_path):
+    check_options(name)
     component = part_of(name)
     classes = sum(part_of(other) == component for other in MAKERS)
     sweep(name, partial(draw, name), tmp_path, classes)
@@ -114,14 +115,14 @@ def run_text(model, given) -> Outputs:
     if not type(model).__name__.startswith("CLIP"):
         out = model(given["ids"], attention_mask=given["mask"])
         return {"last": out.last_hidden_state}
-    found = {}
+    outputs = {}
     for label, mask in (("", None), ("masked ", given["mask"])):
         out = model(given["ids"], attention_mask=mask, output_hidden_states=True)
         projected = "Projection" in type(model).__name__
-        found[f"{label}last"] = out.last_hidden_state
-        found[f"{label}penultimate"] = out.hidden_states[-2]
-        found[f"{label}pooled"] = out.text_embeds if projected else out.pooler_output
-    return found
+        outputs[f"{label}last"] = out.last_hidden_state
+        outputs[f"{label}penultimate"] = out.hidden_states[-2]
+        outputs[f"{label}pooled"] = out.text_embeds if projected else out.pooler_output
+    return outputs
 
 
 def our_text(part: Component, given) -> Outputs:
@@ -129,11 +130,11 @@ def our_text(part: Component, given) -> Outputs:
     ids, mask = given["ids"].astype(np.int32), given["mask"].astype(np.int32)
     if not part.module.__name__.endswith("clip"):
         return {"last": jax.jit(apply)(part.params, ids, mask)}
-    found = {}
+    outputs = {}
     for label, masks in (("", ()), ("masked ", (mask,))):
         for name, value in jax.jit(apply)(part.params, ids, *masks)._asdict().items():
-            found[label + name] = value
-    return found
+            outputs[label + name] = value
+    return outputs
 
 
 def vae_inputs(model, pick: Choice) -> Outputs:
@@ -150,19 +151,19 @@ def vae_inputs(model, pick: Choice) -> Outputs:
 def run_vae(model, given) -> Outputs:
     image, latent = (x.permute(0, 3, 1, 2).contiguous() for x in (given["image"], given["latent"]))
     encoded = model.encode(image)
-    found = {"decode": nhwc(model.decode(latent).sample)}
+    outputs = {"decode": nhwc(model.decode(latent).sample)}
     if not hasattr(encoded, "latent_dist"):
-        return found | {"encode": nhwc(encoded.latent)}
-    found["encode"] = nhwc(encoded.latent_dist.mean)
-    return found | {"logvar": nhwc(encoded.latent_dist.logvar)}
+        return outputs | {"encode": nhwc(encoded.latent)}
+    outputs["encode"] = nhwc(encoded.latent_dist.mean)
+    return outputs | {"logvar": nhwc(encoded.latent_dist.logvar)}
 
 
 def our_vae(part: Component, given) -> Outputs:
     apply = functional(part.module.build(part.spec, remat=False)).apply
     mean, logvar = jax.jit(partial(apply, method="encode"))(part.params, given["image"])
     decoded = jax.jit(partial(apply, method="decode"))(part.params, given["latent"])
-    found = {"decode": decoded, "encode": mean}
-    return found if logvar is None else found | {"logvar": logvar}
+    outputs = {"decode": decoded, "encode": mean}
+    return outputs if logvar is None else outputs | {"logvar": logvar}
 
 
 def nhwc(x):
@@ -206,21 +207,21 @@ def run_denoiser(model, given) -> Outputs:
     kind, config = type(model).__name__, model.config
     x = given["x"].permute(0, 3, 1, 2).contiguous()
     t, extras = given["t"], given.get("extras", {})
-    told = {"encoder_hidden_states": given["text"]}
+    arguments = {"encoder_hidden_states": given["text"]}
     if "mask" in given:
-        told["encoder_attention_mask"] = given["mask"]
+        arguments["encoder_attention_mask"] = given["mask"]
     if kind == "UNet2DConditionModel":
-        told["added_cond_kwargs"] = extras
+        arguments["added_cond_kwargs"] = extras
     elif kind == "PixArtTransformer2DModel":
         absent = {"resolution": None, "aspect_ratio": None}
-        told["added_cond_kwargs"] = absent | extras
+        arguments["added_cond_kwargs"] = absent | extras
     elif kind == "SD3Transformer2DModel":
-        told["pooled_projections"] = extras["pooled"]
+        arguments["pooled_projections"] = extras["pooled"]
     elif "guidance" in extras:  # as its pipelines scale what they tell it
-        told["guidance"] = extras["guidance"] * config.guidance_embeds_scale
+        arguments["guidance"] = extras["guidance"] * config.guidance_embeds_scale
     else:
         t = t * config.timestep_scale
-    out = model(x, timestep=t, **told).sample
+    out = model(x, timestep=t, **arguments).sample
     return {"out": nhwc(out)[..., : config.in_channels]}
 
 

@@ -106,22 +106,22 @@ def their_pictures(
     )
     pipeline.set_progress_bar_config(disable=True)
     kind = type(pipeline).__name__
-    told = {"num_inference_steps": asked["steps"], "guidance_scale": asked["guidance"]}
+    arguments = {"num_inference_steps": asked["steps"], "guidance_scale": asked["guidance"]}
     if kind == "SanaSprintPipeline" and asked["steps"] != 2:
-        told["intermediate_timesteps"] = None
+        arguments["intermediate_timesteps"] = None
     if asked["negative"] is not None:
-        told["negative_prompt"] = [asked["negative"]] * len(prompts)
+        arguments["negative_prompt"] = [asked["negative"]] * len(prompts)
     if (folder / FILE).is_file():
-        told["max_sequence_length"] = json.loads((folder / FILE).read_text())["length"]
+        arguments["max_sequence_length"] = json.loads((folder / FILE).read_text())["length"]
     if kind.startswith(("PixArt", "Sana")):
-        told |= {"use_resolution_binning": False, "clean_caption": False}
+        arguments |= {"use_resolution_binning": False, "clean_caption": False}
     body = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
     up = 2 ** (len(pipeline.vae.config.get("block_out_channels") or (1, 1)) - 1)
     height, width = asked["size"] or [up * body.config.sample_size] * 2
-    told |= {"height": height, "width": width}
+    arguments |= {"height": height, "width": width}
     latent = (height // up, width // up, body.config.in_channels)
     noise = initial_noise(0, len(prompts), latent)
     noise = np.nextafter(noise, np.float32(np.inf)) if moved else noise
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
     with parity._same_noise(pipeline.scheduler, noise):
-        return pipeline(prompts, latents=latents, output_type="np", **told).images
+        return pipeline(prompts, latents=latents, output_type="np", **arguments).images

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from random_schedulers import SUPPORTED, keys_of, random_scheduler
+from random_schedulers import SUPPORTED, check_options, keys_of, random_scheduler
 from sweeping import Case, Choice, Outputs, sweep
 
 from gadjax.convert.folder import SCHEDULER, read_scheduler
@@ -48,6 +48,7 @@ def network(xp, x, t):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_schedulers(name, tmp_path):
+    check_options(name)
     sweep(name, partial(draw, name), tmp_path, len(SUPPORTED))
 
 
@@ -88,8 +89,8 @@ def their_walk(scheduler, steps: int, noise: np.ndarray) -> np.ndarray:
             x_t = (
                 scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             )
-            said = torch.tensor(network(np, np.asarray(x_t), np.float32(t)))
-            out = scheduler.step(said, t, x)
+            output = torch.tensor(network(np, np.asarray(x_t), np.float32(t)))
+            out = scheduler.step(output, t, x)
             x = out.prev_sample
     return np.asarray(x)
 
@@ -100,8 +101,8 @@ def their_consistency(scheduler, noise: np.ndarray) -> np.ndarray:
     x = torch.tensor(noise) * scale
     with same_noise(scheduler, noise):
         for t in scheduler.timesteps[:-1]:
-            said = torch.tensor(network(np, np.asarray(x / scale), np.float32(t))) * scale
-            x, denoised = scheduler.step(said, t.expand(len(x)), x, return_dict=False)
+            output = torch.tensor(network(np, np.asarray(x / scale), np.float32(t))) * scale
+            x, denoised = scheduler.step(output, t.expand(len(x)), x, return_dict=False)
     return np.asarray(denoised / scale)
 
 
