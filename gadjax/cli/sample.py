@@ -1,6 +1,10 @@
 """Sample images: PROMPT-NUMBER.png for every prompt, prompts.jsonl, and a contact sheet grid.png.
 
 Image n of prompt p starts from noise p of seed SEED + n, whatever else is sampled.
+
+Unlike diffusers' pipelines of PixArt and SANA it samples at the requested size (no resolution
+binning) and does not clean captions: use_resolution_binning=False and clean_caption=False make
+theirs do the same.
 """
 
 import argparse
@@ -40,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="by default those of the model or its family")
     parser.add_argument("--guidance", type=float, help="by default that of the model or its family")
     parser.add_argument("--negative", help="negative prompt")
-    parser.add_argument("--size", help="image size, HEIGHTxWIDTH in pixels")
+    parser.add_argument(
+        "--size",
+        help="image size, HEIGHTxWIDTH in pixels, sampled as given (no resolution binning); by "
+        "default the network's",
+    )
     parser.add_argument(
         "--student-preset",
         help="sampling settings of a published student, if the folder has none: "

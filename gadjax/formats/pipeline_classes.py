@@ -87,8 +87,7 @@ def effective_scheduler_config(
     The class is the one in model_index.json; values listed in `_use_default_values` are dropped.
     StableDiffusionPipeline overrides two outdated settings: steps_offset and clip_sample.
     """
-    defaults = config.get("_use_default_values") or ()
-    effective = {key: value for key, value in config.items() if key not in defaults}
+    effective = _without_defaults(config, "scheduler_config.json")
     entry = index.get("scheduler")
     if isinstance(entry, list) and isinstance(entry[-1], str):
         effective["_class_name"] = entry[-1]
@@ -102,14 +101,30 @@ def effective_scheduler_config(
 def effective_network_config(
     index: Mapping[str, Any], name: str, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A network's config.json as the pipeline uses it."""
+    """A network's config.json as the pipeline uses it.
+
+    diffusers' classes drop the values listed in `_use_default_values`, transformers' do not.
+    """
     effective, kind = dict(config), index.get("_class_name")
+    entry = index.get(name)
+    if isinstance(entry, list) and entry[0] == "diffusers":
+        effective = _without_defaults(effective, f"{name}/config.json")
     if kind == SD and name == "unet" and _before_0_9(config.get("_diffusers_version")):
         side = config.get("sample_size")
         effective["sample_size"] = max(side, 64) if type(side) is int else side
     if kind in PIPELINES and kind != SD3 and name == "vae":
         effective.pop("shift_factor", None)  # StableDiffusion3Pipeline alone adds it
     return effective
+
+
+def _without_defaults(config: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """A config without the values that it lists as its class's defaults."""
+    defaults = config.get("_use_default_values") or []
+    if not isinstance(defaults, list):
+        raise InputError(
+            f"{file}, _use_default_values: found {short_repr(defaults)}; expected a list of keys"
+        )
+    return {key: value for key, value in config.items() if key not in defaults}
 
 
 def _before_0_9(version: Any) -> bool:

@@ -96,6 +96,21 @@ def test_values_listed_as_defaults_are_dropped(folder):
     assert theirs.config.set_alpha_to_one is True and "set_alpha_to_one" not in ours
 
 
+def test_a_networks_listed_defaults_are_dropped(folder):
+    """Of diffusers' classes; transformers' know no such list."""
+    for part, key in (("unet", "norm_eps"), ("text_encoder", "layer_norm_eps")):
+        edit(folder / part / "config.json", **{key: 0.1, "_use_default_values": [key]})
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    ours = check_pipeline(folder).components
+    assert ours["unet"].spec.norm_eps == theirs.unet.config.norm_eps == 1e-5
+    assert ours["text_encoder"].spec.layer_norm_eps == 0.1
+    assert theirs.text_encoder.config.layer_norm_eps == 0.1
+    for part, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
+        edit(folder / part / file, _use_default_values=3)
+        refused(lambda: check_pipeline(folder), "_use_default_values: found 3; expected a list")
+        edit(folder / part / file, _use_default_values=None)
+
+
 @pytest.mark.parametrize(
     ("version", "side"), [("0.6.0", 64), ("0.9.0.dev0", 8), ("0.10.2", 8), (None, 8)]
 )

@@ -142,7 +142,8 @@ def test_matches_torch(name):
     net, params = ported(model, cfg)
     ids, mask = batch(cfg, length)
     apply = jax.jit(net.apply)
-    for given in ((), (mask,)):
+    # Padding on the left as well, where the first positions have nothing to attend to.
+    for given in ((), (mask,), (mask[:, ::-1].copy(),)):
         out, ref = apply(params, ids, *given), reference(model, ids, *given)
         errors = [relative(ours, theirs) for ours, theirs in zip(out, ref, strict=True)]
         print(name, "masked" if given else "", [f"{e:.1e}" for e in errors])

@@ -135,12 +135,13 @@ class Attention(nnx.Module):
         self.out_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
         self.heads = c.num_attention_heads
 
-    def __call__(self, x_BLD, bias):
+    def __call__(self, x_BLD, bias, has_keys_BL1):
         q, k, v = (
             proj(x_BLD).reshape(*x_BLD.shape[:2], self.heads, -1)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(attention(q, k, v, bias).reshape(x_BLD.shape))
+        mixed_BLD = attention(q, k, v, bias).reshape(x_BLD.shape)
+        return self.out_proj(jnp.where(has_keys_BL1, mixed_BLD, 0))
 
 
 class FeedForward(nnx.Module):
@@ -164,8 +165,8 @@ class Block(nnx.Module):
         self.layer_norm2 = _norm(c, dtype, rngs)
         self.mlp = FeedForward(c, dtype, rngs)
 
-    def __call__(self, x_BLD, bias):
-        x_BLD = x_BLD + self.self_attn(self.layer_norm1(x_BLD), bias)
+    def __call__(self, x_BLD, bias, has_keys_BL1):
+        x_BLD = x_BLD + self.self_attn(self.layer_norm1(x_BLD), bias, has_keys_BL1)
         return x_BLD + self.mlp(self.layer_norm2(x_BLD))
 
 
@@ -197,12 +198,14 @@ class TextModel(nnx.Module):
         if mask_BL is not None:
             attended = attended & (mask_BL[:, None, None, :] > 0)
         bias = jnp.where(attended, 0, jnp.finfo(jnp.float32).min)
+        # Left padding attends to nothing: of no keys torch gives zeros, and softmax an even mean.
+        has_keys_BL1 = attended.any(-1).swapaxes(1, 2)
 
         embedded_BLD = self.embeddings(ids_BL)
         final_BLD, penultimate_BLD = scan_blocks(
             self.blocks,
             (embedded_BLD, embedded_BLD),
-            lambda block, states: (block(states[0], bias), states[0]),
+            lambda block, states: (block(states[0], bias, has_keys_BL1), states[0]),
             self.remat,
         )
         last_BLD = self.final_layer_norm(final_BLD)
