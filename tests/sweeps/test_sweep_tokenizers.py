@@ -78,7 +78,7 @@ def draw(name: str, rng: np.random.Generator, root: Path) -> Case:
         index = {"tokenizer": ["transformers", written], "_class_name": pipeline.get(name)}
         parts = TextComponents(root, index, {}, {"text_encoder": encoder})
         learned = pipeline.get(name) == "StableDiffusionPipeline"
-        tokenizer = parts.tokenizer(clean=name == "T5Tokenizer", learned=learned)
+        tokenizer = parts.tokenizer(clean=name == "T5Tokenizer", textual_inversion=learned)
         if name == "CLIPTokenizer":
             length = parts.clip_length(tokenizer, "text_encoder")
         else:
