@@ -1,7 +1,7 @@
 """Checks of a training config before anything is compiled; each raises InputError."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,133 @@ from ml_collections import ConfigDict
 from gadjax.diffusion.geometry import tangent
 from gadjax.errors import InputError
 from gadjax.models.params import merge_params
+from gadjax.objectives import TERMS, build
+from gadjax.objectives.base import Needs
+from gadjax.objectives.compose import Sum
 from gadjax.ops.kernels import KERNEL_MODULES, kernels_validated
 from gadjax.parallel.placement import SEQUENCE_AXIS
+from gadjax.parallel.sharding import check_batch, make_mesh
 from gadjax.pipelines.pipeline import Pipeline
+from gadjax.pipelines.sampling import sampler_and_times
 from gadjax.runtime.distributed import any_process
+from gadjax.seeds import check_seed
 from gadjax.training.batch import encode_raw
+from gadjax.training.data import WITH_PICTURES
+from gadjax.training.steps import CRITICS
+from gadjax.training.workdir import sampling_from_config
 from gadjax.types import Params
 
 OFFLOAD = "teacher", "optimizer", "ema"
 ATTENTION = "auto", "jnp", "pallas"
+# Config name -> `remat` of the networks.
+REMAT = {"none": False, "results": "results", "block": True}
+
+
+class Settings(NamedTuple):
+    """Typed values of a valid config.
+
+    Attributes:
+      times: timesteps at which the student's steps start.
+      objective: weighted sum of terms.
+      mesh: the run's devices.
+      microbatches: gradient-accumulation steps per update.
+      dtype: compute dtype.
+      remat: rematerialisation, as networks take it.
+    """
+
+    times: tuple[float, ...]
+    objective: Sum
+    mesh: Mesh
+    microbatches: int
+    dtype: Any
+    remat: bool | str
+
+
+def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Settings:
+    """Validate whatever of a config can be, before its files are read.
+
+    Args:
+      config: training config.
+      devices: devices of the mesh; None: all.
+
+    Raises: InputError.
+    """
+    check_seed(config.seed)
+    if jax.config.jax_disable_jit:
+        raise InputError(
+            "JAX_DISABLE_JIT: found it set; expected it unset, because only compiled "
+            "updates place a run's state on its devices"
+        )
+    times = student_times(config)
+    objective = build(config.objective, TERMS, times)
+    mesh = make_mesh(config.mesh, devices)
+    microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
+    if objective.needs.images and not any(config.data[name] for name in WITH_PICTURES):
+        names = ", ".join(f"data.{name}" for name in WITH_PICTURES)
+        raise InputError(f"{names}: found nothing; expected a source of pictures for this loss")
+    if not config.teacher:
+        raise InputError("teacher: found nothing; expected a diffusers pipeline folder")
+    dtype = compute_dtype(config.dtype)
+    if config.remat not in REMAT:
+        raise InputError(f"remat: found {config.remat!r}; expected one of {', '.join(REMAT)}")
+    select_kernels(config.attention, mesh, config.dtype)
+    check_offload(config.offload, objective.needs.uses_teacher)
+    check_schedule("optim", config.optim)
+    check_critic(config, objective.needs)
+    return Settings(times, objective, mesh, microbatches, dtype, REMAT[config.remat])
+
+
+def check_critic(config: ConfigDict, needs: Needs) -> None:
+    """Check schedule and updates of the networks that the second update trains."""
+    roles = [role for role in CRITICS if getattr(needs, role)]
+    if roles:
+        check_schedule("critic", critic_optim(config))
+    if roles and config.critic.updates < 1:
+        raise InputError(
+            f"critic.updates: found {config.critic.updates}; expected 1 or more, because the "
+            f"objective needs a {' and a '.join(roles)}"
+        )
+
+
+def check_pipeline(config: ConfigDict, settings: Settings, pipeline: Pipeline) -> tuple[float, ...]:
+    """Check what depends on the teacher's pipeline.
+
+    Args:
+      config: training config.
+      settings: its typed values.
+      pipeline: the teacher's pipeline.
+
+    Returns: the student's grid, with the clean end.
+
+    Raises: InputError for a network that does not fit the mesh, steps that add noise, or times that
+      the teacher's sampler does not have.
+    """
+    check_sequence(pipeline, settings.mesh)
+    times, sampling = settings.times, sampling_from_config(config)
+    if pipeline.sampler.stochastic:
+        raise InputError(
+            f"teacher: found the scheduler {pipeline.folder.scheduler['_class_name']}, whose steps "
+            "add noise; expected one with deterministic steps"
+        )
+    if sampling.timesteps is not None:  # None if a teacher is trained by plain denoising
+        try:
+            *times, _ = sampler_and_times(pipeline, sampling)[1].tolist()
+        except InputError as error:
+            raise InputError(f"student.{error}") from error
+    return (*times, pipeline.denoiser.schedule.clean)
+
+
+def feature_width(pipeline: Pipeline, frozen: dict[str, Any], params: Params) -> int:
+    """Width of the backbone's features, for a discriminator; parameters as for `lower_abstract`.
+
+    Raises: InputError for a family without features.
+    """
+    if pipeline.denoiser.features is None:
+        raise InputError(
+            "objective: found a discriminator; expected a family whose networks show features"
+        )
+    lowered = lower_abstract(pipeline, frozen, params, pipeline.denoiser.features)
+    return lowered.out_info.shape[-1]
 
 
 def lower_abstract(pipeline: Pipeline, frozen: dict[str, Any], params: Params, f: Callable):
@@ -88,6 +206,14 @@ def student_times(config: ConfigDict) -> tuple[float, ...]:
     if list(times) != sorted(set(times), reverse=True) or times[-1] < 0:
         raise InputError(f"student.timesteps: found {times}; expected falling times from 0 on")
     return times
+
+
+def critic_optim(config: ConfigDict) -> ConfigDict:
+    """Optimizer settings of the critic; those that are None are the student's."""
+    settings = {key: value for key, value in config.critic.items() if value is not None}
+    return ConfigDict(
+        dict(config.optim) | {key: settings[key] for key in config.optim if key in settings}
+    )
 
 
 def check_schedule(name: str, optim: ConfigDict) -> None:

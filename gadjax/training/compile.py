@@ -19,7 +19,7 @@ from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
 from gadjax.training.checks import select_kernels
 from gadjax.training.setup import Run
-from gadjax.training.state import StepSpec
+from gadjax.training.state import StepSpec, TrainState
 from gadjax.training.steps import critic_step, student_step
 
 
@@ -55,6 +55,29 @@ class Steps:
     frozen: Any
 
 
+def run_shardings(run: Run) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+    """Shardings of the state and of the frozen networks between updates, by the families' rules;
+    what is offloaded is in host memory. The third: the frozen networks' on the devices."""
+    mesh, parts = run.mesh, run.pipeline.folder.components
+    backbone, offloaded = run.pipeline.backbone, run.config.offload
+    rules = DISCRIMINATOR_RULES + parts[backbone].module.RULES
+    state = shardings(jax.eval_shape(run.start, run.initial_params), rules, mesh)
+    on_device = {
+        name: shardings(tree, parts[backbone if name == "untrained" else name].module.RULES, mesh)
+        if name in parts or name == "untrained"
+        else jax.tree.map(lambda _: replicated(mesh), tree)
+        for name, tree in run.frozen.items()
+    }
+    frozen = on_device
+    if "teacher" in offloaded:
+        frozen = on_device | {backbone: in_host_memory(on_device[backbone])}
+    if "optimizer" in offloaded:
+        state = state._replace(opt=in_host_memory(state.opt))
+    if "ema" in offloaded:
+        state = state._replace(ema=in_host_memory(state.ema))
+    return state, frozen, on_device
+
+
 def compile_steps(
     run: Run, *, keep_unused: bool = False, wrap: Callable[[Callable], Callable] = lambda step: step
 ) -> Steps:
@@ -65,26 +88,9 @@ def compile_steps(
       keep_unused: keep arguments that an update does not read, as `jax.jit` does.
       wrap: transformation of an update before it is compiled (`instrument`).
     """
-    mesh, seed = run.mesh, run.config.seed
-    parts = run.pipeline.folder.components
-    backbone = run.pipeline.backbone
-    rules = DISCRIMINATOR_RULES + parts[backbone].module.RULES
-    state_on_device = shardings(jax.eval_shape(run.start, run.initial_params), rules, mesh)
-    frozen_on_device = {
-        name: shardings(tree, parts[backbone if name == "untrained" else name].module.RULES, mesh)
-        if name in parts or name == "untrained"
-        else jax.tree.map(lambda _: replicated(mesh), tree)
-        for name, tree in run.frozen.items()
-    }
+    mesh, seed, backbone = run.mesh, run.config.seed, run.pipeline.backbone
+    state_sharding, frozen_sharding, frozen_on_device = run_shardings(run)
     kernels = select_kernels(run.config.attention, mesh, run.config.dtype)
-    offloaded = run.config.offload
-    state_sharding, frozen_sharding = state_on_device, frozen_on_device
-    if "teacher" in offloaded:
-        frozen_sharding = frozen_on_device | {backbone: in_host_memory(frozen_on_device[backbone])}
-    if "optimizer" in offloaded:
-        state_sharding = state_sharding._replace(opt=in_host_memory(state_on_device.opt))
-    if "ema" in offloaded:
-        state_sharding = state_sharding._replace(ema=in_host_memory(state_on_device.ema))
     options = {
         "in_shardings": (state_sharding, frozen_sharding, batch_sharding(mesh), replicated(mesh)),
         "out_shardings": (state_sharding, replicated(mesh)),
@@ -94,7 +100,7 @@ def compile_steps(
 
     def compile_update(step):
         def update(state, frozen, raw, number):
-            if "teacher" in offloaded:
+            if "teacher" in run.config.offload:
                 frozen = jax.device_put(frozen, frozen_on_device)
             with current_placement(Placement(mesh, kernels)):
                 batch = constrain_batch(

@@ -137,7 +137,6 @@ def _loop(
     """Run training steps until `steps` or preemption; returns the number of steps done."""
     config, workdir, clock = run.config, lock.workdir, profiling.clock
     done, state = restore_or_init(run, steps, checkpoints.restore)
-    resumed = done > 0
     lock.write_status("running", done)
     frozen = put_on_mesh(run.frozen, steps.frozen)
     meta = {"config": as_json(config), "teacher": run.fingerprint}
@@ -145,14 +144,7 @@ def _loop(
     previous: list[Update] = []
     with Progress(workdir, config, done, clock) as progress:
         saves = SavePolicy(checkpoints, config.checkpoint.failures, progress.note)
-        progress.note(
-            f"resumed at step {done}" if resumed else parameter_table(state.params["student"])
-        )
-        if run.step_spec.objective.needs.uses_teacher:
-            stored = read_sampling(run.pipeline.folder.path, run.pipeline.sampling).guidance
-            stored = run.pipeline.denoiser.guidance_scale(stored)
-            progress.note(f"teacher: {escape_nonprintable(config.teacher)}")
-            progress.note(guidance_note(run.step_spec.guidance, stored))
+        log_start(run, done, state, progress.note)
         if preview and preview.is_due(done):  # a killed run may have saved it without a preview
             progress.image(done, "preview", preview(state, done))
         batches = host_batches(run, steps, done, config.steps)
@@ -190,6 +182,23 @@ def _loop(
         with clock("checkpoint"):
             checkpoints.wait()
     return done
+
+
+def log_start(run: Run, done: int, state: TrainState, note: Callable[[str], None]) -> None:
+    """Log where a start begins, and the teacher and guidance of a distillation.
+
+    Args:
+      run: the prepared run.
+      done: steps that are done.
+      state: training state, for the table of parameters at step 0.
+      note: called with each line.
+    """
+    note(f"resumed at step {done}" if done else parameter_table(state.params["student"]))
+    if run.step_spec.objective.needs.uses_teacher:
+        stored = read_sampling(run.pipeline.folder.path, run.pipeline.sampling).guidance
+        stored = run.pipeline.denoiser.guidance_scale(stored)
+        note(f"teacher: {escape_nonprintable(run.config.teacher)}")
+        note(guidance_note(run.step_spec.guidance, stored))
 
 
 def guidance_note(guidance: float, stored: float) -> str:

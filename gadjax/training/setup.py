@@ -6,39 +6,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gadjax import assets
 from gadjax.data.source import Source
-from gadjax.errors import InputError
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
 from gadjax.models.params import cast, split_frozen
-from gadjax.objectives import TERMS, build
+from gadjax.objectives.base import Term
 from gadjax.parallel.placement import batch_shards
-from gadjax.parallel.sharding import check_batch, make_mesh
 from gadjax.pipelines.pipeline import Pipeline, abstract_pipeline, load_pipeline, random_params
-from gadjax.pipelines.sampling import sampler_and_times
-from gadjax.seeds import check_seed, make_key
+from gadjax.seeds import make_key
 from gadjax.training.checks import (
-    check_offload,
-    check_schedule,
-    check_sequence,
+    Settings,
+    check_pipeline,
     check_tangents,
-    compute_dtype,
-    lower_abstract,
-    select_kernels,
-    student_times,
+    critic_optim,
+    feature_width,
+    validate,
 )
-from gadjax.training.data import WITH_PICTURES, input_fingerprints, open_data
+from gadjax.training.data import input_fingerprints, open_data
 from gadjax.training.state import StepSpec, TrainState, create_state, make_optimizer
 from gadjax.training.steps import CRITICS
-from gadjax.training.workdir import sampling_from_config
 from gadjax.types import Params
-
-# Config name -> `remat` of the networks.
-REMAT = {"none": False, "results": "results", "block": True}
 
 
 @dataclass(frozen=True)
@@ -84,77 +76,23 @@ def prepare(
 
     Raises: InputError for whatever is wrong with the config or its files, before device work.
     """
-    check_seed(config.seed)
-    if jax.config.jax_disable_jit:
-        raise InputError(
-            "JAX_DISABLE_JIT: found it set; expected it unset, because only compiled "
-            "updates place a run's state on its devices"
-        )
-    times = student_times(config)
-    objective = build(config.objective, TERMS, times)
-    mesh = make_mesh(config.mesh, devices)
-    microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
-    if objective.needs.images and not any(config.data[name] for name in WITH_PICTURES):
-        names = ", ".join(f"data.{name}" for name in WITH_PICTURES)
-        raise InputError(f"{names}: found nothing; expected a source of pictures for this loss")
-    if not config.teacher:
-        raise InputError("teacher: found nothing; expected a diffusers pipeline folder")
-    dtype = compute_dtype(config.dtype)
-    if config.remat not in REMAT:
-        raise InputError(f"remat: found {config.remat!r}; expected one of {', '.join(REMAT)}")
-    remat = REMAT[config.remat]
-    select_kernels(config.attention, mesh, config.dtype)
-    check_offload(config.offload, objective.needs.uses_teacher)
+    settings = validate(config, devices)
+    objective = settings.objective
     read = abstract_pipeline if abstract else load_pipeline
-    pipeline, params = read(assets.resolve(config.teacher), dtype=dtype, remat=remat)
-    check_sequence(pipeline, mesh)
-    sampling = sampling_from_config(config)
-    if pipeline.sampler.stochastic:
-        raise InputError(
-            f"teacher: found the scheduler {pipeline.folder.scheduler['_class_name']}, whose steps "
-            "add noise; expected one with deterministic steps"
-        )
-    if sampling.timesteps is not None:  # None if a teacher is trained by plain denoising
-        try:
-            *times, _ = sampler_and_times(pipeline, sampling)[1].tolist()
-        except InputError as error:
-            raise InputError(f"student.{error}") from error
-    check_schedule("optim", config.optim)
-    optimizers = {"student": make_optimizer(config.optim)}
-    for role in CRITICS:
-        if getattr(objective.needs, role):
-            check_schedule("critic", critic_optim(config))
-            optimizers[role] = make_optimizer(critic_optim(config), config.critic.updates)
-    if len(optimizers) > 1 and config.critic.updates < 1:
-        raise InputError(
-            f"critic.updates: found {config.critic.updates}; expected 1 or more, because the "
-            f"objective needs a {' and a '.join(list(optimizers)[1:])}"
-        )
+    teacher = assets.resolve(config.teacher)
+    pipeline, params = read(teacher, dtype=settings.dtype, remat=settings.remat)
     step_spec = StepSpec(
         denoiser=pipeline.denoiser,
         objective=objective,
-        times=(*times, pipeline.denoiser.schedule.clean),
+        times=check_pipeline(config, settings, pipeline),
         guidance=pipeline.denoiser.guidance_scale(float(config.guidance)),
-        optimizers=optimizers,
+        optimizers=make_optimizers(config, objective),
         ema=config.ema,
-        microbatches=microbatches,
-        batch_shards=batch_shards(mesh),
+        microbatches=settings.microbatches,
+        batch_shards=batch_shards(settings.mesh),
     )
-    data = config.data
     source, null = open_data(config, pipeline)
-    frozen = {"null": null} | {
-        name: cast(params[name], dtype)
-        for name, needed in (
-            (pipeline.backbone, objective.needs.uses_teacher),
-            *(
-                (name, not (data.embeddings or data.latents))
-                for name in pipeline.folder.text_encoders
-            ),
-            ("vae", objective.needs.images and not data.latents or config.preview.every),
-        )
-        if needed
-    }
-
+    frozen = {"null": null} | frozen_networks(config, settings, pipeline, params)
     part = pipeline.folder.components[pipeline.backbone]
     initial_params, untrained = split_frozen(params[pipeline.backbone], part.frozen)
     if config.student.init == "random":
@@ -163,17 +101,59 @@ def prepare(
         initial_params, _ = split_frozen(fresh, part.frozen)
     if untrained:
         frozen["untrained"] = untrained
-
     if objective.needs.tangent or objective.needs.jvp:
         check_tangents(pipeline, frozen, initial_params)
-    if objective.needs.discriminator:
-        if pipeline.denoiser.features is None:
-            raise InputError(
-                "objective: found a discriminator; expected a family whose networks show features"
-            )
-        features = lower_abstract(
-            pipeline, frozen, initial_params, pipeline.denoiser.features
-        ).out_info
+    return Run(
+        config=config,
+        pipeline=pipeline,
+        step_spec=step_spec,
+        mesh=settings.mesh,
+        source=source,
+        frozen=frozen,
+        initial_params=initial_params,
+        start=state_initializer(config, step_spec, pipeline, frozen, initial_params),
+        fingerprint="" if abstract else fingerprint(tensors_from_params(part.params, part.keymap)),
+        inputs={} if abstract else input_fingerprints(config, source),
+    )
+
+
+def make_optimizers(config: ConfigDict, objective: Term) -> dict[str, optax.GradientTransformation]:
+    """Optimizers by role: the student's, and those of the networks that the objective trains."""
+    optimizers = {"student": make_optimizer(config.optim)}
+    for role in CRITICS:
+        if getattr(objective.needs, role):
+            optimizers[role] = make_optimizer(critic_optim(config), config.critic.updates)
+    return optimizers
+
+
+def frozen_networks(
+    config: ConfigDict, settings: Settings, pipeline: Pipeline, params: dict[str, Params]
+) -> dict[str, Params]:
+    """Parameters, in the compute dtype, of the networks that a run reads and does not train."""
+    needs, data = settings.objective.needs, config.data
+    encodes_text = not (data.embeddings or data.latents)
+    is_needed = {
+        pipeline.backbone: needs.uses_teacher,
+        **dict.fromkeys(pipeline.folder.text_encoders, encodes_text),
+        "vae": needs.images and not data.latents or config.preview.every,
+    }
+    return {name: cast(params[name], settings.dtype) for name, yes in is_needed.items() if yes}
+
+
+def state_initializer(
+    config: ConfigDict,
+    step_spec: StepSpec,
+    pipeline: Pipeline,
+    frozen: dict[str, Any],
+    initial_params: Params,
+) -> Callable[[Params], TrainState]:
+    """Function of the initial parameters that returns the state at step 0, in float32.
+
+    Raises: InputError for a discriminator of a network without features.
+    """
+    objective, optimizers = step_spec.objective, step_spec.optimizers
+    if "discriminator" in optimizers:
+        width = feature_width(pipeline, frozen, initial_params)
     key = make_key(config.seed)
 
     def start(initial_params: Params) -> TrainState:
@@ -183,20 +163,8 @@ def prepare(
             for role in optimizers
             if role != "discriminator"
         }
-        if objective.needs.discriminator:
-            roles["discriminator"] = objective.init_discriminator(key, features.shape[-1])
+        if "discriminator" in optimizers:
+            roles["discriminator"] = objective.init_discriminator(key, width)
         return create_state(roles, optimizers)
 
-    identity = "" if abstract else fingerprint(tensors_from_params(part.params, part.keymap))
-    inputs = {} if abstract else input_fingerprints(config, source)
-    return Run(
-        config, pipeline, step_spec, mesh, source, frozen, initial_params, start, identity, inputs
-    )
-
-
-def critic_optim(config: ConfigDict) -> ConfigDict:
-    """Optimizer settings of the critic; those that are None are the student's."""
-    settings = {key: value for key, value in config.critic.items() if value is not None}
-    return ConfigDict(
-        dict(config.optim) | {key: settings[key] for key in config.optim if key in settings}
-    )
+    return start

@@ -35,21 +35,25 @@ def accumulate(
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         return value_and_grad(params, batch)
+    # Neighbours stay in one microbatch where they share a rollout.
+    group = 2 if can_pair(len(batch.stratum) // microbatches) else 1
+    return _accumulate(value_and_grad, params, batch, microbatches, group)
+
+
+def _accumulate(value_and_grad: Callable, params: Params, batch: Batch, parts: int, group: int):
+    """Scan of `accumulate` over `parts` microbatches; `group` neighbours stay in one of them."""
 
     def loss_and_grads(params, part):
         (value, metrics), grads = value_and_grad(params, part)
         scalars, per_sample = split_metrics(metrics)
         return ((value, scalars), grads), per_sample
 
-    # Strided: every device keeps the samples it has, and a share of every microbatch; neighbours
-    # stay in one microbatch where they share a rollout.
-    group = 2 if can_pair(len(batch.stratum) // microbatches) else 1
-
+    # Strided: every device keeps the samples it has, and a share of every microbatch.
     def deal(x, before, after):
         x = x.reshape(before, after, group, *x.shape[1:]).swapaxes(0, 1)
         return x.reshape(len(x), -1, *x.shape[3:])
 
-    split = jax.tree.map(lambda x: deal(x, -1, microbatches), batch)
+    split = jax.tree.map(lambda x: deal(x, -1, parts), batch)
 
     def add(total, part):
         result, per_sample = loss_and_grads(params, part)
@@ -60,10 +64,8 @@ def accumulate(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(loss_and_grads, params, first)[0]
     )
     total, per_sample = jax.lax.scan(add, zeros, split)
-    (value, scalars), grads = jax.tree.map(lambda x: x / microbatches, total)
-    per_sample = jax.tree.map(
-        lambda x: deal(x.reshape(-1), microbatches, -1).reshape(-1), per_sample
-    )
+    (value, scalars), grads = jax.tree.map(lambda x: x / parts, total)
+    per_sample = jax.tree.map(lambda x: deal(x.reshape(-1), parts, -1).reshape(-1), per_sample)
     return (value, scalars | per_sample), grads
 
 
