@@ -146,9 +146,7 @@ def _draw(
     for start in range(0, len(jobs), most):
         part = jobs[start : start + most]
         images = draw(
-            model.pipeline,
-            model.params,
-            model.sampling,
+            model,
             [prompts[p] for p, _ in part],
             np.stack([noise[job] for job in part]),
             batch=args.batch,

@@ -9,6 +9,7 @@ from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, sample_mean
 from gadjax.objectives.common import check_span_fractions, mean_abs, sg, uniform_timesteps
 from gadjax.objectives.compose import Addable
+from gadjax.types import Prediction
 
 # Name -> guidance of the teacher (None: the run's) and of the critic ("same": the teacher's).
 GUIDANCE = {"teacher": (None, 1), "lsg": (None, "same"), "zero": (1, 0), "anti": (1, -1)}
@@ -70,8 +71,7 @@ class SiD(Addable):
         t_B, eps = uniform_timesteps(context, 0.0, 1.0), context.normal("eps")
         loss_B = context.denoiser.denoising_loss(
             context.critic_params,
-            x0,
-            eps,
+            Prediction(x0, eps),
             t_B,
             batch.cond,
             batch.null,

@@ -112,20 +112,32 @@ def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]
             if run["peak_flops"]:
                 peak = run["peak_flops"] * run["devices"]
                 status["utilisation"] = run["flops_per_step"] / seconds / peak
-    if running and age is not None:
-        has_stepped = row.get("time", 0) >= saved.get("time", 0) or row.get("step", 0) > saved.get(
-            "step", 0
+    if running and age is not None and age > _late_seconds(saved, row, config, seconds):
+        status["warning"] = (
+            f"no news for {_duration(age)}: it has probably died; the same command resumes it"
         )
-        limit_seconds = LATE_SECONDS if has_stepped else STARTUP_SECONDS
-        if seconds:
-            log = config.get("log")
-            every = _fields(log if isinstance(log, dict) else {}, {"every": _is_count})
-            limit_seconds += (every.get("every", 1) + LATE_STEPS) * seconds
-        if age > limit_seconds:
-            status["warning"] = (
-                f"no news for {_duration(age)}: it has probably died; the same command resumes it"
-            )
     return status
+
+
+def _late_seconds(
+    saved: dict[str, Any], row: dict[str, Any], config: dict[str, Any], seconds: float | None
+) -> float:
+    """Age in seconds from which the last news of a running run is late.
+
+    Args:
+      saved: fields of status.json.
+      row: last row of metrics.jsonl.
+      config: the run's config.json.
+      seconds: of a step; None where it is not known.
+    """
+    newer_row = row.get("time", 0) >= saved.get("time", 0)
+    has_stepped = newer_row or row.get("step", 0) > saved.get("step", 0)
+    limit_seconds = LATE_SECONDS if has_stepped else STARTUP_SECONDS
+    if seconds:
+        log = config.get("log")
+        every = _fields(log if isinstance(log, dict) else {}, {"every": _is_count})
+        limit_seconds += (every.get("every", 1) + LATE_STEPS) * seconds
+    return limit_seconds
 
 
 def table(status: dict[str, Any]) -> str:

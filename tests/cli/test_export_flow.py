@@ -10,6 +10,7 @@ from workdirs import LENGTH, make_workdir
 
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.pipelines import parity
+from gadjax.pipelines.model import Model
 from gadjax.pipelines.parity import diffusers_arguments
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise
@@ -35,7 +36,7 @@ def difference(folder, sampling=None):
     sampling = sampling or read_sampling(folder, SamplingConfig())
     pipeline, params = load_pipeline(folder)
     noise = initial_noise(7, len(PROMPTS), pipeline.latent)
-    ours = draw(pipeline, params, sampling, PROMPTS, noise) / 2 + 0.5
+    ours = draw(Model(folder.name, pipeline, params, sampling), PROMPTS, noise) / 2 + 0.5
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gadjax.diffusion.denoiser import Denoiser
-from gadjax.diffusion.rollout import rollout
+from gadjax.diffusion.rollout import Orders, rollout
 from gadjax.diffusion.samplers import sample
 from gadjax.diffusion.schedules import DDPM, Flow
 from gadjax.errors import InputError
@@ -118,9 +118,10 @@ def test_every_step_equals_diffusers(config, steps):
     theirs, network_times = diffusers_trajectory(config, steps)
     assert times.shape == (steps + 1,) and times.dtype == np.float64
     np.testing.assert_allclose(our_network_times(config, times), network_times, rtol=1e-6)
-    orders = dict(order=sampler.order, last_order=sampler.last_order)
+    orders = Orders(sampler.order, sampler.last_order)
     with jax.disable_jit():  # a Python loop is faster here than 85 compilations
-        walk = rollout(our_predict(config), sampler.schedule, jnp.asarray(NOISE), times, **orders)
+        predict = our_predict(config)
+        walk = rollout(predict, sampler.schedule, jnp.asarray(NOISE), times, orders=orders)
     for actual, expected in zip([*walk.x, walk.end], theirs, strict=True):
         assert_close(actual, expected)
 
