@@ -28,7 +28,7 @@ import numpy as np
 
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError, short_repr
-from gadjax.io.untrusted import open_file, read_json
+from gadjax.io.untrusted import is_count, is_text, open_file, read_json
 
 VERSION = 1
 TEXT, MASK, POOLED, LATENTS = "text.npy", "mask.npy", "pooled.npy", "latents.npy"
@@ -244,7 +244,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: found no such file; expected a folder written by gadjax embed")
     manifest = read_json(path)
-    text = (lambda value: isinstance(value, str), "text")
+    text = (is_text, "text")
     positive = (_positive, "a positive integer")
     checks = {
         "version": (lambda value: value == VERSION, str(VERSION)),
@@ -265,7 +265,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _positive(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**31  # NumPy's sizes are products of these
+    return is_count(value, 1, 2**31 - 1)  # NumPy's sizes are products of these
 
 
 def _is_shape(value: Any) -> bool:
