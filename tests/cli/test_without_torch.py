@@ -1,9 +1,6 @@
 """Everything but the checks runs where neither torch nor diffusers can be imported."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from programs import run_python
 
 SCRIPT = """
 import sys
@@ -47,14 +44,7 @@ def get_config():
 def test_without_torch(tiny_pipeline, workdir, prompts, tmp_path):
     out, config = tmp_path / "out", tmp_path / "config.py"
     config.write_text(CONFIG.format(teacher=str(tiny_pipeline), prompts=str(prompts)))
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tiny_pipeline, workdir, config, prompts, out],
-        env=os.environ | {"PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", SCRIPT, tiny_pipeline, workdir, config, prompts, out)
     assert done.stderr.count("found no torch and no diffusers") == 2
     assert "Traceback" not in done.stderr
     assert "Not verified" in (out / "student" / "README.md").read_text()

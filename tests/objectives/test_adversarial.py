@@ -1,10 +1,6 @@
 """Logits by hand, gaussians with a known discriminator, and full runs of `gadjax train`."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -25,6 +21,8 @@ from closed_form import (
 )
 from jax.sharding import PartitionSpec as P
 from PIL import Image
+from programs import run_python
+from runs import rows
 from several import flags_for
 
 from gadjax.checkpoints import checkpoint
@@ -416,7 +414,7 @@ def test_a_run_resumes_with_its_discriminator(config, tmp_path, monkeypatch):
         }
 
     def metrics(workdir):
-        return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+        return rows(workdir)[-1]
 
     full, again, two = (tmp_path / name for name in ("whole", "again", "two"))
     assert train(config, full) == 0
@@ -425,13 +423,8 @@ def test_a_run_resumes_with_its_discriminator(config, tmp_path, monkeypatch):
         shutil.rmtree(workdir / "checkpoints" / "2")
     assert train(config, again) == 0
     flags = "--config.mesh.data=1", "--config.mesh.fsdp=2"
-    done = subprocess.run(
-        [sys.executable, "-m", "gadjax", "train", "--config", config, "--workdir", two, *flags],
-        env=os.environ | {"XLA_FLAGS": flags_for(2)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["-m", "gadjax", "train", "--config", config, "--workdir", two, *flags]
+    run_python(*command, XLA_FLAGS=flags_for(2))
 
     before, after = read(full, 1), read(full, 2)
     for part, expected in after.items():

@@ -8,6 +8,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import rows
 
 from gadjax.errors import RunStopped
 from gadjax.runtime.goodput import GoodputClock
@@ -19,10 +20,6 @@ def report(workdir, steps, start=0, batch=1, every=1, **more):
     config = default_config()
     config.steps, config.batch, config.log.every = steps, batch, every
     return Progress(workdir, config, start, **more)
-
-
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(autouse=True)
