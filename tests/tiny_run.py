@@ -74,6 +74,15 @@ def write_pipeline(folder: Path) -> Path:
     return folder
 
 
+def config_file(path: Path, **changes) -> Path:
+    """Write a config file: the default config with nested changes."""
+    path.write_text(
+        "from gadjax.training.config import changed_config, default_config\n\n"
+        f"def get_config():\n    return changed_config(default_config(), {changes!r})\n"
+    )
+    return path
+
+
 # A run of seconds.
 CONFIG = """
 from gadjax.training.config import default_config

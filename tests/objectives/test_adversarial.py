@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 from closed_form import (
     DDPM_WORLD,
     FLOW_WORLD,
@@ -23,11 +24,10 @@ from closed_form import (
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 from programs import run_python
-from runs import rows
 from several import flags_for
+from tiny_run import config_file
 
 from gadjax.checkpoints import checkpoint
-from gadjax.cli.main import main
 from gadjax.errors import InputError
 from gadjax.models import pixart
 from gadjax.objectives import DMD, GAD, TERMS, Adversarial, build
@@ -346,25 +346,6 @@ def test_refusals(options, words):
     assert "\n" not in str(caught.value)
 
 
-CONFIG = """
-from gadjax.training.config import default_config
-
-def get_config():
-    config = default_config()
-    config.teacher = {teacher!r}
-    config.student.steps, config.student.timesteps = 2, (900, 400)
-    # A head large enough that it would need a rule of its own among the networks'.
-    adversarial = {{"weight": 0.005, "hidden": 4096}}
-    config.objective = {{"dmd": {{}}, "adversarial": adversarial, "gad": {{"steps": 1}}}}
-    config.steps, config.batch, config.remat = 2, 4, "none"
-    config.optim.lr = config.critic.lr = 1e-3
-    config.data.update(images={images!r}, length=8)
-    config.checkpoint.every = config.log.every = 1
-    config.preview.every = 0
-    return config
-"""
-
-
 @pytest.fixture(scope="module")
 def config(tiny_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adversarial")
@@ -374,14 +355,22 @@ def config(tiny_pipeline, tmp_path_factory):
         path = folder / "images" / f"{name}.png"
         Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(path)
         path.with_suffix(".txt").write_text(name)
-    path = folder / "config.py"
-    path.write_text(CONFIG.format(teacher=str(tiny_pipeline), images=str(folder / "images")))
-    return path
+    # A head large enough that it would need a rule of its own among the networks'.
+    adversarial = {"weight": 0.005, "hidden": 4096}
+    return config_file(
+        folder / "config.py",
+        teacher=str(tiny_pipeline),
+        student={"steps": 2, "timesteps": (900, 400)},
+        objective={"dmd": {}, "adversarial": adversarial, "gad": {"steps": 1}},
+        **{"steps": 2, "batch": 4, "remat": "none", "optim": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
+        data={"images": str(folder / "images"), "length": 8},
+        **{"checkpoint": {"every": 1}, "log": {"every": 1}, "preview": {"every": 0}},
+    )
 
 
 def train(config, workdir, *flags):
     flags = (f"--config.{flag}" for flag in flags)
-    return main(["train", "--config", str(config), "--workdir", str(workdir), *flags])
+    return runs.train(config, workdir, *flags)
 
 
 def test_the_head_is_replicated(config):
@@ -412,7 +401,7 @@ def test_a_run_resumes_with_its_discriminator(config, tmp_path, monkeypatch):
         }
 
     def metrics(workdir):
-        return rows(workdir)[-1]
+        return runs.rows(workdir)[-1]
 
     full, again, two = (tmp_path / name for name in ("whole", "again", "two"))
     assert train(config, full) == 0
