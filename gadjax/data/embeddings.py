@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gadjax.data.prompts import read_prompts
-from gadjax.errors import InputError, short_repr
+from gadjax.errors import InputError, check_choice, short_repr
 from gadjax.io.untrusted import is_count, is_text, open_file, read_json
 
 VERSION = 1
@@ -127,8 +127,7 @@ def write_embeddings(
         OSError: a write fails.
         ValueError: batches do not match the prompts or `null`.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: found {dtype!r}; expected one of {', '.join(DTYPES)}")
+    check_choice("dtype", dtype, DTYPES)
     length, width = null["text"].shape
     item, pooled = np.dtype(dtype).itemsize, len(null.get("pooled", ()))
     size = (len(prompts) + 1) * (length * (width * item + 1) + pooled * item)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from gadjax.diffusion.schedules import add_noise
-from gadjax.errors import InputError
+from gadjax.errors import check_choice
 from gadjax.objectives.base import Context, Needs, sample_mean
 from gadjax.objectives.common import check_span_fractions, mean_abs, sg, uniform_timesteps
 from gadjax.objectives.compose import Addable
@@ -39,11 +39,7 @@ class SiD(Addable):
     needs = Needs(student=True, critic=True)
 
     def __post_init__(self):
-        if self.guidance not in GUIDANCE:
-            raise InputError(
-                f"objective.sid.guidance: found {self.guidance!r}; expected one of "
-                f"{', '.join(GUIDANCE)}"
-            )
+        check_choice("objective.sid.guidance", self.guidance, GUIDANCE)
         check_span_fractions("sid", self.low, self.high)
 
     def guidance_scales(self, context: Context):
