@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from fixed_network import NOISE, SHAPE, assert_close, network
 
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.rollout import Orders, rollout
@@ -60,15 +61,6 @@ CONFIGS = {
     "flow": dict(FLOW_EULER),
     "flow-shifted": dict(FLOW_EULER, shift=3.0),
 }
-SHAPE = (2, 4, 3, 4)
-NOISE = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
-MIX = (np.random.default_rng(1).normal(size=(4, 4)) / 2).astype(np.float32)
-TOLERANCE = 5e-6
-
-
-def network(xp, x, t):
-    """A fixed network: tanh of a linear map of x, shifted with t. The same in NumPy and JAX."""
-    return xp.tanh(x @ MIX + xp.sin(t / 200))
 
 
 def scheduler(config):
@@ -104,10 +96,6 @@ def our_network_times(config, times):
     """Timesteps that the network gets for times [n + 1], in float32."""
     started = times[:-1].astype(np.float32)
     return np.floor(started) if floors_timesteps(config) else started
-
-
-def assert_close(actual, expected):
-    assert np.abs(np.asarray(actual) - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 20])
