@@ -12,8 +12,7 @@ Hardware: meant for 16 TPU v5e chips or 8 GPUs of 80 GB.
 Result:   not yet run.
 """
 
-from gadjax.errors import InputError
-from gadjax.training.config import default_config
+from gadjax.training.config import variant_config
 
 VARIANTS = {
     "gad": {
@@ -28,13 +27,8 @@ VARIANTS = {
 
 
 def get_config(variant: str = "gad"):
-    if variant not in VARIANTS:
-        raise InputError(
-            f"--config: found the variant {variant!r}; expected one of {', '.join(VARIANTS)}"
-        )
-    config = default_config()
+    config = variant_config(VARIANTS, variant)
     config.teacher = ""  # --config.teacher=PATH/PixArt-XL-2-512x512
-    config.objective = VARIANTS[variant]
     config.steps = 10_000
     config.batch = 128
     config.microbatch = 128

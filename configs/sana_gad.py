@@ -16,8 +16,7 @@ Result:   not yet run.
 The student's times are the 4-step grid of the teacher's own DPM-Solver, which accepts no others.
 """
 
-from gadjax.errors import InputError
-from gadjax.training.config import default_config
+from gadjax.training.config import variant_config
 
 SID = {"sid": {"guidance": "lsg"}}
 GAD = {"gad": {"weight": 1.0, "steps": 4, "loss": "square"}}
@@ -29,14 +28,9 @@ VARIANTS = {
 
 
 def get_config(variant: str = "gad"):
-    if variant not in VARIANTS:
-        raise InputError(
-            f"--config: found the variant {variant!r}; expected one of {', '.join(VARIANTS)}"
-        )
-    config = default_config()
+    config = variant_config(VARIANTS, variant)
     config.teacher = ""  # --config.teacher=PATH/Sana_600M_512px_diffusers
     config.guidance = 4.5
-    config.objective = VARIANTS[variant]
     config.student.timesteps = (999.67, 899.64, 749.62, 499.67)
     config.steps = 10_000
     config.batch = 256

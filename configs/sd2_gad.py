@@ -15,8 +15,7 @@ Hardware: meant for 16 TPU v5e chips or 8 GPUs of 80 GB.
 Result:   not yet run.
 """
 
-from gadjax.errors import InputError
-from gadjax.training.config import default_config
+from gadjax.training.config import variant_config
 
 REGRESSION = {"regression": {"steps": 4}}
 ADVERSARIAL = {"adversarial": {"weight": 0.1, "features": "teacher", "loss": "hinge"}}
@@ -33,14 +32,9 @@ VARIANTS = {
 
 
 def get_config(variant: str = "gad"):
-    if variant not in VARIANTS:
-        raise InputError(
-            f"--config: found the variant {variant!r}; expected one of {', '.join(VARIANTS)}"
-        )
-    config = default_config()
+    config = variant_config(VARIANTS, variant)
     config.teacher = ""  # --config.teacher=PATH/stable-diffusion-2-base
     config.guidance = 7.5
-    config.objective = VARIANTS[variant]
     config.student.timesteps = (899,) if variant.startswith("one") else (899, 674, 449, 224)
     config.student.steps = len(config.student.timesteps)
     config.steps = 10_000

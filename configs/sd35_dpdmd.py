@@ -15,8 +15,7 @@ Hardware: meant for 32 TPU v5e chips or 8 GPUs of 80 GB.
 Result:   not yet run.
 """
 
-from gadjax.errors import InputError
-from gadjax.training.config import default_config
+from gadjax.training.config import variant_config
 
 DMD = {"dmd": {"backprop": "all", "low": 0.0, "high": 1.0}}
 ANCHOR = {"weight": 0.05, "target": "v", "steps": 10, "until": 851.3}
@@ -29,14 +28,9 @@ VARIANTS = {
 
 
 def get_config(variant: str = "dpdmd"):
-    if variant not in VARIANTS:
-        raise InputError(
-            f"--config: found the variant {variant!r}; expected one of {', '.join(VARIANTS)}"
-        )
-    config = default_config()
+    config = variant_config(VARIANTS, variant)
     config.teacher = ""  # --config.teacher=PATH/stable-diffusion-3.5-medium
     config.guidance = 3.5
-    config.objective = VARIANTS[variant]
     config.student.timesteps = (1000.0, 857.69, 602.15, 8.93)
     config.steps = 1_000
     config.batch = 32

@@ -16,8 +16,7 @@ Hardware: meant for 64 TPU v5e chips or 16 GPUs of 80 GB.
 Result:   not yet run.
 """
 
-from gadjax.errors import InputError
-from gadjax.training.config import default_config
+from gadjax.training.config import variant_config
 
 ANCHOR = {"anchor": {"weight": 0.05, "target": "x0", "steps": 10, "until": 666.0}}
 VARIANTS = {
@@ -30,14 +29,9 @@ VARIANTS = {
 
 
 def get_config(variant: str = "dpdmd"):
-    if variant not in VARIANTS:
-        raise InputError(
-            f"--config: found the variant {variant!r}; expected one of {', '.join(VARIANTS)}"
-        )
-    config = default_config()
+    config = variant_config(VARIANTS, variant)
     config.teacher = ""  # --config.teacher=PATH/stable-diffusion-xl-base-1.0
     config.guidance = 8.0
-    config.objective = VARIANTS[variant]
     config.student.timesteps = (999, 749, 499, 249)
     config.steps = 10_000
     config.batch = 128

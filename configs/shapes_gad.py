@@ -15,8 +15,7 @@ Result:   quickstart: docs/results/quickstart/report.md; the others not yet run 
 The student's times are the 4-step grid of the teacher's own DPM-Solver, which accepts no others.
 """
 
-from gadjax.errors import InputError
-from gadjax.training.config import default_config
+from gadjax.training.config import variant_config
 
 GAD = {"weight": 0.3, "steps": 4}
 ANCHOR = {"weight": 0.05, "target": "v", "steps": 4}
@@ -31,14 +30,9 @@ VARIANTS = {
 
 
 def get_config(variant: str = "gad"):
-    if variant not in VARIANTS:
-        raise InputError(
-            f"--config: found the variant {variant!r}; expected one of {', '.join(VARIANTS)}"
-        )
-    config = default_config()
+    config = variant_config(VARIANTS, variant)
     config.teacher = "asset:shapes_flow_teacher"
     config.guidance = 4.0
-    config.objective = VARIANTS[variant]
     config.student.steps = 4
     config.student.timesteps = (999, 749.25, 499.5, 249.75)
     config.steps = 2000

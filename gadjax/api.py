@@ -175,7 +175,7 @@ def sample(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     model = with_sampling(model, steps, guidance, negative, size)
     noise = initial_noise(seed, len(prompts), model.pipeline.latent)
-    images = draw(model.pipeline, model.params, model.sampling, prompts, noise)
+    images = draw(model, prompts, noise)
     if not np.isfinite(images).all():
         raise RunStopped(f"{model.name}: found images that are not finite")
     return to_uint8(images)

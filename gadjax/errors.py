@@ -4,6 +4,7 @@ Untrusted text in them (captions, names, values of configs) is escaped: in a ter
 sequence would move the cursor or colour the rest.
 """
 
+from collections.abc import Collection
 from reprlib import Repr
 from typing import Any
 
@@ -43,3 +44,9 @@ class InputError(_OneLine, ValueError):
 
 class RunStopped(_OneLine, RuntimeError):
     """Run that stopped itself (non-finite values, storage): exit code 3."""
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Check that an option's value is one of the choices. Raises: InputError naming all of them."""
+    if value not in choices:
+        raise InputError(f"{name}: found {value!r}; expected one of {', '.join(choices)}")

@@ -165,7 +165,7 @@ captions = ["this noise"] + [f"{sign} v{n}" for n in (1, 2, 3) for sign in ("les
 moved = np.stack([noises[0] + move for move in moves])
 rows = []
 for name, model in models.items():
-    images = draw(model.pipeline, model.params, model.sampling, [PROMPT] * len(moved), moved)
+    images = draw(model, [PROMPT] * len(moved), moved)
     rows.append((name, to_uint8(images)))
 print(f"pictures: {OUT / '03_same_noises.png'}: the same noises, three models")
 print(f"          {OUT / '03_directions.png'}: one noise, moved along the teacher's directions")

@@ -7,17 +7,19 @@ One `apply` has all roles; the names of the parameters select the formula:
              parameters for each k, so that the gradients of the steps can be distinguished.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from gadjax.analytic import teachers
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.parameterization import from_prediction
 from gadjax.diffusion.schedules import DDPM, Flow
+from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.training.context import Roles, make_context
 from gadjax.training.state import StepSpec
 from gadjax.types import Batch, Cond, Prediction
@@ -87,6 +89,7 @@ class World:
 DDPM_WORLD = World(DDPM(), "eps", (899.0, 674.0, 449.0, 224.0, -1.0))
 FLOW_WORLD = World(Flow(), "flow", (1000.0, 900.0, 750.0, 500.0, 0.0))
 WORLDS = {"ddpm": DDPM_WORLD, "flow": FLOW_WORLD}
+all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 
 
 def one_step(world: World) -> World:
@@ -134,6 +137,39 @@ def make_batch(samples, seed=0, dtype=jnp.float32, text_scale=0.5) -> Batch:
         key=jax.random.split(jax.random.key(seed), samples),
         stratum=jnp.arange(samples, dtype=jnp.int32),
     )
+
+
+def flat(x):
+    """[B, ...] as [B, N] in float64."""
+    return np.asarray(x, float).reshape(len(x), -1)
+
+
+def central(f, x, v, h=1e-5):
+    """Derivative of f at x along v by central differences."""
+    return (f(x + h * v) - f(x - h * v)) / (2 * h)
+
+
+def later_steps(samples, steps=4):
+    """Weights of samples whose drawn step is not the first, with the mean of all."""
+    later = stratified_step_indices(np.arange(samples), steps) > 0
+    return np.where(later, steps / (steps - 1), 0)
+
+
+def law(matrix, bias=0.0, floor=0.0):
+    """Parameters of the gaussian of x0 = A z + bias, z standard normal."""
+    variance, basis = jnp.linalg.eigh(matrix @ matrix.T)
+    mean = jnp.broadcast_to(jnp.float32(bias), (D,))
+    return {"mean": mean, "basis": basis, "variance": jnp.maximum(variance, floor)}
+
+
+def loss_of_x0(term, context):
+    """The term's summed loss as a function of the student's x0 alone."""
+
+    def loss(x0):
+        prediction = Prediction(x0, context.student[0].eps)
+        return term(replace(context, student=(prediction, None)))[0].sum()
+
+    return loss
 
 
 def guided_text(batch: Batch, guidance=GUIDANCE):

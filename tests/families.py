@@ -7,6 +7,7 @@ import torch
 
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 WORDS = ("red", "green", "blue", "circle", "square", "above", "a", "the")
+LONG_WORDS = tuple(word for word in WORDS if len(word) > 1)
 
 
 def clip_tokenizer(pad: str):
@@ -52,12 +53,12 @@ def clip(tokenizer, width: int, act: str, projected: int | None = None, eos: int
     return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
 
 
-def t5(width: int):
+def t5(width: int, words=LONG_WORDS):
     from transformers import T5Config, T5EncoderModel
 
     from gadjax.models.text.tokenizer import build_word_tokenizer
 
-    tokenizer = build_word_tokenizer([word for word in WORDS if len(word) > 1])
+    tokenizer = build_word_tokenizer([*words])
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=width,

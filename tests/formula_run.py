@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 from closed_form import FLOW_WORLD, SHAPE, D, gaussian_params, mixture_params
 
-from gadjax.cli.main import main
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.objectives import TERMS, build
 from gadjax.parallel.placement import batch_shards
@@ -97,7 +96,3 @@ def write_config(folder: Path) -> Path:
     path = folder / "formula.py"
     path.write_text(CONFIG)
     return path
-
-
-def train(config: Path, workdir: Path, *more: str) -> int:
-    return main(["train", "--config", str(config), "--workdir", str(workdir), *more])

@@ -3,12 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
+
+from programs import ROOT, run_python
 
 from gadjax.runtime import distributed
-
-ROOT = Path(__file__).parents[1]
-
 
 OWN = os.environ.get("XLA_FLAGS", "")  # as tests begin: loading libtpu takes those for CPUs away
 
@@ -18,9 +16,14 @@ def flags_for(devices: int) -> str:
     return f"{OWN} --xla_force_host_platform_device_count={devices}".strip()
 
 
+def variables(devices: int) -> dict[str, str]:
+    """Environment of a process with so many devices that are none."""
+    return {"XLA_FLAGS": flags_for(devices), "JAX_PLATFORMS": "cpu"}
+
+
 def start(command: list[str], number: int, count: int, port: int, devices: int, **more: str):
     """One process of a run of `count`, with so many devices of its own."""
-    env = os.environ | {"XLA_FLAGS": flags_for(devices), "JAX_PLATFORMS": "cpu"} | more
+    env = os.environ | variables(devices) | more
     if count > 1:
         env |= {
             distributed.ADDRESS: f"127.0.0.1:{port}",
@@ -33,8 +36,5 @@ def start(command: list[str], number: int, count: int, port: int, devices: int, 
 
 def run_on_devices(count: int, file: str, *arguments: object) -> None:
     """A test's own file as a program on so many devices."""
-    env = os.environ | {"XLA_FLAGS": flags_for(count), "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    command = [sys.executable, file, *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    run_python(file, *arguments, PYTHONPATH=path, **variables(count))

@@ -1,14 +1,13 @@
 """Python API: the same students, images and folders as the commands."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from checkpoints import refused
 from PIL import Image
+from programs import run_python
 from workdirs import make_workdir
 
 import gadjax
@@ -32,7 +31,7 @@ def test_importing_is_instant():
         "import gadjax, sys; assert 'jax' not in sys.modules and 'numpy' not in sys.modules; "
         "assert 'distill' in dir(gadjax); assert gadjax.objectives.DMD and gadjax.load"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code)
     with pytest.raises(AttributeError, match="no attribute 'distil'"):
         gadjax.distil  # noqa: B018
 

@@ -9,6 +9,7 @@ import pytest
 from gadjax.assets import resolve
 from gadjax.data.prompts import read_prompts
 from gadjax.formats.sampling_config import read_sampling
+from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise
 from gadjax.worlds import oracle, shapes
@@ -40,7 +41,11 @@ def test_teacher_is_small_and_as_save_pretrained_writes(folder, tmp_path):
 def test_the_teacher_satisfies_the_oracle(teacher):
     pipeline, params, sampling = teacher
     prompts = shapes.full_prompts(256, seed=7)
-    images = draw(pipeline, params, sampling, prompts, initial_noise(7, 256, pipeline.latent))
+    images = draw(
+        Model("teacher", pipeline, params, sampling),
+        prompts,
+        initial_noise(7, 256, pipeline.latent),
+    )
     assert oracle.adherence(images, prompts).mean() >= 0.95
 
 
@@ -51,7 +56,7 @@ def test_diffusers_samples_the_same_images(teacher):
     pipeline, params, sampling = teacher
     prompts = ["a large blue square at the top left on a grey background", "a shape"]
     noise = initial_noise(3, len(prompts), pipeline.latent)
-    actual = draw(pipeline, params, sampling, prompts, noise) / 2 + 0.5
+    actual = draw(Model("teacher", pipeline, params, sampling), prompts, noise) / 2 + 0.5
     pipe = PixArtAlphaPipeline.from_pretrained(pipeline.folder.path)
     expected = pipe(
         prompts,

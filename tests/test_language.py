@@ -8,6 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "gadjax").rglob("*.py"), *(ROOT / "configs").rglob("*.py")])
+ROOMS = {}  # files by top-level entry of gadjax, and the configs
+for file in FILES:
+    top, entry, *_ = file.relative_to(ROOT).with_suffix("").parts
+    ROOMS.setdefault(entry if top == "gadjax" else top, []).append(file)
 FORBIDDEN = set(
     "told untold said say says tell tells look seen found wanted each own whole beside anew way "
     "bear".split()
@@ -33,21 +37,23 @@ def words(name: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_language(path):
-    tree = ast.parse(path.read_text())
-    problems = [
-        f"{path.name}:{line}: identifier {name!r}"
-        for name, line in identifiers(tree)
-        if words(name) & FORBIDDEN
-    ]
+def problems(path: Path):
+    """Forbidden identifiers and docstrings of a file, one line a problem."""
+    tree, name = ast.parse(path.read_text()), path.relative_to(ROOT)
+    for identifier, line in identifiers(tree):
+        if words(identifier) & FORBIDDEN:
+            yield f"{name}:{line}: identifier {identifier!r}"
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             text = ast.get_docstring(node)
-            name = getattr(node, "name", "module")
             if text is not None and (text.split()[0] in OPENINGS or len(text.split()) < 3):
-                problems.append(f"{path.name}: docstring of {name}: {text.splitlines()[0]!r}")
-    assert not problems, "\n".join(problems)
+                line = node.body[0].lineno
+                yield f"{name}:{line}: docstring {text.splitlines()[0]!r}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_language(room):
+    assert not [problem for path in ROOMS[room] for problem in problems(path)]
 
 
 def test_the_check_sees_what_it_forbids():

@@ -1,14 +1,12 @@
 """Notebooks: jupytext files in percent format that run as scripts."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.py"))}
@@ -18,15 +16,7 @@ all_notebooks = pytest.mark.parametrize("name", NOTEBOOKS)
 @cache
 def output(name, folder):
     """Output of the notebook, run as a script in an empty folder."""
-    run = subprocess.run(
-        [sys.executable, NOTEBOOKS[name]],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
+    return run_python(NOTEBOOKS[name], cwd=folder).stdout
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {".".join(("gadjax", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES}
 MODULES |= {name.removesuffix(".__init__") for name in MODULES}
 
+MAX_LINES, MAX_ARGUMENTS = 60, 6  # lines of a function without its docstring
+# Their arguments are those of the mathematics: arrays, their tangents, residuals and cotangents.
+KERNELS = {"ops/dual_attention", "ops/kernels", "ops/pallas_gpu", "ops/pallas_tpu"}
+LARGE = {  # function -> the reason why it may be larger
+    "api.distill": "public: its arguments are the command's main options",
+    "api.sample": "public: its arguments are the command's main options",
+    "training/config.default_config": "a table: one line an option",
+}
+
 
 def room_of(path: Path) -> str:
     """Of a file of the package."""
@@ -65,6 +74,40 @@ def top_imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     return found
+
+
+def functions(path: Path):
+    """Functions and methods of a file with their names; not __init__ of networks, whose arguments
+    are those of the diffusers class."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        for child in ast.iter_child_nodes(node):
+            network = room_of(path) == "models" and getattr(child, "name", "") == "__init__"
+            if isinstance(child, ast.FunctionDef) and not network:
+                yield child, isinstance(node, ast.ClassDef)
+
+
+def size(function: ast.FunctionDef, is_method: bool) -> tuple[int, int]:
+    """Lines without the docstring, and arguments without self."""
+    lines, first, args = function.end_lineno - function.lineno + 1, function.body[0], function.args
+    if ast.get_docstring(function) is not None:
+        lines -= first.end_lineno - first.lineno + 1
+    plain = [*args.posonlyargs, *args.args, *args.kwonlyargs]
+    count = len(plain) + (args.vararg is not None) + (args.kwarg is not None)
+    has_self = is_method and plain and plain[0].arg in ("self", "cls")
+    return lines, count - bool(has_self)
+
+
+def test_functions_are_short():
+    """No more than MAX_LINES of code and MAX_ARGUMENTS, with reasons for the exceptions."""
+    large = {}
+    for path in FILES:
+        module = str(path.relative_to(PACKAGE).with_suffix(""))
+        for function, is_method in functions(path):
+            lines, arguments = size(function, is_method)
+            if (lines > MAX_LINES or arguments > MAX_ARGUMENTS) and module not in KERNELS:
+                large[f"{module}.{function.name}"] = f"{lines} lines, {arguments} arguments"
+    assert large.keys() - LARGE.keys() == set(), large
+    assert LARGE.keys() - large.keys() == set(), "exceptions that are none any more"
 
 
 def test_every_module_is_in_a_room():

@@ -7,40 +7,15 @@ def build_pipeline():
     """A PixArtAlphaPipeline of diffusers with every parameter random, in float32."""
     import torch
     from diffusers import (
-        AutoencoderKL,
         DPMSolverMultistepScheduler,
         PixArtAlphaPipeline,
         PixArtTransformer2DModel,
     )
-    from transformers import T5Config, T5EncoderModel
-
-    from gadjax.models.text.tokenizer import build_word_tokenizer
+    from families import t5, vae_kl
 
     torch.set_num_threads(1)
-    tokenizer = build_word_tokenizer(["red", "green", "blue", "circle", "square", "above"])
-    text_encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=20,
-            d_kv=6,
-            d_ff=28,
-            num_layers=2,
-            num_heads=4,
-            relative_attention_num_buckets=8,
-            relative_attention_max_distance=16,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-        )
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 12),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
+    tokenizer, text_encoder = t5(20, ("red", "green", "blue", "circle", "square", "above"))
+    vae = vae_kl()
     transformer = PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -72,6 +47,15 @@ def write_pipeline(folder: Path) -> Path:
     """The same as a folder of diffusers."""
     build_pipeline().save_pretrained(folder)
     return folder
+
+
+def config_file(path: Path, **changes) -> Path:
+    """Write a config file: the default config with nested changes."""
+    path.write_text(
+        "from gadjax.training.config import changed_config, default_config\n\n"
+        f"def get_config():\n    return changed_config(default_config(), {changes!r})\n"
+    )
+    return path
 
 
 # A run of seconds.

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from gadjax.checkpoints.leaves import check_leaves, leaves_by_name, nested_dict
 from gadjax.checkpoints.steps import committed_steps, latest_valid_step
-from gadjax.errors import InputError, RunStopped
+from gadjax.errors import InputError, RunStopped, check_choice
 from gadjax.io.manifest import finalize_manifest, verify, write_manifest
 from gadjax.io.storage import absolute, is_remote, move, write_errors
 from gadjax.parallel.sharding import path_name
@@ -249,8 +249,7 @@ def read_params(
       RunStopped where there are checkpoints but no valid one.
     """
     folder = absolute(folder)
-    if part not in PARTS:
-        raise InputError(f"part: found {part!r}; expected one of {', '.join(PARTS)}")
+    check_choice("part", part, PARTS)
     steps = committed_steps(folder)
     if not steps or step is not None and step not in steps:
         listed = ", ".join(map(str, steps)) or "no checkpoint"

@@ -108,15 +108,14 @@ def _describe_guidance(guidance: float, distilled_at: float | None) -> str:
 
 
 def _oracle(name: str | None, teacher: Path):
-    from gadjax.errors import InputError
+    from gadjax.errors import check_choice
     from gadjax.evaluation.oracles import WORLDS
     from gadjax.formats.sampling_config import GADJAX_JSON, read_world
 
     where = "--world"
     if name is None:
         name, where = read_world(teacher) or "none", f"{teacher / GADJAX_JSON}, world"
-    if name not in WORLDS:
-        raise InputError(f"{where}: found {name!r}; expected one of {', '.join(WORLDS)}")
+    check_choice(where, name, WORLDS)
     return name, WORLDS[name]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from gadjax.errors import InputError, RunStopped
+from gadjax.errors import InputError, RunStopped, check_choice
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -22,8 +22,8 @@ def stop_on_write_error(out: Path) -> Iterator[None]:
 
 def parse_dtype(name: str | None):
     """Parse the dtype of weight files; None keeps the files' own. Raises: InputError."""
-    if name is not None and name not in DTYPES:
-        raise InputError(f"--dtype: found {name!r}; expected one of {', '.join(DTYPES)}")
+    if name is not None:
+        check_choice("--dtype", name, DTYPES)
     return name and jnp.dtype(name)
 
 

@@ -21,7 +21,7 @@ from gadjax.api import Model, load, with_sampling
 from gadjax.assets import resolve
 from gadjax.cli.output import check_at_least, stop_on_write_error
 from gadjax.data.prompts import check_prompt, read_prompts
-from gadjax.errors import InputError, RunStopped
+from gadjax.errors import InputError, RunStopped, check_choice
 from gadjax.io.atomic import atomic_folder, check_no_overlap, check_target
 from gadjax.io.image_grid import grid, save_png, to_uint8
 from gadjax.pipelines.known_students import PUBLISHED_STUDENTS
@@ -71,11 +71,8 @@ def run(args: argparse.Namespace) -> int:
     check_seed(args.seed, "--seed", args.per_prompt)
     check_prompt(args.negative or "", "--negative")
     prompts = read_prompts(resolve(args.prompts))
-    if args.student_preset not in (None, *PUBLISHED_STUDENTS):
-        raise InputError(
-            f"--student-preset: found {args.student_preset!r}; expected one of "
-            f"{', '.join(PUBLISHED_STUDENTS)}"
-        )
+    if args.student_preset is not None:
+        check_choice("--student-preset", args.student_preset, PUBLISHED_STUDENTS)
     size = _size(args.size)
     model = load(
         args.model,
@@ -154,9 +151,7 @@ def _draw(
     for start in range(0, len(jobs), most):
         part = jobs[start : start + most]
         images = draw(
-            model.pipeline,
-            model.params,
-            model.sampling,
+            model,
             [prompts[p] for p, _ in part],
             np.stack([noise[job] for job in part]),
             batch=args.batch,

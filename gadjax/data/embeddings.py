@@ -27,8 +27,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gadjax.data.prompts import read_prompts
-from gadjax.errors import InputError, short_repr
-from gadjax.io.untrusted import open_file, read_json
+from gadjax.errors import InputError, check_choice, short_repr
+from gadjax.io.untrusted import is_count, is_text, open_file, read_json
 
 VERSION = 1
 TEXT, MASK, POOLED, LATENTS = "text.npy", "mask.npy", "pooled.npy", "latents.npy"
@@ -127,8 +127,7 @@ def write_embeddings(
         OSError: a write fails.
         ValueError: batches do not match the prompts or `null`.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: found {dtype!r}; expected one of {', '.join(DTYPES)}")
+    check_choice("dtype", dtype, DTYPES)
     length, width = null["text"].shape
     item, pooled = np.dtype(dtype).itemsize, len(null.get("pooled", ()))
     size = (len(prompts) + 1) * (length * (width * item + 1) + pooled * item)
@@ -244,7 +243,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: found no such file; expected a folder written by gadjax embed")
     manifest = read_json(path)
-    text = (lambda value: isinstance(value, str), "text")
+    text = (is_text, "text")
     positive = (_positive, "a positive integer")
     checks = {
         "version": (lambda value: value == VERSION, str(VERSION)),
@@ -265,7 +264,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _positive(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**31  # NumPy's sizes are products of these
+    return is_count(value, 1, 2**31 - 1)  # NumPy's sizes are products of these
 
 
 def _is_shape(value: Any) -> bool:

@@ -70,8 +70,32 @@ def dropout_mask(seed: int, share: float, index: int, size: int) -> np.ndarray:
     return np.array([np.random.default_rng(key).random() < share for key in keys], bool)
 
 
+class Seeded:
+    """Base of sources with a seed, and where they have captions a share of them to drop."""
+
+    seed: int
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        check_seed(self.seed)
+        if not 0 <= self.dropout <= 1:
+            raise InputError(f"dropout: found {self.dropout}; expected a share from 0 to 1")
+
+    def drops(self, index: int, size: int) -> np.ndarray:
+        """Samples without their caption, bool [size], as `dropout_mask`."""
+        return dropout_mask(self.seed, self.dropout, index, size)
+
+
+class Shuffled(Seeded):
+    """Base of sources of len(self) samples in a shuffled order."""
+
+    @cached_property
+    def order(self) -> Order:
+        return Order(len(self), self.seed)
+
+
 @dataclass(frozen=True, eq=False)
-class PromptSource:
+class PromptSource(Shuffled):
     """Shuffled tokenized prompts: ids_NL and mask_NL, integers of any width.
 
     batch: ids_BL, mask_BL, and the indices of the prompts which_B; all int32.
@@ -83,12 +107,8 @@ class PromptSource:
     mask_NL: np.ndarray
     seed: int
 
-    def __post_init__(self):
-        check_seed(self.seed)
-
-    @cached_property
-    def order(self) -> Order:
-        return Order(len(self.ids_NL), self.seed)
+    def __len__(self) -> int:
+        return len(self.ids_NL)
 
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
         which = self.order(index, size)
@@ -97,7 +117,7 @@ class PromptSource:
 
 
 @dataclass(frozen=True, eq=False)
-class EmbeddingSource:
+class EmbeddingSource(Shuffled):
     """Shuffled precomputed prompt embeddings, in the order of PromptSource.
 
     batch: text_BLD in the folder's dtype, mask_BL int32, pooled_BP if the family has it, and the
@@ -109,12 +129,8 @@ class EmbeddingSource:
     embeddings: Embeddings
     seed: int
 
-    def __post_init__(self):
-        check_seed(self.seed)
-
-    @cached_property
-    def order(self) -> Order:
-        return Order(len(self.embeddings.prompts), self.seed)
+    def __len__(self) -> int:
+        return len(self.embeddings.prompts)
 
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
         which = self.order(index, size)
@@ -122,7 +138,7 @@ class EmbeddingSource:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSource:
+class ImageSource(Shuffled):
     """Shuffled captioned images of a folder, decoded on demand.
 
     size: (height, width) after scaling and cropping. dropout: share of captions that are replaced
@@ -138,26 +154,19 @@ class ImageSource:
     seed: int
     dropout: float = 0.0
 
-    def __post_init__(self):
-        check_seed(self.seed)
-        _check_share(self.dropout)
-
-    @cached_property
-    def order(self) -> Order:
-        return Order(len(self.pictures.names), self.seed)
+    def __len__(self) -> int:
+        return len(self.pictures.names)
 
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
         which = self.order(index, size)
         captions = [self.pictures.captions[i] for i in which]
-        ids, mask = self.tokenize(
-            _drop_captions(captions, dropout_mask(self.seed, self.dropout, index, size))
-        )
+        ids, mask = self.tokenize(_drop_captions(captions, self.drops(index, size)))
         image = self.pictures.read(which, self.size)
         return {"ids": ids, "mask": mask, "image": image, "which": which}
 
 
 @dataclass(frozen=True, eq=False)
-class LatentSource:
+class LatentSource(Shuffled):
     """Shuffled precomputed embeddings and latents, in the order of ImageSource.
 
     embeddings: with latents. dropout: as ImageSource's.
@@ -171,26 +180,19 @@ class LatentSource:
     seed: int
     dropout: float = 0.0
 
-    def __post_init__(self):
-        check_seed(self.seed)
-        _check_share(self.dropout)
-
-    @cached_property
-    def texts(self) -> EmbeddingSource:
-        return EmbeddingSource(self.embeddings, self.seed)
+    def __len__(self) -> int:
+        return len(self.embeddings.prompts)
 
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
-        batch, drop_B = (
-            self.texts.batch(index, size),
-            dropout_mask(self.seed, self.dropout, index, size),
-        )
+        which, drop_B = self.order(index, size), self.drops(index, size)
+        batch = self.embeddings.texts(which) | {"which": which}
         for name, value in self.embeddings.null.items():
             batch[name][drop_B] = value
-        return batch | {"x0": self.embeddings.latent_NHWC[batch["which"]].astype(np.float32)}
+        return batch | {"x0": self.embeddings.latent_NHWC[which].astype(np.float32)}
 
 
 @dataclass(frozen=True, eq=False)
-class WorldSource:
+class WorldSource(Seeded):
     """Captioned images of a synthetic world, rendered on demand; sample i is image i of the world.
 
     world: a module with sample_batch(seed, indices) -> (images_BHWC, captions, scenes), such as
@@ -205,15 +207,12 @@ class WorldSource:
     dropout: float = 0.0
 
     def __post_init__(self):
-        check_seed(self.seed)
-        _check_share(self.dropout)
+        super().__post_init__()
         _world(self.world)
 
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
         images, captions, _ = _world(self.world).sample_batch(self.seed, range(index, index + size))
-        ids, mask = self.tokenize(
-            _drop_captions(captions, dropout_mask(self.seed, self.dropout, index, size))
-        )
+        ids, mask = self.tokenize(_drop_captions(captions, self.drops(index, size)))
         return {"ids": ids, "mask": mask, "image": images}
 
 
@@ -238,11 +237,6 @@ class CachedSource:
 
 def _drop_captions(captions: Sequence[str], drop_B: np.ndarray) -> list[str | None]:
     return [None if drop else text for text, drop in zip(captions, drop_B, strict=True)]
-
-
-def _check_share(share: float) -> None:
-    if not 0 <= share <= 1:
-        raise InputError(f"dropout: found {share}; expected a share from 0 to 1")
 
 
 def _world(name: str) -> ModuleType:

@@ -140,13 +140,20 @@ class Denoiser:
         )
 
     def denoising_loss(
-        self, params: Params, x0_BHWC, eps_BHWC, t_B, cond: Cond, null: Cond | None = None, scale=1
+        self,
+        params: Params,
+        target: Prediction,
+        t_B,
+        cond: Cond,
+        null: Cond | None = None,
+        scale=1,
     ):
         """Denoising loss: mean squared error of the raw output at x_t = alpha x0 + sigma eps.
 
         Args:
           params: of the network.
-          x0_BHWC, eps_BHWC, t_B: clean latents, noise and timesteps.
+          target: clean latents and the noise that is added to them.
+          t_B: timesteps.
           cond: conditioning.
           null, scale: conditioning of the negative prompt and guidance scale, where the network is
             trained under guidance.
@@ -154,9 +161,10 @@ class Denoiser:
         Returns: the loss per sample [B].
         """
         alpha, sigma = self.schedule.alpha_sigma(t_B)
-        x_t = expand(alpha, x0_BHWC) * x0_BHWC + expand(sigma, x0_BHWC) * eps_BHWC
-        target = from_prediction(self.parameterization, Prediction(x0_BHWC, eps_BHWC), alpha, sigma)
-        error = self.guided_raw(params, x_t, t_B, cond, null, scale) - target
+        x_t = expand(alpha, target.x0) * target.x0 + expand(sigma, target.x0) * target.eps
+        error = self.guided_raw(params, x_t, t_B, cond, null, scale) - from_prediction(
+            self.parameterization, target, alpha, sigma
+        )
         return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
 
 

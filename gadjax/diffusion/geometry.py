@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gadjax.errors import InputError
+from gadjax.errors import InputError, check_choice
 from gadjax.ops.attention import tangent_pass
 
 GRID_SIDE = 4  # cells a side of the grid on which low-frequency noise is constant
@@ -34,11 +34,7 @@ class Directions:
     count: int = 1
 
     def __post_init__(self):
-        if self.kind not in (*DISTRIBUTIONS, "control"):
-            raise InputError(
-                f"direction: found {self.kind!r}; expected one of "
-                f"{', '.join(DISTRIBUTIONS)}, control"
-            )
+        check_choice("direction", self.kind, (*DISTRIBUTIONS, "control"))
         if self.count < 1:
             raise InputError(f"directions: found {self.count}; expected 1 or more")
 

@@ -29,29 +29,43 @@ class Trajectory(NamedTuple):
     end: jax.Array
 
 
-def coefficients(schedule: NoiseSchedule, times, order: int = 1, last_order: int = 1):
+class Orders(NamedTuple):
+    """Orders of an ODE solver's steps.
+
+    Args:
+      order: 1 is DDIM (Song et al. 2021), Euler in a flow schedule, and DPM-Solver++ (Lu et al.
+        2022) of order 1: all three are the same step. 2 is DPM-Solver++ 2M in its midpoint form,
+        whose first step is of order 1.
+      last: order of the last step of order 2 (1 wherever it ends at sigma = 0).
+    """
+
+    order: int = 1
+    last: int = 1
+
+
+FIRST_ORDER = Orders()
+
+
+def coefficients(schedule: NoiseSchedule, times, orders: Orders = FIRST_ORDER):
     """Solver coefficients (a, b, c), each [n, ...], of the n steps between times [n + 1, ...].
 
     Args:
       schedule: noise schedule.
       times: decreasing times; NumPy or JAX.
-      order: 1 is DDIM (Song et al. 2021), Euler in a flow schedule, and DPM-Solver++ (Lu et al.
-        2022) of order 1: all three are the same step. 2 is DPM-Solver++ 2M in its midpoint form,
-        whose first step is of order 1.
-      last_order: order of the last step of order 2 (1 wherever it ends at sigma = 0).
+      orders: of the solver's steps.
     """
     xp = jnp if isinstance(times, jax.Array) else np
     alpha, sigma = schedule.alpha_sigma(times)
     a = sigma[1:] / sigma[:-1]
     gain = alpha[1:] - a * alpha[:-1]
-    if order == 1:
+    if orders.order == 1:
         return a, gain, xp.zeros_like(a)
     floor = np.finfo(np.asarray(a).dtype if xp is np else a.dtype).tiny
     half_log_snr = xp.log(xp.maximum(alpha, floor)) - xp.log(xp.maximum(sigma, floor))
     width = half_log_snr[1:] - half_log_snr[:-1]
     # 1 / (2 r) with r = (previous width) / (this width).
     weight = xp.concatenate([xp.zeros_like(width[:1]), width[1:] / (2 * width[:-1])])
-    if last_order == 1:
+    if orders.last == 1:
         weight = xp.concatenate([weight[:-1], xp.zeros_like(weight[:1])])
     return a, gain * (1 + weight), -gain * weight
 
@@ -62,8 +76,7 @@ def rollout(
     x_BHWC: jax.Array,
     times,
     *,
-    order: int = 1,
-    last_order: int = 1,
+    orders: Orders = FIRST_ORDER,
     detach_first_step: bool = False,
 ) -> Trajectory:
     """Integrate the probability-flow ODE from times[0] to times[n].
@@ -73,14 +86,12 @@ def rollout(
       schedule: noise schedule.
       x_BHWC: state at times[0].
       times: [n + 1], or [n + 1, B] where every sample has its own interval.
-      order, last_order: as for `coefficients`.
+      orders: of the solver's steps.
       detach_first_step: stop gradients (and tangents: jax.jvp of the end with respect to x_BHWC is
         then zero) between the first step's result and the later steps. prediction[0] keeps its
         gradient.
     """
-    a, b, c = (
-        jnp.asarray(v, x_BHWC.dtype) for v in coefficients(schedule, times, order, last_order)
-    )
+    a, b, c = (jnp.asarray(v, x_BHWC.dtype) for v in coefficients(schedule, times, orders))
     starts = jnp.asarray(times[:-1], x_BHWC.dtype)
     detach = jnp.zeros(len(starts), bool).at[0].set(detach_first_step)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gadjax.diffusion.rollout import rollout
+from gadjax.diffusion.rollout import Orders, rollout
 from gadjax.diffusion.schedules import DDPM, NoiseSchedule
 from gadjax.errors import InputError
 from gadjax.seeds import PRNG_IMPL
@@ -26,7 +26,7 @@ class Sampler:
     Args:
       schedule: noise schedule.
       grid: number of steps n -> times [n + 1] as diffusers sets them, in the schedule's units.
-      order, last_order: as for gadjax.diffusion.rollout.rollout.
+      order, last_order: as in gadjax.diffusion.rollout.Orders.
       takes_timesteps: diffusers accepts timesteps other than the grid's.
       sample_fn: (predict, schedule, z_BHWC, times) -> final latents; None: rollout.
       extra_evaluations: network evaluations in addition to one a step.
@@ -113,8 +113,8 @@ def sample(
     """
     if sampler.sample_fn is not None:
         return sampler.sample_fn(predict, sampler.schedule, z_BHWC, times)
-    orders = {"order": sampler.order, "last_order": sampler.last_order}
-    return rollout(predict, sampler.schedule, z_BHWC, times, **orders).end
+    orders = Orders(sampler.order, sampler.last_order)
+    return rollout(predict, sampler.schedule, z_BHWC, times, orders=orders).end
 
 
 Predict = Callable[[jax.Array, jax.Array], Prediction]

@@ -24,9 +24,7 @@ def draw_sets(
     """
     prompts = [prompt for prompts, _ in sets.values() for prompt in prompts]
     images = draw(
-        model.pipeline,
-        model.params,
-        model.sampling,
+        model,
         prompts,
         np.concatenate([noise for _, noise in sets.values()]),
         batch=batch,

@@ -280,9 +280,7 @@ def _tangents(
         for start in (0, first)
     )
     tangents = map_tangents(
-        model.pipeline,
-        model.params,
-        model.sampling,
+        model,
         [*prompts] * config.tangents,
         z,
         v,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,23 @@ MAX_STEP = 0.2  # largest step, as a share of the noise's norm
 GRADIENT_EVALUATIONS = 4  # cost of the gradient of one evaluation, two of them forward
 
 
+class PixelTargets(NamedTuple):
+    """Targets of N pictures.
+
+    Args:
+      places_N2: target places (x, y) in pixels.
+      distance: (image_HWC, place_2) -> distance of the picture from its target, 0 at best.
+    """
+
+    places_N2: np.ndarray
+    distance: Callable[[jax.Array, jax.Array], jax.Array]
+
+
 def polyak_descent(
     model: Model,
     prompts: Sequence[str],
     noise_NHWC: np.ndarray,
-    places_N2: np.ndarray,
-    distance: Callable[[jax.Array, jax.Array], jax.Array],
+    targets: PixelTargets,
     *,
     batch: int,
     progress: Callable[[int], object] = lambda count: None,
@@ -37,22 +49,21 @@ def polyak_descent(
       model: the model whose sampler is differentiated.
       prompts: N prompts.
       noise_NHWC: the noises to start from.
-      places_N2: target places (x, y) in pixels.
-      distance: (image_HWC, place_2) -> distance of the picture from its target, 0 at best.
+      targets: target places of the N pictures.
       batch: noises at a time.
       progress: called with the number of noises that are done.
     Returns: noises and pictures [N, R, H, W, C] after each of the R numbers in SNAPSHOT_STEPS.
     """
     denoiser = model.pipeline.denoiser
-    pipeline = replace(
-        model.pipeline, denoiser=replace(denoiser, apply=jax.checkpoint(denoiser.apply))
-    )
+    denoiser = replace(denoiser, apply=jax.checkpoint(denoiser.apply))
+    model = replace(model, pipeline=replace(model.pipeline, denoiser=denoiser))
+    pipeline = model.pipeline
 
     def descend(params, z, places, cond, null):
         def distances(z):
             x0 = clean_latent(pipeline, params[pipeline.backbone], model.sampling, z, cond, null)
             image = pipeline.decode(params["vae"], x0)
-            distance_B = jax.vmap(distance)(image, places)
+            distance_B = jax.vmap(targets.distance)(image, places)
             return distance_B.sum(), (distance_B, image)  # every sample's gradient at once
 
         def step(z, _):
@@ -66,11 +77,9 @@ def polyak_descent(
 
     states = map_prompts(
         descend,
-        pipeline,
-        model.params,
-        model.sampling,
+        model,
         prompts,
-        (noise_NHWC, places_N2),
+        (noise_NHWC, targets.places_N2),
         batch=batch,
         progress=progress,
     )

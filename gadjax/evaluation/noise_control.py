@@ -14,6 +14,7 @@ from gadjax.evaluation.interpolation import slerp
 from gadjax.evaluation.layout_control import (
     GRADIENT_EVALUATIONS,
     SNAPSHOT_STEPS,
+    PixelTargets,
     angles_degrees,
     polyak_descent,
 )
@@ -182,8 +183,7 @@ def optimize_noise(
         model,
         prompts,
         noise,
-        places,
-        world.layout.distance,
+        PixelTargets(places, world.layout.distance),
         batch=max(1, batch // GRADIENT_EVALUATIONS),
         progress=lambda done: bar.update(done * MOVE_COST * model.evaluations),
     )

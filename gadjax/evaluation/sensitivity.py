@@ -5,16 +5,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gadjax.diffusion.geometry import tangent
-from gadjax.formats.sampling_config import SamplingConfig
-from gadjax.pipelines.pipeline import Pipeline
+from gadjax.pipelines.model import Model
 from gadjax.pipelines.sampling import clean_latent, map_prompts
-from gadjax.types import Params
 
 
 def map_tangents(
-    pipeline: Pipeline,
-    params: dict[str, Params],
-    sampling: SamplingConfig,
+    model: Model,
     prompts: Sequence[str],
     noise_NHWC: np.ndarray,
     directions_NHWC: np.ndarray,
@@ -27,9 +23,7 @@ def map_tangents(
     Exact (jax.jvp). Costs two to three times as much as sampling N pictures.
 
     Args:
-      pipeline: networks and sampler.
-      params: parameters by component.
-      sampling: steps, guidance and prompt length.
+      model: pipeline, parameters and sampling settings.
       prompts: N prompts.
       noise_NHWC: initial noises.
       directions_NHWC: tangent directions v.
@@ -37,16 +31,16 @@ def map_tangents(
       progress: called with the number of noises that are done.
     """
 
+    pipeline = model.pipeline
+
     def push(params, z, v, cond, null):
         def x0(z):
-            return clean_latent(pipeline, params[pipeline.backbone], sampling, z, cond, null)
+            return clean_latent(pipeline, params[pipeline.backbone], model.sampling, z, cond, null)
 
         return tangent(x0, z, v)[1]
 
     arrays = (noise_NHWC, directions_NHWC)
-    return map_prompts(
-        push, pipeline, params, sampling, prompts, arrays, batch=batch, progress=progress
-    )
+    return map_prompts(push, model, prompts, arrays, batch=batch, progress=progress)
 
 
 def compare_tangents(student: np.ndarray, teacher: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,8 @@ from tqdm import tqdm
 from gadjax.seeds import make_key
 from gadjax.types import Params
 
+EMA_DECAY = 0.995  # lower in the first steps
+
 
 def fit(
     params: Params,
@@ -18,7 +20,6 @@ def fit(
     steps: int,
     lr: float,
     seed: int,
-    average: float = 0.995,
 ) -> Params:
     """Train with AdamW, warm-up and cosine decay to zero.
 
@@ -29,7 +30,6 @@ def fit(
       steps: number of updates.
       lr: peak learning rate.
       seed: of the keys.
-      average: decay of the EMA, lower in the first steps.
     Returns: the EMA of the parameters.
     """
     rate = optax.warmup_cosine_decay_schedule(0.0, lr, min(200, steps // 10), steps)
@@ -43,7 +43,7 @@ def fit(
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, key, *batch)
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        decay = jax.numpy.minimum(average, (1.0 + step) / (10.0 + step))
+        decay = jax.numpy.minimum(EMA_DECAY, (1.0 + step) / (10.0 + step))
         ema = jax.tree.map(lambda m, p: m + (1 - decay) * (p - m), ema, params)
         return params, ema, state, {"loss": value, **metrics}
 

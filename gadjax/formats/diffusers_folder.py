@@ -290,38 +290,32 @@ def _read(part: Component, dtype) -> Params:
 
 
 def write_pipeline(
-    src: Path,
+    pipeline: PipelineFolder,
     dst: Path,
     params: Mapping[str, Params],
     *,
     scheduler: Mapping[str, Any] | None = None,
-    extra_files: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
     dtype=None,
-    variant: str | None = None,
-    allow_pickle: bool = False,
 ) -> Path:
-    """Write a complete pipeline folder atomically: `src` with the parameters of some networks.
+    """Write a complete pipeline folder atomically: `pipeline` with the parameters of some networks.
 
     Args:
-      src: a diffusers pipeline folder. Its configurations are kept and its other parts copied,
-        weights under plain names.
+      pipeline: a diffusers pipeline folder. Its configurations are kept and its other parts
+        copied, weights under plain names.
       dst: the folder to write.
       params: parameters by network name.
       scheduler: replacement of scheduler_config.json, with its `_class_name`.
-      extra_files: content of additional files by name.
       overwrite: replace a pipeline folder at `dst`.
       dtype: dtype of the given networks' files; None keeps the parameters'.
-      variant, allow_pickle: how to read `src`, see `check_pipeline`.
 
     Returns: `dst`.
     Raises: InputError, with nothing written.
     """
-    src, dst = Path(src), Path(dst)
+    src, dst = pipeline.path, Path(dst)
     check_target(dst, overwrite=overwrite, marker=INDEX)
     if dst.resolve() in src.resolve().parents:
         raise InputError(f"{dst}: found {src} inside it; expected a folder elsewhere")
-    pipeline = check_pipeline(src, variant=variant, allow_pickle=allow_pickle)
     for name, given in params.items():
         if name not in pipeline.components:
             raise InputError(f"{src}: found no network {name}; expected one to replace")
@@ -350,9 +344,6 @@ def write_pipeline(
             (out / SCHEDULER).parent.mkdir(exist_ok=True)
             _write_json(out / SCHEDULER, scheduler)
         _write_json(out / INDEX, model_index)
-        for name, content in (extra_files or {}).items():
-            data = content.encode() if isinstance(content, str) else content
-            (out / name).write_bytes(data)
     return dst
 
 

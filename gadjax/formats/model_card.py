@@ -13,7 +13,7 @@ from typing import Any
 from gadjax.errors import InputError, escape_nonprintable
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
 from gadjax.io.markdown import escape_markdown
-from gadjax.io.untrusted import read_json
+from gadjax.io.untrusted import is_count, is_text, read_json
 
 CARD, FORMAT = "README.md", 1
 HEADING = "## Verification"
@@ -216,7 +216,7 @@ def read_report(path: Path) -> dict[str, Any]:
     report = read_json(path)
     try:
         rows = list(report["rows"].values())
-        valid = all(isinstance(row["label"], str) and _is_count(row["evaluations"]) for row in rows)
+        valid = all(is_text(row["label"]) and is_count(row["evaluations"]) for row in rows)
         estimates = [estimate for row in rows for estimate in row["metrics"].values()]
         valid &= all(map(_is_estimate, estimates)) and isinstance(report.get("settings", {}), dict)
     except (KeyError, TypeError, AttributeError):
@@ -226,15 +226,11 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
 def _is_estimate(metric: Mapping[str, Any]) -> bool:
     """True for a metric's Estimate in a report: a finite value, and interval ends or None."""
     numbers = [metric[key] for key in ("value", "low", "high")]
     numbers = [x for i, x in enumerate(numbers) if x is not None or i == 0]
-    return all(isinstance(x, float) and math.isfinite(x) or _is_count(x) for x in numbers)
+    return all(isinstance(x, float) and math.isfinite(x) or is_count(x) for x in numbers)
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:

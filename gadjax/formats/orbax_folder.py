@@ -44,7 +44,7 @@ from gadjax.formats.weights import (
 )
 from gadjax.io.atomic import partial_folder, restore_replaced
 from gadjax.io.manifest import finalize_manifest, verify, write_manifest
-from gadjax.io.untrusted import is_safe_filename, read_json
+from gadjax.io.untrusted import is_safe_filename, is_text, read_json
 from gadjax.models.params import flatten
 from gadjax.models.registry import COMPONENTS, read_network
 from gadjax.types import Params
@@ -123,12 +123,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: found version {version!r}; expected {VERSION}")
     networks = manifest.get("networks")
     if (
-        not isinstance(manifest.get("text"), str)
+        not is_text(manifest.get("text"))
         or not isinstance(networks, dict)
         or not all(
-            is_safe_filename(name)
-            and isinstance(entry, dict)
-            and isinstance(entry.get("fingerprint"), str)
+            is_safe_filename(name) and isinstance(entry, dict) and is_text(entry.get("fingerprint"))
             for name, entry in networks.items()
         )
     ):
@@ -153,7 +151,7 @@ def abstract_folder(folder: Path) -> PipelineFolder:
 def abstract_component(folder: Path, name: str, model_index: Mapping[str, Any]) -> Component:
     """Component from its configuration alone: abstract parameters, no weight files."""
     where, entry = folder / name / "config.json", model_index.get(name)
-    strings = isinstance(entry, list) and all(isinstance(word, str) for word in entry)
+    strings = isinstance(entry, list) and all(map(is_text, entry))
     if not strings or len(entry) != 2 or entry[1] not in COMPONENTS or entry[0] not in STEMS:
         raise InputError(f"{folder / INDEX}: found {name}: {entry}; expected [library, class]")
     config = read_json(where)

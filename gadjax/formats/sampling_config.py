@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.errors import InputError, short_repr
-from gadjax.io.untrusted import read_json
+from gadjax.io.untrusted import is_count, is_number, is_text, read_json
 
 GADJAX_JSON = "gadjax.json"
-MAX_NUMBER, MAX_COUNT = 1e9, 10_000  # a count: sampling steps, tokens of a prompt
+MAX_COUNT = 10_000  # sampling steps, tokens of a prompt
+COUNT = f"a whole number from 1 to {MAX_COUNT}"
 
 
 @dataclass(frozen=True)
@@ -55,27 +56,23 @@ def read_sampling(folder: Path, default: SamplingConfig) -> SamplingConfig:
     if not os.path.lexists(path):
         return default
     cfg = read_json(path)
-    timesteps = cfg.get("timesteps")
+    timesteps, steps = cfg.get("timesteps"), cfg.get("steps", default.steps)
     if timesteps is not None:
-        numbers = isinstance(timesteps, list) and all(_is_number(t) for t in timesteps)
-        if not numbers or not timesteps or sorted(set(timesteps), reverse=True) != timesteps:
-            raise InputError(
-                f"{path}, timesteps: found {short_repr(timesteps)}; expected numbers in falling "
-                "order"
-            )
+        valid = isinstance(timesteps, list) and timesteps and all(map(is_number, timesteps))
+        valid = valid and sorted(set(timesteps), reverse=True) == timesteps
+        _check(valid, path, "timesteps", timesteps, "numbers in falling order")
         timesteps = tuple(float(t) for t in timesteps)
-    steps = _read_count(path, cfg, "steps", len(timesteps) if timesteps else default.steps)
-    if timesteps and steps != len(timesteps):
-        raise InputError(
-            f"{path}, steps: found {steps}; expected {len(timesteps)}, one for each of timesteps"
-        )
-    guidance = cfg.get("guidance", default.guidance)
-    if not _is_number(guidance):
-        raise InputError(f"{path}, guidance: found {short_repr(guidance)}; expected a number")
-    scale = cfg.get("scale", default.scale)
-    if not _is_number(scale) or scale <= 0:
-        raise InputError(f"{path}, scale: found {short_repr(scale)}; expected a positive number")
-    length = _read_count(path, cfg, "length", default.length)
+        steps = cfg.get("steps", len(timesteps))
+    _check(is_count(steps, 1, MAX_COUNT), path, "steps", steps, COUNT)
+    if timesteps:
+        expected = f"{len(timesteps)}, one for each of timesteps"
+        _check(steps == len(timesteps), path, "steps", steps, expected)
+    guidance, scale, length = (
+        cfg.get(key, getattr(default, key)) for key in ("guidance", "scale", "length")
+    )
+    _check(is_number(guidance), path, "guidance", guidance, "a number")
+    _check(is_number(scale) and scale > 0, path, "scale", scale, "a positive number")
+    _check(is_count(length, 1, MAX_COUNT), path, "length", length, COUNT)
     return SamplingConfig(steps, timesteps, float(guidance), length, scale=float(scale))
 
 
@@ -83,8 +80,7 @@ def read_world(folder: Path) -> str | None:
     """Read the name of the toy world that a folder's model was trained on; None if not given."""
     path = Path(folder) / GADJAX_JSON
     world = read_json(path).get("world") if os.path.lexists(path) else None
-    if world is not None and not isinstance(world, str):
-        raise InputError(f"{path}, world: found {short_repr(world)}; expected a name")
+    _check(world is None or is_text(world), path, "world", world, "a name")
     return world
 
 
@@ -96,22 +92,11 @@ def read_teacher_guidance(folder: Path) -> float | None:
     path = Path(folder) / GADJAX_JSON
     teacher = read_json(path).get("teacher") if os.path.lexists(path) else None
     guidance = teacher.get("guidance") if isinstance(teacher, dict) else None
-    if guidance is not None and not _is_number(guidance):
-        raise InputError(
-            f"{path}, teacher.guidance: found {short_repr(guidance)}; expected a number"
-        )
+    valid = guidance is None or is_number(guidance)
+    _check(valid, path, "teacher.guidance", guidance, "a number")
     return guidance
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= MAX_NUMBER  # false for NaN
-
-
-def _read_count(path: Path, cfg: dict[str, Any], key: str, default: int) -> int:
-    value = cfg.get(key, default)
-    if type(value) is not int or not 1 <= value <= MAX_COUNT:
-        raise InputError(
-            f"{path}, {key}: found {short_repr(value)}; expected a whole number from 1 to "
-            f"{MAX_COUNT}"
-        )
-    return value
+def _check(valid: bool, path: Path, key: str, value: Any, expected: str) -> None:
+    if not valid:
+        raise InputError(f"{path}, {key}: found {short_repr(value)}; expected {expected}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from gadjax.diffusion.schedules import DDPM, Flow, NoiseSchedule, TrigFlow
 from gadjax.errors import InputError, short_repr
+from gadjax.io.untrusted import is_count, is_number
 
 DPM = "DPMSolverMultistepScheduler"
 DDIM = "DDIMScheduler"
@@ -16,7 +17,7 @@ PNDM = "PNDMScheduler"
 LCM = "LCMScheduler"
 SCM = "SCMScheduler"
 PIXART = "PixArtAlphaPipeline"
-MAX_TRAIN_TIMESTEPS, MAX_NUMBER = 100_000, 1e9
+MAX_TRAIN_TIMESTEPS = 100_000
 
 PREDICTION_TYPES = {
     "epsilon": "eps",
@@ -32,7 +33,7 @@ def schedule_from_config(cfg: dict) -> NoiseSchedule:
     Raises: InputError for betas that are neither linear nor scaled_linear, or are rescaled.
     """
     name, steps = cfg.get("_class_name"), read_number(cfg, "num_train_timesteps", 1000)
-    if type(steps) is not int or not 1 <= steps <= MAX_TRAIN_TIMESTEPS:
+    if not is_count(steps, 1, MAX_TRAIN_TIMESTEPS):
         raise config_error(
             cfg, "num_train_timesteps", steps, f"a whole number from 1 to {MAX_TRAIN_TIMESTEPS}"
         )
@@ -162,7 +163,7 @@ def check_disabled(cfg: dict, *keys: str) -> None:
 def read_number(cfg: dict, key: str, default: float) -> float:
     """Value of a key that must be a number of moderate size."""
     value = cfg.get(key, default)
-    if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:
+    if not is_number(value):
         raise config_error(cfg, key, value, "a number")
     return value
 

@@ -111,6 +111,21 @@ def _check_depth(value: Any, remaining: int) -> None:
             _check_depth(inner, remaining - 1)
 
 
+def is_number(value: Any, limit: float = 1e9) -> bool:
+    """True for a JSON number of moderate size; not for NaN, true and false."""
+    return type(value) in (int, float) and abs(value) <= limit
+
+
+def is_count(value: Any, least: int = 0, most: int = 2**63 - 1) -> bool:
+    """True for a whole number from `least` to `most`; not for true and false."""
+    return type(value) is int and least <= value <= most
+
+
+def is_text(value: Any) -> bool:
+    """True for a string."""
+    return isinstance(value, str)
+
+
 def is_safe_filename(text: Any) -> bool:
     """True for the name of a file directly in a folder: no path traversal, no unprintable text."""
     return (

@@ -8,6 +8,7 @@ from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
 from gadjax.objectives.common import uniform_timesteps
 from gadjax.objectives.compose import Addable
+from gadjax.types import Prediction
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Denoising(Addable):
         t_B = uniform_timesteps(context, 0.0, 1.0)
         batch = context.batch
         loss_B = context.denoiser.denoising_loss(
-            context.student_params, batch.x0, batch.noise, t_B, batch.cond
+            context.student_params, Prediction(batch.x0, batch.noise), t_B, batch.cond
         )
         if self.balance is None:
             return loss_B, {}

@@ -15,6 +15,7 @@ from gadjax.objectives.common import (
     uniform_timesteps,
 )
 from gadjax.objectives.compose import Addable
+from gadjax.types import Prediction
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class DMD(Addable):
         x0, weight_B = self.output(context)
         t_B = uniform_timesteps(context, 0.0, 1.0)
         loss_B = context.denoiser.denoising_loss(
-            context.critic_params, sg(x0), context.normal("eps"), t_B, context.batch.cond
+            context.critic_params,
+            Prediction(sg(x0), context.normal("eps")),
+            t_B,
+            context.batch.cond,
         )
         return loss_B * weight_B

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from gadjax.diffusion.schedules import add_noise
-from gadjax.errors import InputError
+from gadjax.errors import check_choice
 from gadjax.objectives.base import Context, Needs, sample_mean
 from gadjax.objectives.common import check_span_fractions, mean_abs, sg, uniform_timesteps
 from gadjax.objectives.compose import Addable
+from gadjax.types import Prediction
 
 # Name -> guidance of the teacher (None: the run's) and of the critic ("same": the teacher's).
 GUIDANCE = {"teacher": (None, 1), "lsg": (None, "same"), "zero": (1, 0), "anti": (1, -1)}
@@ -38,11 +39,7 @@ class SiD(Addable):
     needs = Needs(student=True, critic=True)
 
     def __post_init__(self):
-        if self.guidance not in GUIDANCE:
-            raise InputError(
-                f"objective.sid.guidance: found {self.guidance!r}; expected one of "
-                f"{', '.join(GUIDANCE)}"
-            )
+        check_choice("objective.sid.guidance", self.guidance, GUIDANCE)
         check_span_fractions("sid", self.low, self.high)
 
     def guidance_scales(self, context: Context):
@@ -70,8 +67,7 @@ class SiD(Addable):
         t_B, eps = uniform_timesteps(context, 0.0, 1.0), context.normal("eps")
         loss_B = context.denoiser.denoising_loss(
             context.critic_params,
-            x0,
-            eps,
+            Prediction(x0, eps),
             t_B,
             batch.cond,
             batch.null,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gadjax.errors import InputError
+from gadjax.errors import InputError, check_choice
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import LCM, schedule_from_config
 from gadjax.pipelines.pipeline import Pipeline, with_scheduler
@@ -56,10 +56,7 @@ def published_student(name: str, pipeline: Pipeline) -> tuple[Pipeline, Sampling
 
     Raises: InputError for an unknown name, or a pipeline of another family.
     """
-    if name not in PUBLISHED_STUDENTS:
-        raise InputError(
-            f"student_preset: found {name!r}; expected one of {', '.join(PUBLISHED_STUDENTS)}"
-        )
+    check_choice("student_preset", name, PUBLISHED_STUDENTS)
     student, folder = PUBLISHED_STUDENTS[name], pipeline.folder
     family = folder.model_index.get("_class_name")
     if family != student.family:

@@ -23,6 +23,7 @@ from gadjax.formats.diffusers_folder import INDEX, Component, PipelineFolder
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.io.untrusted import read_json
 from gadjax.models.module import functional
+from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise
 from gadjax.types import Cond
@@ -247,7 +248,7 @@ def compare_pictures(folder: Path, prompts: Sequence[str]) -> float:
     sampling = read_sampling(folder, pipeline.sampling)
     noise = initial_noise(0, len(prompts), pipeline.latent)
     with _EXACT():
-        ours = draw(pipeline, params, sampling, prompts, noise) / 2 + 0.5
+        ours = draw(Model(folder.name, pipeline, params, sampling), prompts, noise) / 2 + 0.5
     with _diffusers_errors():
         error = np.abs(ours - _pictures(folder, sampling, prompts, noise)).max()
     return float(error) if np.isfinite(error) else np.inf

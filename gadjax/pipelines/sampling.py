@@ -10,6 +10,7 @@ from gadjax.diffusion.samplers import Sampler, sample
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import PIXART, student_scheduler_config
 from gadjax.formats.schedulers import sampler_from_config
+from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import Pipeline
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
@@ -67,9 +68,7 @@ def clean_latent(
 
 
 def draw(
-    pipeline: Pipeline,
-    params: dict[str, Params],
-    sampling: SamplingConfig,
+    model: Model,
     prompts: Sequence[str],
     noise_NHWC: np.ndarray,
     *,
@@ -79,9 +78,7 @@ def draw(
     """Sample one image per prompt.
 
     Args:
-      pipeline: the pipeline.
-      params: parameters by network, as `load_pipeline` returns them.
-      sampling: steps, timesteps and guidance.
+      model: pipeline, parameters and sampling settings.
       prompts: N prompts.
       noise_NHWC: initial noise of each image.
       batch: images per compiled call.
@@ -90,20 +87,18 @@ def draw(
     Returns: images, float32 [N, H, W, 3] in [-1, 1].
     """
 
+    pipeline = model.pipeline
+
     def images(params, z, cond, null):
-        x0 = clean_latent(pipeline, params[pipeline.backbone], sampling, z, cond, null)
+        x0 = clean_latent(pipeline, params[pipeline.backbone], model.sampling, z, cond, null)
         return pipeline.decode(params["vae"], x0)
 
-    return map_prompts(
-        images, pipeline, params, sampling, prompts, (noise_NHWC,), batch=batch, progress=progress
-    )
+    return map_prompts(images, model, prompts, (noise_NHWC,), batch=batch, progress=progress)
 
 
 def map_prompts(
     f: Callable[..., jax.Array],
-    pipeline: Pipeline,
-    params: dict[str, Params],
-    sampling: SamplingConfig,
+    model: Model,
     prompts: Sequence[str],
     arrays: tuple[np.ndarray, ...],
     *,
@@ -114,9 +109,7 @@ def map_prompts(
 
     Args:
       f: (params, *arrays, cond, null) -> array with the batch axis first.
-      pipeline: the pipeline.
-      params: parameters by network.
-      sampling: prompt length and negative prompt.
+      model: pipeline, parameters by network, prompt length and negative prompt.
       prompts: N prompts.
       arrays: further inputs, [N, ...].
       batch: prompts per compiled call.
@@ -124,11 +117,12 @@ def map_prompts(
 
     Returns: the outputs, concatenated to [N, ...].
     """
+    pipeline, sampling = model.pipeline, model.sampling
     count = len(prompts)
     batch = min(batch, count)
     inputs = (*arrays, *pipeline.tokens(prompts, sampling.length))
     negative_tokens = pipeline.prompts.negative_tokens(sampling.negative, sampling.length)
-    params = jax.device_put(params)
+    params = jax.device_put(model.params)
 
     @jax.jit
     def run(params, inputs, negative_tokens):

@@ -77,8 +77,6 @@ def plan(
         done = dict(zip(programs.steps, compiled, strict=True))
     shapes, update = dict(run.mesh.shape), sum(work[name] * count[name] for name in work)
     speed = utilisation * target.chip.peak / update * batch
-    peak = max(step.peak or math.inf for step in done.values())
-    fits = all(step.fits for step in done.values())
     result = {
         "topology": topology,
         "chip": target.chip.name,
@@ -89,17 +87,7 @@ def plan(
         "mesh": shapes,
         "batch": batch,
         "microbatches": run.step_spec.microbatches,
-        "memory": {
-            "capacity": target.chip.memory,
-            "held": held,
-            "padding": _padding(held, done),
-            "temporary": {name: step.temporary for name, step in done.items()},
-            "step_peak": {name: step.peak for name, step in done.items()},
-            "peak": peak if math.isfinite(peak) else None,
-            "spare": target.chip.memory - peak if math.isfinite(peak) else None,
-            "fits": fits,
-            "said": [step.text for step in done.values() if step.temporary is None],
-        },
+        "memory": _memory(held, done, target.chip.memory),
         "updates": count,
         "flops": {"step": work, "update": update, "image": update / batch},
         "utilisation": utilisation,
@@ -161,6 +149,28 @@ def _check_state(held: dict[str, int], target: Topology, run: Run) -> None:
         f"expected less than the {target.chip.memory / GIB:.1f} GiB of a {target.chip.name} "
         f"(raise mesh.fsdp, now {run.mesh.shape['fsdp']}, or offload, or take more or larger chips)"
     )
+
+
+def _memory(held: dict[str, int], done: dict[str, Compiled], capacity: float) -> dict[str, Any]:
+    """Memory of a chip: what it holds between updates, and what each program needs beyond that.
+
+    Args:
+      held: bytes by content, of `_held`.
+      done: the compiled updates by name.
+      capacity: of the chip, in bytes.
+    """
+    peak = max(step.peak or math.inf for step in done.values())
+    return {
+        "capacity": capacity,
+        "held": held,
+        "padding": _padding(held, done),
+        "temporary": {name: step.temporary for name, step in done.items()},
+        "step_peak": {name: step.peak for name, step in done.items()},
+        "peak": peak if math.isfinite(peak) else None,
+        "spare": capacity - peak if math.isfinite(peak) else None,
+        "fits": all(step.fits for step in done.values()),
+        "said": [step.text for step in done.values() if step.temporary is None],
+    }
 
 
 def _padding(held: dict[str, int], done: dict[str, Compiled]) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any
 from gadjax.errors import InputError, escape_nonprintable
 from gadjax.io.manifest import COMMIT_MARKER
 from gadjax.io.storage import as_path, check_access, is_remote
-from gadjax.io.untrusted import read_json
+from gadjax.io.untrusted import is_count, is_number, is_text, read_json
 from gadjax.runtime.goodput import GOODPUT, KINDS, shares
 
 TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl
@@ -26,35 +26,27 @@ LATE_STEPS, LATE_SECONDS, STARTUP_SECONDS = 10, 60, 1800
 PROGRESS_COLUMNS = ("step", "time", "images_per_second", "goodput")
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30  # NaN is not
+def _is_finite(value: Any) -> bool:
+    return is_number(value, 1e30)
 
 
 def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 1e-9
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    return _is_finite(value) and value > 1e-9
 
 
 STATUS_FIELDS = {
-    "status": _is_text,
-    "text": _is_text,
-    "step": _is_count,
-    "steps": _is_count,
-    "time": _is_number,
+    "status": is_text,
+    "text": is_text,
+    "step": is_count,
+    "steps": is_count,
+    "time": _is_finite,
 }
-ROW_FIELDS = {"step": _is_count, "time": _is_number, "images_per_second": _is_positive}
+ROW_FIELDS = {"step": is_count, "time": _is_finite, "images_per_second": _is_positive}
 RUN_FIELDS = {
-    "device": _is_text,
+    "device": is_text,
     "devices": _is_positive,
-    "processes": _is_count,
-    "flops_per_step": _is_number,
+    "processes": is_count,
+    "flops_per_step": _is_finite,
     "peak_flops": lambda value: value is None or _is_positive(value),
 }
 
@@ -67,7 +59,7 @@ def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]
     workdir, now = as_path(workdir, "WORKDIR"), time.time() if now is None else now
     check_access(workdir)
     config = _read_json(workdir / "config.json")
-    sizes = _fields(config, {"steps": _is_count, "batch": _is_positive})
+    sizes = _fields(config, {"steps": is_count, "batch": _is_positive})
     if len(sizes) < 2:
         fault = "no config.json of a run" if workdir.is_dir() else "no such folder"
         raise InputError(f"{workdir}: found {fault}; expected a workdir of gadjax train")
@@ -112,20 +104,32 @@ def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]
             if run["peak_flops"]:
                 peak = run["peak_flops"] * run["devices"]
                 status["utilisation"] = run["flops_per_step"] / seconds / peak
-    if running and age is not None:
-        has_stepped = row.get("time", 0) >= saved.get("time", 0) or row.get("step", 0) > saved.get(
-            "step", 0
+    if running and age is not None and age > _late_seconds(saved, row, config, seconds):
+        status["warning"] = (
+            f"no news for {_duration(age)}: it has probably died; the same command resumes it"
         )
-        limit_seconds = LATE_SECONDS if has_stepped else STARTUP_SECONDS
-        if seconds:
-            log = config.get("log")
-            every = _fields(log if isinstance(log, dict) else {}, {"every": _is_count})
-            limit_seconds += (every.get("every", 1) + LATE_STEPS) * seconds
-        if age > limit_seconds:
-            status["warning"] = (
-                f"no news for {_duration(age)}: it has probably died; the same command resumes it"
-            )
     return status
+
+
+def _late_seconds(
+    saved: dict[str, Any], row: dict[str, Any], config: dict[str, Any], seconds: float | None
+) -> float:
+    """Age in seconds from which the last news of a running run is late.
+
+    Args:
+      saved: fields of status.json.
+      row: last row of metrics.jsonl.
+      config: the run's config.json.
+      seconds: of a step; None where it is not known.
+    """
+    newer_row = row.get("time", 0) >= saved.get("time", 0)
+    has_stepped = newer_row or row.get("step", 0) > saved.get("step", 0)
+    limit_seconds = LATE_SECONDS if has_stepped else STARTUP_SECONDS
+    if seconds:
+        log = config.get("log")
+        every = _fields(log if isinstance(log, dict) else {}, {"every": is_count})
+        limit_seconds += (every.get("every", 1) + LATE_STEPS) * seconds
+    return limit_seconds
 
 
 def table(status: dict[str, Any]) -> str:
@@ -183,9 +187,9 @@ def _goodput_record(path: Path) -> dict[str, Any]:
     """Starts and seconds by kind of goodput.json; {} without a valid record."""
     record = _read_json(path)
     starts, seconds = record.get("starts"), record.get("seconds")
-    if not _is_count(starts) or not isinstance(seconds, dict):
+    if not is_count(starts) or not isinstance(seconds, dict):
         return {}
-    seconds = _fields(seconds, dict.fromkeys(KINDS, _is_number))
+    seconds = _fields(seconds, dict.fromkeys(KINDS, _is_finite))
     return {"starts": starts, "seconds": seconds} if len(seconds) == len(KINDS) else {}
 
 
@@ -211,7 +215,7 @@ def _row(workdir: Path) -> dict[str, Any]:
             more = {
                 k: v
                 for k, v in row.items()
-                if k not in PROGRESS_COLUMNS and (v is None or _is_number(v))
+                if k not in PROGRESS_COLUMNS and (v is None or _is_finite(v))
             }
             rows.append(_fields(row, ROW_FIELDS) | more)
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gadjax.diffusion.geometry import tangent
-from gadjax.errors import InputError
+from gadjax.errors import InputError, check_choice
 from gadjax.models.params import merge_params
 from gadjax.objectives import TERMS, build
 from gadjax.objectives.base import Needs
@@ -238,8 +238,7 @@ def select_kernels(choice: str, mesh: Mesh, dtype: str) -> str:
 
     Raises: InputError for an unknown choice, or for kernels that these devices do not have.
     """
-    if choice not in ATTENTION:
-        raise InputError(f"attention: found {choice!r}; expected one of {', '.join(ATTENTION)}")
+    check_choice("attention", choice, ATTENTION)
     platform = mesh.devices.flat[0].platform
     if choice == "pallas" and platform not in KERNEL_MODULES:
         raise InputError(

@@ -88,6 +88,20 @@ def default_config() -> ConfigDict:
     )
 
 
+def variant_config(objectives: Mapping[str, Mapping[str, Any]], variant: str) -> ConfigDict:
+    """Default config with the objective of a config file's variant.
+
+    Raises: InputError for a variant that is not one of `objectives`.
+    """
+    if variant not in objectives:
+        raise InputError(
+            f"--config: found the variant {variant!r}; expected one of {', '.join(objectives)}"
+        )
+    config = default_config()
+    config.objective = objectives[variant]
+    return config
+
+
 def read_config(arguments: Sequence[str]) -> ConfigDict:
     """Parse `--config FILE[:variant] --config.a.b=value ...` into a locked config.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.errors import InputError
-from gadjax.formats.diffusers_folder import INDEX, PipelineFolder, write_pipeline
+from gadjax.formats.diffusers_folder import INDEX, PipelineFolder, check_pipeline, write_pipeline
 from gadjax.formats.model_card import CARD, Export, card, metadata_json, read_license, read_report
 from gadjax.formats.orbax_folder import as_diffusers_folder, open_folder
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig, read_world
@@ -69,7 +69,7 @@ def export(
     with atomic_folder(out, overwrite=overwrite, marker=INDEX) as new:
         with as_diffusers_folder(source, out) as src:
             params = {backbone: weights}
-            write_pipeline(src, new, params, scheduler=scheduler, dtype=dtype)
+            write_pipeline(check_pipeline(src), new, params, scheduler=scheduler, dtype=dtype)
         index = read_json(new / INDEX) | {"_class_name": description.pipeline}
         (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         _check_report(report, measured, new / backbone)

@@ -12,6 +12,7 @@ from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.state_dict import check_keys, tensors_from_params
 from gadjax.formats.weights import fingerprint
 from gadjax.io.storage import check_access
+from gadjax.io.untrusted import is_count, is_number, is_text
 from gadjax.models.params import merge_params, split_frozen
 from gadjax.objectives import TERMS, build
 from gadjax.types import Params
@@ -103,9 +104,8 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
         texts = teacher, config["teacher"], config["data"]["world"]
         numbers = *(sampling.timesteps or ()), config["guidance"]
         counts = sampling.length, sampling.steps, config["batch"]
-        valid = all(isinstance(text, str) for text in texts)
-        valid &= all(type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
-        valid &= all(type(n) is int and 0 < n < 2**31 for n in counts)
+        valid = all(map(is_text, texts)) and all(map(is_number, numbers))
+        valid &= all(is_count(n, 1, 2**31 - 1) for n in counts)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):

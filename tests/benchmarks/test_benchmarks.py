@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 from benchmarks import accuracy, attention, plans, run
 from benchmarks.common import Figure, Size
+from programs import run_python
 
 from gadjax.parallel.hardware import find_topology
 
@@ -99,14 +97,8 @@ print(json.dumps([
 @pytest.mark.slow
 def test_placed_buffers_are_those_of_the_finished_program(request, tmp_path):
     pytest.importorskip("libtpu")
-    completed = subprocess.run(
-        [sys.executable, "-c", PLACED, str(tmp_path)],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-        cwd=request.config.rootpath,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    root = request.config.rootpath
+    completed = run_python("-c", PLACED, tmp_path, cwd=root, JAX_PLATFORMS="cpu", XLA_FLAGS="")
     expected, placed = json.loads(completed.stdout.splitlines()[-1])
     assert placed == [
         pytest.approx(expected[0], abs=2**18),

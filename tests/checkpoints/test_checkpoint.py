@@ -5,8 +5,6 @@ import errno
 import json
 import logging
 import os
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -17,7 +15,8 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
-from several import flags_for
+from programs import run_python
+from several import variables
 
 from gadjax.checkpoints import checkpoint
 from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed, read_params
@@ -492,14 +491,7 @@ def test_other_meshes_read_the_same_bits(tmp_path):
         checkpoints.close()
         """
     )
-    flags = {"XLA_FLAGS": flags_for(8), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", script, tmp_path, **variables(8))
     # What eight devices wrote, this process reads on its own.
     state = make_state()  # noqa: F821
     assert_same(restore(tmp_path, shapes(state))[1], state)

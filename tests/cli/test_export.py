@@ -18,6 +18,7 @@ from gadjax.cli.main import main
 from gadjax.formats.diffusers_folder import read_pipeline
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling, read_world
 from gadjax.pipelines import parity
+from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise
 
@@ -70,7 +71,7 @@ def test_diffusers_draws_the_same_by_the_line_in_the_card(student):
     theirs = np.asarray(names["image"], np.float32) / 255
     pipeline, params = load_pipeline(student)
     sampling = read_sampling(student, pipeline.sampling)
-    ours = draw(pipeline, params, sampling, ["a blue circle"], noise)[0] / 2 + 0.5
+    ours = draw(Model("student", pipeline, params, sampling), ["a blue circle"], noise)[0] / 2 + 0.5
     assert np.abs(ours - theirs).max() <= 2 / 255
 
 

@@ -6,10 +6,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from tiny_run import config_file
 from workdirs import LENGTH, make_workdir
 
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.pipelines import parity
+from gadjax.pipelines.model import Model
 from gadjax.pipelines.parity import diffusers_arguments
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise
@@ -35,7 +37,7 @@ def difference(folder, sampling=None):
     sampling = sampling or read_sampling(folder, SamplingConfig())
     pipeline, params = load_pipeline(folder)
     noise = initial_noise(7, len(PROMPTS), pipeline.latent)
-    ours = draw(pipeline, params, sampling, PROMPTS, noise) / 2 + 0.5
+    ours = draw(Model(folder.name, pipeline, params, sampling), PROMPTS, noise) / 2 + 0.5
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
@@ -81,20 +83,16 @@ def test_a_flow_student_keeps_the_grid(
     assert f"num_inference_steps={steps}, guidance_scale=1.0" in card
 
 
-def config_file(folder, teacher, prompts, timesteps, objective):
-    path = folder / "config.py"
-    path.write_text(
-        "from gadjax.training.config import default_config\n"
-        "def get_config():\n"
-        "    config = default_config()\n"
-        f"    config.teacher, config.data.prompts = {str(teacher)!r}, {str(prompts)!r}\n"
-        f"    config.objective, config.student.timesteps = {objective!r}, {timesteps!r}\n"
-        f"    config.student.steps = {len(timesteps)}\n"
-        "    config.steps, config.batch, config.remat = 1, 2, 'none'\n"
-        f"    config.data.length, config.preview.every, config.optim.lr = {LENGTH}, 0, 1e-3\n"
-        "    return config\n"
+def short_run(folder, teacher, prompts, timesteps, objective):
+    return config_file(
+        folder / "config.py",
+        teacher=str(teacher),
+        objective=objective,
+        student={"steps": len(timesteps), "timesteps": timesteps},
+        data={"prompts": str(prompts), "length": LENGTH},
+        **{"steps": 1, "batch": 2, "remat": "none"},
+        **{"preview": {"every": 0}, "optim": {"lr": 1e-3}},
     )
-    return path
 
 
 @pytest.mark.parametrize("kind", [pytest.param("eps", marks=pytest.mark.slow), "flow"])
@@ -102,7 +100,7 @@ def test_a_student_of_one_step_from_training_to_diffusers(
     tiny_pipeline, flow_pipeline, prompts, tmp_path, gadjax, kind
 ):
     teacher, start = {"eps": (tiny_pipeline, 899), "flow": (flow_pipeline, 999)}[kind]
-    config = config_file(tmp_path, teacher, prompts, (start,), {"regression": {"steps": 2}})
+    config = short_run(tmp_path, teacher, prompts, (start,), {"regression": {"steps": 2}})
     run, out = tmp_path / "run", tmp_path / "student"
     gadjax("train", "--config", config, "--workdir", run)
     gadjax("export", "--workdir", run, "--out", out)
@@ -119,7 +117,7 @@ def test_a_student_of_one_step_from_training_to_diffusers(
 
 def test_other_times_are_refused_before_training_and_after(flow_pipeline, prompts, tmp_path, fails):
     words = "found 899, 449; expected 999, 499.5, the grid of 2"
-    config = config_file(tmp_path, flow_pipeline, prompts, (899, 449), DMD)
+    config = short_run(tmp_path, flow_pipeline, prompts, (899, 449), DMD)
     run, out = tmp_path / "run", tmp_path / "out"
     fails(
         ["train", "--config", config, "--workdir", run],

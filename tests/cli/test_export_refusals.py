@@ -8,7 +8,7 @@ import pytest
 from checkpoints import same, state
 from workdirs import make_workdir
 
-from gadjax.formats.diffusers_folder import read_pipeline, write_pipeline
+from gadjax.formats.diffusers_folder import check_pipeline, read_pipeline, write_pipeline
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
 from gadjax.pipelines import parity
@@ -58,7 +58,8 @@ def test_a_teacher_that_moved_or_changed(tiny_pipeline, tmp_path, gadjax, fails,
         assert same(state(out, "vae"), state(tiny_pipeline, "vae"))
     shutil.rmtree(out)
     doubled = jax.tree.map(lambda x: 2 * x, read_pipeline(after).components["transformer"].params)
-    write_pipeline(tiny_pipeline, after, {"transformer": doubled}, overwrite=True)
+    pipeline = check_pipeline(tiny_pipeline)
+    write_pipeline(pipeline, after, {"transformer": doubled}, overwrite=True)
     fails(["export", *flags, "--teacher", after], 2, after / "transformer", out=out)
 
 

@@ -1,10 +1,10 @@
 """gadjax launch: refusals, and the call of the supervisor."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 from gadjax.cli.main import main
 from gadjax.io.storage import as_path
@@ -49,4 +49,4 @@ def test_the_command_starts_train_and_names_its_logs(monkeypatch, tmp_path, caps
 
 def test_it_needs_no_jax():
     code = "import sys; from gadjax.cli import launch, main; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    run_python("-c", code)

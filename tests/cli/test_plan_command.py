@@ -1,10 +1,9 @@
 """gadjax plan as a user calls it, for a GPU that this machine's CPU stands in for."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from programs import run_python
 
 from gadjax.cli.main import main
 from gadjax.parallel import hardware
@@ -56,5 +55,4 @@ def test_absent_gpus_are_cpu_devices_of_another_process():
         "from gadjax.parallel.hardware import find_topology;"
         "print(len(find_topology('h200:3').devices()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "3\n", done.stderr
+    assert run_python("-c", code).stdout == "3\n"

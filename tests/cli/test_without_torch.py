@@ -1,9 +1,7 @@
 """Everything but the checks runs where neither torch nor diffusers can be imported."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from programs import run_python
+from tiny_run import config_file
 
 SCRIPT = """
 import sys
@@ -31,30 +29,17 @@ assert not {name.split(".")[0] for name, m in sys.modules.items() if m} & {"torc
 """
 
 
-CONFIG = """
-from gadjax.training.config import default_config
-
-def get_config():
-    config = default_config()
-    config.teacher, config.data.prompts = {teacher!r}, {prompts!r}
-    config.objective = {{"regression": {{"steps": 1}}}}
-    config.student.steps, config.student.timesteps = 2, (900, 400)
-    config.steps, config.batch, config.data.length, config.remat = 1, 2, 8, "none"
-    return config
-"""
-
-
 def test_without_torch(tiny_pipeline, workdir, prompts, tmp_path):
-    out, config = tmp_path / "out", tmp_path / "config.py"
-    config.write_text(CONFIG.format(teacher=str(tiny_pipeline), prompts=str(prompts)))
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tiny_pipeline, workdir, config, prompts, out],
-        env=os.environ | {"PYTHONPATH": root},
-        capture_output=True,
-        text=True,
+    out = tmp_path / "out"
+    config = config_file(
+        tmp_path / "config.py",
+        teacher=str(tiny_pipeline),
+        objective={"regression": {"steps": 1}},
+        student={"steps": 2, "timesteps": (900, 400)},
+        **{"steps": 1, "batch": 2, "remat": "none"},
+        data={"prompts": str(prompts), "length": 8},
     )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", SCRIPT, tiny_pipeline, workdir, config, prompts, out)
     assert done.stderr.count("found no torch and no diffusers") == 2
     assert "Traceback" not in done.stderr
     assert "Not verified" in (out / "student" / "README.md").read_text()

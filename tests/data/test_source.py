@@ -1,12 +1,11 @@
 """Sources are functions of the sample index: any split, any process; epochs are reshuffled."""
 
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from programs import run_python
 
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
 from gadjax.data.images import open_images
@@ -185,8 +184,7 @@ def test_the_order_is_the_same_in_every_process_and_version():
         # Joining a cluster must come first, so data may not start the devices.
         "from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.splitlines() == [str(expected), "False"]
+    assert run_python("-c", code).stdout.splitlines() == [str(expected), "False"]
 
 
 def test_a_world_gives_its_pictures_and_captions():

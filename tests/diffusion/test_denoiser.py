@@ -137,8 +137,10 @@ def test_denoising_loss(kind, schedule, dtype):
     alpha, sigma = schedule.alpha_sigma(t)
     target = from_prediction(kind, Prediction(x0, eps), alpha, sigma)
     perfect = Denoiser(lambda *_: target, schedule, kind)
-    np.testing.assert_array_equal(perfect.denoising_loss({}, x0, eps, t, COND), np.zeros(B))
-    actual = Denoiser(apply, schedule, kind).denoising_loss(PARAMS, x0, eps, t, COND)
+    np.testing.assert_array_equal(
+        perfect.denoising_loss({}, Prediction(x0, eps), t, COND), np.zeros(B)
+    )
+    actual = Denoiser(apply, schedule, kind).denoising_loss(PARAMS, Prediction(x0, eps), t, COND)
     raw = apply(PARAMS, add_noise(schedule, x0, eps, t), T, COND)
     np.testing.assert_allclose(actual, ((raw - target) ** 2).mean((1, 2, 3)), rtol=1e-5)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gadjax.diffusion.geometry import tangent
-from gadjax.diffusion.rollout import coefficients, interpolate_times, rollout
+from gadjax.diffusion.rollout import Orders, coefficients, interpolate_times, rollout
 from gadjax.diffusion.schedules import DDPM, Flow
 from gadjax.types import Prediction, expand
 
@@ -84,7 +84,7 @@ def test_order_2_is_dpm_solver_2m(schedule):
     lam = np.log(alpha[:-1]) - np.log(sigma[:-1])
     with jax.enable_x64(True):
         predict, x = jax.jit(smooth(schedule, drawn(1, (2, 2), float))), drawn(0, dtype=float)
-        trajectory = rollout(predict, schedule, x, times, order=2)
+        trajectory = rollout(predict, schedule, x, times, orders=Orders(2))
         before = None
         for i in range(4):
             np.testing.assert_allclose(trajectory.x[i], x, rtol=1e-11, atol=1e-12)
@@ -104,8 +104,10 @@ def test_order_2_is_dpm_solver_2m(schedule):
 @orders
 def test_numpy_and_jax_times_agree(schedule, order):
     times = grid(schedule)
-    exact = coefficients(schedule, times, order)
-    traced = jax.jit(lambda t: coefficients(schedule, t, order))(jnp.asarray(times, jnp.float32))
+    exact = coefficients(schedule, times, Orders(order))
+    traced = jax.jit(lambda t: coefficients(schedule, t, Orders(order)))(
+        jnp.asarray(times, jnp.float32)
+    )
     for a, b in zip(exact, traced, strict=True):
         assert a.dtype == np.float64 and np.all(np.isfinite(a))
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
@@ -114,7 +116,7 @@ def test_numpy_and_jax_times_agree(schedule, order):
 @orders
 def test_flow_starts_at_pure_noise(order):
     """At time 1000 alpha is 0 and log(alpha / sigma) is not finite."""
-    actual = coefficients(Flow(), np.array([1000.0, 600.0, 300.0, 0.0]), order)
+    actual = coefficients(Flow(), np.array([1000.0, 600.0, 300.0, 0.0]), Orders(order))
     assert np.all(np.isfinite(np.array(actual)))
     assert actual[1][0] == pytest.approx(0.4)
 
@@ -127,7 +129,7 @@ def test_times_per_sample(schedule, order, as_jax):
     predict, x = smooth(schedule, drawn(1, (2, 2))), drawn(0)
 
     def trajectory(x, times):
-        return rollout(predict, schedule, x, times, order=order)
+        return rollout(predict, schedule, x, times, orders=Orders(order))
 
     if as_jax:
         trajectory, times = jax.jit(trajectory), jnp.asarray(times, jnp.float32)
@@ -142,7 +144,7 @@ def test_times_per_sample(schedule, order, as_jax):
 @orders
 def test_one_step_is_x0(order):
     trajectory = rollout(
-        smooth(Flow(), drawn(1, (2, 2))), Flow(), drawn(0), [999.0, 0.0], order=order
+        smooth(Flow(), drawn(1, (2, 2))), Flow(), drawn(0), [999.0, 0.0], orders=Orders(order)
     )
     np.testing.assert_allclose(trajectory.end, trajectory.prediction.x0[0], rtol=1e-6)
 
@@ -157,11 +159,11 @@ def test_detach_first_step(order):
             step = jnp.argmin(jnp.abs(jnp.asarray(times[:-1]) - t))
             return smooth(schedule, w[step])(x, t)
 
-        return rollout(predict, schedule, z, times, order=order, detach_first_step=cut)
+        return rollout(predict, schedule, z, times, orders=Orders(order), detach_first_step=cut)
 
     def later(w, x, before):
         """Steps 2 to 4 alone, from the (constant) second state and, at order 2, first x0."""
-        a, b, c = coefficients(schedule, times, order)
+        a, b, c = coefficients(schedule, times, Orders(order))
         for i in (1, 2, 3):
             x0 = smooth(schedule, w[i])(x, jnp.asarray(times[i])).x0
             x, before = a[i] * x + b[i] * x0 + c[i] * before, x0
@@ -208,7 +210,9 @@ def test_jvp_and_gradient_of_jvp_equal_central_differences(schedule, order):
     @jax.jit
     def pushed(w, z, v):
         def end(z):
-            return rollout(smooth(schedule, w), schedule, z, grid(schedule), order=order).end
+            return rollout(
+                smooth(schedule, w), schedule, z, grid(schedule), orders=Orders(order)
+            ).end
 
         return tangent(end, z, v)
 
@@ -247,7 +251,8 @@ def errors(schedule, order, last_order, start, end, steps):
         times = np.interp(np.linspace(lam[0], lam[-1], n + 1), lam, fine)
 
         def trajectory(x, times=times):
-            return rollout(predict, schedule, x, times, order=order, last_order=last_order).end
+            orders = Orders(order, last_order)
+            return rollout(predict, schedule, x, times, orders=orders).end
 
         reached, pushed = tangent(trajectory, jnp.asarray(x), jnp.ones(SHAPE))
         actual.append((np.abs(reached - exact).max(), np.abs(pushed - slope).max()))
@@ -280,7 +285,7 @@ def test_convergence_to_x0(schedule):
         for order in (1, 2):
             for n in (25, 100):
                 times = np.linspace(980.0, schedule.clean, n + 1)
-                end = rollout(predict, schedule, jnp.asarray(x), times, order=order).end
+                end = rollout(predict, schedule, jnp.asarray(x), times, orders=Orders(order)).end
                 gaps[order, n] = np.abs(end - exact).max()
     assert gaps[1, 100] < gaps[1, 25] / 3
     assert gaps[2, 100] < gaps[2, 25] / 1.5

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from fixed_network import NOISE, SHAPE, assert_close, network
 
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.samplers import keys_from_noise, sample, step_noise
@@ -31,14 +32,6 @@ CONFIGS = {
     "lcm": LCM,
     "lcm-v": dict(LCM, **SD, prediction_type="v_prediction", timestep_scaling=3.0),
 }
-SHAPE = (2, 4, 3, 4)
-NOISE = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
-MIX = (np.random.default_rng(1).normal(size=(4, 4)) / 2).astype(np.float32)
-TOLERANCE = 5e-6
-
-
-def network(xp, x, t):
-    return xp.tanh(x @ MIX + xp.sin(t / 200))
 
 
 def ours(config, times):
@@ -77,10 +70,6 @@ def theirs(config, monkeypatch, scale=1.0, **arguments):
         result = scheduler.step(output, t, x)
         x = result.prev_sample
     return np.asarray(x) / scale, scheduler.timesteps.numpy(), noises
-
-
-def assert_close(actual, expected):
-    assert np.abs(np.asarray(actual) - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_layout_targets_are_approached(itself, teacher):
     row = control.rows["student"]
     assert row.images_CLHWC.shape == (2, 4, 16, 16, 3)
     noise, targets = control.library.noise_LHWC, control.targets
-    alone = draw(teacher.pipeline, teacher.params, teacher.sampling, ["blue"] * 4, noise)
+    alone = draw(teacher, ["blue"] * 4, noise)
     np.testing.assert_allclose(row.images_CLHWC[1], alone, atol=1e-5)
     assert row.words_CLA.tolist() == [classify(images).tolist() for images in row.images_CLHWC]
     # Every move makes its target half brighter.
@@ -258,7 +258,7 @@ def test_the_report_of_all_tasks(itself, tmp_path):
 
 def test_a_seed_is_that_of_the_sample_command(itself, teacher):
     noise = initial_noise(1, 3, teacher.pipeline.latent)
-    alone = draw(teacher.pipeline, teacher.params, teacher.sampling, PROMPTS, noise)
+    alone = draw(teacher, PROMPTS, noise)
     np.testing.assert_allclose(itself.rows[2].images_PSHWC[:, 1], alone, atol=1e-5)
 
 

@@ -8,6 +8,7 @@ import pytest
 from gadjax.evaluation.layout_control import (
     MAX_STEP,
     SNAPSHOT_STEPS,
+    PixelTargets,
     angles_degrees,
     polyak_descent,
     polyak_step,
@@ -65,7 +66,7 @@ def test_descent_against_steps_computed_by_hand(tiny_pipeline):
     model = Model("model", pipeline, params, sampling)
     z = initial_noise(0, 3, pipeline.latent)
     places = np.float32([[0.1, 0.0], [-0.2, 0.0], [0.3, 0.0]])
-    noises, images = polyak_descent(model, PROMPTS, z, places, brightness, batch=2)
+    noises, images = polyak_descent(model, PROMPTS, z, PixelTargets(places, brightness), batch=2)
     assert noises.shape == (3, len(SNAPSHOT_STEPS), *pipeline.latent)
     np.testing.assert_array_equal(noises[:, 0], z)
     for r in range(len(SNAPSHOT_STEPS)):
@@ -80,12 +81,12 @@ def test_descent_against_steps_computed_by_hand(tiny_pipeline):
         return polyak_step(z, pull(jnp.ones(len(z)))[0], value)
 
     def run(z):
-        return map_prompts(step, pipeline, params, sampling, PROMPTS, (z, places), batch=3)
+        return map_prompts(step, model, PROMPTS, (z, places), batch=3)
 
     by_hand = run(run(z))
     np.testing.assert_allclose(noises[:, SNAPSHOT_STEPS.index(2)], by_hand, atol=1e-3)
     for r in (0, -1):
-        alone = draw(pipeline, params, sampling, PROMPTS, noises[:, r])
+        alone = draw(model, PROMPTS, noises[:, r])
         np.testing.assert_allclose(images[:, r], alone, atol=1e-5)
     off = [
         np.square(100 * (x.mean((1, 2, 3)) - places[:, 0])) for x in (images[:, 0], images[:, -1])

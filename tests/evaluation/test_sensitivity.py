@@ -7,6 +7,7 @@ import pytest
 from gadjax.evaluation.sensitivity import compare_tangents, map_tangents
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.models.params import cast
+from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import clean_latent, map_prompts
 
@@ -48,10 +49,10 @@ def test_tangents_are_derivatives(tiny_pipeline, sampling):
         def x0(params, z, cond, null):
             return clean_latent(pipeline, params["transformer"], sampling, z, cond, null)
 
-        args = pipeline, params, sampling
-        found = map_tangents(*args, PROMPTS, z, v, batch=3)
+        model = Model("model", pipeline, params, sampling)
+        found = map_tangents(model, PROMPTS, z, v, batch=3)
         h = 1e-4
-        ends = map_prompts(x0, *args, PROMPTS * 2, (np.concatenate([z + h * v, z - h * v]),))
+        ends = map_prompts(x0, model, PROMPTS * 2, (np.concatenate([z + h * v, z - h * v]),))
         expected = (ends[:3] - ends[3:]) / (2 * h)
     assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
     assert np.abs(expected).max() > 1e-3

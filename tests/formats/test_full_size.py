@@ -1,14 +1,12 @@
 """Conversion of a folder of PixArt-XL's size and back, with the process's peak memory."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
+from programs import run_python
 from published import PUBLISHED
 
 from gadjax.formats.orbax_folder import abstract_component
@@ -28,10 +26,7 @@ print(before, peak())
 
 def convert(src, dst):
     """Peak bytes beyond those of the program itself."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", MEASURED, str(src), str(dst)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_python("-c", MEASURED, src, dst, JAX_PLATFORMS="cpu")
     before, peak = map(int, done.stdout.split()[-2:])
     return peak - before
 

@@ -39,13 +39,6 @@ def test_strided_views_are_laid_out(tmp_path):
     np.testing.assert_array_equal(dict(open_weights(tmp_path))["w"], tensors["w"])
 
 
-@pytest.fixture
-def good(tmp_path):
-    """A folder with one good file, and that file."""
-    (path,) = write_weights(tmp_path / "net", STEM, numpy_tensors().items())
-    return path
-
-
 def rewrite_header(path, change):
     """Apply `change` to the parsed header and keep the data."""
     data = path.read_bytes()

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from fixed_network import NOISE, SHAPE, assert_close, network
 
 from gadjax.diffusion.denoiser import Denoiser
-from gadjax.diffusion.rollout import rollout
+from gadjax.diffusion.rollout import Orders, rollout
 from gadjax.diffusion.samplers import sample
 from gadjax.diffusion.schedules import DDPM, Flow
 from gadjax.errors import InputError
@@ -60,15 +61,6 @@ CONFIGS = {
     "flow": dict(FLOW_EULER),
     "flow-shifted": dict(FLOW_EULER, shift=3.0),
 }
-SHAPE = (2, 4, 3, 4)
-NOISE = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
-MIX = (np.random.default_rng(1).normal(size=(4, 4)) / 2).astype(np.float32)
-TOLERANCE = 5e-6
-
-
-def network(xp, x, t):
-    """A fixed network: tanh of a linear map of x, shifted with t. The same in NumPy and JAX."""
-    return xp.tanh(x @ MIX + xp.sin(t / 200))
 
 
 def scheduler(config):
@@ -106,10 +98,6 @@ def our_network_times(config, times):
     return np.floor(started) if floors_timesteps(config) else started
 
 
-def assert_close(actual, expected):
-    assert np.abs(np.asarray(actual) - expected).max() <= TOLERANCE * np.abs(expected).max()
-
-
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 20])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_step_equals_diffusers(config, steps):
@@ -118,9 +106,10 @@ def test_every_step_equals_diffusers(config, steps):
     theirs, network_times = diffusers_trajectory(config, steps)
     assert times.shape == (steps + 1,) and times.dtype == np.float64
     np.testing.assert_allclose(our_network_times(config, times), network_times, rtol=1e-6)
-    orders = dict(order=sampler.order, last_order=sampler.last_order)
+    orders = Orders(sampler.order, sampler.last_order)
     with jax.disable_jit():  # a Python loop is faster here than 85 compilations
-        walk = rollout(our_predict(config), sampler.schedule, jnp.asarray(NOISE), times, **orders)
+        predict = our_predict(config)
+        walk = rollout(predict, sampler.schedule, jnp.asarray(NOISE), times, orders=orders)
     for actual, expected in zip([*walk.x, walk.end], theirs, strict=True):
         assert_close(actual, expected)
 

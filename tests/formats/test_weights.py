@@ -10,13 +10,6 @@ from checkpoints import STEM, TORCH, numpy_tensors, refused, torch_tensors
 from gadjax.formats.weights import copy_weights, fingerprint, open_weights, write_weights
 
 
-@pytest.fixture
-def good(tmp_path):
-    """A folder with one good file, and that file."""
-    (path,) = write_weights(tmp_path / "net", STEM, numpy_tensors().items())
-    return path
-
-
 def test_shards_are_those_of_diffusers(tmp_path, torch_pipeline):
     torch_pipeline.vae.save_pretrained(tmp_path / "theirs", max_shard_size=20_000, variant="fp16")
     theirs = open_weights(tmp_path / "theirs", "fp16")

@@ -1,11 +1,8 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from checkpoints import refused
+from programs import run_python
 
 from gadjax.errors import InputError
 from gadjax.io import atomic
@@ -166,14 +163,7 @@ print(json.dumps(seen))
 
 
 def test_kill_at_any_event_leaves_old_or_new(tmp_path, exchanges):
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path, str(exchanges)],
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", KILLED, tmp_path, exchanges)
     at_once, later = zip(*json.loads(done.stdout), strict=True)
     assert len(later) > 20 and set(later) == {"old", "new"}
     assert list(later) == sorted(later, reverse=True)  # the old, then the new

@@ -14,16 +14,12 @@ from fake_srun import free_job_id
 from launching import wait_for
 from several import flags_for
 
+from runs import losses
+
 pytestmark = pytest.mark.slow  # compiles the updates for eight devices on three meshes
 STEPS = 16
 MESH = "--config.mesh.data=2", "--config.mesh.fsdp=4"
 OTHER = "--config.mesh.data=1", "--config.mesh.fsdp=8"
-
-
-def losses(workdir) -> dict[int, float]:
-    lines = workdir / "metrics.jsonl"
-    rows = map(json.loads, lines.read_text().splitlines()) if lines.exists() else ()
-    return {row["step"]: row["student/loss"] for row in rows}
 
 
 def status(workdir) -> dict:

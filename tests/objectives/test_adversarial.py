@@ -1,10 +1,6 @@
 """Logits by hand, gaussians with a known discriminator, and full runs of `gadjax train`."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -20,20 +16,22 @@ from closed_form import (
     D,
     World,
     gaussian_params,
+    later_steps,
     make_batch,
     one_step,
 )
 from jax.sharding import PartitionSpec as P
 from PIL import Image
+from programs import run_python
 from several import flags_for
+from tiny_run import config_file
 
+import runs
 from gadjax.checkpoints import checkpoint
-from gadjax.cli.main import main
 from gadjax.errors import InputError
 from gadjax.models import pixart
 from gadjax.objectives import DMD, GAD, TERMS, Adversarial, build
 from gadjax.parallel.sharding import path_name
-from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.training.compile import compile_steps
 from gadjax.training.config import read_config
 from gadjax.training.context import Roles, make_context
@@ -201,9 +199,7 @@ def test_a_detached_first_step_has_no_weight():
 
     full, cut = both()
     for a, b in zip(full, cut, strict=True):
-        np.testing.assert_allclose(
-            b, a * np.where(stratified_step_indices(np.arange(B), 4), 4 / 3, 0), rtol=1e-5
-        )
+        np.testing.assert_allclose(b, a * later_steps(B), rtol=1e-5)
 
 
 def data(batch, number, mean, spread):
@@ -351,25 +347,6 @@ def test_refusals(options, words):
     assert "\n" not in str(caught.value)
 
 
-CONFIG = """
-from gadjax.training.config import default_config
-
-def get_config():
-    config = default_config()
-    config.teacher = {teacher!r}
-    config.student.steps, config.student.timesteps = 2, (900, 400)
-    # A head large enough that it would need a rule of its own among the networks'.
-    adversarial = {{"weight": 0.005, "hidden": 4096}}
-    config.objective = {{"dmd": {{}}, "adversarial": adversarial, "gad": {{"steps": 1}}}}
-    config.steps, config.batch, config.remat = 2, 4, "none"
-    config.optim.lr = config.critic.lr = 1e-3
-    config.data.update(images={images!r}, length=8)
-    config.checkpoint.every = config.log.every = 1
-    config.preview.every = 0
-    return config
-"""
-
-
 @pytest.fixture(scope="module")
 def config(tiny_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adversarial")
@@ -379,14 +356,22 @@ def config(tiny_pipeline, tmp_path_factory):
         path = folder / "images" / f"{name}.png"
         Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(path)
         path.with_suffix(".txt").write_text(name)
-    path = folder / "config.py"
-    path.write_text(CONFIG.format(teacher=str(tiny_pipeline), images=str(folder / "images")))
-    return path
+    # A head large enough that it would need a rule of its own among the networks'.
+    adversarial = {"weight": 0.005, "hidden": 4096}
+    return config_file(
+        folder / "config.py",
+        teacher=str(tiny_pipeline),
+        student={"steps": 2, "timesteps": (900, 400)},
+        objective={"dmd": {}, "adversarial": adversarial, "gad": {"steps": 1}},
+        **{"steps": 2, "batch": 4, "remat": "none", "optim": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
+        data={"images": str(folder / "images"), "length": 8},
+        **{"checkpoint": {"every": 1}, "log": {"every": 1}, "preview": {"every": 0}},
+    )
 
 
 def train(config, workdir, *flags):
     flags = (f"--config.{flag}" for flag in flags)
-    return main(["train", "--config", str(config), "--workdir", str(workdir), *flags])
+    return runs.train(config, workdir, *flags)
 
 
 def test_the_head_is_replicated(config):
@@ -417,7 +402,7 @@ def test_a_run_resumes_with_its_discriminator(config, tmp_path, monkeypatch):
         }
 
     def metrics(workdir):
-        return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+        return runs.rows(workdir)[-1]
 
     full, again, two = (tmp_path / name for name in ("whole", "again", "two"))
     assert train(config, full) == 0
@@ -426,13 +411,8 @@ def test_a_run_resumes_with_its_discriminator(config, tmp_path, monkeypatch):
         shutil.rmtree(workdir / "checkpoints" / "2")
     assert train(config, again) == 0
     flags = "--config.mesh.data=1", "--config.mesh.fsdp=2"
-    done = subprocess.run(
-        [sys.executable, "-m", "gadjax", "train", "--config", config, "--workdir", two, *flags],
-        env=os.environ | {"XLA_FLAGS": flags_for(2)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["-m", "gadjax", "train", "--config", config, "--workdir", two, *flags]
+    run_python(*command, XLA_FLAGS=flags_for(2))
 
     before, after = read(full, 1), read(full, 2)
     for part, expected in after.items():

@@ -10,9 +10,10 @@ from closed_form import (
     DDPM_WORLD,
     FLOW_WORLD,
     GUIDANCE,
-    WORLDS,
     D,
     World,
+    all_worlds,
+    flat,
     gaussian_params,
     gaussian_walk,
     guided_text,
@@ -33,12 +34,7 @@ from gadjax.training.backward_simulation import stratified_step_indices
 from gadjax.training.state import create_state
 from gadjax.training.steps import student_step
 
-all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 12
-
-
-def flat(x):
-    return np.asarray(x, float).reshape(len(x), D)
 
 
 def walked(world, batch, teacher, steps):

@@ -16,7 +16,9 @@ import pytest
 from closed_form import (
     FLOW_WORLD,
     D,
+    flat,
     gaussian_params,
+    law,
     make_batch,
     mixture_params,
     one_step,
@@ -41,19 +43,15 @@ SAMPLES = 256
 HALF = {"float16": jnp.float16, "bfloat16": jnp.bfloat16}
 
 
-def rows(x):
-    return np.asarray(x, np.float64).reshape(len(x), -1)
-
-
 def cosines(a, b):
     """Cosines per sample; 0 if rounding has left nothing."""
-    a, b = rows(a), rows(b)
+    a, b = flat(a), flat(b)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return (a * b).sum(1) / np.maximum(lengths, np.finfo(float).tiny)
 
 
 def ratios(a, b):
-    return np.linalg.norm(rows(a), axis=1) / np.linalg.norm(rows(b), axis=1)
+    return np.linalg.norm(flat(a), axis=1) / np.linalg.norm(flat(b), axis=1)
 
 
 def rounded(x, dtype):
@@ -276,9 +274,7 @@ def linear_world():
     world = one_step(FLOW_WORLD)
     student = world.student_params(scale=0.4)
     student["step0"]["bias"] = jnp.zeros(D)
-    matrix = student["step0"]["matrix"]
-    variance, basis = jnp.linalg.eigh(matrix @ matrix.T)
-    return world, student, {"mean": jnp.zeros(D), "basis": basis, "variance": variance}
+    return world, student, law(student["step0"]["matrix"])
 
 
 def test_g_the_score_form_has_no_gradient_on_average():

@@ -11,6 +11,7 @@ from closed_form import (
     SHAPE,
     D,
     World,
+    flat,
     gaussian_map,
     gaussian_params,
     gaussian_walk,
@@ -66,10 +67,6 @@ def smooth_params(scale=0.0, seed=1, dtype=jnp.float32):
 def flow_map(teacher, text=0.0):
     mean = teacher["mean"] + jnp.asarray(text, teacher["mean"].dtype)
     return {"mean": mean, "slope": teacher["variance"], "axes": teacher["basis"]}
-
-
-def flat(x):
-    return np.asarray(x, float).reshape(len(x), -1)
 
 
 def predictors(world, batch, student, teacher):

@@ -2,11 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import SHAPE, WORLDS, D, World, gaussian_params, make_batch
+from closed_form import SHAPE, WORLDS, D, World, all_worlds, gaussian_params, make_batch
 
 from gadjax.objectives import Denoising
 
-all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 4096
 
 

@@ -8,9 +8,11 @@ from closed_form import (
     DDPM_WORLD,
     FLOW_WORLD,
     GUIDANCE,
-    WORLDS,
     D,
+    all_worlds,
     gaussian_params,
+    law,
+    loss_of_x0,
     make_batch,
     one_step,
 )
@@ -19,9 +21,7 @@ from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives import DMD, Anchor
 from gadjax.training.backward_simulation import stratified_step_indices
-from gadjax.types import Prediction
 
-all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 64
 
 
@@ -32,17 +32,12 @@ def test_gradient_is_critic_minus_teacher_over_the_mean_distance(world):
     @jax.jit
     def run(batch, student, critic, teacher):
         context = world.context(term, batch, student, critic, teacher)
-
-        def loss(x0):
-            pred = Prediction(x0, context.student[0].eps)
-            return term(replace(context, student=(pred, None)))[0].sum()
-
         x0 = context.student[0].x0
         t = jnp.floor((0.1 + 0.8 * context.uniform("t")) * 1000) + world.schedule.clean + 1
         x_t = add_noise(world.schedule, x0, context.normal("eps"), t)
         fake = world.denoiser(critic, x_t, t, batch.cond).x0
         real = world.denoiser.guided(teacher, x_t, t, batch.cond, batch.null, GUIDANCE).x0
-        return jax.grad(loss)(x0), term(context), t, x0, fake, real
+        return jax.grad(loss_of_x0(term, context))(x0), term(context), t, x0, fake, real
 
     batch, critic, teacher = make_batch(B), gaussian_params(3), gaussian_params(0)
     gradient, (loss_B, metrics), t, x0, fake, real = jax.device_get(
@@ -61,10 +56,8 @@ def test_a_step_down_moves_the_student_towards_the_teacher():
     """The critic has the student's distribution, and the teacher's differs in the mean alone."""
     world = one_step(DDPM_WORLD)
     student = world.student_params()
-    root = np.asarray(student["step0"]["matrix"], float)
-    variance, basis = np.linalg.eigh(root @ root.T)
-    critic = {"mean": student["step0"]["bias"], "basis": basis, "variance": variance + 1e-3}
-    critic = jax.tree.map(jnp.float32, critic)
+    critic = law(student["step0"]["matrix"], student["step0"]["bias"])
+    critic["variance"] += 1e-3
     towards = np.linspace(-1, 1, D, dtype=np.float32)
     teacher = critic | {"mean": critic["mean"] + towards}
     batch = make_batch(B, text_scale=0.0)
@@ -200,10 +193,7 @@ def test_the_critic_learns_to_denoise_the_students_samples():
     """Its loss is least at the posterior of the student's samples."""
     world, samples = one_step(FLOW_WORLD), 4096
     student = world.student_params()
-    root = np.asarray(student["step0"]["matrix"], float)
-    variance, basis = np.linalg.eigh(root @ root.T)
-    right = {"mean": student["step0"]["bias"], "basis": basis, "variance": variance}
-    right = jax.tree.map(jnp.float32, right)
+    right = law(student["step0"]["matrix"], student["step0"]["bias"])
     batch = make_batch(samples, text_scale=0.0)
 
     @jax.jit

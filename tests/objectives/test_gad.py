@@ -10,7 +10,10 @@ from closed_form import (
     GUIDANCE,
     WORLDS,
     D,
+    all_worlds,
+    central,
     exact_map,
+    flat,
     gaussian_map,
     gaussian_params,
     gaussian_walk,
@@ -30,16 +33,7 @@ from gadjax.objectives.common import student_map, student_tangents
 from gadjax.training.backward_simulation import stratified_step_indices
 
 SQUARE = {"loss": "square"}
-all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 ends = pytest.mark.parametrize("end", ["next", "clean"])
-
-
-def flat(x):
-    return np.asarray(x, float).reshape(len(x), -1)
-
-
-def central(f, x, v, h=1e-5):
-    return (f(x + h * v) - f(x - h * v)) / (2 * h)
 
 
 @pytest.mark.parametrize("name,end", [("ddpm", "clean"), ("flow", "next")])

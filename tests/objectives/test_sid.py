@@ -7,6 +7,7 @@ from closed_form import (
     FLOW_WORLD,
     GUIDANCE,
     WORLDS,
+    all_worlds,
     gaussian_params,
     make_batch,
     mixture_params,
@@ -16,7 +17,6 @@ from closed_form import (
 from gadjax.diffusion.schedules import add_noise
 from gadjax.objectives import DMD, GAD, Anchor, SiD
 
-all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 8
 
 

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import jax
 import numpy as np
 import pytest
@@ -7,17 +5,17 @@ from closed_form import (
     DDPM_WORLD,
     FLOW_WORLD,
     GUIDANCE,
-    WORLDS,
     D,
+    all_worlds,
     gaussian_params,
+    later_steps,
+    loss_of_x0,
     make_batch,
 )
 
 from gadjax.objectives import TDM, Anchor
 from gadjax.training.backward_simulation import stratified_step_indices
-from gadjax.types import Prediction
 
-all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 B = 64
 
 
@@ -48,11 +46,6 @@ def test_gradient_is_critic_minus_teacher_at_the_renoised_next_latent(world, hub
     @jax.jit
     def run(batch, student, critic, teacher):
         context = world.context(term, batch, student, critic, teacher)
-
-        def loss(x0):
-            pred = Prediction(x0, context.student[0].eps)
-            return term(replace(context, student=(pred, None)))[0].sum()
-
         pred = context.student[0]
         _, tau, fresh = term.renoised(context)
 
@@ -65,7 +58,7 @@ def test_gradient_is_critic_minus_teacher_at_the_renoised_next_latent(world, hub
         x_tau = a / b * (b * pred.x0 + r * pred.eps) + spread * fresh
         fake = world.denoiser(critic, x_tau, tau, batch.cond).x0
         real = world.denoiser.guided(teacher, x_tau, tau, batch.cond, batch.null, GUIDANCE).x0
-        return jax.grad(loss)(pred.x0), term(context)[0], pred.x0, fake, real
+        return jax.grad(loss_of_x0(term, context))(pred.x0), term(context)[0], pred.x0, fake, real
 
     batch, critic, teacher = make_batch(B), gaussian_params(3), gaussian_params(0)
     gradient, loss_B, x0, fake, real = jax.device_get(
@@ -112,6 +105,6 @@ def test_the_anchors_step_has_no_weight():
         return [(TDM()(c)[0], TDM().critic_loss(c)) for c in (context, alone)]
 
     masked, plain = jax.device_get(run(student, critic, teacher))
-    weight = np.where(stratified_step_indices(np.arange(B), 4), 4 / 3, 0)
+    weight = later_steps(B)
     for a, b in zip(masked, plain, strict=True):
         np.testing.assert_allclose(a, b * weight, rtol=1e-5)

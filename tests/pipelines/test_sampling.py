@@ -5,6 +5,7 @@ import pytest
 
 from gadjax.errors import InputError
 from gadjax.formats.sampling_config import SamplingConfig
+from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise, sampler_and_times
 
@@ -39,7 +40,7 @@ def test_teacher_samples_equal_diffusers(torch_pipeline, loaded):
     pipeline, params = loaded
     noise = initial_noise(0, 3, pipeline.latent)
     sampling = SamplingConfig(5, None, 3.0, LENGTH)
-    ours = draw(pipeline, params, sampling, PROMPTS, noise)
+    ours = draw(Model("model", pipeline, params, sampling), PROMPTS, noise)
     torch_pipeline.set_progress_bar_config(disable=True)
     expected = 2 * theirs(torch_pipeline, noise, sampling) - 1
     assert expected.std() > 0.1
@@ -62,7 +63,7 @@ def test_student_samples_equal_diffusers(torch_pipeline, loaded):
     pipe.set_progress_bar_config(disable=True)
     noise = initial_noise(0, 3, pipeline.latent)
     sampling = SamplingConfig(3, (899, 674, 300), 1.0, LENGTH)
-    ours = draw(pipeline, params, sampling, PROMPTS, noise)
+    ours = draw(Model("model", pipeline, params, sampling), PROMPTS, noise)
     np.testing.assert_allclose(ours, 2 * theirs(pipe, noise, sampling) - 1, atol=2e-5)
 
 
@@ -70,12 +71,9 @@ def test_batches_make_no_difference(loaded):
     pipeline, params = loaded
     noise = initial_noise(3, 3, pipeline.latent)
     done = []
-    images = draw(pipeline, params, SamplingConfig(2, None, 2.0, LENGTH), PROMPTS, noise)
-    parts = draw(
-        *(pipeline, params, SamplingConfig(2, None, 2.0, LENGTH), PROMPTS, noise),
-        batch=2,
-        progress=done.append,
-    )
+    model = Model("model", pipeline, params, SamplingConfig(2, None, 2.0, LENGTH))
+    images = draw(model, PROMPTS, noise)
+    parts = draw(model, PROMPTS, noise, batch=2, progress=done.append)
     assert images.shape == (3, 16, 16, 3) and images.dtype == np.float32
     assert np.abs(images).max() <= 1
     np.testing.assert_allclose(parts, images, atol=1e-5)

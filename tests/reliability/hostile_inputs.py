@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 from one_input import Target
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -18,6 +19,7 @@ from PIL import Image, ImageFont  # noqa: E402
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings  # noqa: E402
 from gadjax.data.images import open_images  # noqa: E402
 from gadjax.data.prompts import read_prompts  # noqa: E402
+from gadjax.errors import InputError  # noqa: E402
 from gadjax.formats.model_card import read_license, read_report, report_lines  # noqa: E402
 from gadjax.io.image_grid import wrap_text  # noqa: E402
 from gadjax.io.manifest import COMMIT_MARKER  # noqa: E402
@@ -36,6 +38,12 @@ TEXTS = [
 SIZE = (8, 8)
 NOW = 1e6
 INPUTS = {"teacher": "a" * 32, "data.prompts": "b" * 32}
+
+
+def refused(call, message):
+    with pytest.raises(InputError, match=message) as caught:
+        call()
+    assert str(caught.value).isprintable()
 
 
 def make_prompts(suffix: str, folder: Path) -> None:

@@ -1,7 +1,5 @@
 """Damage to checkpoints, found file by file, and survived."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ from real_runs import state_of
 from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.cli.main import main
 from gadjax.training.state import create_state
+from runs import rows
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +61,5 @@ def test_a_run_goes_on_to_the_same_bits_after_a_flip(config, tmp_path, caplog):
     train("run", 6)
     assert f"{newest}: damaged checkpoint skipped: " in caplog.text
     assert "resumed at step 2" in (tmp_path / "run" / "train.log").read_text()
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")

@@ -69,7 +69,7 @@ def test_the_hubs_cache_is_read(tiny_pipeline, tmp_path):
     for i, path in enumerate(p for p in sorted(snapshot.rglob("*")) if p.is_file()):
         path.rename(blobs / str(i))
         path.symlink_to(os.path.relpath(blobs / str(i), path.parent))
-    written = write_pipeline(snapshot, tmp_path / "written", {})
+    written = write_pipeline(check_pipeline(snapshot), tmp_path / "written", {})
     assert not any(path.is_symlink() for path in written.rglob("*"))
     assert text_fingerprint(snapshot) == text_fingerprint(tiny_pipeline)
     load_tokenizer(snapshot / "tokenizer")

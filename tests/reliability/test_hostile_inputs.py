@@ -12,14 +12,13 @@ import zlib
 from pathlib import Path
 
 import pytest
-from hostile_inputs import TARGETS
+from hostile_inputs import TARGETS, refused
 from mutate import Special, mutate, read_tree
 from one_input import read_once
 from PIL import Image
 
 from gadjax.cli.main import main
 from gadjax.data.images import open_images, read_image
-from gadjax.errors import InputError
 from gadjax.formats.model_card import read_license, read_report
 
 INSTEAD = {
@@ -59,12 +58,6 @@ def test_mutants_are_read_or_refused(target, trees, tmp_path):
     for which, mutant in mutants.items():
         outcome = read_once(target, mutant, tmp_path)
         assert not outcome.bad, (which, outcome)
-
-
-def refused(call, message):
-    with pytest.raises(InputError, match=message) as caught:
-        call()
-    assert str(caught.value).isprintable()
 
 
 def png(width, height):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile_inputs import NOW, config, make_run
+from hostile_inputs import NOW, config, make_run, refused
 
 from gadjax.errors import InputError, RunStopped
 from gadjax.io.manifest import COMMIT_MARKER
@@ -16,12 +16,6 @@ from gadjax.runtime.status import read_status, table
 from gadjax.runtime.trackers import _run_id
 from gadjax.training.config import as_json, check_resume
 from gadjax.training.workdir import parse_run_metadata
-
-
-def refused(call, message):
-    with pytest.raises(InputError, match=message) as caught:
-        call()
-    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,11 @@ from kills import Failure, Whole, compare, kill_many, undisturbed
 
 from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.cli.main import main
+from runs import rows, steps
 
 
 def train(config: Path, workdir: Path, *more: str) -> int:
     return main(["train", "--config", f"{config}:tdm", "--workdir", str(workdir), *more])
-
-
-def steps(workdir: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").open()]
 
 
 def test_a_step_is_in_the_metrics_before_it_is_saved(config, tmp_path, monkeypatch):
@@ -67,9 +64,9 @@ def lose_a_row(workdir):
 
 
 def change_a_loss(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-    rows[1]["student/loss"] = np.nextafter(rows[1]["student/loss"], 1)
-    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    changed = rows(workdir)
+    changed[1]["student/loss"] = np.nextafter(changed[1]["student/loss"], 1)
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in changed))
 
 
 def change_a_picture(workdir):

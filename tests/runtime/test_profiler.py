@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from tiny_run import config_file
 
 from gadjax.cli.main import main
 from gadjax.errors import InputError
@@ -68,11 +69,7 @@ def test_bad_values_are_refused(text):
 
 
 def test_the_command_refuses_bad_values_before_any_work(tmp_path, capsys):
-    path = tmp_path / "c.py"
-    path.write_text(
-        "from gadjax.training.config import default_config\n\n"
-        "def get_config():\n    return default_config()\n"
-    )
+    path = config_file(tmp_path / "c.py")
     run = tmp_path / "run"
     assert main(["train", "--config", str(path), "--workdir", str(run), "--profile=3:0"]) == 2
     line = capsys.readouterr().err

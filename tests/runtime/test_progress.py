@@ -13,16 +13,13 @@ from gadjax.errors import RunStopped
 from gadjax.runtime.goodput import GoodputClock
 from gadjax.runtime.progress import Progress, parameter_table
 from gadjax.training.config import default_config
+from runs import rows
 
 
 def report(workdir, steps, start=0, batch=1, every=1, **more):
     config = default_config()
     config.steps, config.batch, config.log.every = steps, batch, every
     return Progress(workdir, config, start, **more)
-
-
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(autouse=True)

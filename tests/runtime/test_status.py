@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
+from programs import run_python
 
 from gadjax.cli.main import main
 from gadjax.errors import InputError
@@ -164,6 +163,4 @@ def test_the_command_needs_no_jax(workdir):
         f"code = main(['status', {str(workdir)!r}, '--json']); "
         "assert not {'jax', 'numpy', 'orbax'} & set(sys.modules); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["step"] == 40
+    assert json.loads(run_python("-c", code).stdout)["step"] == 40

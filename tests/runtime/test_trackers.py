@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_run import config_file
 
 from gadjax.errors import InputError
 from gadjax.runtime.trackers import Trackers, check_trackers
@@ -135,11 +136,7 @@ def test_unknown_and_missing_trackers_are_refused(monkeypatch):
 
 
 def test_trackers_of_the_config(tmp_path):
-    path = tmp_path / "c.py"
-    path.write_text(
-        "from gadjax.training.config import default_config\n\n"
-        "def get_config():\n    return default_config()\n"
-    )
+    path = config_file(tmp_path / "c.py")
     for text in ("('wandb',)", "wandb"):
         settings = read_config(["--config", str(path), f"--config.log.trackers={text}"])
         assert settings.log.trackers == ("wandb",)

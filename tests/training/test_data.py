@@ -1,6 +1,5 @@
 """Training data from a config: pictures of a folder, the same encoded ahead; refusals."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +9,9 @@ import numpy as np
 import pytest
 from checkpoints import edit, refused
 from PIL import Image
+from tiny_run import config_file
 
+import runs
 from gadjax.cli.main import main
 from gadjax.data.source import ImageSource, LatentSource
 from gadjax.pipelines.pipeline import load_pipeline
@@ -100,39 +101,28 @@ def test_the_latents_are_the_means_that_diffusers_computes(torch_pipeline, opene
     assert np.abs(x0 - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-CONFIG = """
-from gadjax.training.config import default_config
-
-def get_config():
-    config = default_config()
-    config.teacher = {teacher!r}
-    config.student.steps, config.student.timesteps = 1, (900,)
-    config.objective = {{"denoising": {{}}}}
-    config.steps, config.batch, config.remat = 2, 4, "none"
-    config.optim.lr = 1e-3
-    config.data.update(length=8, dropout=0.2)
-    config.checkpoint.every = 1
-    config.log.every = 1
-    config.preview.every = 0
-    return config
-"""
+SHORT = dict(
+    student={"steps": 1, "timesteps": (900,)},
+    objective={"denoising": {}},
+    **{"steps": 2, "batch": 4, "remat": "none", "optim": {"lr": 1e-3}},
+    data={"length": 8, "dropout": 0.2},
+    **{"checkpoint": {"every": 1}, "log": {"every": 1}, "preview": {"every": 0}},
+)
 
 
 @pytest.fixture
 def train(tiny_pipeline, tmp_path):
     """`train("name", "images=...", ...)`: the exit code of a run in tmp_path / name."""
-    path = tmp_path / "config.py"
-    path.write_text(CONFIG.format(teacher=str(tiny_pipeline)))
+    path = config_file(tmp_path / "config.py", teacher=str(tiny_pipeline), **SHORT)
 
     def call(name, *flags):
-        arguments = ["--config", str(path), "--workdir", str(tmp_path / name)]
-        return main(["train", *arguments, *(f"--config.{flag}" for flag in flags)])
+        return runs.train(path, tmp_path / name, *(f"--config.{flag}" for flag in flags))
 
     return call
 
 
 def losses(workdir):
-    return [json.loads(line)["loss/denoising"] for line in (workdir / "metrics.jsonl").open()]
+    return [row["loss/denoising"] for row in runs.rows(workdir)]
 
 
 @pytest.mark.slow

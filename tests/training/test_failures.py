@@ -17,6 +17,7 @@ from gadjax.io.append_file import AppendFile
 from gadjax.io.storage import warn_on_write_error, write_atomic
 from gadjax.runtime.progress import Progress
 from gadjax.training.config import default_config
+from runs import steps
 
 WRITE_MANIFEST = checkpoint.write_manifest  # which stands here for whatever a save writes
 
@@ -42,10 +43,6 @@ def steps_of(workdir: Path) -> list[str]:
     return sorted(path.name for path in (workdir / "checkpoints").iterdir())
 
 
-def rows(workdir: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").open()]
-
-
 def read(workdir: Path) -> list[np.ndarray]:
     return [
         leaf
@@ -62,7 +59,7 @@ def undisturbed(config, tmp_path_factory):
 
 
 def same_as(undisturbed: Path, workdir: Path) -> bool:
-    return all(map(np.array_equal, read(workdir), read(undisturbed))) and rows(workdir) == rows(
+    return all(map(np.array_equal, read(workdir), read(undisturbed))) and steps(workdir) == steps(
         undisturbed
     )
 
@@ -107,7 +104,7 @@ def test_one_too_many_and_the_last_stop_a_run(config, tmp_path, monkeypatch, cap
     assert train(config, workdir, "--config.steps=6", failures) == 3
     line = f"gadjax: stopped: {workdir}/checkpoints/{bad[-1]}: cannot be written: No space left"
     assert line in capsys.readouterr().err
-    assert rows(workdir)[: bad[-1]] == list(range(1, bad[-1] + 1))
+    assert steps(workdir)[: bad[-1]] == list(range(1, bad[-1] + 1))
 
 
 def test_a_damaged_config_is_one_line(config, undisturbed, tmp_path, capsys):
@@ -200,7 +197,7 @@ def test_a_report_on_a_full_disk(tmp_path, caplog, failures):
     for name, room in rooms.items():
         progress.files[name].file = room
     progress.close()
-    assert rows(tmp_path) == [1, 2, 3, 4]
+    assert steps(tmp_path) == [1, 2, 3, 4]
     assert (tmp_path / "train.log").read_text().count("step ") == 4
 
 
@@ -232,4 +229,4 @@ def test_metrics_with_a_flipped_byte_can_be_continued(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     with Progress(tmp_path, config, 3) as progress:
         progress.update(4, {"loss": 1.0})
-    assert rows(tmp_path) == [1, 2, 4]
+    assert steps(tmp_path) == [1, 2, 4]

@@ -15,12 +15,9 @@ from several import flags_for
 
 from gadjax.checkpoints.checkpoint import read_params
 from gadjax.cli.main import main
+from runs import losses, read_vector, rows, train
 
 ROOT = Path(__file__).parents[2]
-
-
-def train(config: Path, workdir: Path, *more: str) -> int:
-    return main(["train", "--config", str(config), "--workdir", str(workdir), *more])
 
 
 def command(config: Path, workdir: Path, *more: str, devices: int = 1) -> subprocess.Popen:
@@ -40,15 +37,9 @@ def command(config: Path, workdir: Path, *more: str, devices: int = 1) -> subpro
 PARTS = ("student", "critic", "ema")
 
 
-def read(workdir: Path, part: str, step: int | None = None) -> np.ndarray:
-    """All parameters of the newest (or the given) step as one vector."""
-    _, params, _ = read_params(workdir / "checkpoints", part, step)
-    return np.concatenate([x.ravel() for x in jax.tree.leaves(params)])
-
-
 def assert_same(one: Path, other: Path):
     for part in PARTS:
-        np.testing.assert_array_equal(read(one, part), read(other, part))
+        np.testing.assert_array_equal(read_vector(one, part), read_vector(other, part))
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +50,7 @@ def uninterrupted(config, tmp_path_factory) -> Path:
 
 
 def test_files_of_a_run(uninterrupted):
-    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").open()]
+    lines = rows(uninterrupted)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for name in ("loss/dmd", "loss/gad", "loss/anchor", "gad/cosine", "critic/loss"):
         assert np.isfinite(lines[-1][name])
@@ -81,7 +72,7 @@ def test_status_of_a_finished_run(uninterrupted, capsys):
     seconds = report["seconds"]
     assert all(seconds[kind] > 0 for kind in ("compile", "step", "data", "checkpoint"))
     assert seconds["lost"] == seconds["preview"] == 0
-    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").open()]
+    lines = rows(uninterrupted)
     since = seconds["step"] + seconds["data"] + seconds["checkpoint"]
     assert lines[-1]["time"] - lines[0]["time"] < since < sum(seconds.values())
 
@@ -201,14 +192,11 @@ def test_another_mesh_continues(config, uninterrupted, tmp_path):
     # move apart; over all parameters that is little of the way they went. With other prompts or
     # noises the ways would have nothing in common.
     for part in PARTS:
-        change = read(uninterrupted, part, 4) - read(uninterrupted, part, 2)
-        apart = read(workdir, part, 4) - read(uninterrupted, part, 4)
+        change = read_vector(uninterrupted, part, 4) - read_vector(uninterrupted, part, 2)
+        apart = read_vector(workdir, part, 4) - read_vector(uninterrupted, part, 4)
         assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(change)
-    losses = [
-        [json.loads(line)["student/loss"] for line in (w / "metrics.jsonl").open()]
-        for w in (workdir, uninterrupted)
-    ]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+    actual, expected = ([*losses(w).values()] for w in (workdir, uninterrupted))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
 def test_another_config_is_refused_key_by_key(config, uninterrupted, capsys):

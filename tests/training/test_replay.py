@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from formula_run import Texts, prepare_with, train, write_config
+from formula_run import Texts, prepare_with, write_config
 from several import run_on_devices
 
 from gadjax.training import loop, replay
+from runs import rows, train
 
 ARGUMENTS = "--reproduce-step"
 
@@ -46,9 +47,8 @@ def done(formula, tmp_path_factory):
     return workdir
 
 
-def rows(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row for row in map(json.loads, lines)}
+def rows_by_step(workdir):
+    return {row["step"]: row for row in rows(workdir)}
 
 
 def files(workdir):
@@ -64,7 +64,7 @@ def test_a_replayed_step_is_bit_identical_and_reported(formula, done, capsys):
     assert text.startswith("replaying 0 steps from checkpoint 6\n") and files(done) == before
     assert text.endswith("step 7 is as metrics.jsonl has it, to the last digit\n")
     for name in ("critic/loss", "student/loss", "loss/gad", "student/grad_norm"):
-        assert f"  {name}: {rows(done)[7][name]!r}\n" in text
+        assert f"  {name}: {rows_by_step(done)[7][name]!r}\n" in text
     critic, student = re.split(r"update \d+, of the ", text)[1:]
     assert critic.startswith("critic\n") and student.startswith("student\n")
     batch = Texts().batch(13 * 8, 8)["which"]
@@ -83,7 +83,11 @@ def test_a_replayed_step_is_bit_identical_and_reported(formula, done, capsys):
         loss, block = re.search(rf"term {name}: (\S+);.*\n((?:    .*\n)+)", student).groups()
         worst = [float(line.split()[1]) for line in block.splitlines()]
         assert worst == sorted(worst, reverse=True) and len(worst) == 5
-        assert worst[0] >= float(loss) == pytest.approx(rows(done)[7][f"loss/{name}"], rel=1e-6)
+        assert (
+            worst[0]
+            >= float(loss)
+            == pytest.approx(rows_by_step(done)[7][f"loss/{name}"], rel=1e-6)
+        )
 
 
 def test_a_step_with_offloaded_moments(formula, tmp_path, capsys):
@@ -99,7 +103,7 @@ def test_a_step_that_differs_is_reported(formula, done, tmp_path, capsys):
     workdir = tmp_path / "changed"
     workdir.mkdir()
     (workdir / "config.json").symlink_to(done / "config.json")
-    row = rows(done)[2]
+    row = rows_by_step(done)[2]
     row["loss/gad"] = np.nextafter(np.float32(row["loss/gad"]), np.float32(9)).item()
     (workdir / "metrics.jsonl").write_text(json.dumps(row) + '\n{"step": 8, "lo')
     assert train(formula, workdir, ARGUMENTS, "2") == 0

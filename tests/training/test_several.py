@@ -4,13 +4,13 @@ import json
 import signal
 import time
 
-import jax
 import numpy as np
 import pytest
 from several import start
 
 from gadjax.checkpoints.checkpoint import read_params
 from gadjax.runtime.supervisor import free_port
+from runs import losses, read_vector
 
 pytestmark = pytest.mark.slow  # compiles the updates for eight devices
 PARTS = "student", "critic", "ema"
@@ -40,17 +40,6 @@ def end(processes, timeout=400) -> list[int]:
     return codes
 
 
-def read(workdir, part, step=None):
-    _, params, _ = read_params(workdir / "checkpoints", part, step)
-    return np.concatenate([x.ravel() for x in jax.tree.leaves(params)])
-
-
-def losses(workdir):
-    file = workdir / "metrics.jsonl"
-    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
-    return {line["step"]: line["student/loss"] for line in lines}
-
-
 @pytest.fixture(scope="session")
 def two(run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("several") / "two"
@@ -74,8 +63,8 @@ def test_two_processes_do_what_one_does(run, two, tmp_path):
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=1e-5)
     # Sums in another order: Adam turns rounding into steps where a gradient is all rounding.
     for part in PARTS:
-        change = read(tmp_path / "one", part) - read(tmp_path / "one", part, 2)
-        apart = read(tmp_path / "one", part) - read(two, part)
+        change = read_vector(tmp_path / "one", part) - read_vector(tmp_path / "one", part, 2)
+        apart = read_vector(tmp_path / "one", part) - read_vector(two, part)
         assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(change)
 
 
@@ -101,7 +90,9 @@ def test_a_killed_process_ends_the_other_and_both_resume_bit_identically(run, tw
     assert end(run(workdir, 2, goal)) == [0, 0]
     assert end(run(tmp_path / "whole", 2, goal)) == [0, 0]
     for part in PARTS:
-        np.testing.assert_array_equal(read(workdir, part), read(tmp_path / "whole", part))
+        np.testing.assert_array_equal(
+            read_vector(workdir, part), read_vector(tmp_path / "whole", part)
+        )
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1])

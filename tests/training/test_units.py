@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from formula_run import Texts, prepare_with, train, write_config
+from formula_run import Texts, prepare_with, write_config
 
 from gadjax.checkpoints.steps import committed_steps
 from gadjax.ops.flops import flops
@@ -23,6 +23,7 @@ from gadjax.training.loop import host_batches, restore_or_init
 from gadjax.training.nonfinite import Update, merge_scalars
 from gadjax.training.previews import Preview
 from gadjax.training.run_record import write_record
+from runs import rows, train
 
 B, UPDATES = 8, 3  # of the critic for one of the student
 
@@ -146,10 +147,10 @@ def test_updates_of_one_network_in_a_row_stop_a_run(path, tmp_path, monkeypatch,
     result = train(path, tmp_path / "run", *(f"--config.{k}={v}" for k, v in options.items()))
     words = capsys.readouterr().err
     assert result == 3 and "step 5: the last 3 updates of the critic were not finite" in words
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    rows = {row["step"]: row for row in map(json.loads, lines)}
-    assert list(rows) == [3, 6]  # step 6 was running when step 5 was checked
-    assert (rows[3]["critic/bad"], rows[6]["critic/bad"], rows[6]["student/bad"]) == (0, 6, 3)
+    by_step = {row["step"]: row for row in rows(tmp_path / "run")}
+    assert list(by_step) == [3, 6]  # step 6 was running when step 5 was checked
+    assert [row["critic/bad"] for row in by_step.values()] == [0, 6]
+    assert by_step[6]["student/bad"] == 3
     assert committed_steps(tmp_path / "run" / "checkpoints") == [3]
 
 

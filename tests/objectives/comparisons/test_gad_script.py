@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import DDPM_WORLD, GUIDANCE, D, gaussian_params, make_batch, mixture_params
+from closed_form import DDPM_WORLD, GUIDANCE, flat, gaussian_params, make_batch, mixture_params
 
 from gadjax.objectives import TDM, GADScript
 from gadjax.types import Prediction
@@ -53,17 +53,13 @@ def differences(term, bend=0.3, samples=B):
     )
 
 
-def rows(x):
-    return np.asarray(x, float).reshape(len(x), D)
-
-
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_loss_is_the_scripts_formula(weighted):
     term = GADScript(step=0.1, huber=0.02, weighted=weighted)
     loss_B, parts, tau = differences(term)
-    lengths = np.linalg.norm(rows(parts["d"]), axis=1)
+    lengths = np.linalg.norm(flat(parts["d"]), axis=1)
     np.testing.assert_allclose(lengths, 0.1, rtol=1e-5)
-    real, fake, ds = (rows(parts[name]) / 0.1 for name in ("real", "fake", "script"))
+    real, fake, ds = (flat(parts[name]) / 0.1 for name in ("real", "fake", "script"))
     # ds - sg[ds + dT - dF]
     error = fake - real
     scale = np.abs(ds - real).mean(1) + 1e-8
@@ -74,7 +70,7 @@ def test_the_loss_is_the_scripts_formula(weighted):
 
 
 def cosines(a, b):
-    a, b = rows(a), rows(b)
+    a, b = flat(a), flat(b)
     return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
@@ -86,8 +82,8 @@ def test_its_student_difference_is_no_derivative():
     assert abs(script.mean()) < 4 * script.std() / len(script) ** 0.5 < 0.1
     # What float32 leaves of a difference of 1e-2.
     assert cosines(parts["same point"], parts["exact"]).mean() > 0.999
-    size = np.linalg.norm(rows(parts["script"]), axis=1)
-    assert np.median(size / np.linalg.norm(rows(parts["exact"]), axis=1)) > 100
+    size = np.linalg.norm(flat(parts["script"]), axis=1)
+    assert np.median(size / np.linalg.norm(flat(parts["exact"]), axis=1)) > 100
 
 
 def test_gradient_reaches_both_of_the_students_values_with_opposite_signs():
@@ -136,7 +132,7 @@ def test_the_gradient_is_the_difference_of_critic_and_teacher():
         value = context.student[0].x0
         return jax.grad(loss)(value), difference(context.critic) - difference(context.teacher)
 
-    gradient, error = (rows(v) for v in jax.device_get(run(student)))
+    gradient, error = (flat(v) for v in jax.device_get(run(student)))
     direction = error / np.sqrt(error**2 + 0.02**2)
     # The scale, mean |ds - dT| / h, is a number of its own for each sample.
     scale = -gradient / direction
@@ -166,5 +162,5 @@ def test_it_shares_x_tau_with_tdm():
     np.testing.assert_array_equal(t, t_too)
     np.testing.assert_array_equal(t, t_three)
     np.testing.assert_allclose(x, same, rtol=1e-6, atol=1e-6)
-    lengths = np.linalg.norm(rows(moved - x), axis=1)
+    lengths = np.linalg.norm(flat(moved - x), axis=1)
     np.testing.assert_allclose(lengths, GADScript().step, rtol=1e-3)
