@@ -25,9 +25,7 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
-MODULES = {
-    ".".join(("gadjax", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES
-}
+MODULES = {".".join(("gadjax", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES}
 MODULES |= {name.removesuffix(".__init__") for name in MODULES}
 
 
@@ -100,6 +98,18 @@ def test_maths_sees_no_config_logger_or_mesh():
     for room in ("diffusion", "objectives"):
         for path in (PACKAGE / room).rglob("*.py"):
             assert not imports(path) & banned, path
+
+
+def test_families_are_records():
+    """Their attributes and their networks' options are never strings: a missing one fails."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(
+                    func=ast.Name(id="getattr" | "hasattr"), args=[of, ast.Constant(), *_]
+                ):
+                    owner = ast.unparse(of).split(".")[-1]
+                    assert owner not in {"family", "FAMILY", "spec"}, (path, node.lineno)
 
 
 def test_supervisor_answers_without_jax():

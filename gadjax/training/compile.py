@@ -68,10 +68,10 @@ def compile_steps(
     mesh, seed = run.mesh, run.config.seed
     parts = run.pipeline.folder.components
     backbone = run.pipeline.backbone
-    rules = DISCRIMINATOR_RULES + parts[backbone].module.RULES
+    rules = DISCRIMINATOR_RULES + parts[backbone].family.rules
     state_on_device = shardings(jax.eval_shape(run.start, run.initial_params), rules, mesh)
     frozen_on_device = {
-        name: shardings(tree, parts[backbone if name == "untrained" else name].module.RULES, mesh)
+        name: shardings(tree, parts[backbone if name == "untrained" else name].family.rules, mesh)
         if name in parts or name == "untrained"
         else jax.tree.map(lambda _: replicated(mesh), tree)
         for name, tree in run.frozen.items()

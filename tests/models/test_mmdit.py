@@ -123,7 +123,7 @@ def network(name):
     """Configuration, functions and compiled prediction of a case."""
     config = Config.from_dict(CASES[name][0])
     net = functional(build(config))
-    return config, net, jax.jit(mmdit.predictor(net.apply, config))
+    return config, net, jax.jit(mmdit.FAMILY.predictor(net.apply, config))
 
 
 def cond(text, pooled):
@@ -160,7 +160,7 @@ def test_features_are_the_tokens_half_way(name):
             lambda block, given, both: tokens_by_block.append(both[1].numpy())
         )
     torch_call(model, x, t, text, pooled)
-    out = jax.jit(mmdit.features(network(name)[1].apply))(
+    out = jax.jit(mmdit.FAMILY.features(network(name)[1].apply))(
         to_params(model, cfg), x, t, cond(text, pooled)
     )
     half = (len(tokens_by_block) + 1) // 2 - 1
@@ -199,7 +199,7 @@ def test_published_inventory(name, params, tensors):
     assert found == {k: tuple(v.shape) for k, v in model.state_dict().items()}
     assert len(found) == tensors
     flat = flatten(abstract(config))
-    frozen = [p for p in flat if any(re.search(f, p) for f in mmdit.FROZEN)]
+    frozen = [p for p in flat if any(re.search(f, p) for f in mmdit.FAMILY.frozen)]
     assert frozen == ["pos_embed/pos_embed"]
     assert sum(leaf.size for path, leaf in flat.items() if path not in frozen) == params
 
@@ -208,7 +208,7 @@ def test_each_parameter_has_one_rule_that_divides_it():
     mesh, used = {"fsdp": 64, "tensor": 8}, set()
     for cfg in PUBLISHED.values():
         for path, leaf in flatten(abstract(Config.from_dict(cfg))).items():
-            matching = [(p, spec) for p, spec in mmdit.RULES if re.search(p, path)]
+            matching = [(p, spec) for p, spec in mmdit.FAMILY.rules if re.search(p, path)]
             assert len(matching) == 1, path
             pattern, spec = matching[0]
             used.add(pattern)
@@ -216,7 +216,7 @@ def test_each_parameter_has_one_rule_that_divides_it():
                 assert len(spec) == leaf.ndim and "fsdp" in spec, path
                 for size, axis in zip(leaf.shape, spec, strict=True):
                     assert axis is None or size % mesh[axis] == 0, path
-    assert used == {p for p, _ in mmdit.RULES}
+    assert used == {p for p, _ in mmdit.FAMILY.rules}
 
 
 def central(f, x, along, h=1e-4):
@@ -300,7 +300,7 @@ def test_published_configs_are_read():
     assert (three.dim, three.dual_layers, three.qk_norm) == (1536, 0, None)
     assert (three_five.dim, three_five.dual_layers, three_five.qk_norm) == (1536, 13, "rms_norm")
     assert three_five.sample_size == 128 and three_five.in_channels == 16
-    assert MEDIUM_3["_class_name"] in mmdit.CLASS_NAMES
+    assert MEDIUM_3["_class_name"] in mmdit.FAMILY.class_names
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_bad_inputs_are_refused():
         jax.eval_shape(net.apply, net.abstract, x[:, :-1], *rest)
     for bad in (None, rest[-1][:, 1:], rest[-1][1:]):
         with pytest.raises(InputError, match=r"^pooled: found .* of shape \(3, 14\)"):
-            mmdit.extras(config, 3, 64, 64, bad)
+            mmdit.FAMILY.extras(config, 3, 64, 64, bad)
 
 
 @pytest.mark.slow

@@ -143,12 +143,12 @@ def torch_net(cfg):
 
 
 def port(cfg, **options):
-    return functional(unet.build(unet.Config.from_dict(cfg), **options))
+    return functional(unet.FAMILY.build(unet.FAMILY.config.from_dict(cfg), **options))
 
 
 def to_params(net, abstract):
     tensors = {k: v.numpy() for k, v in net.state_dict().items()}
-    return params_from_tensors(tensors, abstract, unet.KEYMAP)
+    return params_from_tensors(tensors, abstract, unet.FAMILY.keymap)
 
 
 @cache
@@ -165,7 +165,7 @@ def inputs(cfg, height, width, batch=3, length=5):
     text = r.standard_normal((batch, length, cfg["cross_attention_dim"]), np.float32)
     if "addition_embed_type" not in cfg:
         return x, t, text, None
-    pooled = r.standard_normal((batch, unet.Config.from_dict(cfg).pooled_dim), np.float32)
+    pooled = r.standard_normal((batch, unet.FAMILY.config.from_dict(cfg).pooled_dim), np.float32)
     ids = np.array([[512, 768, 0, 8, 512, 640], [1024] * 6, [96, 64, 1, 2, 3, 4]], np.float32)
     return x, t, text, {"text_embeds": pooled, "time_ids": ids[:batch]}
 
@@ -224,8 +224,8 @@ def test_parameters_survive_the_round_trip(dtype):
     for name in CASES:
         net, ours, _ = loaded(name)
         state = {k: v.numpy().astype(dtype) for k, v in net.state_dict().items()}
-        params = params_from_tensors(state, ours.abstract, unet.KEYMAP)
-        back = dict(tensors_from_params(params, unet.KEYMAP))
+        params = params_from_tensors(state, ours.abstract, unet.FAMILY.keymap)
+        back = dict(tensors_from_params(params, unet.FAMILY.keymap))
         assert set(back) == set(state)
         for key, value in state.items():
             assert back[key].dtype == value.dtype == dtype
@@ -241,13 +241,13 @@ def published(name):
 def test_published_inventory(name):
     cfg, count, tensors = PUBLISHED[name]
     if name == "2.1":  # read, and then the same network
-        ours, base = (unet.Config.from_dict(PUBLISHED[n][0]) for n in (name, "2, 2.1 base"))
+        ours, base = (unet.FAMILY.config.from_dict(PUBLISHED[n][0]) for n in (name, "2, 2.1 base"))
         changed = {k for k, v in vars(ours).items() if v != getattr(base, k)}
         assert changed == {"sample_size"}
         return
     with torch.device("meta"):
         state = torch_class(cfg).state_dict()
-    found = {k: v[2] for k, v in expected_shapes(published(name), unet.KEYMAP).items()}
+    found = {k: v[2] for k, v in expected_shapes(published(name), unet.FAMILY.keymap).items()}
     assert found == {k: tuple(v.shape) for k, v in state.items()}
     assert len(found) == tensors
     assert sum(leaf.size for leaf in jax.tree.leaves(published(name))) == count
@@ -257,7 +257,7 @@ def test_rules_name_every_large_parameter_and_divide_it():
     mesh, used = {"fsdp": 32, "tensor": 2}, set()
     for name in ("1.5", "2, 2.1 base", "XL"):
         for path, leaf in flatten(published(name)).items():
-            matching = [(p, spec) for p, spec in unet.RULES if re.search(p, path)]
+            matching = [(p, spec) for p, spec in unet.FAMILY.rules if re.search(p, path)]
             assert len(matching) <= 1, path
             if not matching:
                 assert leaf.size < 2**16, path
@@ -267,7 +267,7 @@ def test_rules_name_every_large_parameter_and_divide_it():
             assert len(spec) == leaf.ndim and "fsdp" in spec, path
             for size, axis in zip(leaf.shape, spec, strict=True):
                 assert axis is None or size % mesh[axis] == 0, path
-    assert used == {p for p, _ in unet.RULES}
+    assert used == {p for p, _ in unet.FAMILY.rules}
 
 
 def test_derivatives_match_central_differences():
@@ -340,15 +340,15 @@ def test_bfloat16_is_close():
 
 
 def test_extras_are_the_pipelines_micro_conditioning_of_sdxl():
-    plain, sdxl = (unet.Config.from_dict(c) for c in (SD15, SDXL))
+    plain, sdxl = (unet.FAMILY.config.from_dict(c) for c in (SD15, SDXL))
     assert (plain.pooled_dim, sdxl.pooled_dim) == (None, 1280)
-    assert unet.extras(plain, 2, 512, 768) is None
+    assert unet.FAMILY.extras(plain, 2, 512, 768) is None
     pooled = np.ones((2, 1280), np.float32)
-    extras = unet.extras(sdxl, 2, 512, 768, pooled)
+    extras = unet.FAMILY.extras(sdxl, 2, 512, 768, pooled)
     assert extras["text_embeds"] is pooled
     np.testing.assert_array_equal(extras["time_ids"], [[512, 768, 0, 0, 512, 768]] * 2)
     with pytest.raises(InputError, match="^pooled: found nothing; expected"):
-        unet.extras(sdxl, 2, 512, 768)
+        unet.FAMILY.extras(sdxl, 2, 512, 768)
 
 
 def test_a_predictor_passes_text_and_extras_and_no_mask():
@@ -358,15 +358,15 @@ def test_a_predictor_passes_text_and_extras_and_no_mask():
     def apply(*args, **kwargs):
         return args, kwargs
 
-    call = unet.predictor(apply, unet.Config.from_dict(LINEAR))
+    call = unet.FAMILY.predictor(apply, unet.FAMILY.config.from_dict(LINEAR))
     assert call("params", x, t, cond) == (("params", x, t, text, added), {})
     expected = ("params", x, t, text, added), {"method": "features"}
-    assert unet.features(apply)("params", x, t, cond) == expected
+    assert unet.FAMILY.features(apply)("params", x, t, cond) == expected
 
 
 def test_published_configs_are_read():
-    assert unet.CLASS_NAMES == (SD15["_class_name"],)
-    small, large = (unet.Config.from_dict(c) for c in (SD15, SDXL))
+    assert unet.FAMILY.class_names == (SD15["_class_name"],)
+    small, large = (unet.FAMILY.config.from_dict(c) for c in (SD15, SDXL))
     assert small.attention_head_dim == (8,) * 4 and small.transformer_layers_per_block == (1,) * 4
     assert (small.sample_size, small.in_channels, small.multiple) == (64, 4, 8)
     assert large.transformer_layers_per_block == (1, 2, 10)
@@ -410,7 +410,7 @@ def test_published_configs_are_read():
 )
 def test_unsupported_option_is_named(key, value):
     with pytest.raises(InputError, match=f"^{key}: found .*; expected ") as found:
-        unet.Config.from_dict(SDXL | {key: value})
+        unet.FAMILY.config.from_dict(SDXL | {key: value})
     assert "\n" not in str(found.value)
 
 
