@@ -250,7 +250,6 @@ class BackboneSuite:
         case, slow = self.case, [pytest.mark.slow] if self.case.fresh_is_slow else []
         for name, values in {
             "size": list(case.sizes),
-            "cached": list(case.sizes) if case.family.text_kv else [],
             "published": list(case.published),
             "key, value": list(case.refused),
             "fresh": [pytest.param(case.fresh, marks=slow, id="fresh")],
@@ -292,9 +291,9 @@ class BackboneSuite:
         assert errors.pop(half) <= MAX_ERROR
         assert all(error > SENSITIVE for error in errors)
 
-    def test_kv_cache_stands_for_the_prompt(self, cached):
+    def test_kv_cache_stands_for_the_prompt(self, size):
         """Output and features from the KV cache are those from the prompt embeddings."""
-        method, both = self.case.family.text_kv, loaded(self.case, cached)
+        method, both = self.case.family.text_kv, loaded(self.case, size)
         x, t, cond = both.inputs
         text_kv = jax.jit(lambda p, text: both.network.apply(p, text, method=method))
         cached = cond._replace(text=text_kv(both.params, cond.text))
