@@ -1,11 +1,12 @@
-"""Conformance suite of backbones: a family's test file makes a Case and a class of the suite.
+"""Conformance suites: a family's test file makes a case and a class of a suite's tests.
 
     CASE = Case(family=pixart.FAMILY, torch_class=PixArtTransformer2DModel, ...)
 
     class TestPixArt(BackboneSuite):
         case = CASE
 
-Networks are compared with diffusers' class with all of its tensors re-randomised.
+Backbones are compared with diffusers' class with all of its tensors re-randomised. Text encoders
+and autoencoders, whose outputs differ in kind, share what all networks have: NetworkSuite.
 """
 
 import re
@@ -23,7 +24,7 @@ import torch
 from gadjax.diffusion import geometry
 from gadjax.errors import InputError
 from gadjax.formats.state_dict import expected_shapes, params_from_tensors, tensors_from_params
-from gadjax.models.family import Backbone
+from gadjax.models.family import Backbone, Family
 from gadjax.models.module import functional
 from gadjax.models.params import cast, flatten, unflatten
 from gadjax.types import Cond
@@ -73,57 +74,37 @@ class Rules:
     mesh: sizes that the named axes have to divide.
     complete: every leaf has a rule; otherwise every large one.
     replicated: ends of the paths whose rule may name no axis.
+    small_divide: small leaves divide too.
     """
 
     mesh: Mapping[str, int]
     complete: bool = False
     replicated: tuple[str, ...] = ()
+    small_divide: bool = True
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Case:
-    """A backbone's family, and what the suite needs to know of it.
+class NetworkCase:
+    """A family, and what the suite of all networks needs to know of it.
 
     Attributes:
       family: the family.
-      torch_class: diffusers' class.
-      sizes: networks that are compared, by name: at least two, non-square.
+      torch_network: configuration -> diffusers' or transformers' network.
       published: published networks by name.
       refused: (key, value) that are refused in the `refused_in` configuration.
-      times: of three samples, from a configuration.
-      extras: (config, generator, samples) -> `Cond.extras`.
-      blocks: modules of torch's network whose output `features` may be; it is the middle one's.
-      tokens: such a module's output as [B, N, D].
-      tangents, rules: see there.
-      bfloat16: network whose output in bfloat16 is compared.
-      fresh: network that is initialised.
-      layers: path of a stacked kernel in `fresh`.
-      fresh_is_slow: whether initialising it compiles for long.
+      rules: see there.
       untrained: paths that `family.frozen` names in every published network.
-      torch_only_drops: options that torch's class no longer has.
-      torch_times: (config, times) -> what diffusers' pipeline passes to torch's network.
+      file_keys: state of torch's network -> the same under the keys of its files.
     """
 
-    family: Backbone
-    torch_class: type
-    sizes: Mapping[str, Size]
+    family: Family
+    torch_network: Callable[[Mapping[str, Any]], torch.nn.Module]
     published: Mapping[str, Published]
     refused: Sequence[tuple[str, Any]]
     refused_in: Mapping[str, Any]
-    times: Callable[[Any], Sequence[float]]
-    extras: Callable[[Any, np.random.Generator, int], dict[str, np.ndarray] | None]
-    blocks: Callable[[torch.nn.Module], Sequence[torch.nn.Module]]
-    tangents: Tangents
     rules: Rules
-    bfloat16: Size
-    fresh: Size
-    layers: str
-    fresh_is_slow: bool = True
-    length: int = 7
     untrained: tuple[str, ...] = ()
-    torch_only_drops: tuple[str, ...] = ()
-    tokens: Callable[[Any], torch.Tensor] = field(default=lambda output: output)
-    torch_times: Callable[[Any, np.ndarray], np.ndarray] = field(default=lambda config, t: t)
+    file_keys: Callable[[dict], dict] = field(default=lambda state: state)
 
     def config(self, cfg):
         return self.family.config.from_dict(cfg)
@@ -131,11 +112,44 @@ class Case:
     def network(self, cfg, **options):
         return functional(self.family.build(self.config(cfg), **options))
 
-    def torch_network(self, cfg):
-        dropped = self.torch_only_drops
-        return self.torch_class(
-            **{k: v for k, v in cfg.items() if k[0] != "_" and k not in dropped}
-        )
+
+def torch_class(kind: type, drops: Sequence[str] = ()):
+    """Configuration -> diffusers' network of a class. drops: options that it no longer has."""
+    return lambda cfg: kind(**{k: v for k, v in cfg.items() if k[0] != "_" and k not in drops})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Case(NetworkCase):
+    """A backbone's family, and what its suite needs to know besides.
+
+    Attributes:
+      sizes: networks that are compared, by name: at least two, non-square.
+      times: of three samples, from a configuration.
+      extras: (config, generator, samples) -> `Cond.extras`.
+      blocks: modules of torch's network whose output `features` may be; it is the middle one's.
+      tokens: such a module's output as [B, N, D].
+      tangents: see there.
+      bfloat16: network whose output in bfloat16 is compared.
+      fresh: network that is initialised.
+      layers: path of a stacked kernel in `fresh`.
+      fresh_is_slow: whether initialising it compiles for long.
+      length: of the prompt embeddings.
+      torch_times: (config, times) -> what diffusers' pipeline passes to torch's network.
+    """
+
+    family: Backbone
+    sizes: Mapping[str, Size]
+    times: Callable[[Any], Sequence[float]]
+    extras: Callable[[Any, np.random.Generator, int], dict[str, np.ndarray] | None]
+    blocks: Callable[[torch.nn.Module], Sequence[torch.nn.Module]]
+    tangents: Tangents
+    bfloat16: Size
+    fresh: Size
+    layers: str
+    fresh_is_slow: bool = True
+    length: int = 7
+    tokens: Callable[[Any], torch.Tensor] = field(default=lambda output: output)
+    torch_times: Callable[[Any, np.ndarray], np.ndarray] = field(default=lambda config, t: t)
 
     def random_torch_network(self, cfg):
         """torch's network; no tensor of its state is at an initial zero or one."""
@@ -220,7 +234,7 @@ def loaded(case: Case, name: str) -> Loaded:
 
 
 @cache
-def abstract(case: Case, name: str):
+def abstract(case: NetworkCase, name: str):
     """Shapes of a published network."""
     return case.network(case.published[name].config).abstract
 
@@ -241,21 +255,70 @@ def reversed_inputs(family: Backbone, config, t, cond):
         yield name, t, cond._replace(extras=cond.extras | {name: value[::-1].copy()})
 
 
-class BackboneSuite:
-    """The tests; a subclass has `case`."""
+class NetworkSuite:
+    """Tests of all networks; a subclass has `case`."""
+
+    case: ClassVar[NetworkCase]
+
+    def parameters(self) -> dict[str, list]:
+        """Values of the tests' arguments."""
+        return {"published": list(self.case.published), "key, value": list(self.case.refused)}
+
+    def pytest_generate_tests(self, metafunc):
+        for name, values in self.parameters().items():
+            if name.split(",")[0] in metafunc.fixturenames:
+                metafunc.parametrize(name, values)
+
+    def test_published_inventory(self, published):
+        """Keys, shapes and number of tensors and parameters, against the class on meta."""
+        case, (cfg, parameters, tensors) = self.case, self.case.published[published]
+        with torch.device("meta"):
+            state = case.file_keys(case.torch_network(cfg).state_dict())
+        leaves = abstract(case, published)
+        shapes = expected_shapes(leaves, case.family.keymap_of(case.config(cfg)))
+        found = {k: shape for k, (_, _, shape) in shapes.items()}
+        assert found == {k: tuple(v.shape) for k, v in state.items()}
+        assert len(found) == tensors
+        flat, patterns = flatten(leaves), case.family.frozen
+        frozen = tuple(p for p in flat if any(re.search(f, p) for f in patterns))
+        assert frozen == case.untrained
+        assert sum(leaf.size for path, leaf in flat.items() if path not in frozen) == parameters
+        assert all(isinstance(path, str) for path in flat)
+        name = cfg.get("_class_name") or cfg["architectures"][0]
+        assert name in case.family.class_names
+
+    def test_rules_divide_the_published_networks(self):
+        """At most one rule a leaf, and no rule without one."""
+        case, expected, used = self.case, self.case.rules, set()
+        for name in case.published:
+            for path, leaf in flatten(abstract(case, name)).items():
+                matching = [(p, spec) for p, spec in case.family.rules if re.search(p, path)]
+                assert len(matching) <= 1, path
+                assert matching or not expected.complete and leaf.size < UNRULED, path
+                for pattern, spec in matching:
+                    used.add(pattern)
+                    if path.endswith(expected.replicated):
+                        continue
+                    assert len(spec) == leaf.ndim and tuple(spec).count("fsdp") == 1, path
+                    for length, axis in zip(leaf.shape, spec, strict=True):
+                        divides = axis is None or length % expected.mesh[axis] == 0
+                        assert divides or not expected.small_divide and leaf.size < UNRULED, path
+        assert used == {pattern for pattern, _ in case.family.rules}
+
+    def test_unsupported_option_is_named(self, key, value):
+        with pytest.raises(InputError, match=f"^{key}: found [^\n]*; expected [^\n]*$"):
+            self.case.config({**self.case.refused_in, key: value})
+
+
+class BackboneSuite(NetworkSuite):
+    """Tests of a backbone."""
 
     case: ClassVar[Case]
 
-    def pytest_generate_tests(self, metafunc):
-        case, slow = self.case, [pytest.mark.slow] if self.case.fresh_is_slow else []
-        for name, values in {
-            "size": list(case.sizes),
-            "published": list(case.published),
-            "key, value": list(case.refused),
-            "fresh": [pytest.param(case.fresh, marks=slow, id="fresh")],
-        }.items():
-            if name.split(",")[0] in metafunc.fixturenames:
-                metafunc.parametrize(name, values)
+    def parameters(self):
+        marks = [pytest.mark.slow] if self.case.fresh_is_slow else []
+        fresh = pytest.param(self.case.fresh, marks=marks, id="fresh")
+        return super().parameters() | {"size": list(self.case.sizes), "fresh": [fresh]}
 
     def test_output_is_that_of_diffusers(self, size):
         case, cfg, both = self.case, self.case.sizes[size].config, loaded(self.case, size)
@@ -377,43 +440,6 @@ class BackboneSuite:
         cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
         print(f"cosine {cosine:.6f}")
         assert cosine > 0.999
-
-    def test_published_inventory(self, published):
-        """Keys, shapes and number of tensors and parameters, against the class on meta."""
-        case, (cfg, parameters, tensors) = self.case, self.case.published[published]
-        with torch.device("meta"):
-            state = case.torch_network(cfg).state_dict()
-        leaves = abstract(case, published)
-        shapes = expected_shapes(leaves, case.family.keymap_of(case.config(cfg)))
-        found = {k: shape for k, (_, _, shape) in shapes.items()}
-        assert found == {k: tuple(v.shape) for k, v in state.items()}
-        assert len(found) == tensors
-        flat, patterns = flatten(leaves), case.family.frozen
-        frozen = tuple(p for p in flat if any(re.search(f, p) for f in patterns))
-        assert frozen == case.untrained
-        assert sum(leaf.size for path, leaf in flat.items() if path not in frozen) == parameters
-        assert cfg["_class_name"] in case.family.class_names
-
-    def test_rules_divide_the_published_networks(self):
-        """At most one rule a leaf, and no rule without one."""
-        case, expected, used = self.case, self.case.rules, set()
-        for name in case.published:
-            for path, leaf in flatten(abstract(case, name)).items():
-                matching = [(p, spec) for p, spec in case.family.rules if re.search(p, path)]
-                assert len(matching) <= 1, path
-                assert matching or not expected.complete and leaf.size < UNRULED, path
-                for pattern, spec in matching:
-                    used.add(pattern)
-                    if path.endswith(expected.replicated):
-                        continue
-                    assert len(spec) == leaf.ndim and tuple(spec).count("fsdp") == 1, path
-                    for length, axis in zip(leaf.shape, spec, strict=True):
-                        assert axis is None or length % expected.mesh[axis] == 0, path
-        assert used == {pattern for pattern, _ in case.family.rules}
-
-    def test_unsupported_option_is_named(self, key, value):
-        with pytest.raises(InputError, match=f"^{key}: found [^\n]*; expected [^\n]*$"):
-            self.case.config({**self.case.refused_in, key: value})
 
     def test_fresh_parameters_are_usable(self, fresh):
         case, network = self.case, self.case.network(fresh.config)

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conformance import BackboneSuite, Case, Published, Rules, Size, Tangents, loaded, relative
+from conformance import (
+    BackboneSuite,
+    Case,
+    Published,
+    Rules,
+    Size,
+    Tangents,
+    loaded,
+    relative,
+    torch_class,
+)
 from diffusers import SD3Transformer2DModel
 
 from gadjax.errors import InputError
@@ -71,7 +81,7 @@ SIZES = {
 
 CASE = Case(
     family=mmdit.FAMILY,
-    torch_class=SD3Transformer2DModel,
+    torch_network=torch_class(SD3Transformer2DModel),
     sizes=SIZES,
     times=lambda config: (1.0, 499.25, 1000.0),
     extras=lambda config, r, batch: {

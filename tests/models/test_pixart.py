@@ -3,7 +3,17 @@
 import jax
 import numpy as np
 import pytest
-from conformance import BackboneSuite, Case, Published, Rules, Size, Tangents, loaded, relative
+from conformance import (
+    BackboneSuite,
+    Case,
+    Published,
+    Rules,
+    Size,
+    Tangents,
+    loaded,
+    relative,
+    torch_class,
+)
 from diffusers import PixArtTransformer2DModel
 
 from gadjax.errors import InputError
@@ -86,8 +96,7 @@ def extras(config, r, batch):
 
 CASE = Case(
     family=pixart.FAMILY,
-    torch_class=PixArtTransformer2DModel,
-    torch_only_drops=LEGACY_ONLY,
+    torch_network=torch_class(PixArtTransformer2DModel, LEGACY_ONLY),
     sizes=SIZES,
     times=lambda config: (0.0, 499.25, 999.0),
     extras=extras,

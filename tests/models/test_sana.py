@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conformance import BackboneSuite, Case, Published, Rules, Size, Tangents, loaded
+from conformance import BackboneSuite, Case, Published, Rules, Size, Tangents, loaded, torch_class
 from diffusers import SanaTransformer2DModel
 
 from gadjax.errors import InputError
@@ -93,7 +93,7 @@ def extras(config, r, batch):
 
 CASE = Case(
     family=sana.FAMILY,
-    torch_class=SanaTransformer2DModel,
+    torch_network=torch_class(SanaTransformer2DModel),
     sizes=SIZES,
     times=lambda config: (0.3, 0.9, 0.62) if config.guidance_embeds else (3.0, 499.25, 999.0),
     torch_times=lambda config, t: (

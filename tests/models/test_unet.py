@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from conformance import BackboneSuite, Case, Published, Rules, Size, Tangents, loaded
+from conformance import BackboneSuite, Case, Published, Rules, Size, Tangents, loaded, torch_class
 from diffusers import UNet2DConditionModel
 
 from gadjax.errors import InputError
@@ -137,7 +137,7 @@ def extras(config, r, batch):
 
 CASE = Case(
     family=unet.FAMILY,
-    torch_class=UNet2DConditionModel,
+    torch_network=torch_class(UNet2DConditionModel),
     sizes=SIZES,
     length=5,
     times=lambda config: (0.0, 499.25, 999.0),
