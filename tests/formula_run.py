@@ -71,7 +71,7 @@ def prepare_with(source):
             sampling=SamplingConfig(),
             folder=SimpleNamespace(
                 path=Path("formula"),
-                components={"formula": SimpleNamespace(module=SimpleNamespace(RULES=()))},
+                components={"formula": SimpleNamespace(family=SimpleNamespace(rules=()))},
             ),
         )
         null = {"text": np.zeros((1, 1, D), np.float32), "mask": np.ones((1, 1), np.int32)}

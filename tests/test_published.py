@@ -99,7 +99,7 @@ def check_sharded(folder):
     for part in folder.components.values():
         for sizes in MESHES.values():
             mesh = AbstractMesh(sizes, AXES)
-            placed = shardings(part.abstract, part.module.RULES, mesh)
+            placed = shardings(part.abstract, part.family.rules, mesh)
             leaves = jax.tree_util.tree_leaves_with_path(part.abstract)
             for (path, leaf), sharding in zip(leaves, jax.tree.leaves(placed), strict=True):
                 split = math.prod(mesh.shape[axis] for axis in sharding.spec if axis)
@@ -164,7 +164,7 @@ def test_a_paper_s_config_makes_a_state(traced, name):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(run.frozen[part.name])} == {"bfloat16"}
     mesh = AbstractMesh((8, 32, 1, 1), AXES)
-    shardings(state, part.module.RULES, mesh)
+    shardings(state, part.family.rules, mesh)
 
 
 @pytest.mark.slow

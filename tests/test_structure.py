@@ -143,6 +143,18 @@ def test_maths_sees_no_config_logger_or_mesh():
             assert not imports(path) & banned, path
 
 
+def test_families_are_records():
+    """Their attributes and their networks' options are never strings: a missing one fails."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(
+                    func=ast.Name(id="getattr" | "hasattr"), args=[of, ast.Constant(), *_]
+                ):
+                    owner = ast.unparse(of).split(".")[-1]
+                    assert owner not in {"family", "FAMILY", "spec"}, (path, node.lineno)
+
+
 def test_supervisor_answers_without_jax():
     """It watches runs of others' programs too, and ends them when JAX does not answer."""
     seen, waiting = set(), ["gadjax.runtime.supervisor"]

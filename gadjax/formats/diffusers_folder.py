@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,8 +36,9 @@ from gadjax.formats.weights import (
 )
 from gadjax.io.atomic import atomic_folder, check_target
 from gadjax.io.untrusted import check_files_no_escape, check_no_escape, is_safe_filename, read_json
+from gadjax.models.family import Family
 from gadjax.models.keymap import KeyMap
-from gadjax.models.registry import COMPONENTS, keymap_of, read_network
+from gadjax.models.registry import COMPONENTS, read_network
 from gadjax.types import Params
 
 INDEX = "model_index.json"
@@ -54,9 +54,9 @@ class Component:
     Attributes:
       name: name of the part in model_index.json.
       library: "diffusers" or "transformers".
-      module: module of gadjax.models that ports the class.
+      family: family of the class.
       config: config.json as in the file.
-      spec: the module's Config, with the pipeline's corrections.
+      spec: the family's Config, with the pipeline's corrections.
       abstract: shapes and dtypes of the parameters.
       weights: weight files and their headers.
       tensor_map: key in `weights` -> parameter.
@@ -66,7 +66,7 @@ class Component:
 
     name: str
     library: str
-    module: ModuleType
+    family: Family
     config: dict[str, Any]
     spec: Any
     abstract: Params
@@ -76,12 +76,12 @@ class Component:
 
     @property
     def keymap(self) -> KeyMap:
-        return keymap_of(self.module, self.spec)
+        return self.family.keymap_of(self.spec)
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Regexes of the paths of parameters that are never trained."""
-        return getattr(self.module, "FROZEN", ())
+        return self.family.frozen
 
 
 @dataclass(frozen=True)
@@ -234,12 +234,12 @@ def _check_component(
             f"{INDEX}"
         )
     effective = effective_network_config(index, folder.name, config)
-    module, spec, abstract = read_network(folder / "config.json", class_name, effective)
+    family, spec, abstract = read_network(folder / "config.json", class_name, effective)
     weights = open_weights(folder, variant, library=library, allow_pickle=allow_pickle)
     where = f"{weights.files[0]} ({class_name})"
-    tensor_map = check_keys(weights.shapes, abstract, keymap_of(module, spec), where)
+    tensor_map = check_keys(weights.shapes, abstract, family.keymap_of(spec), where)
     check_dtypes(weights.dtypes, tensor_map, where)
-    return Component(folder.name, library, module, config, spec, abstract, weights, tensor_map)
+    return Component(folder.name, library, family, config, spec, abstract, weights, tensor_map)
 
 
 def read_pipeline(

@@ -156,9 +156,9 @@ def abstract_component(folder: Path, name: str, model_index: Mapping[str, Any]) 
         raise InputError(f"{folder / INDEX}: found {name}: {entry}; expected [library, class]")
     config = read_json(where)
     effective = effective_network_config(model_index, name, config)
-    module, spec, abstract = read_network(where, entry[1], effective)
+    family, spec, abstract = read_network(where, entry[1], effective)
     weights = Weights(folder / PARAMS / name, None, (), {})
-    return Component(name, entry[0], module, config, spec, abstract, weights, {})
+    return Component(name, entry[0], family, config, spec, abstract, weights, {})
 
 
 def _read(part: Component, expected_fingerprint: str, dtype) -> Component:

@@ -7,17 +7,16 @@ import types
 import typing
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 
 from gadjax.errors import InputError, short_repr
-from gadjax.models.keymap import KeyMap
+from gadjax.models.family import Family, TextEncoder
 from gadjax.models.module import functional
 from gadjax.types import Params
 
-# Class in model_index.json and config.json -> the module with its port, imported on first use.
+# Class in model_index.json and config.json -> the module with its FAMILY, imported on first use.
 COMPONENTS = {
     "UNet2DConditionModel": "gadjax.models.unet",
     "PixArtTransformer2DModel": "gadjax.models.pixart",
@@ -41,30 +40,34 @@ LIMITS = {
     "max_size": (4096, 0),
     "": (1 << 22, 16),
 }
-TRANSFORMERS_MODULES = "gadjax.models.text."
 MAX_ARRAY_ELEMENTS = 1 << 40
+
+
+def family_of(class_name: str) -> Family:
+    """Family of a class. class_name: a key of COMPONENTS."""
+    return importlib.import_module(COMPONENTS[class_name]).FAMILY
 
 
 def read_network(
     where: Path, class_name: str, config: dict[str, Any]
-) -> tuple[ModuleType, Any, Params]:
-    """Module of a network's class, its Config and its abstract parameters.
+) -> tuple[Family, Any, Params]:
+    """Family of a network's class, its Config and its abstract parameters.
 
     Args:
       where: the file that `config` was read from.
       class_name: a key of COMPONENTS.
       config: the content of its config.json.
 
-    Returns: (module, its Config, shapes and dtypes of the parameters).
+    Returns: (family, its Config, shapes and dtypes of the parameters).
     Raises: InputError naming `where` for a configuration from which no such network can be built.
     """
-    module = importlib.import_module(COMPONENTS[class_name])
-    if module.__name__.startswith(TRANSFORMERS_MODULES) and not config.get("architectures"):
+    family = family_of(class_name)
+    if isinstance(family, TextEncoder) and not config.get("architectures"):
         config = config | {"architectures": [class_name]}  # older ones leave it to model_index.json
     try:
-        spec = module.Config.from_dict(config)
+        spec = family.config.from_dict(config)
         _check(spec)
-        return module, spec, _abstract(module, spec)
+        return family, spec, _abstract(family, spec)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except Exception as error:  # values that no check covers fail wherever the network is built
@@ -75,18 +78,13 @@ def read_network(
         ) from None
 
 
-def keymap_of(module: ModuleType, spec: Any) -> KeyMap:
-    """Key map of a network; for some it depends on the configuration which layers are stacked."""
-    return module.KEYMAP if hasattr(module, "KEYMAP") else module.keymap(spec)
-
-
 @functools.lru_cache(maxsize=8)
-def _abstract(module: ModuleType, spec: Any) -> Params:
+def _abstract(family: Family, spec: Any) -> Params:
     """Abstract parameters of a network.
 
     Cached, since tracing takes as long as all other checks and a command checks more than once.
     """
-    abstract = functional(module.build(spec)).abstract
+    abstract = functional(family.build(spec)).abstract
     for leaf in jax.tree.leaves(abstract):
         if math.prod(leaf.shape) > MAX_ARRAY_ELEMENTS:
             raise InputError(f"found an array of shape {leaf.shape}; expected a smaller network")

@@ -70,7 +70,7 @@ def compare_networks(ours: PipelineFolder, theirs: PipelineFolder, dtype=None) -
                 for value in network.parameters():  # no buffers: they are in no file
                     value.copy_(value.to(getattr(torch, np.dtype(dtype).name)))
             apply = jax.jit(
-                functional(part.module.build(part.spec)).apply, static_argnames="method"
+                functional(part.family.build(part.spec)).apply, static_argnames="method"
             )
             kind = name.rstrip("_0123456789")
             compare = {"text_encoder": _text_encoder, "vae": _vae}.get(kind, _denoiser)
@@ -122,35 +122,24 @@ def _denoiser(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]
     """Yield (name, ours, theirs): outputs of the denoisers for the same inputs."""
     import torch
 
-    spec, kind = part.spec, type(network).__name__
+    spec = part.spec
     side = min(spec.sample_size, SIDE)
     x, x_torch = _normal(0, 2, side, side, spec.in_channels)
-    widths = ("caption_channels", "cross_attention_dim", "joint_attention_dim")
-    width = next(getattr(spec, name) for name in widths if hasattr(spec, name))
-    text, text_torch = _normal(1, 2, TOKENS, width)
+    text, text_torch = _normal(1, 2, TOKENS, spec.text_dim)
     mask = np.array([[1] * TOKENS, [1] * 5 + [0] * (TOKENS - 5)], np.int32)
-    pooled = getattr(spec, "pooled_dim", None) or getattr(spec, "pooled_projection_dim", None)
-    pooled = np.random.default_rng(5).standard_normal((2, pooled or 1), np.float32)
+    pooled = np.random.default_rng(5).standard_normal((2, spec.pooled_dim or 1), np.float32)
     # SANA-Sprint's times are in [0, 1].
-    embedded = getattr(spec, "guidance_embeds", False)
-    times = np.array([0.9, 0.2] if embedded else [999, 7], np.float32)
-    extras = {"guidance": np.array([4.5, 1], np.float32)} if embedded else None
-    extras = extras or part.module.extras(spec, 2, 8 * side, 8 * side, pooled)
-    tensors = {name: torch.from_numpy(np.array(value)) for name, value in (extras or {}).items()}
-    arguments = {"encoder_hidden_states": text_torch, "timestep": torch.from_numpy(times)}
-    if kind == "SD3Transformer2DModel":
-        arguments["pooled_projections"] = tensors["pooled"]
-    elif kind == "UNet2DConditionModel":
-        arguments["added_cond_kwargs"] = tensors
-    else:
-        arguments["encoder_attention_mask"] = torch.from_numpy(mask)
-    if kind == "PixArtTransformer2DModel":
-        names = ("resolution", "aspect_ratio")
-        arguments["added_cond_kwargs"] = {name: tensors.get(name) for name in names}
-    if embedded:
-        arguments["guidance"] = tensors["guidance"] * spec.guidance_embeds_scale
-    theirs = network(x_torch, **arguments).sample[:, : spec.in_channels]
-    ours = part.module.predictor(apply, spec)(part.params, x, times, Cond(text, mask, extras))
+    times = np.array([0.9, 0.2] if spec.guidance_embeds else [999, 7], np.float32)
+    extras = {"guidance": np.array([4.5, 1], np.float32)} if spec.guidance_embeds else None
+    extras = extras or part.family.extras(spec, 2, 8 * side, 8 * side, pooled)
+    cond = Cond(text, mask, extras)
+    others = jax.tree.map(
+        lambda value: torch.from_numpy(np.array(value)), part.family.torch_inputs(spec, cond)
+    )
+    times_torch = torch.from_numpy(times)
+    theirs = network(x_torch, encoder_hidden_states=text_torch, timestep=times_torch, **others)
+    theirs = theirs.sample[:, : spec.in_channels]
+    ours = part.family.predictor(apply, spec)(part.params, x, times, cond)
     yield part.name, ours, _nhwc(theirs)
 
 

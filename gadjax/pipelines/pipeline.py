@@ -71,7 +71,7 @@ class Pipeline:
         """Conditioning from prompt embeddings, with the micro-conditioning of the image size."""
         part = self.folder.components[self.backbone]
         height, width = (side * self.upscale for side in self.latent[:2])
-        extras = part.module.extras(part.spec, text_BLD.shape[0], height, width, pooled_BP)
+        extras = part.family.extras(part.spec, text_BLD.shape[0], height, width, pooled_BP)
         return Cond(text_BLD, mask_BL, extras)
 
     @property
@@ -82,12 +82,12 @@ class Pipeline:
         """Encode images in [-1, 1] to latents in the denoiser's scale: the posterior's mean."""
         vae = self.folder.components["vae"]
         mean, _ = self.networks["vae"].apply(params, image_BHWC, method="encode")
-        return vae.module.scale(mean.astype(jnp.float32), vae.spec)
+        return vae.family.scale(mean.astype(jnp.float32), vae.spec)
 
     def decode(self, params: Params, latent_BHWC):
         """Decode latents in the denoiser's scale to images, clipped to [-1, 1]."""
         vae = self.folder.components["vae"]
-        raw = vae.module.unscale(latent_BHWC, vae.spec)
+        raw = vae.family.unscale(latent_BHWC, vae.spec)
         image = self.networks["vae"].apply(params, raw, method="decode")
         return jnp.clip(image.astype(jnp.float32), -1, 1)
 
@@ -155,7 +155,7 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
             raise InputError(f"{folder.path}: found no {name}; expected a text-to-image pipeline")
     check_classes(folder.path / INDEX, folder.model_index)
     networks = {
-        name: functional(part.module.build(part.spec, dtype=dtype, remat=remat))
+        name: functional(part.family.build(part.spec, dtype=dtype, remat=remat))
         for name, part in folder.components.items()
     }
     part, vae = folder.components[folder.backbone], folder.components["vae"]
@@ -170,7 +170,7 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
         networks=networks,
         denoiser=_denoiser(folder, networks[folder.backbone]),
         sampler=sampler_from_config(folder.scheduler),
-        prompts=part.module.prompts(_text_parts(folder, networks), part.spec),
+        prompts=part.family.prompts(_text_parts(folder, networks), part.spec),
         latent=(side, side, part.spec.in_channels),
     )
 
@@ -211,19 +211,19 @@ def with_scheduler(pipeline: Pipeline, scheduler: dict[str, Any]) -> Pipeline:
 def _denoiser(folder: PipelineFolder, network: Functional) -> Denoiser:
     part = folder.components[folder.backbone]
     schedule = schedule_from_config(folder.scheduler)
-    predictor = part.module.predictor(network.apply, part.spec)
-    features = part.module.features(network.apply)
+    predictor = part.family.predictor(network.apply, part.spec)
+    features = part.family.features(network.apply)
     if floors_timesteps(folder.scheduler):
         predictor, features = floor_timesteps(predictor), floor_timesteps(features)
     if isinstance(schedule, TrigFlow):
         predictor, features = trigflow(predictor), None
-    text_kv = getattr(part.module, "TEXT_KV", None)
+    text_kv = part.family.text_kv
     return Denoiser(
         predictor,
         schedule,
         parameterization_from_config(folder.scheduler),
         features,
-        guidance_embedded=getattr(part.spec, "guidance_embeds", False),
+        guidance_embedded=part.spec.guidance_embeds,
         text_kv=text_kv and partial(network.apply, method=text_kv),
     )
 

@@ -254,11 +254,11 @@ def select_kernels(choice: str, mesh: Mesh, dtype: str) -> str:
 
 def check_sequence(pipeline: Pipeline, mesh: Mesh) -> None:
     """Check sequence sharding. Raises: InputError for a network whose positions cannot be split."""
-    module = pipeline.folder.components[pipeline.backbone].module
-    if mesh.shape[SEQUENCE_AXIS] > 1 and (why := getattr(module, "NO_SEQUENCE_SHARDING", "")):
+    family = pipeline.folder.components[pipeline.backbone].family
+    if mesh.shape[SEQUENCE_AXIS] > 1 and (why := family.no_sequence_sharding):
         raise InputError(
             f"mesh.sequence: found {mesh.shape[SEQUENCE_AXIS]}; expected 1 for a "
-            f"{module.CLASS_NAMES[0]}, {why}"
+            f"{family.class_names[0]}, {why}"
         )
 
 

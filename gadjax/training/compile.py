@@ -60,10 +60,10 @@ def run_shardings(run: Run) -> tuple[TrainState, dict[str, Any], dict[str, Any]]
     what is offloaded is in host memory. The third: the frozen networks' on the devices."""
     mesh, parts = run.mesh, run.pipeline.folder.components
     backbone, offloaded = run.pipeline.backbone, run.config.offload
-    rules = DISCRIMINATOR_RULES + parts[backbone].module.RULES
+    rules = DISCRIMINATOR_RULES + parts[backbone].family.rules
     state = shardings(jax.eval_shape(run.start, run.initial_params), rules, mesh)
     on_device = {
-        name: shardings(tree, parts[backbone if name == "untrained" else name].module.RULES, mesh)
+        name: shardings(tree, parts[backbone if name == "untrained" else name].family.rules, mesh)
         if name in parts or name == "untrained"
         else jax.tree.map(lambda _: replicated(mesh), tree)
         for name, tree in run.frozen.items()

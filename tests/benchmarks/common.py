@@ -13,6 +13,7 @@ from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.schedules import DDPM
 from gadjax.models import pixart
 from gadjax.models.module import functional
+from gadjax.models.pixart.net import Config
 from gadjax.types import Batch, Cond
 
 MIB = 2**20
@@ -64,8 +65,8 @@ class Size:
         return (self.side // 2) ** 2
 
     @property
-    def config(self) -> pixart.Config:
-        return pixart.Config(
+    def config(self) -> Config:
+        return Config(
             num_attention_heads=self.heads,
             attention_head_dim=self.head_dim,
             num_layers=self.layers,
@@ -84,9 +85,9 @@ XL_1024 = Size(28, 16, 72, 128, text=120, caption=4096)
 
 def make_network(size: Size, dtype=jnp.float32, remat: bool | str = True):
     """Network as pure functions, and as a denoiser."""
-    network = functional(pixart.build(size.config, dtype=dtype, remat=remat))
-    predict = pixart.predictor(network.apply, size.config)
-    text_kv = partial(network.apply, method=pixart.TEXT_KV)
+    network = functional(pixart.FAMILY.build(size.config, dtype=dtype, remat=remat))
+    predict = pixart.FAMILY.predictor(network.apply, size.config)
+    text_kv = partial(network.apply, method=pixart.FAMILY.text_kv)
     return network, Denoiser(predict, DDPM(), "eps", text_kv=text_kv)
 
 
@@ -97,7 +98,7 @@ def make_batch(size: Size, seed: int = 0) -> Batch:
 
     def cond():
         text = jnp.asarray(rng.standard_normal((b, size.text, size.caption), np.float32))
-        extras = pixart.extras(size.config, b, 8 * side, 8 * side)
+        extras = pixart.FAMILY.extras(size.config, b, 8 * side, 8 * side)
         return Cond(text, jnp.ones((b, size.text), jnp.int32), extras)
 
     return Batch(

@@ -46,7 +46,7 @@ def test_table_names_the_modules_classes():
     for class_name, module in diffusers_folder.COMPONENTS.items():
         named.setdefault(module, set()).add(class_name)
     for module, classes in named.items():
-        assert classes == set(importlib.import_module(module).CLASS_NAMES)
+        assert classes == set(importlib.import_module(module).FAMILY.class_names)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

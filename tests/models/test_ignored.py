@@ -42,10 +42,10 @@ def keys_of(name):
 def test_every_key_of_a_network_is_used_or_listed(name):
     repository, part = BASES[name]
     base = PUBLISHED[repository][f"{part}/config.json"]
-    module, spec, _ = read_network(Path(part), name, base)
+    family, spec, _ = read_network(Path(part), name, base)
     for key in sorted(keys_of(name) - set(IGNORED[name])):
         try:
-            changed = module.Config.from_dict(base | {key: "something else"})
+            changed = family.config.from_dict(base | {key: "something else"})
         except Exception:  # the key is read
             continue
         assert changed != spec, key

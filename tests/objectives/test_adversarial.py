@@ -439,7 +439,8 @@ def test_a_run_without_what_it_needs_is_one_line(
     config, tmp_path, capsys, monkeypatch, flags, words
 ):
     if not flags:
-        monkeypatch.setattr(pixart, "features", lambda apply: None)
+        changed = replace(pixart.FAMILY, features=lambda apply: None)
+        monkeypatch.setattr(pixart, "FAMILY", changed)
     assert train(config, tmp_path / "run", *flags) == 2
     line = capsys.readouterr().err
     assert words in line and line.count("\n") == 1

@@ -23,7 +23,7 @@ from gadjax.parallel.sharding import AXES, check_batch, make_mesh, path_name, sh
 from gadjax.training.state import create_state
 
 B, LENGTH, TEXT = 32, 5, 8
-CONFIG = pixart.Config(
+CONFIG = pixart.FAMILY.config(
     num_attention_heads=2,
     attention_head_dim=8,
     num_layers=2,
@@ -42,14 +42,14 @@ def tiny_run(mesh, microbatches, offload=()):
     from gadjax.training.state import StepSpec
     from gadjax.types import Cond
 
-    net = functional(pixart.build(CONFIG, remat=False))
+    net = functional(pixart.FAMILY.build(CONFIG, remat=False))
     rng = np.random.default_rng(0)
     teacher, student = (
         jax.tree.map(lambda p: np.float32(0.2 * rng.normal(size=p.shape)), net.abstract)
         for _ in range(2)
     )
     pipeline = SimpleNamespace(
-        folder=SimpleNamespace(components={"transformer": SimpleNamespace(module=pixart)}),
+        folder=SimpleNamespace(components={"transformer": SimpleNamespace(family=pixart.FAMILY)}),
         latent=(4, 4, 4),
         cond=lambda text, mask, pooled: Cond(text, mask),
         backbone="transformer",
@@ -57,10 +57,10 @@ def tiny_run(mesh, microbatches, offload=()):
     optimizers = {"student": OPTIMIZER, "critic": OPTIMIZER}
     step_spec = StepSpec(
         denoiser=Denoiser(
-            pixart.predictor(net.apply, CONFIG),
+            pixart.FAMILY.predictor(net.apply, CONFIG),
             DDPM(),
             "eps",
-            text_kv=partial(net.apply, method=pixart.TEXT_KV),
+            text_kv=partial(net.apply, method=pixart.FAMILY.text_kv),
         ),
         objective=DMD() + 0.5 * GAD(steps=2) + 0.05 * Anchor(steps=2),
         times=(899.0, 449.0, -1.0),
@@ -160,7 +160,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("name", ["2x2x2x1", "8x1x1x1", "1x2x2x2"])
 def test_eight_devices_equal_one(trained, name):
     (one, metrics, *_), (eight, same, *_) = trained["1x1x1x1"], trained[name]
-    net = functional(pixart.build(CONFIG, remat=False))
+    net = functional(pixart.FAMILY.build(CONFIG, remat=False))
     assert len(one) == len(eight) > 7 * len(flatten(net.abstract))
     largest = max(float(np.abs(v).max()) for k, v in one.items() if "/mu/" in k)
     checked = 0
@@ -252,10 +252,12 @@ def test_indivisible_axis_is_refused():
 def test_moments_and_ema_are_sharded_like_parameters():
     run = tiny_run(MESH, 1)
     state = jax.eval_shape(run.start, run.initial_params)
-    actual = {path_name(path): s.spec for path, s in leaves(shardings(state, pixart.RULES, MESH))}
+    actual = {
+        path_name(path): s.spec for path, s in leaves(shardings(state, pixart.FAMILY.rules, MESH))
+    }
     params_specs = {
         path_name(path): s.spec
-        for path, s in leaves(shardings(state.params["student"], pixart.RULES, MESH))
+        for path, s in leaves(shardings(state.params["student"], pixart.FAMILY.rules, MESH))
     }
     assert sum("fsdp" in str(spec) for spec in params_specs.values()) > 10
     for path, spec in params_specs.items():

@@ -126,9 +126,9 @@ def run_text(model, given) -> Outputs:
 
 
 def our_text(part: Component, given) -> Outputs:
-    apply = functional(part.module.build(part.spec, remat=False)).apply
+    apply = functional(part.family.build(part.spec, remat=False)).apply
     ids, mask = given["ids"].astype(np.int32), given["mask"].astype(np.int32)
-    if not part.module.__name__.endswith("clip"):
+    if "CLIPTextModel" not in part.family.class_names:
         return {"last": jax.jit(apply)(part.params, ids, mask)}
     outputs = {}
     for label, masks in (("", ()), ("masked ", (mask,))):
@@ -159,7 +159,7 @@ def run_vae(model, given) -> Outputs:
 
 
 def our_vae(part: Component, given) -> Outputs:
-    apply = functional(part.module.build(part.spec, remat=False)).apply
+    apply = functional(part.family.build(part.spec, remat=False)).apply
     mean, logvar = jax.jit(partial(apply, method="encode"))(part.params, given["image"])
     decoded = jax.jit(partial(apply, method="decode"))(part.params, given["latent"])
     outputs = {"decode": decoded, "encode": mean}
@@ -226,10 +226,10 @@ def run_denoiser(model, given) -> Outputs:
 
 
 def our_denoiser(part: Component, given) -> Outputs:
-    apply = functional(part.module.build(part.spec, remat=False)).apply
+    apply = functional(part.family.build(part.spec, remat=False)).apply
     apply = jax.jit(apply, static_argnames="method")
     cond = Cond(given["text"], given.get("mask"), given.get("extras"))
-    predict = part.module.predictor(apply, part.spec)
+    predict = part.family.predictor(apply, part.spec)
     return {"out": predict(part.params, given["x"], given["t"], cond)}
 
 

@@ -26,7 +26,7 @@ from gadjax.parallel.sharding import (
 )
 
 LENGTH, TEXT, LATENT = 5, 8, 32
-CONFIG = pixart.Config(
+CONFIG = pixart.FAMILY.config(
     num_attention_heads=2,
     attention_head_dim=8,
     num_layers=2,
@@ -37,7 +37,7 @@ CONFIG = pixart.Config(
 
 def tangent_program():
     """A loss of a tangent and its gradient where four devices share every sample's positions."""
-    net = functional(pixart.build(CONFIG))
+    net = functional(pixart.FAMILY.build(CONFIG))
     mesh = make_mesh({"sequence": 4}, jax.devices()[:4])
 
     def loss(params, x, v, text):
@@ -48,7 +48,7 @@ def tangent_program():
 
     shapes = (2, LATENT, LATENT, 4), (2, LATENT, LATENT, 4), (2, LENGTH, TEXT)
     arrays = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=batch_sharding(mesh)) for s in shapes]
-    params = shapes_with_shardings(net.abstract, shardings(net.abstract, pixart.RULES, mesh))
+    params = shapes_with_shardings(net.abstract, shardings(net.abstract, pixart.FAMILY.rules, mesh))
     with current_placement(Placement(mesh)):
         return jax.jit(jax.grad(loss)).lower(params, *arrays).compile()
 
@@ -84,15 +84,15 @@ UNET = "mesh.sequence: found 2; expected 1 for a UNet2DConditionModel, whose con
 def test_a_unet_has_a_sample_on_one_device():
     from gadjax.training.checks import check_sequence
 
-    def pipeline(module):
-        components = {"body": SimpleNamespace(module=module)}
+    def pipeline(family):
+        components = {"body": SimpleNamespace(family=family)}
         return SimpleNamespace(backbone="body", folder=SimpleNamespace(components=components))
 
     one, two = (AbstractMesh((1, 1, 1, n), AXES) for n in (1, 2))
-    check_sequence(pipeline(unet), one)
-    check_sequence(pipeline(pixart), two)
+    check_sequence(pipeline(unet.FAMILY), one)
+    check_sequence(pipeline(pixart.FAMILY), two)
     with pytest.raises(InputError, match=UNET):
-        check_sequence(pipeline(unet), two)
+        check_sequence(pipeline(unet.FAMILY), two)
 
 
 @pytest.mark.slow  # has diffusers make a pipeline

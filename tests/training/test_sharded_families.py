@@ -30,7 +30,7 @@ TEXT, SIDE, SAMPLES = 12, 8, 4
 # Every sharded dimension divides by two, and leaves are as small as that lets them be.
 FAMILIES = {
     "unet": (
-        unet,
+        unet.FAMILY,
         {
             "sample_size": SIDE,
             "block_out_channels": [16, 24],
@@ -48,7 +48,7 @@ FAMILIES = {
         },
     ),
     "sana": (
-        sana,
+        sana.FAMILY,
         {
             "in_channels": 4,
             "out_channels": 4,
@@ -65,7 +65,7 @@ FAMILIES = {
         },
     ),
     "mmdit": (
-        mmdit,
+        mmdit.FAMILY,
         {
             "sample_size": SIDE,
             "in_channels": 4,
@@ -82,7 +82,7 @@ FAMILIES = {
         },
     ),
     "pixart": (
-        pixart,
+        pixart.FAMILY,
         {
             "num_attention_heads": 4,
             "attention_head_dim": 6,
@@ -101,25 +101,25 @@ SAMPLEWISE, *POSITIONWISE = (2, 2, 2, 1), (1, 2, 2, 2), (1, 2, 1, 4)
 
 
 def meshes(name):
-    unsplittable = getattr(FAMILIES[name][0], "NO_SEQUENCE_SHARDING", "")
+    unsplittable = FAMILIES[name][0].no_sequence_sharding
     return (SAMPLEWISE,) if unsplittable else (SAMPLEWISE, *POSITIONWISE)
 
 
 def worker(out: Path, name: str) -> None:
     assert len(jax.devices()) == 8
     jax.config.update("jax_enable_x64", True)
-    module, cfg = FAMILIES[name]
-    config = module.Config.from_dict(cfg)
-    net = functional(module.build(config, dtype=jnp.float64))
+    family, cfg = FAMILIES[name]
+    config = family.config.from_dict(cfg)
+    net = functional(family.build(config, dtype=jnp.float64))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: 0.2 * rng.normal(size=p.shape), net.abstract)
-    extras = module.extras(config, SAMPLES, 64, 64, rng.normal(size=(SAMPLES, 10)))
+    extras = family.extras(config, SAMPLES, 64, 64, rng.normal(size=(SAMPLES, 10)))
     x, v = rng.normal(size=(2, SAMPLES, SIDE, SIDE, 4))
     text = rng.normal(size=(SAMPLES, 5, TEXT))
     cond = Cond(text, np.ones((SAMPLES, 5), np.int32), extras)
-    predict = module.predictor(net.apply, config)
+    predict = family.predictor(net.apply, config)
 
-    method = getattr(module, "TEXT_KV", None)
+    method = family.text_kv
 
     def loss(ahead, params, x, v, cond):
         if ahead and method:
@@ -132,7 +132,7 @@ def worker(out: Path, name: str) -> None:
     for sizes in ((1, 1, 1, 1), *meshes(name)):
         devices = jax.devices()[: math.prod(sizes)]
         mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), devices)
-        placed_at = shardings(params, module.RULES, mesh)
+        placed_at = shardings(params, family.rules, mesh)
         given = jax.device_put(params, placed_at)
         with current_placement(Placement(mesh)):
             # On one device the text is read where it is wanted, on all others ahead.

@@ -1,14 +1,21 @@
 """Configuration of MMDiT, the transformer of SD3 (diffusers SD3Transformer2DModel)."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from gadjax.errors import InputError
+from gadjax.models.config import (
+    POSITIVE_INTEGER,
+    BackboneConfig,
+    is_positive,
+    read_options,
+    refuse,
+)
 
 CLASS_NAMES = ("SD3Transformer2DModel",)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BackboneConfig):
     """Options of a diffusers config.json that shape the network, under their names there."""
 
     sample_size: int = 128
@@ -28,6 +35,14 @@ class Config:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def text_dim(self) -> int:
+        return self.joint_attention_dim
+
+    @property
+    def pooled_dim(self) -> int:
+        return self.pooled_projection_dim
+
+    @property
     def dual_layers(self) -> int:
         """Number of blocks, the first ones, with a second self-attention of the image (SD3.5)."""
         return len(self.dual_attention_layers)
@@ -35,29 +50,22 @@ class Config:
     @classmethod
     def from_dict(cls, cfg: dict) -> "Config":
         """Read a diffusers config.json. Raises: InputError naming the first unsupported key."""
-        names = {f.name for f in fields(cls)}  # for other keys null means absent
         # These two only repeat another size; their defaults are diffusers'.
-        names |= {"caption_projection_dim", "out_channels"}
-        given = {k: v for k, v in cfg.items() if k[:1] != "_" and (k in names or v is not None)}
-        caption = given.pop("caption_projection_dim", 1152)
-        out = given.pop("out_channels", 16)
+        others = ("caption_projection_dim", "out_channels")
+        given = read_options(cls, cfg, "an option of SD3", others=others, keep_null=True)
+        caption, out = cfg.get(others[0], 1152), cfg.get(others[1], 16)
         dual = tuple(given.pop("dual_attention_layers", None) or ())
-        sizes = [f.name for f in fields(cls) if f.type is int]
         for key, value in given.items():
-            if key not in sizes and key != "qk_norm":
-                raise InputError(f"{key}: found {value!r}; expected an option of SD3")
-            if key in sizes and (type(value) is not int or value < 1):
-                raise InputError(f"{key}: found {value!r}; expected a positive integer")
+            if key != "qk_norm" and not is_positive(value, int):
+                refuse(key, value, POSITIVE_INTEGER)
         config = cls(**given, dual_attention_layers=dual)
         if config.qk_norm not in (None, "rms_norm"):
-            raise InputError(f"qk_norm: found {config.qk_norm!r}; expected null or 'rms_norm'")
+            refuse("qk_norm", config.qk_norm, "null or 'rms_norm'")
         if config.num_layers < 2:
-            raise InputError(f"num_layers: found {config.num_layers}; expected 2 or more")
+            refuse("num_layers", config.num_layers, "2 or more")
         if dual != tuple(range(min(len(dual), config.num_layers))):
-            raise InputError(
-                f"dual_attention_layers: found {list(dual)}; expected the first of "
-                f"the {config.num_layers} layers, without a gap"
-            )
+            layers = f"the first of the {config.num_layers} layers, without a gap"
+            refuse("dual_attention_layers", list(dual), layers)
         if config.dim % 4:
             raise InputError(
                 f"attention_head_dim: found a width of {config.dim}; expected a multiple of 4"

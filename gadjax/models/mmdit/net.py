@@ -13,10 +13,9 @@ from flax import nnx
 from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.models.mmdit.blocks import EPS, Block, Modulation, modulate
-from gadjax.models.mmdit.config import CLASS_NAMES, Config
+from gadjax.models.mmdit.config import Config
 from gadjax.models.module import Keys, checkpointed, scan_blocks, stack
 
-__all__ = ["CLASS_NAMES", "Config", "build"]
 TIME_CHANNELS = 256
 
 

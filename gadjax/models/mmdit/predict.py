@@ -1,6 +1,7 @@
 """Adapter from `Denoiser` to MMDiT (SD3): conditioning inputs, no attention mask."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -45,3 +46,8 @@ def features(apply: Callable) -> Callable[..., jax.Array]:
         return apply(params, x_BHWC, t_B, cond.text, cond.extras["pooled"], method="features")
 
     return call
+
+
+def torch_inputs(config: Config, cond: Cond) -> dict[str, Any]:
+    """Arguments of SD3Transformer2DModel."""
+    return {"pooled_projections": cond.extras["pooled"]}

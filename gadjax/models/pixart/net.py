@@ -4,7 +4,7 @@ Follows diffusers' PixArtTransformer2DModel. Parameters are cast to the compute 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from flax import nnx
 
 from gadjax.errors import InputError
 from gadjax.models import layers
+from gadjax.models.config import BackboneConfig, read_options
 from gadjax.models.ignored import IGNORED
 from gadjax.models.module import Keys, scan_blocks, stack
 from gadjax.types import TextKV
@@ -36,7 +37,7 @@ OTHER_OPTIONS = {*IGNORED[CLASS_NAMES[0]], "cross_attention_dim"}  # the latter 
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BackboneConfig):
     """Options of a diffusers config.json that shape the network, under their names there."""
 
     num_attention_heads: int = 16
@@ -57,6 +58,10 @@ class Config:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def text_dim(self) -> int:
+        return self.caption_channels
+
+    @property
     def position_scale(self) -> float:
         """Interpolation scale of position embeddings; by default large grids map to 64 latents."""
         if self.interpolation_scale is None:
@@ -73,18 +78,11 @@ class Config:
     @classmethod
     def from_dict(cls, cfg: dict) -> "Config":
         """Read a diffusers config.json. Raises: InputError naming the first unsupported key."""
-        names = {f.name for f in fields(cls)}
-        for key, value in cfg.items():
-            if key in FIXED and (value or None) != (FIXED[key] or None):
-                raise InputError(f"{key}: found {value!r}; expected {FIXED[key]!r}")
-            known = key in names or key in FIXED or key in OTHER_OPTIONS or key.startswith("_")
-            if not known and value is not None:  # null means absent
-                raise InputError(f"{key}: found {value!r}; expected an option of PixArt")
+        given = read_options(cls, cfg, "an option of PixArt", fixed=FIXED, others=OTHER_OPTIONS)
         if cfg.get("_class_name") == "Transformer2DModel" and "norm_type" not in cfg:
             raise InputError("norm_type: found nothing; expected 'ada_norm_single'")
         if cfg.get("caption_channels") is None:
             raise InputError("caption_channels: found none; expected the text encoder's width")
-        given = {k: v for k, v in cfg.items() if k in names and v is not None}
         if cfg.get("out_channels", 8) is None:
             given["out_channels"] = given.get("in_channels", 4)
         config = cls(**given)

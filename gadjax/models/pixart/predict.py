@@ -1,14 +1,13 @@
 """Adapter from `Denoiser` to PixArt: conditioning inputs, output channels."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gadjax.models.pixart.net import Config
 from gadjax.types import Cond, Params
-
-TEXT_KV = "text_kv"  # name of the method that computes the prompt's KV cache
 
 
 def extras(
@@ -47,3 +46,9 @@ def features(apply: Callable) -> Callable[..., jax.Array]:
         return apply(params, x_BHWC, t_B, cond.text, cond.mask, cond.extras, method="features")
 
     return call
+
+
+def torch_inputs(config: Config, cond: Cond) -> dict[str, Any]:
+    """Arguments of PixArtTransformer2DModel; it has added_cond_kwargs also without sizes."""
+    sizes = {name: (cond.extras or {}).get(name) for name in ("resolution", "aspect_ratio")}
+    return {"encoder_attention_mask": cond.mask, "added_cond_kwargs": sizes}

@@ -5,7 +5,7 @@ Parameters are cast to the compute dtype at use.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import nnx
 
 from gadjax.errors import InputError
 from gadjax.models import layers
+from gadjax.models.config import BackboneConfig, read_options, refuse
 from gadjax.models.module import Keys, scan_blocks, stack
 from gadjax.models.sana.blocks import Attention, GLUMBConv, RMSNorm
 from gadjax.types import TextKV
@@ -26,7 +27,7 @@ FIXED = {"norm_elementwise_affine": False, "dropout": 0.0}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BackboneConfig):
     """Options of a diffusers config.json that shape the network, under their names there."""
 
     in_channels: int = 32
@@ -52,24 +53,23 @@ class Config:
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def text_dim(self) -> int:
+        return self.caption_channels
+
     @classmethod
     def from_dict(cls, cfg: dict) -> "Config":
         """Read a diffusers config.json. Raises: InputError naming the first unsupported key."""
-        names = {f.name for f in fields(cls)}
-        for key, value in cfg.items():
-            if key in FIXED and value != FIXED[key]:
-                raise InputError(f"{key}: found {value!r}; expected {FIXED[key]!r}")
-            known = key in names or key in FIXED or key == "cross_attention_dim"
-            if not (known or key.startswith("_")) and value is not None:  # null means absent
-                raise InputError(f"{key}: found {value!r}; expected an option of Sana")
-        given = {k: v for k, v in cfg.items() if k in names and v is not None}
+        for key, value in FIXED.items():
+            if cfg.get(key, value) != value:  # null too
+                refuse(key, cfg[key], repr(value))
+        others = {*FIXED, "cross_attention_dim"}  # the latter is the width
+        given = read_options(cls, cfg, "an option of Sana", others=others)
         if cfg.get("out_channels", 32) is None:
             given["out_channels"] = given.get("in_channels", 32)
         config = cls(**given)
         if config.qk_norm not in (None, "rms_norm_across_heads"):
-            raise InputError(
-                f"qk_norm: found {config.qk_norm!r}; expected null or 'rms_norm_across_heads'"
-            )
+            refuse("qk_norm", config.qk_norm, "null or 'rms_norm_across_heads'")
         cross = cfg.get("cross_attention_dim", 2240)
         if cross != config.dim:
             raise InputError(

@@ -6,13 +6,12 @@ what its pipeline passes to the transformer (t in [0, 1]), not what its schedule
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from gadjax.models.sana.net import Config
 from gadjax.types import Cond, Params
-
-TEXT_KV = "text_kv"  # name of the method that computes the prompt's KV cache
 
 
 def extras(config: Config, samples: int, height: int, width: int, pooled=None) -> None:
@@ -41,3 +40,11 @@ def features(apply: Callable) -> Callable[..., jax.Array]:
         return apply(params, x_BHWC, t_B, cond.text, cond.mask, _guidance(cond), method="features")
 
     return call
+
+
+def torch_inputs(config: Config, cond: Cond) -> dict[str, Any]:
+    """Arguments of SanaTransformer2DModel, whose pipeline scales the guidance (Sprint)."""
+    mask, guidance_B = {"encoder_attention_mask": cond.mask}, _guidance(cond)
+    if guidance_B is None:
+        return mask
+    return mask | {"guidance": guidance_B * config.guidance_embeds_scale}

@@ -14,6 +14,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models.config import POSITIVE_INTEGER, POSITIVE_NUMBER, is_positive, refuse
+from gadjax.models.family import TextEncoder
 from gadjax.models.ignored import IGNORED_TENSORS, warn_unknown_keys
 from gadjax.models.keymap import KeyMap
 from gadjax.models.module import Keys, scan_blocks, stack
@@ -51,9 +53,9 @@ class Config:
         """Read a config.json. Raises: InputError naming the key that is absent or unsupported."""
         classes = cfg.get("architectures")
         if classes not in ([name] for name in CLASS_NAMES):
-            _refuse("architectures", classes, f"one of {', '.join(CLASS_NAMES)}")
+            refuse("architectures", classes, f"one of {', '.join(CLASS_NAMES)}")
         if (kind := cfg.get("model_type", "clip_text_model")) != "clip_text_model":
-            _refuse("model_type", kind, "'clip_text_model'")
+            refuse("model_type", kind, "'clip_text_model'")
         values = {"projected": classes[0] == CLASS_NAMES[1]}
         used = {f.name: f for f in fields(cls) if f.name != "projected"}
         warn_unknown_keys(classes[0], cfg, used)
@@ -66,25 +68,21 @@ class Config:
             elif key == "hidden_act":
                 valid, expected = value in ACTIVATIONS, " or ".join(ACTIVATIONS)
             elif key == "layer_norm_eps":
-                valid, expected = type(value) is float and value > 0, "a positive number"
+                valid, expected = is_positive(value, float), POSITIVE_NUMBER
             else:
-                valid, expected = type(value) is int and value > 0, "a positive integer"
+                valid, expected = is_positive(value, int), POSITIVE_INTEGER
             # Not used without the projection, and null in some files then.
             if not valid and (key != "projection_dim" or values["projected"]):
-                _refuse(key, value, expected)
+                refuse(key, value, expected)
             values[key] = value
         config = cls(**values)
         if config.hidden_size % config.num_attention_heads:
-            _refuse(
+            refuse(
                 "num_attention_heads",
                 config.num_attention_heads,
                 f"a divisor of hidden_size {config.hidden_size}",
             )
         return config
-
-
-def _refuse(key: str, value: Any, expected: str):
-    raise InputError(f"{key}: found {value!r}; expected {expected}")
 
 
 class Encoded(NamedTuple):
@@ -244,4 +242,12 @@ RULES = (
     (r"^blocks/.*/(bias|scale)$", P(None, "fsdp")),
     (r"^final_layer_norm/(bias|scale)$", P("fsdp")),
     (r"^text_projection/kernel$", P("fsdp", "tensor")),
+)
+
+FAMILY = TextEncoder(
+    class_names=CLASS_NAMES,
+    config=Config,
+    build=build,
+    keymap=KEYMAP,
+    rules=RULES,
 )

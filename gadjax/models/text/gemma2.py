@@ -15,6 +15,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models.config import POSITIVE_INTEGER, POSITIVE_NUMBER, is_positive, refuse
+from gadjax.models.family import TextEncoder
 from gadjax.models.ignored import warn_unknown_keys
 from gadjax.models.keymap import KeyMap
 from gadjax.models.layers import gelu_tanh
@@ -62,24 +64,24 @@ class Config:
         for key, value in flat.items():
             if key in FIXED:
                 if value not in FIXED[key]:
-                    _refuse(key, value, " or ".join(map(repr, FIXED[key])))
+                    refuse(key, value, " or ".join(map(repr, FIXED[key])))
             elif key == "layer_types":
                 if not set(value or ()) <= LAYER_TYPES:
-                    _refuse(key, value, " or ".join(sorted(LAYER_TYPES)))
+                    refuse(key, value, " or ".join(sorted(LAYER_TYPES)))
             elif key in kinds:
-                if type(value) not in kinds[key] or not value > 0:
-                    number = "a positive integer" if kinds[key] == (int,) else "a positive number"
-                    _refuse(key, value, number)
+                expected = POSITIVE_INTEGER if kinds[key] == (int,) else POSITIVE_NUMBER
+                if not is_positive(value, *kinds[key]):
+                    refuse(key, value, expected)
                 values[key] = value
         config = cls(**values)
         if config.num_attention_heads % config.num_key_value_heads:
-            _refuse(
+            refuse(
                 "num_key_value_heads",
                 config.num_key_value_heads,
                 f"a divisor of num_attention_heads {config.num_attention_heads}",
             )
         if config.head_dim % 2:
-            _refuse("head_dim", config.head_dim, "an even number")
+            refuse("head_dim", config.head_dim, "an even number")
         return config
 
 
@@ -88,12 +90,8 @@ def _with_flat_rope(cfg: Mapping[str, Any]) -> dict[str, Any]:
     flat = dict(cfg)
     rope = flat.pop("rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default" or set(rope) - {"rope_type", "rope_theta"}:
-        _refuse("rope_parameters", rope, "'rope_theta' and the rope_type 'default' alone")
+        refuse("rope_parameters", rope, "'rope_theta' and the rope_type 'default' alone")
     return flat | {key: value for key, value in rope.items() if key == "rope_theta"}
-
-
-def _refuse(key: str, value: Any, expected: str):
-    raise InputError(f"{key}: found {value!r}; expected {expected}")
 
 
 def frequencies(width: int, theta: float) -> np.ndarray:
@@ -254,4 +252,12 @@ RULES = (
     (r"^blocks/.*/(o_proj|down_proj)/kernel$", P(None, "tensor", "fsdp")),
     (r"^blocks/\w+layernorm/scale$", P(None, "fsdp")),
     (r"^norm/scale$", P("fsdp")),
+)
+
+FAMILY = TextEncoder(
+    class_names=CLASS_NAMES,
+    config=Config,
+    build=build,
+    keymap=KEYMAP,
+    rules=RULES,
 )

@@ -17,6 +17,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models.config import POSITIVE_INTEGER, POSITIVE_NUMBER, is_positive
+from gadjax.models.family import TextEncoder
 from gadjax.models.ignored import warn_unknown_keys
 from gadjax.models.keymap import KeyMap
 from gadjax.models.module import Keys, scan_blocks, stack
@@ -56,9 +58,8 @@ class Config:
             if field.type is str:
                 valid, expected = value in ACTIVATIONS, " or ".join(ACTIVATIONS)
             else:
-                kinds = (int, float) if field.type is float else (int,)
-                valid = type(value) in kinds and value > 0
-                expected = "a positive number" if field.type is float else "a positive integer"
+                valid = is_positive(value, int, field.type)
+                expected = POSITIVE_NUMBER if field.type is float else POSITIVE_INTEGER
             if not valid:
                 _refuse(field.name, None if value is MISSING else value, expected)
             values[field.name] = value
@@ -265,4 +266,12 @@ RULES = (
     (r"^blocks/.*/(o|wo)/kernel$", P(None, "tensor", "fsdp")),
     (r"^blocks/.*/layer_norm/scale$", P(None, "fsdp")),
     (r"^final_layer_norm/scale$", P("fsdp")),
+)
+
+FAMILY = TextEncoder(
+    class_names=CLASS_NAMES,
+    config=Config,
+    build=build,
+    keymap=KEYMAP,
+    rules=RULES,
 )

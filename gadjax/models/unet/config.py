@@ -3,7 +3,13 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from gadjax.errors import InputError
+from gadjax.models.config import (
+    POSITIVE_INTEGER,
+    BackboneConfig,
+    is_positive,
+    read_options,
+    refuse,
+)
 from gadjax.models.ignored import IGNORED
 
 CLASS_NAMES = ("UNet2DConditionModel",)
@@ -51,7 +57,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BackboneConfig):
     """Options that shape the network, under diffusers' names; tuples have one entry per block."""
 
     sample_size: int
@@ -77,6 +83,10 @@ class Config:
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
+    def text_dim(self) -> int:
+        return self.cross_attention_dim
+
+    @property
     def pooled_dim(self) -> int | None:
         """Width of SDXL's pooled prompt embedding; None for the other U-Nets."""
         if self.addition_embed_type is None:
@@ -86,22 +96,24 @@ class Config:
     @classmethod
     def from_dict(cls, cfg: dict[str, Any]) -> "Config":
         """Read a diffusers config.json. Raises: InputError naming the first unsupported key."""
-        names = {f.name for f in fields(cls)}
-        for key, value in cfg.items():
-            if key == "only_cross_attention" and isinstance(value, list | tuple):
-                value = any(value)
-            if key in FIXED and (value or None) != (FIXED[key] or None):
-                _refuse(key, cfg[key], repr(FIXED[key]))
-            ignored = key in IGNORED[CLASS_NAMES[0]] or key.startswith("_")
-            known = key in names or key in FIXED or ignored
-            if not known and value is not None:  # null means absent
-                _refuse(key, value, "an option of UNet2DConditionModel")
+        # May be a list; its one supported value is false for all blocks.
+        cross, fixed = cfg.get("only_cross_attention"), FIXED
+        if isinstance(cross, list | tuple) and not any(cross):
+            fixed = FIXED | {"only_cross_attention": cross}
+        given = read_options(
+            cls,
+            cfg,
+            f"an option of {CLASS_NAMES[0]}",
+            fixed=fixed,
+            others=IGNORED[CLASS_NAMES[0]],
+            keep_null=True,
+        )
         if cfg.get("sample_size") is None:
-            _refuse("sample_size", None, "the side of the latents")
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in names}
+            refuse("sample_size", None, "the side of the latents")
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         widths = given.get("block_out_channels", cls.block_out_channels)
         if not isinstance(widths, tuple):
-            _refuse("block_out_channels", widths, "a list")
+            refuse("block_out_channels", widths, "a list")
         for key, default in PER_BLOCK.items():
             value = given.get(key, default)
             given[key] = value if isinstance(value, tuple) else (value,) * len(widths)
@@ -115,26 +127,26 @@ class Config:
         sized = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
         if self.addition_embed_type is not None:
             if self.addition_embed_type != "text_time":
-                _refuse("addition_embed_type", self.addition_embed_type, "'text_time' or null")
+                refuse("addition_embed_type", self.addition_embed_type, "'text_time' or null")
             counts += sized
         for key in counts:
-            if not _counts([getattr(self, key)]):
-                _refuse(key, getattr(self, key), "a positive integer")
+            if not is_positive(getattr(self, key), int):
+                refuse(key, getattr(self, key), POSITIVE_INTEGER)
         for key in ("block_out_channels", *PER_BLOCK):
             value = getattr(self, key)
             if not _counts(value) or len(value) != len(widths):
-                _refuse(key, value, f"a positive integer for each of {len(widths)} blocks")
+                refuse(key, value, f"a positive integer for each of {len(widths)} blocks")
         for key, kinds in KINDS.items():
             value = getattr(self, key)
             if len(value) != len(widths) or not set(value) <= set(kinds):
-                _refuse(key, value, f"{' or '.join(kinds)} for each of {len(widths)} blocks")
+                refuse(key, value, f"{' or '.join(kinds)} for each of {len(widths)} blocks")
         if self.out_channels != self.in_channels:
-            _refuse("out_channels", self.out_channels, f"{self.in_channels}, as in_channels")
+            refuse("out_channels", self.out_channels, f"{self.in_channels}, as in_channels")
         if any(width % groups for width in widths):
-            _refuse("norm_num_groups", groups, f"a divisor of block_out_channels {widths}")
+            refuse("norm_num_groups", groups, f"a divisor of block_out_channels {widths}")
         # Half of the channels of a sinusoidal embedding are sines.
         if widths[0] % 2:
-            _refuse("block_out_channels", widths, "an even number first")
+            refuse("block_out_channels", widths, "an even number first")
         cross = [kind.startswith("Cross") for kind in self.down_block_types]
         up = [kind.startswith("Cross") for kind in self.up_block_types][::-1]
         cross[-1] = True  # the middle block has the last one's heads
@@ -142,18 +154,14 @@ class Config:
             widths, self.attention_head_dim, map(max, cross, up), strict=True
         ):
             if used and width % heads:
-                _refuse("attention_head_dim", self.attention_head_dim, f"divisors of {widths}")
+                refuse("attention_head_dim", self.attention_head_dim, f"divisors of {widths}")
         if self.addition_embed_type is not None:
             if self.addition_time_embed_dim % 2:
-                _refuse(sized[0], self.addition_time_embed_dim, "an even number")
+                refuse(sized[0], self.addition_time_embed_dim, "an even number")
             if self.pooled_dim < 1:
                 most = TIME_IDS * self.addition_time_embed_dim
-                _refuse(sized[1], getattr(self, sized[1]), f"more than {most}")
+                refuse(sized[1], getattr(self, sized[1]), f"more than {most}")
 
 
 def _counts(values) -> bool:
-    return all(type(value) is int and value > 0 for value in values)
-
-
-def _refuse(key: str, value: Any, expected: str):
-    raise InputError(f"{key}: found {value!r}; expected {expected}")
+    return all(is_positive(value, int) for value in values)

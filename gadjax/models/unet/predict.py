@@ -1,6 +1,7 @@
 """Adapter from `Denoiser` to the U-Net: conditioning inputs, features of the middle block."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,6 @@ import jax.numpy as jnp
 from gadjax.errors import InputError
 from gadjax.models.unet.config import Config
 from gadjax.types import Cond, Params
-
-TEXT_KV = "text_kv"  # name of the method that computes the prompt's KV cache
 
 
 def extras(
@@ -50,3 +49,8 @@ def features(apply: Callable) -> Callable[..., jax.Array]:
         return apply(params, x_BHWC, t_B, cond.text, cond.extras, method="features")
 
     return call
+
+
+def torch_inputs(config: Config, cond: Cond) -> dict[str, Any]:
+    """Arguments of UNet2DConditionModel."""
+    return {"added_cond_kwargs": cond.extras or {}}

@@ -5,7 +5,7 @@ published ones). Same interface as autoencoder_kl, but deterministic: `encode` g
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models.config import read_options, refuse
+from gadjax.models.family import Autoencoder
 from gadjax.models.keymap import KeyMap
 from gadjax.models.layers import numbered
 from gadjax.models.module import Keys
@@ -80,17 +82,16 @@ class Config:
     @classmethod
     def from_dict(cls, cfg: dict[str, Any]) -> "Config":
         """Read a config.json. Raises: InputError naming the key of an unsupported option."""
-        cfg = {k: v for k, v in cfg.items() if v is not None and k[0] != "_"}
+        cfg = {k: v for k, v in cfg.items() if v is not None}
         for key, (supported, absent) in FIXED.items():
-            if (value := cfg.pop(key, absent)) != supported:
-                raise InputError(f"{key}: found {value!r}; expected {supported!r}")
+            if (value := cfg.get(key, absent)) != supported:
+                refuse(key, value, repr(supported))
         for key, supported in STAGED_FIXED.items():
-            values = cfg.pop(key, supported)
+            values = cfg.get(key, supported)
             if set([values] if isinstance(values, str) else values) != {supported}:
-                raise InputError(f"{key}: found {values!r}; expected {supported!r}")
-        for key in sorted(set(cfg) - {f.name for f in fields(cls)}):
-            raise InputError(f"{key}: found {cfg[key]!r}; expected no such option")
-        config = cls(**{k: _frozen(v) for k, v in cfg.items()})
+                refuse(key, values, repr(supported))
+        given = read_options(cls, cfg, "no such option", others={*FIXED, *STAGED_FIXED})
+        config = cls(**{k: _frozen(v) for k, v in given.items()})
         for side in ("encoder", "decoder"):
             config.stages(side)
         if len(config.encoder_block_out_channels) != len(config.decoder_block_out_channels):
@@ -243,3 +244,14 @@ class AutoencoderDC(nnx.Module):
     def decode(self, latent_BHWC: jax.Array) -> jax.Array:
         """Decode a raw latent [B, h, w, latent]: image [B, H, W, in], not clipped."""
         return self.decoder(latent_BHWC)
+
+
+FAMILY = Autoencoder(
+    class_names=CLASS_NAMES,
+    config=Config,
+    build=build,
+    keymap=KEYMAP,
+    rules=RULES,
+    scale=scale,
+    unscale=unscale,
+)

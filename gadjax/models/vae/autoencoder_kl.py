@@ -5,7 +5,7 @@ Images are NHWC in [-1, 1]; latents are NHWC, 2^(blocks - 1) times smaller per s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models.config import read_options, refuse
+from gadjax.models.family import Autoencoder
 from gadjax.models.ignored import IGNORED
 from gadjax.models.keymap import KeyMap
 from gadjax.models.layers import numbered
@@ -68,19 +70,18 @@ class Config:
     @classmethod
     def from_dict(cls, cfg: dict[str, Any]) -> "Config":
         """Read a config.json. Raises: InputError naming the key of an unsupported option."""
+        kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+        others = {*IGNORED[CLASS_NAMES[0]], *kinds, "act_fn"}
         # null means absent, as shift_factor and latents_mean of most.
-        ignored = IGNORED[CLASS_NAMES[0]]
-        cfg = {k: v for k, v in cfg.items() if v is not None and k[0] != "_" and k not in ignored}
-        blocks = cfg["block_out_channels"] = tuple(cfg.get("block_out_channels", (64,)))
-        for side, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
-            key, expected = f"{side}_block_types", [kind] * len(blocks)
-            if (value := list(cfg.pop(key, [kind]))) != expected:
-                raise InputError(f"{key}: found {value}; expected {expected}")
-        if (act := cfg.pop("act_fn", "silu")) not in ("silu", "swish"):
-            raise InputError(f"act_fn: found {act!r}; expected 'silu'")
-        for key in sorted(set(cfg) - {f.name for f in fields(cls)}):
-            raise InputError(f"{key}: found {cfg[key]!r}; expected no such option")
-        config = cls(**cfg)
+        given = read_options(cls, cfg, "no such option", others=others)
+        blocks = given["block_out_channels"] = tuple(given.get("block_out_channels", (64,)))
+        for key, kind in kinds.items():
+            value = list([kind] if cfg.get(key) is None else cfg[key])
+            if value != (expected := [kind] * len(blocks)):
+                refuse(key, value, str(expected))
+        if cfg.get("act_fn") not in (None, "silu", "swish"):
+            refuse("act_fn", cfg["act_fn"], "'silu'")
+        config = cls(**given)
         if any(channels % config.norm_num_groups for channels in blocks):
             raise InputError(
                 f"norm_num_groups: found {config.norm_num_groups}; "
@@ -306,3 +307,14 @@ class AutoencoderKL(nnx.Module):
         if self.post_quant_conv is not None:
             latent_BHWC = self.post_quant_conv(latent_BHWC)
         return self.decoder(latent_BHWC)
+
+
+FAMILY = Autoencoder(
+    class_names=CLASS_NAMES,
+    config=Config,
+    build=build,
+    keymap=KEYMAP,
+    rules=RULES,
+    scale=scale,
+    unscale=unscale,
+)
