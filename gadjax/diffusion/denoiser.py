@@ -162,9 +162,8 @@ class Denoiser:
         """
         alpha, sigma = self.schedule.alpha_sigma(t_B)
         x_t = expand(alpha, target.x0) * target.x0 + expand(sigma, target.x0) * target.eps
-        error = self.guided_raw(params, x_t, t_B, cond, null, scale) - from_prediction(
-            self.parameterization, target, alpha, sigma
-        )
+        raw_target = from_prediction(self.parameterization, target, alpha, sigma)
+        error = self.guided_raw(params, x_t, t_B, cond, null, scale) - raw_target
         return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
 
 
