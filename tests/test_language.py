@@ -53,7 +53,8 @@ def problems(path: Path):
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_language(room):
-    assert not [problem for path in ROOMS[room] for problem in problems(path)]
+    lines = [line for path in ROOMS[room] for line in problems(path)]
+    assert not lines, "\n".join(lines)
 
 
 def test_the_check_sees_what_it_forbids():

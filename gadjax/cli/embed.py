@@ -101,9 +101,9 @@ def _text_encoder(pipeline: Pipeline, length: int, size: int):
             tokens = pipeline.prompts.negative_tokens(None, length)
         else:
             tokens = pipeline.tokens(prompts + [""] * (size - len(prompts)), length)
-        embeds = run(params, *tokens)._asdict()
+        encoded = dict(zip(("text", "mask", "pooled"), run(params, *tokens), strict=True))
         keep = 0 if prompts is None else slice(len(prompts))
-        return {name: np.asarray(x)[keep] for name, x in embeds.items() if x is not None}
+        return {name: np.asarray(x)[keep] for name, x in encoded.items() if x is not None}
 
     return encode
 
