@@ -1,7 +1,6 @@
 """AutoencoderDC against diffusers' class: values, derivatives, key names, shardings."""
 
-import re
-from functools import cache, partial
+from functools import partial
 
 import diffusers
 import jax
@@ -10,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance import NetworkCase, NetworkSuite, Published, Rules, torch_class
 
 from gadjax.errors import InputError
-from gadjax.formats.state_dict import expected_shapes, params_from_tensors, tensors_from_params
+from gadjax.formats.state_dict import params_from_tensors, tensors_from_params
 from gadjax.models.module import functional
-from gadjax.models.params import flatten
 from gadjax.models.vae import autoencoder_dc as dc
 from gadjax.models.vae import dc_blocks
 
@@ -66,15 +65,11 @@ TINY = config_of([4, 8], ([1, 1], [1, 1]), [None, [3]], 4, 3)
 CASES = {"three stages": SMALL, "two scales": OTHER}
 
 
-def torch_class(cfg):
-    return diffusers.AutoencoderDC(**{k: v for k, v in cfg.items() if k[0] != "_"})
-
-
 def torch_net(cfg):
     """diffusers' network with random parameters, none at its initial zero or one."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net = torch_class(cfg).eval()
+    net = CASE.torch_network(cfg).eval()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -206,48 +201,13 @@ def test_bfloat16_stays_near_float32():
     assert relative(np.asarray(found, np.float32), reference) < 0.05
 
 
-@cache
-def published():
-    return functional(dc.build(dc.Config.from_dict(PUBLISHED))).abstract
-
-
-def test_published_inventory():
-    with torch.device("meta"):
-        reference = torch_class(PUBLISHED).state_dict()
-    abstract = published()
-    shapes = {k: v[2] for k, v in expected_shapes(abstract, dc.KEYMAP).items()}
-    assert shapes == {k: tuple(v.shape) for k, v in reference.items()}
-    assert len(shapes) == 375
-    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == 312_250_275
-    assert all(isinstance(name, str) for name in flatten(abstract))
-
-
-def test_rules_name_every_large_leaf_and_divide_it():
-    used = set()
-    abstract = published()
-    for path, leaf in flatten(abstract).items():
-        matching = [(p, spec) for p, spec in dc.RULES if re.search(p, path)]
-        assert len(matching) <= 1 and (matching or leaf.size < 2**16), path
-        for pattern, spec in matching:
-            used.add(pattern)
-            assert len(spec) == leaf.ndim, path
-            axis = spec.index("fsdp")
-            assert leaf.shape[axis] % 32 == 0 or leaf.size < 2**16, path
-    assert used == {p for p, _ in dc.RULES}
-
-
-def test_published_config_is_read_and_scales_as_the_pipelines_do():
-    config = dc.Config.from_dict(PUBLISHED)
-    assert PUBLISHED["_class_name"] in dc.CLASS_NAMES
-    assert (config.upscale, config.latent_channels) == (32, 32)
-    latent = normal(0, 1, 2, 3, 32)
-    np.testing.assert_allclose(dc.scale(latent, config), latent * 0.41407, rtol=1e-6)
-    np.testing.assert_allclose(dc.unscale(latent, config), latent / 0.41407, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [
+CASE = NetworkCase(
+    family=dc.FAMILY,
+    torch_network=torch_class(diffusers.AutoencoderDC),
+    published={"f32c32": Published(PUBLISHED, 312_250_275, 375)},
+    rules=Rules(mesh={"fsdp": 32}, small_divide=False),
+    refused_in=PUBLISHED,
+    refused=[
         ("downsample_block_type", "pixel_unshuffle"),
         ("upsample_block_type", "pixel_shuffle"),
         ("encoder_out_shortcut", False),
@@ -264,9 +224,18 @@ def test_published_config_is_read_and_scales_as_the_pipelines_do():
         ("shift_factor", 0.1),
     ],
 )
-def test_unsupported_option_is_named(key, value):
-    with pytest.raises(InputError, match=f"^{key}: found .*; expected"):
-        dc.Config.from_dict(PUBLISHED | {key: value})
+
+
+class TestAutoencoderDC(NetworkSuite):
+    case = CASE
+
+
+def test_published_config_is_read_and_scales_as_the_pipelines_do():
+    config = dc.Config.from_dict(PUBLISHED)
+    assert (config.upscale, config.latent_channels) == (32, 32)
+    latent = normal(0, 1, 2, 3, 32)
+    np.testing.assert_allclose(dc.scale(latent, config), latent * 0.41407, rtol=1e-6)
+    np.testing.assert_allclose(dc.unscale(latent, config), latent / 0.41407, rtol=1e-6)
 
 
 def test_absent_samplers_are_those_of_diffusers_and_refused():

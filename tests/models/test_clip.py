@@ -1,5 +1,4 @@
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conformance import NetworkCase, NetworkSuite, Published, Rules
 from safetensors.numpy import save_file
 
 from gadjax.errors import InputError
 from gadjax.formats.state_dict import expected_shapes, params_from_tensors, tensors_from_params
 from gadjax.models.module import functional
-from gadjax.models.params import cast, flatten
+from gadjax.models.params import cast
 from gadjax.models.text import clip, t5
 
 torch.set_num_threads(1)
@@ -46,16 +46,17 @@ def published(width, layers, heads, act, projection, name=PLAIN):
     }
 
 
-# Config, and the parameters and tensors it is known to have.
 REAL = {
-    "SD 1.5, SDXL first": (
+    "SD 1.5, SDXL first": Published(
         published(768, 12, 12, "quick_gelu", 768) | {"_name_or_path": "openai"},
         123_060_480,
         196,
     ),
-    "SD 2": (published(1024, 23, 16, "gelu", 512), 340_387_840, 372),
-    "SD3 first": (published(768, 12, 12, "quick_gelu", 768, PROJECTED), 123_650_304, 197),
-    "SDXL and SD3 second": (published(1280, 32, 20, "gelu", 1280, PROJECTED), 694_659_840, 517),
+    "SD 2": Published(published(1024, 23, 16, "gelu", 512), 340_387_840, 372),
+    "SD3 first": Published(published(768, 12, 12, "quick_gelu", 768, PROJECTED), 123_650_304, 197),
+    "SDXL and SD3 second": Published(
+        published(1280, 32, 20, "gelu", 1280, PROJECTED), 694_659_840, 517
+    ),
 }
 
 
@@ -206,22 +207,26 @@ def test_transformers_reads_what_is_written(cfg, tmp_path):
         np.testing.assert_array_equal(again[key], value)
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_full_size_inventory_and_rules(name):
-    cfg, count, tensors = REAL[name]
-    abstract = functional(clip.build(clip.Config.from_dict(cfg))).abstract
-    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == count
-    with torch.device("meta"):
-        model = getattr(transformers, cfg["architectures"][0])(torch_config(cfg))
-    expected = prefixed({k: tuple(v.shape) for k, v in model.state_dict().items()})
-    ours = {k: shape for k, (_, _, shape) in expected_shapes(abstract, clip.KEYMAP).items()}
-    assert ours == expected and len(ours) == tensors
-    mesh = {"fsdp": 32, "tensor": 2, None: 1}
-    for path, leaf in flatten(abstract).items():
-        found = [spec for pattern, spec in clip.RULES if re.search(pattern, path)]
-        assert len(found) == 1 and len(found[0]) == leaf.ndim and "fsdp" in found[0], path
-        for size, axis in zip(leaf.shape, found[0], strict=True):
-            assert size % mesh[axis] == 0, path
+class TestCLIP(NetworkSuite):
+    case = NetworkCase(
+        family=clip.FAMILY,
+        torch_network=lambda cfg: getattr(transformers, cfg["architectures"][0])(torch_config(cfg)),
+        file_keys=prefixed,
+        published=REAL,
+        rules=Rules(mesh={"fsdp": 32, "tensor": 2}, complete=True),
+        refused_in=tiny(),
+        refused=[
+            ("architectures", ["CLIPModel"]),
+            ("architectures", None),
+            ("model_type", "siglip_text_model"),
+            ("hidden_act", "gelu_new"),
+            ("hidden_size", "24"),
+            ("num_hidden_layers", 0),
+            ("num_attention_heads", 5),
+            ("eos_token_id", [2, 49]),
+            ("layer_norm_eps", None),
+        ],
+    )
 
 
 @pytest.mark.slow
@@ -236,25 +241,6 @@ def test_longer_than_the_positions_is_named():
     net = functional(clip.build(clip.Config.from_dict(tiny())))
     with pytest.raises(InputError, match="ids: found 12 tokens; expected at most 11"):
         jax.eval_shape(net.apply, net.abstract, jnp.zeros((1, 12), jnp.int32))
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("architectures", ["CLIPModel"]),
-        ("architectures", None),
-        ("model_type", "siglip_text_model"),
-        ("hidden_act", "gelu_new"),
-        ("hidden_size", "24"),
-        ("num_hidden_layers", 0),
-        ("num_attention_heads", 5),
-        ("eos_token_id", [2, 49]),
-        ("layer_norm_eps", None),
-    ],
-)
-def test_unsupported_config_is_named(key, value):
-    with pytest.raises(InputError, match=f"^{key}: found "):
-        clip.Config.from_dict(tiny(**{key: value}))
 
 
 def test_extra_keys_of_older_versions_are_ignored():

@@ -1,5 +1,4 @@
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conformance import NetworkCase, NetworkSuite, Published, Rules
 
 from gadjax.errors import InputError
-from gadjax.formats.state_dict import expected_shapes, params_from_tensors, tensors_from_params
+from gadjax.formats.state_dict import params_from_tensors, tensors_from_params
 from gadjax.models.module import functional
-from gadjax.models.params import cast, flatten
+from gadjax.models.params import cast
 from gadjax.models.text import gemma2
 
 torch.set_num_threads(1)
@@ -195,20 +195,30 @@ def test_round_trip_is_exact(dtype):
         np.testing.assert_array_equal(value, tensors[key])
 
 
-def test_full_size_inventory_and_rules():
-    abstract = functional(gemma2.build(gemma2.Config.from_dict(REAL))).abstract
-    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == 2_614_341_888
-    with torch.device("meta"):
-        model = transformers.Gemma2Model(torch_config(REAL))
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    ours = {k: shape for k, (_, _, shape) in expected_shapes(abstract, gemma2.KEYMAP).items()}
-    assert ours == expected and len(ours) == 288
-    mesh = {"fsdp": 32, "tensor": 2, None: 1}
-    for path, leaf in flatten(abstract).items():
-        found = [spec for pattern, spec in gemma2.RULES if re.search(pattern, path)]
-        assert len(found) == 1 and len(found[0]) == leaf.ndim and "fsdp" in found[0], path
-        for size, axis in zip(leaf.shape, found[0], strict=True):
-            assert size % mesh[axis] == 0, path
+class TestGemma2(NetworkSuite):
+    case = NetworkCase(
+        family=gemma2.FAMILY,
+        torch_network=lambda cfg: transformers.Gemma2Model(torch_config(cfg)),
+        published={"2b": Published(REAL, 2_614_341_888, 288)},
+        rules=Rules(mesh={"fsdp": 32, "tensor": 2}, complete=True),
+        refused_in=SMALL,
+        refused=[
+            ("architectures", ["Gemma2ForCausalLM"]),
+            ("model_type", "gemma3_text"),
+            ("hidden_activation", "silu"),
+            ("attention_bias", True),
+            ("use_bidirectional_attention", True),
+            ("attn_logit_softcapping", None),
+            ("sliding_window", None),
+            ("hidden_size", 24.0),
+            ("num_key_value_heads", 3),
+            ("head_dim", 9),
+            ("layer_types", ["full_attention", "linear_attention"]),
+            ("rope_scaling", {"type": "linear", "factor": 2.0}),
+            ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+            ("rope_parameters", {"rope_theta": 1e4, "factor": 2.0}),
+        ],
+    )
 
 
 def test_config_of_transformers_5_is_the_same():
@@ -230,27 +240,3 @@ def test_longer_than_the_window_is_named():
     ids = jnp.zeros((1, 17), jnp.int32)
     with pytest.raises(InputError, match="ids: found 17 tokens; expected at most 16, the sliding"):
         jax.eval_shape(net.apply, net.abstract, ids, ids)
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("architectures", ["Gemma2ForCausalLM"]),
-        ("model_type", "gemma3_text"),
-        ("hidden_activation", "silu"),
-        ("attention_bias", True),
-        ("use_bidirectional_attention", True),
-        ("attn_logit_softcapping", None),
-        ("sliding_window", None),
-        ("hidden_size", 24.0),
-        ("num_key_value_heads", 3),
-        ("head_dim", 9),
-        ("layer_types", ["full_attention", "linear_attention"]),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
-        ("rope_parameters", {"rope_theta": 1e4, "factor": 2.0}),
-    ],
-)
-def test_unsupported_config_is_named(key, value):
-    with pytest.raises(InputError, match=f"^{key}: found "):
-        gemma2.Config.from_dict(SMALL | {key: value})
