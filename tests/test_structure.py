@@ -25,9 +25,7 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
-MODULES = {
-    ".".join(("gadjax", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES
-}
+MODULES = {".".join(("gadjax", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES}
 MODULES |= {name.removesuffix(".__init__") for name in MODULES}
 
 
