@@ -62,9 +62,20 @@ def on_page_markdown(markdown, page, config, files):
 
     pieces, end = [], 0
     for fence in FENCE.finditer(markdown):  # code keeps its brackets
-        pieces += [LINK.sub(rewrite, markdown[end : fence.start()]), fence.group()]
+        pieces += [LINK.sub(rewrite, nested(markdown[end : fence.start()])), fence.group()]
         end = fence.end()
-    return "".join([*pieces, LINK.sub(rewrite, markdown[end:])])
+    return "".join([*pieces, LINK.sub(rewrite, nested(markdown[end:]))])
+
+
+def nested(text):
+    """Text with the indentation in lists doubled: code hosts nest by two spaces, MkDocs by four."""
+    lines, in_list = [], False
+    for line in text.split("\n"):
+        if line and not line.startswith(" "):
+            in_list = bool(re.match(r"(?:[-*+]|\d+\.) ", line))
+        indent = len(line) - len(line.lstrip(" ")) if in_list else 0
+        lines.append(" " * indent + line)
+    return "\n".join(lines)
 
 
 def site_link(link, source, page, repo_url, uris):

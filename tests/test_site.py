@@ -139,6 +139,13 @@ def test_links_of_the_repository_become_links_of_the_site():
     assert link("nothing.md") == "nothing.md"
 
 
+def test_nested_lists_are_indented_by_four():
+    from site_hooks import nested
+
+    text = "- one\n  goes on\n  - two\n\nText\n\n    code\n"
+    assert nested(text) == "- one\n    goes on\n    - two\n\nText\n\n    code\n"
+
+
 def test_docstrings_become_markdown():
     from site_docstrings import escaped, with_list, with_sections
 
