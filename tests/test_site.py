@@ -96,6 +96,12 @@ def test_the_api_is_that_of_the_docstrings(site):
         assert f'id="{term.__module__}.{term.__name__}"' in page
 
 
+def test_the_page_of_the_training_config_names_the_bundled_configs():
+    text = (ROOT / "docs" / "api" / "training.md").read_text()
+    for path in (ROOT / "configs").glob("*.py"):
+        assert f"`{path.stem}`" in text
+
+
 BROKEN = """
 INHERIT: {root}/mkdocs.yml
 docs_dir: {folder}
