@@ -34,10 +34,13 @@ def small_png(text: str) -> str:
 
 
 def small_outputs(outputs: list) -> list:
-    """Outputs without stderr, and with a picture as PNG alone."""
+    """Outputs without stderr; lines printed in a row are one output, a picture is PNG alone."""
     kept = []
     for output in outputs:
         if output.output_type == "stream" and output.name == "stderr":
+            continue
+        if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
+            kept[-1].text += output.text
             continue
         if "image/png" in output.get("data", {}):
             output.data = {

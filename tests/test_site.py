@@ -106,8 +106,10 @@ BROKEN = """
 INHERIT: {root}/mkdocs.yml
 docs_dir: {folder}
 plugins: []
+watch: []
 hooks: [{root}/launch/site_hooks.py]
-nav: [index.md, pages.md, contributing.md, changelog.md]
+nav: [one.md]
+validation: {nav: {omitted_files: ignore}}
 """
 
 
@@ -115,9 +117,13 @@ def test_a_broken_link_fails_the_build(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
     (tmp_path / "mkdocs.yml").write_text(BROKEN.format(root=ROOT, folder=docs))
-    (docs / "README.md").write_text("# One\n\n[two](two.md)\n")
+    (docs / "README.md").touch()  # the hook reads that of the project
+    (docs / "one.md").write_text("# One\n\n[two](two.md), [three](../README.md)\n")
     done = build(tmp_path / "site", tmp_path / "mkdocs.yml")
-    assert done.returncode == 1 and "link 'two.md'" in done.stderr + done.stdout
+    assert done.returncode == 1 and "'one.md' contains a link 'two.md'" in done.stderr
+    assert (
+        "Aborted with" in done.stdout and "'one.md' contains a link 'index.md'" not in done.stderr
+    )
 
 
 def test_links_of_the_repository_become_links_of_the_site():
