@@ -5,7 +5,7 @@
 #       [--dry-run] --config.teacher=PATH --config.data.embeddings=DIR
 #
 # WORKDIR   folder of the run; run again to resume
-# CONFIG    FILE[:variant]
+# CONFIG    FILE[:variant], or NAME[:variant] of a bundled config
 # DEVICES   expected number of GPUs
 # LOGS      folder of the log (default WORKDIR.logs)
 # XLA_PYTHON_CLIENT_MEM_FRACTION (0.9), JAX_COMPILATION_CACHE_DIR (compiled, next to WORKDIR),

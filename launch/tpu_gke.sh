@@ -13,7 +13,7 @@
 # IMAGE                 with the project as working directory, and gadjax[tpu,gcs] installed
 # WORKDIR               gs://BUCKET/DIR, or a folder below MOUNT
 # MOUNT                 mount point of the pods (/gcs; xpk storage attach): Filestore, or a bucket
-# CONFIG                FILE[:variant], in the image
+# CONFIG                FILE[:variant] in the image, or NAME[:variant] of a bundled config
 # MAX_RESTARTS          limit of restarts of the workload (20)
 # GRACE                 seconds for a pod to save before it ends (180)
 #

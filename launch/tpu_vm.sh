@@ -16,7 +16,7 @@
 # RUNTIME               runtime version of the VMs (default by TPU_TYPE)
 # WORKDIR               gs://BUCKET/DIR, or a folder below MOUNT
 # MOUNT                 mount point of all hosts, set up by you (/gcs): Filestore, or a bucket
-# CONFIG                FILE[:variant]
+# CONFIG                FILE[:variant], or NAME[:variant] of a bundled config
 # LOGS                  local folder for the output of gcloud and the hosts (runs/NAME.logs)
 # GRACE                 seconds that stop waits for the run to save (180)
 #

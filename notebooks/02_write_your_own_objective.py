@@ -101,11 +101,17 @@ def paint(points_ND, noise_ND, side=160, reach=2.5):
     return picture
 
 
+def show(sheet, name):
+    """Picture: saved, and displayed in a notebook."""
+    sheet.save(OUT / name)
+    return sheet
+
+
 reference = bench.reference
 cells = {"teacher": paint(reference.end, reference.noise[: len(reference.end)])}
 cells |= {name: paint(result.samples, result.noise) for name, result in results.items()}
-grid([("", np.stack(list(cells.values())))], list(cells), scale=1).save(OUT / "02_rings.png")
 print(f"picture: {OUT / '02_rings.png'}")
+show(grid([("", np.stack(list(cells.values())))], list(cells), scale=1), "02_rings.png")
 
 # %% [markdown]
 # To train with it on pictures, register a name: a run stores its objective as a config, in which

@@ -1,6 +1,7 @@
-"""Notebooks: jupytext files in percent format that run as scripts."""
+"""Notebooks: jupytext scripts in percent format, and beside them their .ipynb with outputs."""
 
 import ast
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,54 @@ def test_it_is_a_notebook(name):
             assert all(line.startswith("#") or not line for line in body.splitlines()), body
         else:
             assert ast.parse(body).body, body
+
+
+def source_cells(name):
+    """(kind, text) of the cells of a .py."""
+    cells = re.split(r"^# %%", NOTEBOOKS[name].read_text(), flags=re.MULTILINE)[1:]
+    for cell in cells:
+        kind, _, body = cell.partition("\n")
+        if kind:
+            yield "markdown", re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE)
+        else:
+            yield "code", body.strip()
+
+
+def with_outputs(name):
+    """Cells of a .ipynb."""
+    return json.loads(NOTEBOOKS[name].with_suffix(".ipynb").read_text())["cells"]
+
+
+def output_texts(cell):
+    for output in cell.get("outputs", ()):
+        data = output.get("data", {})
+        yield "".join(output.get("text", data.get("text/plain", "")))
+
+
+@all_notebooks
+def test_the_ipynb_has_the_cells_of_its_source(name):
+    """After a change of the .py: python launch/run_notebooks.py NAME."""
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in with_outputs(name)]
+    assert cells == list(source_cells(name))
+
+
+@all_notebooks
+def test_the_ipynb_was_run_top_to_bottom(name):
+    code = [cell for cell in with_outputs(name) if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@all_notebooks
+def test_the_ipynb_is_small_and_of_no_machine(name):
+    """No absolute paths and no addresses in memory in its outputs."""
+    assert NOTEBOOKS[name].with_suffix(".ipynb").stat().st_size < 400_000
+    for cell in with_outputs(name):
+        assert not cell["metadata"]
+        for text in output_texts(cell):
+            assert not re.search(r"(?<![\w./])/\w[\w.-]*/|0x[0-9a-f]{6}", text), text
 
 
 @pytest.mark.slow

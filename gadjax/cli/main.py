@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib
+import importlib.metadata
 import io
 import os
 import signal
@@ -34,6 +35,21 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}")
 
 
+class _Version(argparse.Action):
+    """Flag that prints the version, looked up only then, and ends the program."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options):
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            version = importlib.metadata.version("gadjax")
+        except importlib.metadata.PackageNotFoundError:  # a clone on PYTHONPATH
+            version = "(not installed: no version)"
+        print(f"gadjax {version}")
+        parser.exit()
+
+
 def _set_compilation_cache() -> None:
     """Set JAX's compilation cache to a folder in the user's cache, for the next start.
 
@@ -62,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters outside its encoding are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = _Parser(prog="gadjax", description=__doc__)
+    parser.add_argument("--version", action=_Version, help="print the installed version")
     names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         names.add_parser(name, help=text, add_help=False)

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from gadjax.training.config import read_config
+from gadjax.training.config import CONFIG_HELP, read_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--largest", action="store_true", help="search the largest batch that fits")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
-    parser.epilog = "--config FILE[:variant] and --config.a.b=value choose and change the config"
+    parser.epilog = CONFIG_HELP
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:

@@ -5,7 +5,7 @@ import sys
 
 from gadjax.errors import InputError
 from gadjax.io.storage import as_path, check_access
-from gadjax.training.config import read_config
+from gadjax.training.config import CONFIG_HELP, read_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="repeat step N of WORKDIR's run with instrumented updates; writes nothing there",
     )
-    parser.epilog = "--config FILE[:variant] and --config.a.b=value choose and change the config"
+    parser.epilog = CONFIG_HELP
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:

@@ -17,6 +17,12 @@ from gadjax.errors import InputError, short_repr
 from gadjax.io.storage import write_atomic
 from gadjax.io.untrusted import read_json
 
+# The repository's configs: in a clone a link to its folder of that name, in the wheel a folder.
+CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIG_HELP = (
+    "--config FILE[:variant], or NAME[:variant] of a bundled config, and --config.a.b=value "
+    "choose and change the config"
+)
 INPUTS = "inputs.json"  # in a workdir: fingerprints of what its run reads
 # Keys that may change when a run is resumed; any other difference makes it another run.
 MAY_CHANGE = ("mesh", "attention", "offload", "steps", "log", "preview", "checkpoint")
@@ -105,14 +111,14 @@ def variant_config(objectives: Mapping[str, Mapping[str, Any]], variant: str) ->
 def read_config(arguments: Sequence[str]) -> ConfigDict:
     """Parse `--config FILE[:variant] --config.a.b=value ...` into a locked config.
 
-    Raises: InputError in one line for a missing file, an unknown key (did you mean), a wrong type
-      or an unknown variant.
+    In place of a file, the name of a bundled config: `--config pixart_gad` (`config_names`).
+
+    Raises: InputError in one line for a missing file, an unknown name, an unknown key (did you
+      mean), a wrong type or an unknown variant.
     """
     values = flags.FlagValues()
-    argv = ["gadjax", *arguments]
-    config_flags.DEFINE_config_file(
-        "config", None, "FILE[:variant]", flag_values=values, sys_argv=argv
-    )
+    argv = ["gadjax", *_with_files(arguments)]
+    config_flags.DEFINE_config_file("config", None, CONFIG_HELP, flag_values=values, sys_argv=argv)
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder is the user's
     try:
         rest = values(argv)
@@ -123,11 +129,53 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     finally:
         sys.dont_write_bytecode = writes
     if config is None:
-        raise InputError("--config: found nothing; expected FILE[:variant]")
+        raise InputError("--config: found nothing; expected FILE[:variant] or NAME[:variant]")
     if len(rest) > 1:
         raise InputError(f"arguments: found {rest[1]!r}; expected only flags")
     _check_keys(values_by_key, default_config().to_dict(), "")
     return config
+
+
+def config_names() -> list[str]:
+    """Names of the bundled configs, as `--config` takes them."""
+    return sorted(path.stem for path in CONFIGS.glob("*.py"))
+
+
+def _with_files(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the value of `--config` as a path to a file."""
+    files = list(arguments)
+    for i, argument in enumerate(files):
+        flag, equals, value = argument.partition("=")
+        if argument == "--":
+            break
+        if flag not in ("--config", "-config"):
+            continue
+        if equals:
+            files[i] = f"{flag}={_config_file(value)}"
+        elif i + 1 < len(files):
+            files[i + 1] = _config_file(files[i + 1])
+    return files
+
+
+def _config_file(value: str) -> str:
+    """Path and variant for NAME[:variant] of a bundled config; anything else is returned as it is.
+
+    Raises: InputError for a name that is neither a file nor a bundled config.
+    """
+    name, colon, variant = value.partition(":")
+    if not name or name.startswith("-") or Path(name).name != name or name.endswith(".py"):
+        return value
+    if os.path.isfile(name):
+        return value
+    names = config_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(
+            f"--config: found {short_repr(name)}; expected a file, or one of {', '.join(names)}"
+            f"{hint}"
+        )
+    return f"{CONFIGS / name}.py{colon}{variant}"
 
 
 def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

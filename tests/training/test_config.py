@@ -8,6 +8,7 @@ from gadjax.training.checks import student_times
 from gadjax.training.config import (
     as_json,
     check_resume,
+    config_names,
     default_config,
     differences,
     read_config,
@@ -103,11 +104,43 @@ def test_unknown_variants(plain):
     assert found.startswith("--config: found the variant 'best'; expected one of gad")
 
 
+def test_a_bundled_config_by_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # no clone here
+    folder = Path(__file__).parents[2] / "configs"
+    names = sorted(path.stem for path in folder.glob("*.py"))
+    assert config_names() == names and "pixart_gad" in names
+    for name in names:
+        assert read_config([f"--config={name}"]) == read_config([f"--config={folder / name}.py"])
+    by_file = read_config(["--config", f"{folder}/pixart_gad.py:tdm", "--config.batch=64"])
+    assert by_file.objective.to_dict() == {"tdm": {}} and by_file.batch == 64
+    for arguments in (["--config", "pixart_gad:tdm"], ["--config=pixart_gad:tdm"]):
+        assert read_config([*arguments, "--config.batch=64"]) == by_file
+
+
+def test_unknown_names(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = ", ".join(config_names())
+    expected = f"--config: found 'pixart'; expected a file, or one of {names}"
+    assert refused("--config=pixart:gad") == f"{expected}; did you mean pixart_gad?"
+    assert refused("--config", "nothing") == expected.replace("pixart'", "nothing'")
+    assert "found the variant 'best'; expected one of gad" in refused("--config=pixart_gad:best")
+    for path in ("./pixart_gad", "pixart_gad.py", "../pixart_gad", f"{tmp_path}/pixart_gad"):
+        assert "No such file" in refused(f"--config={path}")
+
+
+def test_a_file_goes_before_a_bundled_config(plain, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes_gad").mkdir()  # a folder does not
+    assert read_config(["--config=shapes_gad"]).guidance == 4.0
+    (tmp_path / "sdxl").write_text((tmp_path / "plain.py").read_text())
+    assert read_config(["--config=sdxl:small"]).batch == 4
+
+
 def test_missing_files_and_files_that_are_not_configs(plain, tmp_path):
     found = refused(f"--config={tmp_path / 'nowhere.py'}")
     assert "No such file" in found and "nowhere.py" in found
     assert str(tmp_path) in refused(f"--config={tmp_path}")
-    assert refused() == "--config: found nothing; expected FILE[:variant]"
+    assert refused() == "--config: found nothing; expected FILE[:variant] or NAME[:variant]"
     refused("--config=")
     refused("--config")
     path = tmp_path / "broken.py"
