@@ -17,6 +17,7 @@ import pytest
 from fake_gcs import serve
 from jax.sharding import SingleDeviceSharding
 from programs import run_python
+from train_runs import rows
 
 from gadjax.checkpoints.checkpoint import Checkpoints, read_params
 from gadjax.cli.main import main
@@ -32,7 +33,6 @@ from gadjax.runtime.supervisor import _write_stopped_status
 from gadjax.runtime.workdir_lock import WorkdirLock
 from gadjax.training.config import default_config
 from gadjax.training.state import create_state
-from runs import rows
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ import pytest
 from fake_srun import free_job_id
 from launching import wait_for
 from several import flags_for
-
-from runs import losses
+from train_runs import losses
 
 pytestmark = pytest.mark.slow  # compiles the updates for eight devices on three meshes
 STEPS = 16

@@ -26,7 +26,6 @@ from programs import run_python
 from several import flags_for
 from tiny_run import config_file
 
-import runs
 from gadjax.checkpoints import checkpoint
 from gadjax.errors import InputError
 from gadjax.models import pixart
@@ -371,7 +370,7 @@ def config(tiny_pipeline, tmp_path_factory):
 
 def train(config, workdir, *flags):
     flags = (f"--config.{flag}" for flag in flags)
-    return runs.train(config, workdir, *flags)
+    return train_runs.train(config, workdir, *flags)
 
 
 def test_the_head_is_replicated(config):
@@ -402,7 +401,7 @@ def test_a_run_resumes_with_its_discriminator(config, tmp_path, monkeypatch):
         }
 
     def metrics(workdir):
-        return runs.rows(workdir)[-1]
+        return train_runs.rows(workdir)[-1]
 
     full, again, two = (tmp_path / name for name in ("whole", "again", "two"))
     assert train(config, full) == 0

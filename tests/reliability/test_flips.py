@@ -7,11 +7,11 @@ import optax
 import pytest
 from flips import Damage, damage_many, draw, restore, shapes
 from real_runs import state_of
+from train_runs import rows
 
 from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.cli.main import main
 from gadjax.training.state import create_state
-from runs import rows
 
 
 @pytest.fixture(scope="module")

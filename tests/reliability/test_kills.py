@@ -8,10 +8,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from kills import Failure, Whole, compare, kill_many, undisturbed
+from train_runs import rows, steps
 
 from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.cli.main import main
-from runs import rows, steps
 
 
 def train(config: Path, workdir: Path, *more: str) -> int:

@@ -8,12 +8,12 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from train_runs import rows
 
 from gadjax.errors import RunStopped
 from gadjax.runtime.goodput import GoodputClock
 from gadjax.runtime.progress import Progress, parameter_table
 from gadjax.training.config import default_config
-from runs import rows
 
 
 def report(workdir, steps, start=0, batch=1, every=1, **more):

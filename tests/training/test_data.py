@@ -11,7 +11,6 @@ from checkpoints import edit, refused
 from PIL import Image
 from tiny_run import config_file
 
-import runs
 from gadjax.cli.main import main
 from gadjax.data.source import ImageSource, LatentSource
 from gadjax.pipelines.pipeline import load_pipeline
@@ -116,13 +115,13 @@ def train(tiny_pipeline, tmp_path):
     path = config_file(tmp_path / "config.py", teacher=str(tiny_pipeline), **SHORT)
 
     def call(name, *flags):
-        return runs.train(path, tmp_path / name, *(f"--config.{flag}" for flag in flags))
+        return train_runs.train(path, tmp_path / name, *(f"--config.{flag}" for flag in flags))
 
     return call
 
 
 def losses(workdir):
-    return [row["loss/denoising"] for row in runs.rows(workdir)]
+    return [row["loss/denoising"] for row in train_runs.rows(workdir)]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from train_runs import steps
 
 from gadjax.checkpoints import checkpoint
 from gadjax.checkpoints.checkpoint import read_params
@@ -17,7 +18,6 @@ from gadjax.io.append_file import AppendFile
 from gadjax.io.storage import warn_on_write_error, write_atomic
 from gadjax.runtime.progress import Progress
 from gadjax.training.config import default_config
-from runs import steps
 
 WRITE_MANIFEST = checkpoint.write_manifest  # which stands here for whatever a save writes
 

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 from several import flags_for
+from train_runs import losses, read_vector, rows, train
 
 from gadjax.checkpoints.checkpoint import read_params
 from gadjax.cli.main import main
-from runs import losses, read_vector, rows, train
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from formula_run import Texts, prepare_with, write_config
 from several import run_on_devices
+from train_runs import rows, train
 
 from gadjax.training import loop, replay
-from runs import rows, train
 
 ARGUMENTS = "--reproduce-step"
 

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 from several import start
+from train_runs import losses, read_vector
 
 from gadjax.checkpoints.checkpoint import read_params
 from gadjax.runtime.supervisor import free_port
-from runs import losses, read_vector
 
 pytestmark = pytest.mark.slow  # compiles the updates for eight devices
 PARTS = "student", "critic", "ema"

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from formula_run import Texts, prepare_with, write_config
+from train_runs import rows, train
 
 from gadjax.checkpoints.steps import committed_steps
 from gadjax.ops.flops import flops
@@ -23,7 +24,6 @@ from gadjax.training.loop import host_batches, restore_or_init
 from gadjax.training.nonfinite import Update, merge_scalars
 from gadjax.training.previews import Preview
 from gadjax.training.run_record import write_record
-from runs import rows, train
 
 B, UPDATES = 8, 3  # of the critic for one of the student
 
