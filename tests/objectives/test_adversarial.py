@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import train_runs
 from closed_form import (
     DDPM_WORLD,
     FLOW_WORLD,

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import train_runs
 from checkpoints import edit, refused
 from PIL import Image
 from tiny_run import config_file
