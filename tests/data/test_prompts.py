@@ -73,7 +73,7 @@ BAD = [
     ("p.txt", "a".encode("utf-16"), r"p.txt:1: found byte 0xff"),
     ("p.csv", b"prompt\na\n\xe9\n", r"p.csv:3: found byte 0xe9"),
     ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b"\n', r"p.jsonl:2: found broken JSON \("),
-    ("p.jsonl", b"[" * 100_000, r"p.jsonl:1: found broken JSON \(more than 64 values ins"),
+    ("p.jsonl", b"[" * 100_000, r"p.jsonl:1: found broken JSON \(more than 64 nested"),
     ("p.jsonl", b"1" * 5_000, r"p.jsonl:1: found broken JSON \(Exceeds the limit"),
     ("p.jsonl", b'\n"a"\n', r"p.jsonl:2: found 'a'; expected an object"),
     ("p.jsonl", b'{"text": "a"}', r"p.jsonl:1: found keys \['text'\]; expected 'prompt'"),
