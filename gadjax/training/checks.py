@@ -78,8 +78,7 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     if not config.teacher:
         raise InputError("teacher: found nothing; expected a diffusers pipeline folder")
     dtype = compute_dtype(config.dtype)
-    if config.remat not in REMAT:
-        raise InputError(f"remat: found {config.remat!r}; expected one of {', '.join(REMAT)}")
+    check_choice("remat", config.remat, REMAT)
     select_kernels(config.attention, mesh, config.dtype)
     check_offload(config.offload, objective.needs.uses_teacher)
     check_schedule("optim", config.optim)
