@@ -73,7 +73,7 @@ class Adversarial(Addable):
     def __call__(self, context: Context):
         features = self.noised_features(context, context.student[0].x0)
         fake_B = logits(context.discriminator_params, features)
-        return LOSSES[self.loss][0](fake_B) * context.base_weight_B, {"logit": jnp.mean(fake_B)}
+        return LOSSES[self.loss][0](fake_B), {"logit": jnp.mean(fake_B)}
 
     def discriminator_loss(self, context: Context):
         def logits_of(x0):
@@ -81,7 +81,7 @@ class Adversarial(Addable):
             return logits(context.discriminator_params, sg(x) + CRITIC_GRADIENT_SCALE * (x - sg(x)))
 
         fake_B, real_B = logits_of(context.student[0].x0), logits_of(context.batch.x0)
-        return LOSSES[self.loss][1](fake_B, real_B) * context.base_weight_B
+        return LOSSES[self.loss][1](fake_B, real_B)
 
     def noised_features(self, context: Context, x0):
         """Features [B, N, D] of x0 with noise added."""

@@ -79,7 +79,8 @@ class Sum:
     def term_losses(self, context: Context) -> Iterator[tuple[str, float, jax.Array, Metrics]]:
         """Name, weight, loss per sample [B] and scalar metrics of every term."""
         for (weight, term), name in zip(self.parts, self.names, strict=True):
-            yield name, weight, *term(context.with_stream(STREAMS.get(name, name)))
+            loss_B, metrics = term(context.with_stream(STREAMS.get(name, name)))
+            yield name, weight, _base_weighted(term, loss_B, context), metrics
 
     def __call__(self, context: Context):
         total_B, metrics = 0.0, {}
@@ -131,11 +132,18 @@ class Sum:
 
     def critic_loss(self, context: Context):
         (term,) = self._trainers("critic")
-        return term.critic_loss(context.with_stream("critic"))
+        return _base_weighted(term, term.critic_loss(context.with_stream("critic")), context)
 
     def discriminator_loss(self, context: Context):
         (term,) = self._trainers("discriminator")
-        return term.discriminator_loss(context.with_stream("discriminator"))
+        loss_B = term.discriminator_loss(context.with_stream("discriminator"))
+        return _base_weighted(term, loss_B, context)
+
+
+def _base_weighted(term: Term, loss_B, context: Context):
+    """A term's loss per sample [B], without the first step where that belongs to another term."""
+    drawn_step = term.needs.student and not getattr(term, "at_first_step", False)
+    return loss_B * context.base_weight_B if drawn_step else loss_B
 
 
 def default_names(kinds: Iterable[type]) -> tuple[str, ...]:

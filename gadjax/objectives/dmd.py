@@ -50,27 +50,24 @@ class DMD(Addable):
         return Needs(student=True, critic=True)
 
     def output(self, context: Context):
-        """The student's x0, and the sample weights [B]."""
-        if self.backprop == "all":
-            return context.endpoint, jnp.ones_like(context.base_weight_B)
-        return context.student[0].x0, context.base_weight_B
+        """The student's x0 [B, H, W, C]."""
+        return context.endpoint if self.backprop == "all" else context.student[0].x0
 
     def __call__(self, context: Context):
-        x0, weight_B = self.output(context)
+        x0 = self.output(context)
         t_B = uniform_timesteps(context, self.low, self.high)
         x_t = sg(add_noise(context.schedule, x0, context.normal("eps"), t_B))
         fake, real = context.critic(x_t, t_B).x0, context.teacher(x_t, t_B).x0
         loss_B = pseudo_loss(x0, sg(fake - real), mean_abs(sg(x0) - real))
-        return loss_B * weight_B, {"gap": jnp.mean(jnp.abs(fake - real))}
+        return loss_B, {"gap": jnp.mean(jnp.abs(fake - real))}
 
     def critic_loss(self, context: Context):
         """Denoising loss per sample [B] on the student's x0, t uniform over the full span."""
-        x0, weight_B = self.output(context)
+        x0 = self.output(context)
         t_B = uniform_timesteps(context, 0.0, 1.0)
-        loss_B = context.denoiser.denoising_loss(
+        return context.denoiser.denoising_loss(
             context.critic_params,
             Prediction(sg(x0), context.normal("eps")),
             t_B,
             context.batch.cond,
         )
-        return loss_B * weight_B

@@ -43,6 +43,8 @@ class GAD(Addable):
     loss: str = "polar"
     step_weights: tuple[float, ...] = ()
 
+    at_first_step = True  # a tangent at z contradicts no anchor there
+
     def __post_init__(self):
         if self.loss not in ("square", "polar"):
             raise InputError(f"objective.gad.loss: found {self.loss!r}; expected square or polar")

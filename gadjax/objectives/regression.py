@@ -29,5 +29,4 @@ class Regression(Addable):
         teacher_end = sg(context.maps[TeacherMap(self.end, self.steps)][0])
         if self.end == "whole":
             return sample_mean((context.endpoint - teacher_end) ** 2), {}
-        loss_B = sample_mean((student_map(context, self.end) - teacher_end) ** 2)
-        return loss_B * context.base_weight_B, {}
+        return sample_mean((student_map(context, self.end) - teacher_end) ** 2), {}

@@ -59,13 +59,13 @@ class SiD(Addable):
         )
         gap = real - fake
         loss_B = sample_mean(gap * ((real - x0) - self.alpha * gap)) / mean_abs(sg(x0 - real))
-        return loss_B * context.base_weight_B, {"gap": jnp.mean(jnp.abs(gap))}
+        return loss_B, {"gap": jnp.mean(jnp.abs(gap))}
 
     def critic_loss(self, context: Context):
         """Denoising loss per sample [B] on the student's x0, with F's guidance."""
         batch, x0 = context.batch, sg(context.student[0].x0)
         t_B, eps = uniform_timesteps(context, 0.0, 1.0), context.normal("eps")
-        loss_B = context.denoiser.denoising_loss(
+        return context.denoiser.denoising_loss(
             context.critic_params,
             Prediction(x0, eps),
             t_B,
@@ -73,4 +73,3 @@ class SiD(Addable):
             batch.null,
             self.guidance_scales(context)[1],
         )
-        return loss_B * context.base_weight_B

@@ -62,7 +62,7 @@ class TDM(Addable):
         x_tau = sg(x_tau)
         fake, real = context.critic(x_tau, tau_B).x0, context.teacher(x_tau, tau_B).x0
         loss_B = pseudo_loss(x0, sg(fake - real), mean_abs(sg(x0) - real), self.huber)
-        return loss_B * context.base_weight_B, {"gap": jnp.mean(jnp.abs(fake - real))}
+        return loss_B, {"gap": jnp.mean(jnp.abs(fake - real))}
 
     def critic_loss(self, context: Context):
         """Denoising loss per sample [B]: min(SNR, max_snr) IS |F(x_tau) - x0|^2.
@@ -78,4 +78,4 @@ class TDM(Addable):
         density_B = jnp.exp(0.5 * (sample_mean(fresh**2) - sample_mean(mix**2)))
         weight_B = density_B * jnp.minimum((alpha / sigma) ** 2, self.max_snr)
         prediction = context.denoiser(context.critic_params, x_tau, tau_B, context.batch.cond)
-        return weight_B * sample_mean((prediction.x0 - x0) ** 2) * context.base_weight_B
+        return weight_B * sample_mean((prediction.x0 - x0) ** 2)

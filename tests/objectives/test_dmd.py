@@ -171,12 +171,12 @@ def test_the_anchors_step_has_no_weight_in_the_mean():
     def run(student):
         def masked(student):
             context = world.context(total, batch, student, critic, teacher)
-            loss_B = DMD()(context)[0]
+            loss_B = (1.0 * DMD())(context)[0]
             return loss_B.mean(), (loss_B, context.base_weight_B, context.first_step_weight_B)
 
         alone = world.context(DMD(), batch, student, critic, teacher)
         (_, actual), slope = jax.value_and_grad(masked, has_aux=True)(student)
-        return actual, slope, DMD()(alone)[0]
+        return actual, slope, (1.0 * DMD())(alone)[0]
 
     (masked, weight, first), slope, plain = jax.device_get(run(student))
     step = stratified_step_indices(np.arange(B), 4)

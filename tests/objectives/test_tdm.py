@@ -97,12 +97,13 @@ def test_the_critics_loss_is_reweighted_denoising_of_the_students_x0():
 def test_the_anchors_step_has_no_weight():
     world, batch = DDPM_WORLD, make_batch(B)
     student, critic, teacher = world.student_params(), gaussian_params(3), gaussian_params(0)
+    total = 1.0 * TDM()
 
     @jax.jit
     def run(student, critic, teacher):
         context = world.context(TDM() + Anchor(), batch, student, critic, teacher)
         alone = world.context(TDM(), batch, student, critic, teacher)
-        return [(TDM()(c)[0], TDM().critic_loss(c)) for c in (context, alone)]
+        return [(total(c)[0], total.critic_loss(c)) for c in (context, alone)]
 
     masked, plain = jax.device_get(run(student, critic, teacher))
     weight = later_steps(B)

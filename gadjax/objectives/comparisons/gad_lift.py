@@ -50,4 +50,4 @@ class GADLift(Addable):
         _, real = tangent(lambda x: context.teacher(x, t_B).x0, x_t, dx)
         _, fake = tangent(lambda x: context.critic(x, t_B).x0, x_t, dx)
         loss_B = pseudo_loss(dot, sg(fake - real), mean_abs(sg(dot) - real))
-        return loss_B * context.base_weight_B, {"gap": jnp.mean(jnp.abs(fake - real))}
+        return loss_B, {"gap": jnp.mean(jnp.abs(fake - real))}

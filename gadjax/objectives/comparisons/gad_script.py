@@ -67,7 +67,7 @@ class GADScript(Addable):
         loss_B = sample_mean(jnp.sqrt(error**2 + self.huber**2) - self.huber) / scale_B
         if self.weighted:
             loss_B = loss_B * (0.1 + 0.9 * (tau_B / context.times[0]) ** 2)
-        return loss_B * context.base_weight_B, {}
+        return loss_B, {}
 
 
 def round_to_fp16(x):
