@@ -5,8 +5,8 @@ Reproduces: dmd2 and dmd2_gan: DMD2 (arXiv 2405.14867), 4 steps: times 999/749/4
           discriminator of weight 0.005.
           dpdmd: DP-DMD's form for diffusion models (the anchor's target is x0). Its settings for
           SDXL are not public; weight and K (a third of the teacher's steps) are SD3.5's.
-Differs:  DMD2's student adds noise between its steps; gadjax's samples deterministically, which
-          is what GAD differentiates. DMD2's discriminator is a tower of convolutions on the middle
+Differs:  DP-DMD's student samples deterministically, DMD2's adds noise between its steps
+          (student.rollout). DMD2's discriminator is a tower of convolutions on the middle
           block of the critic; here it is an MLP there, averaged over positions.
 Command:  gadjax train --config configs/sdxl.py:dmd2 --workdir DIR
               --config.teacher=PATH/stable-diffusion-xl-base-1.0 --config.data.prompts=PROMPTS.txt
@@ -40,4 +40,6 @@ def get_config(variant: str = "dpdmd"):
     config.data.length = 77
     config.optim.update(lr=5e-7, warmup=500, weight_decay=1e-2, clip=10.0)
     config.critic.update(updates=5, lr=5e-7, b1=0.9)
+    if variant.startswith("dmd2"):
+        config.student.rollout = "fresh_noise"
     return config

@@ -14,6 +14,7 @@ from gadjax.analytic.teachers import Gaussian, Mixture, jacobians
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.parameterization import from_prediction
 from gadjax.diffusion.rollout import rollout
+from gadjax.diffusion.samplers import fresh_noise
 from gadjax.diffusion.schedules import DDPM, Flow, NoiseSchedule
 from gadjax.errors import InputError, RunStopped
 from gadjax.objectives import Sum, Term
@@ -45,6 +46,7 @@ class Bench:
     batch: samples of an update.
     lr: learning rate of the student; the critic's is twice that.
     critic_updates: updates of the critic for each of the student's.
+    rollout: of the student's steps: "ode", or "fresh_noise" added to each predicted x0.
     """
 
     teacher: Gaussian | Mixture
@@ -54,6 +56,7 @@ class Bench:
     batch: int = 256
     lr: float = 5e-3
     critic_updates: int = 2
+    rollout: str = "ode"
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -171,10 +174,13 @@ class Bench:
 
     def draw(self, params: Params, z_ND):
         """Map from noise to x0 of a student: its sampler."""
-        cond, x = self.cond(len(z_ND)), z_ND.reshape(-1, 1, 1, self.dim)
-        trajectory = rollout(
-            lambda x, t: self.denoiser(params, x, t, cond), self.schedule, x, jnp.array(self.times)
-        )
+        cond, z = self.cond(len(z_ND)), z_ND.reshape(-1, 1, 1, self.dim)
+
+        def predict(x, t):
+            return self.denoiser(params, x, t, cond)
+
+        noise = fresh_noise(z) if self.rollout == "fresh_noise" else None
+        trajectory = rollout(predict, self.schedule, z, jnp.array(self.times), fresh_noise=noise)
         return trajectory.end.reshape(z_ND.shape)
 
     @cached_property
@@ -210,7 +216,7 @@ class Bench:
           are not finite.
         """
         total = objective if isinstance(objective, Sum) else Sum(((1.0, objective),))
-        total.check(self.times[:-1])
+        total.check(self.times[:-1], self.rollout)
         first = make_key(seed)
         start = self.init(first) if start is None else start
         params, bad = train(self, total, updates, start, first)
@@ -281,7 +287,9 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
     if "discriminator" in roles:
         init_key = jax.random.fold_in(key, 2)
         params["discriminator"] = objective.init_discriminator(init_key, 2 * bench.dim)
-    step_spec = StepSpec(bench.denoiser, objective, bench.times, 1, optimizers, ema=0.98)
+    step_spec = StepSpec(
+        bench.denoiser, objective, bench.times, 1, optimizers, ema=0.98, rollout=bench.rollout
+    )
 
     def batch(number):
         return bench.make_batch(

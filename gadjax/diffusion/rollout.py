@@ -1,7 +1,8 @@
 """Probability-flow ODE solvers: student trajectories, teacher maps and sampling.
 
-One scan implements all deterministic steps in use (DDIM, Euler, DPM-Solver++ of order 1 and 2),
-because they are linear: x_next = a x + b x0 + c x0_previous.
+One scan implements all steps in use, because they are linear: x_next = a x + b x0 + c y. On the ODE
+(DDIM, Euler, DPM-Solver++ of order 1 and 2) y is the previous x0; in consistency sampling it is
+fresh noise, and a = 0.
 """
 
 from collections.abc import Callable
@@ -77,9 +78,10 @@ def rollout(
     times,
     *,
     orders: Orders = FIRST_ORDER,
+    fresh_noise: Callable[[jax.Array], jax.Array] | None = None,
     detach_first_step: bool = False,
 ) -> Trajectory:
-    """Integrate the probability-flow ODE from times[0] to times[n].
+    """Integrate the probability-flow ODE from times[0] to times[n], or go there by fresh noise.
 
     Args:
       predict: (x_BHWC, t_B or scalar) -> Prediction.
@@ -87,26 +89,34 @@ def rollout(
       x_BHWC: state at times[0].
       times: [n + 1], or [n + 1, B] where every sample has its own interval.
       orders: of the solver's steps.
+      fresh_noise: step index -> standard normal [B, H, W, C]. If given, each step adds it to the
+        predicted x0 for the next time (Song et al. 2023, algorithm 1).
       detach_first_step: stop gradients (and tangents: jax.jvp of the end with respect to x_BHWC is
         then zero) between the first step's result and the later steps. prediction[0] keeps its
         gradient.
     """
-    a, b, c = (jnp.asarray(v, x_BHWC.dtype) for v in coefficients(schedule, times, orders))
+    moves = coefficients(schedule, times, orders)
+    if fresh_noise is not None:
+        alpha, sigma = schedule.alpha_sigma(times[1:])
+        moves = 0 * alpha, alpha, sigma
+    a, b, c = (jnp.asarray(v, x_BHWC.dtype) for v in moves)
     starts = jnp.asarray(times[:-1], x_BHWC.dtype)
     detach = jnp.zeros(len(starts), bool).at[0].set(detach_first_step)
 
     def step(carry, inputs):
         x, previous_x0 = carry
-        t, a, b, c, detach = inputs
+        k, t, a, b, c, detach = inputs
         prediction = predict(x, t)
-        x_next = expand(a, x) * x + expand(b, x) * prediction.x0 + expand(c, x) * previous_x0
+        y = previous_x0 if fresh_noise is None else fresh_noise(k)
+        x_next = expand(a, x) * x + expand(b, x) * prediction.x0 + expand(c, x) * y
         carry = x_next, prediction.x0
         if detach_first_step:
             carry = jax.tree.map(lambda v: jnp.where(detach, jax.lax.stop_gradient(v), v), carry)
         return carry, (x, prediction)
 
     start = (x_BHWC, jnp.zeros_like(x_BHWC))
-    (end, _), (states, predictions) = jax.lax.scan(step, start, (starts, a, b, c, detach))
+    inputs = (jnp.arange(len(starts)), starts, a, b, c, detach)
+    (end, _), (states, predictions) = jax.lax.scan(step, start, inputs)
     return Trajectory(states, predictions, end)
 
 

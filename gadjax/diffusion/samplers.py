@@ -182,16 +182,23 @@ def consistency(
 
     Returns: the last step's x0.
     """
-    keys = keys_from_noise(x_BHWC)
-    for k, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        x0 = predict(x_BHWC, jnp.asarray(t, x_BHWC.dtype)).x0
-        if scaling:
-            square = float(2 * scaling * t) ** 2
-            x0 = (square / (square + 1)) ** 0.5 * x0 + x_BHWC / (square + 1)
-        if k == len(times) - 2:
-            return x0
-        alpha, sigma = schedule.alpha_sigma(np.asarray(t_next))
-        x_BHWC = float(alpha) * x0 + float(sigma) * step_noise(keys, k, x_BHWC)
+
+    def bounded(x, t):
+        prediction, square = predict(x, t), (2 * scaling * t) ** 2
+        x0 = jnp.sqrt(square / (square + 1)) * prediction.x0 + x / (square + 1)
+        return prediction._replace(x0=x0)
+
+    predict = bounded if scaling else predict
+    return rollout(predict, schedule, x_BHWC, times, fresh_noise=fresh_noise(x_BHWC)).end
+
+
+def fresh_noise(z_BHWC: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Noise that consistency sampling adds after each step, by step index (a scalar or [B]).
+
+    z_BHWC: initial noise, whose bits seed it.
+    """
+    keys = keys_from_noise(z_BHWC)
+    return lambda step: step_noise(keys, step, z_BHWC)
 
 
 def keys_from_noise(x_BHWC: jax.Array) -> jax.Array:
@@ -203,14 +210,14 @@ def keys_from_noise(x_BHWC: jax.Array) -> jax.Array:
     return jax.vmap(key)(jnp.sum(bits * odd, axis=1, dtype=jnp.uint32))
 
 
-def step_noise(keys_B: jax.Array, step: int, x_BHWC: jax.Array) -> jax.Array:
+def step_noise(keys_B: jax.Array, step: int | jax.Array, x_BHWC: jax.Array) -> jax.Array:
     """Fresh standard normal noise of one step.
 
     Args:
       keys_B: of `keys_from_noise`.
-      step: number of the step.
+      step: number of the step, a scalar or [B].
       x_BHWC: gives the shape and dtype.
     """
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
+    keys = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(step, keys_B.shape))
     draw = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:], jnp.float32))
     return draw(keys).astype(x_BHWC.dtype)

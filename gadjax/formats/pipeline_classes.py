@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.errors import InputError, short_repr
-from gadjax.formats.scheduler_config import EULER, PIXART, SCM
+from gadjax.formats.scheduler_config import EULER, FLOW_LCM, PIXART, SCM
 
 SD, SDXL, SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
 SIGMA, SANA, SPRINT = "PixArtSigmaPipeline", "SanaPipeline", "SanaSprintPipeline"
@@ -76,6 +76,11 @@ def check_classes(path: Path, index: Mapping[str, Any]) -> None:
         raise InputError(
             f"{path}, scheduler: found {EULER}; expected another, as {kind} does not scale latents "
             "for it"
+        )
+    if scheduler == FLOW_LCM and kind not in UNSCALED:
+        raise InputError(
+            f"{path}, scheduler: found {FLOW_LCM}; expected another, as it has no "
+            f"scale_model_input, which {kind} calls"
         )
 
 

@@ -29,6 +29,8 @@ class SamplingConfig:
       length: prompt length in tokens.
       negative: negative prompt; None: the family's default.
       scale: scale of the initial noise (SiD's one-step students start from sigma(625) z).
+      rollout: of explicit timesteps where the folder's scheduler is the teacher's: "ode", or
+        "fresh_noise" added to each predicted x0.
     """
 
     steps: int = 20
@@ -37,6 +39,7 @@ class SamplingConfig:
     length: int = 120
     negative: str | None = None
     scale: float = 1.0
+    rollout: str = "ode"
 
     def to_dict(self) -> dict[str, Any]:
         """Entries of gadjax.json that `read_sampling` reads."""

@@ -13,9 +13,11 @@ DPM = "DPMSolverMultistepScheduler"
 DDIM = "DDIMScheduler"
 EULER = "EulerDiscreteScheduler"
 FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
+FLOW_LCM = "FlowMatchLCMScheduler"
 PNDM = "PNDMScheduler"
 LCM = "LCMScheduler"
 SCM = "SCMScheduler"
+STOCHASTIC = LCM, FLOW_LCM, SCM  # their steps add noise
 PIXART = "PixArtAlphaPipeline"
 MAX_TRAIN_TIMESTEPS = 100_000
 
@@ -65,7 +67,7 @@ def parameterization_from_config(cfg: dict) -> str:
     Raises: InputError for another prediction_type, for flow_prediction in a schedule with betas,
       and for another one in a flow.
     """
-    if cfg.get("_class_name") == FLOW_EULER:
+    if cfg.get("_class_name") in (FLOW_EULER, FLOW_LCM):
         return "flow"
     if cfg.get("_class_name") == SCM:
         read_choice(cfg, "prediction_type", "trigflow", "trigflow")
@@ -79,8 +81,10 @@ def floors_timesteps(cfg: dict) -> bool:
     return cfg.get("_class_name") == DPM and is_flow(cfg)
 
 
-def student_scheduler_config(cfg: dict, timesteps: Sequence[float], pipeline: str = "") -> dict:
-    """scheduler_config.json of a deterministic student whose steps start from `timesteps`.
+def student_scheduler_config(
+    cfg: dict, timesteps: Sequence[float], pipeline: str = "", rollout: str = "ode"
+) -> dict:
+    """scheduler_config.json of a student whose steps start from `timesteps`.
 
     If the sampler of the returned config has `takes_timesteps`, diffusers must be called with the
     timesteps, otherwise with their number alone:
@@ -88,21 +92,25 @@ def student_scheduler_config(cfg: dict, timesteps: Sequence[float], pipeline: st
       DPMSolverMultistepScheduler takes no timesteps, and a pipeline written for it (PixArt's)
       cannot use FlowMatchEulerDiscreteScheduler, which has no scale_model_input;
     - the scheduler of a single step in PixArtAlphaPipeline is DDIM. It returns x0 as well as the
-      next latent, and that pipeline uses x0 after a single step.
+      next latent, and that pipeline uses x0 after a single step;
+    - a student that adds fresh noise after each step has LCM's scheduler, or in a flow
+      FlowMatchLCM's, which only pipelines without scale_model_input can use.
 
     Args:
       cfg: scheduler_config.json of the teacher.
       timesteps: times that the steps start from, noisiest first; the last step ends at x0.
       pipeline: diffusers pipeline class.
+      rollout: of the student: "ode", or "fresh_noise" added to each predicted x0.
 
     Returns: the student's scheduler_config.json.
-    Raises: InputError for a teacher with LCM's or SCM's stochastic steps.
+    Raises: InputError for a teacher with stochastic steps.
     """
     schedule, kind = schedule_from_config(cfg), parameterization_from_config(cfg)
-    if (name := cfg.get("_class_name")) in (LCM, SCM):
+    if (name := cfg.get("_class_name")) in STOCHASTIC:
         raise config_error(cfg, "_class_name", name, "one with deterministic steps for the student")
-    if cfg.get("_class_name") == FLOW_EULER:
-        return {"_class_name": FLOW_EULER, "num_train_timesteps": schedule.steps, "shift": 1.0}
+    flow_scheduler = FLOW_LCM if rollout == "fresh_noise" else FLOW_EULER
+    if name == FLOW_EULER or isinstance(schedule, Flow) and rollout == "fresh_noise":
+        return {"_class_name": flow_scheduler, "num_train_timesteps": schedule.steps, "shift": 1.0}
     common = {
         "num_train_timesteps": schedule.steps,
         "prediction_type": next(k for k, v in PREDICTION_TYPES.items() if v == kind),
@@ -117,6 +125,9 @@ def student_scheduler_config(cfg: dict, timesteps: Sequence[float], pipeline: st
         "beta_end": schedule.beta_end,
         "beta_schedule": schedule.beta_schedule,
     }
+    if rollout == "fresh_noise":
+        # With this scaling LCM's boundary condition leaves the network's x0 as it is.
+        return {"_class_name": LCM, **common, "timestep_scaling": 1e4}
     if len(timesteps) > 1 or pipeline != PIXART:
         return {"_class_name": DPM, **common, **solver}
     (start,) = timesteps
@@ -135,7 +146,7 @@ def is_flow(cfg: dict) -> bool:
     name = cfg.get("_class_name")
     if name in (DDIM, EULER, PNDM, LCM, SCM):  # they have no use_flow_sigmas
         return False
-    return name == FLOW_EULER or bool(cfg.get("use_flow_sigmas"))
+    return name in (FLOW_EULER, FLOW_LCM) or bool(cfg.get("use_flow_sigmas"))
 
 
 def config_error(cfg: dict, key: str, value, expected: str) -> InputError:

@@ -17,6 +17,7 @@ from gadjax.formats.scheduler_config import (
     DPM,
     EULER,
     FLOW_EULER,
+    FLOW_LCM,
     LCM,
     PNDM,
     SCM,
@@ -37,7 +38,7 @@ def sampler_from_config(cfg: dict) -> Sampler:
     Raises: InputError, naming the key, for an unsupported scheduler or option.
     """
     readers = {DPM: _dpm, DDIM: _ddim, EULER: _euler, FLOW_EULER: _flow_euler}
-    readers |= {PNDM: _pndm, LCM: _lcm, SCM: _scm}
+    readers |= {PNDM: _pndm, LCM: _lcm, FLOW_LCM: _flow_lcm, SCM: _scm}
     name = read_choice(cfg, "_class_name", None, *readers)
     parameterization_from_config(cfg)
     return readers[name](cfg, schedule_from_config(cfg))
@@ -162,6 +163,20 @@ def _lcm_grid(total: int, original: int, n: int) -> np.ndarray:
     origin = (np.arange(1, original + 1) * (total // original) - 1)[::-1]
     indices = np.floor(np.linspace(0, original, n, endpoint=False)).astype(int)
     return np.append(origin[indices], DDPM.clean)
+
+
+def _flow_lcm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+    check_disabled(cfg, *_RESPACINGS, "use_dynamic_shifting", "invert_sigmas", "shift_terminal")
+    check_disabled(cfg, "scale_factors")
+    shift = read_positive(cfg, "shift", 1.0)
+    # Of explicit timesteps it shifts the sigmas alone.
+    return Sampler(
+        schedule,
+        partial(_flow_euler_grid, schedule.steps, shift),
+        takes_timesteps=shift == 1,
+        sample_fn=consistency,
+        stochastic=True,
+    )
 
 
 def _scm(cfg: dict, schedule: NoiseSchedule) -> Sampler:

@@ -81,6 +81,10 @@ _PIXART = {
 _THRESHOLDS = {"dynamic_thresholding_ratio": _CLIPPING, "sample_max_value": _CLIPPING}
 _CLIPPED = _THRESHOLDS | {"clip_sample_range": _CLIPPING}
 _DYNAMIC = "of dynamic shifting, which is refused"
+_DYNAMIC_SHIFTING = dict.fromkeys(
+    ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"),
+    _DYNAMIC,
+)
 
 # Class -> key -> reason.
 IGNORED: dict[str, dict[str, str]] = {
@@ -114,16 +118,9 @@ IGNORED: dict[str, dict[str, str]] = {
         "sigma_min": "of other spacings, which are refused",
         "sigma_max": "of other spacings, which are refused",
     },
-    "FlowMatchEulerDiscreteScheduler": dict.fromkeys(
-        (
-            "base_shift",
-            "max_shift",
-            "base_image_seq_len",
-            "max_image_seq_len",
-            "time_shift_type",
-        ),
-        _DYNAMIC,
-    ),
+    "FlowMatchEulerDiscreteScheduler": _DYNAMIC_SHIFTING,
+    "FlowMatchLCMScheduler": _DYNAMIC_SHIFTING
+    | {"upscale_mode": "of scale_factors, which are refused"},
     "PNDMScheduler": {},
     "LCMScheduler": _CLIPPED
     | {

@@ -45,6 +45,8 @@ class Needs:
 
     Attributes:
       student: the student's prediction at its drawn step, with gradient.
+      next_latent: the term takes the student's next latent on the ODE, which a student that adds
+        fresh noise does not have.
       first_step: teacher maps from z at the first time, each with the student's prediction there,
         with gradient. For all samples if the student's full rollout is computed anyway (`endpoint`
         or `full_map`) and no other term needs the map; otherwise for samples whose drawn step is
@@ -64,6 +66,7 @@ class Needs:
     """
 
     student: bool = False
+    next_latent: bool = False
     first_step: tuple[TeacherMap, ...] = ()
     full_map: bool = False
     tangent: Directions | None = None

@@ -90,10 +90,13 @@ class Sum:
             total_B = total_B + (loss_B if weight == 1 else weight * loss_B)
         return total_B, metrics
 
-    def check(self, times: Sequence[float]) -> None:
-        """Check that the terms fit each other and the student's grid.
+    def check(self, times: Sequence[float], rollout: str = "ode") -> None:
+        """Check that the terms fit each other and the student's steps.
 
-        times: of the student's steps in the network's units, falling, without the clean end.
+        Args:
+          times: of the student's steps in the network's units, falling, without the clean end.
+          rollout: "ode" or "fresh_noise".
+
         Raises: InputError for an empty sum, for a critic or discriminator that no term or several
           terms train, and for options that do not fit the grid.
         """
@@ -113,7 +116,13 @@ class Sum:
         tangent = self.needs.tangent
         if tangent and tangent.kind == "control" and not any(self.needs.maps.values()):
             raise InputError("direction: found 'control' and no teacher map; expected gad as well")
-        for _, term in self.parts:
+        for name, (_, term) in zip(self.names, self.parts, strict=True):
+            if term.needs.next_latent and rollout != "ode":
+                raise InputError(
+                    f"objective.{name}: found a loss of the student's next latent, and "
+                    f"student.rollout {rollout!r}; expected 'ode', another term, or end='clean' or "
+                    "'whole'"
+                )
             if hasattr(term, "check"):
                 term.check(times)
 
@@ -162,13 +171,19 @@ def term_class(name: str, terms: Mapping[str, type]) -> type | None:
     return terms.get(name) or (terms.get(more[1]) if more else None)
 
 
-def build(config: Mapping[str, Mapping], terms: Mapping[str, type], times: Sequence[float]) -> Sum:
+def build(
+    config: Mapping[str, Mapping],
+    terms: Mapping[str, type],
+    times: Sequence[float],
+    rollout: str = "ode",
+) -> Sum:
     """Build the Sum of an objective's config.
 
     Args:
       config: name -> {weight, option, ...}; a second term of one class is NAME_2.
       terms: config name -> class.
       times: of the student's steps, falling, without the clean end.
+      rollout: of the student's steps, "ode" or "fresh_noise".
 
     Raises: InputError for an unknown name or option, a bad weight, and as `Sum.check`.
     """
@@ -198,7 +213,7 @@ def build(config: Mapping[str, Mapping], terms: Mapping[str, type], times: Seque
                 )
         parts.append((float(weight), kind(**options)))
     total = Sum(tuple(parts), names=tuple(config))
-    total.check(times)
+    total.check(times, rollout)
     return total
 
 

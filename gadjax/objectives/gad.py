@@ -29,6 +29,8 @@ class GAD(Addable):
       the teacher's: what cannot be matched is flattened.
     direction, directions: kind and number J of the v (gadjax.diffusion.geometry.Directions); the
       loss is the mean over them.
+    A student with fresh noise after its steps (student.rollout) has no next latent; with "whole"
+      its tangent is that with respect to the initial noise, the later noises held.
     step_weights: one weight for each step of the student's grid, () for 1 everywhere. Not with
       "whole".
     Cost: the student's value is the base's; J tangents add J evaluations, and the teacher's map
@@ -59,6 +61,7 @@ class GAD(Addable):
         full_map = self.end == "whole"
         return Needs(
             student=not full_map,
+            next_latent=self.end == "next",
             full_map=full_map,
             tangent=Directions(self.direction, self.directions),
             maps={TeacherMap(self.end, self.steps): True},

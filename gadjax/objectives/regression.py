@@ -23,7 +23,9 @@ class Regression(Addable):
     def needs(self) -> Needs:
         full_map = self.end == "whole"
         maps = {TeacherMap(self.end, self.steps): False}
-        return Needs(student=not full_map, endpoint=full_map, maps=maps)
+        return Needs(
+            student=not full_map, next_latent=self.end == "next", endpoint=full_map, maps=maps
+        )
 
     def __call__(self, context: Context):
         teacher_end = sg(context.maps[TeacherMap(self.end, self.steps)][0])

@@ -29,7 +29,7 @@ class TDM(Addable):
     gap: float = 10.0
     max_snr: float = 5.0
 
-    needs = Needs(student=True, critic=True)
+    needs = Needs(student=True, next_latent=True, critic=True)
 
     def __post_init__(self):
         for name in ("huber", "floor", "gap", "max_snr"):

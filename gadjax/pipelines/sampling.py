@@ -39,7 +39,9 @@ def sampler_and_times(pipeline: Pipeline, sampling: SamplingConfig) -> tuple[Sam
             times[-1] = sampler.schedule.clean  # after a single step it uses x0
         return sampler, times
     if not sampler.stochastic:
-        config = student_scheduler_config(pipeline.folder.scheduler, sampling.timesteps)
+        config = student_scheduler_config(
+            pipeline.folder.scheduler, sampling.timesteps, rollout=sampling.rollout
+        )
         sampler = sampler_from_config(config)
     return sampler, sampler.times(timesteps=sampling.timesteps)
 

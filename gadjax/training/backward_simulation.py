@@ -27,7 +27,7 @@ def backward_simulate(step_spec: StepSpec, student: Params, batch: Batch, step_B
     share a rollout of n - 1 steps, one after the other: half the cost of a rollout for each.
 
     Args:
-      step_spec: grid, denoiser, and whether neighbours share a device (`can_pair`).
+      step_spec: grid, rollout, denoiser, and whether neighbours share a device (`can_pair`).
       student: the student's parameters.
       batch: initial noise and conditioning; the conditioning may be a KV cache.
       step_B: drawn step indices [B], as `stratified_step_indices` returns them.
@@ -37,11 +37,15 @@ def backward_simulate(step_spec: StepSpec, student: Params, batch: Batch, step_B
     if n == 1:
         return batch.noise
 
-    def run_steps(x, times, cond):
-        return rollout(lambda x, t: step_spec.denoiser(student, x, t, cond), schedule, x, times)
+    def run_steps(x, times, cond, fresh_noise):
+        def predict(x, t):
+            return step_spec.denoiser(student, x, t, cond)
+
+        return rollout(predict, schedule, x, times, fresh_noise=fresh_noise)
 
     if not step_spec.can_pair(len(step_B)):
-        trajectory = run_steps(batch.noise, starts, batch.cond)
+        noise = batch.noise
+        trajectory = run_steps(noise, starts, batch.cond, step_spec.fresh_noise(noise))
         return select_step(jnp.concatenate([trajectory.x, trajectory.end[None]]), step_B)
 
     def select_member(index):
@@ -65,8 +69,12 @@ def backward_simulate(step_spec: StepSpec, student: Params, batch: Batch, step_B
     def step(carry, now):
         x, finished = switch_member(*carry, now)
         index_B = jnp.where(now < first_steps_B, now, now - first_steps_B)
-        cond = first_cond.map(choose(now < first_steps_B), second_cond)
-        return (run_steps(x, starts[jnp.stack([index_B, index_B + 1])], cond).end, finished), None
+        choose_member = choose(now < first_steps_B)
+        fresh_noise = step_spec.fresh_noise(choose_member(first, second))
+        noise = fresh_noise and (lambda _: fresh_noise(index_B))
+        times = starts[jnp.stack([index_B, index_B + 1])]
+        end = run_steps(x, times, first_cond.map(choose_member, second_cond), noise).end
+        return (end, finished), None
 
     carry, _ = jax.lax.scan(step, (first, first), jnp.arange(n - 1))
     second_latent, first_latent = switch_member(*carry, n - 1)

@@ -9,7 +9,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gadjax.diffusion.geometry import tangent
+from gadjax.diffusion.schedules import Flow
 from gadjax.errors import InputError, check_choice
+from gadjax.formats.pipeline_classes import UNSCALED
+from gadjax.formats.scheduler_config import FLOW_LCM, floors_timesteps
 from gadjax.models.params import merge_params
 from gadjax.objectives import TERMS, build
 from gadjax.objectives.base import Needs
@@ -29,6 +32,7 @@ from gadjax.types import Params
 
 OFFLOAD = "teacher", "optimizer", "ema"
 ATTENTION = "auto", "jnp", "pallas"
+ROLLOUTS = "ode", "fresh_noise"
 # Config name -> `remat` of the networks.
 REMAT = {"none": False, "results": "results", "block": True}
 
@@ -69,7 +73,8 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
             "updates place a run's state on its devices"
         )
     times = student_times(config)
-    objective = build(config.objective, TERMS, times)
+    check_choice("student.rollout", config.student.rollout, ROLLOUTS)
+    objective = build(config.objective, TERMS, times, config.student.rollout)
     mesh = make_mesh(config.mesh, devices)
     microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
     if objective.needs.images and not any(config.data[name] for name in WITH_PICTURES):
@@ -118,12 +123,33 @@ def check_pipeline(config: ConfigDict, settings: Settings, pipeline: Pipeline) -
             f"teacher: found the scheduler {pipeline.folder.scheduler['_class_name']}, whose steps "
             "add noise; expected one with deterministic steps"
         )
+    if sampling.rollout == "fresh_noise":
+        check_fresh_noise(pipeline, times)
     if sampling.timesteps is not None:  # None if a teacher is trained by plain denoising
         try:
             *times, _ = sampler_and_times(pipeline, sampling)[1].tolist()
         except InputError as error:
             raise InputError(f"student.{error}") from error
     return (*times, pipeline.denoiser.schedule.clean)
+
+
+def check_fresh_noise(pipeline: Pipeline, times: Sequence[float]) -> None:
+    """Check that diffusers can draw a student that adds noise after its steps.
+
+    Raises: InputError for a flow whose pipeline cannot use FlowMatchLCMScheduler, or times that the
+      teacher's scheduler rounds for the network and the student's does not.
+    """
+    kind = pipeline.folder.model_index["_class_name"]
+    if isinstance(pipeline.denoiser.schedule, Flow) and kind not in UNSCALED:
+        raise InputError(
+            f"student.rollout: found 'fresh_noise' for a {kind} of a flow; expected 'ode', because "
+            f"{FLOW_LCM}, which draws such students, is for {' and '.join(UNSCALED)} alone"
+        )
+    if floors_timesteps(pipeline.folder.scheduler) and any(t != int(t) for t in times):
+        raise InputError(
+            f"student.timesteps: found {times}; expected whole numbers, to which the teacher's "
+            "scheduler rounds the network's times and the student's does not"
+        )
 
 
 def feature_width(pipeline: Pipeline, frozen: dict[str, Any], params: Params) -> int:

@@ -48,6 +48,7 @@ def default_config() -> ConfigDict:
                 "init": "teacher",  # or "random"
                 "timesteps": (899, 674, 449, 224),  # in the network's units
                 "steps": 4,
+                "rollout": "ode",  # or "fresh_noise", added to each predicted x0 as LCM does
             },
             "objective": {},  # name -> {weight, ...}
             "optim": {

@@ -59,6 +59,17 @@ class Workspace:
     def student(self, x, t) -> Prediction:
         return self.step_spec.denoiser(self.roles.student, x, t, self.cond)
 
+    def full_rollout(self, z, detach_first_step: bool = False) -> Trajectory:
+        """The student's steps from z to x0."""
+        return rollout(
+            self.student,
+            self.context.schedule,
+            z,
+            jnp.asarray(self.step_spec.times),
+            fresh_noise=self.step_spec.fresh_noise(z),
+            detach_first_step=detach_first_step,
+        )
+
     def provide(self, **results: Any) -> None:
         self.context = replace(self.context, **results)
 
@@ -152,9 +163,7 @@ def provide_separate_maps(work: Workspace) -> None:
 
 def provide_endpoint(work: Workspace) -> None:
     """End of the student's full rollout from z, and its prediction at the first step."""
-    times, detach = jnp.asarray(work.step_spec.times), work.needs.detach_first_step
-    schedule = work.context.schedule
-    work.trajectory = rollout(work.student, schedule, work.noise, times, detach_first_step=detach)
+    work.trajectory = work.full_rollout(work.noise, work.needs.detach_first_step)
     work.provide(endpoint=work.trajectory.end)
     work.first_prediction = prediction_at_first_step(work.trajectory)
 
@@ -202,8 +211,7 @@ def provide_full_map(work: Workspace) -> None:
     needs = work.needs
 
     def full_map(z):
-        times = jnp.asarray(work.step_spec.times)
-        trajectory = rollout(work.student, work.context.schedule, z, times)
+        trajectory = work.full_rollout(z)
         return trajectory.end, prediction_at_first_step(trajectory) if needs.first_step else None
 
     (end, first_prediction), dots = work.value_and_tangents(full_map, work.noise, needs.tangent)

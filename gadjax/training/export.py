@@ -91,7 +91,9 @@ def _scheduler_and_sampling(
     if not trained.is_few_step:
         return None, sampling
     pipeline = teacher.model_index.get("_class_name", "")
-    scheduler = student_scheduler_config(teacher.scheduler, sampling.timesteps, pipeline)
+    scheduler = student_scheduler_config(
+        teacher.scheduler, sampling.timesteps, pipeline, sampling.rollout
+    )
     sampler = sampler_from_config(scheduler)
     sampler.times(timesteps=sampling.timesteps)
     return scheduler, sampling if sampler.takes_timesteps else replace(sampling, timesteps=None)

@@ -44,7 +44,8 @@ class Preview:
             return pipeline.decode(frozen["vae"], x0)
 
         many_step = SamplingConfig(guidance=step_spec.guidance)
-        few_step = SamplingConfig(len(step_spec.times) - 1, step_spec.times[:-1], guidance=1)
+        times = step_spec.times[:-1]
+        few_step = SamplingConfig(len(times), times, guidance=1, rollout=step_spec.rollout)
         # A network trained by plain denoising is sampled like a teacher.
         student_sampling = few_step if needs.uses_teacher else many_step
         self.draw = lambda params: np.asarray(draw(params, student_sampling, frozen, raw))

@@ -1,5 +1,6 @@
 """Training state, optimizers, and the static specification of a training step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from gadjax.diffusion.denoiser import Denoiser
+from gadjax.diffusion.samplers import fresh_noise
 from gadjax.objectives.base import Term
 from gadjax.types import Params
 
@@ -76,6 +78,7 @@ class StepSpec:
       ema: decay of the student's moving average per update.
       microbatches: gradient-accumulation steps per update.
       batch_shards: into how many parts the mesh splits a batch.
+      rollout: of the student's steps: "ode", or "fresh_noise" added to each predicted x0.
     """
 
     denoiser: Denoiser
@@ -86,7 +89,12 @@ class StepSpec:
     ema: float
     microbatches: int = 1
     batch_shards: int = 1
+    rollout: str = "ode"
 
     def can_pair(self, samples: int) -> bool:
         """True if all neighbours 2j, 2j + 1 of a microbatch of `samples` share a device."""
         return samples % (2 * self.batch_shards) == 0
+
+    def fresh_noise(self, z_BHWC) -> Callable[[jax.Array], jax.Array] | None:
+        """Noise after the student's steps from z, as its sampler adds it; None on the ODE."""
+        return fresh_noise(z_BHWC) if self.rollout == "fresh_noise" else None

@@ -125,5 +125,6 @@ def sampling_from_config(config: dict[str, Any]) -> SamplingConfig:
     length = config["data"]["length"]
     needs = build(config["objective"], TERMS, timesteps).needs
     if needs.uses_teacher:
-        return SamplingConfig(len(timesteps), timesteps, 1.0, length)
+        rollout = config["student"].get("rollout", "ode")  # older workdirs do not have it
+        return SamplingConfig(len(timesteps), timesteps, 1.0, length, rollout=rollout)
     return SamplingConfig(guidance=config["guidance"], length=length)

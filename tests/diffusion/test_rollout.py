@@ -299,3 +299,26 @@ def test_interpolated_times():
     np.testing.assert_array_equal(times[0], start)
     np.testing.assert_array_equal(times[-1], end)
     np.testing.assert_allclose(jnp.diff(times, axis=0)[:, 1], np.full(5, -90.0), rtol=1e-6)
+
+
+@all_schedules
+def test_fresh_noise_is_added_to_each_x0(schedule):
+    """Against the steps written out; every sample on its own times, as a drawn step has them."""
+    times = np.stack([grid(schedule)] * B, 1)
+    times[1:-1, 1] -= 20
+    alpha, sigma = (v[..., None, None, None] for v in schedule.alpha_sigma(times))
+    with jax.enable_x64(True):
+        predict, x = smooth(schedule, drawn(1, (2, 2), float)), drawn(0, dtype=float)
+        noise = drawn(5, (4, *SHAPE), float)
+
+        @jax.jit
+        def walk(x):
+            return rollout(predict, schedule, x, jnp.asarray(times), fresh_noise=lambda k: noise[k])
+
+        trajectory = walk(x)
+        for i in range(4):
+            np.testing.assert_allclose(trajectory.x[i], x, rtol=1e-12)
+            x0 = predict(x, jnp.asarray(times[i])).x0
+            x = alpha[i + 1] * x0 + sigma[i + 1] * noise[i]
+        np.testing.assert_allclose(trajectory.end, x, rtol=1e-12)
+        np.testing.assert_allclose(trajectory.end, trajectory.prediction.x0[-1], rtol=1e-12)

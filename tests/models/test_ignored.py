@@ -57,6 +57,7 @@ SCHEDULERS = {
     "DDIMScheduler": SCALED | {"clip_sample": False},
     "EulerDiscreteScheduler": SCALED | {"timestep_spacing": "leading"},
     "FlowMatchEulerDiscreteScheduler": {},
+    "FlowMatchLCMScheduler": {},
     "PNDMScheduler": SCALED | {"skip_prk_steps": True},
     "LCMScheduler": {},
     "SCMScheduler": {"prediction_type": "trigflow"},

@@ -12,10 +12,13 @@ from gadjax.objectives import (
     GAD,
     TDM,
     TERMS,
+    Adversarial,
     Anchor,
     GADLift,
+    GADScript,
     Needs,
     Regression,
+    SiD,
     Sum,
     as_config,
     build,
@@ -213,3 +216,18 @@ def test_one_trainer_may_serve_other_readers():
 
     a, b = both(WORLD.student_params())
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("term", [TDM(), GAD(), Regression(), TDM() + GADScript()], ids=str)
+def test_fresh_noise_leaves_no_next_latent(term):
+    name = Sum(((1.0, term),)).names[0] if not isinstance(term, Sum) else term.names[0]
+    (1.0 * term).check(TIMES, "ode")
+    with pytest.raises(
+        InputError, match=f"objective.{name}: found a loss of the student's next latent"
+    ):
+        (1.0 * term).check(TIMES, "fresh_noise")
+
+
+def test_other_terms_take_a_student_with_fresh_noise():
+    total = DMD() + GAD(end="clean") + Anchor() + Regression(end="whole") + SiD() + Adversarial()
+    (total + GAD(end="whole")).check(TIMES, "fresh_noise")

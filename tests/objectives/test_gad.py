@@ -1,3 +1,4 @@
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -26,6 +27,7 @@ from closed_form import (
 
 from gadjax.diffusion.geometry import Directions, directions
 from gadjax.diffusion.rollout import interpolate_times, rollout
+from gadjax.diffusion.samplers import fresh_noise
 from gadjax.errors import InputError
 from gadjax.objectives import GAD, Anchor, TeacherMap
 from gadjax.objectives.base import stream_keys
@@ -299,6 +301,35 @@ def test_the_full_map_has_every_step_of_both(world):
         assert pushed.shape == (2, *expected.shape)
         assert np.abs(value - expected).max() < 1e-6 * np.abs(expected).max()
         assert np.abs(pushed - slope).max() < 1e-6 * np.abs(slope).max()
+
+
+@all_worlds
+def test_the_tangent_of_a_student_with_fresh_noise_holds_the_later_noises(world):
+    """The full map's tangent against central differences in float64, with the noise of z itself."""
+    term = GAD(end="whole", steps=6)
+    with jax.enable_x64(True):
+        batch, teacher = make_batch(4, dtype=float), mixture_params(dtype=float)
+        student = world.student_params(bend=0.5, dtype=float)
+
+        @jax.jit
+        def run(batch, student, teacher):
+            context = world.context(term, batch, student, None, teacher, rollout="fresh_noise")
+            noise = fresh_noise(batch.noise)
+
+            def of_student(z):
+                x = z
+                for k, (t, t_next) in enumerate(itertools.pairwise(world.times)):
+                    x0 = world.denoiser(student, x, t, batch.cond).x0
+                    alpha, sigma = world.schedule.alpha_sigma(jnp.asarray(t_next))
+                    x = alpha * x0 + sigma * noise(k)
+                return x
+
+            slope = central(of_student, batch.noise, context.direction_JBHWC[0])
+            return context.full_map, of_student(batch.noise), slope
+
+        (value, pushed), expected, slope = jax.device_get(run(batch, student, teacher))
+    assert np.abs(value - expected).max() < 1e-6 * np.abs(expected).max()
+    assert np.abs(pushed[0] - slope).max() < 1e-6 * np.abs(slope).max()
 
 
 def test_several_directions_are_the_mean_of_single_ones():

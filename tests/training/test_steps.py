@@ -248,8 +248,9 @@ def test_a_critics_update_computes_the_students_kv_cache_once():
     np.testing.assert_allclose(metrics["critic/loss"], expected["critic/loss"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("rollout", ["ode", "fresh_noise"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_neighbours_share_one_rollout(steps):
+def test_neighbours_share_one_rollout(steps, rollout):
     """Half of the evaluations, and the latents of a rollout for each."""
     evaluated, denoiser = [], cache_text([])
 
@@ -261,6 +262,7 @@ def test_neighbours_share_one_rollout(steps):
         STEP_SPEC,
         times=(*STEP_SPEC.times[:steps], STEP_SPEC.times[-1]),
         denoiser=replace(denoiser, apply=watched),
+        rollout=rollout,
     )
 
     @jax.jit

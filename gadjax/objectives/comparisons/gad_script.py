@@ -33,7 +33,7 @@ class GADScript(Addable):
     weighted: bool = False
     half: bool = False
 
-    needs = Needs(student=True, critic=True)
+    needs = Needs(student=True, next_latent=True, critic=True)
 
     def __post_init__(self):
         if not self.step > 0:

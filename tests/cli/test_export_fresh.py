@@ -1,0 +1,89 @@
+"""Students that add fresh noise after their steps: trained, previewed, resumed, exported, drawn."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_run import config_file
+
+from gadjax.formats.diffusers_folder import INDEX
+
+SCHEDULERS = {
+    "tiny": ("LCMScheduler", (900, 600, 300)),
+    "sd3": ("FlowMatchLCMScheduler", (1000, 750.5, 400)),
+    "sana": ("FlowMatchLCMScheduler", (999, 600, 300)),
+    "sdxl": ("LCMScheduler", (999, 749, 499, 249)),
+}
+OBJECTIVE = {"dmd": {}, "gad": {"end": "clean", "steps": 1}, "anchor": {"steps": 1}}
+
+
+def write(path, teacher, prompts, times, **changes):
+    settings = dict(
+        teacher=str(teacher),
+        objective=OBJECTIVE,
+        student={"steps": len(times), "timesteps": times, "rollout": "fresh_noise"},
+        data={"prompts": str(prompts), "length": 8},
+        preview={"every": 2, "prompts": 2, "scale": 1},
+        optim={"lr": 1e-3},
+    )
+    return config_file(path, **settings | {"steps": 2, "batch": 2, "remat": "none"} | changes)
+
+
+@pytest.mark.parametrize(
+    "family", ["tiny", "sd3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sana", "sdxl"))]
+)
+def test_from_training_to_diffusers(family, request, folders, prompts, tmp_path, gadjax):
+    teacher = request.getfixturevalue("tiny_pipeline") if family == "tiny" else folders(family)
+    scheduler, times = SCHEDULERS[family]
+    config = write(tmp_path / "config.py", teacher, prompts, times)
+    run, out = tmp_path / "run", tmp_path / "student"
+    gadjax("train", "--config", config, "--workdir", run)
+    gadjax("export", "--workdir", run, "--out", out)
+    assert json.loads((out / INDEX).read_text())["scheduler"][1] == scheduler
+    verified = json.loads((out / "gadjax.json").read_text())["verified"]
+    assert verified["max_difference"] <= 2 / 255, verified
+    gadjax("sample", "--model", run, "--prompts", prompts, "--out", tmp_path / "by_run")
+    gadjax("sample", "--model", out, "--prompts", prompts, "--out", tmp_path / "by_folder")
+    for name in ("00000-0.png", "00001-0.png"):
+        ours = (tmp_path / "by_run" / name).read_bytes()
+        assert ours == (tmp_path / "by_folder" / name).read_bytes()
+    # The preview is drawn with the same noise: neither the ODE's picture nor another one's.
+    assert np.asarray(Image.open(run / "previews" / "0000002.png")).std() > 0
+
+
+def test_a_resumed_run_is_the_same_run(tiny_pipeline, prompts, tmp_path, gadjax, fails):
+    times = (900, 600, 300)
+    whole = write(tmp_path / "whole.py", tiny_pipeline, prompts, times, steps=4)
+    half = write(tmp_path / "half.py", tiny_pipeline, prompts, times)
+    gadjax("train", "--config", whole, "--workdir", tmp_path / "whole")
+    gadjax("train", "--config", half, "--workdir", tmp_path / "parts")
+    gadjax("train", "--config", whole, "--workdir", tmp_path / "parts")
+    for name in ("whole", "parts"):
+        gadjax("export", "--workdir", tmp_path / name, "--out", tmp_path / f"{name}-student")
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    a, b = ((tmp_path / f"{name}-student" / weights).read_bytes() for name in ("whole", "parts"))
+    assert a == b
+    ode = write(tmp_path / "ode.py", tiny_pipeline, prompts, times, steps=4)
+    arguments = ["train", "--config", ode, "--config.student.rollout=ode"]
+    fails([*arguments, "--workdir", tmp_path / "parts"], 2, "student.rollout", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"student": {"rollout": "sde"}}, "student.rollout: found 'sde'; expected"),
+        ({"objective": {"tdm": {}}}, "objective.tdm: found a loss of the student's next latent"),
+    ],
+)
+def test_what_is_refused(tiny_pipeline, prompts, tmp_path, fails, change, words):
+    config = write(tmp_path / "c.py", tiny_pipeline, prompts, (900, 600), **change)
+    run = tmp_path / "run"
+    fails(["train", "--config", config, "--workdir", run], 2, words, out=run)
+
+
+def test_a_flow_that_no_scheduler_could_draw_is_refused(prompts, tmp_path, fails):
+    teacher, run = "asset:shapes_flow_teacher", tmp_path / "run"
+    config = write(tmp_path / "c.py", teacher, prompts, (999, 500))
+    words = "student.rollout: found 'fresh_noise' for a PixArtAlphaPipeline of a flow"
+    fails(["train", "--config", config, "--workdir", run], 2, words, out=run)
