@@ -13,7 +13,7 @@ from gadjax.analytic.result import Reference, Result, compare_maps
 from gadjax.analytic.teachers import Gaussian, Mixture, jacobians
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.parameterization import from_prediction
-from gadjax.diffusion.rollout import rollout
+from gadjax.diffusion.rollout import FIRST_ORDER, rollout
 from gadjax.diffusion.samplers import fresh_noise
 from gadjax.diffusion.schedules import DDPM, Flow, NoiseSchedule
 from gadjax.errors import InputError, RunStopped
@@ -179,8 +179,8 @@ class Bench:
         def predict(x, t):
             return self.denoiser(params, x, t, cond)
 
-        noise = fresh_noise(z) if self.rollout == "fresh_noise" else None
-        trajectory = rollout(predict, self.schedule, z, jnp.array(self.times), fresh_noise=noise)
+        solver = fresh_noise(z) if self.rollout == "fresh_noise" else FIRST_ORDER
+        trajectory = rollout(predict, self.schedule, z, jnp.array(self.times), solver=solver)
         return trajectory.end.reshape(z_ND.shape)
 
     @cached_property

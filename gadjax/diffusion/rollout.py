@@ -44,6 +44,18 @@ class Orders(NamedTuple):
     last: int = 1
 
 
+class FreshNoise(NamedTuple):
+    """Consistency sampling in place of the ODE: new noise is added to each predicted x0.
+
+    (Song et al. 2023, algorithm 1.)
+
+    Args:
+      draw: index of the step, a scalar or [B] -> standard normal [B, H, W, C].
+    """
+
+    draw: Callable[[int | jax.Array], jax.Array]
+
+
 FIRST_ORDER = Orders()
 
 
@@ -77,26 +89,25 @@ def rollout(
     x_BHWC: jax.Array,
     times,
     *,
-    orders: Orders = FIRST_ORDER,
-    fresh_noise: Callable[[jax.Array], jax.Array] | None = None,
+    solver: Orders | FreshNoise = FIRST_ORDER,
     detach_first_step: bool = False,
 ) -> Trajectory:
-    """Integrate the probability-flow ODE from times[0] to times[n], or go there by fresh noise.
+    """Integrate the probability-flow ODE from times[0] to times[n], or sample with fresh noise.
 
     Args:
       predict: (x_BHWC, t_B or scalar) -> Prediction.
       schedule: noise schedule.
       x_BHWC: state at times[0].
       times: [n + 1], or [n + 1, B] where every sample has its own interval.
-      orders: of the solver's steps.
-      fresh_noise: step index -> standard normal [B, H, W, C]. If given, each step adds it to the
-        predicted x0 for the next time (Song et al. 2023, algorithm 1).
+      solver: of the ODE, or the noise of the steps in its place.
       detach_first_step: stop gradients (and tangents: jax.jvp of the end with respect to x_BHWC is
         then zero) between the first step's result and the later steps. prediction[0] keeps its
         gradient.
     """
-    moves = coefficients(schedule, times, orders)
-    if fresh_noise is not None:
+    is_ode = isinstance(solver, Orders)
+    if is_ode:
+        moves = coefficients(schedule, times, solver)
+    else:
         alpha, sigma = schedule.alpha_sigma(times[1:])
         moves = 0 * alpha, alpha, sigma
     a, b, c = (jnp.asarray(v, x_BHWC.dtype) for v in moves)
@@ -107,7 +118,7 @@ def rollout(
         x, previous_x0 = carry
         k, t, a, b, c, detach = inputs
         prediction = predict(x, t)
-        y = previous_x0 if fresh_noise is None else fresh_noise(k)
+        y = previous_x0 if is_ode else solver.draw(k)
         x_next = expand(a, x) * x + expand(b, x) * prediction.x0 + expand(c, x) * y
         carry = x_next, prediction.x0
         if detach_first_step:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gadjax.diffusion.rollout import Orders, rollout
+from gadjax.diffusion.rollout import FreshNoise, Orders, rollout
 from gadjax.diffusion.schedules import DDPM, NoiseSchedule
 from gadjax.errors import InputError
 from gadjax.seeds import PRNG_IMPL
@@ -114,7 +114,7 @@ def sample(
     if sampler.sample_fn is not None:
         return sampler.sample_fn(predict, sampler.schedule, z_BHWC, times)
     orders = Orders(sampler.order, sampler.last_order)
-    return rollout(predict, sampler.schedule, z_BHWC, times, orders=orders).end
+    return rollout(predict, sampler.schedule, z_BHWC, times, solver=orders).end
 
 
 Predict = Callable[[jax.Array, jax.Array], Prediction]
@@ -188,17 +188,17 @@ def consistency(
         x0 = jnp.sqrt(square / (square + 1)) * prediction.x0 + x / (square + 1)
         return prediction._replace(x0=x0)
 
-    predict = bounded if scaling else predict
-    return rollout(predict, schedule, x_BHWC, times, fresh_noise=fresh_noise(x_BHWC)).end
+    x0_of = bounded if scaling else predict
+    return rollout(x0_of, schedule, x_BHWC, times, solver=fresh_noise(x_BHWC)).end
 
 
-def fresh_noise(z_BHWC: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Noise that consistency sampling adds after each step, by step index (a scalar or [B]).
+def fresh_noise(z_BHWC: jax.Array) -> FreshNoise:
+    """Fresh noise of consistency sampling, seeded by the bits of the initial noise.
 
-    z_BHWC: initial noise, whose bits seed it.
+    z_BHWC: initial noise.
     """
     keys = keys_from_noise(z_BHWC)
-    return lambda step: step_noise(keys, step, z_BHWC)
+    return FreshNoise(lambda step: step_noise(keys, step, z_BHWC))
 
 
 def keys_from_noise(x_BHWC: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from gadjax.diffusion.rollout import rollout
+from gadjax.diffusion.rollout import FreshNoise, rollout
 from gadjax.training.state import StepSpec
 from gadjax.types import Batch, Params, expand
 
@@ -37,15 +37,15 @@ def backward_simulate(step_spec: StepSpec, student: Params, batch: Batch, step_B
     if n == 1:
         return batch.noise
 
-    def run_steps(x, times, cond, fresh_noise):
+    def run_steps(x, times, cond, solver):
         def predict(x, t):
             return step_spec.denoiser(student, x, t, cond)
 
-        return rollout(predict, schedule, x, times, fresh_noise=fresh_noise)
+        return rollout(predict, schedule, x, times, solver=solver)
 
     if not step_spec.can_pair(len(step_B)):
         noise = batch.noise
-        trajectory = run_steps(noise, starts, batch.cond, step_spec.fresh_noise(noise))
+        trajectory = run_steps(noise, starts, batch.cond, step_spec.solver(noise))
         return select_step(jnp.concatenate([trajectory.x, trajectory.end[None]]), step_B)
 
     def select_member(index):
@@ -70,10 +70,11 @@ def backward_simulate(step_spec: StepSpec, student: Params, batch: Batch, step_B
         x, finished = switch_member(*carry, now)
         index_B = jnp.where(now < first_steps_B, now, now - first_steps_B)
         choose_member = choose(now < first_steps_B)
-        fresh_noise = step_spec.fresh_noise(choose_member(first, second))
-        noise = fresh_noise and (lambda _: fresh_noise(index_B))
+        solver = step_spec.solver(choose_member(first, second))
+        if isinstance(solver, FreshNoise):  # of the step that each sample takes now
+            solver = FreshNoise(lambda _, draw=solver.draw: draw(index_B))
         times = starts[jnp.stack([index_B, index_B + 1])]
-        end = run_steps(x, times, first_cond.map(choose_member, second_cond), noise).end
+        end = run_steps(x, times, first_cond.map(choose_member, second_cond), solver).end
         return (end, finished), None
 
     carry, _ = jax.lax.scan(step, (first, first), jnp.arange(n - 1))

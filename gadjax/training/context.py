@@ -66,7 +66,7 @@ class Workspace:
             self.context.schedule,
             z,
             jnp.asarray(self.step_spec.times),
-            fresh_noise=self.step_spec.fresh_noise(z),
+            solver=self.step_spec.solver(z),
             detach_first_step=detach_first_step,
         )
 

@@ -1,6 +1,5 @@
 """Training state, optimizers, and the static specification of a training step."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gadjax.diffusion.denoiser import Denoiser
+from gadjax.diffusion.rollout import FIRST_ORDER, FreshNoise, Orders
 from gadjax.diffusion.samplers import fresh_noise
 from gadjax.objectives.base import Term
 from gadjax.types import Params
@@ -95,6 +95,6 @@ class StepSpec:
         """True if all neighbours 2j, 2j + 1 of a microbatch of `samples` share a device."""
         return samples % (2 * self.batch_shards) == 0
 
-    def fresh_noise(self, z_BHWC) -> Callable[[jax.Array], jax.Array] | None:
-        """Noise after the student's steps from z, as its sampler adds it; None on the ODE."""
-        return fresh_noise(z_BHWC) if self.rollout == "fresh_noise" else None
+    def solver(self, z_BHWC) -> Orders | FreshNoise:
+        """Solver of the student's steps from z, as its sampler has it."""
+        return fresh_noise(z_BHWC) if self.rollout == "fresh_noise" else FIRST_ORDER

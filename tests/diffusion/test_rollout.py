@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gadjax.diffusion.geometry import tangent
-from gadjax.diffusion.rollout import Orders, coefficients, interpolate_times, rollout
+from gadjax.diffusion.rollout import FreshNoise, Orders, coefficients, interpolate_times, rollout
 from gadjax.diffusion.schedules import DDPM, Flow
 from gadjax.types import Prediction, expand
 
@@ -84,7 +84,7 @@ def test_order_2_is_dpm_solver_2m(schedule):
     lam = np.log(alpha[:-1]) - np.log(sigma[:-1])
     with jax.enable_x64(True):
         predict, x = jax.jit(smooth(schedule, drawn(1, (2, 2), float))), drawn(0, dtype=float)
-        trajectory = rollout(predict, schedule, x, times, orders=Orders(2))
+        trajectory = rollout(predict, schedule, x, times, solver=Orders(2))
         before = None
         for i in range(4):
             np.testing.assert_allclose(trajectory.x[i], x, rtol=1e-11, atol=1e-12)
@@ -129,7 +129,7 @@ def test_times_per_sample(schedule, order, as_jax):
     predict, x = smooth(schedule, drawn(1, (2, 2))), drawn(0)
 
     def trajectory(x, times):
-        return rollout(predict, schedule, x, times, orders=Orders(order))
+        return rollout(predict, schedule, x, times, solver=Orders(order))
 
     if as_jax:
         trajectory, times = jax.jit(trajectory), jnp.asarray(times, jnp.float32)
@@ -144,7 +144,7 @@ def test_times_per_sample(schedule, order, as_jax):
 @orders
 def test_one_step_is_x0(order):
     trajectory = rollout(
-        smooth(Flow(), drawn(1, (2, 2))), Flow(), drawn(0), [999.0, 0.0], orders=Orders(order)
+        smooth(Flow(), drawn(1, (2, 2))), Flow(), drawn(0), [999.0, 0.0], solver=Orders(order)
     )
     np.testing.assert_allclose(trajectory.end, trajectory.prediction.x0[0], rtol=1e-6)
 
@@ -159,7 +159,7 @@ def test_detach_first_step(order):
             step = jnp.argmin(jnp.abs(jnp.asarray(times[:-1]) - t))
             return smooth(schedule, w[step])(x, t)
 
-        return rollout(predict, schedule, z, times, orders=Orders(order), detach_first_step=cut)
+        return rollout(predict, schedule, z, times, solver=Orders(order), detach_first_step=cut)
 
     def later(w, x, before):
         """Steps 2 to 4 alone, from the (constant) second state and, at order 2, first x0."""
@@ -211,7 +211,7 @@ def test_jvp_and_gradient_of_jvp_equal_central_differences(schedule, order):
     def pushed(w, z, v):
         def end(z):
             return rollout(
-                smooth(schedule, w), schedule, z, grid(schedule), orders=Orders(order)
+                smooth(schedule, w), schedule, z, grid(schedule), solver=Orders(order)
             ).end
 
         return tangent(end, z, v)
@@ -252,7 +252,7 @@ def errors(schedule, order, last_order, start, end, steps):
 
         def trajectory(x, times=times):
             orders = Orders(order, last_order)
-            return rollout(predict, schedule, x, times, orders=orders).end
+            return rollout(predict, schedule, x, times, solver=orders).end
 
         reached, pushed = tangent(trajectory, jnp.asarray(x), jnp.ones(SHAPE))
         actual.append((np.abs(reached - exact).max(), np.abs(pushed - slope).max()))
@@ -285,7 +285,7 @@ def test_convergence_to_x0(schedule):
         for order in (1, 2):
             for n in (25, 100):
                 times = np.linspace(980.0, schedule.clean, n + 1)
-                end = rollout(predict, schedule, jnp.asarray(x), times, orders=Orders(order)).end
+                end = rollout(predict, schedule, jnp.asarray(x), times, solver=Orders(order)).end
                 gaps[order, n] = np.abs(end - exact).max()
     assert gaps[1, 100] < gaps[1, 25] / 3
     assert gaps[2, 100] < gaps[2, 25] / 1.5
@@ -313,7 +313,8 @@ def test_fresh_noise_is_added_to_each_x0(schedule):
 
         @jax.jit
         def walk(x):
-            return rollout(predict, schedule, x, jnp.asarray(times), fresh_noise=lambda k: noise[k])
+            fresh = FreshNoise(lambda k: noise[k])
+            return rollout(predict, schedule, x, jnp.asarray(times), solver=fresh)
 
         trajectory = walk(x)
         for i in range(4):

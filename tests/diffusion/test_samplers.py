@@ -129,7 +129,7 @@ def test_a_students_fresh_noise_is_that_of_lcms_scheduler(timesteps, prediction,
             denoiser.schedule,
             z,
             times,
-            fresh_noise=fresh_noise(z),
+            solver=fresh_noise(z),
         )
     assert_close(walk.end, end)
 

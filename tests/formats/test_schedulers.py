@@ -109,7 +109,7 @@ def test_every_step_equals_diffusers(config, steps):
     orders = Orders(sampler.order, sampler.last_order)
     with jax.disable_jit():  # a Python loop is faster here than 85 compilations
         predict = our_predict(config)
-        walk = rollout(predict, sampler.schedule, jnp.asarray(NOISE), times, orders=orders)
+        walk = rollout(predict, sampler.schedule, jnp.asarray(NOISE), times, solver=orders)
     for actual, expected in zip([*walk.x, walk.end], theirs, strict=True):
         assert_close(actual, expected)
 

@@ -18,7 +18,6 @@ from gadjax.objectives import (
     GADScript,
     Needs,
     Regression,
-    SiD,
     Sum,
     as_config,
     build,
@@ -229,5 +228,5 @@ def test_fresh_noise_leaves_no_next_latent(term):
 
 
 def test_other_terms_take_a_student_with_fresh_noise():
-    total = DMD() + GAD(end="clean") + Anchor() + Regression(end="whole") + SiD() + Adversarial()
+    total = DMD() + GAD(end="clean") + Anchor() + Regression(end="whole") + Adversarial()
     (total + GAD(end="whole")).check(TIMES, "fresh_noise")

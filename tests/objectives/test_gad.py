@@ -321,7 +321,7 @@ def test_the_tangent_of_a_student_with_fresh_noise_holds_the_later_noises(world)
                 for k, (t, t_next) in enumerate(itertools.pairwise(world.times)):
                     x0 = world.denoiser(student, x, t, batch.cond).x0
                     alpha, sigma = world.schedule.alpha_sigma(jnp.asarray(t_next))
-                    x = alpha * x0 + sigma * noise(k)
+                    x = alpha * x0 + sigma * noise.draw(k)
                 return x
 
             slope = central(of_student, batch.noise, context.direction_JBHWC[0])
