@@ -12,7 +12,8 @@ from fuzz import fuzz
 from hostile_folders import TARGETS
 
 from gadjax.errors import InputError
-from gadjax.formats.diffusers_folder import check_pipeline, write_pipeline
+from gadjax.formats.diffusers_folder import check_pipeline
+from gadjax.formats.diffusers_writer import write_pipeline
 from gadjax.formats.fingerprints import text_fingerprint
 from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.schedulers import sampler_from_config
