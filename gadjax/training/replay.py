@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gadjax import assets
-from gadjax.checkpoints.checkpoint import read_state
+from gadjax.checkpoints.restore import read_state
 from gadjax.checkpoints.steps import committed_steps, latest_valid_step
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError, short_repr

@@ -9,7 +9,7 @@ import pytest
 from several import start
 from train_runs import losses, read_vector
 
-from gadjax.checkpoints.checkpoint import read_params
+from gadjax.checkpoints.restore import read_params
 from gadjax.runtime.supervisor import free_port
 
 pytestmark = pytest.mark.slow  # compiles the updates for eight devices
