@@ -33,16 +33,10 @@ from gadjax.runtime.settings import pinned_jax_config
 from gadjax.runtime.trackers import check_trackers
 from gadjax.runtime.workdir_lock import LOCK, WorkdirLock
 from gadjax.training.compile import Steps, compile_steps
-from gadjax.training.config import (
-    INPUTS,
-    as_json,
-    check_inputs,
-    check_resume,
-    with_resolved_teacher,
-    write_json,
-)
+from gadjax.training.config import as_json, with_resolved_teacher, write_json
 from gadjax.training.nonfinite import Update, check_nonfinite, merge_scalars
 from gadjax.training.previews import Preview
+from gadjax.training.resume import INPUTS, check_inputs, check_resume
 from gadjax.training.run_record import write_record
 from gadjax.training.setup import Run, prepare
 from gadjax.training.state import TrainState

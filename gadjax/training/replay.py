@@ -28,10 +28,11 @@ from gadjax.parallel.sharding import put_on_mesh
 from gadjax.runtime.distributed import check_devices, check_same_on_all, run_on_all_processes
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.compile import Steps, compile_steps
-from gadjax.training.config import as_json, check_inputs, check_resume, with_resolved_teacher
+from gadjax.training.config import as_json, with_resolved_teacher
 from gadjax.training.instrument import FiniteCounter, instrument
 from gadjax.training.loop import host_batches, restore_or_init
 from gadjax.training.nonfinite import Update, merge_scalars, nonfinite_cause, sample_numbers
+from gadjax.training.resume import check_inputs, check_resume
 from gadjax.training.setup import Run, prepare
 from gadjax.training.state import TrainState
 from gadjax.types import Metrics

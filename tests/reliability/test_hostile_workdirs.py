@@ -14,7 +14,8 @@ from gadjax.io.manifest import COMMIT_MARKER
 from gadjax.runtime.goodput import GoodputClock
 from gadjax.runtime.status import read_status, table
 from gadjax.runtime.trackers import _run_id
-from gadjax.training.config import as_json, check_resume
+from gadjax.training.config import as_json
+from gadjax.training.resume import check_resume
 from gadjax.training.workdir import parse_run_metadata
 
 
