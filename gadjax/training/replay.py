@@ -144,7 +144,7 @@ def _replay_updates(
     (state, frozen), updates = state_and_frozen, []
     for instrumented, step in zip(instrumented_steps.order, steps.order, strict=True):
         number, batch = next(batches)
-        first, prompt_numbers = int(number) * run.config.batch, batch.get("which")
+        first, prompt_numbers = int(number) * run.batch, batch.get("which")
         state, observations = instrumented(state, frozen, batch, number)
         counts = counter.pop()
         observations = jax.device_get(observations)
@@ -169,7 +169,7 @@ def _report(
     metrics = jax.device_get(update.metrics)
     names = [name for name in observations if name.endswith("loss_B")]
     roles = [name.removesuffix("/bad") for name in metrics if name.endswith("/bad")]
-    size = run.config.batch
+    size = run.batch
     kind, numbers = sample_numbers(update, size)
     texts = _texts(run, update.first, numbers)
     _print(f"\nupdate {update.first // size}, of the {' and the '.join(roles)}")
@@ -204,7 +204,7 @@ def _texts(run: Run, first: int, numbers: np.ndarray) -> list[str]:
     elif data.world:
         if data.cache:  # cached samples are the world's first ones, shuffled
             numbers = source.order(first, len(numbers))
-        _, captions, _ = import_module(data.world).sample_batch(run.config.seed, numbers.tolist())
+        _, captions, _ = import_module(data.world).sample_batch(run.seed, numbers.tolist())
         return [short_repr(text) for text in captions]
     else:
         captions = source.embeddings.prompts
