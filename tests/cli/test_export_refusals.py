@@ -1,4 +1,4 @@
-"""Whatever is wrong with what an export is made of is said in one line, before it is made."""
+"""Refusals of an export: one line for whatever is wrong with its inputs, before it is made."""
 
 import json
 import shutil
