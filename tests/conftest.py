@@ -9,7 +9,7 @@ import pytest
 from tiny_run import build_pipeline, write_config
 from xla_flags import hurried
 
-pytest.register_assert_rewrite("conformance")
+pytest.register_assert_rewrite("conformance", "conformance_autoencoder", "conformance_text")
 # Tests compile the same programs again and again, also in processes of their own.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/jax").absolute()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

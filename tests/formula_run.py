@@ -10,7 +10,8 @@ from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.objectives import TERMS, build
 from gadjax.parallel.placement import batch_shards
 from gadjax.parallel.sharding import check_batch, make_mesh
-from gadjax.training.setup import Run
+from gadjax.training.checks import select_kernels
+from gadjax.training.setup import LoopSpec, Run
 from gadjax.training.state import create_state, make_optimizer
 from gadjax.types import Cond
 
@@ -77,8 +78,15 @@ def prepare_with(source):
         null = {"text": np.zeros((1, 1, D), np.float32), "mask": np.ones((1, 1), np.int32)}
         return Run(
             config=config,
+            teacher=config.teacher,
+            seed=config.seed,
+            batch=config.batch,
+            critic_updates=config.critic.updates,
+            offload=tuple(config.offload),
+            kernels=select_kernels(config.attention, mesh, config.dtype),
             pipeline=pipeline,
             step_spec=step_spec,
+            loop_spec=LoopSpec.from_config(config),
             mesh=mesh,
             source=source,
             frozen={"null": null, "formula": gaussian_params()},

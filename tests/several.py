@@ -8,12 +8,13 @@ from programs import ROOT, run_python
 
 from gadjax.runtime import distributed
 
-OWN = os.environ.get("XLA_FLAGS", "")  # as tests begin: loading libtpu takes those for CPUs away
+# As tests begin: loading libtpu takes those for CPUs away.
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
 
 
 def flags_for(devices: int) -> str:
     """XLA_FLAGS of a process with so many devices that are none."""
-    return f"{OWN} --xla_force_host_platform_device_count={devices}".strip()
+    return f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}".strip()
 
 
 def variables(devices: int) -> dict[str, str]:

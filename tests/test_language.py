@@ -17,6 +17,15 @@ FORBIDDEN = set(
     "bear".split()
 )
 OPENINGS = {"What", "Whether", "Of", "By", "As", "For", "Where", "How"}
+# Words that name nothing, and the labels of a docstring's blocks.
+FUNCTION_WORDS = set(
+    "a all also an and any anything are as at be been before below between both but by can does "
+    "either else every everything for from had has have here how i if in into is it its may might "
+    "more most must neither no none nor not nothing of off on one only or other others out over "
+    "per same should so some something such than that the their them then there these they this "
+    "those to too two under until up was were what when where whether which while who whom whose "
+    "why will with within without you args returns raises".split()
+)
 
 
 def identifiers(tree: ast.AST):
@@ -37,6 +46,16 @@ def words(name: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
+def names_a_thing(docstring: str) -> bool:
+    """True if the first sentence has two words that are no function words.
+
+    Without a dictionary of nouns: it refuses "By whom." and "A file of them.", and lets others by.
+    """
+    sentence = re.split(r"(?<=[\w)\]`]{2})\.(?:\s|$)|\n\n", docstring)[0].lower()
+    meaningful = set(re.findall(r"[a-z]+", sentence.replace("'s", ""))) - FUNCTION_WORDS
+    return len(meaningful) >= 2 and len(docstring.split()) >= 3
+
+
 def problems(path: Path):
     """Forbidden identifiers and docstrings of a file, one line a problem."""
     tree, name = ast.parse(path.read_text()), path.relative_to(ROOT)
@@ -46,7 +65,7 @@ def problems(path: Path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             text = ast.get_docstring(node)
-            if text is not None and (text.split()[0] in OPENINGS or len(text.split()) < 3):
+            if text is not None and (text.split()[0] in OPENINGS or not names_a_thing(text)):
                 line = node.body[0].lineno
                 yield f"{name}:{line}: docstring {text.splitlines()[0]!r}"
 
@@ -62,3 +81,12 @@ def test_the_check_sees_what_it_forbids():
     names = [name for name, _ in identifiers(tree) if words(name) & FORBIDDEN]
     assert sorted(names) == ["found", "own_x", "say", "told", "wholeTime"]
     assert not words("shown_rows") & FORBIDDEN and not words("always") & FORBIDDEN
+
+
+def test_a_docstring_names_a_thing():
+    for text in ("By whom.", "All of a run's.", "Nothing where it is not there.", "Seconds.", "S."):
+        assert not names_a_thing(text), text
+    assert not names_a_thing("Raises: OSError.") and not names_a_thing("Both halves.\n\nOf a VAE.")
+    for text in ("Trace of the covariance.", "RoPE: rotate pairs of x.", "Undo `scale` for x."):
+        assert names_a_thing(text), text
+    assert names_a_thing("Convert [-1, 1] to 0 .. 255, and round.")

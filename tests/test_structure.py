@@ -116,7 +116,7 @@ def test_every_module_is_in_a_room():
 
 
 @pytest.mark.parametrize("room", FLOOR)
-def test_imports_point_one_way(room):
+def test_imports_point_down(room):
     before = {other for other in FLOOR if FLOOR[other] < FLOOR[room]}
     for path in FILES:
         if room_of(path) == room:
@@ -157,13 +157,13 @@ def test_families_are_records():
 
 def test_supervisor_answers_without_jax():
     """It watches runs of others' programs too, and ends them when JAX does not answer."""
-    seen, waiting = set(), ["gadjax.runtime.supervisor"]
+    imported, waiting = set(), ["gadjax.runtime.supervisor"]
     while waiting:
         name = waiting.pop()
         path = PACKAGE.joinpath(*name.split(".")[1:])
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         found = imports(path)
         assert not {n.split(".")[0] for n in found} & {"jax", "numpy"}, name
-        waiting += found & MODULES - seen
-        seen |= found & MODULES
-    assert {name.split(".")[1] for name in seen} == {"errors", "io", "runtime"}
+        waiting += found & MODULES - imported
+        imported |= found & MODULES
+    assert {name.split(".")[1] for name in imported} == {"errors", "io", "runtime"}

@@ -8,5 +8,5 @@ def test_only_flags_that_xla_knows():
     assert known(flags)
 
 
-def test_processes_of_tests_take_over_what_was_found():
+def test_flags_are_added_once():
     assert hurried(f"{HURRY} --xla_a") == f"{HURRY} --xla_a"

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gadjax.checkpoints.checkpoint import read_params
+from gadjax.checkpoints.restore import read_params
 from gadjax.cli.main import main
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: asynchronous saves, checksums against bit rot, restores onto any mesh.
+"""Checkpoints of a run: asynchronous saves, checksums against bit rot, restores onto any mesh.
 
 A step is a folder that Orbax commits by an atomic rename; on an object store, by a last file in it.
 Orbax does not detect flipped bits, so every step has a manifest with size and checksum of its
@@ -11,24 +11,21 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from gadjax.checkpoints.leaves import check_leaves, leaves_by_name, nested_dict
-from gadjax.checkpoints.steps import committed_steps, latest_valid_step
-from gadjax.errors import InputError, RunStopped, check_choice
-from gadjax.io.manifest import finalize_manifest, verify, write_manifest
+from gadjax.checkpoints.leaves import nested_dict
+from gadjax.checkpoints.restore import error_line, no_valid_step, read_state
+from gadjax.checkpoints.steps import latest_valid_step
+from gadjax.errors import RunStopped
+from gadjax.io.manifest import finalize_manifest, write_manifest
 from gadjax.io.storage import absolute, is_remote, move, write_errors
-from gadjax.parallel.sharding import path_name
 from gadjax.runtime.distributed import any_process, broadcast_from_first, is_lost_peer
-from gadjax.types import Params, PyTree
+from gadjax.types import PyTree
 
 DAMAGED = "damaged"  # folder for steps that a restore skipped
-PARTS = {"ema": ("ema",), "student": ("params", "student"), "critic": ("params", "critic")}
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +55,7 @@ class Checkpoints:
         try:
             self.manager = self._open()
         except self.write_errors as error:
-            raise RunStopped(f"{self.folder}: cannot be written: {_line(error)}") from error
+            raise RunStopped(f"{self.folder}: cannot be written: {error_line(error)}") from error
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -123,7 +120,7 @@ class Checkpoints:
         step = broadcast_from_first(-1 if step is None else step)
         if step < 0:
             if broadcast_from_first(len(skipped)):
-                raise RunStopped(_no_valid_step(self.folder, skipped))
+                raise RunStopped(no_valid_step(self.folder, skipped))
             return None
         path = self.folder / str(step)
         state, meta = read_state(path, abstract)
@@ -193,7 +190,7 @@ class Checkpoints:
             self.manager, self.broken = self._open(), False
 
     def _failed(self, error: Exception) -> SaveFailed:
-        return SaveFailed(f"{self.folder}/{self.pending}: cannot be written: {_line(error)}")
+        return SaveFailed(f"{self.folder}/{self.pending}: cannot be written: {error_line(error)}")
 
     def _write_manifest(self) -> None:
         """Callback of Orbax in the background on process 0, after the files, before the commit."""
@@ -217,106 +214,6 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("gadjax damaged checkpoints moved")
         self.manager.reload()
-
-
-def read_state(path: Path, abstract: PyTree) -> tuple[PyTree, dict]:
-    """Restore state and meta of the valid step in `path`.
-
-    abstract, and what is raised: as `Checkpoints.restore`.
-    """
-    with _restoring(path):
-        check_leaves(path, leaves_by_name(_metadata(path)), leaves_by_name(abstract))
-        args = ocp.args.StandardRestore(nested_dict(abstract))
-        leaves = leaves_by_name(ocp.StandardCheckpointHandler().restore(path / "state", args=args))
-        state = jax.tree_util.tree_map_with_path(lambda p, _: leaves[path_name(p)], abstract)
-        return state, _read_meta(path)
-
-
-def read_params(
-    folder: Path, part: str = "ema", step: int | None = None
-) -> tuple[int, Params, dict]:
-    """Read the parameters of one network from a run's checkpoints.
-
-    Needs no mesh and no model, and reads no other arrays (but every file, for the checksums).
-
-    Args:
-      folder: folder of the checkpoints.
-      part: "ema", "student" or "critic".
-      step: number of the step; None: the latest valid one.
-
-    Returns: (step, nested dict of numpy arrays, meta).
-    Raises: InputError where there is no such checkpoint or part, or where `step` is damaged;
-      RunStopped where there are checkpoints but no valid one.
-    """
-    folder = absolute(folder)
-    check_choice("part", part, PARTS)
-    steps = committed_steps(folder)
-    if not steps or step is not None and step not in steps:
-        listed = ", ".join(map(str, steps)) or "no checkpoint"
-        raise InputError(f"{folder}: found {listed}; expected {'one' if step is None else step}")
-    if step is not None and (fault := verify(folder / str(step))):
-        raise InputError(f"{folder / str(step)}: found a damaged checkpoint ({fault})")
-    if step is None:
-        step, skipped = latest_valid_step(folder)
-    if step is None:
-        raise RunStopped(_no_valid_step(folder, skipped))
-    path = folder / str(step)
-    with _restoring(path):
-        return step, _read_part(path, part), _read_meta(path)
-
-
-def _read_part(path: Path, part: str) -> Params:
-    item: Any = _metadata(path)
-    for name in PARTS[part]:
-        item = item.get(name, {})
-    if not item:
-        raise InputError(f"{path}: found no {part}; expected a run that trains one")
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    for name in reversed(PARTS[part]):
-        item, args = {name: item}, {name: args}
-    handler = ocp.PyTreeCheckpointHandler()
-    params = handler.restore(
-        path / "state", args=ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
-    )
-    for name in PARTS[part]:
-        params = params[name]
-    return params
-
-
-def _read_meta(path: Path) -> dict:
-    return ocp.JsonCheckpointHandler().restore(path / "meta", args=ocp.args.JsonRestore())
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """Shapes and dtypes of a step's leaves, nested."""
-    return ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
-
-
-@contextmanager
-def _restoring(path: Path) -> Iterator[None]:
-    """Turn an exception while restoring into RunStopped.
-
-    The checksums match, so the cause is memory, storage or the caller.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise RunStopped(f"{path}: cannot be restored: {_line(error)}") from error
-
-
-def _no_valid_step(folder: Path, skipped: list[Path]) -> str:
-    steps = ", ".join(path.name for path in skipped) or "only damaged ones"
-    return f"{folder}: found damaged checkpoints ({steps}); expected a valid one"
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())
-    for reason in ("No space left on device", "Disk quota exceeded", "Permission denied"):
-        if reason in text:  # within a long message of Orbax
-            return reason
-    return text[:200] or type(error).__name__
 
 
 def _not_orbax_error(record: logging.LogRecord) -> bool:

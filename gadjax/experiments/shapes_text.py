@@ -100,7 +100,7 @@ def main() -> None:
         seed=args.seed,
     )
     print(f"held-out captions classified correctly: {right:.4f}")
-    replace_component(args.folder, "text_encoder", params, t5.KEYMAP, raw)
+    replace_component(args.folder, "text_encoder", params, t5.FAMILY.keymap, raw)
 
 
 if __name__ == "__main__":

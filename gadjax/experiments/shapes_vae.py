@@ -74,7 +74,7 @@ def main() -> None:
         seed=args.seed,
     )
     raw["scaling_factor"] = round(factor, 5)
-    replace_component(args.folder, "vae", params, autoencoder_kl.KEYMAP, raw)
+    replace_component(args.folder, "vae", params, autoencoder_kl.FAMILY.keymap, raw)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Read, check and write a diffusers pipeline folder.
+"""Check and read a diffusers pipeline folder.
 
 Layout: model_index.json names the parts; each network has a folder with config.json and weights;
 scheduler and tokenizers have no weights.
@@ -6,9 +6,7 @@ scheduler and tokenizers have no weights.
 
 import dataclasses
 import difflib
-import json
 import re
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +16,8 @@ import numpy as np
 
 from gadjax.errors import InputError
 from gadjax.formats.pipeline_classes import effective_network_config, effective_scheduler_config
-from gadjax.formats.state_dict import (
-    TensorMap,
-    check_dtypes,
-    check_keys,
-    place_tensors,
-    tensors_from_params,
-)
-from gadjax.formats.weights import (
-    STEMS,
-    Weights,
-    component_variant,
-    copy_folder,
-    copy_weights,
-    open_weights,
-    write_weights,
-)
-from gadjax.io.atomic import atomic_folder, check_target
+from gadjax.formats.state_dict import TensorMap, check_dtypes, check_keys, place_tensors
+from gadjax.formats.weights import STEMS, Weights, component_variant, open_weights
 from gadjax.io.untrusted import check_files_no_escape, check_no_escape, is_safe_filename, read_json
 from gadjax.models.family import Family
 from gadjax.models.keymap import KeyMap
@@ -147,7 +130,7 @@ def check_pipeline(
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder}: found no {INDEX}; expected a diffusers pipeline folder")
     model_index = read_json(folder / INDEX)
-    parts = _parts(folder / INDEX, model_index)
+    parts = listed_parts(folder / INDEX, model_index)
     check_parts(folder, parts)
     scheduler = read_scheduler(folder, model_index) if "scheduler" in parts else {}
     for name in parts:
@@ -186,8 +169,12 @@ def check_parts(folder: Path, parts: Iterable[str]) -> None:
         check_no_escape(folder / name, folder)
 
 
-def _parts(path: Path, model_index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Map each part of model_index.json to (library, class).
+def listed_parts(path: Path, model_index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Map each part of a pipeline to (library, class).
+
+    Args:
+      path: model_index.json, for messages.
+      model_index: its contents.
 
     Raises: InputError for a network class that gadjax does not support.
     """
@@ -287,69 +274,3 @@ def _read(part: Component, dtype) -> Params:
     stream = part.weights.stream(part.tensor_map)
     where = str(part.weights.files[0])
     return place_tensors(stream, part.tensor_map, part.abstract, dtype, where)
-
-
-def write_pipeline(
-    pipeline: PipelineFolder,
-    dst: Path,
-    params: Mapping[str, Params],
-    *,
-    scheduler: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    dtype=None,
-) -> Path:
-    """Write a complete pipeline folder atomically: `pipeline` with the parameters of some networks.
-
-    Args:
-      pipeline: a diffusers pipeline folder. Its configurations are kept and its other parts
-        copied, weights under plain names.
-      dst: the folder to write.
-      params: parameters by network name.
-      scheduler: replacement of scheduler_config.json, with its `_class_name`.
-      overwrite: replace a pipeline folder at `dst`.
-      dtype: dtype of the given networks' files; None keeps the parameters'.
-
-    Returns: `dst`.
-    Raises: InputError, with nothing written.
-    """
-    src, dst = pipeline.path, Path(dst)
-    check_target(dst, overwrite=overwrite, marker=INDEX)
-    if dst.resolve() in src.resolve().parents:
-        raise InputError(f"{dst}: found {src} inside it; expected a folder elsewhere")
-    for name, given in params.items():
-        if name not in pipeline.components:
-            raise InputError(f"{src}: found no network {name}; expected one to replace")
-        part = pipeline.components[name]
-        shapes = {key: value.shape for key, value in _tensors(part, given)}
-        check_keys(shapes, part.abstract, part.keymap, f"{name} to be written")
-
-    model_index = dict(pipeline.model_index)
-    with atomic_folder(dst, overwrite=overwrite, marker=INDEX) as out:
-        for name, part in pipeline.components.items():
-            (out / name).mkdir()
-            shutil.copyfile(src / name / "config.json", out / name / "config.json")
-            if name in params:
-                tensors = _tensors(part, params[name])
-                stem = STEMS[part.library]["safetensors"]
-                write_weights(out / name, stem, tensors, dtype=dtype)
-            else:
-                copy_weights(part.weights, out / name)
-        for name in _parts(src / INDEX, model_index):
-            if CARRIED.fullmatch(name):
-                copy_folder(src / name, out / name)
-        for path in src.glob("LICENSE*"):
-            shutil.copyfile(path, out / path.name)
-        if scheduler is not None:
-            model_index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-            (out / SCHEDULER).parent.mkdir(exist_ok=True)
-            _write_json(out / SCHEDULER, scheduler)
-        _write_json(out / INDEX, model_index)
-    return dst
-
-
-def _tensors(part: Component, params: Params):
-    return tensors_from_params(params, part.keymap, views=True)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

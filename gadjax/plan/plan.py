@@ -66,10 +66,10 @@ def plan(
         config.data.prompts = "asset:shapes_demo_prompts.txt"  # tokens of any prompts are alike
     run = prepare(config, abstract=True, devices=target.devices())
     programs = build_programs(run, target)
-    batch = config.batch
+    batch = run.batch
     held = _held(programs, batch)
     _check_state(held, target, run)
-    count = {"critic": config.critic.updates, "student": 1}
+    count = {"critic": run.critic_updates, "student": 1}
     count = {name: count[name] for name in programs.steps}
     work = {name: _operations(programs, name, batch) for name in programs.steps}
     with ThreadPoolExecutor() as pool:  # XLA works on each with little more than one core
@@ -82,7 +82,7 @@ def plan(
         "chip": target.chip.name,
         "chips": target.count,
         "estimate": target.estimate,
-        "teacher": config.teacher,
+        "teacher": run.teacher,
         "objective": list(config.objective),
         "mesh": shapes,
         "batch": batch,

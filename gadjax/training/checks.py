@@ -47,6 +47,7 @@ class Settings(NamedTuple):
       microbatches: gradient-accumulation steps per update.
       dtype: compute dtype.
       remat: rematerialisation, as networks take it.
+      kernels: platform of the attention kernels, as `select_kernels` returns it.
     """
 
     times: tuple[float, ...]
@@ -55,6 +56,7 @@ class Settings(NamedTuple):
     microbatches: int
     dtype: Any
     remat: bool | str
+    kernels: str
 
 
 def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Settings:
@@ -84,11 +86,11 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
         raise InputError("teacher: found nothing; expected a diffusers pipeline folder")
     dtype = compute_dtype(config.dtype)
     check_choice("remat", config.remat, REMAT)
-    select_kernels(config.attention, mesh, config.dtype)
+    kernels = select_kernels(config.attention, mesh, config.dtype)
     check_offload(config.offload, objective.needs.uses_teacher)
     check_schedule("optim", config.optim)
     check_critic(config, objective.needs)
-    return Settings(times, objective, mesh, microbatches, dtype, REMAT[config.remat])
+    return Settings(times, objective, mesh, microbatches, dtype, REMAT[config.remat], kernels)
 
 
 def check_critic(config: ConfigDict, needs: Needs) -> None:

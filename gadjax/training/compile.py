@@ -17,7 +17,6 @@ from gadjax.parallel.sharding import (
 )
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
-from gadjax.training.checks import select_kernels
 from gadjax.training.setup import Run
 from gadjax.training.state import StepSpec, TrainState
 from gadjax.training.steps import critic_step, student_step
@@ -59,7 +58,7 @@ def run_shardings(run: Run) -> tuple[TrainState, dict[str, Any], dict[str, Any]]
     """Shardings of the state and of the frozen networks between updates, by the families' rules;
     what is offloaded is in host memory. The third: the frozen networks' on the devices."""
     mesh, parts = run.mesh, run.pipeline.folder.components
-    backbone, offloaded = run.pipeline.backbone, run.config.offload
+    backbone, offloaded = run.pipeline.backbone, run.offload
     rules = DISCRIMINATOR_RULES + parts[backbone].family.rules
     state = shardings(jax.eval_shape(run.start, run.initial_params), rules, mesh)
     on_device = {
@@ -88,9 +87,8 @@ def compile_steps(
       keep_unused: keep arguments that an update does not read, as `jax.jit` does.
       wrap: transformation of an update before it is compiled (`instrument`).
     """
-    mesh, seed, backbone = run.mesh, run.config.seed, run.pipeline.backbone
+    mesh, backbone = run.mesh, run.pipeline.backbone
     state_sharding, frozen_sharding, frozen_on_device = run_shardings(run)
-    kernels = select_kernels(run.config.attention, mesh, run.config.dtype)
     options = {
         "in_shardings": (state_sharding, frozen_sharding, batch_sharding(mesh), replicated(mesh)),
         "out_shardings": (state_sharding, replicated(mesh)),
@@ -100,11 +98,11 @@ def compile_steps(
 
     def compile_update(step):
         def update(state, frozen, raw, number):
-            if "teacher" in run.config.offload:
+            if "teacher" in run.offload:
                 frozen = jax.device_put(frozen, frozen_on_device)
-            with current_placement(Placement(mesh, kernels)):
+            with current_placement(Placement(mesh, run.kernels)):
                 batch = constrain_batch(
-                    make_batch(run.pipeline, frozen, raw, make_key(seed), number)
+                    make_batch(run.pipeline, frozen, raw, make_key(run.seed), number)
                 )
                 step_spec = with_untrained(run.step_spec, frozen)
                 return wrap(step)(step_spec, state, frozen.get(backbone), batch)
@@ -114,5 +112,5 @@ def compile_steps(
 
     critic = compile_update(critic_step) if len(run.step_spec.optimizers) > 1 else None
     student = compile_update(student_step)
-    order = (critic,) * (run.config.critic.updates if critic else 0) + (student,)
+    order = (critic,) * (run.critic_updates if critic else 0) + (student,)
     return Steps(student, critic, order, state_sharding, frozen_sharding)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.errors import InputError
-from gadjax.formats.diffusers_folder import INDEX, PipelineFolder, check_pipeline, write_pipeline
+from gadjax.formats.diffusers_folder import INDEX, PipelineFolder, check_pipeline
+from gadjax.formats.diffusers_writer import write_pipeline
 from gadjax.formats.model_card import CARD, Export, card, metadata_json, read_license, read_report
 from gadjax.formats.orbax_folder import as_diffusers_folder, open_folder
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig, read_world

@@ -33,16 +33,10 @@ from gadjax.runtime.settings import pinned_jax_config
 from gadjax.runtime.trackers import check_trackers
 from gadjax.runtime.workdir_lock import LOCK, WorkdirLock
 from gadjax.training.compile import Steps, compile_steps
-from gadjax.training.config import (
-    INPUTS,
-    as_json,
-    check_inputs,
-    check_resume,
-    with_resolved_teacher,
-    write_json,
-)
+from gadjax.training.config import as_json, with_resolved_teacher, write_json
 from gadjax.training.nonfinite import Update, check_nonfinite, merge_scalars
 from gadjax.training.previews import Preview
+from gadjax.training.resume import INPUTS, check_inputs, check_resume
 from gadjax.training.run_record import write_record
 from gadjax.training.setup import Run, prepare
 from gadjax.training.state import TrainState
@@ -94,14 +88,14 @@ def train(
     run = run_on_all_processes(lambda: prepare(config))
     run_on_all_processes(lambda: check_inputs(workdir, config, run.inputs))
     steps = compile_steps(run)
-    with run_on_all_processes(lambda: _lock_workdir(config, workdir, run.inputs)) as lock:
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    with run_on_all_processes(lambda: _lock_workdir(run, workdir)) as lock:
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=run.loop_spec.keep)
         try:
             with abort_on_lost_peer(), PreemptionHandler() as preemption:
                 step = _loop(run, steps, checkpoints, lock, preemption, profiling)
         finally:
             checkpoints.close()
-        lock.write_status("done" if step == config.steps else "preempted", step)
+        lock.write_status("done" if step == run.loop_spec.steps else "preempted", step)
 
 
 def _check_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -112,14 +106,14 @@ def _check_workdir(config: ConfigDict, workdir: Path) -> None:
         raise InputError(f"{workdir}: found files but no config.json; expected an empty folder")
 
 
-def _lock_workdir(config: ConfigDict, workdir: Path, inputs: dict[str, str]) -> WorkdirLock:
-    lock = WorkdirLock(workdir, config.steps, is_owner=jax.process_index() == 0)
+def _lock_workdir(run: Run, workdir: Path) -> WorkdirLock:
+    lock = WorkdirLock(workdir, run.loop_spec.steps, is_owner=jax.process_index() == 0)
     if lock.is_owner:
         name = "config.json"
         try:
-            write_json(config, workdir / name)
+            write_json(run.config, workdir / name)
             name = INPUTS
-            write_atomic(workdir / name, json.dumps(inputs, indent=2) + "\n")
+            write_atomic(workdir / name, json.dumps(run.inputs, indent=2) + "\n")
         except OSError as error:
             text = error.strerror or error
             raise RunStopped(f"{workdir}/{name}: cannot be written: {text}") from error
@@ -135,22 +129,22 @@ def _loop(
     profiling: Profiling,
 ) -> int:
     """Run training steps until `steps` or preemption; returns the number of steps done."""
-    config, workdir, clock = run.config, lock.workdir, profiling.clock
+    loop_spec, workdir, clock = run.loop_spec, lock.workdir, profiling.clock
     done, state = restore_or_init(run, steps, checkpoints.restore)
     lock.write_status("running", done)
     frozen = put_on_mesh(run.frozen, steps.frozen)
-    meta = {"config": as_json(config), "teacher": run.fingerprint}
-    preview = Preview(run, frozen, workdir) if config.preview.every else None
+    meta = {"config": as_json(run.config), "teacher": run.fingerprint}
+    preview = Preview(run, frozen, workdir) if loop_spec.preview_every else None
     previous: list[Update] = []
-    with Progress(workdir, config, done, clock) as progress:
-        saves = SavePolicy(checkpoints, config.checkpoint.failures, progress.note)
+    with Progress(workdir, run.config, done, clock) as progress:
+        saves = SavePolicy(checkpoints, loop_spec.failures, progress.note)
         log_start(run, done, state, progress.note)
         if preview and preview.is_due(done):  # a killed run may have saved it without a preview
             progress.image(done, "preview", preview(state, done))
-        batches = host_batches(run, steps, done, config.steps)
+        batches = host_batches(run, steps, done, loop_spec.steps)
         profile = Profile(profiling.profile, workdir, progress.note)
         preempted = False
-        while done < config.steps and not preempted:
+        while done < loop_spec.steps and not preempted:
             write_heartbeat(done)
             profile.before_step(done, state)
             step_updates: list[Update] = []
@@ -158,17 +152,17 @@ def _loop(
                 with clock("data"):
                     update, batch = next(batches)
                 state, metrics = step(state, frozen, batch, update)
-                step_updates.append(Update(int(update) * config.batch, batch.get("which"), metrics))
+                step_updates.append(Update(int(update) * run.batch, batch.get("which"), metrics))
             done += 1
             lock.step = done
             preempted = preemption.should_stop(done)
             progress.update(done, merge_scalars(step_updates))
             if progress.enabled and not previous:  # the first step of this start
                 write_record(run, steps, workdir, state, frozen, batch, update)
-            check_nonfinite(previous, done - 1, config.stop_after_bad, progress.note)
+            check_nonfinite(previous, done - 1, loop_spec.stop_after_bad, progress.note)
             previous = step_updates
-            last = done == config.steps
-            if done % config.checkpoint.every == 0 or last or preempted:
+            last = done == loop_spec.steps
+            if done % loop_spec.checkpoint_every == 0 or last or preempted:
                 progress.flush()
                 with clock("checkpoint"):
                     check_replicas(state, done, checkpoints)
@@ -177,7 +171,7 @@ def _loop(
             if preview and preview.is_due(done):
                 with clock("preview"):
                     progress.image(done, "preview", preview(state, done))
-        check_nonfinite(previous, done, config.stop_after_bad, progress.note)
+        check_nonfinite(previous, done, loop_spec.stop_after_bad, progress.note)
         profile.close(done, state)
         with clock("checkpoint"):
             checkpoints.wait()
@@ -197,7 +191,7 @@ def log_start(run: Run, done: int, state: TrainState, note: Callable[[str], None
     if run.step_spec.objective.needs.uses_teacher:
         stored = read_sampling(run.pipeline.folder.path, run.pipeline.sampling).guidance
         stored = run.pipeline.denoiser.guidance_scale(stored)
-        note(f"teacher: {escape_nonprintable(run.config.teacher)}")
+        note(f"teacher: {escape_nonprintable(run.teacher)}")
         note(guidance_note(run.step_spec.guidance, stored))
 
 
@@ -226,7 +220,7 @@ def restore_or_init(run: Run, steps: Steps, restore: Restore) -> tuple[int, Trai
     step, state, meta = restored
     if meta["teacher"] != run.fingerprint:
         raise InputError(
-            f"{run.config.teacher}: found weights of fingerprint {run.fingerprint}; expected "
+            f"{run.teacher}: found weights of fingerprint {run.fingerprint}; expected "
             f"{meta['teacher']}, with which the run was begun"
         )
     return step, state
@@ -246,7 +240,7 @@ def host_batches(
       stop: last step.
     """
     updates_per_step = len(steps.order)  # data and keys are numbered by update, the critic's too
-    size, sharding = run.config.batch, batch_sharding(run.mesh)
+    size, sharding = run.batch, batch_sharding(run.mesh)
     low, high = local_rows(sharding, size)
 
     @pinned_jax_config()  # a thread's settings are its own

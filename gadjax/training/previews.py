@@ -23,16 +23,17 @@ class Preview:
     """Preview grids (PNG): fixed prompts and noises, sampled by teacher and student EMA."""
 
     def __init__(self, run: Run, frozen: dict[str, Any], workdir: Path):
-        self.folder, self.scale = workdir / "previews", run.config.preview.scale
-        self.every, self.last = run.config.preview.every, run.config.steps
-        self.tolerate_errors = run.config.checkpoint.failures > 0
+        loop_spec = run.loop_spec
+        self.folder, self.scale = workdir / "previews", loop_spec.preview_scale
+        self.every, self.last = loop_spec.preview_every, loop_spec.steps
+        self.tolerate_errors = loop_spec.failures > 0
         with warn_on_write_error(self.folder, self.tolerate_errors):
             self.folder.mkdir(exist_ok=True)
         pipeline, step_spec = run.pipeline, run.step_spec
-        needs, count = step_spec.objective.needs, run.config.preview.prompts
+        needs, count = step_spec.objective.needs, loop_spec.preview_prompts
         raw = run.source.batch(0, count)
         raw = {name: value for name, value in raw.items() if name not in ("image", "x0")}
-        noise = initial_noise(run.config.seed, count, pipeline.latent)
+        noise = initial_noise(run.seed, count, pipeline.latent)
 
         @partial(jax.jit, static_argnums=1, out_shardings=replicated(run.mesh))
         def draw(params, sampling, frozen, raw):

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gadjax import assets
-from gadjax.checkpoints.checkpoint import read_state
+from gadjax.checkpoints.restore import read_state
 from gadjax.checkpoints.steps import committed_steps, latest_valid_step
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError, short_repr
@@ -28,10 +28,11 @@ from gadjax.parallel.sharding import put_on_mesh
 from gadjax.runtime.distributed import check_devices, check_same_on_all, run_on_all_processes
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.compile import Steps, compile_steps
-from gadjax.training.config import as_json, check_inputs, check_resume, with_resolved_teacher
+from gadjax.training.config import as_json, with_resolved_teacher
 from gadjax.training.instrument import FiniteCounter, instrument
 from gadjax.training.loop import host_batches, restore_or_init
 from gadjax.training.nonfinite import Update, merge_scalars, nonfinite_cause, sample_numbers
+from gadjax.training.resume import check_inputs, check_resume
 from gadjax.training.setup import Run, prepare
 from gadjax.training.state import TrainState
 from gadjax.types import Metrics
@@ -143,7 +144,7 @@ def _replay_updates(
     (state, frozen), updates = state_and_frozen, []
     for instrumented, step in zip(instrumented_steps.order, steps.order, strict=True):
         number, batch = next(batches)
-        first, prompt_numbers = int(number) * run.config.batch, batch.get("which")
+        first, prompt_numbers = int(number) * run.batch, batch.get("which")
         state, observations = instrumented(state, frozen, batch, number)
         counts = counter.pop()
         observations = jax.device_get(observations)
@@ -168,7 +169,7 @@ def _report(
     metrics = jax.device_get(update.metrics)
     names = [name for name in observations if name.endswith("loss_B")]
     roles = [name.removesuffix("/bad") for name in metrics if name.endswith("/bad")]
-    size = run.config.batch
+    size = run.batch
     kind, numbers = sample_numbers(update, size)
     texts = _texts(run, update.first, numbers)
     _print(f"\nupdate {update.first // size}, of the {' and the '.join(roles)}")
@@ -203,7 +204,7 @@ def _texts(run: Run, first: int, numbers: np.ndarray) -> list[str]:
     elif data.world:
         if data.cache:  # cached samples are the world's first ones, shuffled
             numbers = source.order(first, len(numbers))
-        _, captions, _ = import_module(data.world).sample_batch(run.config.seed, numbers.tolist())
+        _, captions, _ = import_module(data.world).sample_batch(run.seed, numbers.tolist())
         return [short_repr(text) for text in captions]
     else:
         captions = source.embeddings.prompts

@@ -32,7 +32,7 @@ def write_record(run: Run, steps: Steps, workdir: Path, *arguments) -> None:
     """
     calls = {steps.student: 1}
     if steps.critic:
-        calls[steps.critic] = run.config.critic.updates
+        calls[steps.critic] = run.critic_updates
     flops = sum(n * jaxpr_flops(step.trace(*arguments).jaxpr.jaxpr) for step, n in calls.items())
     kind = jax.devices()[0].device_kind
     record = {
@@ -41,7 +41,7 @@ def write_record(run: Run, steps: Steps, workdir: Path, *arguments) -> None:
         "processes": jax.process_count(),
         "flops_per_step": flops,
         "peak_flops": peak_flops(kind),  # of one device
-        "images_per_step": run.config.batch,
+        "images_per_step": run.batch,
         # Settings from outside; those that `pinned_jax_config` sets have no effect.
         "environment": {
             name: text for name, text in sorted(os.environ.items()) if name.startswith(VARIABLES)
@@ -49,5 +49,5 @@ def write_record(run: Run, steps: Steps, workdir: Path, *arguments) -> None:
         "matmul_precision": jax.config.jax_default_matmul_precision,
         "versions": {name: version(name) for name in PACKAGES},
     }
-    with warn_on_write_error(workdir / RUN, run.config.checkpoint.failures > 0):
+    with warn_on_write_error(workdir / RUN, run.loop_spec.failures > 0):
         write_atomic(workdir / RUN, json.dumps(record, indent=2) + "\n")

@@ -34,13 +34,59 @@ from gadjax.types import Params
 
 
 @dataclass(frozen=True)
+class LoopSpec:
+    """Specification of the training loop around the steps.
+
+    Attributes:
+      steps: student updates of the run.
+      checkpoint_every: steps between checkpoints.
+      keep: number of newest checkpoints that are kept.
+      failures: saves in a row that may fail.
+      stop_after_bad: non-finite updates in a row that stop the run.
+      preview_every: steps between previews; 0 for none.
+      preview_prompts: prompts of a preview.
+      preview_scale: enlargement of a preview's images.
+    """
+
+    steps: int
+    checkpoint_every: int
+    keep: int
+    failures: int
+    stop_after_bad: int
+    preview_every: int
+    preview_prompts: int
+    preview_scale: int
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "LoopSpec":
+        checkpoint, preview = config.checkpoint, config.preview
+        return cls(
+            steps=config.steps,
+            checkpoint_every=checkpoint.every,
+            keep=checkpoint.keep,
+            failures=checkpoint.failures,
+            stop_after_bad=config.stop_after_bad,
+            preview_every=preview.every,
+            preview_prompts=preview.prompts,
+            preview_scale=preview.scale,
+        )
+
+
+@dataclass(frozen=True)
 class Run:
     """A prepared run: step specification, frozen networks and data of a config.
 
     Attributes:
-      config: the training config.
+      config: the training config, for records of it; its values are in the other attributes.
+      teacher: the config's name of the teacher, for messages.
+      seed: of data, noise and initial parameters.
+      batch: samples of an update, on all devices together.
+      critic_updates: of critic and discriminator, per student update.
+      offload: what is in host memory between uses: some of teacher, optimizer, ema.
+      kernels: platform of the attention kernels, as `select_kernels` returns it.
       pipeline: the teacher's pipeline.
       step_spec: static specification of its steps.
+      loop_spec: specification of the loop around them.
       mesh: the run's devices.
       source: data source.
       frozen: parameters that no update changes, by network; the empty prompt under "null", and
@@ -52,8 +98,15 @@ class Run:
     """
 
     config: ConfigDict
+    teacher: str
+    seed: int
+    batch: int
+    critic_updates: int
+    offload: tuple[str, ...]
+    kernels: str
     pipeline: Pipeline
     step_spec: StepSpec
+    loop_spec: LoopSpec
     mesh: Mesh
     source: Source
     frozen: dict[str, Any]
@@ -106,8 +159,15 @@ def prepare(
         check_tangents(pipeline, frozen, initial_params)
     return Run(
         config=config,
+        teacher=config.teacher,
+        seed=config.seed,
+        batch=config.batch,
+        critic_updates=config.critic.updates,
+        offload=tuple(config.offload),
+        kernels=settings.kernels,
         pipeline=pipeline,
         step_spec=step_spec,
+        loop_spec=LoopSpec.from_config(config),
         mesh=settings.mesh,
         source=source,
         frozen=frozen,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from gadjax.objectives.compose import Sum
 from gadjax.training.context import Roles, make_context
 from gadjax.training.state import StepSpec, TrainState
-from gadjax.training.updates import accumulate, apply_if_finite, apply_update
+from gadjax.training.updates import accumulate, apply_if_finite, apply_update, on_device
 from gadjax.types import Batch, Params
 
 CRITICS = "critic", "discriminator"  # networks of the second update
@@ -45,7 +45,7 @@ def student_step(step_spec: StepSpec, state: TrainState, teacher: Params | None,
         return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, student), student
 
     finite = state.bad["student"] == 0
-    ema, _ = apply_if_finite(finite, update_ema, state.ema, state.params["student"])
+    ema, _ = apply_if_finite(finite, on_device(update_ema), state.ema, state.params["student"])
     return state._replace(step=state.step + 1, ema=ema), metrics
 
 

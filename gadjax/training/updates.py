@@ -1,4 +1,4 @@
-"""Gradient accumulation over microbatches, and optimizer updates applied only if finite."""
+"""Gradient accumulation over microbatches; optimizer updates applied only if finite; offload."""
 
 from collections.abc import Callable
 
@@ -80,28 +80,50 @@ def tree_where(condition, new, old):
     return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
-def apply_if_finite(finite, change: Callable, offloadable, other):
-    """change(offloadable, other) if finite, otherwise both trees unchanged.
+def memory_spaces(tree):
+    """Memory space of every leaf: of the device, or of its host."""
+    return jax.tree.map(lambda x: jax.typeof(x).memory_space, tree)
 
-    An offloadable tree in host memory is fetched in a branch, and goes back there. The branch
-    starts once `finite` is known; a transfer anywhere else would put the tree on the device long
-    before that, while activations are live.
+
+def has_host_leaves(tree) -> bool:
+    """True if a leaf is in host memory."""
+    return jax.memory.Space.Host in jax.tree.leaves(memory_spaces(tree))
+
+
+def apply_if_finite(finite, change: Callable, *trees):
+    """change(*trees) if finite, otherwise the trees unchanged.
+
+    A select, or a branch where a tree is in host memory, for the transfers of `on_device`.
 
     Args:
       finite: bool scalar.
-      change: (offloadable, other) -> new values of both.
-      offloadable: tree in device or host memory.
-      other: tree in device memory.
+      change: trees -> tuple of their new values.
+      trees: in device or host memory.
     """
-    spaces = jax.tree.map(lambda x: jax.typeof(x).memory_space, offloadable)
-    if jax.memory.Space.Host not in jax.tree.leaves(spaces):
-        return tree_where(finite, change(offloadable, other), (offloadable, other))
+    if has_host_leaves(trees):
+        return jax.lax.cond(finite, change, lambda *unchanged: unchanged, *trees)
+    return tree_where(finite, change(*trees), trees)
 
-    def branch(offloadable, other):
+
+def on_device(change: Callable) -> Callable:
+    """`change` with an offloaded tree fetched from host memory, and its new values put back there.
+
+    For a branch of `apply_if_finite`, which starts once `finite` is known; a transfer anywhere else
+    would put the tree on the device long before that, while activations are live.
+
+    Args:
+      change: (offloadable, other) -> new values of both. offloadable: tree in device or host
+        memory; other: tree in device memory.
+    """
+
+    def with_transfers(offloadable, other):
+        if not has_host_leaves(offloadable):
+            return change(offloadable, other)
+        spaces = memory_spaces(offloadable)
         offloadable, other = change(jax.device_put(offloadable, jax.memory.Space.Device), other)
         return jax.tree.map(jax.device_put, offloadable, spaces), other
 
-    return jax.lax.cond(finite, branch, lambda *unchanged: unchanged, offloadable, other)
+    return with_transfers
 
 
 def apply_update(
@@ -133,7 +155,7 @@ def apply_update(
 
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     other = state.params[role], jnp.zeros_like(finite)
-    opt, (params, finite) = apply_if_finite(finite, change, state.opt[role], other)
+    opt, (params, finite) = apply_if_finite(finite, on_device(change), state.opt[role], other)
     bad = jnp.where(finite, 0, state.bad[role] + 1)
     state = state._replace(
         params=state.params | {role: params},

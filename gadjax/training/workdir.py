@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gadjax import assets
-from gadjax.checkpoints.checkpoint import read_params
+from gadjax.checkpoints.restore import read_params
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import Component
 from gadjax.formats.sampling_config import SamplingConfig

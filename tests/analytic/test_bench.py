@@ -161,21 +161,21 @@ def test_pictures_and_a_discriminator_are_provided_on_request():
 
 
 def test_every_update_has_new_noise():
-    seen = []
+    calls = []
 
     @dataclass(frozen=True)
     class Watching(Addable):
         needs = Needs(student=True, critic=True)
 
         def __call__(self, context):
-            return self.seen("student", context, context.student[0].x0), {}
+            return self.record("student", context, context.student[0].x0), {}
 
         def critic_loss(self, context):
-            return self.seen("critic", context, context.critic(context.x_BHWC, context.t_B).x0)
+            return self.record("critic", context, context.critic(context.x_BHWC, context.t_B).x0)
 
-        def seen(self, role, context, x0):
+        def record(self, role, context, x0):
             jax.debug.callback(
-                lambda z, k: seen.append((role, z.tobytes(), np.asarray(k).tolist())),
+                lambda z, k: calls.append((role, z.tobytes(), np.asarray(k).tolist())),
                 context.batch.noise,
                 context.step_B,
                 ordered=True,
@@ -185,9 +185,9 @@ def test_every_update_has_new_noise():
     bench = Bench(RING, steps=2, critic_updates=3, **SMALL)
     bench.fit(Watching(), 2)
     jax.effects_barrier()
-    assert [role for role, *_ in seen] == 2 * (3 * ["critic"] + ["student"])
-    assert len({noise for _, noise, _ in seen}) == 8
-    assert all(steps == [0, 1, 1, 0] * 16 for *_, steps in seen)
+    assert [role for role, *_ in calls] == 2 * (3 * ["critic"] + ["student"])
+    assert len({noise for _, noise, _ in calls}) == 8
+    assert all(steps == [0, 1, 1, 0] * 16 for *_, steps in calls)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ TURN = np.array([[0, -1], [1, 0]], np.float32)
     [(np.eye(2), 0, 0, 1, 0), (1.5 * np.eye(2), 0.25, 0.5, 1, 0.5), (TURN, 2, 2**0.5, 0, 0)],
     ids=["identity", "too wide", "turned"],
 )
-def test_linear_maps_beside_the_identity(matrix, cost, error, cosine, w2):
+def test_linear_maps_compared_with_the_identity(matrix, cost, error, cosine, w2):
     result = PLAIN.measure(lambda _, z: z @ matrix.T)
     assert result.transport_cost == pytest.approx(cost, abs=1e-6, rel=0.1)  # drawn noises
     assert result.jacobian_error == pytest.approx(error, abs=1e-6)
@@ -26,7 +26,7 @@ def test_linear_maps_beside_the_identity(matrix, cost, error, cosine, w2):
     np.testing.assert_allclose(result.samples, result.noise @ matrix.T, rtol=1e-6)
 
 
-def test_a_mixtures_own_map_is_perfect_and_one_of_its_modes_is_not():
+def test_the_map_of_a_mixture_is_perfect_and_that_of_one_mode_is_not():
     bench = Bench(Mixture.ring())
     end, jacobian = bench.reference[2:]
     few = bench.reference._replace(sample=bench.reference.sample[: len(end)])

@@ -72,7 +72,7 @@ def test_a_gaussians_map_is_its_ode(schedule):
     np.testing.assert_allclose(found, jacobian, rtol=1e-8, atol=1e-8)
 
 
-def test_a_mixtures_map_is_the_schedules_own_ode():
+def test_a_mixtures_map_solves_the_schedules_ode():
     """Against an ODE solution in DDPM's time, one unit a step, and its central differences."""
     schedule, z, h = DDPM(), RNG.normal(size=(8, 2)), 1e-5
     alpha, sigma = (float(v) for v in schedule.alpha_sigma(999.0))

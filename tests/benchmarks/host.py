@@ -49,7 +49,7 @@ def host(batch: int, steps: int, saves: int) -> Iterator[Figure]:
             checkpoints.wait()
             writes.append(time.perf_counter() - begin)
         checkpoints.close()
-    every = run.config.checkpoint.every
+    every = run.loop_spec.checkpoint_every
     for name, times in (("save() blocks the loop", stalls), ("a checkpoint is written in", writes)):
         taken = sum(times) / saves
         yield Figure(f"seconds {name}", taken, note=f"mean of {saves}")

@@ -160,10 +160,10 @@ class Bench:
         initial_params = jax.device_put(run.initial_params, self.steps.state.params["student"])
         self.state = jax.jit(run.start, out_shardings=self.steps.state)(initial_params)
         self.frozen = jax.device_put(run.frozen, self.steps.frozen)
-        self.critics = run.config.critic.updates if self.steps.critic else 0
+        self.critics = run.critic_updates if self.steps.critic else 0
         self.update = 0
         # Sharded as the loop's are: for other arguments a step is compiled again.
-        self.raw = put_on_mesh(run.source.batch(0, run.config.batch), batch_sharding(run.mesh))
+        self.raw = put_on_mesh(run.source.batch(0, run.batch), batch_sharding(run.mesh))
 
     def iterate(self, raws=None):
         """Do one iteration. raws: iterator of host batches, one an update; else one is reused."""

@@ -19,7 +19,8 @@ from programs import run_python
 from several import variables
 
 from gadjax.checkpoints import checkpoint
-from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed, read_params
+from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed
+from gadjax.checkpoints.restore import read_params
 from gadjax.checkpoints.save_policy import SavePolicy
 from gadjax.errors import InputError, RunStopped
 from gadjax.io.manifest import MANIFEST, verify, write_manifest
@@ -290,7 +291,7 @@ def test_a_failed_read_of_intact_files_is_no_damage(folder, state, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr("gadjax.checkpoints.checkpoint._read_meta", full)
+    monkeypatch.setattr("gadjax.checkpoints.restore._read_meta", full)
     with pytest.raises(RunStopped, match="4: cannot be restored: RESOURCE_EXHAUSTED: out of mem"):
         read_params(folder)
     with pytest.raises(RunStopped, match="4: cannot be restored: RESOURCE_EXHAUSTED: out of mem"):

@@ -1,4 +1,4 @@
-"""Whatever is wrong with what an export is made of is said in one line, before it is made."""
+"""Refusals of an export: one line for whatever is wrong with its inputs, before it is made."""
 
 import json
 import shutil
@@ -8,7 +8,8 @@ import pytest
 from checkpoints import same, state
 from workdirs import make_workdir
 
-from gadjax.formats.diffusers_folder import check_pipeline, read_pipeline, write_pipeline
+from gadjax.formats.diffusers_folder import check_pipeline, read_pipeline
+from gadjax.formats.diffusers_writer import write_pipeline
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
 from gadjax.pipelines import parity

@@ -6,7 +6,7 @@ from tiny_run import config_file
 SCRIPT = """
 import sys
 
-# An import then fails, and who asks whether they are installed is told no.
+# An import then fails, and they count as not installed.
 sys.modules["torch"] = sys.modules["diffusers"] = None
 
 from gadjax.cli.main import main

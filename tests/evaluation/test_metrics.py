@@ -85,7 +85,7 @@ def test_coverage_of_prompts_that_leave_nothing_open():
     )
 
 
-def test_coverage_beside_a_teacher_that_draws_nothing():
+def test_coverage_with_a_teacher_that_draws_nothing():
     teacher = replace(drawn(0), words_PSA=np.full((3, 5, 2), ""))
     found = row_metrics(drawn(1), teacher, None, PROMPTS, ORACLE)
     assert found["coverage"].value > 0 and "coverage_ratio" not in found

@@ -10,7 +10,8 @@ import torch
 from checkpoints import STEM, edit, refused, same, state
 
 from gadjax.formats import diffusers_folder, weights
-from gadjax.formats.diffusers_folder import check_pipeline, read_pipeline, write_pipeline
+from gadjax.formats.diffusers_folder import check_pipeline, read_pipeline
+from gadjax.formats.diffusers_writer import write_pipeline
 from gadjax.models.params import flatten
 
 

@@ -19,7 +19,8 @@ from jax.sharding import SingleDeviceSharding
 from programs import run_python
 from train_runs import rows
 
-from gadjax.checkpoints.checkpoint import Checkpoints, read_params
+from gadjax.checkpoints.checkpoint import Checkpoints
+from gadjax.checkpoints.restore import read_params
 from gadjax.cli.main import main
 from gadjax.errors import InputError, RunStopped
 from gadjax.io.manifest import verify

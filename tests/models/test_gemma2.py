@@ -1,3 +1,5 @@
+"""Gemma 2 against transformers' class: values, positions, key names, shardings."""
+
 import json
 
 import jax
@@ -6,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conformance import NetworkCase, NetworkSuite, Published, Rules
+from conformance import Published, Rules, relative, torch_reference
+from conformance_text import TextEncoderCase, TextEncoderSuite, TextSize, last_hidden_state
 
 from gadjax.errors import InputError
-from gadjax.formats.state_dict import params_from_tensors, tensors_from_params
 from gadjax.models.module import functional
 from gadjax.models.params import cast
 from gadjax.models.text import gemma2
-
-torch.set_num_threads(1)
 
 # The config.json of all Sana repositories.
 REAL = {
@@ -82,68 +82,63 @@ def torch_config(cfg):
     return transformers.Gemma2Config(**{k: v for k, v in cfg.items() if k[0] != "_"})
 
 
-def torch_encoder(cfg, seed=0):
-    """The reference with random parameters, those of the norms too."""
-    torch.manual_seed(seed)
-    model = transformers.Gemma2Model(torch_config(cfg)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
+def torch_encoder(cfg):
+    """transformers' network, whose attention has the soft cap."""
+    network = transformers.Gemma2Model(torch_config(cfg))
+    assert network.config._attn_implementation == "eager"
+    return network
 
 
-def ported(model, cfg, **options):
-    net = functional(gemma2.build(gemma2.Config.from_dict(cfg), **options))
-    tensors = {k: v.numpy() for k, v in model.state_dict().items()}
-    return net, params_from_tensors(tensors, net.abstract, gemma2.KEYMAP)
-
-
-@torch.no_grad()
-def reference(model, ids, mask):
-    return model(torch.from_numpy(ids).long(), torch.from_numpy(mask)).last_hidden_state.numpy()
-
-
-def batch(vocab, lengths, total):
-    """Token ids and mask, padded on the right, and the last row on the left."""
-    ids = np.random.default_rng(1).integers(3, vocab, (len(lengths), total)).astype(np.int32)
-    mask = (np.arange(total) < np.array(lengths)[:, None]).astype(np.int32)
+def last_padded_on_the_left(cfg, ids, mask):
     mask[-1] = mask[-1, ::-1]
-    return ids * mask, mask
+    return [(ids * mask, mask)]
 
 
-def relative(out, ref):
-    return np.abs(np.asarray(out, np.float32) - ref).max() / np.abs(ref).max()
-
-
-@pytest.mark.parametrize(
-    "cfg, lengths, total",
-    [
-        (SMALL, (7, 1, 16, 9), 16),
-        (LARGE, (200, 131, 190), 200),
-        (UNSHARED, (5, 3), 6),
+CASE = TextEncoderCase(
+    family=gemma2.FAMILY,
+    torch_network=torch_encoder,
+    torch_outputs=last_hidden_state,
+    arguments=last_padded_on_the_left,
+    sizes={
+        "small": TextSize(SMALL, (7, 1, 16, 9), 16),
+        "large": TextSize(LARGE, (200, 131, 190), 200),
+        "unshared": TextSize(UNSHARED, (5, 3), 6),
+    },
+    tiny=TextSize(SMALL, (9, 4), 11),
+    published={"2b": Published(REAL, 2_614_341_888, 288)},
+    rules=Rules(mesh={"fsdp": 32, "tensor": 2}, complete=True),
+    refused_in=SMALL,
+    refused=[
+        ("architectures", ["Gemma2ForCausalLM"]),
+        ("model_type", "gemma3_text"),
+        ("hidden_activation", "silu"),
+        ("attention_bias", True),
+        ("use_bidirectional_attention", True),
+        ("attn_logit_softcapping", None),
+        ("sliding_window", None),
+        ("hidden_size", 24.0),
+        ("num_key_value_heads", 3),
+        ("head_dim", 9),
+        ("layer_types", ["full_attention", "linear_attention"]),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_theta": 1e4, "factor": 2.0}),
     ],
 )
-def test_matches_torch_at_every_position(cfg, lengths, total):
-    model = torch_encoder(cfg)
-    assert model.config._attn_implementation == "eager"
-    net, params = ported(model, cfg)
-    ids, mask = batch(cfg["vocab_size"], lengths, total)
-    ref, apply = reference(model, ids, mask), jax.jit(net.apply)
-    out = apply(params, ids, mask)
-    assert out.shape == ref.shape and out.dtype == np.float32
-    print(f"{relative(out, ref):.1e}")
-    assert relative(out, ref) <= 1e-5
-    assert relative(apply(params, ids, np.ones_like(mask)), ref) > 1e-3
+
+
+class TestGemma2(TextEncoderSuite):
+    case = CASE
 
 
 def test_the_soft_cap_and_the_positions_matter():
-    model = torch_encoder(SMALL)
-    _, params = ported(model, SMALL)
-    ids, mask = batch(50, (7, 9), 12)
-    ref = reference(model, ids, mask)
+    model = torch_reference(CASE, "small")
+    params = CASE.params(model, SMALL)
+    (arguments,) = CASE.inputs(TextSize(SMALL, (7, 9), 12))
+    (expected,) = last_hidden_state(model, *arguments)
     for key, value in (("attn_logit_softcapping", 50.0), ("rope_theta", 100.0)):
-        other = functional(gemma2.build(gemma2.Config.from_dict(SMALL | {key: value})))
-        assert relative(other.apply(params, ids, mask), ref) > 1e-4, key
+        other = CASE.network(SMALL | {key: value})
+        assert relative(other.apply(params, *arguments), expected) > 1e-4, key
 
 
 @pytest.mark.parametrize("width, theta", [(256, 10_000.0), (10, 10_000.0), (16, 500.0)])
@@ -155,21 +150,20 @@ def test_frequencies_are_those_of_transformers(width, theta):
     np.testing.assert_array_max_ulp(ours, model.inv_freq.numpy(), 1)
 
 
-def test_computes_in_bfloat16():
-    model = torch_encoder(SMALL)
-    net, params = ported(model, SMALL, dtype=jnp.bfloat16, remat=False)
-    ids, mask = batch(50, (9, 4), 11)
-    out = jax.jit(net.apply)(cast(params, jnp.bfloat16), ids, mask)
-    assert out.dtype == jnp.bfloat16
-    ref = reference(model, ids, mask)
-    assert relative(out, ref) <= 0.05
-    # No further from torch's own bfloat16 than that is from float32.
-    low = torch_encoder(SMALL).bfloat16()
+def test_bfloat16_is_as_near_as_torchs():
+    """The distance to float32 is at most 1.5 times torch's own."""
+    model = torch_reference(CASE, "small")
+    params = cast(CASE.params(model, SMALL), jnp.bfloat16)
+    ((ids, mask),) = CASE.inputs(CASE.tiny)
+    network = CASE.network(SMALL, dtype=jnp.bfloat16, remat=False)
+    out = jax.jit(network.apply)(params, ids, mask)
+    (expected,) = last_hidden_state(model, ids, mask)
+    low = CASE.random_torch_network(SMALL).bfloat16()
     with torch.no_grad():
         theirs = low(torch.from_numpy(ids).long(), torch.from_numpy(mask)).last_hidden_state
-    theirs = theirs.float().numpy()
-    print(f"{relative(out, ref):.1e}, torch's {relative(theirs, ref):.1e}")
-    assert relative(out, ref) <= 1.5 * relative(theirs, ref)
+    error, theirs = relative(out, expected), relative(theirs.float().numpy(), expected)
+    print(f"{error:.1e}, torch's {theirs:.1e}")
+    assert error <= 1.5 * theirs
 
 
 def test_embedding_factor_is_rounded_to_the_compute_dtype():
@@ -183,56 +177,10 @@ def test_embedding_factor_is_rounded_to_the_compute_dtype():
     assert " 55.5:bf16[]" in str(jaxpr)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
-def test_round_trip_is_exact(dtype):
-    tensors = {k: v.numpy().astype(dtype) for k, v in torch_encoder(SMALL).state_dict().items()}
-    abstract = functional(gemma2.build(gemma2.Config.from_dict(SMALL))).abstract
-    params = params_from_tensors(tensors, abstract, gemma2.KEYMAP)
-    written = dict(tensors_from_params(params, gemma2.KEYMAP))
-    assert set(written) == set(tensors)
-    for key, value in written.items():
-        assert value.dtype == dtype
-        np.testing.assert_array_equal(value, tensors[key])
-
-
-class TestGemma2(NetworkSuite):
-    case = NetworkCase(
-        family=gemma2.FAMILY,
-        torch_network=lambda cfg: transformers.Gemma2Model(torch_config(cfg)),
-        published={"2b": Published(REAL, 2_614_341_888, 288)},
-        rules=Rules(mesh={"fsdp": 32, "tensor": 2}, complete=True),
-        refused_in=SMALL,
-        refused=[
-            ("architectures", ["Gemma2ForCausalLM"]),
-            ("model_type", "gemma3_text"),
-            ("hidden_activation", "silu"),
-            ("attention_bias", True),
-            ("use_bidirectional_attention", True),
-            ("attn_logit_softcapping", None),
-            ("sliding_window", None),
-            ("hidden_size", 24.0),
-            ("num_key_value_heads", 3),
-            ("head_dim", 9),
-            ("layer_types", ["full_attention", "linear_attention"]),
-            ("rope_scaling", {"type": "linear", "factor": 2.0}),
-            ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
-            ("rope_parameters", {"rope_theta": 1e4, "factor": 2.0}),
-        ],
-    )
-
-
 def test_config_of_transformers_5_is_the_same():
     found = json.loads(torch_config(LARGE).to_json_string())
     assert found["rope_parameters"]["rope_theta"] == 500.0 and "rope_theta" not in found
     assert gemma2.Config.from_dict(found) == gemma2.Config.from_dict(LARGE)
-
-
-@pytest.mark.slow
-def test_fresh_parameters_are_usable():
-    net = functional(gemma2.build(gemma2.Config.from_dict(SMALL), remat=False))
-    params = jax.jit(net.init)(jax.random.key(0))
-    out = net.apply(params, *batch(50, (9, 4), 11))
-    assert np.isfinite(out).all() and out.std() > 0
 
 
 def test_longer_than_the_window_is_named():

@@ -167,7 +167,7 @@ def test_a_query_with_zero_weights_has_derivatives():
     assert all(np.isfinite(grad).all() for grad in grads) and np.abs(grads[0]).max() > 0
 
 
-def test_remat_recomputes_each_block():
+def test_remat_recomputes_every_block():
     size = SIZES["v1"]
     for remat in (True, False):
         net = CASE.network(size.config, remat=remat)

@@ -27,7 +27,7 @@ from programs import run_python
 from several import flags_for
 from tiny_run import config_file
 
-from gadjax.checkpoints import checkpoint
+from gadjax.checkpoints import restore
 from gadjax.errors import InputError
 from gadjax.models import pixart
 from gadjax.objectives import DMD, GAD, TERMS, Adversarial, build
@@ -393,13 +393,13 @@ def test_a_run_resumes_with_its_discriminator(config, tmp_path, monkeypatch):
     """Bit for bit, and on two devices up to rounding."""
     parts = ("params", "discriminator"), ("opt", "discriminator"), ("params", "student")
     for part in parts:
-        monkeypatch.setitem(checkpoint.PARTS, "/".join(part), part)
+        monkeypatch.setitem(restore.PARTS, "/".join(part), part)
 
     def read(workdir, step):
         return {
             part: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
             for part in parts
-            for tree in [checkpoint.read_params(workdir / "checkpoints", "/".join(part), step)[1]]
+            for tree in [restore.read_params(workdir / "checkpoints", "/".join(part), step)[1]]
         }
 
     def metrics(workdir):

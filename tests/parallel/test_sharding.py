@@ -74,13 +74,10 @@ def tiny_run(mesh, microbatches, offload=()):
     frozen = {"null": jax.tree.map(np.float32, null), "transformer": teacher}
     # The attributes of a Run that compile_steps reads.
     return SimpleNamespace(
-        config=SimpleNamespace(
-            seed=3,
-            offload=offload,
-            attention="auto",
-            dtype="float32",
-            critic=SimpleNamespace(updates=1),
-        ),
+        seed=3,
+        critic_updates=1,
+        offload=offload,
+        kernels="",
         pipeline=pipeline,
         step_spec=step_spec,
         mesh=mesh,

@@ -123,7 +123,7 @@ def test_the_table_and_json_agree(made):
     assert [line.split()[0] for line in lines] == ["compiling"] * 2 + ["compiled"] * 2
 
 
-def test_topologies_have_as_many_chips_as_their_table_says():
+def test_topologies_have_the_chips_of_their_table():
     pytest.importorskip("libtpu")
     for chip, sizes in TOPOLOGIES.items():
         for size in sizes:

@@ -25,7 +25,7 @@ from gadjax.formats.orbax_folder import PARAMS, is_gadjax_folder, read_gadjax_fo
 # Where kills are aimed, in turn: at any moment of a process's life, at the writing, and at the
 # moment in which the folders change places.
 AIMS = "writing", "swap", "anywhere", "writing", "swap"
-LOOK = 0.0005  # seconds between two looks for what a kill is aimed at
+POLL_SECONDS = 0.0005  # seconds between two looks for what a kill is aimed at
 LIMIT = 300  # seconds until a process that does not end is a failure
 Files = dict[str, bytes]
 
@@ -63,14 +63,16 @@ def make_jobs(folder: Path) -> list[Job]:
     run = make_workdir(folder / "run", tiny)
     prompts = folder / "prompts.txt"
     prompts.write_text("red circle\ngreen square\n" * 20)
-    own = folder / "own"
-    _whole(["convert", tiny, own], folder)
+    converted = folder / "own"
+    _undisturbed(["convert", tiny, converted], folder)
     dtypes, parts = ("float32", "bfloat16"), ("--ema", "--no-ema")
     exported = ["export", "--workdir", run, "--overwrite", "--out"]
     texts = ["embed", "--model", tiny, "--prompts", prompts, "--length", 8, "--batch", 1]
     return [
         Job("convert", lambda out, n: ["convert", tiny, out, "--overwrite", "--dtype", dtypes[n]]),
-        Job("back", lambda out, n: ["convert", own, out, "--overwrite", "--dtype", dtypes[n]]),
+        Job(
+            "back", lambda out, n: ["convert", converted, out, "--overwrite", "--dtype", dtypes[n]]
+        ),
         Job("export", lambda out, n: [*exported, out, parts[n]]),
         Job("embed", lambda out, n: [*texts, "--out", out], replaces=False),
     ]
@@ -81,7 +83,7 @@ def measure(job: Job, folder: Path) -> None:
     dst = _dst(job, folder)
     for number in range(1 + job.replaces):
         begin = time.monotonic()
-        writing = _whole(job.arguments(dst, number), folder, dst)
+        writing = _undisturbed(job.arguments(dst, number), folder, dst)
         job.life, job.writing = time.monotonic() - begin, writing
         job.contents.append(content(dst))
     if job.replaces and job.contents[0] == job.contents[1]:
@@ -105,7 +107,7 @@ def kill_many(jobs: list[Job], folder: Path, count: int, seed: int = 0) -> Tally
         print(f"{number + 1}: {job.name}, {aim}: {dict(tally.found)} {tally.failed}", flush=True)
     for job in jobs:
         dst, left = _dst(job, folder), _left(_dst(job, folder))
-        _whole(job.arguments(dst, 0), folder)
+        _undisturbed(job.arguments(dst, 0), folder)
         tally.removed += len(left) - len(_left(dst))
         if content(dst) != job.contents[0] or _left(dst):
             tally.failed.append(f"{job.name}: ended with another folder, or left something")
@@ -158,13 +160,13 @@ def _moments(job: Job, dst: Path, aim: str, rng) -> Iterator[bool]:
         elif aim == "writing" and until is None and _left(dst) - known:
             until = time.monotonic() - begin + rng.uniform(0, 1.1 * job.writing)
         yield until is not None and time.monotonic() - begin >= until
-        time.sleep(LOOK)
+        time.sleep(POLL_SECONDS)
     raise Failure(f"no end in {LIMIT} s")
 
 
 def content(folder: Path) -> Files:
-    """What a folder says. Orbax names and packs its files anew each time: for parameters that it
-    keeps, reading them compares their fingerprints with those in the manifest."""
+    """Content of a folder. Orbax names and packs its files differently each time: reading the
+    parameters that it keeps compares their fingerprints with those in the manifest."""
     files = _bytes(folder)
     if not is_gadjax_folder(folder):
         return files
@@ -194,7 +196,7 @@ def _identity(dst: Path) -> int:
         return 0
 
 
-def _whole(arguments: list, folder: Path, dst: Path | None = None) -> float:
+def _undisturbed(arguments: list, folder: Path, dst: Path | None = None) -> float:
     """A command that nothing disturbs: seconds from its first file beside `dst` to its end.
 
     Raises: Failure.
@@ -204,7 +206,7 @@ def _whole(arguments: list, folder: Path, dst: Path | None = None) -> float:
     while process.poll() is None:
         if dst is not None and first is None and _left(dst):
             first = time.monotonic()
-        time.sleep(LOOK)
+        time.sleep(POLL_SECONDS)
     if process.returncode:
         raise Failure(tail(log))
     return time.monotonic() - (first or time.monotonic())

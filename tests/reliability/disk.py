@@ -104,7 +104,7 @@ def can_mount() -> bool:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Reference:
     """A run that nothing disturbed, for others to be compared with."""
 
     config: Path
@@ -121,7 +121,7 @@ class Whole:
             f"--config.checkpoint.failures={failures}",
         )
 
-    def run(self) -> "Whole":
+    def run(self) -> "Reference":
         log = self.folder / "whole.log"
         if _end(self.begin(self.folder / "whole", log)):
             raise Failure(tail(log))
@@ -144,15 +144,15 @@ def saved(workdir: Path) -> set[str]:
     return {name for name in names(workdir / "checkpoints") if name.isdecimal()}
 
 
-def try_accident(whole: Whole, folder: Path, accident: str, failures: int) -> str:
-    """One run that is disturbed. failures: that it is to bear; where it bears none it is started
-    again after the disk is as it was. Returns the line that it said. Raises: Failure."""
+def try_accident(reference: Reference, folder: Path, accident: str, failures: int) -> str:
+    """One run that is disturbed. failures: that it tolerates; where it tolerates none it is started
+    again after the disk is as it was. Returns the line that it logged. Raises: Failure."""
     happen, undo = ACCIDENTS[accident]
     folder.mkdir()
     log = folder / "log"
     with Disk(folder / "disk") as disk:
         workdir = disk.mount / "run"
-        process = whole.begin(workdir, log, failures)
+        process = reference.begin(workdir, log, failures)
         try:
             _wait_for(lambda: len(saved(workdir)) > 1, process, log)
             happen(disk)
@@ -163,21 +163,21 @@ def try_accident(whole: Whole, folder: Path, accident: str, failures: int) -> st
                 raise Failure(f"ended with {process.returncode}: {tail(log)}")
             undo(disk)
             text = log.read_text()
-            said = [line for line in text.splitlines() if "cannot be written" in line]
-            if "Traceback" in text or not said:
-                raise Failure(f"said {tail(log)}")
+            reported = [line for line in text.splitlines() if "cannot be written" in line]
+            if "Traceback" in text or not reported:
+                raise Failure(f"logged {tail(log)}")
             if not failures:
-                if len(said) > 1 or text.splitlines()[-1] != said[0]:
-                    raise Failure(f"said {said}")
+                if len(reported) > 1 or text.splitlines()[-1] != reported[0]:
+                    raise Failure(f"logged {reported}")
                 if lost := before - {str(step) for step in sound(workdir)}:
                     raise Failure(f"lost steps {sorted(lost)}")
                 if any("tmp" in name for name in names(workdir / "checkpoints")):
                     raise Failure(f"left {names(workdir / 'checkpoints')}")
-                process = whole.begin(workdir, log)
+                process = reference.begin(workdir, log)
             if _end(process):
                 raise Failure(f"did not go on: {tail(log)}")
-            whole.compare(workdir)
-            return next(line for line in said if "stopped" in line or "(failure 1" in line)
+            reference.compare(workdir)
+            return next(line for line in reported if "stopped" in line or "(failure 1" in line)
         finally:
             process.kill()
             process.wait()
@@ -207,14 +207,14 @@ def main() -> int:
     if not can_mount():
         raise SystemExit("disk.py: found no right to mount a tmpfs; expected root")
     began, folder = time.time(), Path(tempfile.mkdtemp(prefix="gadjax-disk-"))
-    whole = Whole(make_config(folder), folder).run()
+    reference = Reference(make_config(folder), folder).run()
     failed, lines, runs = [], {}, 0
     for number in range(args.count):
         for accident in ACCIDENTS:
             for failures in (0, BORNE):
                 name = f"{accident}_{'borne' if failures else 'stopped'}"
                 try:
-                    line = try_accident(whole, folder / f"{name}-{number}", accident, failures)
+                    line = try_accident(reference, folder / f"{name}-{number}", accident, failures)
                 except Failure as error:
                     failed.append(line := f"{name}: {error}")
                 lines[f"{name}_said"] = line.replace(str(folder), "").strip()

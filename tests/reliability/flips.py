@@ -84,16 +84,16 @@ class _Lines(logging.Handler):
 
 
 def restore(folder: Path, abstract: dict) -> tuple[int, list[bytes], list[str]]:
-    """As a resume does: the step, its bits, and what was said of others."""
-    said, log = _Lines(), logging.getLogger("gadjax")
-    log.addHandler(said)
+    """Step that a resume restores, its bits, and the log lines about others."""
+    reported, log = _Lines(), logging.getLogger("gadjax")
+    log.addHandler(reported)
     checkpoints = Checkpoints(folder)
     try:
         step, state, _ = checkpoints.restore(abstract)
     finally:
         checkpoints.close()
-        log.removeHandler(said)
-    return step, bits(state), said.lines
+        log.removeHandler(reported)
+    return step, bits(state), reported.lines
 
 
 def damage_many(
@@ -102,28 +102,28 @@ def damage_many(
     """(damages by kind, what was not as it must be). folder: of checkpoints, which are as before in
     the end."""
     newest, before = committed_steps(folder)[:2]
-    step, whole = folder / str(newest), folder.with_name("whole")
-    shutil.copytree(step, whole)
+    step, intact = folder / str(newest), folder.with_name("whole")
+    shutil.copytree(step, intact)
     abstract = shapes(step)
     shutil.move(step, step.with_name("away"))
-    wanted = restore(folder, abstract)
+    expected = restore(folder, abstract)
     shutil.rmtree(step.with_name("away"))
-    if wanted[0] != before or wanted[2]:
-        raise AssertionError(wanted[::2])
+    if expected[0] != before or expected[2]:
+        raise AssertionError(expected[::2])
     done, failures = Counter(), []
-    for damage in draw(whole, count, seed):
-        shutil.copytree(whole, step)
+    for damage in draw(intact, count, seed):
+        shutil.copytree(intact, step)
         damage.do(step)
         found, same, lines = restore(folder, abstract)
         named = len(lines) == 1 and str(step) in lines[0] and damage.name in lines[0]
-        if (found, same) != wanted[:2] or not named or "\n" in "".join(lines):
-            failures.append(f"{damage}: restored {found}, said {lines}")
+        if (found, same) != expected[:2] or not named or "\n" in "".join(lines):
+            failures.append(f"{damage}: restored {found}, logged {lines}")
         shutil.rmtree(folder / "damaged", ignore_errors=True)
         shutil.rmtree(step, ignore_errors=True)
         done[damage.kind] += 1
         if not done.total() % 20:
             note(f"{done.total()} of {count}, {len(failures)} not as they must be")
-    shutil.move(whole, step)
+    shutil.move(intact, step)
     return done, failures
 
 

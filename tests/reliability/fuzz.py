@@ -63,7 +63,7 @@ def inputs(
     outcome = read_once(target, corpus[0], emptied(scratch / "one"), first, SECONDS)
     if outcome.kind != "ok":
         raise RuntimeError(f"{target.name}: the valid input: {outcome.kind}: {outcome.text}")
-    seen = set(first.seen)
+    executed = set(first.executed)
     with _little_memory():
         for number in numbers:
             rng = random.Random(f"{seed} {target.name} {number}")
@@ -73,11 +73,11 @@ def inputs(
             lines = Lines()
             outcome = read_once(target, tree, emptied(scratch / "one"), lines, SECONDS)
             # Of what is refused at the door no change leads further.
-            deep = len(lines.seen) > len(first.seen) * DEEP
-            if lines.seen - seen and deep and not outcome.bad and len(corpus) < CORPUS:
+            deep = len(lines.executed) > len(first.executed) * DEEP
+            if lines.executed - executed and deep and not outcome.bad and len(corpus) < CORPUS:
                 corpus.append(tree)
-            seen |= lines.seen
-            tally.lines = len(seen)
+            executed |= lines.executed
+            tally.lines = len(executed)
             tally.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             yield number, tree, outcome
 
@@ -125,8 +125,8 @@ def fuzz(target: Target, count: int, seed: int, keep: Path) -> Tally:
         theirs.close()
         number, patience = None, 300
         try:
-            while ours.poll(patience) and (said := ours.recv()) is not None:
-                number, outcome, lines, peak = said
+            while ours.poll(patience) and (message := ours.recv()) is not None:
+                number, outcome, lines, peak = message
                 tally.lines, tally.peak = max(tally.lines, lines), max(tally.peak, peak)
                 patience = 6 * SECONDS if outcome is None else 300
                 if outcome is not None:
@@ -169,7 +169,7 @@ def figures_of(tallies: dict[str, Tally]) -> dict:
     return figures
 
 
-def say(name: str, tally: Tally) -> None:
+def print_tally(name: str, tally: Tally) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.kinds.items()))
     lines = f", {tally.lines} lines of gadjax" if tally.lines else ""
     print(f"{name}: {kinds}; slowest {tally.slowest:.1f} s{lines}", flush=True)
@@ -185,7 +185,7 @@ def fuzz_all(chosen: list[Target], count: int, seed: int, keep: Path) -> dict:
     tallies = {}
     for target, part in zip(chosen, share(count, len(chosen)), strict=True):
         tallies[target.name] = fuzz(target, part, seed, keep)
-        say(target.name, tallies[target.name])
+        print_tally(target.name, tallies[target.name])
     return figures_of(tallies)
 
 
@@ -204,7 +204,7 @@ def fuzz_commands(chosen: list, count: int, seed: int, keep: Path) -> dict:
                 if outcome.bad:
                     write_tree(tree, emptied(keep / f"command-{command.name}-{number}"))
             tally.peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-            say(command.name, tally)
+            print_tally(command.name, tally)
     return figures_of(tallies)
 
 

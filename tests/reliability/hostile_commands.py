@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hostile_folders import make_family, make_own
+from hostile_folders import make_family, make_gadjax_folder
 from mutate import Tree, mutate, read_tree, write_tree
 from one_input import Outcome, emptied, photo
 
@@ -54,7 +54,7 @@ def make_run(folder: Path) -> None:
 pixart = partial(make_family, "pixart")
 COMMANDS = [
     Command("convert", pixart, "convert {input} {out}"),
-    Command("convert-back", make_own, "convert {input} {out}"),
+    Command("convert-back", make_gadjax_folder, "convert {input} {out}"),
     Command("sample", pixart, "sample --model {input} --prompts {prompts} --out {out} --steps 1"),
     Command("embed", pixart, "embed --model {input} --prompts {prompts} --out {out} --length 8"),
     Command("train", pixart, "train --config {config} --workdir {out}"),
@@ -106,7 +106,7 @@ def run_once(line: list[str], tree: Tree, scratch: Path, cache: Path, limit: flo
         )
     except subprocess.TimeoutExpired:
         return Outcome("slow", f"after {limit:.0f} seconds", limit)
-    seconds, said = time.monotonic() - start, done.stderr.decode(errors="replace")
+    seconds, stderr = time.monotonic() - start, done.stderr.decode(errors="replace")
     after = photo(scratch)
     left = sorted(set(after) - set(before))
     changed = [name for name in before if after.get(name) != before[name]]
@@ -115,13 +115,13 @@ def run_once(line: list[str], tree: Tree, scratch: Path, cache: Path, limit: flo
         return Outcome("wrote", ", ".join(changed[:5]), seconds)
     if done.returncode == 0:
         return Outcome("ok", "", seconds)
-    lines = said.splitlines()
-    if done.returncode not in (2, 3) or "Traceback" in said:
-        return Outcome("raised", f"exit code {done.returncode}: {said[-600:]!r}", seconds)
+    lines = stderr.splitlines()
+    if done.returncode not in (2, 3) or "Traceback" in stderr:
+        return Outcome("raised", f"exit code {done.returncode}: {stderr[-600:]!r}", seconds)
     # A run that stopped itself had work to report on before.
-    said_once = len(lines) == 1 if done.returncode == 2 else bool(lines)
-    if not said_once or not lines[-1].startswith("gadjax: ") or not lines[-1].isprintable():
-        return Outcome("lines", f"{len(lines)}: {said[-600:]!r}", seconds)
+    is_one_line = len(lines) == 1 if done.returncode == 2 else bool(lines)
+    if not is_one_line or not lines[-1].startswith("gadjax: ") or not lines[-1].isprintable():
+        return Outcome("lines", f"{len(lines)}: {stderr[-600:]!r}", seconds)
     if done.returncode == 2 and left:
         return Outcome("wrote", ", ".join(left[:5]), seconds)
     return Outcome("refused", lines[-1], seconds)

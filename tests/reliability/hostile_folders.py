@@ -142,7 +142,7 @@ def read_tokenizer(class_name: str, folder: Path) -> None:
     load_tokenizer(folder, class_name)(PROMPTS, 8)
 
 
-def make_own(folder: Path) -> None:
+def make_gadjax_folder(folder: Path) -> None:
     source = _family("pixart")
     write_gadjax_folder(read_pipeline(source), folder, text_fingerprint(source))
 
@@ -157,7 +157,7 @@ def read_recipe(folder: Path) -> None:
     read_world(folder)
 
 
-def read_whole(folder: Path) -> None:
+def read_everything(folder: Path) -> None:
     """As the commands do."""
     open_folder(folder, components=())
     text_fingerprint(folder)
@@ -212,12 +212,12 @@ TARGETS = [
     Target("tokenizer-vocabulary", make_vocabulary, partial(read_tokenizer, "CLIPTokenizer")),
     Target("tokenizer-sentencepiece", make_sentencepiece, partial(read_tokenizer, "T5Tokenizer")),
     *(
-        Target(f"pipeline-{family}", partial(make_family, family), read_whole)
+        Target(f"pipeline-{family}", partial(make_family, family), read_everything)
         for family in ("pixart", "sdxl", "sana", "sd3")
     ),
     *(
         Target(f"outline-{family}", partial(make_family, family), read_outline)
         for family in ("pixart", "sd3")
     ),
-    Target("own", make_own, read_whole),
+    Target("own", make_gadjax_folder, read_everything),
 ]

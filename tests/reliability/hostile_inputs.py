@@ -26,7 +26,8 @@ from gadjax.io.manifest import COMMIT_MARKER  # noqa: E402
 from gadjax.io.untrusted import read_json  # noqa: E402
 from gadjax.runtime.goodput import GoodputClock  # noqa: E402
 from gadjax.runtime.status import read_status, table  # noqa: E402
-from gadjax.training.config import as_json, check_inputs, check_resume, default_config  # noqa: E402
+from gadjax.training.config import as_json, default_config  # noqa: E402
+from gadjax.training.resume import check_inputs, check_resume  # noqa: E402
 from gadjax.training.workdir import parse_run_metadata, read_trained  # noqa: E402
 
 TEXTS = [

@@ -39,7 +39,7 @@ PER_CHAIN = 10  # kills
 # Where a kill is aimed, and how often: at any moment of a process's life, at the first seconds of
 # its hold on the workdir, into a save, and at the moment in which a save is committed.
 AIMS = {"anywhere": 5, "claim": 1, "save": 2, "commit": 2}
-LOOK = 0.002  # seconds between two looks for what a kill is aimed at
+POLL_SECONDS = 0.002  # seconds between two looks for what a kill is aimed at
 LIMIT = 900  # seconds until a process that does not end is a failure
 CLOCKED = ("time", "images_per_second", "goodput")  # of a row of metrics: not of the training
 
@@ -49,7 +49,7 @@ class Failure(Exception):
 
 
 @dataclass(frozen=True)
-class Whole:
+class Reference:
     """A run that nothing disturbed, and how long its parts take in seconds."""
 
     config: Path
@@ -87,22 +87,24 @@ class Tally:
     failed: list[str] = field(default_factory=list)
 
 
-def undisturbed(folder: Path, steps: int = STEPS) -> Whole:
+def undisturbed(folder: Path, steps: int = STEPS) -> Reference:
     """Two whole runs, the first with nothing compiled; they have to be equal themselves."""
-    whole = Whole(make_config(folder), folder / "whole", folder / "cache", steps, 0, 0, 0)
+    reference = Reference(make_config(folder), folder / "whole", folder / "cache", steps, 0, 0, 0)
     seconds = []
-    for workdir in (whole.workdir, folder / "again"):
+    for workdir in (reference.workdir, folder / "again"):
         began = time.time()
-        _finish(whole.begin(workdir), workdir)
+        _finish(reference.begin(workdir), workdir)
         times = [row["time"] for row in rows(workdir)]
         seconds.append(times[0] - began)
     step = (times[-1] - times[0]) / (len(times) - 1)
-    whole = Whole(whole.config, whole.workdir, whole.cache, steps, *seconds, step)
-    compare(whole, folder / "again")
-    return whole
+    reference = Reference(
+        reference.config, reference.workdir, reference.cache, steps, *seconds, step
+    )
+    compare(reference, folder / "again")
+    return reference
 
 
-def kill_many(whole: Whole, folder: Path, count: int, seed: int = 0) -> Tally:
+def kill_many(reference: Reference, folder: Path, count: int, seed: int = 0) -> Tally:
     """`count` kills in chains below `folder`. Of several, the first has nothing compiled.
 
     A chain that fails stays where it is, the others are removed.
@@ -113,9 +115,11 @@ def kill_many(whole: Whole, folder: Path, count: int, seed: int = 0) -> Tally:
         cold = tally.chains == 0 and count > PER_CHAIN
         most = min(PER_CHAIN, count - tally.kills)
         try:
-            for line in _chain(whole, workdir, tally, rng, most, folder / "cold" if cold else None):
+            for line in _chain(
+                reference, workdir, tally, rng, most, folder / "cold" if cold else None
+            ):
                 print(f"{workdir.name}  {line}", flush=True)
-            compare(whole, workdir)
+            compare(reference, workdir)
             shutil.rmtree(workdir)
         except Failure as error:
             tally.failed.append(f"{workdir.name}: {error}")
@@ -124,19 +128,19 @@ def kill_many(whole: Whole, folder: Path, count: int, seed: int = 0) -> Tally:
     return tally
 
 
-def _chain(whole, workdir, tally, rng, most, cache) -> Iterator[str]:
+def _chain(reference, workdir, tally, rng, most, cache) -> Iterator[str]:
     for _ in range(most):
         aim = str(rng.choice(list(AIMS), p=np.array([*AIMS.values()]) / sum(AIMS.values())))
         newest = max(sound(workdir), default=0)
-        ready = whole.cold if cache else whole.warm
-        life = ready + (whole.steps - newest) * whole.step
+        ready = reference.cold if cache else reference.warm
+        life = ready + (reference.steps - newest) * reference.step
         began = time.time()
-        process = whole.begin(workdir, cache)
+        process = reference.begin(workdir, cache)
         tally.starts += 1
         try:
             moments = _moments(workdir, aim, rng, life)
             while process.poll() is None and next(moments):
-                time.sleep(LOOK)
+                time.sleep(POLL_SECONDS)
                 if time.time() - began > LIMIT:
                     raise Failure(f"still running after {LIMIT} s: {tail(_log(workdir))}")
         finally:
@@ -148,14 +152,14 @@ def _chain(whole, workdir, tally, rng, most, cache) -> Iterator[str]:
         if process.returncode != -signal.SIGKILL:
             raise Failure(f"exit {process.returncode}: {tail(_log(workdir))}")
         tally.kills += 1
-        where, behind = _look(workdir, began, newest)
+        where, behind = _interrupted_in(workdir, began, newest)
         tally.where[where] += 1
         tally.aims[aim] += 1
         tally.behind = max(tally.behind, behind)
         steps = max(sound(workdir), default=0)
         yield f"kill {tally.kills} ({aim}) in {where}: {steps} saved, {behind} behind"
     tally.starts += 1
-    _finish(whole.begin(workdir, cache), workdir)
+    _finish(reference.begin(workdir, cache), workdir)
     yield "left to end"
 
 
@@ -166,14 +170,14 @@ def _moments(workdir: Path, aim: str, rng, life: float) -> Iterator[bool]:
     if aim != "anywhere":
         held = lock.stat().st_mtime_ns if lock.exists() else 0
         there = set(names(folder))
-        seen: set[str] = set()
+        candidates: set[str] = set()
         while True:
             if aim == "claim":
                 found = lock.exists() and lock.stat().st_mtime_ns != held
             else:
                 new = set(names(folder)) - there
-                seen |= {name for name in new if name.isdigit() == (aim == "commit")}
-                found = len(seen) > skip
+                candidates |= {name for name in new if name.isdigit() == (aim == "commit")}
+                found = len(candidates) > skip
             if found:
                 break
             yield True
@@ -183,7 +187,7 @@ def _moments(workdir: Path, aim: str, rng, life: float) -> Iterator[bool]:
     yield False
 
 
-def _look(workdir: Path, began: float, newest: int) -> tuple[str, int]:
+def _interrupted_in(workdir: Path, began: float, newest: int) -> tuple[str, int]:
     """(where a kill hit, how many steps were done and are to be done again).
 
     began: the process. newest: checkpoint before it. Raises: Failure for a file that was not left
@@ -199,36 +203,36 @@ def _look(workdir: Path, began: float, newest: int) -> tuple[str, int]:
             read_status(workdir)
         except (InputError, RunStopped) as error:
             raise Failure(f"gadjax status: {error}") from error
-    own = [row["step"] for row in rows(workdir) if row["time"] >= began]
-    done = max([newest, *own])
+    logged = [row["step"] for row in rows(workdir) if row["time"] >= began]
+    done = max([newest, *logged])
     saved = max(sound(workdir), default=0)
     # Saved before this process, or at most one save in flight and one interval behind it.
     if not max(newest, done - 2 * EVERY) <= saved <= done:
         raise Failure(f"step {saved} is the latest valid one after {newest}, {done} in the metrics")
-    if any(".orbax-checkpoint-tmp" in name for name in names(workdir / "checkpoints")) and own:
+    if any(".orbax-checkpoint-tmp" in name for name in names(workdir / "checkpoints")) and logged:
         return "save", done - saved
-    return "step" if own else "start-up", done - saved
+    return "step" if logged else "start-up", done - saved
 
 
-def compare(whole: Whole, workdir: Path) -> None:
+def compare(reference: Reference, workdir: Path) -> None:
     """Raises: Failure where an ended run differs from the undisturbed one."""
     status = json.loads((workdir / "status.json").read_text())
-    if (status["status"], status["step"]) != ("done", whole.steps):
+    if (status["status"], status["step"]) != ("done", reference.steps):
         raise Failure(f"ended with {status}")
     steps = [row["step"] for row in rows(workdir)]
-    if steps != list(range(1, whole.steps + 1)):
-        lost = sorted(set(range(1, whole.steps + 1)) - set(steps))
+    if steps != list(range(1, reference.steps + 1)):
+        lost = sorted(set(range(1, reference.steps + 1)) - set(steps))
         raise Failure(f"metrics.jsonl: {len(steps)} rows, without steps {lost}")
-    for one, other in zip(_losses(workdir), _losses(whole.workdir), strict=True):
+    for one, other in zip(_losses(workdir), _losses(reference.workdir), strict=True):
         if one != other:
             raise Failure(f"metrics.jsonl: {one}, undisturbed {other}")
-    if state_of(workdir) != state_of(whole.workdir):
-        raise Failure(f"another state than {whole.workdir}")
+    if state_of(workdir) != state_of(reference.workdir):
+        raise Failure(f"another state than {reference.workdir}")
     for name in ("checkpoints", "previews"):
-        one, other = names(workdir / name), names(whole.workdir / name)
+        one, other = names(workdir / name), names(reference.workdir / name)
         if one != other:
             raise Failure(f"{name}: found {one}; expected {other}")
-    for path in (whole.workdir / "previews").iterdir():
+    for path in (reference.workdir / "previews").iterdir():
         if (workdir / "previews" / path.name).read_bytes() != path.read_bytes():
             raise Failure(f"previews/{path.name} differs")
 
@@ -259,11 +263,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     began, folder = time.time(), Path(tempfile.mkdtemp(prefix="gadjax-kills-"))
-    whole = undisturbed(folder)
+    reference = undisturbed(folder)
     print(
-        f"start {whole.warm:.1f} s ({whole.cold:.1f} s cold), step {whole.step:.3f} s", flush=True
+        f"start {reference.warm:.1f} s ({reference.cold:.1f} s cold), step {reference.step:.3f} s",
+        flush=True,
     )
-    tally = kill_many(whole, folder, args.count, args.seed)
+    tally = kill_many(reference, folder, args.count, args.seed)
     figures = {
         "kills": tally.kills,
         **{f"kills_in_{name}": tally.where[name] for name in ("start-up", "step", "save")},
@@ -273,12 +278,12 @@ def main() -> int:
         "chains_that_differ": len(tally.failed),
         "failures": "; ".join(tally.failed),
         "most_steps_done_again": tally.behind,
-        "steps": whole.steps,
+        "steps": reference.steps,
         "checkpoint_every": EVERY,
-        "start_seconds": round(whole.warm, 2),
-        "cold_start_seconds": round(whole.cold, 2),
-        "step_seconds": round(whole.step, 4),
-        "state": state_of(whole.workdir),
+        "start_seconds": round(reference.warm, 2),
+        "cold_start_seconds": round(reference.cold, 2),
+        "step_seconds": round(reference.step, 4),
+        "state": state_of(reference.workdir),
     }
     if args.out:
         print(write_figures("kills", args.out, began, figures))

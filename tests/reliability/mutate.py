@@ -169,9 +169,9 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
     return text.encode()
 
 
-def _changed(value: Any, rng: random.Random, whole: float = 0.1) -> Any:
+def _changed(value: Any, rng: random.Random, replaced: float = 0.1) -> Any:
     """A copy with one place in it changed. whole: the chance that it is all of it."""
-    if not isinstance(value, dict | list) or not value or rng.random() < whole:
+    if not isinstance(value, dict | list) or not value or rng.random() < replaced:
         return _hostile(value, rng)
     kind = rng.random()
     if isinstance(value, dict):
@@ -211,7 +211,7 @@ def _hostile(value: Any, rng: random.Random) -> Any:
 
 
 def _safetensors(data: bytes, rng: random.Random) -> bytes:
-    """A header of another length, or that says something else; or other data."""
+    """Header of another length or content, or other data."""
     if len(data) < 8:
         return mutate_bytes(data, rng)
     (length,) = struct.unpack("<Q", data[:8])

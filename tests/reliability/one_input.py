@@ -57,7 +57,7 @@ class Lines:
     """Which lines of gadjax have run."""
 
     def __init__(self):
-        self.seen: set[tuple[str, int]] = set()
+        self.executed: set[tuple[str, int]] = set()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -86,7 +86,7 @@ class Lines:
 
     def _line(self, frame, event, arg):
         if event == "line":
-            self.seen.add((frame.f_code.co_filename, frame.f_lineno))
+            self.executed.add((frame.f_code.co_filename, frame.f_lineno))
         return self._line
 
 

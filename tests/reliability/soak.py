@@ -25,8 +25,8 @@ from gadjax.runtime.status import read_status
 MIB = 2**20
 SAVES = 40  # and as many previews
 LINES = 1000  # of metrics.jsonl
-COMMANDS = "sample", "export", "evaluate", "status"  # in turn, each after 1 / EACH of the steps
-EACH = 20
+COMMANDS = "sample", "export", "evaluate", "status"  # in turn, each after 1 / PARTS of the steps
+PARTS = 20
 
 
 class Sample(NamedTuple):
@@ -63,7 +63,7 @@ def soak(folder: Path, steps: int, pause: float = 2.0) -> dict[str, Any]:
         *("--config.optim.lr=1e-6", "--config.critic.lr=1e-6"),  # finite for so many steps
     )
     samples, kinds, ran = [], itertools.cycle(COMMANDS), Counter()
-    beside: subprocess.Popen | None = None
+    command: subprocess.Popen | None = None
     try:
         measured, part = psutil.Process(process.pid), 1
         while process.poll() is None:
@@ -72,12 +72,12 @@ def soak(folder: Path, steps: int, pause: float = 2.0) -> dict[str, Any]:
                 with measured.oneshot():
                     counts = measured.num_fds(), measured.num_threads()
                     samples.append(Sample(step, measured.memory_info().rss, *counts))
-                if beside is None and step >= part * steps / EACH:
+                if command is None and step >= part * steps / PARTS:
                     kind, part = next(kinds), part + 1
-                    beside = _command(kind, folder, config)
-                elif beside is not None and beside.poll() is not None:
-                    _check(kind, beside, folder / f"{kind}.log")
-                    ran[kind], beside = ran[kind] + 1, None
+                    command = _command(kind, folder, config)
+                elif command is not None and command.poll() is not None:
+                    _check(kind, command, folder / f"{kind}.log")
+                    ran[kind], command = ran[kind] + 1, None
                     print(f"{kind} at {samples[-1]}", flush=True)
             time.sleep(pause)
     except psutil.Error:
@@ -85,8 +85,8 @@ def soak(folder: Path, steps: int, pause: float = 2.0) -> dict[str, Any]:
     finally:
         if process.poll() is None:
             process.kill()
-        if beside is not None:
-            beside.wait()
+        if command is not None:
+            command.wait()
     _check("train", process, folder / "run.log")
     saved = {"saves": steps // every, "previews": len(names(workdir / "previews"))}
     saved["commands"] = ran.total()
@@ -116,13 +116,13 @@ def _growth(samples: list[Sample], workdir: Path, steps: int) -> dict[str, Any]:
     """Over the second tenth of the steps and over the last: medians, and the fewest files and
     threads, of which a save in flight has more."""
     found = {"samples": len(samples)}
-    said = rows(workdir)
+    logged = rows(workdir)
     for name, tenth in (("second_tenth", 1), ("last_tenth", 9)):
         low, high = tenth * steps / 10, (tenth + 1) * steps / 10
         here = [sample for sample in samples if low <= sample.step < high]  # not as it ends
         times = [
             (later["time"] - row["time"]) / (later["step"] - row["step"])
-            for row, later in itertools.pairwise(said)
+            for row, later in itertools.pairwise(logged)
             if low <= row["step"] < high
         ]
         found |= {

@@ -11,7 +11,7 @@ from figures import RESULTS, ROOT
 DOCUMENT = ROOT / "docs/fault_tolerance.md"
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->"
 
-# What a file of figures says: the fault, what was done how often, what became of it.
+# Row of a file of figures: the fault, what was done how often, what became of it.
 ROWS = {
     "kills": (
         "SIGKILL of a training run",

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from disk import ACCIDENTS, BORNE, Disk, Whole, can_mount, try_accident
+from disk import ACCIDENTS, BORNE, Disk, Reference, can_mount, try_accident
 from flips import restore, shapes
 
 from gadjax.checkpoints.checkpoint import Checkpoints, SaveFailed
@@ -12,7 +12,11 @@ from gadjax.training.state import create_state
 
 # Elsewhere tests/training/test_failures.py has the same faults injected.
 pytestmark = pytest.mark.skipif(not can_mount(), reason="only root may mount a tmpfs")
-SAID = {"full": "No space left on device", "read_only": "Read-only file system", "gone": "is gone"}
+MESSAGES = {
+    "full": "No space left on device",
+    "read_only": "Read-only file system",
+    "gone": "is gone",
+}
 
 
 @pytest.mark.parametrize("accident", ACCIDENTS)
@@ -28,7 +32,7 @@ def test_saves_go_on_after_an_accident(tmp_path, accident):
         happen(disk)
         for step in (2, 3):
             with pytest.raises(
-                SaveFailed, match=f"/{step}: cannot be written: .*{SAID[accident]}$"
+                SaveFailed, match=f"/{step}: cannot be written: .*{MESSAGES[accident]}$"
             ):
                 checkpoints.save(step, state, {})
                 checkpoints.wait()
@@ -37,18 +41,18 @@ def test_saves_go_on_after_an_accident(tmp_path, accident):
         checkpoints.save(4, state, {})
         checkpoints.close()
         assert sorted(path.name for path in folder.iterdir()) == ["1", "4"]
-        step, found, said = restore(folder, shapes(folder / "4"))
-        assert step == 4 and not said
+        step, found, reported = restore(folder, shapes(folder / "4"))
+        assert step == 4 and not reported
         assert sorted(found) == sorted(np.asarray(x).tobytes() for x in jax.tree.leaves(state))
 
 
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
-    return Whole(config, tmp_path_factory.mktemp("disk"), steps=200).run()
+def reference(config, tmp_path_factory):
+    return Reference(config, tmp_path_factory.mktemp("disk"), steps=200).run()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failures", [0, BORNE])
 @pytest.mark.parametrize("accident", ACCIDENTS)
-def test_a_run_loses_nothing(whole, tmp_path, accident, failures):
-    try_accident(whole, tmp_path / "run", accident, failures)
+def test_a_run_loses_nothing(reference, tmp_path, accident, failures):
+    try_accident(reference, tmp_path / "run", accident, failures)

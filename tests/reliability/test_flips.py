@@ -28,7 +28,7 @@ def steps(tmp_path_factory):
     return folder
 
 
-def test_every_damage_is_found_and_the_step_before_restored(steps):
+def test_every_damage_is_detected_and_the_previous_step_restored(steps):
     done, failures = damage_many(steps, 60)
     assert failures == [] and set(done.values()) == {20}
     step, found, lines = restore(steps, shapes(steps / "6"))
@@ -41,11 +41,11 @@ def test_every_file_is_drawn(steps):
     assert {"manifest.json", "_CHECKPOINT_METADATA", "commit_success.txt"} < files
 
 
-def test_what_is_not_found_is_told(steps, monkeypatch):
+def test_undetected_damage_is_a_failure(steps, monkeypatch):
     monkeypatch.setattr("gadjax.checkpoints.steps.verify", lambda folder: None)
     monkeypatch.setattr("flips.draw", lambda *more: [Damage("flip", "commit_success.txt", 9)])
     _, failures = damage_many(steps, 1)
-    assert len(failures) == 1 and "commit_success.txt" in failures[0] and "said []" in failures[0]
+    assert len(failures) == 1 and "commit_success.txt" in failures[0] and "logged []" in failures[0]
 
 
 @pytest.mark.slow

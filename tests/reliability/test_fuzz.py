@@ -98,7 +98,7 @@ def test_one_that_takes_too_long_is_ended(tmp_path):
     assert fuzz(Target("slow", make, slow), 1, 0, tmp_path).kinds == {"slow": 1}
 
 
-def test_little_memory_and_a_death_are_found(tmp_path):
+def test_little_memory_and_a_death_are_detected(tmp_path):
     tally = fuzz(Target("hungry", make, hungry), 12, 0, tmp_path)
     assert tally.kinds["raised"] > 5 and "MemoryError" in "".join(tally.findings)
     tally = fuzz(Target("dies", make, dies), 2, 0, tmp_path)

@@ -12,7 +12,8 @@ from fuzz import fuzz
 from hostile_folders import TARGETS
 
 from gadjax.errors import InputError
-from gadjax.formats.diffusers_folder import check_pipeline, write_pipeline
+from gadjax.formats.diffusers_folder import check_pipeline
+from gadjax.formats.diffusers_writer import write_pipeline
 from gadjax.formats.fingerprints import text_fingerprint
 from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.schedulers import sampler_from_config
@@ -119,13 +120,13 @@ def test_a_panic_is_refused_and_an_interrupt_is_not(words, monkeypatch):
     class PanicException(BaseException):
         pass
 
-    for error, seen in ((PanicException("a\nb"), InputError), (KeyboardInterrupt(),) * 2):
+    for error, raised in ((PanicException("a\nb"), InputError), (KeyboardInterrupt(),) * 2):
         monkeypatch.setattr(
             transformers.T5Tokenizer,
             "from_pretrained",
             lambda *_, e=error, **__: (_ for _ in ()).throw(e),
         )
-        with pytest.raises(seen if isinstance(seen, type) else KeyboardInterrupt):
+        with pytest.raises(raised if isinstance(raised, type) else KeyboardInterrupt):
             load_tokenizer(words)
 
 
@@ -180,13 +181,13 @@ def test_parts_without_end(tmp_path):
     refused(lambda: check_no_escape(deep, tmp_path), "up", "a link to a folder")
 
 
-def test_own_folder_names_stay_inside(tiny_pipeline, tmp_path):
-    own = tmp_path / "own"
-    shutil.copytree(tiny_pipeline, own)
+def test_names_in_a_gadjax_folder_stay_inside(tiny_pipeline, tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_pipeline, folder)
     for name in ("..", "a/b", "/etc"):
         manifest = {"version": 1, "text": "", "networks": {name: {"fingerprint": "0"}}}
-        (own / "gadjax_folder.json").write_text(json.dumps(manifest))
-        refused(lambda: open_folder(own), "gadjax_folder.json", "no networks")
+        (folder / "gadjax_folder.json").write_text(json.dumps(manifest))
+        refused(lambda: open_folder(folder), "gadjax_folder.json", "no networks")
 
 
 @pytest.mark.parametrize("entry", [["transformers", 1.5], ["transformers"], "T5Tokenizer", 7])

@@ -171,6 +171,6 @@ def test_paths_that_are_too_long(tmp_path, capsys):
             ["--model", "x", "--prompts", f"{name}.txt"],
         ):
             assert main(["sample", *flags, "--out", str(tmp_path / "out")]) == 2
-            said = capsys.readouterr().err
-            assert said.count("\n") == 1 and said[:-1].isprintable()
+            stderr = capsys.readouterr().err
+            assert stderr.count("\n") == 1 and stderr[:-1].isprintable()
     assert sorted(os.listdir(tmp_path)) == ["p.txt"]

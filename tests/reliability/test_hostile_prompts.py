@@ -200,9 +200,9 @@ def test_markdown_shows_the_text_and_nothing_else(text):
     reader = renderer()
     escaped, plain = escape_markdown(text), escape_nonprintable(" ".join(text.split()))
     for place in PLACES:
-        wanted = reader.parse(place.format("word"))
+        expected = reader.parse(place.format("word"))
         found = reader.parse(place.format(escaped))
-        assert [t.type for t in found] == [t.type for t in wanted], place
+        assert [t.type for t in found] == [t.type for t in expected], place
         (inline,) = (t for t in found if t.type == "inline")
         assert {t.type for t in inline.children} <= {"text", "text_special"}
         assert "".join(t.content for t in inline.children) == place.format(plain).lstrip("#- ") or (
@@ -263,16 +263,18 @@ def test_a_model_card_stays_a_card(text):
 def test_errors_carry_no_escape_sequences_to_the_terminal(tmp_path, capsys):
     name = "\x1b[2Jred\ncircle\u202e.parquet"
     assert main(["sample", "--model", "x", "--out", str(tmp_path / "o"), "--prompts", name]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said[:-1].isprintable() and "\\x1b[2Jred\\ncircle" in said
+    stderr = capsys.readouterr().err
+    assert (
+        stderr.count("\n") == 1 and stderr[:-1].isprintable() and "\\x1b[2Jred\\ncircle" in stderr
+    )
     assert main(["\x1b[2J"]) == 2
     assert capsys.readouterr().err[:-1].isprintable()
     flags = ["--model", "x", "--out", str(tmp_path / "o"), "--prompts", "asset:shapes_prompts.txt"]
     assert main(["sample", *flags, "--negative", os.fsdecode(b"\xff")]) == 2
     assert "--negative: found half of a surrogate pair" in capsys.readouterr().err
     assert main(["status", "x" * 5000]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and len(said) < 2500
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and len(stderr) < 2500
 
 
 def test_shown_is_short_and_printable():

@@ -1,4 +1,4 @@
-"""Workdirs whose files say what no run has said."""
+"""Workdirs whose files have contents that no run writes."""
 
 import json
 import os
@@ -14,7 +14,8 @@ from gadjax.io.manifest import COMMIT_MARKER
 from gadjax.runtime.goodput import GoodputClock
 from gadjax.runtime.status import read_status, table
 from gadjax.runtime.trackers import _run_id
-from gadjax.training.config import as_json, check_resume
+from gadjax.training.config import as_json
+from gadjax.training.resume import check_resume
 from gadjax.training.workdir import parse_run_metadata
 
 
@@ -68,7 +69,7 @@ def test_status_of_what_vanishes_and_of_odd_names(tmp_path):
         refused(lambda: read_status(tmp_path, NOW), "found no config.json of a run; expected")
 
 
-def test_a_clock_that_cannot_be_gone_on_with_begins_anew(tmp_path):
+def test_a_clock_that_cannot_be_resumed_is_replaced(tmp_path):
     make_run(tmp_path)
     text = (tmp_path / "goodput.json").read_text()
     for old, new in (('"step": 80.0', '"step": Infinity'), ('"steps": 40', '"steps": 1e400'),
@@ -131,7 +132,7 @@ def test_a_checkpoint_without_its_config_is_refused(meta):
 
 
 def test_names_that_a_terminal_cannot_show(tmp_path):
-    """A folder that is no UTF-8, told of on a terminal that has ASCII only."""
+    """A folder that is no UTF-8, named on a terminal that has ASCII only."""
     folder = os.fsencode(tmp_path) + b"/\xff\xe9"
     os.mkdir(folder)
     make_run(Path(os.fsdecode(folder)))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from kills import Failure, Whole, compare, kill_many, undisturbed
+from kills import Failure, Reference, compare, kill_many, undisturbed
 from train_runs import rows, steps
 
 from gadjax.checkpoints.checkpoint import Checkpoints
@@ -20,15 +20,15 @@ def train(config: Path, workdir: Path, *more: str) -> int:
 
 def test_a_step_is_in_the_metrics_before_it_is_saved(config, tmp_path, monkeypatch):
     """A run that is killed right after a save does not do that step again."""
-    save, seen = Checkpoints.save, {}
+    save, present = Checkpoints.save, {}
 
-    def look(self, step, *more):
-        seen[step] = steps(tmp_path / "run")
+    def record(self, step, *more):
+        present[step] = steps(tmp_path / "run")
         save(self, step, *more)
 
-    monkeypatch.setattr(Checkpoints, "save", look)
+    monkeypatch.setattr(Checkpoints, "save", record)
     assert train(config, tmp_path / "run") == 0
-    assert seen == {2: [1, 2], 4: [1, 2, 3, 4]}
+    assert present == {2: [1, 2], 4: [1, 2, 3, 4]}
 
 
 @pytest.mark.slow
@@ -94,17 +94,17 @@ CHANGES = lose_a_row, change_a_loss, change_a_picture, lose_the_newest, change_a
 
 
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
+def reference(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("kills") / "whole"
     assert train(config, workdir, "--config.preview.every=2") == 0
-    return Whole(config, workdir, workdir.parent, 4, 0, 0, 0)
+    return Reference(config, workdir, workdir.parent, 4, 0, 0, 0)
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_difference_is_found(whole, tmp_path, change):
+def test_a_difference_is_detected(reference, tmp_path, change):
     other = tmp_path / "other"
-    shutil.copytree(whole.workdir, other)
-    compare(whole, other)
+    shutil.copytree(reference.workdir, other)
+    compare(reference, other)
     change(other)
     with pytest.raises(Failure):
-        compare(whole, other)
+        compare(reference, other)

@@ -87,7 +87,7 @@ def age(name: str, folder: Path, pick: Choice) -> None:
 
 
 def drop_defaults(name: str, config: dict[str, Any], pick: Choice) -> None:
-    """Leave out keys that say what is said without them: some, or all, or none."""
+    """Leave out redundant keys: some, or all, or none."""
     share = pick(0.0, 0.3, 1.0)
     defaults = defaults_of(name)
     for key in list(config):

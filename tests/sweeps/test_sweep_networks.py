@@ -217,7 +217,7 @@ def run_denoiser(model, given) -> Outputs:
         arguments["added_cond_kwargs"] = absent | extras
     elif kind == "SD3Transformer2DModel":
         arguments["pooled_projections"] = extras["pooled"]
-    elif "guidance" in extras:  # as its pipelines scale what they tell it
+    elif "guidance" in extras:  # scaled as in its pipelines
         arguments["guidance"] = extras["guidance"] * config.guidance_embeds_scale
     else:
         t = t * config.timestep_scale

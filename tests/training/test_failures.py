@@ -11,7 +11,7 @@ import pytest
 from train_runs import steps
 
 from gadjax.checkpoints import checkpoint
-from gadjax.checkpoints.checkpoint import read_params
+from gadjax.checkpoints.restore import read_params
 from gadjax.cli.main import main
 from gadjax.errors import RunStopped
 from gadjax.io.append_file import AppendFile

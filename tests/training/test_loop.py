@@ -14,7 +14,7 @@ import pytest
 from several import flags_for
 from train_runs import losses, read_vector, rows, train
 
-from gadjax.checkpoints.checkpoint import read_params
+from gadjax.checkpoints.restore import read_params
 from gadjax.cli.main import main
 
 ROOT = Path(__file__).parents[2]

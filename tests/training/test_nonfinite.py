@@ -162,7 +162,7 @@ def test_a_line_stays_a_line():
     )
 
 
-def test_step_metrics_are_the_scalars_of_each_networks_last_update():
+def test_step_metrics_are_the_scalars_of_every_networks_last_update():
     first, last, student = made(count=2), made(count=0), made("student", 0)
     actual = merge_scalars([first, last, student])
     assert {name: np.shape(x) for name, x in actual.items()} == {

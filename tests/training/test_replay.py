@@ -78,7 +78,7 @@ def test_a_replayed_step_is_bit_identical_and_reported(formula, done, capsys):
     total, groups = re.search(r"gradient of the student: (\S+)\n((?:    .*\n)+)", student).groups()
     norms = [float(line.split(": ")[1]) for line in groups.splitlines()]
     assert len(norms) == 4 and np.hypot.reduce(norms) == pytest.approx(float(total), rel=1e-5)
-    # A term's own losses average to what the step says of it; the worst ones come first.
+    # The losses of a term average to the step's metric; the worst ones come first.
     for name in ("gad", "dmd"):
         loss, block = re.search(rf"term {name}: (\S+);.*\n((?:    .*\n)+)", student).groups()
         worst = [float(line.split()[1]) for line in block.splitlines()]

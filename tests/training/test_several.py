@@ -9,7 +9,7 @@ import pytest
 from several import start
 from train_runs import losses, read_vector
 
-from gadjax.checkpoints.checkpoint import read_params
+from gadjax.checkpoints.restore import read_params
 from gadjax.runtime.supervisor import free_port
 
 pytestmark = pytest.mark.slow  # compiles the updates for eight devices
@@ -104,7 +104,7 @@ def test_both_save_and_exit_when_one_is_preempted(run, two, tmp_path, kind):
     last_step, begin = max(losses(workdir)), time.monotonic()
     assert end(processes) == [0, 0]
     print(f"{kind.name}: left {time.monotonic() - begin:.1f} s later")
-    # Its row is told one step late, and they leave after the step that none has begun.
+    # Its row is reported one step late, and they leave after the step that none has begun.
     status = json.loads((workdir / "status.json").read_text())
     assert status["text"] == f"preempted at step {status['step']}"
     assert read_params(workdir / "checkpoints", "ema")[0] == status["step"] <= last_step + 3

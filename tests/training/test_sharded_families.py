@@ -135,7 +135,7 @@ def worker(out: Path, name: str) -> None:
         placed_at = shardings(params, family.rules, mesh)
         given = jax.device_put(params, placed_at)
         with current_placement(Placement(mesh)):
-            # On one device the text is read where it is wanted, on all others ahead.
+            # On one device the text is read where it is used, on all others ahead.
             of = partial(loss, alone is not None)
             value, grads = jax.jit(jax.value_and_grad(of))(given, x, v, cond)
         grads = {k: np.asarray(g) for k, g in flatten(grads).items()}

@@ -22,7 +22,7 @@ from gadjax.objectives import GAD, Needs
 from gadjax.objectives.compose import Addable
 from gadjax.training.state import create_state
 from gadjax.training.steps import critic_step, student_step
-from gadjax.training.updates import accumulate
+from gadjax.training.updates import accumulate, apply_if_finite, on_device
 
 
 @cache
@@ -126,3 +126,30 @@ def test_gradients_that_overflow_in_the_norm_are_skipped():
     assert np.isfinite(metrics["student/loss"]) and np.isinf(metrics["student/grad_norm"])
     assert equal((new.params, new.opt, new.ema), (old.params, old.opt, old.ema))
     assert int(new.bad["student"]) == 1
+
+
+def test_offloaded_moments_are_transferred_within_the_branch():
+    """Not before the update is known to be finite; without offload there is neither."""
+
+    def update(finite, moments, params):
+        return apply_if_finite(finite, on_device(change), moments, params)
+
+    def change(moments, params):
+        moments = jax.tree.map(lambda m: m + 1, moments)
+        return moments, params - moments["m"]
+
+    moments, params = {"m": jnp.ones(3)}, jnp.zeros(3)
+    plain = jax.make_jaxpr(update)(True, moments, params)
+    assert "cond" not in str(plain) and "device_put" not in str(plain)
+    offloaded = jax.device_put(moments, jax.memory.Space.Host)
+    equations = jax.make_jaxpr(update)(True, offloaded, params).eqns
+    names = [equation.primitive.name for equation in equations]
+    assert "cond" in names and "device_put" not in names
+    unchanged, changed = equations[names.index("cond")].params["branches"]
+    assert "device_put" not in str(unchanged) and str(changed).count("device_put") == 2
+    for given in (moments, offloaded):
+        (new, params_1), (old, params_0) = (
+            jax.jit(update)(f, given, params) for f in (True, False)
+        )
+        assert equal((new, params_1), ({"m": np.full(3, 2.0)}, np.full(3, -2.0)))
+        assert equal((old, params_0), (moments, params))

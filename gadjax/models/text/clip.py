@@ -227,27 +227,23 @@ def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[
     return lambda rngs: TextModel(config, dtype, remat, rngs)
 
 
-KEYMAP = KeyMap(
-    renames=((r"^blocks/", "encoder/layers/#/"), (r"^(?!text_projection/)", "text_model/")),
-    ignored=tuple(IGNORED_TENSORS["CLIPTextModel"]),
-    # transformers 5 writes CLIPTextModel, of the two classes, without the prefix.
-    aliases=((r"^(?=(embeddings|encoder|final_layer_norm)\.)", "text_model."),),
-)
-
-RULES = (
-    (r"^embeddings/token_embedding/embedding$", P("tensor", "fsdp")),
-    (r"^embeddings/position_embedding/embedding$", P(None, "fsdp")),
-    (r"^blocks/.*/(q_proj|k_proj|v_proj|fc1)/kernel$", P(None, "fsdp", "tensor")),
-    (r"^blocks/.*/(out_proj|fc2)/kernel$", P(None, "tensor", "fsdp")),
-    (r"^blocks/.*/(bias|scale)$", P(None, "fsdp")),
-    (r"^final_layer_norm/(bias|scale)$", P("fsdp")),
-    (r"^text_projection/kernel$", P("fsdp", "tensor")),
-)
-
 FAMILY = TextEncoder(
     class_names=CLASS_NAMES,
     config=Config,
     build=build,
-    keymap=KEYMAP,
-    rules=RULES,
+    keymap=KeyMap(
+        renames=((r"^blocks/", "encoder/layers/#/"), (r"^(?!text_projection/)", "text_model/")),
+        ignored=tuple(IGNORED_TENSORS["CLIPTextModel"]),
+        # transformers 5 writes CLIPTextModel, of the two classes, without the prefix.
+        aliases=((r"^(?=(embeddings|encoder|final_layer_norm)\.)", "text_model."),),
+    ),
+    rules=(
+        (r"^embeddings/token_embedding/embedding$", P("tensor", "fsdp")),
+        (r"^embeddings/position_embedding/embedding$", P(None, "fsdp")),
+        (r"^blocks/.*/(q_proj|k_proj|v_proj|fc1)/kernel$", P(None, "fsdp", "tensor")),
+        (r"^blocks/.*/(out_proj|fc2)/kernel$", P(None, "tensor", "fsdp")),
+        (r"^blocks/.*/(bias|scale)$", P(None, "fsdp")),
+        (r"^final_layer_norm/(bias|scale)$", P("fsdp")),
+        (r"^text_projection/kernel$", P("fsdp", "tensor")),
+    ),
 )

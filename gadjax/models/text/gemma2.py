@@ -244,20 +244,16 @@ def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[
     return lambda rngs: Encoder(config, dtype, remat, rngs)
 
 
-KEYMAP = KeyMap(renames=((r"^blocks/", "layers/#/"),))
-
-RULES = (
-    (r"^embed_tokens/embedding$", P("tensor", "fsdp")),
-    (r"^blocks/.*/(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel$", P(None, "fsdp", "tensor")),
-    (r"^blocks/.*/(o_proj|down_proj)/kernel$", P(None, "tensor", "fsdp")),
-    (r"^blocks/\w+layernorm/scale$", P(None, "fsdp")),
-    (r"^norm/scale$", P("fsdp")),
-)
-
 FAMILY = TextEncoder(
     class_names=CLASS_NAMES,
     config=Config,
     build=build,
-    keymap=KEYMAP,
-    rules=RULES,
+    keymap=KeyMap(renames=((r"^blocks/", "layers/#/"),)),
+    rules=(
+        (r"^embed_tokens/embedding$", P("tensor", "fsdp")),
+        (r"^blocks/.*/(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel$", P(None, "fsdp", "tensor")),
+        (r"^blocks/.*/(o_proj|down_proj)/kernel$", P(None, "tensor", "fsdp")),
+        (r"^blocks/\w+layernorm/scale$", P(None, "fsdp")),
+        (r"^norm/scale$", P("fsdp")),
+    ),
 )

@@ -243,35 +243,31 @@ def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[
     return lambda rngs: Encoder(config, dtype, remat, rngs)
 
 
-KEYMAP = KeyMap(
-    renames=(
-        (r"^blocks/(\w+)/layer_norm/", r"encoder/block/#/\1/layer_norm/"),
-        (r"^blocks/attention/", "encoder/block/#/attention/SelfAttention/"),
-        (r"^blocks/feed_forward/", "encoder/block/#/feed_forward/DenseReluDense/"),
-        (r"/#/attention/", "/#/layer/0/"),
-        (r"/#/feed_forward/", "/#/layer/1/"),
-        (r"^final_layer_norm/", "encoder/final_layer_norm/"),
-        (
-            r"^relative_attention_bias/",
-            "encoder/block/0/layer/0/SelfAttention/relative_attention_bias/",
-        ),
-    ),
-    tied_keys=(("encoder.embed_tokens.weight", "shared.weight"),),
-)
-
-RULES = (
-    (r"^shared/embedding$", P("tensor", "fsdp")),
-    (r"^relative_attention_bias/embedding$", P(None, "tensor")),
-    (r"^blocks/.*/(q|k|v|wi|wi_0|wi_1)/kernel$", P(None, "fsdp", "tensor")),
-    (r"^blocks/.*/(o|wo)/kernel$", P(None, "tensor", "fsdp")),
-    (r"^blocks/.*/layer_norm/scale$", P(None, "fsdp")),
-    (r"^final_layer_norm/scale$", P("fsdp")),
-)
-
 FAMILY = TextEncoder(
     class_names=CLASS_NAMES,
     config=Config,
     build=build,
-    keymap=KEYMAP,
-    rules=RULES,
+    keymap=KeyMap(
+        renames=(
+            (r"^blocks/(\w+)/layer_norm/", r"encoder/block/#/\1/layer_norm/"),
+            (r"^blocks/attention/", "encoder/block/#/attention/SelfAttention/"),
+            (r"^blocks/feed_forward/", "encoder/block/#/feed_forward/DenseReluDense/"),
+            (r"/#/attention/", "/#/layer/0/"),
+            (r"/#/feed_forward/", "/#/layer/1/"),
+            (r"^final_layer_norm/", "encoder/final_layer_norm/"),
+            (
+                r"^relative_attention_bias/",
+                "encoder/block/0/layer/0/SelfAttention/relative_attention_bias/",
+            ),
+        ),
+        tied_keys=(("encoder.embed_tokens.weight", "shared.weight"),),
+    ),
+    rules=(
+        (r"^shared/embedding$", P("tensor", "fsdp")),
+        (r"^relative_attention_bias/embedding$", P(None, "tensor")),
+        (r"^blocks/.*/(q|k|v|wi|wi_0|wi_1)/kernel$", P(None, "fsdp", "tensor")),
+        (r"^blocks/.*/(o|wo)/kernel$", P(None, "tensor", "fsdp")),
+        (r"^blocks/.*/layer_norm/scale$", P(None, "fsdp")),
+        (r"^final_layer_norm/scale$", P("fsdp")),
+    ),
 )

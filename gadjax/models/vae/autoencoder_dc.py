@@ -34,16 +34,6 @@ from gadjax.models.vae.dc_blocks import (
 
 CLASS_NAMES = ("AutoencoderDC",)
 
-KEYMAP = KeyMap()
-
-# The last convolution of each half is sharded along its inputs, since its outputs are few.
-RULES = (
-    (r"/(conv_in|conv|conv1|conv2|conv_inverted|conv_depth)/kernel$", P(None, None, None, "fsdp")),
-    (r"/(conv_out|conv_point)/kernel$", P(None, None, "fsdp", None)),
-    (r"/proj_(in|out)/kernel$", P(None, None, None, "fsdp")),
-    (r"/to_(q|k|v|out)/kernel$", P("fsdp", None)),
-)
-
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
 
 # Option -> (its one supported value, diffusers' default).
@@ -250,8 +240,17 @@ FAMILY = Autoencoder(
     class_names=CLASS_NAMES,
     config=Config,
     build=build,
-    keymap=KEYMAP,
-    rules=RULES,
+    keymap=KeyMap(),
+    # The last convolution of each half is sharded along its inputs, since its outputs are few.
+    rules=(
+        (
+            r"/(conv_in|conv|conv1|conv2|conv_inverted|conv_depth)/kernel$",
+            P(None, None, None, "fsdp"),
+        ),
+        (r"/(conv_out|conv_point)/kernel$", P(None, None, "fsdp", None)),
+        (r"/proj_(in|out)/kernel$", P(None, None, None, "fsdp")),
+        (r"/to_(q|k|v|out)/kernel$", P("fsdp", None)),
+    ),
     scale=scale,
     unscale=unscale,
 )

@@ -24,24 +24,6 @@ from gadjax.ops.attention import attention
 
 CLASS_NAMES = ("AutoencoderKL",)
 
-KEYMAP = KeyMap(
-    renames=((r"to_out/", "to_out/0/"),),
-    # Keys of the middle block's attention in the first Stable Diffusion releases.
-    aliases=(
-        (r"(mid_block\.attentions\.\d+\.)query\.", r"\1to_q."),
-        (r"(mid_block\.attentions\.\d+\.)key\.", r"\1to_k."),
-        (r"(mid_block\.attentions\.\d+\.)value\.", r"\1to_v."),
-        (r"(mid_block\.attentions\.\d+\.)proj_attn\.", r"\1to_out.0."),
-    ),
-)
-
-# conv_out is sharded along its inputs, since its outputs are a handful of channels.
-RULES = (
-    (r"/(conv_in|conv|conv1|conv2|conv_shortcut)/kernel$", P(None, None, None, "fsdp")),
-    (r"/conv_out/kernel$", P(None, None, "fsdp", None)),
-    (r"/to_(q|k|v|out)/kernel$", P("fsdp", None)),
-)
-
 EPSILON = 1e-6
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
@@ -313,8 +295,22 @@ FAMILY = Autoencoder(
     class_names=CLASS_NAMES,
     config=Config,
     build=build,
-    keymap=KEYMAP,
-    rules=RULES,
+    keymap=KeyMap(
+        renames=((r"to_out/", "to_out/0/"),),
+        # Keys of the middle block's attention in the first Stable Diffusion releases.
+        aliases=(
+            (r"(mid_block\.attentions\.\d+\.)query\.", r"\1to_q."),
+            (r"(mid_block\.attentions\.\d+\.)key\.", r"\1to_k."),
+            (r"(mid_block\.attentions\.\d+\.)value\.", r"\1to_v."),
+            (r"(mid_block\.attentions\.\d+\.)proj_attn\.", r"\1to_out.0."),
+        ),
+    ),
+    # conv_out is sharded along its inputs, since its outputs are a handful of channels.
+    rules=(
+        (r"/(conv_in|conv|conv1|conv2|conv_shortcut)/kernel$", P(None, None, None, "fsdp")),
+        (r"/conv_out/kernel$", P(None, None, "fsdp", None)),
+        (r"/to_(q|k|v|out)/kernel$", P("fsdp", None)),
+    ),
     scale=scale,
     unscale=unscale,
 )

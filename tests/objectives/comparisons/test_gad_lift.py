@@ -62,7 +62,7 @@ def test_gradient_is_the_difference_of_the_tangents_of_critic_and_teacher():
     np.testing.assert_allclose(loss_B, 0.5 * (expected**2).mean(1), rtol=1e-3)
 
 
-def test_on_average_it_is_dmds_own_gradient_in_a_gaussian_world(monkeypatch):
+def test_its_mean_is_dmds_gradient_in_a_gaussian_world(monkeypatch):
     """E over z of <g(x0), dx0/dA> is E over v of <J_g dx0, d(J v)/dA>: Stein's lemma.
 
     It holds for the directions themselves, so that the normaliser of either is taken out.
