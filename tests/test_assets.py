@@ -38,13 +38,14 @@ def test_teacher_is_small_and_as_save_pretrained_writes(folder, tmp_path):
             assert (tmp_path / name).read_bytes() == files[name].read_bytes()
 
 
-def test_the_teacher_satisfies_the_oracle(teacher):
+@pytest.mark.parametrize("count", [64, pytest.param(256, marks=pytest.mark.slow)])
+def test_the_teacher_satisfies_the_oracle(teacher, count):
     pipeline, params, sampling = teacher
-    prompts = shapes.full_prompts(256, seed=7)
+    prompts = shapes.full_prompts(count, seed=7)
     images = draw(
         Model("teacher", pipeline, params, sampling),
         prompts,
-        initial_noise(7, 256, pipeline.latent),
+        initial_noise(7, count, pipeline.latent),
     )
     assert oracle.adherence(images, prompts).mean() >= 0.95
 

@@ -6,6 +6,11 @@ import sys
 
 # Nearly all of the time goes into optimising programs that then run for none.
 HURRY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Nor need code be split between threads, or operations be ordered so that they may overlap.
+ONE_THREAD = (
+    "--xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
 # The old road from HLO to LLVM takes half the time; since JAX 0.12 there is only the new one.
 OLD_ROAD = "--xla_cpu_use_fusion_emitters=false"
 
@@ -21,4 +26,4 @@ def hurried(flags: str) -> str:
     """XLA_FLAGS with those that make it compile quickly; what has them stays as it is."""
     if HURRY in flags:
         return flags
-    return " ".join((flags, HURRY, OLD_ROAD if known(OLD_ROAD) else "")).strip()
+    return " ".join((flags, HURRY, *(f for f in (ONE_THREAD, OLD_ROAD) if known(f)))).strip()

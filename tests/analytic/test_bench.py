@@ -99,6 +99,7 @@ def test_regression_learns_a_gaussians_map():
     assert found.params.keys() == {"layer0", "layer1", "layer2"}
 
 
+@pytest.mark.slow
 def test_gad_turns_a_rotated_map_back_and_matching_distributions_does_not():
     """Trained by the package's own steps, with networks as student and critic. Both objectives
     match the distribution, which the rotated map has as well as the right one."""

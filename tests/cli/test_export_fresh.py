@@ -31,7 +31,7 @@ def write(path, teacher, prompts, times, **changes):
 
 
 @pytest.mark.parametrize(
-    "family", ["tiny", "sd3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sana", "sdxl"))]
+    "family", ["tiny", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd3", "sana", "sdxl"))]
 )
 def test_from_training_to_diffusers(family, request, folders, prompts, tmp_path, gadjax):
     teacher = request.getfixturevalue("tiny_pipeline") if family == "tiny" else folders(family)
@@ -52,6 +52,7 @@ def test_from_training_to_diffusers(family, request, folders, prompts, tmp_path,
     assert np.asarray(Image.open(run / "previews" / "0000002.png")).std() > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run(tiny_pipeline, prompts, tmp_path, gadjax, fails):
     times = (900, 600, 300)
     whole = write(tmp_path / "whole.py", tiny_pipeline, prompts, times, steps=4)

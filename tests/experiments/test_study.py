@@ -73,6 +73,7 @@ def distance(a, b) -> float:
     return float(np.sqrt(sum(np.sum((x - y) ** 2) for x, y in pairs)))
 
 
+@pytest.mark.slow
 def test_seeds_together_are_the_runs_of_the_train_command(config, tmp_path):
     """Two seeds in one program, and one of them as `gadjax train` trains it."""
     config = read_config([f"--config={config}:all"])

@@ -62,7 +62,11 @@ def in_chunks(f, args, elements, monkeypatch):
         return jax.jit(lambda *args: f(*args))(*args), flops(lambda *args: f(*args), *args)
 
 
-@pytest.mark.parametrize("family", CONFIGS, ids=["pixart", "mmdit"])
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f is mmdit.FAMILY)) for f in CONFIGS],
+    ids=["pixart", "mmdit"],
+)
 def test_a_hidden_layer_in_chunks_is_the_layer(family, monkeypatch):
     """Equal to the last digits, for as many FLOPs: reverse mode computes no chunk twice."""
     with jax.enable_x64(True):

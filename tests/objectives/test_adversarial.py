@@ -265,6 +265,7 @@ def test_it_learns_the_optimal_discriminator_of_two_gaussians():
     assert abs(loss - 2 * np.log(2)) < 0.01 and np.abs(share - 0.5).mean() < 0.03
 
 
+@pytest.mark.slow
 def test_a_student_learns_the_data_from_it_alone():
     """Mean and covariance of its samples converge to those of the data."""
     # At little noise, where covariances show most.

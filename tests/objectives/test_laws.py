@@ -98,6 +98,7 @@ def descend(world, total, start, teacher, updates=300):
     return np.asarray(run(jnp.float32(start)), float)
 
 
+@pytest.mark.slow
 def test_matching_distributions_keeps_a_rotated_map_and_gad_turns_it_back():
     """Noise is isotropic, so that A z and A R z have one distribution: neither DMD nor the tangent
     of its gradient depends on R. GAD does, because the teacher's map is of the same z."""

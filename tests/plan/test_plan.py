@@ -71,6 +71,7 @@ def test_memory_held_by_a_chip(made, run):
     assert memory["fits"] and memory["spare"] == memory["capacity"] - memory["peak"]
 
 
+@pytest.mark.slow
 def test_offloaded_arrays_are_not_on_the_chip():
     pytest.importorskip("libtpu")
     config = shapes_config("--config.offload=('optimizer','ema')", variant="regression")

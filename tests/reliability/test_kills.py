@@ -42,7 +42,13 @@ def test_a_preview_that_a_kill_prevented_is_drawn_by_the_next_start(config, tmp_
     assert first.read_bytes() == drawn
 
 
-@pytest.mark.parametrize("left", [(), ("lock",), ("lock", "config.json.new")])
+@pytest.mark.parametrize(
+    "left",
+    [
+        *(pytest.param(left, marks=pytest.mark.slow) for left in ((), ("lock",))),
+        ("lock", "config.json.new"),
+    ],
+)
 def test_a_run_that_was_killed_as_it_began_can_begin_again(config, tmp_path, left):
     workdir = tmp_path / "run"
     workdir.mkdir()

@@ -55,6 +55,7 @@ def distilled(teacher):
     return images, jax.device_get(student.trained.params)
 
 
+@pytest.mark.slow
 def test_student_and_images_depend_on_seeds_only(tiny_pipeline):
     images, params = distilled(tiny_pipeline)
     with configured(**OTHERS):

@@ -90,6 +90,7 @@ def test_a_replayed_step_is_bit_identical_and_reported(formula, done, capsys):
         )
 
 
+@pytest.mark.slow
 def test_a_step_with_offloaded_moments(formula, tmp_path, capsys):
     offload, workdir = "--config.offload=('optimizer','ema')", tmp_path / "run"
     assert train(formula, workdir, offload, "--config.steps=4") == 0
