@@ -6,6 +6,8 @@ import sys
 
 # Nearly all of the time goes into optimising programs that then run for none.
 HURRY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# On the new road this saves a quarter.
+PRESET = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
 # Nor need code be split between threads, or operations be ordered so that they may overlap.
 ONE_THREAD = (
     "--xla_cpu_parallel_codegen_split_count=1 "
@@ -26,4 +28,6 @@ def hurried(flags: str) -> str:
     """XLA_FLAGS with those that make it compile quickly; what has them stays as it is."""
     if HURRY in flags:
         return flags
-    return " ".join((flags, HURRY, *(f for f in (ONE_THREAD, OLD_ROAD) if known(f)))).strip()
+    return " ".join(
+        (flags, HURRY, *(f for f in (PRESET, ONE_THREAD, OLD_ROAD) if known(f)))
+    ).strip()
