@@ -211,6 +211,7 @@ class Bench:
         """
         total = objective if isinstance(objective, Sum) else Sum(((1.0, objective),))
         total.check(self.times[:-1])
+        total.check_denoiser(self.denoiser)
         first = make_key(seed)
         start = self.init(first) if start is None else start
         params, bad = train(self, total, updates, start, first)

@@ -245,7 +245,8 @@ class Term(Protocol):
     """Protocol of an objective term; a weighted sum of terms is again a term.
 
     A term may also have `check(times)`, which raises InputError if its options do not fit a student
-    whose steps start at these times; and `at_first_step = True` if its loss of drawn steps (need
+    whose steps start at these times; `check_denoiser(denoiser)`, likewise for the teacher's
+    schedule and guidance; and `at_first_step = True` if its loss of drawn steps (need
     `student`) counts at the first step even where that belongs to another term. Otherwise the sum
     drops those samples and weighs the others accordingly (`Context.base_weight_B`).
     """

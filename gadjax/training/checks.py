@@ -108,10 +108,11 @@ def check_pipeline(config: ConfigDict, settings: Settings, pipeline: Pipeline) -
 
     Returns: the student's grid, with the clean end.
 
-    Raises: InputError for a network that does not fit the mesh, steps that add noise, or times that
-      the teacher's sampler does not have.
+    Raises: InputError for a network that does not fit the mesh, a term that does not fit its
+      schedule, steps that add noise, or times that the teacher's sampler does not have.
     """
     check_sequence(pipeline, settings.mesh)
+    settings.objective.check_denoiser(pipeline.denoiser)
     times, sampling = settings.times, sampling_from_config(config)
     if pipeline.sampler.stochastic:
         raise InputError(
