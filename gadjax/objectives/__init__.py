@@ -10,11 +10,14 @@ from gadjax.objectives.consistency import Consistency
 from gadjax.objectives.decoupled_dmd import DecoupledDMD
 from gadjax.objectives.denoising import Denoising
 from gadjax.objectives.dmd import DMD
+from gadjax.objectives.embedding import Embedding
+from gadjax.objectives.f_distill import FDistill
 from gadjax.objectives.gad import GAD
 from gadjax.objectives.regression import Regression
 from gadjax.objectives.sid import SiD
 from gadjax.objectives.sim import SIM
 from gadjax.objectives.tdm import TDM
+from gadjax.objectives.uni_instruct import UniInstruct
 from gadjax.objectives.vsd import VSD
 
 TERMS |= {
@@ -24,6 +27,8 @@ TERMS |= {
     "decoupled_dmd": DecoupledDMD,
     "denoising": Denoising,
     "dmd": DMD,
+    "embedding": Embedding,
+    "f_distill": FDistill,
     "gad": GAD,
     "gad_lift": GADLift,
     "gad_script": GADScript,
@@ -31,6 +36,7 @@ TERMS |= {
     "sid": SiD,
     "sim": SIM,
     "tdm": TDM,
+    "uni_instruct": UniInstruct,
     "vsd": VSD,
 }
 
@@ -47,6 +53,8 @@ __all__ = [
     "Context",
     "DecoupledDMD",
     "Denoising",
+    "Embedding",
+    "FDistill",
     "GADLift",
     "GADScript",
     "Needs",
@@ -55,6 +63,7 @@ __all__ = [
     "Sum",
     "TeacherMap",
     "Term",
+    "UniInstruct",
     "as_config",
     "build",
 ]

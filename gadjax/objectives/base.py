@@ -61,6 +61,7 @@ class Needs:
       detach_first_step: the first step belongs to another term: no gradient of a base objective may
         pass it.
       images: clean latents from the data.
+      joint: a sample's loss depends on the others of the batch, which has to be one microbatch.
     """
 
     student: bool = False
@@ -75,6 +76,7 @@ class Needs:
     discriminator: bool = False
     detach_first_step: bool = False
     images: bool = False
+    joint: bool = False
 
     @property
     def uses_teacher(self) -> bool:
@@ -233,6 +235,10 @@ class Context:
     def uniform(self, name: str):
         """Uniform [B] in [0, 1), a function of each sample's key and the name alone."""
         return jax.vmap(jax.random.uniform)(self._keys(name))
+
+    def batch_key(self, name: str):
+        """Key that all samples of the batch share: its first sample's, for the name."""
+        return self._keys(name)[0]
 
 
 def stream_keys(keys_B, name: str):

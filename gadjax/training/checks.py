@@ -72,6 +72,11 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     objective = build(config.objective, TERMS, times)
     mesh = make_mesh(config.mesh, devices)
     microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
+    if objective.needs.joint and microbatches > 1:
+        raise InputError(
+            f"microbatch: found {config.microbatch}; expected 0 or the batch's {config.batch}, "
+            "because this loss compares the samples of a batch"
+        )
     if objective.needs.images and not any(config.data[name] for name in WITH_PICTURES):
         names = ", ".join(f"data.{name}" for name in WITH_PICTURES)
         raise InputError(f"{names}: found nothing; expected a source of pictures for this loss")
