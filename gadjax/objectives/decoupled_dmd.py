@@ -22,19 +22,25 @@ class DecoupledDMD(Addable):
     matching, is at t uniform between `low` and `high` of the schedule's span; the second, the
     augmentation by classifier-free guidance, at s uniform below the drawn step's time, where the
     student has not fixed yet what guidance sharpens. T_c and T_u are the teacher with and without
-    the prompt, x_t and x_s have noises of their own, and N = mean|x0 - T_c| at each of the two
-    times (a choice of gadjax, after CDM's code, arXiv 2605.06376; the paper's is not public).
+    the prompt, x_t and x_s have noises of their own, and N = max(mean|x0 - T_c|, `floor`) at each
+    of the two times: the normaliser of CDM's code (arXiv 2605.06376), as this paper's is not
+    public. Without the floor guidance has its largest weight where s is small and T_c is nearly x0.
     Everything but the leading x0 is stop-gradiented. The critic is DMD's.
     Cost beside the student: 3 teacher evaluations and 1 of the critic.
     """
 
     low: float = 0.0
     high: float = 1.0
+    floor: float = 0.1
 
     needs = Needs(student=True, critic=True)
 
     def __post_init__(self):
         check_span_fractions("decoupled_dmd", self.low, self.high)
+        if not self.floor > 0:
+            raise InputError(
+                f"objective.decoupled_dmd.floor: found {self.floor}; expected more than 0"
+            )
 
     def check_denoiser(self, denoiser: Denoiser) -> None:
         if denoiser.guidance_embedded:
@@ -52,8 +58,8 @@ class DecoupledDMD(Addable):
         fake, real = context.critic(x_t, t_B).x0, context.teacher(x_t, t_B, 1).x0
         cond, uncond = context.teacher(x_s, s_B, 1).x0, context.teacher(x_s, s_B, 0).x0
         matching, guidance = fake - real, (context.guidance - 1) * (uncond - cond)
-        gradient = matching / expand(mean_abs(sg(x0) - real), x0)
-        gradient += guidance / expand(mean_abs(sg(x0) - cond), x0)
+        gradient = matching / expand(mean_abs(sg(x0) - real, self.floor), x0)
+        gradient += guidance / expand(mean_abs(sg(x0) - cond, self.floor), x0)
         metrics = {"gap": jnp.mean(jnp.abs(matching)), "guidance": jnp.mean(jnp.abs(guidance))}
         return pseudo_loss(x0, sg(gradient), 1.0), metrics
 

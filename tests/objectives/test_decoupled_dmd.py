@@ -19,10 +19,11 @@ from gadjax.errors import InputError
 from gadjax.objectives import DecoupledDMD
 
 sg = jax.lax.stop_gradient
+FLOOR = 0.4  # between the distances of the samples
 
 
 def size(x):
-    return jnp.abs(x).mean((1, 2, 3), keepdims=True)
+    return jnp.maximum(jnp.abs(x).mean((1, 2, 3), keepdims=True), FLOOR)
 
 
 def loss(hand):
@@ -42,7 +43,7 @@ def loss(hand):
 
 @all_worlds
 def test_losses_and_gradients_are_those_of_the_formula(world):
-    compare(world, DecoupledDMD(), loss, critic_loss)
+    compare(world, DecoupledDMD(floor=FLOOR), loss, critic_loss)
 
 
 @all_worlds
@@ -97,6 +98,10 @@ def test_the_networks_have_no_gradient():
 def test_refusals():
     with pytest.raises(InputError, match=r"objective.decoupled_dmd.low: found 1.0; expected a"):
         DecoupledDMD(low=1.0)
+    with pytest.raises(
+        InputError, match=r"objective.decoupled_dmd.floor: found 0.0; expected more"
+    ):
+        DecoupledDMD(floor=0.0)
     embedded = replace(FLOW_WORLD.denoiser, guidance_embedded=True)
     message = "objective.decoupled_dmd: found a teacher with embedded guidance; expected one"
     with pytest.raises(InputError, match=message):
