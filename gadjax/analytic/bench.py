@@ -282,7 +282,9 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
     if "discriminator" in roles:
         init_key = jax.random.fold_in(key, 2)
         params["discriminator"] = objective.init_discriminator(init_key, 2 * bench.dim)
-    step_spec = StepSpec(bench.denoiser, objective, bench.times, 1, optimizers, ema=0.98)
+    step_spec = StepSpec(
+        bench.denoiser, objective, bench.times, 1, optimizers, ema=0.98, steps=updates
+    )
 
     def batch(number):
         return bench.make_batch(

@@ -149,6 +149,7 @@ class Context:
       maps: teacher map -> its end, and tangents.
       endpoint: x0 at the end of the student's rollout.
       detach_first_step: the first step belongs to another term.
+      step, share: student updates done, as a number and as a share of the run; traced in a run.
       stream: prefix of the names of random numbers.
     """
 
@@ -171,6 +172,8 @@ class Context:
     maps: Mapping[TeacherMap, tuple[jax.Array, jax.Array | None]] = field(default_factory=dict)
     endpoint: jax.Array | None = None
     detach_first_step: bool = False
+    step: jax.Array | int = 0
+    share: jax.Array | float = 0.0
     stream: str = ""
 
     @cached_property

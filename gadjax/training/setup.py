@@ -90,6 +90,7 @@ def prepare(
         ema=config.ema,
         microbatches=settings.microbatches,
         batch_shards=batch_shards(settings.mesh),
+        steps=config.steps,
     )
     source, null = open_data(config, pipeline)
     frozen = {"null": null} | frozen_networks(config, settings, pipeline, params)

@@ -76,6 +76,7 @@ class StepSpec:
       ema: decay of the student's moving average per update.
       microbatches: gradient-accumulation steps per update.
       batch_shards: into how many parts the mesh splits a batch.
+      steps: student updates of the run.
     """
 
     denoiser: Denoiser
@@ -86,6 +87,7 @@ class StepSpec:
     ema: float
     microbatches: int = 1
     batch_shards: int = 1
+    steps: int = 1
 
     def can_pair(self, samples: int) -> bool:
         """True if all neighbours 2j, 2j + 1 of a microbatch of `samples` share a device."""
