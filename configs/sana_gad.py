@@ -2,10 +2,9 @@
 
 Reproduces: the kind of run that GAD's paper has on SANA (score identity). Its code is not public:
           SiD's settings are those of SiD-DiT on flow models (guidance 4.5 for teacher and critic,
-          alpha 1, rate 5e-6, 256 samples, 4 steps, no average), the weight of GAD is the public
-          PixArt code's.
-Differs:  SiD-DiT draws t as sigmoid(N(ln 2, 1.6^2)) and weighs with 1 - sigma (here t is uniform,
-          the weight 1 / mean|x0 - T|), and drops 10 % of the critic's captions (here none).
+          alpha 1, t = sigmoid(N(ln 2, 1.6^2)), the weight 1 - sigma, rate 5e-6, 256 samples, 4
+          steps, no average), the weight of GAD is the public PixArt code's.
+Differs:  SiD-DiT drops 10 % of the critic's captions (here none).
 Command:  gadjax train --config configs/sana_gad.py --workdir DIR
               --config.teacher=PATH/Sana_600M_512px_diffusers --config.data.prompts=PROMPTS.txt
           (the language model is the larger half: gadjax embed first, then data.embeddings)
@@ -18,7 +17,8 @@ The student's times are the 4-step grid of the teacher's own DPM-Solver, which a
 
 from gadjax.training.config import variant_config
 
-SID = {"sid": {"guidance": "lsg"}}
+LAW = {"times": "logit_normal", "low": 0.0, "high": 1.0}  # SiD-DiT's mean and deviation
+SID = {"sid": {"guidance": "lsg", "weighting": "1 - sigma"} | LAW}
 GAD = {"gad": {"weight": 1.0, "steps": 4, "loss": "square"}}
 VARIANTS = {
     "gad": SID | GAD,

@@ -2,11 +2,11 @@
 
 Reproduces: DP-DMD (arXiv 2602.03139) with its code's settings: the 4 times of its scheduler,
           guidance 3.5, 5 critic updates for one of the student's (of 6,000 iterations 1,000 are
-          the student's), rate 1e-5 for both, 32 samples, no average, DMD over all times, an anchor
-          of weight 0.05 at the teacher's 10th of 30 steps (sigma 0.851).
-Differs:  that code draws one t a batch, uniform in the shifted grid (median sigma .75; here one a
-          sample, uniform, median .50), and divides DMD's gradient by mean|x_t - T| (here by
-          mean|x0 - T|, which makes its weight larger relative to the anchor's).
+          the student's), rate 1e-5 for both, 32 samples, no average, DMD and critic at times that
+          are uniform in the shifted grid (median sigma .75), DMD's gradient over mean|x_t - T|, an
+          anchor of weight 0.05 at the teacher's 10th of 30 steps (sigma 0.851).
+Differs:  that code draws one t a batch, here one a sample; its processes all draw the same initial
+          noises, here every sample has its own.
 Command:  gadjax train --config configs/sd35_dpdmd.py --workdir DIR
               --config.teacher=PATH/stable-diffusion-3.5-medium --config.data.prompts=PROMPTS.txt
 Variants: dpdmd (default); dpdmd_k5 (the anchor at the 5th step, sigma 0.935); gad (dpdmd + GAD);
@@ -17,7 +17,8 @@ Result:   not yet run.
 
 from gadjax.training.config import variant_config
 
-DMD = {"dmd": {"backprop": "all", "low": 0.0, "high": 1.0}}
+LAW = {"times": "shifted", "shift": 3.0, "low": 0.0, "high": 1.0}
+DMD = {"dmd": {"backprop": "all", "normalizer": "x_t"} | LAW}
 ANCHOR = {"weight": 0.05, "target": "v", "steps": 10, "until": 851.3}
 VARIANTS = {
     "dpdmd": DMD | {"anchor": ANCHOR},

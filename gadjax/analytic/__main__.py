@@ -11,7 +11,21 @@ import numpy as np
 from gadjax.analytic.bench import Bench
 from gadjax.analytic.result import Result, table
 from gadjax.analytic.teachers import Gaussian, Mixture, posterior_map
-from gadjax.objectives import DMD, GAD, TDM, GADLift, Regression, Term
+from gadjax.objectives import (
+    DMD,
+    GAD,
+    SIM,
+    TDM,
+    VSD,
+    DecoupledDMD,
+    Embedding,
+    FDistill,
+    GADLift,
+    Regression,
+    SiD,
+    Term,
+    UniInstruct,
+)
 from gadjax.seeds import make_key
 
 UPDATES, SEEDS = 1000, 3
@@ -29,6 +43,17 @@ ROWS: dict[str, Term] = {
 }
 FULL_MAP: dict[str, Term] = {
     "DMD + 0.3 GAD(whole)": DMD() + 0.3 * GAD("whole", steps=2 * FINE, loss="square")
+}
+# Without guidance: DMD(guidance_range=...) is DMD here, and DecoupledDMD its matching alone.
+METHODS: dict[str, Term] = {
+    "DMD": DMD(),
+    "SiD": SiD(),
+    "VSD": VSD(),
+    "SIM": SIM(),
+    "DecoupledDMD": DecoupledDMD(),
+    "UniInstruct": UniInstruct(),
+    "FDistill": FDistill(),
+    "DMD + 0.3 Embedding": DMD() + 0.3 * Embedding(),
 }
 FEW = ("Regression", "DMD", "DMD + 0.3 GAD")
 
@@ -80,6 +105,9 @@ def report(updates: int = UPDATES, seeds: int = SEEDS) -> Iterator[str]:
             yield f"## A ring of 8 modes in 2 dimensions: {family}, {steps} step{'s'[: steps > 1]}"
             rows = ROWS | FULL_MAP if steps > 1 else ROWS
             yield compare(Bench(Mixture.ring(), family, steps), rows, updates, seeds)
+    for steps in (1, 4):
+        yield f"## Other methods: the ring, flow, {steps} step{'s'[: steps > 1]}"
+        yield compare(Bench(Mixture.ring(), "flow", steps), METHODS, updates, seeds)
     for dim in (16, 64):
         yield f"## 8 random modes in {dim} dimensions: flow, 1 step"
         bench = Bench(Mixture.random(8, dim), width=128)

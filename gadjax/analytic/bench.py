@@ -217,6 +217,7 @@ class Bench:
         """
         total = objective if isinstance(objective, Sum) else Sum(((1.0, objective),))
         total.check(self.times[:-1], self.rollout)
+        total.check_denoiser(self.denoiser)
         first = make_key(seed)
         start = self.init(first) if start is None else start
         params, bad = train(self, total, updates, start, first)
@@ -288,7 +289,14 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
         init_key = jax.random.fold_in(key, 2)
         params["discriminator"] = objective.init_discriminator(init_key, 2 * bench.dim)
     step_spec = StepSpec(
-        bench.denoiser, objective, bench.times, 1, optimizers, ema=0.98, rollout=bench.rollout
+        bench.denoiser,
+        objective,
+        bench.times,
+        1,
+        optimizers,
+        ema=0.98,
+        steps=updates,
+        rollout=bench.rollout,
     )
 
     def batch(number):

@@ -7,37 +7,54 @@ from gadjax.objectives.comparisons.gad_lift import GADLift
 from gadjax.objectives.comparisons.gad_script import GADScript
 from gadjax.objectives.compose import TERMS, Sum, as_config, build
 from gadjax.objectives.consistency import Consistency
+from gadjax.objectives.decoupled_dmd import DecoupledDMD
 from gadjax.objectives.denoising import Denoising
 from gadjax.objectives.dmd import DMD
+from gadjax.objectives.embedding import Embedding
+from gadjax.objectives.f_distill import FDistill
 from gadjax.objectives.gad import GAD
 from gadjax.objectives.regression import Regression
 from gadjax.objectives.sid import SiD
+from gadjax.objectives.sim import SIM
 from gadjax.objectives.tdm import TDM
+from gadjax.objectives.uni_instruct import UniInstruct
+from gadjax.objectives.vsd import VSD
 
 TERMS |= {
     "adversarial": Adversarial,
     "anchor": Anchor,
     "consistency": Consistency,
+    "decoupled_dmd": DecoupledDMD,
     "denoising": Denoising,
     "dmd": DMD,
+    "embedding": Embedding,
+    "f_distill": FDistill,
     "gad": GAD,
     "gad_lift": GADLift,
     "gad_script": GADScript,
     "regression": Regression,
     "sid": SiD,
+    "sim": SIM,
     "tdm": TDM,
+    "uni_instruct": UniInstruct,
+    "vsd": VSD,
 }
 
 __all__ = [
     "GAD",
     "DMD",
+    "SIM",
     "TDM",
     "TERMS",
+    "VSD",
     "Adversarial",
     "Anchor",
     "Consistency",
     "Context",
+    "DecoupledDMD",
     "Denoising",
+    "Embedding",
+    "FDistill",
     "GADLift",
     "GADScript",
     "Needs",
@@ -46,6 +63,7 @@ __all__ = [
     "Sum",
     "TeacherMap",
     "Term",
+    "UniInstruct",
     "as_config",
     "build",
 ]

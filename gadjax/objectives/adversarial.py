@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
-from gadjax.objectives.common import check_span_fractions, sg, uniform_timesteps
+from gadjax.objectives.common import sg
 from gadjax.objectives.compose import Addable
+from gadjax.objectives.time_laws import check_span_fractions, uniform_timesteps
 from gadjax.types import Params
 
 # Name -> loss of the student, and of the discriminator, from its logits.

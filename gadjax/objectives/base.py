@@ -63,6 +63,7 @@ class Needs:
       detach_first_step: the first step belongs to another term: no gradient of a base objective may
         pass it.
       images: clean latents from the data.
+      joint: a sample's loss depends on the others of the batch, which has to be one microbatch.
     """
 
     student: bool = False
@@ -78,6 +79,7 @@ class Needs:
     discriminator: bool = False
     detach_first_step: bool = False
     images: bool = False
+    joint: bool = False
 
     @property
     def uses_teacher(self) -> bool:
@@ -150,6 +152,7 @@ class Context:
       maps: teacher map -> its end, and tangents.
       endpoint: x0 at the end of the student's rollout.
       detach_first_step: the first step belongs to another term.
+      step, share: student updates done, as a number and as a share of the run; traced in a run.
       stream: prefix of the names of random numbers.
     """
 
@@ -172,6 +175,8 @@ class Context:
     maps: Mapping[TeacherMap, tuple[jax.Array, jax.Array | None]] = field(default_factory=dict)
     endpoint: jax.Array | None = None
     detach_first_step: bool = False
+    step: jax.Array | int = 0
+    share: jax.Array | float = 0.0
     stream: str = ""
 
     @cached_property
@@ -237,6 +242,10 @@ class Context:
         """Uniform [B] in [0, 1), a function of each sample's key and the name alone."""
         return jax.vmap(jax.random.uniform)(self._keys(name))
 
+    def batch_key(self, name: str):
+        """Key that all samples of the batch share: its first sample's, for the name."""
+        return self._keys(name)[0]
+
 
 def stream_keys(keys_B, name: str):
     """Independent keys [B], one per sample, for a named random stream."""
@@ -248,7 +257,8 @@ class Term(Protocol):
     """Protocol of an objective term; a weighted sum of terms is again a term.
 
     A term may also have `check(times)`, which raises InputError if its options do not fit a student
-    whose steps start at these times; and `at_first_step = True` if its loss of drawn steps (need
+    whose steps start at these times; `check_denoiser(denoiser)`, likewise for the teacher's
+    schedule and guidance; and `at_first_step = True` if its loss of drawn steps (need
     `student`) counts at the first step even where that belongs to another term. Otherwise the sum
     drops those samples and weighs the others accordingly (`Context.base_weight_B`).
     """

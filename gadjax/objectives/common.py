@@ -1,11 +1,14 @@
-"""Shared parts of objectives: pseudo-losses, random timesteps, the student's step as a map."""
+"""Shared parts of objectives: pseudo-losses, the critic's loss, the student's step as a map."""
+
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from gadjax.errors import InputError
+from gadjax.errors import InputError, short_repr
 from gadjax.objectives.base import Context, sample_mean
-from gadjax.types import expand
+from gadjax.types import Prediction, expand
 
 sg = jax.lax.stop_gradient
 
@@ -32,26 +35,40 @@ def mean_abs(x, floor: float = 1e-4):
     return jnp.maximum(sg(sample_mean(jnp.abs(x))), floor)
 
 
-def uniform_timesteps(context: Context, low: float, high: float):
-    """Timesteps [B], uniform between the fractions `low` and `high` of the schedule's span.
+def critic_denoising_loss(context: Context, x0, t_B, scale=1):
+    """Denoising loss of the critic per sample [B] on the student's x0, which has no gradient.
 
-    They lie on the schedule's grid: its clean time plus multiples of its spacing.
+    Args:
+      context: of the critic's update.
+      x0: the student's samples [B, H, W, C].
+      t_B: timesteps.
+      scale: guidance with which the critic is trained.
     """
-    schedule = context.schedule
-    count = (schedule.last - schedule.clean) / schedule.spacing
-    place_B = jnp.floor((low + (high - low) * context.uniform("t")) * count) + 1
-    return place_B * schedule.spacing + schedule.clean
+    batch, target = context.batch, Prediction(sg(x0), context.normal("eps"))
+    return context.denoiser.denoising_loss(
+        context.critic_params, target, t_B, batch.cond, batch.null, scale
+    )
 
 
-def check_span_fractions(name: str, low: float, high: float) -> None:
-    """Check a term's options `low` and `high`: fractions of the schedule's span, in order.
+def drawn_guidance(context: Context, bounds: Sequence[float]):
+    """Guidance scales [B], uniform between two bounds; None, the run's scale, without bounds."""
+    if not bounds:
+        return None
+    low, high = bounds
+    return low + (high - low) * context.uniform("guidance")
+
+
+def check_guidance_range(name: str, bounds: Sequence[float]) -> None:
+    """Check a term's option `guidance_range`: (), or two guidance scales in order.
 
     Raises: InputError otherwise.
     """
-    if not 0 <= low < 1:
-        raise InputError(f"objective.{name}.low: found {low}; expected a share from 0 to below 1")
-    if not low <= high <= 1:
-        raise InputError(f"objective.{name}.high: found {high}; expected a share from {low} to 1")
+    numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in bounds)
+    if bounds and not (numbers and len(bounds) == 2 and bounds[0] <= bounds[1]):
+        raise InputError(
+            f"objective.{name}.guidance_range: found {short_repr(bounds)}; expected two numbers "
+            "in order, or ()"
+        )
 
 
 def student_map(context: Context, end: str):

@@ -11,6 +11,7 @@ from operator import or_
 import jax
 import jax.numpy as jnp
 
+from gadjax.diffusion.denoiser import Denoiser
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, Term
 from gadjax.types import Metrics, Params
@@ -125,6 +126,12 @@ class Sum:
                 )
             if hasattr(term, "check"):
                 term.check(times)
+
+    def check_denoiser(self, denoiser: Denoiser) -> None:
+        """Check that the terms fit the teacher's schedule and guidance. Raises: InputError."""
+        for _, term in self.parts:
+            if hasattr(term, "check_denoiser"):
+                term.check_denoiser(denoiser)
 
     def trainer_needs(self, roles: Iterable[str]) -> Needs:
         """Needs of the terms that train these networks, with the `detach_first_step` of the sum."""

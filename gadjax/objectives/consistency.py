@@ -31,7 +31,8 @@ class Consistency(Addable):
     |g| is the root of its mean square, so that 0.1 means the same for every size of latent.
     a is uniform and the weight 1: with those, whatever the schedule calls its times, dF = g shrinks
     E|F - F*|^2 over the teacher's trajectories, F* being the exact one. sCM's learnt variance is
-    not used, nor its warm-up of g's second part, since a term does not know its step.
+    not used. warmup: student updates over which g's second part grows from 0 to its size, r =
+    min(1, step / warmup) times it (sCM, algorithm 1: 10,000; SANA-Sprint: 4,000); 0 for r = 1.
 
     x_t is a point of the teacher's own rollout from z in `steps` DDIM/Euler steps, without pictures
     (TBCM, arXiv 2511.20410); with images=True the data's x0 with the batch's noise. The student
@@ -42,8 +43,13 @@ class Consistency(Addable):
 
     images: bool = False
     steps: int = 8
+    warmup: int = 0
 
     def __post_init__(self):
+        if self.warmup < 0:
+            raise InputError(
+                f"objective.consistency.warmup: found {self.warmup}; expected 0 or more"
+            )
         if self.steps < 1:
             raise InputError(f"objective.consistency.steps: found {self.steps}; expected 1 or more")
 
@@ -58,8 +64,9 @@ class Consistency(Addable):
         def student(x, t):
             return context.denoiser(context.student_params, x, t, context.batch.cond)
 
+        ramp = jnp.minimum(1, context.step / self.warmup) if self.warmup else None
         student_velocity, g = velocity_and_update(
-            student, context.teacher(x, t_B), context.schedule, x, t_B
+            student, context.teacher(x, t_B), context.schedule, x, t_B, ramp
         )
         size_B = jnp.sqrt(sample_mean(g**2))
         loss_B = sample_mean(
@@ -93,7 +100,9 @@ def velocity(pred: Prediction, alpha, sigma):
     return expand(alpha / length, pred.eps) * pred.eps - expand(sigma / length, pred.x0) * pred.x0
 
 
-def velocity_and_update(student: Callable, real: Prediction, schedule: NoiseSchedule, x, t_B):
+def velocity_and_update(
+    student: Callable, real: Prediction, schedule: NoiseSchedule, x, t_B, ramp=None
+):
     """The student's F and the update direction g at x, both [B, H, W, C].
 
     Args:
@@ -102,6 +111,7 @@ def velocity_and_update(student: Callable, real: Prediction, schedule: NoiseSche
       schedule: noise schedule.
       x: latents x_t [B, H, W, C].
       t_B: their times.
+      ramp: factor of g's second part; None for 1.
     """
     one = jnp.ones_like(t_B)
     (alpha, sigma), (d_alpha, d_sigma) = jax.jvp(schedule.alpha_sigma, (t_B,), (one,))
@@ -115,4 +125,5 @@ def velocity_and_update(student: Callable, real: Prediction, schedule: NoiseSche
     square = alpha**2 + sigma**2
     cos_cos, cos_sin = expand(alpha**2 / square, x), expand(alpha * sigma / square, x)
     g = -cos_cos * (value - velocity(real, alpha, sigma))
-    return value, g - (cos_sin * x / expand(jnp.sqrt(square), x) + ds)
+    second = cos_sin * x / expand(jnp.sqrt(square), x) + ds
+    return value, g - (second if ramp is None else ramp * second)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
-from gadjax.objectives.common import uniform_timesteps
 from gadjax.objectives.compose import Addable
+from gadjax.objectives.time_laws import uniform_timesteps
 from gadjax.types import Prediction
 
 

@@ -4,12 +4,20 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import check_choice
 from gadjax.objectives.base import Context, Needs, sample_mean
-from gadjax.objectives.common import check_span_fractions, mean_abs, sg, uniform_timesteps
+from gadjax.objectives.common import critic_denoising_loss, mean_abs, sg
 from gadjax.objectives.compose import Addable
-from gadjax.types import Prediction
+from gadjax.objectives.time_laws import (
+    LOGIT_MEAN,
+    LOGIT_STD,
+    check_law,
+    check_law_of_schedule,
+    check_span_fractions,
+    draw_timesteps,
+)
 
 # Name -> guidance of the teacher (None: the run's) and of the critic ("same": the teacher's).
 GUIDANCE = {"teacher": (None, 1), "lsg": (None, "same"), "zero": (1, 0), "anti": (1, -1)}
@@ -28,6 +36,10 @@ class SiD(Addable):
       with it (long and short guidance, arXiv 2406.01561); "zero", none for T and an unconditional
       F; "anti", none for T and -1 for F (both arXiv 2505.12674). F is trained with the
       guidance at which it is evaluated.
+    weighting: "x0", the division by mean|x0 - T| above; "1 - sigma", that factor in its place, as
+      in SiD-DiT's code for flow models.
+    times, shift, logit_mean, logit_std: time law (`gadjax.objectives.time_laws`), of the critic
+      too, which has the full span. SiD-DiT's code is "logit_normal".
     Cost beside the student: 1 or 2 evaluations each of T and F, and their reverse passes.
     """
 
@@ -35,12 +47,22 @@ class SiD(Addable):
     guidance: str = "teacher"
     low: float = 0.02
     high: float = 0.98
+    weighting: str = "x0"
+    times: str = "uniform"
+    shift: float = 3.0
+    logit_mean: float = LOGIT_MEAN
+    logit_std: float = LOGIT_STD
 
     needs = Needs(student=True, critic=True)
 
     def __post_init__(self):
         check_choice("objective.sid.guidance", self.guidance, GUIDANCE)
+        check_choice("objective.sid.weighting", self.weighting, ("x0", "1 - sigma"))
         check_span_fractions("sid", self.low, self.high)
+        check_law("sid", self)
+
+    def check_denoiser(self, denoiser: Denoiser) -> None:
+        check_law_of_schedule(self, denoiser.schedule)
 
     def guidance_scales(self, context: Context):
         """Guidance scales of teacher and critic."""
@@ -50,7 +72,7 @@ class SiD(Addable):
 
     def __call__(self, context: Context):
         x0 = context.student[0].x0
-        t_B = uniform_timesteps(context, self.low, self.high)
+        t_B = draw_timesteps(context, self, self.low, self.high)
         x_t = add_noise(context.schedule, x0, context.normal("eps"), t_B)
         teacher_scale, critic_scale = self.guidance_scales(context)
         real, fake = (
@@ -58,18 +80,14 @@ class SiD(Addable):
             context.critic(x_t, t_B, critic_scale).x0,
         )
         gap = real - fake
-        loss_B = sample_mean(gap * ((real - x0) - self.alpha * gap)) / mean_abs(sg(x0 - real))
+        loss_B = sample_mean(gap * ((real - x0) - self.alpha * gap))
+        if self.weighting == "x0":
+            loss_B = loss_B / mean_abs(sg(x0 - real))
+        else:
+            loss_B = loss_B * (1 - context.schedule.alpha_sigma(t_B)[1])
         return loss_B, {"gap": jnp.mean(jnp.abs(gap))}
 
     def critic_loss(self, context: Context):
         """Denoising loss per sample [B] on the student's x0, with F's guidance."""
-        batch, x0 = context.batch, sg(context.student[0].x0)
-        t_B, eps = uniform_timesteps(context, 0.0, 1.0), context.normal("eps")
-        return context.denoiser.denoising_loss(
-            context.critic_params,
-            Prediction(x0, eps),
-            t_B,
-            batch.cond,
-            batch.null,
-            self.guidance_scales(context)[1],
-        )
+        t_B, scale = draw_timesteps(context, self, 0.0, 1.0), self.guidance_scales(context)[1]
+        return critic_denoising_loss(context, context.student[0].x0, t_B, scale)

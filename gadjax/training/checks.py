@@ -79,6 +79,11 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     objective = build(config.objective, TERMS, times, config.student.rollout)
     mesh = make_mesh(config.mesh, devices)
     microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
+    if objective.needs.joint and microbatches > 1:
+        raise InputError(
+            f"microbatch: found {config.microbatch}; expected 0 or the batch's {config.batch}, "
+            "because this loss compares the samples of a batch"
+        )
     if objective.needs.images and not any(config.data[name] for name in WITH_PICTURES):
         names = ", ".join(f"data.{name}" for name in WITH_PICTURES)
         raise InputError(f"{names}: found nothing; expected a source of pictures for this loss")
@@ -115,10 +120,11 @@ def check_pipeline(config: ConfigDict, settings: Settings, pipeline: Pipeline) -
 
     Returns: the student's grid, with the clean end.
 
-    Raises: InputError for a network that does not fit the mesh, steps that add noise, or times that
-      the teacher's sampler does not have.
+    Raises: InputError for a network that does not fit the mesh, a term that does not fit its
+      schedule, steps that add noise, or times that the teacher's sampler does not have.
     """
     check_sequence(pipeline, settings.mesh)
+    settings.objective.check_denoiser(pipeline.denoiser)
     times, sampling = settings.times, sampling_from_config(config)
     if pipeline.sampler.stochastic:
         raise InputError(

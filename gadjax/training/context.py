@@ -78,7 +78,9 @@ class Workspace:
         return tangents(f, x, self.context.direction_JBHWC) if with_tangents else (f(x), None)
 
 
-def make_context(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batch) -> Context:
+def make_context(
+    step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batch, step: jax.Array | int = 0
+) -> Context:
     """Context for the terms of an objective; each need is computed once, the teacher's first.
 
     Args:
@@ -86,9 +88,11 @@ def make_context(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batch) 
       needs: union of the terms' needs.
       roles: parameters of the networks; gradients flow through the student's.
       batch: one microbatch.
+      step: student updates done.
     """
     needs = complete_needs(needs)
     work = start_workspace(step_spec, needs, roles, batch)
+    work.provide(step=step, share=step / step_spec.steps)
     for is_needed, provider in PROVIDERS:
         if is_needed(needs):
             provider(work)

@@ -144,6 +144,7 @@ def prepare(
         microbatches=settings.microbatches,
         batch_shards=batch_shards(settings.mesh),
         rollout=config.student.rollout,
+        steps=config.steps,
     )
     source, null = open_data(config, pipeline)
     frozen = {"null": null} | frozen_networks(config, settings, pipeline, params)

@@ -79,6 +79,7 @@ class StepSpec:
       microbatches: gradient-accumulation steps per update.
       batch_shards: into how many parts the mesh splits a batch.
       rollout: of the student's steps: "ode", or "fresh_noise" added to each predicted x0.
+      steps: student updates of the run.
     """
 
     denoiser: Denoiser
@@ -90,6 +91,7 @@ class StepSpec:
     microbatches: int = 1
     batch_shards: int = 1
     rollout: str = "ode"
+    steps: int = 1
 
     def can_pair(self, samples: int) -> bool:
         """True if all neighbours 2j, 2j + 1 of a microbatch of `samples` share a device."""

@@ -30,7 +30,7 @@ def student_step(step_spec: StepSpec, state: TrainState, teacher: Params | None,
         critic, discriminator = (state.params.get(role) for role in CRITICS)
         needs = step_spec.objective.needs
         roles = Roles(student, teacher, critic, discriminator)
-        context = make_context(step_spec, needs, roles, batch)
+        context = make_context(step_spec, needs, roles, batch, state.step)
         loss_B, metrics = step_spec.objective(context)
         return jnp.mean(loss_B), metrics | {"student/loss_B": loss_B}
 
@@ -71,7 +71,7 @@ def critic_step(step_spec: StepSpec, state: TrainState, teacher: Params | None, 
     def loss(params, batch):
         critic, discriminator = (params.get(role) for role in CRITICS)
         networks = Roles(student, teacher, critic, discriminator)
-        context = make_context(step_spec, needs, networks, batch)
+        context = make_context(step_spec, needs, networks, batch, state.step)
         losses_B = {role: getattr(step_spec.objective, f"{role}_loss")(context) for role in roles}
         losses = {role: jnp.mean(loss_B) for role, loss_B in losses_B.items()}
         return sum(losses.values()), losses | {f"{role}/loss_B": losses_B[role] for role in roles}

@@ -21,12 +21,13 @@ def test_the_report_has_a_row_for_every_objective_in_every_setting(monkeypatch):
     head, *parts = main.report(updates=7, seeds=2)
     assert head == "Mean of 2 runs (and their range), 7 updates each."
     titles, tables = parts[::2], parts[1::2]
-    assert len(titles) == 7 and all(title.startswith("## ") for title in titles)
+    assert len(titles) == 9 and all(title.startswith("## ") for title in titles)
     assert titles[0].endswith("flow, 1 step") and titles[3].endswith("ddpm, 4 steps")
     rows = [[line.split(" | ")[0][2:] for line in table.splitlines()[2:]] for table in tables]
     assert all(row[:2] == ["teacher", "start"] for row in rows)
     assert rows[0][2:] == list(main.ROWS) and rows[2][2:] == [*main.ROWS, *main.FULL_MAP]
-    assert rows[4][2:] == rows[5][2:] == list(main.FEW)
+    assert rows[4][2:] == rows[5][2:] == list(main.METHODS)
+    assert rows[6][2:] == rows[7][2:] == list(main.FEW)
     # Every row but the first two is the mean over the seeds of one objective.
     assert len(fits) == 2 * sum(len(row) - 2 for row in rows)
     assert Counter(seed for _, _, _, seed, _ in fits) == {0: len(fits) // 2, 1: len(fits) // 2}

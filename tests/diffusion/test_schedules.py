@@ -9,8 +9,8 @@ import torch
 
 from gadjax.diffusion.schedules import DDPM, Flow, TrigFlow, add_noise, renoise, shift_time
 from gadjax.errors import InputError
-from gadjax.objectives.common import uniform_timesteps
 from gadjax.objectives.consistency import uniform_angle
+from gadjax.objectives.time_laws import uniform_timesteps
 from gadjax.types import expand
 
 torch.set_num_threads(1)

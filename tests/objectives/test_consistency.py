@@ -377,9 +377,37 @@ def test_it_composes_in_a_world_of_four_steps():
 def test_refusals():
     with pytest.raises(InputError, match="objective.consistency.steps: found 0; expected 1"):
         build({"consistency": {"steps": 0}}, TERMS, DDPM_WORLD.times[:1])
-    with pytest.raises(InputError, match="objective.consistency: found 'warmup'; expected weight"):
-        build({"consistency": {"warmup": 1}}, TERMS, DDPM_WORLD.times[:1])
+    with pytest.raises(InputError, match="objective.consistency.warmup: found -1; expected 0 or"):
+        build({"consistency": {"warmup": -1}}, TERMS, DDPM_WORLD.times[:1])
+    with pytest.raises(InputError, match="objective.consistency: found 'ramp'; expected weight"):
+        build({"consistency": {"ramp": 1}}, TERMS, DDPM_WORLD.times[:1])
     assert build({"consistency": {"images": True}}, TERMS, DDPM_WORLD.times[:1]).needs.images
+
+
+def test_the_second_part_of_g_grows_over_the_warm_up():
+    """r = min(1, step / warmup): at step 0 the loss draws F to the teacher's velocity alone."""
+    world, batch = WORLDS["flow"], make_batch(8)
+    nets = smooth_params(0.3), None, mixture_params()
+    plain, term = Consistency(), Consistency(warmup=8)
+
+    @jax.jit
+    def run(step):
+        context = replace(world.context(plain, batch, *nets), step=step)
+        t_B = uniform_angle(context)
+        x = plain.latents(context, t_B)
+        student_pred, real = predictors(world, batch, nets[0], nets[2])
+        given = student_pred, real(x, t_B), world.schedule, x, t_B
+        parts = [velocity_and_update(*given, ramp)[1] for ramp in (0.0, None)]
+        r = jnp.clip(step / 8, 0, 1)
+        g = (1 - r) * parts[0] + r * parts[1]
+        size = jnp.sqrt(sample_mean(g**2))
+        expected = sample_mean((g / (size + 0.1)[:, None, None, None]) ** 2)
+        return term(context)[0], expected, plain(context)[0]
+
+    for step in (0, 2, 8, 100):
+        actual, expected, full = run(jnp.int32(step))
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+        assert np.allclose(actual, full, rtol=1e-5) == (step >= 8)
 
 
 def test_its_tangent_uses_an_attention_with_a_jvp_rule():

@@ -16,6 +16,7 @@ from closed_form import (
     make_batch,
     one_step,
 )
+from formula_terms import compare, recorded
 
 from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
@@ -233,6 +234,39 @@ def test_the_critic_learns_to_denoise_the_students_samples():
         slopes = np.asarray(mean_slopes(right)[name], float)
         error = slopes.std(0) / len(slopes) ** 0.5
         assert np.all(np.abs(slopes.mean(0)) < 4 * error + 1e-6)
+
+
+@all_worlds
+@pytest.mark.parametrize("options", [{"normalizer": "x_t"}, {"guidance_range": (2.0, 5.0)}])
+def test_options_change_the_formula(world, options):
+    """DP-DMD's normaliser is mean|x_t - T|; PG-SB's guidance is drawn for each sample."""
+
+    def loss(hand):
+        x0, t, scale = hand.x0(), hand.uniform_times(), GUIDANCE
+        x_t = jax.lax.stop_gradient(hand.noised(x0, t))
+        if "guidance_range" in options:
+            scale = 2 + 3 * hand.context.uniform("guidance")
+        fake = hand.guided(hand.critic, x_t, t, 1).x0
+        real = hand.guided(hand.teacher, x_t, t, scale).x0
+        distance = x_t - real if "normalizer" in options else x0 - real
+        step = (real - fake) / jnp.abs(distance).mean((1, 2, 3), keepdims=True)
+        target = jax.lax.stop_gradient(x0 + step)
+        return 0.5 * ((x0 - target) ** 2).mean((1, 2, 3))
+
+    compare(world, DMD(**options), loss)
+
+
+def test_guidance_is_uniform_in_its_range_for_the_teacher_alone():
+    calls, _ = recorded(FLOW_WORLD, DMD(guidance_range=(2.0, 5.0)))
+    (_, _, critic_scale), (_, _, scale_B) = calls
+    assert critic_scale is None and scale_B.shape == (2048,)
+    assert 2 <= scale_B.min() < 2.02 and 4.98 < scale_B.max() < 5
+    assert np.median(scale_B) == pytest.approx(3.5, abs=0.1)
+    with pytest.raises(InputError, match=r"objective.dmd.guidance_range: found \(5.0, 2.0\); "):
+        DMD(guidance_range=(5.0, 2.0))
+    for bad in ((2.0,), (1.0, float("nan")), ("a", "b")):
+        with pytest.raises(InputError, match="expected two numbers in order, or"):
+            DMD(guidance_range=bad)
 
 
 def test_unknown_backprop():

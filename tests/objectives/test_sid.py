@@ -13,6 +13,7 @@ from closed_form import (
     mixture_params,
     one_step,
 )
+from formula_terms import compare
 
 from gadjax.diffusion.schedules import add_noise
 from gadjax.objectives import DMD, GAD, Anchor, SiD
@@ -76,6 +77,19 @@ def test_the_loss_and_its_gradient_through_the_networks_inputs(world, guidance, 
     for x, y in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
         # The times are float32 inside the step.
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * float(jnp.abs(y).max() + 1e-9))
+
+
+@all_worlds
+def test_the_weighting_of_sid_dit_is_one_minus_sigma(world):
+    def loss(hand):
+        x0, t = hand.x0(), hand.uniform_times()
+        x_t = hand.noised(x0, t)
+        real = hand.guided(hand.teacher, x_t, t, GUIDANCE).x0
+        fake = hand.guided(hand.critic, x_t, t, 1).x0
+        _, sigma = hand.alpha_sigma(t)
+        return ((1 - sigma) * (real - fake) * (fake - x0)).mean((1, 2, 3))
+
+    compare(world, SiD(weighting="1 - sigma"), loss)
 
 
 def test_with_alpha_one_the_loss_is_the_gap_times_the_critics_error():
@@ -154,7 +168,7 @@ def test_the_anchor_takes_the_first_step():
 
         def loss(student, base=base):
             context = world.context(base + Anchor(), batch, student, critic, teacher)
-            return base(context)[0].mean()
+            return (1.0 * base)(context)[0].mean()
 
         grad = jax.jit(jax.grad(loss))(world.student_params())
         assert all(not np.any(g) for g in jax.tree.leaves(grad["step0"]))

@@ -47,6 +47,29 @@ def test_a_student_step_changes_the_student_and_its_ema():
     assert int(again.step) == 2
 
 
+@dataclass(frozen=True)
+class Clock(Addable):
+    """A term whose losses are the update's number and its share of the run."""
+
+    needs = Needs(critic=True)
+
+    def __call__(self, context):
+        return jnp.full(B, 1.0) * context.share, {"step": context.step}
+
+    def critic_loss(self, context):
+        return jnp.full(B, 1.0) * context.share + context.step
+
+
+def test_terms_have_the_clock_of_the_run_in_both_updates():
+    step_spec = WORLD.step_spec(1.0 * Clock(), optimizers=OPTIMIZERS, microbatches=2, steps=12)
+    old, batch = start()._replace(step=jnp.int32(3)), make_batch(B)
+    new, metrics = jax.jit(partial(student_step, step_spec))(old, TEACHER, batch)
+    assert float(metrics["student/loss"]) == 0.25 and float(metrics["clock/step"]) == 3
+    assert int(new.step) == 4
+    _, metrics = jax.jit(partial(critic_step, step_spec))(old, TEACHER, batch)
+    assert float(metrics["critic/loss"]) == 3.25
+
+
 def test_a_critic_step_changes_the_critic_and_counts_no_step():
     old, batch = start(), make_batch(B)
     new, metrics = train_critic(old, None, batch)

@@ -7,14 +7,9 @@ import jax.numpy as jnp
 from gadjax.diffusion.geometry import Directions, tangent
 from gadjax.diffusion.schedules import add_noise
 from gadjax.objectives.base import Context, Needs
-from gadjax.objectives.common import (
-    check_span_fractions,
-    mean_abs,
-    pseudo_loss,
-    sg,
-    uniform_timesteps,
-)
+from gadjax.objectives.common import mean_abs, pseudo_loss, sg
 from gadjax.objectives.compose import Addable
+from gadjax.objectives.time_laws import check_span_fractions, uniform_timesteps
 from gadjax.types import expand
 
 

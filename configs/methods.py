@@ -1,0 +1,49 @@
+"""One method a variant: 4-step students of the bundled flow teacher at guidance 4.
+
+Reproduces: no published numbers; each variant is a method's objective in the setting of the study
+          (docs/results/study): 800 updates of 16 samples, two critic updates for each.
+          docs/methods.md has the papers, what each needs, and its cost.
+Command:  gadjax train --config configs/methods.py:VARIANT --workdir DIR
+Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; pg_sb (SNOOPI:
+          guidance 2 to 5); uni_instruct; f_distill; embedding (dmd with it)
+          The last three draw their captions with pictures of the bundled world.
+Hardware: 2 CPU cores.
+Result:   not yet run.
+"""
+
+from gadjax.training.config import variant_config
+
+VARIANTS = {
+    "dmd": {"dmd": {}},
+    "vsd": {"vsd": {}},
+    "sim": {"sim": {}},
+    "decoupled_dmd": {"decoupled_dmd": {}},
+    "pg_sb": {"dmd": {"guidance_range": (2.0, 5.0)}},
+    "uni_instruct": {"uni_instruct": {}},
+    "f_distill": {"f_distill": {}},
+    "embedding": {"dmd": {}, "embedding": {"weight": 0.1}},
+}
+WITH_PICTURES = "uni_instruct", "f_distill", "embedding"
+
+
+def get_config(variant: str = "dmd"):
+    config = variant_config(VARIANTS, variant)
+    config.teacher = "asset:shapes_flow_teacher"
+    config.guidance = 4.0
+    config.student.steps = 4
+    config.student.timesteps = (999, 749.25, 499.5, 249.75)
+    config.steps = 800
+    config.batch = 16
+    config.remat = "none"
+    config.attention = "jnp"  # 16 positions: a kernel has nothing to gain
+    config.optim.update(lr=2e-4, warmup=20, decay=800, b1=0.0, b2=0.95)
+    config.critic.update(updates=2, lr=4e-4)
+    config.ema = 0.98
+    if variant in WITH_PICTURES:
+        config.data.update(world="gadjax.worlds.shapes", cache=4096, length=16)
+    else:
+        config.data.update(prompts="asset:shapes_prompts.txt", length=16)
+    config.checkpoint.update(every=200, keep=1)
+    config.log.every = 20
+    config.preview.every = 400
+    return config

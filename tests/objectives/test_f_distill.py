@@ -1,0 +1,137 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from closed_form import (
+    DDPM_WORLD,
+    FLOW_WORLD,
+    GUIDANCE,
+    gaussian_params,
+    make_batch,
+    mixture_params,
+)
+from formula_terms import SAMPLES, by_head, compare, head_params, pictures, with_features
+from test_sim import critic_loss
+
+from gadjax.errors import InputError
+from gadjax.objectives import DMD, TERMS, Adversarial, Anchor, FDistill, build
+from gadjax.objectives.density_ratio import DIVERGENCES
+from gadjax.training.context import Roles, make_context
+
+sg = jax.lax.stop_gradient
+WEIGHTS = {
+    "rkl": lambda r: 1 + 0 * r,
+    "kl": lambda r: r,
+    "js": lambda r: 1 - 1 / (1 + r),
+    "softened_rkl": lambda r: 1 / (1 + r),
+    "neyman": lambda r: 1 / r,
+    "hellinger": lambda r: r**0.5,
+    "jeffreys": lambda r: 1 + r,
+}
+WORLD = with_features(FLOW_WORLD)
+
+
+def formula(divergence, gan):
+    """FastGen's: h(r) of the clipped ratio, of mean 1 in the batch, times DMD's direction."""
+
+    def loss(hand):
+        x0, t = hand.x0(), hand.uniform_times()
+        x_t = sg(hand.noised(x0, t))
+        r = jnp.clip(jnp.exp(jnp.clip(by_head(hand, x_t, t), -10, 10)), 0.1, 20)
+        h = WEIGHTS[divergence](r)
+        h = (h / h.mean())[:, None, None, None]
+        real = hand.guided(hand.teacher, x_t, t, GUIDANCE).x0
+        fake = hand.guided(hand.critic, x_t, t, 1).x0
+        step = h * (fake - real) / jnp.abs(x0 - real).mean((1, 2, 3), keepdims=True)
+        matching = 0.5 * ((x0 - sg(x0 - step)) ** 2).mean((1, 2, 3))
+        other = hand.with_stream("gan")
+        s = other.uniform_times(0, 1)
+        return matching + gan * jnp.log1p(jnp.exp(-by_head(hand, other.noised(x0, s), s)))
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "world,divergence,gan",
+    [(FLOW_WORLD, "js", 0.3), (DDPM_WORLD, "neyman", 0.0)],
+    ids=["flow", "ddpm"],
+)
+def test_losses_and_gradients_are_those_of_the_formula(world, divergence, gan):
+    term = FDistill(divergence, gan=gan, hidden=6)
+    head, x0 = head_params(term, float), pictures(float)
+    compare(with_features(world), term, formula(divergence, gan), critic_loss, head, x0)
+
+
+def test_the_seven_weights_are_those_of_the_code():
+    r = np.geomspace(0.1, 20, 9)
+    assert DIVERGENCES.keys() == WEIGHTS.keys() and len(WEIGHTS) == 7
+    for name, h in DIVERGENCES.items():
+        np.testing.assert_allclose(h(r), WEIGHTS[name](r), rtol=1e-6)
+
+
+def losses(term, total=None, teacher=None):
+    """Loss per sample and its gradients with respect to critic, teacher and discriminator."""
+    batch = make_batch(SAMPLES)._replace(x0=pictures())
+    student, head = WORLD.student_params(bend=0.2), head_params(FDistill(hidden=6))
+    teacher = mixture_params() if teacher is None else teacher
+
+    def loss(critic, teacher, head):
+        needs = (total or term).needs
+        roles = Roles(student, teacher, critic, head)
+        context = make_context(WORLD.step_spec(term), needs, roles, batch)
+        loss_B = term(context)[0]
+        return loss_B.mean(), (loss_B, context.base_weight_B)
+
+    run = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+    slopes, aux = jax.device_get(run(gaussian_params(3), teacher, head))
+    return *aux, jax.tree.leaves(slopes)
+
+
+def test_with_a_weight_of_one_it_is_dmd_and_no_network_has_a_gradient():
+    actual, _, slopes = losses(FDistill("rkl", gan=0.0, hidden=6))
+    expected, *_ = losses(DMD())
+    np.testing.assert_array_equal(actual, expected)
+    *_, slopes = losses(FDistill("jeffreys", gan=0.0, hidden=6))
+    assert not any(np.any(leaf) for leaf in slopes)
+
+
+def test_beside_an_anchor_the_weights_have_mean_one_over_the_later_steps():
+    term = FDistill("kl", gan=0.0, hidden=6)
+    plain, dmd = (losses(t, t + 0.05 * Anchor())[0] for t in (term, DMD()))
+    weight = losses(term, term + 0.05 * Anchor())[1]
+    ratio = np.sqrt(plain / dmd)  # the loss is half a square
+    assert (ratio * weight).mean() == pytest.approx(1, rel=1e-4) and ratio.std() > 0.05
+
+
+def test_its_discriminator_is_that_of_the_adversarial_term():
+    term, other = FDistill(hidden=6), Adversarial(hidden=6)
+    batch = make_batch(SAMPLES)._replace(x0=pictures())
+    roles = Roles(WORLD.student_params(), None, gaussian_params(3), head_params(term))
+
+    @jax.jit
+    def run():
+        context = make_context(WORLD.step_spec(term), other.needs, roles, batch)
+        return term.discriminator_loss(context), other.discriminator_loss(context)
+
+    np.testing.assert_array_equal(*run())
+    a, b = (t.init_discriminator(jax.random.key(1), 4) for t in (term, other))
+    assert all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+    with pytest.raises(InputError, match="found 2 terms that train the discriminator"):
+        build({"f_distill": {}, "adversarial": {}}, TERMS, FLOW_WORLD.times[:-1])
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (
+            {"divergence": "tv"},
+            "objective.f_distill.divergence: found 'tv'; expected one of",
+        ),
+        ({"features": "student"}, "objective.f_distill.features: found 'student'; expected one"),
+        ({"gan": float("nan")}, "objective.f_distill.gan: found nan; expected 0 or more"),
+        ({"high": 0.0}, "objective.f_distill.high: found 0.0; expected a share"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=message):
+        FDistill(**options)
