@@ -66,7 +66,12 @@ def test_a_distilled_student_is_that_of_the_command(student, tiny_pipeline, tmp_
     """The same config in a workdir, by `gadjax train`, and the same weights bit for bit."""
     config, prompts = student.trained.config, tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-    assert config["student"] == {"init": "teacher", "steps": 2, "timesteps": [999.0, 500.0]}
+    assert config["student"] == {
+        "init": "teacher",
+        "rollout": "ode",
+        "steps": 2,
+        "timesteps": [999.0, 500.0],
+    }
     assert config["objective"] == {"regression": {"steps": 1}}
     assert (config["steps"], config["guidance"], config["optim"]["lr"]) == (1, 3.0, 1e-3)
     config["data"]["prompts"] = str(prompts)
