@@ -54,7 +54,7 @@ def test_to_the_clean_end_it_is_the_distance_of_x0_to_the_end_of_the_ode(world):
 
 
 def test_the_anchors_step_has_no_weight():
-    world, batch, term = WORLDS["flow"], make_batch(16), Regression()
+    world, batch, term = WORLDS["flow"], make_batch(16), 1.0 * Regression()
     student, teacher = world.student_params(), gaussian_params()
 
     @jax.jit
