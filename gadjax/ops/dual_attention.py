@@ -30,7 +30,7 @@ from gadjax.ops.shard_mapped import is_on_cpu, sequence_mesh, shard_mapped
 
 ATTENTION_CHECKPOINT = "attention"  # checkpoint name of attention's results, for remat policies
 MAX_LOGITS = 2**19  # of one head at a time; more are computed in blocks of queries
-CACHED_LOGITS = 2**18  # of one head on a CPU whose heads have more than MAX_LOGITS together
+CACHED_LOGITS = 2**17  # in place of MAX_LOGITS on a CPU, if one block is not enough
 
 
 def query_blocks(queries: int, keys: int, arrays: int, most: int) -> int:
@@ -46,7 +46,7 @@ def query_blocks(queries: int, keys: int, arrays: int, most: int) -> int:
 
 def over_query_blocks(f: Callable, queries: tuple, keys: tuple, bias, arrays: int = 1):
     """Evaluate f(queries, keys, bias) in blocks of queries, on every device for its own queries
-    where the mesh splits them, and head by head on a CPU.
+    where the mesh splits them, and of one head at a time on a CPU.
 
     Several blocks are rematerialised in plain reverse mode.
 
@@ -80,14 +80,13 @@ def over_query_blocks(f: Callable, queries: tuple, keys: tuple, bias, arrays: in
 
 
 def _one_by_one(f, arrays, queries, keys, bias):
-    """Results of all samples and heads at once, or of one at a time in blocks that stay in a core's
-    cache."""
+    """Several blocks as blocks of one sample and head at a time, which stay in a core's cache."""
     *shape, positions, _ = queries[0].shape
-    if math.prod(shape) * positions * keys[0].shape[-1] <= MAX_LOGITS:
+    if query_blocks(positions, keys[0].shape[-1], arrays, MAX_LOGITS) == 1:
         return f(queries, keys, bias)
     axis = next((i for i, size in enumerate(shape) if size > 1), None)
     if axis is None:
-        return _in_blocks(min(CACHED_LOGITS, MAX_LOGITS), f, arrays, queries, keys, bias)
+        return _in_blocks(min(CACHED_LOGITS, MAX_LOGITS), f, 1, queries, keys, bias)
     split = bias is not None and bias.shape[axis] > 1
 
     def one(parts):
