@@ -5,6 +5,7 @@ Parameter names follow diffusers where a module has any.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +41,17 @@ def modulation_table(rngs: Keys, rows: int, dim: int) -> nnx.Param:
     return nnx.Param(jax.random.normal(rngs.params(), (rows, dim)) / dim**0.5)
 
 
+# Elementwise functions are cheaper to recompute in reverse than their intermediates are to store.
+recomputed = partial(jax.checkpoint, prevent_cse=False)
+
+
+@recomputed
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """GELU in its tanh approximation ("gelu-approximate" in diffusers)."""
     return jax.nn.gelu(x, approximate=True)
 
 
+@partial(recomputed, static_argnums=1)
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
     """Layer norm of the last axis, without scale or bias; statistics in at least float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

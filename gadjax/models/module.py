@@ -8,9 +8,14 @@ import jax
 from flax import nnx
 
 from gadjax.ops.dual_attention import ATTENTION_CHECKPOINT
+from gadjax.ops.shard_mapped import is_on_cpu
 from gadjax.parallel.placement import constrain_batch
 from gadjax.seeds import make_key
 from gadjax.types import Params, TextKV
+
+# Blocks that a CPU runs without a loop where none is rematerialised: a loop copies what reverse
+# mode stores of each block into arrays of all layers.
+MAX_UNROLLED = 4
 
 
 class Functional(NamedTuple):
@@ -79,8 +84,10 @@ def scan_blocks(
         return constrain_batch(x, tokens=True), None
 
     kv = jax.tree.map(lambda a: a[:layers], context) if has_kv else None
+    unroll = not remat and layers <= MAX_UNROLLED and is_on_cpu(None)
     # prevent_cse is for code outside scan; inside, it only blocks fusion.
-    return jax.lax.scan(checkpointed(body, remat, prevent_cse=False), x, (blocks, kv))[0]
+    body = checkpointed(body, remat, prevent_cse=False)
+    return jax.lax.scan(body, x, (blocks, kv), unroll=unroll)[0]
 
 
 def checkpointed(f: Callable, remat: bool | str, **options) -> Callable:

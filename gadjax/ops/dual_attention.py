@@ -8,8 +8,8 @@ With S = q k^T / sqrt(K) + bias, P = softmax(S) and a trailing dot for a tangent
 Nothing of size N x M is saved for the reverse pass, which recomputes S, P and S. and is, for
 cotangents do of o and eo of o.:
 
-    dP = do v^T + eo v.^T     eP = eo v^T           s = rowsum(eP P)      eS = P (eP - s)
-    G = dP + eP (S. - mu) - s S.                    dS = P (G - rowsum(P G))
+    dP = do v^T + eo v.^T     eP = eo v^T - rowsum(P eo v^T)              eS = P eP
+    G = dP + eP (S. - mu)     dS = P (G - rowsum(P G))
     dv = P^T do + P.^T eo     dv. = P^T eo          dq = dS k + eS k.     dq. = eS k
     dk = dS^T q + eS^T q.     dk. = eS^T q          (S. and all of the last four times 1 / sqrt(K))
 
@@ -26,58 +26,92 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gadjax.ops.shard_mapped import sequence_mesh, shard_mapped
+from gadjax.ops.shard_mapped import is_on_cpu, sequence_mesh, shard_mapped
 
 ATTENTION_CHECKPOINT = "attention"  # checkpoint name of attention's results, for remat policies
 MAX_LOGITS = 2**19  # of one head at a time; more are computed in blocks of queries
+CACHED_LOGITS = 2**17  # in place of MAX_LOGITS on a CPU, if one block is not enough
 
 
-def query_blocks(queries: int, keys: int, arrays: int = 1) -> int:
-    """Number of blocks of queries that keep the logits below MAX_LOGITS.
+def query_blocks(queries: int, keys: int, arrays: int, most: int) -> int:
+    """Number of blocks of queries that keep the logits below `most`.
 
     Args:
       queries, keys: numbers of positions.
       arrays: arrays of logits' size held for each one that attention alone holds.
+      most: largest number of logits.
     """
-    return min(queries, -(-arrays * queries * keys // MAX_LOGITS))
+    return min(queries, -(-arrays * queries * keys // most))
 
 
 def over_query_blocks(f: Callable, queries: tuple, keys: tuple, bias, arrays: int = 1):
     """Evaluate f(queries, keys, bias) in blocks of queries, on every device for its own queries
-    where the mesh splits them.
+    where the mesh splits them, and of one head at a time on a CPU.
 
     Several blocks are rematerialised in plain reverse mode.
 
     Args:
-      f: returns (a tree like `queries`, a tree like `keys` that is summed over the blocks).
+      f: function of queries [B, H, N, K] and keys [B, H, K, M], the layouts whose products a CPU
+        computes without a transpose; returns (a tree like its queries, a tree like its keys that
+        is summed over the blocks).
       queries: arrays [B, N, H, K], which are split along N.
       keys: arrays [B, M, H, K].
       bias: None, or an array that broadcasts to the logits; split where it has N rows.
       arrays: as for `query_blocks`.
 
-    Returns: the results of f, the first concatenated along N, the second summed.
+    Returns: the results of f in the layouts of `queries` and `keys`, the first concatenated along
+      N, the second summed.
     """
-    run, mesh = partial(_in_blocks, f, arrays), sequence_mesh(queries[0])
+    mesh = sequence_mesh(queries[0])
+    blocks = _one_by_one if is_on_cpu(mesh) else partial(_in_blocks, MAX_LOGITS)
+
+    def run(queries, keys, bias):
+        queries = jax.tree.map(lambda x: x.transpose(0, 2, 1, 3), queries)
+        keys = jax.tree.map(lambda x: x.transpose(0, 2, 3, 1), keys)
+        results, summed = blocks(f, arrays, queries, keys, bias)
+        return (
+            jax.tree.map(lambda x: x.transpose(0, 2, 1, 3), results),
+            jax.tree.map(lambda x: x.transpose(0, 3, 1, 2), summed),
+        )
+
     if mesh is None:
         return run(queries, keys, bias)
     return shard_mapped(run, mesh, queries, keys, bias)
 
 
-def _in_blocks(f, arrays, queries, keys, bias):
-    positions = queries[0].shape[1]
-    count = query_blocks(positions, keys[0].shape[1], arrays)
+def _one_by_one(f, arrays, queries, keys, bias):
+    """Several blocks as blocks of one sample and head at a time, which stay in a core's cache."""
+    *shape, positions, _ = queries[0].shape
+    if query_blocks(positions, keys[0].shape[-1], arrays, MAX_LOGITS) == 1:
+        return f(queries, keys, bias)
+    axis = next((i for i, size in enumerate(shape) if size > 1), None)
+    if axis is None:
+        return _in_blocks(min(CACHED_LOGITS, MAX_LOGITS), f, 1, queries, keys, bias)
+    split = bias is not None and bias.shape[axis] > 1
+
+    def one(parts):
+        queries, keys, row = jax.tree.map(lambda x: jnp.expand_dims(x, axis), parts)
+        return _one_by_one(f, arrays, queries, keys, row if split else bias)
+
+    parts = queries, keys, bias if split else None
+    results = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), parts))
+    return jax.tree.map(lambda x: jnp.moveaxis(jnp.squeeze(x, axis + 1), 0, axis), results)
+
+
+def _in_blocks(most, f, arrays, queries, keys, bias):
+    positions = queries[0].shape[2]
+    count = query_blocks(positions, keys[0].shape[3], arrays, most)
     if count == 1:
         return f(queries, keys, bias)
     f = jax.checkpoint(f, prevent_cse=False)
     size = math.ceil(positions / count)
 
-    def split(x, axis):
-        x = jnp.pad(x, [(0, count * size - positions if i == axis else 0) for i in range(x.ndim)])
-        shape = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 0)
+    def split(x):
+        x = jnp.pad(x, [(0, count * size - positions if i == 2 else 0) for i in range(4)])
+        return jnp.moveaxis(x.reshape(*x.shape[:2], count, size, x.shape[3]), 2, 0)
 
-    parts = jax.tree.map(partial(split, axis=1), queries)
-    rows = None if bias is None or bias.shape[2] == 1 else split(bias, 2)
+    parts = jax.tree.map(split, queries)
+    rows = None if bias is None or bias.shape[2] == 1 else split(bias)
 
     def evaluate(part):
         queries, row = part
@@ -94,8 +128,8 @@ def _in_blocks(f, arrays, queries, keys, bias):
     total, results = jax.lax.scan(step, zeros, (parts, rows))
 
     def join(x):
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], count * size, *x.shape[3:])[:, :positions]
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], count * size, x.shape[4])[:, :, :positions]
 
     return jax.tree.map(join, results), total
 
@@ -112,16 +146,20 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide)
 
 
-logits = partial(product, "bnhk,bmhk->bhnm")  # q k^T, without its scale
-mix = partial(product, "bhnm,bmhk->bnhk")  # P v
-unmix = partial(product, "bhnm,bnhk->bmhk")  # P^T x
+logits = partial(product, "bhnk,bhkm->bhnm")  # q k^T, without its scale
+mix = partial(product, "bhnm,bhkm->bhnk")  # P v
+
+
+def unmix(p, x):
+    """Product P^T x [B, H, K, M]. A CPU is slow to transpose P, not x: so x comes first."""
+    return product("bhnk,bhnm->bhkm", x, p.astype(x.dtype))
 
 
 def softmax(q, k, bias):
     """Attention probabilities P [B, H, N, M].
 
     Args:
-      q, k: queries [B, N, H, K] and keys [B, M, H, K].
+      q, k: queries [B, H, N, K] and keys [B, H, K, M].
       bias: None, or an array that broadcasts to P.
     """
     s = logits(q, k) * q.shape[-1] ** -0.5
@@ -200,17 +238,17 @@ def _transpose(do, eo, q, k, v, bias, tq, tk, tv):
         centred = ts - _rowsum(p * ts)
         dp, ep = logits(do, v), logits(eo, v)
         dp = dp if tv is None else dp + logits(eo, tv)
-        s = _rowsum(ep * p)
-        es = p * (ep - s) * scale
-        g = dp + ep * centred - s * ts
-        ds = p * (g - _rowsum(p * g)) * scale
+        ep = ep - _rowsum(p * ep)
+        g = dp + ep * centred
+        ds, es = p * (g - _rowsum(p * g)), p * ep
         dq, dtq = mix(ds, k), mix(es, k)
         dk = unmix(ds, q) + unmix(es, tq)
         dv = unmix(p, do) + unmix(p * centred, eo)
         if tk is not None:
             dq = dq + mix(es, tk)
-        dtk, dtv = (None, None) if tk is None else (unmix(es, q), unmix(p, eo))
-        return (dq.astype(q.dtype), dtq.astype(q.dtype)), (dk, dv, dtk, dtv)
+        dtk, dtv = (None, None) if tk is None else (unmix(es, q) * scale, unmix(p, eo))
+        dq, dtq = ((x * scale).astype(q.dtype) for x in (dq, dtq))
+        return (dq, dtq), (dk * scale, dv, dtk, dtv)
 
     queries, keys = (q, tq, do, eo), (k, v, tk, tv)
     (dq, dtq), summed = over_query_blocks(block, queries, keys, bias, arrays=2)

@@ -25,6 +25,15 @@ def sequence_mesh(q: jax.Array) -> Mesh | None:
     )
 
 
+def is_on_cpu(mesh: Mesh | None) -> bool:
+    """True if a traced program, or its part under shard_map over `mesh`, has one CPU to itself."""
+    placement = current_placement.value
+    if placement is None:
+        return jax.default_backend() == "cpu"
+    alone = mesh is not None or placement.mesh.size == 1
+    return alone and placement.mesh.devices.flat[0].platform == "cpu"
+
+
 def shard_mapped(f: Callable, mesh: Mesh, queries: Any, keys: Any, bias: jax.Array | None) -> Any:
     """Run f(queries, keys, bias) under shard_map over samples, heads and queries.
 
