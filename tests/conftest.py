@@ -14,7 +14,6 @@ pytest.register_assert_rewrite("conformance", "conformance_autoencoder", "confor
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/jax").absolute()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["XLA_FLAGS"] = hurried(os.environ.get("XLA_FLAGS", ""))
-gc.set_threshold(100_000, 50, 100)
 ENOUGH = 3 << 29  # bytes of a worker
 
 
