@@ -67,7 +67,7 @@ def draw(name: str, rng: np.random.Generator, root: Path) -> Case:
         model = with_sampling(load(folder), **asked)
         noise = initial_noise(0, len(prompts), model.pipeline.latent)
         with jax.default_matmul_precision("highest"):
-            pictures = draw_pictures(model.pipeline, model.params, model.sampling, prompts, noise)
+            pictures = draw_pictures(model, prompts, noise)
         return {"pictures": pictures / 2 + 0.5}
 
     return Case(
