@@ -5,8 +5,9 @@ Reproduces: no published numbers; each variant is a method's objective in the se
           docs/methods.md has the papers, what each needs, and its cost.
 Command:  gadjax train --config configs/methods.py:VARIANT --workdir DIR
 Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; pg_sb (SNOOPI:
-          guidance 2 to 5); uni_instruct; f_distill; embedding (dmd with it)
-          The last three draw their captions with pictures of the bundled world.
+          guidance 2 to 5); uni_instruct; f_distill; embedding (dmd with it);
+          cd (consistency distillation, of the eps teacher, sampled with fresh noise)
+          The last four draw their captions with pictures of the bundled world.
 Hardware: 2 CPU cores.
 Result:   not yet run.
 """
@@ -22,8 +23,9 @@ VARIANTS = {
     "uni_instruct": {"uni_instruct": {}},
     "f_distill": {"f_distill": {}},
     "embedding": {"dmd": {}, "embedding": {"weight": 0.1}},
+    "cd": {"cd": {"huber": 1e-3}},
 }
-WITH_PICTURES = "uni_instruct", "f_distill", "embedding"
+WITH_PICTURES = "uni_instruct", "f_distill", "embedding", "cd"
 
 
 def get_config(variant: str = "dmd"):
@@ -43,6 +45,10 @@ def get_config(variant: str = "dmd"):
         config.data.update(world="gadjax.worlds.shapes", cache=4096, length=16)
     else:
         config.data.update(prompts="asset:shapes_prompts.txt", length=16)
+    if variant == "cd":
+        # The flow teacher's pipeline has no scheduler that adds noise.
+        config.teacher = "asset:shapes_teacher"
+        config.student.update(timesteps=(899, 674, 449, 224), rollout="fresh_noise")
     config.checkpoint.update(every=200, keep=1)
     config.log.every = 20
     config.preview.every = 400

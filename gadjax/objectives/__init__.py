@@ -3,6 +3,7 @@
 from gadjax.objectives.adversarial import Adversarial
 from gadjax.objectives.anchor import Anchor
 from gadjax.objectives.base import Context, Needs, TeacherMap, Term
+from gadjax.objectives.cd import ConsistencyDistillation
 from gadjax.objectives.comparisons.gad_lift import GADLift
 from gadjax.objectives.comparisons.gad_script import GADScript
 from gadjax.objectives.compose import TERMS, Sum, as_config, build
@@ -23,6 +24,7 @@ from gadjax.objectives.vsd import VSD
 TERMS |= {
     "adversarial": Adversarial,
     "anchor": Anchor,
+    "cd": ConsistencyDistillation,
     "consistency": Consistency,
     "decoupled_dmd": DecoupledDMD,
     "denoising": Denoising,
@@ -50,6 +52,7 @@ __all__ = [
     "Adversarial",
     "Anchor",
     "Consistency",
+    "ConsistencyDistillation",
     "Context",
     "DecoupledDMD",
     "Denoising",

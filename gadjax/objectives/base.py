@@ -63,6 +63,7 @@ class Needs:
       detach_first_step: the first step belongs to another term: no gradient of a base objective may
         pass it.
       images: clean latents from the data.
+      ema: the term evaluates the average of the student's parameters.
       joint: a sample's loss depends on the others of the batch, which has to be one microbatch.
     """
 
@@ -79,6 +80,7 @@ class Needs:
     discriminator: bool = False
     detach_first_step: bool = False
     images: bool = False
+    ema: bool = False
     joint: bool = False
 
     @property
@@ -143,6 +145,7 @@ class Context:
       teacher, critic: (x_BHWC, t_B, scale) -> Prediction; without a scale, `guidance` for the
         teacher and 1 for the critic. Gradients flow to x_BHWC.
       teacher_params, critic_params, student_params, discriminator_params: parameters.
+      ema_params: average of the student's parameters.
       step_B: index of the drawn step on the student's grid.
       x_BHWC: the student's latent at the drawn step, without gradient.
       direction_JBHWC: directions of the tangents.
@@ -166,6 +169,7 @@ class Context:
     critic_params: object = None
     student_params: object = None
     discriminator_params: object = None
+    ema_params: object = None
     step_B: jax.Array | None = None
     x_BHWC: jax.Array | None = None
     direction_JBHWC: jax.Array | None = None

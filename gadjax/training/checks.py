@@ -92,7 +92,7 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     dtype = compute_dtype(config.dtype)
     check_choice("remat", config.remat, REMAT)
     kernels = select_kernels(config.attention, mesh, config.dtype)
-    check_offload(config.offload, objective.needs.uses_teacher)
+    check_offload(config.offload, objective.needs)
     check_schedule("optim", config.optim)
     check_critic(config, objective.needs)
     return Settings(times, objective, mesh, microbatches, dtype, REMAT[config.remat], kernels)
@@ -295,10 +295,17 @@ def check_sequence(pipeline: Pipeline, mesh: Mesh) -> None:
         )
 
 
-def check_offload(names: Sequence[str], uses_teacher: bool) -> None:
-    """Check host offload. Raises: InputError for an unknown name or a missing teacher."""
+def check_offload(names: Sequence[str], needs: Needs) -> None:
+    """Check host offload.
+
+    Raises: InputError for an unknown name, a missing teacher, or an average that a loss evaluates.
+    """
     for name in names:
         if name not in OFFLOAD:
             raise InputError(f"offload: found {name!r}; expected some of {', '.join(OFFLOAD)}")
-    if "teacher" in names and not uses_teacher:
+    if "teacher" in names and not needs.uses_teacher:
         raise InputError("offload: found 'teacher' in a run without one; expected it left out")
+    if "ema" in names and needs.ema:
+        raise InputError(
+            "offload: found 'ema' and a loss that evaluates the average; expected it left out"
+        )

@@ -26,6 +26,7 @@ class Roles(NamedTuple):
     teacher: Params | None = None
     critic: Params | None = None
     discriminator: Params | None = None
+    ema: Params | None = None
 
 
 @dataclass
@@ -149,6 +150,7 @@ def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batc
         teacher_params=roles.teacher,
         critic_params=roles.critic,
         student_params=roles.student,
+        ema_params=roles.ema,
         discriminator_params=roles.discriminator,
         step_B=stratified_step_indices(batch.stratum, len(step_spec.times) - 1),
         detach_first_step=needs.detach_first_step,

@@ -29,7 +29,7 @@ def student_step(step_spec: StepSpec, state: TrainState, teacher: Params | None,
     def loss(student, batch):
         critic, discriminator = (state.params.get(role) for role in CRITICS)
         needs = step_spec.objective.needs
-        roles = Roles(student, teacher, critic, discriminator)
+        roles = Roles(student, teacher, critic, discriminator, state.ema if needs.ema else None)
         context = make_context(step_spec, needs, roles, batch, state.step)
         loss_B, metrics = step_spec.objective(context)
         return jnp.mean(loss_B), metrics | {"student/loss_B": loss_B}
