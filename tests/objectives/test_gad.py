@@ -240,27 +240,29 @@ def test_zero_at_the_teachers_map_and_only_there(world):
 
 
 def test_the_relative_loss_is_the_plain_one_over_the_targets_square():
-    world, batch = DDPM_WORLD, make_batch(16)
-    student, teacher = world.student_params(bend=0.3), mixture_params()
+    world = DDPM_WORLD
 
     @jax.jit
-    def run(student):
+    def run(batch, student, teacher):
         context = world.context(GAD(), batch, student, None, teacher)
         target, actual = context.maps[TeacherMap()][1][0], student_tangents(context, "next")[0]
         plain = GAD(**SQUARE, normalize=False)(context)[0]
         return GAD(**SQUARE)(context), plain, GAD()(context)[0], target, actual
 
-    (relative, metrics), plain, polar, target, actual = run(student)
+    with jax.enable_x64(True):
+        student = world.student_params(bend=0.3, dtype=float)
+        given = make_batch(16, dtype=float), student, mixture_params(dtype=float)
+        (relative, metrics), plain, polar, target, actual = jax.device_get(run(*given))
     size = (target**2).mean((1, 2, 3))
-    np.testing.assert_allclose(plain, ((actual - target) ** 2).mean((1, 2, 3)), rtol=1e-4)
-    np.testing.assert_allclose(relative * size, plain, rtol=1e-5)
+    np.testing.assert_allclose(plain, ((actual - target) ** 2).mean((1, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(relative * size, plain, rtol=1e-6)
     a, b = flat(actual), flat(target)
     lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(1) / lengths[0] / lengths[1]
     expected = 2 * (1 - cosine) + np.log(lengths[0] / lengths[1]) ** 2
-    np.testing.assert_allclose(polar, expected, rtol=1e-4)
-    assert float(metrics["cosine"]) == pytest.approx(cosine.mean(), rel=1e-4)
-    assert float(metrics["norm_ratio"]) == pytest.approx((lengths[0] / lengths[1]).mean(), rel=1e-4)
+    np.testing.assert_allclose(polar, expected, rtol=1e-6)
+    assert float(metrics["cosine"]) == pytest.approx(cosine.mean(), rel=1e-6)
+    assert float(metrics["norm_ratio"]) == pytest.approx((lengths[0] / lengths[1]).mean(), rel=1e-6)
 
 
 @all_worlds
