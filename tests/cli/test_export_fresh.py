@@ -36,7 +36,8 @@ def write(path, teacher, prompts, times, **changes):
 def test_from_training_to_diffusers(family, request, folders, prompts, tmp_path, gadjax):
     teacher = request.getfixturevalue("tiny_pipeline") if family == "tiny" else folders(family)
     scheduler, times = SCHEDULERS[family]
-    config = write(tmp_path / "config.py", teacher, prompts, times)
+    data = {"prompts": str(prompts), "length": 77 if family == "sdxl" else 8}
+    config = write(tmp_path / "config.py", teacher, prompts, times, data=data)
     run, out = tmp_path / "run", tmp_path / "student"
     gadjax("train", "--config", config, "--workdir", run)
     gadjax("export", "--workdir", run, "--out", out)
