@@ -2,12 +2,11 @@
 
 Reproduces: dmd2 and dmd2_gan: DMD2 (arXiv 2405.14867), 4 steps: times 999/749/499/249, guidance 8,
           rate 5e-7 for both, 5 critic updates for one of the student's, 128 samples, a
-          discriminator of weight 0.005.
+          discriminator of weight 0.005, a student that adds noise between its steps.
           dpdmd: DP-DMD's form for diffusion models (the anchor's target is x0). Its settings for
           SDXL are not public; weight and K (a third of the teacher's steps) are SD3.5's.
-Differs:  DP-DMD's student samples deterministically, DMD2's adds noise between its steps
-          (student.rollout). DMD2's discriminator is a tower of convolutions on the middle
-          block of the critic; here it is an MLP there, averaged over positions.
+Differs:  DMD2's discriminator is a tower of convolutions on the middle block of the critic; here
+          it is an MLP there, averaged over positions.
 Command:  gadjax train --config configs/sdxl.py:dmd2 --workdir DIR
               --config.teacher=PATH/stable-diffusion-xl-base-1.0 --config.data.prompts=PROMPTS.txt
 Variants: dpdmd (default); dpdmd_gad (with GAD); dmd2; dmd2_gan (needs pictures:

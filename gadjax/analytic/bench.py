@@ -13,8 +13,7 @@ from gadjax.analytic.result import Reference, Result, compare_maps
 from gadjax.analytic.teachers import Gaussian, Mixture, jacobians
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.parameterization import from_prediction
-from gadjax.diffusion.rollout import FIRST_ORDER, rollout
-from gadjax.diffusion.samplers import fresh_noise
+from gadjax.diffusion.rollout import rollout
 from gadjax.diffusion.schedules import DDPM, Flow, NoiseSchedule
 from gadjax.errors import InputError, RunStopped
 from gadjax.objectives import Sum, Term
@@ -46,7 +45,6 @@ class Bench:
     batch: samples of an update.
     lr: learning rate of the student; the critic's is twice that.
     critic_updates: updates of the critic for each of the student's.
-    rollout: of the student's steps: "ode", or "fresh_noise" added to each predicted x0.
     """
 
     teacher: Gaussian | Mixture
@@ -56,7 +54,6 @@ class Bench:
     batch: int = 256
     lr: float = 5e-3
     critic_updates: int = 2
-    rollout: str = "ode"
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -179,8 +176,7 @@ class Bench:
         def predict(x, t):
             return self.denoiser(params, x, t, cond)
 
-        solver = fresh_noise(z) if self.rollout == "fresh_noise" else FIRST_ORDER
-        trajectory = rollout(predict, self.schedule, z, jnp.array(self.times), solver=solver)
+        trajectory = rollout(predict, self.schedule, z, jnp.array(self.times))
         return trajectory.end.reshape(z_ND.shape)
 
     @cached_property
@@ -216,7 +212,7 @@ class Bench:
           are not finite.
         """
         total = objective if isinstance(objective, Sum) else Sum(((1.0, objective),))
-        total.check(self.times[:-1], self.rollout)
+        total.check(self.times[:-1])
         total.check_denoiser(self.denoiser)
         first = make_key(seed)
         start = self.init(first) if start is None else start
@@ -289,14 +285,7 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
         init_key = jax.random.fold_in(key, 2)
         params["discriminator"] = objective.init_discriminator(init_key, 2 * bench.dim)
     step_spec = StepSpec(
-        bench.denoiser,
-        objective,
-        bench.times,
-        1,
-        optimizers,
-        ema=0.98,
-        steps=updates,
-        rollout=bench.rollout,
+        bench.denoiser, objective, bench.times, 1, optimizers, ema=0.98, steps=updates
     )
 
     def batch(number):
