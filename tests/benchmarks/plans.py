@@ -280,6 +280,9 @@ def aim(most: float, memory: dict[str, Any]) -> str:
 TEXT = """
 # Plans at full size
 
+Compiled before attention changed its layouts and norms and GELU were recomputed in reverse mode
+(2026-11-30); not compiled again since.
+
 Results of `gadjax plan` for the papers' backbones (bfloat16, Pallas attention where the network has
 one, prompts encoded in the step, float32 masters with moments and an EMA; each row's .json is
 beside this page). GAD is TDM + GAD along a map of 4 steps with one critic update; DP-DMD is DMD
