@@ -90,9 +90,9 @@ def prepare_with(source):
             mesh=mesh,
             source=source,
             frozen={"null": null, "formula": gaussian_params()},
-            initial_params=FLOW_WORLD.student_params(bend=0.2),
+            initial_params={"student": FLOW_WORLD.student_params(bend=0.2)},
             start=lambda initial_params: create_state(
-                {"student": initial_params, "critic": mixture_params(3)}, optimizers
+                initial_params | {"critic": mixture_params(3)}, optimizers
             ),
             fingerprint="formula",
         )

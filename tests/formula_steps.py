@@ -16,7 +16,7 @@ TOTAL = DMD() + 0.5 * GAD(steps=2) + 0.05 * Anchor()
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 OPTIMIZERS = {"student": ADAM, "critic": ADAM}
 STEP_SPEC = WORLD.step_spec(TOTAL, optimizers=OPTIMIZERS, ema=0.9)
-TEACHER = gaussian_params()
+NETWORKS = {"teacher": gaussian_params()}
 train_student = jax.jit(partial(student_step, STEP_SPEC))
 train_critic = jax.jit(partial(critic_step, STEP_SPEC))
 

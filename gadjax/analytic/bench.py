@@ -294,14 +294,14 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
         )
 
     def critics(state, number):
-        state, _ = critic_step(step_spec, state, {}, batch(number))
+        state, _ = critic_step(step_spec, state, {"teacher": {}}, batch(number))
         return state, state.bad
 
     def update(state, number):
         first = number * (critic_updates + 1)
         if critic_updates:
             state, _ = jax.lax.scan(critics, state, first + jnp.arange(critic_updates))
-        state, _ = student_step(step_spec, state, {}, batch(first + critic_updates))
+        state, _ = student_step(step_spec, state, {"teacher": {}}, batch(first + critic_updates))
         return state, {role: state.bad[role] > 0 for role in roles}
 
     state, bad = jax.lax.scan(update, create_state(params, optimizers), jnp.arange(updates))

@@ -35,7 +35,7 @@ def train_seeds(run: Run, seeds: Sequence[int]) -> tuple[list[Any], dict[str, li
       The students' EMAs, one parameter tree for each seed, and curves: metric -> its value at
       every CURVE_INTERVAL-th step, mean over seeds.
     """
-    config, backbone = run.config, run.pipeline.backbone
+    config = run.config
     step_spec = with_untrained(run.step_spec, run.frozen)
     critic_updates = config.critic.updates if len(step_spec.optimizers) > 1 else 0
 
@@ -46,7 +46,7 @@ def train_seeds(run: Run, seeds: Sequence[int]) -> tuple[list[Any], dict[str, li
                 raw = jax.tree.map(lambda x, i=i: x[i], now["raw"])
                 batch = make_batch(run.pipeline, frozen, raw, key, now["number"] + i)
                 step = student_step if i == critic_updates else critic_step
-                state, metrics = step(step_spec, state, frozen.get(backbone), batch)
+                state, metrics = step(step_spec, state, run.networks(frozen), batch)
                 logged |= {k: metrics[k] for k in CURVES if k in metrics}
             return state, logged
 
@@ -133,15 +133,15 @@ def evaluations(run: Run) -> float:
     step_spec, frozen = run.step_spec, run.frozen
     raw = run.source.batch(0, run.config.batch)
     batch = jax.eval_shape(lambda f, r: make_batch(run.pipeline, f, r, make_key(0), 0), frozen, raw)
-    state, teacher = (
-        jax.eval_shape(run.start, run.initial_params),
-        frozen.get(run.pipeline.backbone),
-    )
+    state = jax.eval_shape(run.start, run.initial_params)
+    networks = run.networks(frozen)
     once = flops(
-        lambda p, b: step_spec.denoiser.raw(p, b.noise, 0.0, b.cond), run.initial_params, batch
+        lambda p, b: step_spec.denoiser.raw(p, b.noise, 0.0, b.cond),
+        run.initial_params["student"],
+        batch,
     )
-    total = flops(lambda s, t, b: student_step(step_spec, s, t, b), state, teacher, batch)
+    total = flops(lambda s, t, b: student_step(step_spec, s, t, b), state, networks, batch)
     if len(step_spec.optimizers) > 1:
-        critic = flops(lambda s, t, b: critic_step(step_spec, s, t, b), state, teacher, batch)
+        critic = flops(lambda s, t, b: critic_step(step_spec, s, t, b), state, networks, batch)
         total += run.config.critic.updates * critic
     return total / once

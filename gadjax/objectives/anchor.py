@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gadjax.errors import InputError
-from gadjax.objectives.base import Context, Needs, TeacherMap, sample_mean
+from gadjax.objectives.base import Context, Needs, TeacherMap, map_end, sample_mean
 from gadjax.objectives.common import sg
 from gadjax.objectives.compose import Addable
 from gadjax.types import expand
@@ -55,7 +55,7 @@ class Anchor(Addable):
     def __call__(self, context: Context):
         prediction, teacher_end, weight_B = context.first_step[self.map]
         teacher_end, context = sg(teacher_end), context.at_first_step()
-        end_B = context.map_end(self.map)
+        end_B = map_end(context, self.map)
         if self.target == "x0":
             error = prediction.x0 - sg(context.teacher(teacher_end, end_B).x0)
         else:

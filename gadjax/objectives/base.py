@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.geometry import Directions
 from gadjax.errors import InputError
-from gadjax.types import Batch, Metrics, Prediction
+from gadjax.types import Batch, Cond, Metrics, Prediction
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ class Needs:
         pass it.
       images: clean latents from the data.
       ema: the term evaluates the average of the student's parameters.
+      networks: name -> source of a frozen network that the term evaluates (`Context.net`):
+        "teacher"; "start", the student's initial parameters; a diffusers folder, or a workdir of
+        `train`.
       joint: a sample's loss depends on the others of the batch, which has to be one microbatch.
     """
 
@@ -81,6 +84,7 @@ class Needs:
     detach_first_step: bool = False
     images: bool = False
     ema: bool = False
+    networks: Mapping[str, str] = field(default_factory=dict)
     joint: bool = False
 
     @property
@@ -91,23 +95,34 @@ class Needs:
         )
 
     def __or__(self, other: "Needs") -> "Needs":
-        if self.tangent and other.tangent and self.tangent != other.tangent:
-            raise InputError(
-                f"objective: found directions {_describe(self.tangent)} and "
-                f"{_describe(other.tangent)}; expected one choice for all terms"
-            )
-        maps = dict(self.maps)
-        for spec, tangent in other.maps.items():
-            maps[spec] = maps.get(spec, False) or tangent
-        either = {
-            f.name: getattr(self, f.name) or getattr(other, f.name)
-            for f in fields(self)
-            if f.type is bool
-        }
-        first_step = tuple(dict.fromkeys(self.first_step + other.first_step))
-        return Needs(
-            tangent=self.tangent or other.tangent, maps=maps, first_step=first_step, **either
+        return _union(self, other)
+
+
+def _union(a: Needs, b: Needs) -> Needs:
+    """Needs of two terms together. Raises: InputError for two kinds of directions or sources."""
+    if a.tangent and b.tangent and a.tangent != b.tangent:
+        raise InputError(
+            f"objective: found directions {_describe(a.tangent)} and "
+            f"{_describe(b.tangent)}; expected one choice for all terms"
         )
+    maps = dict(a.maps)
+    for spec, tangent in b.maps.items():
+        maps[spec] = maps.get(spec, False) or tangent
+    for name in set(a.networks) & set(b.networks):
+        if a.networks[name] != b.networks[name]:
+            raise InputError(
+                f"objective: found the network {name!r} from {a.networks[name]} and from "
+                f"{b.networks[name]}; expected one source for all terms"
+            )
+    either = {f.name: getattr(a, f.name) or getattr(b, f.name) for f in fields(a) if f.type is bool}
+    first_step = tuple(dict.fromkeys(a.first_step + b.first_step))
+    return Needs(
+        tangent=a.tangent or b.tangent,
+        maps=maps,
+        first_step=first_step,
+        networks={**a.networks, **b.networks},
+        **either,
+    )
 
 
 def _describe(directions: Directions) -> str:
@@ -129,8 +144,39 @@ class FirstStep(NamedTuple):
     weight_B: jax.Array
 
 
+class Draws:
+    """Random numbers of a context: functions of each sample's key and of names alone."""
+
+    batch: Batch
+    stream: str
+
+    def with_stream(self, name: str) -> Self:
+        """This context with a nested random stream, so that terms do not share draws."""
+        return replace(self, stream=f"{self.stream}/{name}")
+
+    def with_term_stream(self, name: str) -> Self:
+        """This context with the random stream of the sum's term of that name."""
+        return replace(self, stream=f"/{name}")
+
+    def _keys(self, name: str):
+        return stream_keys(self.batch.key, f"{self.stream}/{name}")
+
+    def normal(self, name: str):
+        """Standard normal [B, H, W, C], a function of each sample's key and the name alone."""
+        shape = self.batch.noise.shape[1:]
+        return jax.vmap(lambda k: jax.random.normal(k, shape))(self._keys(name))
+
+    def uniform(self, name: str):
+        """Uniform [B] in [0, 1), a function of each sample's key and the name alone."""
+        return jax.vmap(jax.random.uniform)(self._keys(name))
+
+    def batch_key(self, name: str):
+        """Key that all samples of the batch share: its first sample's, for the name."""
+        return self._keys(name)[0]
+
+
 @dataclass(frozen=True)
-class Context:
+class Context(Draws):
     """One batch as terms get it: networks, drawn steps, and the results of their `Needs`.
 
     Arrays with a trailing _B have one entry per sample. A (value, tangents) pair has tangents
@@ -141,11 +187,14 @@ class Context:
       denoiser: network, schedule and parameterization.
       batch: conditioning, initial noise and keys.
       times: the student's grid, with the clean end.
+      grid_NB: times [n + 1, B] of a grid that is drawn anew for every sample; None: `times`.
       guidance: the run's guidance scale.
       teacher, critic: (x_BHWC, t_B, scale) -> Prediction; without a scale, `guidance` for the
         teacher and 1 for the critic. Gradients flow to x_BHWC.
       teacher_params, critic_params, student_params, discriminator_params: parameters.
       ema_params: average of the student's parameters.
+      networks: name -> parameters of the frozen networks that terms name.
+      memory: the term's memory (`Term.init_memory`).
       step_B: index of the drawn step on the student's grid.
       x_BHWC: the student's latent at the drawn step, without gradient.
       direction_JBHWC: directions of the tangents.
@@ -170,6 +219,9 @@ class Context:
     student_params: object = None
     discriminator_params: object = None
     ema_params: object = None
+    networks: Mapping[str, object] = field(default_factory=dict)
+    memory: object = None
+    grid_NB: jax.Array | None = None
     step_B: jax.Array | None = None
     x_BHWC: jax.Array | None = None
     direction_JBHWC: jax.Array | None = None
@@ -186,20 +238,31 @@ class Context:
     @cached_property
     def t_B(self):
         """Times [B] at which the drawn steps start."""
-        return jnp.asarray(self.times, jnp.float32)[self.step_B]
+        return self._times_at(self.step_B)
 
     @cached_property
     def next_B(self):
         """Times [B] at which the drawn steps end."""
-        return jnp.asarray(self.times, jnp.float32)[self.step_B + 1]
+        return self._times_at(self.step_B + 1)
 
-    def map_end(self, spec: TeacherMap):
-        """Times [B] at which a teacher map ends."""
-        if spec.end != "next":
-            return jnp.full_like(self.t_B, self.schedule.clean)
-        if spec.until is None:
-            return self.next_B
-        return jnp.where(self.step_B == 0, spec.until, self.next_B)
+    def _times_at(self, index_B):
+        if self.grid_NB is None:
+            return jnp.asarray(self.times, jnp.float32)[index_B]
+        return self.grid_NB[index_B, jnp.arange(len(index_B))]
+
+    def net(self, role: str, x_BHWC, t_B, scale=1, cond: Cond | None = None) -> Prediction:
+        """Prediction of a network, under classifier-free guidance; gradients flow to x_BHWC.
+
+        Args:
+          role: "student", "ema", "teacher", "critic", or a name of `Needs.networks`.
+          x_BHWC, t_B: noisy latents and their timesteps.
+          scale: guidance scale.
+          cond: conditioning; None: the batch's prompts.
+        """
+        params = self.networks.get(role)
+        params = getattr(self, f"{role}_params") if params is None else params
+        cond = self.batch.cond if cond is None else cond
+        return self.denoiser.guided(params, x_BHWC, t_B, cond, self.batch.null, scale)
 
     def at_first_step(self) -> "Context":
         """This context with every sample at the first step, whose latent is z."""
@@ -221,34 +284,19 @@ class Context:
         n = len(self.times) - 1
         return (self.step_B > 0) * jnp.float32(n / (n - 1))
 
-    @cached_property
-    def first_step_weight_B(self):
-        """Sample weights [B] of a first-step term: n at the first of n steps, 0 elsewhere."""
-        return (self.step_B == 0) * jnp.float32(len(self.times) - 1)
 
-    def with_stream(self, name: str) -> "Context":
-        """This context with a nested random stream, so that terms do not share draws."""
-        return replace(self, stream=f"{self.stream}/{name}")
+def map_end(context: Context, spec: TeacherMap):
+    """Times [B] at which a teacher map ends."""
+    if spec.end != "next":
+        return jnp.full_like(context.t_B, context.schedule.clean)
+    if spec.until is None:
+        return context.next_B
+    return jnp.where(context.step_B == 0, spec.until, context.next_B)
 
-    def with_term_stream(self, name: str) -> "Context":
-        """This context with the random stream of the sum's term of that name."""
-        return replace(self, stream=f"/{name}")
 
-    def _keys(self, name: str):
-        return stream_keys(self.batch.key, f"{self.stream}/{name}")
-
-    def normal(self, name: str):
-        """Standard normal [B, H, W, C], a function of each sample's key and the name alone."""
-        shape = self.batch.noise.shape[1:]
-        return jax.vmap(lambda k: jax.random.normal(k, shape))(self._keys(name))
-
-    def uniform(self, name: str):
-        """Uniform [B] in [0, 1), a function of each sample's key and the name alone."""
-        return jax.vmap(jax.random.uniform)(self._keys(name))
-
-    def batch_key(self, name: str):
-        """Key that all samples of the batch share: its first sample's, for the name."""
-        return self._keys(name)[0]
+def first_step_weights(context: Context):
+    """Sample weights [B] of a first-step term: n at the first of n steps, 0 elsewhere."""
+    return (context.step_B == 0) * jnp.float32(len(context.times) - 1)
 
 
 def stream_keys(keys_B, name: str):
@@ -265,6 +313,13 @@ class Term(Protocol):
     schedule and guidance; and `at_first_step = True` if its loss of drawn steps (need
     `student`) counts at the first step even where that belongs to another term. Otherwise the sum
     drops those samples and weighs the others accordingly (`Context.base_weight_B`).
+
+    A term with a memory has `init_memory()`, a PyTree of small arrays, which `Context.memory` gives
+    it without gradient; and `remember(memory, metrics)`, the memory after a finite update of the
+    student, from the term's own metrics of the whole batch, among them values per sample [B].
+
+    `sources` names those of its options that are networks of `Needs.networks` (paths, or tuples of
+    them).
     """
 
     @property

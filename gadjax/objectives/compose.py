@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from operator import or_
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, Term
-from gadjax.types import Metrics, Params
+from gadjax.types import Metrics, Params, PyTree
 
 # Config name -> class of the term, filled by gadjax.objectives.
 TERMS: dict[str, type] = {}
@@ -80,7 +80,10 @@ class Sum:
     def term_losses(self, context: Context) -> Iterator[tuple[str, float, jax.Array, Metrics]]:
         """Name, weight, loss per sample [B] and scalar metrics of every term."""
         for (weight, term), name in zip(self.parts, self.names, strict=True):
-            loss_B, metrics = term(context.with_stream(STREAMS.get(name, name)))
+            of_term = context.with_stream(STREAMS.get(name, name))
+            if context.memory:
+                of_term = replace(of_term, memory=context.memory.get(name))
+            loss_B, metrics = term(of_term)
             yield name, weight, _base_weighted(term, loss_B, context), metrics
 
     def __call__(self, context: Context):
@@ -90,6 +93,26 @@ class Sum:
             metrics |= {f"{name}/{key}": value for key, value in extra.items()}
             total_B = total_B + (loss_B if weight == 1 else weight * loss_B)
         return total_B, metrics
+
+    def init_memory(self) -> dict[str, PyTree]:
+        """Initial memories of the terms that have one, by name."""
+        named = zip(self.names, self.parts, strict=True)
+        return {n: term.init_memory() for n, (_, term) in named if hasattr(term, "init_memory")}
+
+    def remember(self, memory: Mapping[str, PyTree], metrics: Metrics) -> dict[str, PyTree]:
+        """Memories after an update, from its metrics of the whole batch."""
+        terms = {name: term for name, (_, term) in zip(self.names, self.parts, strict=True)}
+        return {
+            name: terms[name].remember(
+                old,
+                {
+                    k.removeprefix(f"{name}/"): v
+                    for k, v in metrics.items()
+                    if k.startswith(f"{name}/")
+                },
+            )
+            for name, old in memory.items()
+        }
 
     def check(self, times: Sequence[float], rollout: str = "ode") -> None:
         """Check that the terms fit each other and the student's steps.

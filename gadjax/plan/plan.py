@@ -109,9 +109,7 @@ def _operations(programs: Programs, name: str, batch: int) -> float:
 
     def update(state, frozen, raw):
         made = make_batch(run.pipeline, frozen, raw, make_key(0), 0)
-        return step(
-            with_untrained(run.step_spec, frozen), state, frozen.get(run.pipeline.backbone), made
-        )
+        return step(with_untrained(run.step_spec, frozen), state, run.networks(frozen), made)
 
     arguments = *programs.held, programs.raw(batch)
     return flops(update, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from gadjax.diffusion.rollout import FreshNoise, rollout
+from gadjax.objectives.base import stream_keys
 from gadjax.training.state import StepSpec
 from gadjax.types import Batch, Params, expand
 
@@ -20,7 +21,28 @@ def select_step(states, step_B):
     return states[step_B, jnp.arange(len(step_B))]
 
 
-def backward_simulate(step_spec: StepSpec, student: Params, batch: Batch, step_B):
+def draw_grid(step_spec: StepSpec, batch: Batch) -> jax.Array | None:
+    """Times [n + 1, B] of a grid drawn anew for every sample; None for the student's own.
+
+    The inner times are uniform between two shares (`StepSpec.redraw`) of the span between the first
+    time and the clean end, in falling order.
+    """
+    if not step_spec.redraw:
+        return None
+    low, high = step_spec.redraw
+    first, *inner, clean = step_spec.times
+    keys = stream_keys(batch.key, "grid")
+    share_BN = jax.vmap(
+        lambda key: jax.random.uniform(key, (len(inner),), minval=low, maxval=high)
+    )(keys)
+    inner_NB = clean + (first - clean) * jnp.sort(share_BN, axis=1)[:, ::-1].T
+    ends = jnp.ones((1, len(keys)))
+    return jnp.concatenate([first * ends, inner_NB, clean * ends])
+
+
+def backward_simulate(
+    step_spec: StepSpec, student: Params, batch: Batch, step_B, grid_NB: jax.Array | None = None
+):
     """Latents [B, H, W, C] from which each sample's drawn step starts, by rollout from z.
 
     Neighbours 2j and 2j + 1 need k and n - 1 - k evaluations. Where both are on one device, they
@@ -31,8 +53,11 @@ def backward_simulate(step_spec: StepSpec, student: Params, batch: Batch, step_B
       student: the student's parameters.
       batch: initial noise and conditioning; the conditioning may be a KV cache.
       step_B: drawn step indices [B], as `stratified_step_indices` returns them.
+      grid_NB: each sample's own grid, as `draw_grid` returns it; None: the student's.
     """
     starts, schedule = jnp.asarray(step_spec.times[:-1]), step_spec.denoiser.schedule
+    if grid_NB is not None:
+        starts = grid_NB[:-1]
     n = len(starts)
     if n == 1:
         return batch.noise

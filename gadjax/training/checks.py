@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from gadjax import assets
 from gadjax.diffusion.geometry import tangent
 from gadjax.diffusion.schedules import Flow
-from gadjax.errors import InputError, check_choice
+from gadjax.errors import InputError, check_choice, short_repr
 from gadjax.formats.pipeline_classes import UNSCALED
 from gadjax.formats.scheduler_config import FLOW_LCM, floors_timesteps
 from gadjax.models.params import merge_params
@@ -25,6 +26,7 @@ from gadjax.pipelines.sampling import sampler_and_times
 from gadjax.runtime.distributed import any_process
 from gadjax.seeds import check_seed
 from gadjax.training.batch import encode_raw
+from gadjax.training.config import INITS
 from gadjax.training.data import WITH_PICTURES
 from gadjax.training.steps import CRITICS
 from gadjax.training.workdir import sampling_from_config
@@ -33,6 +35,7 @@ from gadjax.types import Params
 OFFLOAD = "teacher", "optimizer", "ema"
 ATTENTION = "auto", "jnp", "pallas"
 ROLLOUTS = "ode", "fresh_noise"
+LATENTS = "student", "data"
 # Config name -> `remat` of the networks.
 REMAT = {"none": False, "results": "results", "block": True}
 
@@ -48,6 +51,7 @@ class Settings(NamedTuple):
       dtype: compute dtype.
       remat: rematerialisation, as networks take it.
       kernels: platform of the attention kernels, as `select_kernels` returns it.
+      images: the updates read pictures of the data.
     """
 
     times: tuple[float, ...]
@@ -57,6 +61,7 @@ class Settings(NamedTuple):
     dtype: Any
     remat: bool | str
     kernels: str
+    images: bool
 
 
 def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Settings:
@@ -76,6 +81,8 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
         )
     times = student_times(config)
     check_choice("student.rollout", config.student.rollout, ROLLOUTS)
+    check_choice("student.latents", config.student.latents, LATENTS)
+    check_redraw(config.student.redraw, times)
     objective = build(config.objective, TERMS, times, config.student.rollout)
     mesh = make_mesh(config.mesh, devices)
     microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
@@ -84,7 +91,8 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
             f"microbatch: found {config.microbatch}; expected 0 or the batch's {config.batch}, "
             "because this loss compares the samples of a batch"
         )
-    if objective.needs.images and not any(config.data[name] for name in WITH_PICTURES):
+    images = objective.needs.images or config.student.latents == "data"
+    if images and not any(config.data[name] for name in WITH_PICTURES):
         names = ", ".join(f"data.{name}" for name in WITH_PICTURES)
         raise InputError(f"{names}: found nothing; expected a source of pictures for this loss")
     if not config.teacher:
@@ -95,7 +103,8 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     check_offload(config.offload, objective.needs)
     check_schedule("optim", config.optim)
     check_critic(config, objective.needs)
-    return Settings(times, objective, mesh, microbatches, dtype, REMAT[config.remat], kernels)
+    remat = REMAT[config.remat]
+    return Settings(times, objective, mesh, microbatches, dtype, remat, kernels, images)
 
 
 def check_critic(config: ConfigDict, needs: Needs) -> None:
@@ -108,6 +117,27 @@ def check_critic(config: ConfigDict, needs: Needs) -> None:
             f"critic.updates: found {config.critic.updates}; expected 1 or more, because the "
             f"objective needs a {' and a '.join(roles)}"
         )
+    follow = config.critic.follow
+    if not 0 <= follow <= 1 or follow and not needs.critic:
+        expected = "a share from 0 to 1" if needs.critic else "0 in a run without a critic"
+        raise InputError(f"critic.follow: found {follow}; expected {expected}")
+
+
+def check_redraw(shares: Sequence[float], times: Sequence[float]) -> None:
+    """Check the shares of the span between which a student's grid is drawn anew.
+
+    Raises: InputError for anything but () or two shares in order, and for a grid of one step.
+    """
+    if not shares:
+        return
+    numbers = len(shares) == 2 and all(isinstance(share, int | float) for share in shares)
+    if not numbers or not 0 <= shares[0] < shares[1] <= 1:
+        raise InputError(
+            f"student.redraw: found {short_repr(tuple(shares))}; expected two shares in order from "
+            "0 to 1, or ()"
+        )
+    if len(times) < 2:
+        raise InputError("student.redraw: found one step; expected at least 2, or ()")
 
 
 def check_pipeline(config: ConfigDict, settings: Settings, pipeline: Pipeline) -> tuple[float, ...]:
@@ -227,9 +257,11 @@ def student_times(config: ConfigDict) -> tuple[float, ...]:
     Raises: InputError for a bad `student.init`, `student.steps` or `student.timesteps`.
     """
     times = tuple(float(t) for t in config.student.timesteps)
-    if config.student.init not in ("teacher", "random"):
+    init = config.student.init
+    if init not in INITS and not (init and assets.resolve(init).is_dir()):
         raise InputError(
-            f"student.init: found {config.student.init!r}; expected 'teacher' or 'random'"
+            f"student.init: found {init!r}; expected 'teacher', 'random', a diffusers folder or a "
+            "workdir of gadjax train"
         )
     if len(times) != config.student.steps or not times:
         raise InputError(

@@ -62,8 +62,8 @@ def run_shardings(run: Run) -> tuple[TrainState, dict[str, Any], dict[str, Any]]
     rules = DISCRIMINATOR_RULES + parts[backbone].family.rules
     state = shardings(jax.eval_shape(run.start, run.initial_params), rules, mesh)
     on_device = {
-        name: shardings(tree, parts[backbone if name == "untrained" else name].family.rules, mesh)
-        if name in parts or name == "untrained"
+        name: shardings(tree, parts[name if name in parts else backbone].family.rules, mesh)
+        if name != "null"
         else jax.tree.map(lambda _: replicated(mesh), tree)
         for name, tree in run.frozen.items()
     }
@@ -87,7 +87,7 @@ def compile_steps(
       keep_unused: keep arguments that an update does not read, as `jax.jit` does.
       wrap: transformation of an update before it is compiled (`instrument`).
     """
-    mesh, backbone = run.mesh, run.pipeline.backbone
+    mesh = run.mesh
     state_sharding, frozen_sharding, frozen_on_device = run_shardings(run)
     options = {
         "in_shardings": (state_sharding, frozen_sharding, batch_sharding(mesh), replicated(mesh)),
@@ -105,7 +105,7 @@ def compile_steps(
                     make_batch(run.pipeline, frozen, raw, make_key(run.seed), number)
                 )
                 step_spec = with_untrained(run.step_spec, frozen)
-                return wrap(step)(step_spec, state, frozen.get(backbone), batch)
+                return wrap(step)(step_spec, state, run.networks(frozen), batch)
 
         update.__name__ = step.__name__  # its name in profiles
         return jax.jit(update, **options)

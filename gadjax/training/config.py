@@ -15,7 +15,12 @@ from ml_collections.config_dict import placeholder
 from gadjax import assets
 from gadjax.errors import InputError, short_repr
 from gadjax.io.storage import write_atomic
+from gadjax.objectives import TERMS
+from gadjax.objectives.compose import term_class
 
+# Sources of networks that are no paths: the teacher, and the student's initial parameters.
+OF_RUN = "teacher", "start"
+INITS = "teacher", "random"  # values of student.init that are no paths
 # The repository's configs: in a clone a link to its folder of that name, in the wheel a folder.
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG_HELP = (
@@ -41,10 +46,14 @@ def default_config() -> ConfigDict:
             "teacher": "",  # diffusers pipeline folder, or asset:NAME
             "guidance": 4.5,  # the teacher's classifier-free guidance scale
             "student": {
-                "init": "teacher",  # or "random"
+                "init": "teacher",  # or "random", or a diffusers folder or workdir
                 "timesteps": (899, 674, 449, 224),  # in the network's units
                 "steps": 4,
                 "rollout": "ode",  # or "fresh_noise", added to each predicted x0 as LCM does
+                # Two shares of the span of times, as (0.0, 1.0): the inner times of the grid are
+                # drawn anew between them for every sample of an update. (): the timesteps above.
+                "redraw": (),
+                "latents": "student",  # at drawn steps: of its own rollout; or "data", noised
             },
             "objective": {},  # name -> {weight, ...}
             "optim": {
@@ -60,6 +69,7 @@ def default_config() -> ConfigDict:
             # run here too, however many updates a step has.
             "critic": {
                 "updates": 1,  # per student update
+                "follow": 0.0,  # share of the student that it takes over at each student update
                 "lr": 1e-5,
                 "b1": 0.0,
                 "warmup": placeholder(int),
@@ -249,15 +259,23 @@ def as_json(config: ConfigDict) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def with_resolved_teacher(config: ConfigDict) -> ConfigDict:
-    """Copy of a config with an absolute path to the teacher, valid in any current directory."""
+def with_absolute_paths(config: ConfigDict) -> ConfigDict:
+    """Copy of a config whose teacher, student and networks of terms have absolute paths."""
     config = ConfigDict(config)
-    config.teacher = absolute_teacher(config.teacher)
+    config.teacher = absolute_source(config.teacher)
+    config.student.init = absolute_source(config.student.init)
+    for name, options in config.objective.items():
+        for option in getattr(term_class(name, TERMS), "sources", ()):
+            if value := options.get(option):
+                one = isinstance(value, str)
+                options[option] = (
+                    absolute_source(value) if one else tuple(map(absolute_source, value))
+                )
     return config
 
 
-def absolute_teacher(teacher: Any) -> Any:
-    """Absolute path to a config's teacher; a bundled one, and what is no path, are unchanged."""
-    if not isinstance(teacher, str) or not teacher or teacher.startswith(assets.PREFIX):
-        return teacher
-    return os.path.abspath(assets.resolve(teacher))
+def absolute_source(source: Any) -> Any:
+    """Source with an absolute path, valid in any directory; what is no path is unchanged."""
+    if not isinstance(source, str) or source in ("", *OF_RUN, *INITS):
+        return source
+    return source if source.startswith(assets.PREFIX) else os.path.abspath(assets.resolve(source))

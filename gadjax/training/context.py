@@ -1,6 +1,6 @@
 """Context of an update: every need of the objective's terms, computed once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -9,14 +9,24 @@ import jax.numpy as jnp
 
 from gadjax.diffusion.geometry import control_directions, directions, tangents
 from gadjax.diffusion.rollout import Trajectory, interpolate_times, rollout
-from gadjax.objectives.base import Context, FirstStep, Needs, TeacherMap, stream_keys
+from gadjax.diffusion.schedules import add_noise
+from gadjax.objectives.base import (
+    Context,
+    FirstStep,
+    Needs,
+    TeacherMap,
+    first_step_weights,
+    map_end,
+    stream_keys,
+)
 from gadjax.training.backward_simulation import (
     backward_simulate,
+    draw_grid,
     select_step,
     stratified_step_indices,
 )
 from gadjax.training.state import StepSpec
-from gadjax.types import Batch, Cond, Params, Prediction
+from gadjax.types import Batch, Cond, Params, Prediction, PyTree
 
 
 class Roles(NamedTuple):
@@ -27,6 +37,7 @@ class Roles(NamedTuple):
     critic: Params | None = None
     discriminator: Params | None = None
     ema: Params | None = None
+    networks: Mapping[str, Params] = {}  # frozen, by the name that a term gave them
 
 
 @dataclass
@@ -62,11 +73,12 @@ class Workspace:
 
     def full_rollout(self, z, detach_first_step: bool = False) -> Trajectory:
         """The student's steps from z to x0."""
+        grid = self.context.grid_NB
         return rollout(
             self.student,
             self.context.schedule,
             z,
-            jnp.asarray(self.step_spec.times),
+            jnp.asarray(self.step_spec.times) if grid is None else grid,
             solver=self.step_spec.solver(z),
             detach_first_step=detach_first_step,
         )
@@ -80,7 +92,12 @@ class Workspace:
 
 
 def make_context(
-    step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batch, step: jax.Array | int = 0
+    step_spec: StepSpec,
+    needs: Needs,
+    roles: Roles,
+    batch: Batch,
+    step: jax.Array | int = 0,
+    memory: Mapping[str, PyTree] | None = None,
 ) -> Context:
     """Context for the terms of an objective; each need is computed once, the teacher's first.
 
@@ -90,10 +107,11 @@ def make_context(
       roles: parameters of the networks; gradients flow through the student's.
       batch: one microbatch.
       step: student updates done.
+      memory: memories of the terms, by name.
     """
     needs = complete_needs(needs)
     work = start_workspace(step_spec, needs, roles, batch)
-    work.provide(step=step, share=step / step_spec.steps)
+    work.provide(step=step, share=step / step_spec.steps, memory=memory)
     for is_needed, provider in PROVIDERS:
         if is_needed(needs):
             provider(work)
@@ -152,6 +170,8 @@ def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batc
         student_params=roles.student,
         ema_params=roles.ema,
         discriminator_params=roles.discriminator,
+        networks=roles.networks,
+        grid_NB=draw_grid(step_spec, batch),
         step_B=stratified_step_indices(batch.stratum, len(step_spec.times) - 1),
         detach_first_step=needs.detach_first_step,
     )
@@ -175,11 +195,15 @@ def provide_endpoint(work: Workspace) -> None:
 
 
 def provide_latents(work: Workspace) -> None:
-    """The student's latents at the drawn steps, without gradient."""
-    step_B, batch = work.context.step_B, work.context.batch
-    if work.trajectory is None:
+    """Latents at the drawn steps, without gradient: the student's own, or the data's."""
+    context, batch = work.context, work.context.batch
+    step_B = context.step_B
+    if work.step_spec.latents == "data":
+        x = add_noise(context.schedule, batch.x0, batch.noise, context.t_B)
+    elif work.trajectory is None:
         params, cond = jax.lax.stop_gradient((work.roles.student, work.cond))
-        x = backward_simulate(work.step_spec, params, batch._replace(cond=cond), step_B)
+        now = batch._replace(cond=cond)
+        x = backward_simulate(work.step_spec, params, now, step_B, context.grid_NB)
     else:  # the full rollout has passed through these latents
         x = select_step(jax.lax.stop_gradient(work.trajectory.x), step_B)
     work.provide(x_BHWC=x)
@@ -232,7 +256,7 @@ def provide_first_steps(work: Workspace) -> None:
     """First steps of the student beside those of teacher maps, separate ones and shared ones."""
     context, first_step = work.context, {}
     for spec in work.needs.first_step:
-        end, weight_B = work.separate_ends.get(spec), context.first_step_weight_B
+        end, weight_B = work.separate_ends.get(spec), first_step_weights(context)
         if end is None:
             end = context.maps[spec][0]
         else:
@@ -272,7 +296,7 @@ def teacher_map(context: Context, teacher: Callable, spec: TeacherMap):
     start_B, x = context.t_B, context.x_BHWC
     if spec.end == "whole":
         start_B, x = jnp.full_like(start_B, context.times[0]), context.batch.noise
-    grid = interpolate_times(start_B, context.map_end(spec), spec.steps)
+    grid = interpolate_times(start_B, map_end(context, spec), spec.steps)
     return (lambda x: rollout(teacher, context.schedule, x, grid).end), x
 
 

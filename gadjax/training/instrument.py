@@ -86,7 +86,8 @@ def observed(context: Context, counter: FiniteCounter) -> Context:
     roles = ("teacher", "critic", "student")
 
     def apply(params: Params, *args):
-        role = next((r for r in roles if params is getattr(context, f"{r}_params")), "a network")
+        nets = {role: getattr(context, f"{role}_params") for role in roles} | context.networks
+        role = next((role for role, of_role in nets.items() if params is of_role), "a network")
         return counter.record(role, context.denoiser.apply(params, *args))
 
     return replace(
@@ -105,7 +106,7 @@ def instrument(counter: FiniteCounter) -> Callable[[Callable], Callable]:
     """
 
     def wrap(step: Callable) -> Callable:
-        def instrumented(step_spec: StepSpec, state, teacher, batch):
+        def instrumented(step_spec: StepSpec, state, networks, batch):
             norms: dict[str, jax.Array] = {}
             objective = step_spec.objective
             step_spec = replace(
@@ -118,7 +119,7 @@ def instrument(counter: FiniteCounter) -> Callable[[Callable], Callable]:
             )
             # An offloaded tree would be updated in a branch, from which no norms come out.
             on_device = jax.device_put(state, jax.memory.Space.Device)
-            _, metrics = step(step_spec, on_device, teacher, batch)
+            _, metrics = step(step_spec, on_device, networks, batch)
             return state, metrics | norms
 
         return instrumented

@@ -33,7 +33,7 @@ from gadjax.runtime.settings import pinned_jax_config
 from gadjax.runtime.trackers import check_trackers
 from gadjax.runtime.workdir_lock import LOCK, WorkdirLock
 from gadjax.training.compile import Steps, compile_steps
-from gadjax.training.config import as_json, with_resolved_teacher, write_json
+from gadjax.training.config import as_json, with_absolute_paths, write_json
 from gadjax.training.nonfinite import Update, check_nonfinite, merge_scalars
 from gadjax.training.previews import Preview
 from gadjax.training.resume import INPUTS, check_inputs, check_resume
@@ -82,7 +82,7 @@ def train(
     if devices is not None:
         check_devices(devices)
     check_same_on_all(as_json(config), workdir)
-    config = with_resolved_teacher(config)
+    config = with_absolute_paths(config)
     run_on_all_processes(lambda: check_trackers(config.log.trackers))
     run_on_all_processes(lambda: _check_workdir(config, workdir))
     run = run_on_all_processes(lambda: prepare(config))
@@ -215,7 +215,8 @@ def restore_or_init(run: Run, steps: Steps, restore: Restore) -> tuple[int, Trai
         shapes_with_shardings(jax.eval_shape(run.start, run.initial_params), steps.state)
     )
     if restored is None:
-        initial_params = put_on_mesh(run.initial_params, steps.state.params["student"])
+        on_mesh = {role: steps.state.params[role] for role in run.initial_params}
+        initial_params = put_on_mesh(run.initial_params, on_mesh)
         return 0, jax.jit(run.start, out_shardings=steps.state)(initial_params)
     step, state, meta = restored
     if meta["teacher"] != run.fingerprint:

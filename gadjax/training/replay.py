@@ -28,7 +28,7 @@ from gadjax.parallel.sharding import put_on_mesh
 from gadjax.runtime.distributed import check_devices, check_same_on_all, run_on_all_processes
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.compile import Steps, compile_steps
-from gadjax.training.config import as_json, with_resolved_teacher
+from gadjax.training.config import as_json, with_absolute_paths
 from gadjax.training.instrument import FiniteCounter, instrument
 from gadjax.training.loop import host_batches, restore_or_init
 from gadjax.training.nonfinite import Update, merge_scalars, nonfinite_cause, sample_numbers
@@ -61,7 +61,7 @@ def replay_step(config: ConfigDict, workdir: Path, step: int, devices: int | Non
     if devices is not None:
         check_devices(devices)
     check_same_on_all(as_json(config), workdir)
-    config = with_resolved_teacher(config)
+    config = with_absolute_paths(config)
     row = run_on_all_processes(lambda: _logged_row(config, workdir, step))
     run = run_on_all_processes(lambda: prepare(config))
     run_on_all_processes(lambda: check_inputs(workdir, config, run.inputs))

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from gadjax.errors import InputError, short_repr
 from gadjax.io.untrusted import read_json
-from gadjax.training.config import absolute_teacher, as_json, default_config, with_resolved_teacher
+from gadjax.training.config import absolute_source, as_json, default_config, with_absolute_paths
 
 INPUTS = "inputs.json"  # in a workdir: fingerprints of what its run reads
 # Keys that may change when a run is resumed; any other difference makes it another run.
@@ -26,8 +26,8 @@ def check_resume(saved: dict, config: ConfigDict, where: Path) -> None:
     Raises: InputError naming every key that differs and may not.
     """
     saved = _with_defaults(saved, as_json(default_config()))
-    saved["teacher"] = absolute_teacher(saved["teacher"])  # older workdirs have it as given
-    requested = as_json(with_resolved_teacher(config))
+    saved["teacher"] = absolute_source(saved["teacher"])  # older workdirs have it as given
+    requested = as_json(with_absolute_paths(config))
     changed = [d for d in differences(saved, requested) if d[0].split(".")[0] not in MAY_CHANGE]
     if changed:
         values = ((key, short_repr(old, 200), short_repr(new, 200)) for key, old, new in changed)

@@ -17,7 +17,7 @@ from gadjax.formats.weights import fingerprint
 from gadjax.models.params import cast, split_frozen
 from gadjax.objectives.base import Term
 from gadjax.parallel.placement import batch_shards
-from gadjax.pipelines.pipeline import Pipeline, abstract_pipeline, load_pipeline, random_params
+from gadjax.pipelines.pipeline import Pipeline, abstract_pipeline, load_pipeline
 from gadjax.seeds import make_key
 from gadjax.training.checks import (
     Settings,
@@ -28,6 +28,7 @@ from gadjax.training.checks import (
     validate,
 )
 from gadjax.training.data import input_fingerprints, open_data
+from gadjax.training.networks import load_networks
 from gadjax.training.state import StepSpec, TrainState, create_state, make_optimizer
 from gadjax.training.steps import CRITICS
 from gadjax.types import Params
@@ -91,10 +92,11 @@ class Run:
       source: data source.
       frozen: parameters that no update changes, by network; the empty prompt under "null", and
         parameters of the backbone that are never trained under "untrained".
-      initial_params: initial parameters of student and critic.
+      initial_params: initial parameters of the student, and of the critic if it starts otherwise.
       start: initial parameters -> initial training state.
       fingerprint: of the teacher's backbone.
       inputs: fingerprints by key of the config, as `input_fingerprints` returns them.
+      sources: name of a frozen network beside the teacher -> its key in `frozen`.
     """
 
     config: ConfigDict
@@ -110,10 +112,16 @@ class Run:
     mesh: Mesh
     source: Source
     frozen: dict[str, Any]
-    initial_params: Params
-    start: Callable[[Params], TrainState]
+    initial_params: dict[str, Params]
+    start: Callable[[dict[str, Params]], TrainState]
     fingerprint: str
     inputs: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def networks(self, frozen: dict[str, Any]) -> dict[str, Params]:
+        """Frozen networks of an update by name, the teacher's among them."""
+        named = {name: frozen[key] for name, key in self.sources.items()}
+        return {"teacher": frozen.get(self.pipeline.backbone), **named}
 
 
 def prepare(
@@ -134,30 +142,17 @@ def prepare(
     read = abstract_pipeline if abstract else load_pipeline
     teacher = assets.resolve(config.teacher)
     pipeline, params = read(teacher, dtype=settings.dtype, remat=settings.remat)
-    step_spec = StepSpec(
-        denoiser=pipeline.denoiser,
-        objective=objective,
-        times=check_pipeline(config, settings, pipeline),
-        guidance=pipeline.denoiser.guidance_scale(float(config.guidance)),
-        optimizers=make_optimizers(config, objective),
-        ema=config.ema,
-        microbatches=settings.microbatches,
-        batch_shards=batch_shards(settings.mesh),
-        rollout=config.student.rollout,
-        steps=config.steps,
-    )
+    step_spec = make_step_spec(config, settings, pipeline)
     source, null = open_data(config, pipeline)
     frozen = {"null": null} | frozen_networks(config, settings, pipeline, params)
     part = pipeline.folder.components[pipeline.backbone]
-    initial_params, untrained = split_frozen(params[pipeline.backbone], part.frozen)
-    if config.student.init == "random":
-        network = pipeline.networks[pipeline.backbone]
-        fresh = network.abstract if abstract else random_params(network, config.seed)
-        initial_params, _ = split_frozen(fresh, part.frozen)
+    teacher_params, untrained = split_frozen(params[pipeline.backbone], part.frozen)
+    networks = load_networks(config, objective, pipeline, teacher_params, abstract)
+    frozen |= {name: cast(tree, settings.dtype) for name, tree in networks.frozen.items()}
     if untrained:
         frozen["untrained"] = untrained
     if objective.needs.tangent or objective.needs.jvp:
-        check_tangents(pipeline, frozen, initial_params)
+        check_tangents(pipeline, frozen, networks.initial["student"])
     return Run(
         config=config,
         teacher=config.teacher,
@@ -172,10 +167,30 @@ def prepare(
         mesh=settings.mesh,
         source=source,
         frozen=frozen,
-        initial_params=initial_params,
-        start=state_initializer(config, step_spec, pipeline, frozen, initial_params),
+        initial_params=networks.initial,
+        start=state_initializer(config, step_spec, pipeline, frozen, networks.initial["student"]),
         fingerprint="" if abstract else fingerprint(tensors_from_params(part.params, part.keymap)),
-        inputs={} if abstract else input_fingerprints(config, source),
+        inputs={} if abstract else input_fingerprints(config, source) | networks.fingerprints,
+        sources=networks.sources,
+    )
+
+
+def make_step_spec(config: ConfigDict, settings: Settings, pipeline: Pipeline) -> StepSpec:
+    """Specification of a run's steps. Raises: InputError as `check_pipeline`."""
+    return StepSpec(
+        denoiser=pipeline.denoiser,
+        objective=settings.objective,
+        times=check_pipeline(config, settings, pipeline),
+        guidance=pipeline.denoiser.guidance_scale(float(config.guidance)),
+        optimizers=make_optimizers(config, settings.objective),
+        ema=config.ema,
+        microbatches=settings.microbatches,
+        batch_shards=batch_shards(settings.mesh),
+        rollout=config.student.rollout,
+        redraw=tuple(config.student.redraw),
+        latents=config.student.latents,
+        critic_follow=config.critic.follow,
+        steps=config.steps,
     )
 
 
@@ -195,9 +210,9 @@ def frozen_networks(
     needs, data = settings.objective.needs, config.data
     encodes_text = not (data.embeddings or data.latents)
     is_needed = {
-        pipeline.backbone: needs.uses_teacher,
+        pipeline.backbone: needs.uses_teacher or "teacher" in needs.networks.values(),
         **dict.fromkeys(pipeline.folder.text_encoders, encodes_text),
-        "vae": needs.images and not data.latents or config.preview.every,
+        "vae": settings.images and not data.latents or config.preview.every,
     }
     return {name: cast(params[name], settings.dtype) for name, yes in is_needed.items() if yes}
 
@@ -207,26 +222,31 @@ def state_initializer(
     step_spec: StepSpec,
     pipeline: Pipeline,
     frozen: dict[str, Any],
-    initial_params: Params,
-) -> Callable[[Params], TrainState]:
-    """Function of the initial parameters that returns the state at step 0, in float32.
+    student: Params,
+) -> Callable[[dict[str, Params]], TrainState]:
+    """Function of the initial parameters by network that returns the state at step 0, in float32.
+
+    Args:
+      config: training config.
+      step_spec: with the objective and the optimizers.
+      pipeline, frozen, student: for the width of a discriminator's features.
 
     Raises: InputError for a discriminator of a network without features.
     """
     objective, optimizers = step_spec.objective, step_spec.optimizers
     if "discriminator" in optimizers:
-        width = feature_width(pipeline, frozen, initial_params)
+        width = feature_width(pipeline, frozen, student)
     key = make_key(config.seed)
 
-    def start(initial_params: Params) -> TrainState:
+    def start(initial_params: dict[str, Params]) -> TrainState:
         initial_params = cast(initial_params, jnp.float32)
         roles = {
-            role: jax.tree.map(jnp.copy, initial_params)
+            role: jax.tree.map(jnp.copy, initial_params.get(role, initial_params["student"]))
             for role in optimizers
             if role != "discriminator"
         }
         if "discriminator" in optimizers:
             roles["discriminator"] = objective.init_discriminator(key, width)
-        return create_state(roles, optimizers)
+        return create_state(roles, optimizers, objective.init_memory())
 
     return start

@@ -11,7 +11,7 @@ from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.rollout import FIRST_ORDER, FreshNoise, Orders
 from gadjax.diffusion.samplers import fresh_noise
 from gadjax.objectives.base import Term
-from gadjax.types import Params
+from gadjax.types import Params, PyTree
 
 
 class TrainState(NamedTuple):
@@ -23,6 +23,7 @@ class TrainState(NamedTuple):
       ema: exponential moving average of the student's parameters.
       opt: optimizer state by role.
       bad: skipped updates in a row by role, because something in them was not finite.
+      memory: memories of the terms that have one, by the term's name.
     """
 
     step: jax.Array
@@ -30,16 +31,28 @@ class TrainState(NamedTuple):
     ema: Params
     opt: dict[str, Any]
     bad: dict[str, jax.Array]
+    memory: dict[str, PyTree] = {}
 
 
-def create_state(params: dict[str, Params], optimizers: dict[str, optax.GradientTransformation]):
-    """Training state at step 0; the EMA is a copy, so that both may be donated."""
+def create_state(
+    params: dict[str, Params],
+    optimizers: dict[str, optax.GradientTransformation],
+    memory: dict[str, PyTree] | None = None,
+) -> TrainState:
+    """Training state at step 0; the EMA is a copy, so that both may be donated.
+
+    Args:
+      params: parameters by role.
+      optimizers: optimizer by role.
+      memory: initial memories of the terms.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params["student"]),
         opt={role: optimizers[role].init(params[role]) for role in params},
         bad={role: jnp.zeros((), jnp.int32) for role in params},
+        memory=memory or {},
     )
 
 
@@ -79,6 +92,11 @@ class StepSpec:
       microbatches: gradient-accumulation steps per update.
       batch_shards: into how many parts the mesh splits a batch.
       rollout: of the student's steps: "ode", or "fresh_noise" added to each predicted x0.
+      redraw: shares of the span between which the inner times of the grid are drawn anew for every
+        sample of an update; () for the grid itself.
+      latents: at the drawn steps: "student", from its own rollout, or "data", noised.
+      critic_follow: share of the student's parameters that the critic takes over after each of the
+        student's updates.
       steps: student updates of the run.
     """
 
@@ -91,11 +109,14 @@ class StepSpec:
     microbatches: int = 1
     batch_shards: int = 1
     rollout: str = "ode"
+    redraw: tuple[float, ...] = ()
+    latents: str = "student"
+    critic_follow: float = 0.0
     steps: int = 1
 
     def can_pair(self, samples: int) -> bool:
-        """True if all neighbours 2j, 2j + 1 of a microbatch of `samples` share a device."""
-        return samples % (2 * self.batch_shards) == 0
+        """True if neighbours 2j, 2j + 1 of a microbatch of `samples` share a device and grid."""
+        return not self.redraw and samples % (2 * self.batch_shards) == 0
 
     def solver(self, z_BHWC) -> Orders | FreshNoise:
         """Solver of the student's steps from z, as its sampler has it."""

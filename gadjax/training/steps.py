@@ -1,5 +1,6 @@
 """The two updates, student's and critic's: pure functions of state, frozen networks and batch."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import jax
@@ -8,19 +9,28 @@ import jax.numpy as jnp
 from gadjax.objectives.compose import Sum
 from gadjax.training.context import Roles, make_context
 from gadjax.training.state import StepSpec, TrainState
-from gadjax.training.updates import accumulate, apply_if_finite, apply_update, on_device
+from gadjax.training.updates import (
+    accumulate,
+    apply_if_finite,
+    apply_update,
+    on_device,
+    tree_where,
+)
 from gadjax.types import Batch, Params
 
 CRITICS = "critic", "discriminator"  # networks of the second update
 
 
-def student_step(step_spec: StepSpec, state: TrainState, teacher: Params | None, batch: Batch):
+def student_step(
+    step_spec: StepSpec, state: TrainState, networks: Mapping[str, Params], batch: Batch
+):
     """One student update and its EMA; advances `state.step`.
 
     Args:
       step_spec: what is fixed when the update is traced.
       state: training state.
-      teacher: the teacher's parameters; None where the objective uses no teacher.
+      networks: parameters of the frozen networks: "teacher", where the objective uses one, and
+        those that terms name.
       batch: the global batch.
 
     Returns: the new state, and metrics.
@@ -29,8 +39,9 @@ def student_step(step_spec: StepSpec, state: TrainState, teacher: Params | None,
     def loss(student, batch):
         critic, discriminator = (state.params.get(role) for role in CRITICS)
         needs = step_spec.objective.needs
-        roles = Roles(student, teacher, critic, discriminator, state.ema if needs.ema else None)
-        context = make_context(step_spec, needs, roles, batch, state.step)
+        ema = state.ema if needs.ema else None
+        roles = Roles(student, networks.get("teacher"), critic, discriminator, ema, networks)
+        context = make_context(step_spec, needs, roles, batch, state.step, state.memory)
         loss_B, metrics = step_spec.objective(context)
         return jnp.mean(loss_B), metrics | {"student/loss_B": loss_B}
 
@@ -46,19 +57,38 @@ def student_step(step_spec: StepSpec, state: TrainState, teacher: Params | None,
 
     finite = state.bad["student"] == 0
     ema, _ = apply_if_finite(finite, on_device(update_ema), state.ema, state.params["student"])
-    return state._replace(step=state.step + 1, ema=ema), metrics
+    state = state._replace(step=state.step + 1, ema=ema)
+    if step_spec.critic_follow:
+        state = follow_student(state, step_spec.critic_follow, finite)
+    if state.memory:
+        memory = step_spec.objective.remember(state.memory, metrics)
+        state = state._replace(memory=tree_where(finite, memory, state.memory))
+    return state, metrics
 
 
-def critic_step(step_spec: StepSpec, state: TrainState, teacher: Params | None, batch: Batch):
+def follow_student(state: TrainState, share: float, finite) -> TrainState:
+    """State whose critic has taken over a share of the student's parameters."""
+
+    def follow(critic, student):
+        return jax.tree.map(lambda c, s: c + share * (s - c), critic, student), student
+
+    nets = state.params["critic"], state.params["student"]
+    critic, _ = apply_if_finite(finite, follow, *nets)
+    return state._replace(params=state.params | {"critic": critic})
+
+
+def critic_step(
+    step_spec: StepSpec, state: TrainState, networks: Mapping[str, Params], batch: Batch
+):
     """One update of critic and discriminator on samples of the current student.
 
-    The context has the needs of the terms that train them, and no further networks: the teacher is
-    read by a discriminator of its features, and by maps.
+    The context has the needs of the terms that train them: the teacher is read by a discriminator
+    of its features, and by maps.
 
     Args:
       step_spec: what is fixed when the update is traced.
       state: training state.
-      teacher: the teacher's parameters.
+      networks: parameters of the frozen networks, as `student_step` takes them.
       batch: the global batch.
 
     Returns: the new state, and metrics.
@@ -70,8 +100,9 @@ def critic_step(step_spec: StepSpec, state: TrainState, teacher: Params | None, 
 
     def loss(params, batch):
         critic, discriminator = (params.get(role) for role in CRITICS)
-        networks = Roles(student, teacher, critic, discriminator)
-        context = make_context(step_spec, needs, networks, batch, state.step)
+        teacher = networks.get("teacher")
+        roles_now = Roles(student, teacher, critic, discriminator, networks=networks)
+        context = make_context(step_spec, needs, roles_now, batch, state.step, state.memory)
         losses_B = {role: getattr(step_spec.objective, f"{role}_loss")(context) for role in roles}
         losses = {role: jnp.mean(loss_B) for role, loss_B in losses_B.items()}
         return sum(losses.values()), losses | {f"{role}/loss_B": losses_B[role] for role in roles}

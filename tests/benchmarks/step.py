@@ -157,7 +157,8 @@ class Bench:
 
     def __init__(self, run: Run):
         self.run, self.steps = run, compile_steps(run)
-        initial_params = jax.device_put(run.initial_params, self.steps.state.params["student"])
+        on_devices = {role: self.steps.state.params[role] for role in run.initial_params}
+        initial_params = jax.device_put(run.initial_params, on_devices)
         self.state = jax.jit(run.start, out_shardings=self.steps.state)(initial_params)
         self.frozen = jax.device_put(run.frozen, self.steps.frozen)
         self.critics = run.critic_updates if self.steps.critic else 0

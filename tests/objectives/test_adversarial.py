@@ -170,7 +170,7 @@ def test_a_critic_step_trains_the_head_and_the_critic():
             total, old[name]["discriminator"] = total + 0.3 * term, some_head(term)
         step_spec = FLOW.step_spec(total, optimizers=plain)
         state, metrics = jax.jit(partial(critic_step, step_spec))(
-            create_state(old[name], plain), teacher, batch
+            create_state(old[name], plain), {"teacher": teacher}, batch
         )
         new[name] = jax.device_get(state.params)
 
@@ -235,7 +235,9 @@ def test_it_learns_the_optimal_discriminator_of_two_gaussians():
     @jax.jit
     def trained(head, real):
         def update(state, number):
-            state, _ = critic_step(step_spec, state, teacher, data(batch, number, *real))
+            state, _ = critic_step(
+                step_spec, state, {"teacher": teacher}, data(batch, number, *real)
+            )
             return state, None
 
         start = create_state({"student": student, "discriminator": head}, optimizers)
@@ -282,8 +284,10 @@ def test_a_student_learns_the_data_from_it_alone():
     def run(state):
         def update(state, number):
             now = partial(data, batch, mean=REAL[0], spread=REAL[1])
-            state, _ = critic_step(step_spec, state, teacher, now(2 * number))
-            state, metrics = student_step(step_spec, state, teacher, now(2 * number + 1))
+            state, _ = critic_step(step_spec, state, {"teacher": teacher}, now(2 * number))
+            state, metrics = student_step(
+                step_spec, state, {"teacher": teacher}, now(2 * number + 1)
+            )
             return state, metrics["adversarial/logit"]
 
         return jax.lax.scan(update, state, jnp.arange(updates))
@@ -318,8 +322,8 @@ def test_it_combines_with_dmd_and_gad():
     @jax.jit
     def run(state):
         def update(state, _):
-            state, metrics = critic_step(step_spec, state, teacher, batch)
-            state, more = student_step(step_spec, state, teacher, batch)
+            state, metrics = critic_step(step_spec, state, {"teacher": teacher}, batch)
+            state, more = student_step(step_spec, state, {"teacher": teacher}, batch)
             return state, metrics | more
 
         return jax.lax.scan(update, state, None, 2)

@@ -223,7 +223,7 @@ def test_dpdmds_update_costs_no_more_for_four_times_the_samples():
     def cost(total):
         step_spec = FLOW_WORLD.step_spec(total, optimizers=PLAIN)
         state = create_state(params, PLAIN)
-        return flops(partial(student_step, step_spec), state, gaussian_params(), batch)
+        return flops(partial(student_step, step_spec), state, {"teacher": gaussian_params()}, batch)
 
     all_of, some, none = cost(DPDMD), cost(DPDMD + Landing()), cost(DMD(backprop="all"))
     useful = np.sum(np.asarray(stratified_step_indices(batch.stratum, 4)) == 0)
@@ -238,7 +238,9 @@ def moves(mesh, **more):
     step_spec = FLOW_WORLD.step_spec(DPDMD, optimizers=PLAIN, batch_shards=mesh.size, **more)
     state = jax.device_put(create_state(params, PLAIN), replicated(mesh))
     batch = jax.device_put(make_batch(16), batch_sharding(mesh))
-    new, metrics = jax.jit(partial(student_step, step_spec))(state, gaussian_params(), batch)
+    new, metrics = jax.jit(partial(student_step, step_spec))(
+        state, {"teacher": gaussian_params()}, batch
+    )
     return jax.device_get((new.params["student"], metrics))
 
 

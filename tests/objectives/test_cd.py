@@ -117,13 +117,13 @@ def test_an_update_evaluates_the_average(monkeypatch):
     step_spec = world.step_spec(term, optimizers=sgd())
     batch = make_batch(SAMPLES)._replace(x0=pictures(jnp.float32))
     state = create_state({"student": world.student_params()}, step_spec.optimizers)
-    other = state._replace(ema=world.student_params(seed=7))
+    other, nets = state._replace(ema=world.student_params(seed=7)), {"teacher": mixture_params()}
     step = jax.jit(partial(student_step, step_spec))
-    losses = [float(step(s, mixture_params(), batch)[1]["student/loss"]) for s in (state, other)]
+    losses = [float(step(s, nets, batch)[1]["student/loss"]) for s in (state, other)]
     assert losses[0] != losses[1]
     same = replace(step_spec, objective=ConsistencyDistillation(target="student"))
     step = jax.jit(partial(student_step, same))
-    losses = [float(step(s, mixture_params(), batch)[1]["student/loss"]) for s in (state, other)]
+    losses = [float(step(s, nets, batch)[1]["student/loss"]) for s in (state, other)]
     assert losses[0] == losses[1]
 
 

@@ -21,6 +21,7 @@ from formula_terms import compare, recorded
 from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives import DMD, Anchor
+from gadjax.objectives.base import first_step_weights
 from gadjax.training.backward_simulation import stratified_step_indices
 
 B = 64
@@ -173,7 +174,7 @@ def test_the_anchors_step_has_no_weight_in_the_mean():
         def masked(student):
             context = world.context(total, batch, student, critic, teacher)
             loss_B = (1.0 * DMD())(context)[0]
-            return loss_B.mean(), (loss_B, context.base_weight_B, context.first_step_weight_B)
+            return loss_B.mean(), (loss_B, context.base_weight_B, first_step_weights(context))
 
         alone = world.context(DMD(), batch, student, critic, teacher)
         (_, actual), slope = jax.value_and_grad(masked, has_aux=True)(student)

@@ -82,9 +82,10 @@ def tiny_run(mesh, microbatches, offload=()):
         step_spec=step_spec,
         mesh=mesh,
         frozen=frozen,
-        initial_params=student,
+        initial_params={"student": student},
+        networks=lambda frozen: {"teacher": frozen["transformer"]},
         start=lambda p: create_state(
-            {role: jax.tree.map(jnp.copy, p) for role in optimizers}, optimizers
+            {role: jax.tree.map(jnp.copy, p["student"]) for role in optimizers}, optimizers
         ),
     )
 

@@ -56,9 +56,11 @@ def run():
 
 def test_memory_held_by_a_chip(made, run):
     held = made[0]["memory"]["held"]
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(run.initial_params))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(run.initial_params["student"]))
     state = ("student parameters", "critic parameters", "optimizer moments", "EMA")
-    biases = sum(v.size for k, v in flatten(run.initial_params).items() if k.endswith("bias"))
+    biases = sum(
+        v.size for k, v in flatten(run.initial_params["student"]).items() if k.endswith("bias")
+    )
     assert biases < 0.02 * numbers
     # Student and critic, two moments of each, and the average. Every chip has all of the biases.
     assert numbers / 4 < sum(held[name] for name in state) / (4 * 7) < numbers / 4 + biases
@@ -101,7 +103,7 @@ def test_operations_are_those_of_the_steps(made, run):
 def test_traffic_of_a_step(made, run):
     sent, numbers = (
         made[0]["traffic"],
-        sum(leaf.size for leaf in jax.tree.leaves(run.initial_params)),
+        sum(leaf.size for leaf in jax.tree.leaves(run.initial_params["student"])),
     )
     assert sent["unknown_loops"] == 0
     for step in sent["step"].values():

@@ -10,7 +10,7 @@ from gadjax.training.config import (
     config_names,
     default_config,
     read_config,
-    with_resolved_teacher,
+    with_absolute_paths,
     write_json,
 )
 from gadjax.training.resume import check_resume, differences
@@ -171,9 +171,9 @@ def test_the_teachers_path_is_saved_as_absolute(plain, tmp_path, monkeypatch):
     """The absolute path is saved; an older workdir has the path as it was given."""
     monkeypatch.chdir(tmp_path)
     given = read_config([plain, "--config.teacher=teachers/one"])
-    config = with_resolved_teacher(given)
+    config = with_absolute_paths(given)
     assert config.teacher == str(tmp_path / "teachers" / "one")
-    assert given.teacher == "teachers/one" and with_resolved_teacher(config) == config
+    assert given.teacher == "teachers/one" and with_absolute_paths(config) == config
     check_resume(as_json(given), config, tmp_path)
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path / "runs")
@@ -182,7 +182,7 @@ def test_the_teachers_path_is_saved_as_absolute(plain, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="teacher: found .*/teachers/one', asked for .*/runs/x'"):
         check_resume(as_json(config), read_config([plain, "--config.teacher=x"]), tmp_path)
     bundled = read_config([plain, "--config.teacher=asset:shapes_teacher"])
-    assert with_resolved_teacher(bundled) == bundled
+    assert with_absolute_paths(bundled) == bundled
 
 
 def times(**student):

@@ -70,7 +70,7 @@ def update_of(objective, teacher=None, batch=None, which=None, **more):
     old = start(step_spec)
     batch = make_batch(B) if batch is None else batch
     new, metrics = jax.jit(partial(student_step, step_spec))(
-        old, teacher or gaussian_params(), batch
+        old, {"teacher": teacher or gaussian_params()}, batch
     )
     return Update(160, which, metrics), old, new
 
@@ -187,14 +187,14 @@ def main():
     step = jax.jit(
         partial(student_step, step_spec), in_shardings=places, out_shardings=replicated(mesh)
     )
-    _, metrics = step(state, gaussian_params(), batch)
+    _, metrics = step(state, {"teacher": gaussian_params()}, batch)
     which = jax.device_put(jnp.arange(B, dtype=jnp.int32) + 100, batch_sharding(mesh))
     update = Update(160, which, metrics)
     assert nonfinite_cause(update, "student") == "loss/division of prompts 105", nonfinite_cause(
         update, "student"
     )
     alone = jax.jit(partial(student_step, make_step_spec(Plain() + Division())))
-    _, expected = alone(state, gaussian_params(), batch)
+    _, expected = alone(state, {"teacher": gaussian_params()}, batch)
     np.testing.assert_allclose(metrics["student/loss_B"], expected["student/loss_B"], rtol=1e-5)
 
 

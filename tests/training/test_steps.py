@@ -9,9 +9,9 @@ import optax
 import pytest
 from closed_form import gaussian_params, make_batch
 from formula_steps import (
+    NETWORKS,
     OPTIMIZERS,
     STEP_SPEC,
-    TEACHER,
     WORLD,
     B,
     equal,
@@ -36,14 +36,14 @@ from gadjax.types import Cond, TextKV
 
 def test_a_student_step_changes_the_student_and_its_ema():
     old, batch = start(), make_batch(B)
-    new, metrics = train_student(old, TEACHER, batch)
+    new, metrics = train_student(old, NETWORKS, batch)
     assert moved(new.params["student"], old.params["student"]) and moved(new.ema, old.ema)
     assert equal(
         (new.params["critic"], new.opt["critic"]), (old.params["critic"], old.opt["critic"])
     )
     assert int(new.step) == 1 and equal(new.bad, {"student": 0, "critic": 0})
     assert metrics.keys() >= {"student/loss", "student/grad_norm", "student/bad", "loss/gad"}
-    again, _ = train_student(new, TEACHER, batch)
+    again, _ = train_student(new, NETWORKS, batch)
     assert int(again.step) == 2
 
 
@@ -63,16 +63,16 @@ class Clock(Addable):
 def test_terms_have_the_clock_of_the_run_in_both_updates():
     step_spec = WORLD.step_spec(1.0 * Clock(), optimizers=OPTIMIZERS, microbatches=2, steps=12)
     old, batch = start()._replace(step=jnp.int32(3)), make_batch(B)
-    new, metrics = jax.jit(partial(student_step, step_spec))(old, TEACHER, batch)
+    new, metrics = jax.jit(partial(student_step, step_spec))(old, NETWORKS, batch)
     assert float(metrics["student/loss"]) == 0.25 and float(metrics["clock/step"]) == 3
     assert int(new.step) == 4
-    _, metrics = jax.jit(partial(critic_step, step_spec))(old, TEACHER, batch)
+    _, metrics = jax.jit(partial(critic_step, step_spec))(old, NETWORKS, batch)
     assert float(metrics["critic/loss"]) == 3.25
 
 
 def test_a_critic_step_changes_the_critic_and_counts_no_step():
     old, batch = start(), make_batch(B)
-    new, metrics = train_critic(old, None, batch)
+    new, metrics = train_critic(old, {}, batch)
     assert moved(new.params["critic"], old.params["critic"])
     assert equal(new._replace(params=0, opt=0), old._replace(params=0, opt=0))
     for tree, part in ((old.params, new.params), (old.opt, new.opt)):
@@ -95,7 +95,7 @@ def test_critic_steps_lower_the_critics_loss():
             keys = jax.vmap(lambda k: jax.random.fold_in(k, i))(batch.key)
             noise = jax.vmap(lambda k: jax.random.normal(k, batch.noise.shape[1:]))(keys)
             state, metrics = critic_step(
-                step_spec, state, None, batch._replace(key=keys, noise=noise)
+                step_spec, state, {}, batch._replace(key=keys, noise=noise)
             )
             return state, metrics["critic/loss"]
 
@@ -109,13 +109,13 @@ def test_critic_steps_lower_the_critics_loss():
 def test_the_ema_decay_is_lower_at_first():
     state, batch = start(), make_batch(B)
     for step in range(3):
-        old, (state, _) = state, train_student(state, TEACHER, batch)
+        old, (state, _) = state, train_student(state, NETWORKS, batch)
         decay = min(0.9, (1 + step) / (10 + step))
         for e, p, actual in zip(
             *map(jax.tree.leaves, (old.ema, state.params["student"], state.ema)), strict=True
         ):
             np.testing.assert_allclose(actual, decay * e + (1 - decay) * p, rtol=1e-5, atol=1e-7)
-    late, _ = train_student(state._replace(step=jnp.int32(1000)), TEACHER, batch)
+    late, _ = train_student(state._replace(step=jnp.int32(1000)), NETWORKS, batch)
     e, p, actual = (
         tree["step1"]["matrix"] for tree in (state.ema, late.params["student"], late.ema)
     )
@@ -212,7 +212,7 @@ def test_a_prompts_kv_cache_is_computed_once_for_all_evaluations(objective):
     step_spec = replace(STEP_SPEC, objective=objective)
     ahead = replace(step_spec, denoiser=cache_text(calls))
     (state, metrics), (same, others) = (
-        jax.jit(partial(student_step, r))(start(), TEACHER, batch) for r in (step_spec, ahead)
+        jax.jit(partial(student_step, r))(start(), NETWORKS, batch) for r in (step_spec, ahead)
     )
     assert calls == READ[objective]
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(same.params), strict=True):
@@ -253,7 +253,7 @@ def rows(tree):
 def test_a_critics_loss_gets_the_needs_of_its_term():
     """They equal those of the student's loss."""
     step_spec = replace(STEP_SPEC, objective=1.0 * Reading())
-    given = start(), TEACHER, make_batch(B)
+    given = start(), NETWORKS, make_batch(B)
     _, mine = jax.jit(partial(critic_step, step_spec))(*given)
     _, expected = jax.jit(partial(student_step, step_spec))(*given)
     scale = float(jnp.sum(given[0].params["critic"]["logits"]))
@@ -264,9 +264,9 @@ def test_a_critics_loss_gets_the_needs_of_its_term():
 def test_a_critics_update_computes_the_students_kv_cache_once():
     calls = []
     step_spec = replace(STEP_SPEC, denoiser=cache_text(calls), objective=TDM())
-    _, metrics = jax.jit(partial(critic_step, step_spec))(start(), None, make_batch(B))
+    _, metrics = jax.jit(partial(critic_step, step_spec))(start(), {}, make_batch(B))
     step_spec = replace(STEP_SPEC, objective=TDM())
-    _, expected = jax.jit(partial(critic_step, step_spec))(start(), None, make_batch(B))
+    _, expected = jax.jit(partial(critic_step, step_spec))(start(), {}, make_batch(B))
     assert calls == ["student", B]
     np.testing.assert_allclose(metrics["critic/loss"], expected["critic/loss"], rtol=1e-5)
 
@@ -311,10 +311,10 @@ def test_two_runs_are_the_same_run():
     first, second = start(), start()
     for update in range(2):
         batch = host_batch(B, 1, update)._replace(cond=make_batch(B).cond, null=make_batch(B).null)
-        first, _ = train_critic(first, None, batch)
-        first, _ = train_student(first, TEACHER, batch)
-        second, _ = train_critic(second, None, batch)
-        second, _ = train_student(second, TEACHER, batch)
+        first, _ = train_critic(first, {}, batch)
+        first, _ = train_student(first, NETWORKS, batch)
+        second, _ = train_critic(second, {}, batch)
+        second, _ = train_student(second, NETWORKS, batch)
     assert equal(first, second)
 
 

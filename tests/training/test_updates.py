@@ -8,8 +8,8 @@ import optax
 import pytest
 from closed_form import make_batch
 from formula_steps import (
+    NETWORKS,
     STEP_SPEC,
-    TEACHER,
     TOTAL,
     B,
     equal,
@@ -34,8 +34,8 @@ def one_update(parts):
 
     @jax.jit
     def run(state):
-        student, metrics = student_step(step_spec, state, TEACHER, batch)
-        critic, more = critic_step(step_spec, state, None, batch)
+        student, metrics = student_step(step_spec, state, NETWORKS, batch)
+        critic, more = critic_step(step_spec, state, {}, batch)
         new = {"student": student.params["student"], "critic": critic.params["critic"]}
         return jax.tree.map(jnp.subtract, new, state.params), metrics | more
 
@@ -92,16 +92,16 @@ def spoil(batch, value):
 def test_a_nonfinite_update_is_skipped(value):
     step_spec = replace(STEP_SPEC, objective=TOTAL + Spoilt(), microbatches=2)
     train, good = jax.jit(partial(student_step, step_spec)), make_batch(B)
-    old, _ = train(start(), TEACHER, good)
-    new, metrics = train(old, TEACHER, spoil(good, value))
+    old, _ = train(start(), NETWORKS, good)
+    new, metrics = train(old, NETWORKS, spoil(good, value))
     assert equal((new.params, new.opt, new.ema), (old.params, old.opt, old.ema))
     assert int(new.bad["student"]) == 1 == int(metrics["student/bad"])
     assert int(new.bad["critic"]) == 0 and int(new.step) == 2
     assert not np.isfinite(metrics["student/loss"])
     assert np.flatnonzero(~np.isfinite(metrics["student/loss_B"])).tolist() == [5]
-    new, _ = train(new, TEACHER, spoil(good, value))
+    new, _ = train(new, NETWORKS, spoil(good, value))
     assert int(new.bad["student"]) == 2
-    new, metrics = train(new, TEACHER, good)
+    new, metrics = train(new, NETWORKS, good)
     assert int(new.bad["student"]) == 0 and np.isfinite(metrics["student/loss"])
     assert moved(new.params["student"], old.params["student"]) and moved(new.ema, old.ema)
 
@@ -109,12 +109,12 @@ def test_a_nonfinite_update_is_skipped(value):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_the_critics_update_likewise(value):
     good = make_batch(B)
-    old, _ = train_critic(start(), None, good)
-    new, metrics = train_critic(old, None, spoil(good, value))
+    old, _ = train_critic(start(), {}, good)
+    new, metrics = train_critic(old, {}, spoil(good, value))
     assert equal(new._replace(bad=0), old._replace(bad=0))
     assert equal(new.bad, {"student": 0, "critic": 1}) and int(metrics["critic/bad"]) == 1
     assert np.flatnonzero(~np.isfinite(metrics["critic/loss_B"])).tolist() == [5]
-    new, _ = train_critic(new, None, good)
+    new, _ = train_critic(new, {}, good)
     assert equal(new.bad, {"student": 0, "critic": 0})
 
 
@@ -122,7 +122,7 @@ def test_gradients_that_overflow_in_the_norm_are_skipped():
     """Finite leaf by leaf; their squares' sum is not, and the clip would make them zeros."""
     step_spec = replace(STEP_SPEC, objective=1e30 * GAD(loss="square", normalize=False))
     old = start()
-    new, metrics = jax.jit(partial(student_step, step_spec))(old, TEACHER, make_batch(B))
+    new, metrics = jax.jit(partial(student_step, step_spec))(old, NETWORKS, make_batch(B))
     assert np.isfinite(metrics["student/loss"]) and np.isinf(metrics["student/grad_norm"])
     assert equal((new.params, new.opt, new.ema), (old.params, old.opt, old.ema))
     assert int(new.bad["student"]) == 1

@@ -1,0 +1,131 @@
+"""Frozen networks of a run beside its teacher, and the student's start, by their sources."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from gadjax import assets
+from gadjax.errors import InputError
+from gadjax.formats.orbax_folder import open_folder
+from gadjax.formats.state_dict import tensors_from_params
+from gadjax.formats.weights import fingerprint
+from gadjax.models.params import split_frozen
+from gadjax.objectives import Sum
+from gadjax.pipelines.pipeline import Pipeline, make_pipeline, random_params
+from gadjax.training.config import INITS, OF_RUN
+from gadjax.training.workdir import is_workdir, read_trained
+from gadjax.types import Params
+
+
+def read_network(source: str, pipeline: Pipeline, key: str) -> tuple[Params, str]:
+    """Parameters of a backbone like the teacher's, and their fingerprint.
+
+    Args:
+      source: a diffusers folder, `asset:NAME`, or a workdir of `gadjax train`, whose EMA is read.
+      pipeline: the teacher's pipeline.
+      key: of the config, for messages.
+
+    Raises: InputError for a path that is neither, or a network of another configuration, noise
+      schedule or parameterization than the teacher's.
+    """
+    path = assets.resolve(source)
+    if not path.is_dir():
+        raise InputError(
+            f"{key}: found {source!r}; expected a diffusers folder or a workdir of gadjax train"
+        )
+    trained = read_trained(path) if is_workdir(path) else None
+    folder = open_folder(trained.teacher if trained else path, components=())
+    _check_like_teacher(make_pipeline(folder), pipeline, f"{key}: {source}")
+    backbone = folder.backbone
+    part = open_folder(folder.path, components=(backbone,)).components[backbone]
+    params = trained.full_params(part) if trained else part.params
+    return params, fingerprint(tensors_from_params(params, part.keymap))
+
+
+def _check_like_teacher(other: Pipeline, teacher: Pipeline, where: str) -> None:
+    """Check that a network takes the place of the teacher's. Raises: InputError."""
+    parts = [p.folder.components[p.folder.backbone] for p in (other, teacher)]
+    found, expected = (part.family.class_names[0] for part in parts)
+    if parts[0].spec != parts[1].spec or found != expected:
+        config = "" if found != expected else " of another configuration"
+        raise InputError(
+            f"{where}: found a {found}{config}; expected a {expected} as the teacher's"
+        )
+    a, b = other.denoiser, teacher.denoiser
+    if (a.schedule, a.parameterization) != (b.schedule, b.parameterization):
+        raise InputError(
+            f"{where}: found {a.schedule} and {a.parameterization!r}; expected {b.schedule} and "
+            f"{b.parameterization!r}, as the teacher has"
+        )
+
+
+class Networks(NamedTuple):
+    """Backbones of a run beside its teacher.
+
+    Attributes:
+      initial: initial parameters of the student, and of the critic if it starts otherwise.
+      frozen: key in `Run.frozen` -> parameters.
+      sources: name that a term uses -> key in `Run.frozen`.
+      fingerprints: key of the config -> fingerprint of the networks that it names by their paths.
+    """
+
+    initial: dict[str, Params]
+    frozen: dict[str, Params]
+    sources: dict[str, str]
+    fingerprints: dict[str, str]
+
+
+def load_networks(
+    config: ConfigDict, objective: Sum, pipeline: Pipeline, teacher: Params, abstract: bool
+) -> Networks:
+    """Read the student's start and the networks that terms name, each path once.
+
+    Args:
+      config: training config.
+      objective: its terms.
+      pipeline: the teacher's pipeline.
+      teacher: the teacher's parameters, those that are never trained left out.
+      abstract: read nothing; parameters are shapes.
+
+    Raises: InputError as `read_network`.
+    """
+    init, read, fingerprints = config.student.init, {}, {}
+    options = [*network_options(objective), *([] if init in INITS else [("student.init", (init,))])]
+    for key, sources in options:
+        paths = [source for source in sources if source not in OF_RUN]
+        for path in paths if not abstract else ():
+            read[path] = read.get(path) or read_network(path, pipeline, key)
+            fingerprints[key] = " ".join(read[path][1] for path in paths if path in read)
+    part = pipeline.folder.components[pipeline.backbone]
+
+    def params_of(path):
+        return teacher if abstract else split_frozen(read[path][0], part.frozen)[0]
+
+    if init == "random":
+        network = pipeline.networks[pipeline.backbone]
+        fresh = network.abstract if abstract else random_params(network, config.seed)
+        initial = {"student": split_frozen(fresh, part.frozen)[0]}
+    elif init == "teacher":
+        initial = {"student": teacher}
+    else:
+        initial = {"student": params_of(init), "critic": teacher}
+    keys = {
+        "teacher": pipeline.backbone,
+        "start": pipeline.backbone if init == "teacher" else "start",
+    }
+    sources = {name: keys.get(source, source) for name, source in objective.needs.networks.items()}
+    frozen = {
+        key: initial["student"] if key == "start" else params_of(key)
+        for key in sources.values()
+        if key != pipeline.backbone
+    }
+    return Networks(initial, frozen, sources, fingerprints)
+
+
+def network_options(objective: Sum) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Key of the config and sources of each option of a term that names networks."""
+    for name, (_, term) in zip(objective.names, objective.parts, strict=True):
+        for option in getattr(term, "sources", ()):
+            value = getattr(term, option)
+            yield f"objective.{name}.{option}", (value,) if isinstance(value, str) else tuple(value)
