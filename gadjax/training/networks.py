@@ -46,12 +46,10 @@ def read_network(source: str, pipeline: Pipeline, key: str) -> tuple[Params, str
 def _check_like_teacher(other: Pipeline, teacher: Pipeline, where: str) -> None:
     """Check that a network takes the place of the teacher's. Raises: InputError."""
     parts = [p.folder.components[p.folder.backbone] for p in (other, teacher)]
-    found, expected = (part.family.class_names[0] for part in parts)
-    if parts[0].spec != parts[1].spec or found != expected:
-        config = "" if found != expected else " of another configuration"
-        raise InputError(
-            f"{where}: found a {found}{config}; expected a {expected} as the teacher's"
-        )
+    kind, teachers = (part.family.class_names[0] for part in parts)
+    if parts[0].spec != parts[1].spec or kind != teachers:
+        config = " of another configuration" if kind == teachers else ""
+        raise InputError(f"{where}: found a {kind}{config}; expected a {teachers} as the teacher's")
     a, b = other.denoiser, teacher.denoiser
     if (a.schedule, a.parameterization) != (b.schedule, b.parameterization):
         raise InputError(

@@ -89,7 +89,7 @@ def test_operations_are_those_of_the_steps(made, run):
 
         def update(state, frozen, raw, step=step):
             batch = make_batch(run.pipeline, frozen, raw, make_key(0), 0)
-            return step(run.step_spec, state, frozen["transformer"], batch)
+            return step(run.step_spec, state, run.networks(frozen), batch)
 
         assert found["step"][name] == flops(update, state, run.frozen, raw)
     assert made[0]["updates"] == {"critic": 2, "student": 1}
