@@ -79,11 +79,17 @@ class World:
     def context(self, term, batch, student=None, critic=None, teacher=None, **more):
         """Context of an update for one term."""
         step_spec, needs = self.step_spec(term, **more), term.needs
-        return make_context(step_spec, needs, Roles(student, teacher, critic), batch)
+        context = make_context(step_spec, needs, Roles(student, teacher, critic), batch)
+        return with_memory(term, context)
 
     def losses(self, term, **more):
         """Jitted (batch, student, critic, teacher) -> (loss_B, metrics)."""
         return jax.jit(lambda *given: term(self.context(term, *given, **more)))
+
+
+def with_memory(term, context):
+    """The context as a sum gives it to the term at step 0."""
+    return replace(context, memory=term.init_memory() if hasattr(term, "init_memory") else None)
 
 
 DDPM_WORLD = World(DDPM(), "eps", (899.0, 674.0, 449.0, 224.0, -1.0))

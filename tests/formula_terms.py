@@ -6,7 +6,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from closed_form import SHAPE, D, World, gaussian_params, law, make_batch, mixture_params, one_step
+from closed_form import (
+    SHAPE,
+    D,
+    World,
+    gaussian_params,
+    law,
+    make_batch,
+    mixture_params,
+    one_step,
+    with_memory,
+)
 
 from gadjax.objectives.base import Context
 from gadjax.training.context import Roles, make_context
@@ -60,7 +70,7 @@ class Hand:
         return jax.tree.map(lambda c, n: n + scale * (c - n), cond, null)
 
 
-def compare(world: World, term, loss, critic_loss=None, head=None, x0=None):
+def compare(world: World, term, loss, critic_loss=None, head=None, x0=None, networks=None):
     """Compare values and gradients: of the student's loss, and of the critic's.
 
     Args:
@@ -69,6 +79,7 @@ def compare(world: World, term, loss, critic_loss=None, head=None, x0=None):
       loss, critic_loss: Hand -> loss per sample [B].
       head: parameters of the discriminator.
       x0: clean latents of the data.
+      networks: frozen networks that the term names.
     """
     with jax.enable_x64(True):
         batch = make_batch(SAMPLES, dtype=float)._replace(x0=x0)
@@ -76,8 +87,8 @@ def compare(world: World, term, loss, critic_loss=None, head=None, x0=None):
         critic, teacher = gaussian_params(3, dtype=float), mixture_params(dtype=float)
 
         def context(student, critic, teacher):
-            roles = Roles(student, teacher, critic, head)
-            return make_context(world.step_spec(term), term.needs, roles, batch)
+            roles = Roles(student, teacher, critic, head, networks=networks or {})
+            return with_memory(term, make_context(world.step_spec(term), term.needs, roles, batch))
 
         def hand(student, critic, teacher):
             given = context(student, critic, teacher)

@@ -304,5 +304,6 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
         state, _ = student_step(step_spec, state, {"teacher": {}}, batch(first + critic_updates))
         return state, {role: state.bad[role] > 0 for role in roles}
 
-    state, bad = jax.lax.scan(update, create_state(params, optimizers), jnp.arange(updates))
+    start = create_state(params, optimizers, objective.init_memory())
+    state, bad = jax.lax.scan(update, start, jnp.arange(updates))
     return state.ema, {role: jnp.sum(count) for role, count in bad.items()}

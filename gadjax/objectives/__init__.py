@@ -4,20 +4,24 @@ from gadjax.objectives.adversarial import Adversarial
 from gadjax.objectives.anchor import Anchor
 from gadjax.objectives.base import Context, Needs, TeacherMap, Term
 from gadjax.objectives.cd import ConsistencyDistillation
+from gadjax.objectives.cdm import CDM
 from gadjax.objectives.comparisons.gad_lift import GADLift
 from gadjax.objectives.comparisons.gad_script import GADScript
 from gadjax.objectives.compose import TERMS, Sum, as_config, build
 from gadjax.objectives.consistency import Consistency
 from gadjax.objectives.decoupled_dmd import DecoupledDMD
 from gadjax.objectives.denoising import Denoising
+from gadjax.objectives.disback import DisBack
 from gadjax.objectives.dmd import DMD
 from gadjax.objectives.embedding import Embedding
 from gadjax.objectives.f_distill import FDistill
 from gadjax.objectives.gad import GAD
+from gadjax.objectives.phased_dmd import PhasedDMD
 from gadjax.objectives.regression import Regression
 from gadjax.objectives.sid import SiD
 from gadjax.objectives.sim import SIM
 from gadjax.objectives.tdm import TDM
+from gadjax.objectives.uni_dad import UniDAD
 from gadjax.objectives.uni_instruct import UniInstruct
 from gadjax.objectives.vsd import VSD
 
@@ -25,24 +29,32 @@ TERMS |= {
     "adversarial": Adversarial,
     "anchor": Anchor,
     "cd": ConsistencyDistillation,
+    "cdm": CDM,
     "consistency": Consistency,
     "decoupled_dmd": DecoupledDMD,
     "denoising": Denoising,
+    "disback": DisBack,
     "dmd": DMD,
     "embedding": Embedding,
     "f_distill": FDistill,
     "gad": GAD,
     "gad_lift": GADLift,
     "gad_script": GADScript,
+    "phased_dmd": PhasedDMD,
     "regression": Regression,
     "sid": SiD,
     "sim": SIM,
     "tdm": TDM,
+    "uni_dad": UniDAD,
     "uni_instruct": UniInstruct,
     "vsd": VSD,
 }
 
 __all__ = [
+    "UniDAD",
+    "PhasedDMD",
+    "DisBack",
+    "CDM",
     "GAD",
     "DMD",
     "SIM",

@@ -314,9 +314,10 @@ class Term(Protocol):
     `student`) counts at the first step even where that belongs to another term. Otherwise the sum
     drops those samples and weighs the others accordingly (`Context.base_weight_B`).
 
-    A term with a memory has `init_memory()`, a PyTree of small arrays, which `Context.memory` gives
-    it without gradient; and `remember(memory, metrics)`, the memory after a finite update of the
-    student, from the term's own metrics of the whole batch, among them values per sample [B].
+    A term with a memory has `init_memory()`, a PyTree of small arrays (or None, for no memory),
+    which `Context.memory` gives it without gradient; and `remember(memory, metrics)`, the memory
+    after a finite update of the student, from the term's own metrics of the whole batch, among them
+    values per sample [B].
 
     `sources` names those of its options that are networks of `Needs.networks` (paths, or tuples of
     them).

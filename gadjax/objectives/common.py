@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from gadjax.diffusion.denoiser import Denoiser
 from gadjax.errors import InputError, short_repr
 from gadjax.objectives.base import Context, sample_mean
 from gadjax.types import Prediction, expand
@@ -68,6 +69,18 @@ def check_guidance_range(name: str, bounds: Sequence[float]) -> None:
         raise InputError(
             f"objective.{name}.guidance_range: found {short_repr(bounds)}; expected two numbers "
             "in order, or ()"
+        )
+
+
+def check_separate_prompts(name: str, denoiser: Denoiser) -> None:
+    """Check that a term can evaluate the teacher with and without the prompt.
+
+    Raises: InputError for a teacher with embedded guidance.
+    """
+    if denoiser.guidance_embedded:
+        raise InputError(
+            f"objective.{name}: found a teacher with embedded guidance; expected one that can be "
+            "evaluated with and without the prompt"
         )
 
 

@@ -97,7 +97,8 @@ class Sum:
     def init_memory(self) -> dict[str, PyTree]:
         """Initial memories of the terms that have one, by name."""
         named = zip(self.names, self.parts, strict=True)
-        return {n: term.init_memory() for n, (_, term) in named if hasattr(term, "init_memory")}
+        made = {n: term.init_memory() for n, (_, term) in named if hasattr(term, "init_memory")}
+        return {name: memory for name, memory in made.items() if memory is not None}
 
     def remember(self, memory: Mapping[str, PyTree], metrics: Metrics) -> dict[str, PyTree]:
         """Memories after an update, from its metrics of the whole batch."""

@@ -8,7 +8,13 @@ from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
-from gadjax.objectives.common import critic_denoising_loss, mean_abs, pseudo_loss, sg
+from gadjax.objectives.common import (
+    check_separate_prompts,
+    critic_denoising_loss,
+    mean_abs,
+    pseudo_loss,
+    sg,
+)
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.time_laws import check_span_fractions, timesteps_below, uniform_timesteps
 from gadjax.types import expand
@@ -43,11 +49,7 @@ class DecoupledDMD(Addable):
             )
 
     def check_denoiser(self, denoiser: Denoiser) -> None:
-        if denoiser.guidance_embedded:
-            raise InputError(
-                "objective.decoupled_dmd: found a teacher with embedded guidance; expected one "
-                "that can be evaluated with and without the prompt"
-            )
+        check_separate_prompts("decoupled_dmd", denoiser)
 
     def __call__(self, context: Context):
         x0 = context.student[0].x0

@@ -42,6 +42,11 @@ def density_ratio(context: Context, features: str, x_t, t_B):
 def check_ratio_options(name: str, term) -> None:
     """Check a term's options `divergence`, `features`, `gan` and `hidden`. Raises: InputError."""
     check_choice(f"objective.{name}.divergence", term.divergence, DIVERGENCES)
+    check_discriminator_options(name, term)
+
+
+def check_discriminator_options(name: str, term) -> None:
+    """Check a term's options `features`, `gan` and `hidden`. Raises: InputError."""
     check_choice(f"objective.{name}.features", term.features, ("critic", "teacher"))
     if not term.gan >= 0:
         raise InputError(f"objective.{name}.gan: found {term.gan}; expected 0 or more")
@@ -49,9 +54,9 @@ def check_ratio_options(name: str, term) -> None:
         raise InputError(f"objective.{name}.hidden: found {term.hidden}; expected 1 or more")
 
 
-class RatioTerm:
-    """Discriminator of a term whose options are `features`, `gan` and `hidden`: it estimates the
-    ratio, and is the student's opponent too, with the weight `gan`."""
+class DiscriminatorTerm:
+    """Discriminator of a term whose options are `features`, `gan` and `hidden`: the student's
+    opponent, with the weight `gan`, and in some terms an estimate of the density ratio."""
 
     features: str
     gan: float

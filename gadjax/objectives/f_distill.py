@@ -5,21 +5,22 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from gadjax.diffusion.schedules import add_noise
+from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
 from gadjax.objectives.common import critic_denoising_loss, mean_abs, pseudo_loss, sg
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.density_ratio import (
     DIVERGENCES,
-    RatioTerm,
+    DiscriminatorTerm,
     check_ratio_options,
     density_ratio,
 )
 from gadjax.objectives.time_laws import check_span_fractions, uniform_timesteps
-from gadjax.types import expand
+from gadjax.types import Metrics, expand
 
 
 @dataclass(frozen=True)
-class FDistill(RatioTerm, Addable):
+class FDistill(DiscriminatorTerm, Addable):
     """d L / d x0 = h(r) (F(x_t) - T_w(x_t)) / mean|x0 - T_w(x_t)|, h(r) = r^2 f''(r).
 
     The gradient of E_F f(r), r = p_T / p_F at x_t = alpha x0 + sigma eps (arXiv 2502.15681), t
@@ -27,12 +28,12 @@ class FDistill(RatioTerm, Addable):
     r makes the student cover more modes. h is divided by its mean over the batch. F, T_w, r and x_t
     inside them are stop-gradiented.
     r is exp(D) of a discriminator that sees pictures of the data in the teacher's place, D clipped
-    to 10 and r to 0.1 to 20. D is the student's opponent too: gan softplus(-D), as in DMD2.
+    to 10 and r to 0.1 to 20. It is divided by its mean over the batch's samples in each of `bins`
+    equal parts of the span; the term remembers the means, a new one counting 1 - `decay` (the
+    code's: 10 and 0; bins=0 for r as D has it). D is the student's opponent too: gan softplus(-D).
     divergence: "rkl" (h = 1), "kl" (r), "js" (r / (1 + r)), "softened_rkl" (1 / (1 + r)), "neyman"
       (1 / r), "hellinger" (sqrt r) or "jeffreys" (1 + r).
     features, hidden: of the discriminator, as in `adversarial`.
-    Not here: the code also divides r by its running mean in each of 10 bins of t, for which a term
-    would need a memory; r is as D has it, and h is normalised in the batch alone.
     Cost beside the student: 2 evaluations of the teacher and 1 of the critic; 1/2 for r, and with
     `gan` 1/2 and its reverse pass; the discriminator's as in `adversarial`.
     """
@@ -41,6 +42,8 @@ class FDistill(RatioTerm, Addable):
     features: str = "critic"
     gan: float = 1e-3
     hidden: int = 256
+    bins: int = 10
+    decay: float = 0.0
     low: float = 0.02
     high: float = 0.98
 
@@ -49,6 +52,25 @@ class FDistill(RatioTerm, Addable):
     def __post_init__(self):
         check_ratio_options("f_distill", self)
         check_span_fractions("f_distill", self.low, self.high)
+        if self.bins < 0:
+            raise InputError(f"objective.f_distill.bins: found {self.bins}; expected 0 or more")
+        if not 0 <= self.decay < 1:
+            raise InputError(
+                f"objective.f_distill.decay: found {self.decay}; expected 0 to below 1"
+            )
+
+    def init_memory(self):
+        """Means of r in the parts of the span; None without them."""
+        return jnp.ones(self.bins) if self.bins else None
+
+    def remember(self, memory, metrics: Metrics):
+        return self.updated_means(memory, metrics["ratio_B"], metrics["bin_B"])
+
+    def updated_means(self, means, ratio_B, bin_B):
+        """Means of r by bin with a batch's; those of bins without a sample stay."""
+        sums = jnp.zeros((2, *means.shape)).at[:, bin_B].add(jnp.stack([ratio_B, 0 * ratio_B + 1]))
+        new = self.decay * means + (1 - self.decay) * sums[0] / jnp.maximum(sums[1], 1)
+        return jnp.where(sums[1] > 0, new, means)
 
     def __call__(self, context: Context):
         x0 = context.student[0].x0
@@ -56,11 +78,17 @@ class FDistill(RatioTerm, Addable):
         x_t = sg(add_noise(context.schedule, x0, context.normal("eps"), t_B))
         fake, real = context.critic(x_t, t_B).x0, context.teacher(x_t, t_B).x0
         ratio_B = density_ratio(context, self.features, x_t, t_B)
+        metrics = {"gap": jnp.mean(jnp.abs(fake - real)), "ratio": jnp.mean(ratio_B)}
+        if self.bins:
+            schedule = context.schedule
+            place_B = (t_B - schedule.clean) / (schedule.last - schedule.clean) * self.bins
+            bin_B = jnp.clip(jnp.floor(place_B), 0, self.bins - 1).astype(jnp.int32)
+            metrics |= {"ratio_B": ratio_B, "bin_B": bin_B}
+            ratio_B = ratio_B / self.updated_means(context.memory, ratio_B, bin_B)[bin_B]
         weight_B = DIVERGENCES[self.divergence](ratio_B)
         weight_B = weight_B / jnp.mean(weight_B * context.base_weight_B)
         gradient = expand(weight_B, x0) * (fake - real)
         loss_B = pseudo_loss(x0, sg(gradient), mean_abs(sg(x0) - real))
-        metrics = {"gap": jnp.mean(jnp.abs(fake - real)), "ratio": jnp.mean(ratio_B)}
         return loss_B + self.adversarial_loss(context), metrics
 
     def critic_loss(self, context: Context):

@@ -11,7 +11,7 @@ from gadjax.objectives.common import critic_denoising_loss, mean_abs, sg
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.density_ratio import (
     DIVERGENCES,
-    RatioTerm,
+    DiscriminatorTerm,
     check_ratio_options,
     density_ratio,
 )
@@ -20,7 +20,7 @@ from gadjax.types import expand
 
 
 @dataclass(frozen=True)
-class UniInstruct(RatioTerm, Addable):
+class UniInstruct(DiscriminatorTerm, Addable):
     """E_F[h(r) |s_F - s_T|^2] of the scores at x_t, with h(r) = r^2 f''(r) and r = p_T / p_F.
 
     Half of it times g(t)^2, integrated over t, is the f-divergence of the samples (arXiv

@@ -1,11 +1,14 @@
 """Frozen networks of a run beside its teacher, and the student's start, by their sources."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from gadjax import assets
+from gadjax.checkpoints.restore import PARTS
 from gadjax.errors import InputError
 from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.state_dict import tensors_from_params
@@ -22,25 +25,40 @@ def read_network(source: str, pipeline: Pipeline, key: str) -> tuple[Params, str
     """Parameters of a backbone like the teacher's, and their fingerprint.
 
     Args:
-      source: a diffusers folder, `asset:NAME`, or a workdir of `gadjax train`, whose EMA is read.
+      source: a diffusers folder, `asset:NAME`, or a workdir of `gadjax train`: its newest EMA, or
+        with WORKDIR@PART@STEP the part "student" or "critic", of a step where one is named.
       pipeline: the teacher's pipeline.
       key: of the config, for messages.
 
     Raises: InputError for a path that is neither, or a network of another configuration, noise
       schedule or parameterization than the teacher's.
     """
-    path = assets.resolve(source)
+    path, part_name, step = _parse_source(source, key)
     if not path.is_dir():
         raise InputError(
             f"{key}: found {source!r}; expected a diffusers folder or a workdir of gadjax train"
         )
-    trained = read_trained(path) if is_workdir(path) else None
+    trained = read_trained(path, part_name, step) if is_workdir(path) else None
     folder = open_folder(trained.teacher if trained else path, components=())
     _check_like_teacher(make_pipeline(folder), pipeline, f"{key}: {source}")
     backbone = folder.backbone
     part = open_folder(folder.path, components=(backbone,)).components[backbone]
     params = trained.full_params(part) if trained else part.params
     return params, fingerprint(tensors_from_params(params, part.keymap))
+
+
+def _parse_source(source: str, key: str) -> tuple[Path, str, int | None]:
+    """Path, part and step of a source. Raises: InputError for a part or step that none can have."""
+    path = assets.resolve(source)
+    if path.is_dir() or "@" not in source:
+        return path, "ema", None
+    name, part, *step = source.rsplit("@", 2 if source.count("@") > 1 else 1)
+    if part not in PARTS or step and not re.fullmatch(r"[0-9]{1,12}", step[0]):
+        raise InputError(
+            f"{key}: found {source!r}; expected WORKDIR@PART or WORKDIR@PART@STEP, PART being one "
+            f"of {', '.join(PARTS)}"
+        )
+    return assets.resolve(name), part, int(step[0]) if step else None
 
 
 def _check_like_teacher(other: Pipeline, teacher: Pipeline, where: str) -> None:

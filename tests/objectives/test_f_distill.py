@@ -9,6 +9,7 @@ from closed_form import (
     gaussian_params,
     make_batch,
     mixture_params,
+    with_memory,
 )
 from formula_terms import SAMPLES, by_head, compare, head_params, pictures, with_features
 from test_sim import critic_loss
@@ -38,7 +39,9 @@ def formula(divergence, gan):
         x0, t = hand.x0(), hand.uniform_times()
         x_t = sg(hand.noised(x0, t))
         r = jnp.clip(jnp.exp(jnp.clip(by_head(hand, x_t, t), -10, 10)), 0.1, 20)
-        h = WEIGHTS[divergence](r)
+        bins = jnp.floor(t / 1000.001 * 10).astype(int)  # of ten equal parts of the span
+        same = bins[:, None] == bins[None, :]
+        h = WEIGHTS[divergence](r / ((same * r).sum(1) / same.sum(1)))
         h = (h / h.mean())[:, None, None, None]
         real = hand.guided(hand.teacher, x_t, t, GUIDANCE).x0
         fake = hand.guided(hand.critic, x_t, t, 1).x0
@@ -79,6 +82,7 @@ def losses(term, total=None, teacher=None):
         needs = (total or term).needs
         roles = Roles(student, teacher, critic, head)
         context = make_context(WORLD.step_spec(term), needs, roles, batch)
+        context = with_memory(term, context)
         loss_B = term(context)[0]
         return loss_B.mean(), (loss_B, context.base_weight_B)
 
@@ -96,7 +100,7 @@ def test_with_a_weight_of_one_it_is_dmd_and_no_network_has_a_gradient():
 
 
 def test_beside_an_anchor_the_weights_have_mean_one_over_the_later_steps():
-    term = FDistill("kl", gan=0.0, hidden=6)
+    term = FDistill("kl", gan=0.0, hidden=6, bins=0)
     plain, dmd = (losses(t, t + 0.05 * Anchor())[0] for t in (term, DMD()))
     weight = losses(term, term + 0.05 * Anchor())[1]
     ratio = np.sqrt(plain / dmd)  # the loss is half a square
@@ -135,3 +139,15 @@ def test_its_discriminator_is_that_of_the_adversarial_term():
 def test_bad_options(options, message):
     with pytest.raises(InputError, match=message):
         FDistill(**options)
+
+
+def test_means_of_the_ratio_are_those_of_each_bin():
+    """With decay 0 the batch's, as FastGen has it by default; bins without a sample stay."""
+    term, old = FDistill(bins=4, decay=0.75), jnp.array([1.0, 2.0, 4.0, 8.0])
+    ratio, place = jnp.array([3.0, 5.0, 1.0, 7.0]), jnp.array([0, 0, 2, 3])
+    expected = [0.75 * 1 + 0.25 * 4, 2.0, 0.75 * 4 + 0.25 * 1, 0.75 * 8 + 0.25 * 7]
+    np.testing.assert_allclose(term.updated_means(old, ratio, place), expected)
+    np.testing.assert_allclose(FDistill(bins=4).updated_means(old, ratio, place), [4, 2, 1, 7])
+    actual = term.remember(old, {"ratio_B": ratio, "bin_B": place, "gap": 0.0})
+    np.testing.assert_allclose(actual, expected)
+    assert FDistill(bins=0).init_memory() is None and list(term.init_memory()) == [1] * 4
