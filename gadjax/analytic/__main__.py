@@ -15,8 +15,11 @@ from gadjax.objectives import (
     DMD,
     GAD,
     SIM,
+    TBCM,
     TDM,
     VSD,
+    Consistency,
+    ConsistencyDistillation,
     DecoupledDMD,
     Embedding,
     FDistill,
@@ -54,6 +57,13 @@ METHODS: dict[str, Term] = {
     "UniInstruct": UniInstruct(),
     "FDistill": FDistill(),
     "DMD + 0.3 Embedding": DMD() + 0.3 * Embedding(),
+}
+# Trained at all times and sampled with fresh noise, which the bench's student does not add between
+# its steps: compared in one step.
+CONSISTENCY: dict[str, Term] = {
+    "Consistency": Consistency(),
+    "ConsistencyDistillation": ConsistencyDistillation(),
+    "TBCM": TBCM(points=4),
 }
 FEW = ("Regression", "DMD", "DMD + 0.3 GAD")
 
@@ -107,7 +117,8 @@ def report(updates: int = UPDATES, seeds: int = SEEDS) -> Iterator[str]:
             yield compare(Bench(Mixture.ring(), family, steps), rows, updates, seeds)
     for steps in (1, 4):
         yield f"## Other methods: the ring, flow, {steps} step{'s'[: steps > 1]}"
-        yield compare(Bench(Mixture.ring(), "flow", steps), METHODS, updates, seeds)
+        rows = METHODS | CONSISTENCY if steps == 1 else METHODS
+        yield compare(Bench(Mixture.ring(), "flow", steps), rows, updates, seeds)
     for dim in (16, 64):
         yield f"## 8 random modes in {dim} dimensions: flow, 1 step"
         bench = Bench(Mixture.random(8, dim), width=128)

@@ -17,6 +17,7 @@ from gadjax.objectives.gad import GAD
 from gadjax.objectives.regression import Regression
 from gadjax.objectives.sid import SiD
 from gadjax.objectives.sim import SIM
+from gadjax.objectives.tbcm import TBCM
 from gadjax.objectives.tdm import TDM
 from gadjax.objectives.uni_instruct import UniInstruct
 from gadjax.objectives.vsd import VSD
@@ -37,12 +38,14 @@ TERMS |= {
     "regression": Regression,
     "sid": SiD,
     "sim": SIM,
+    "tbcm": TBCM,
     "tdm": TDM,
     "uni_instruct": UniInstruct,
     "vsd": VSD,
 }
 
 __all__ = [
+    "TBCM",
     "GAD",
     "DMD",
     "SIM",

@@ -71,6 +71,12 @@ def check_guidance_range(name: str, bounds: Sequence[float]) -> None:
         )
 
 
+def check_count(name: str, option: str, value: int, least: int) -> None:
+    """Check a term's whole number. Raises: InputError for one below `least`."""
+    if value < least:
+        raise InputError(f"objective.{name}.{option}: found {value}; expected {least} or more")
+
+
 def student_map(context: Context, end: str):
     """The student's drawn step as a map of x_k, linear in its prediction: [B, H, W, C]."""
     return _step_end(context, context.student[0], end)

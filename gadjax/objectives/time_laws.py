@@ -5,6 +5,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gadjax.diffusion.schedules import Flow, NoiseSchedule, shift_time
 from gadjax.errors import InputError, check_choice
@@ -77,6 +78,44 @@ def timesteps_below(context: Context, end_B, name: str):
     count_B = jnp.maximum(jnp.ceil((end_B - schedule.clean) / schedule.spacing) - 1, 1)
     place_B = jnp.floor(context.uniform(name) * count_B) + 1
     return place_B * schedule.spacing + schedule.clean
+
+
+def uniform_angle(context: Context):
+    """Times [B], uniform in atan2(sigma, alpha), from the first noised to the student's first."""
+    return times_at_share(context, context.uniform("angle"))
+
+
+def times_at_share(context: Context, share_B):
+    """Times at which the angle is at a share of its span.
+
+    Args:
+      context: schedule and the student's grid.
+      share_B: 0 for the first noised time, 1 for the student's first.
+    """
+    angles, knots = angle_table(context)
+    return jnp.interp(angles[0] + share_B * (angles[-1] - angles[0]), angles, knots)
+
+
+def log_normal_times(context: Context, mean: float, std: float):
+    """Times [B] whose sigma / alpha is log-normal, within the span of `angle_table`.
+
+    Args:
+      context: schedule, grid and random streams; the stream is "angle".
+      mean, std: mean and standard deviation of log(sigma / alpha).
+    """
+    angles, knots = angle_table(context)
+    log_ratio_B = mean + std * jax.scipy.special.ndtri(context.uniform("angle"))
+    return jnp.interp(jnp.arctan(jnp.exp(log_ratio_B)), angles, knots)
+
+
+def angle_table(context: Context) -> tuple[np.ndarray, np.ndarray]:
+    """Angles atan2(sigma, alpha), and the times that have them: from the first noised time, in
+    steps of the schedule's spacing, to the student's first."""
+    schedule = context.schedule
+    first = schedule.clean + schedule.spacing
+    knots = np.append(np.arange(first, context.times[0], schedule.spacing), context.times[0])
+    alpha, sigma = schedule.alpha_sigma(knots)
+    return np.arctan2(sigma, alpha), knots
 
 
 def check_span_fractions(name: str, low: float, high: float) -> None:
