@@ -6,9 +6,10 @@ Reproduces: no published numbers; each variant is a method's objective in the se
 Command:  gadjax train --config configs/methods.py:VARIANT --workdir DIR
 Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; pg_sb (SNOOPI:
           guidance 2 to 5); uni_instruct; f_distill; embedding (dmd with it);
-          cd (consistency distillation); tbcm (consistency on the teacher's own trajectory)
-          The last two are of the eps teacher and sampled with fresh noise; uni_instruct, f_distill,
-          embedding and cd draw their captions with pictures of the bundled world.
+          cd (consistency distillation); tbcm (consistency on the teacher's own trajectory); ct
+          (consistency training on pictures, which ignores the guidance)
+          Those from cd on are of the eps teacher and sampled with fresh noise; uni_instruct,
+          f_distill, embedding, cd and ct draw their captions with pictures of the bundled world.
 Hardware: 2 CPU cores.
 Result:   not yet run.
 """
@@ -26,10 +27,11 @@ VARIANTS = {
     "embedding": {"dmd": {}, "embedding": {"weight": 0.1}},
     "cd": {"cd": {"huber": 1e-3}},
     "tbcm": {"tbcm": {"points": 4}},
+    "ct": {"ct": {}},
 }
-WITH_PICTURES = "uni_instruct", "f_distill", "embedding", "cd"
+WITH_PICTURES = "uni_instruct", "f_distill", "embedding", "cd", "ct"
 # Sampled with fresh noise, which the flow teacher's pipeline has no scheduler for.
-CONSISTENCY = "cd", "tbcm"
+CONSISTENCY = "cd", "tbcm", "ct"
 
 
 def get_config(variant: str = "dmd"):

@@ -12,6 +12,7 @@ from gadjax.analytic.bench import Bench
 from gadjax.analytic.result import Result, table
 from gadjax.analytic.teachers import Gaussian, Mixture, posterior_map
 from gadjax.objectives import (
+    CT,
     DMD,
     GAD,
     SIM,
@@ -64,6 +65,7 @@ CONSISTENCY: dict[str, Term] = {
     "Consistency": Consistency(),
     "ConsistencyDistillation": ConsistencyDistillation(),
     "TBCM": TBCM(points=4),
+    "CT": CT(mean=0.2, std=1.6),
 }
 FEW = ("Regression", "DMD", "DMD + 0.3 GAD")
 

@@ -8,6 +8,7 @@ from gadjax.objectives.comparisons.gad_lift import GADLift
 from gadjax.objectives.comparisons.gad_script import GADScript
 from gadjax.objectives.compose import TERMS, Sum, as_config, build
 from gadjax.objectives.consistency import Consistency
+from gadjax.objectives.ct import CT
 from gadjax.objectives.decoupled_dmd import DecoupledDMD
 from gadjax.objectives.denoising import Denoising
 from gadjax.objectives.dmd import DMD
@@ -27,6 +28,7 @@ TERMS |= {
     "anchor": Anchor,
     "cd": ConsistencyDistillation,
     "consistency": Consistency,
+    "ct": CT,
     "decoupled_dmd": DecoupledDMD,
     "denoising": Denoising,
     "dmd": DMD,
@@ -45,6 +47,7 @@ TERMS |= {
 }
 
 __all__ = [
+    "CT",
     "TBCM",
     "GAD",
     "DMD",

@@ -97,15 +97,20 @@ def times_at_share(context: Context, share_B):
 
 
 def log_normal_times(context: Context, mean: float, std: float):
-    """Times [B] whose sigma / alpha is log-normal, within the span of `angle_table`.
+    """Times [B] whose sigma / alpha is log-normal, clamped to the span of `angle_table`.
 
     Args:
       context: schedule, grid and random streams; the stream is "angle".
       mean, std: mean and standard deviation of log(sigma / alpha).
     """
+    normal_B = jax.scipy.special.ndtri(context.uniform("angle"))
+    return times_at_ratio(context, jnp.exp(mean + std * normal_B))
+
+
+def times_at_ratio(context: Context, ratio_B):
+    """Times [B] at which sigma / alpha is `ratio_B`, clamped to the span of `angle_table`."""
     angles, knots = angle_table(context)
-    log_ratio_B = mean + std * jax.scipy.special.ndtri(context.uniform("angle"))
-    return jnp.interp(jnp.arctan(jnp.exp(log_ratio_B)), angles, knots)
+    return jnp.interp(jnp.arctan(ratio_B), angles, knots)
 
 
 def angle_table(context: Context) -> tuple[np.ndarray, np.ndarray]:
