@@ -15,6 +15,7 @@ from gadjax.objectives import (
     CT,
     DMD,
     GAD,
+    LCM,
     SIM,
     TBCM,
     TDM,
@@ -66,6 +67,7 @@ CONSISTENCY: dict[str, Term] = {
     "ConsistencyDistillation": ConsistencyDistillation(),
     "TBCM": TBCM(points=4),
     "CT": CT(mean=0.2, std=1.6),
+    "LCM": LCM(),
 }
 FEW = ("Regression", "DMD", "DMD + 0.3 GAD")
 

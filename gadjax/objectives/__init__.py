@@ -15,6 +15,7 @@ from gadjax.objectives.dmd import DMD
 from gadjax.objectives.embedding import Embedding
 from gadjax.objectives.f_distill import FDistill
 from gadjax.objectives.gad import GAD
+from gadjax.objectives.lcm import LCM
 from gadjax.objectives.regression import Regression
 from gadjax.objectives.sid import SiD
 from gadjax.objectives.sim import SIM
@@ -37,6 +38,7 @@ TERMS |= {
     "gad": GAD,
     "gad_lift": GADLift,
     "gad_script": GADScript,
+    "lcm": LCM,
     "regression": Regression,
     "sid": SiD,
     "sim": SIM,
@@ -48,6 +50,7 @@ TERMS |= {
 
 __all__ = [
     "CT",
+    "LCM",
     "TBCM",
     "GAD",
     "DMD",
