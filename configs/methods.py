@@ -7,9 +7,10 @@ Command:  gadjax train --config configs/methods.py:VARIANT --workdir DIR
 Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; pg_sb (SNOOPI:
           guidance 2 to 5); uni_instruct; f_distill; embedding (dmd with it);
           cd (consistency distillation); tbcm (consistency on the teacher's own trajectory); ct
-          (consistency training on pictures, which ignores the guidance); lcm
+          (consistency training on pictures, which ignores the guidance); lcm; rcm (with dmd)
           Those from cd on are of the eps teacher and sampled with fresh noise; uni_instruct,
-          f_distill, embedding, cd, ct and lcm draw captions with pictures of the bundled world.
+          f_distill, embedding, cd, ct, lcm and rcm draw captions with pictures of the bundled
+          world.
 Hardware: 2 CPU cores.
 Result:   not yet run.
 """
@@ -29,10 +30,11 @@ VARIANTS = {
     "tbcm": {"tbcm": {"points": 4}},
     "ct": {"ct": {}},
     "lcm": {"lcm": {}},
+    "rcm": {"rcm": {}, "dmd": {"weight": 2.0}},
 }
-WITH_PICTURES = "uni_instruct", "f_distill", "embedding", "cd", "ct", "lcm"
+WITH_PICTURES = "uni_instruct", "f_distill", "embedding", "cd", "ct", "lcm", "rcm"
 # Sampled with fresh noise, which the flow teacher's pipeline has no scheduler for.
-CONSISTENCY = "cd", "tbcm", "ct", "lcm"
+CONSISTENCY = "cd", "tbcm", "ct", "lcm", "rcm"
 
 
 def get_config(variant: str = "dmd"):

@@ -42,3 +42,17 @@ def smooth_params(scale=0.0, seed=1, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     shapes = {"matrix": (DEGREE, D, D), "bias": (DEGREE, D), "bend": (D,)}
     return {k: jnp.asarray(scale * rng.normal(size=v), dtype) for k, v in shapes.items()}
+
+
+def trig_velocity(world, params, cond):
+    """F of (x_a, a), as a TrigFlow network's; of the flow, whose time is a formula of the angle."""
+
+    def velocity(x_a, a):
+        cos, sin = jnp.cos(a), jnp.sin(a)
+        t, length = 1000 * sin / (cos + sin), 1 / (cos + sin)
+        x = length[:, None, None, None] * x_a
+        pred = world.denoiser(params, x, t, cond)
+        cos, sin = cos[:, None, None, None], sin[:, None, None, None]
+        return cos * pred.eps - sin * pred.x0
+
+    return velocity

@@ -16,6 +16,7 @@ from gadjax.objectives import (
     DMD,
     GAD,
     LCM,
+    RCM,
     SIM,
     TBCM,
     TDM,
@@ -68,6 +69,8 @@ CONSISTENCY: dict[str, Term] = {
     "TBCM": TBCM(points=4),
     "CT": CT(mean=0.2, std=1.6),
     "LCM": LCM(),
+    "RCM": RCM(),
+    "RCM + 2 DMD": RCM() + 2.0 * DMD(),
 }
 FEW = ("Regression", "DMD", "DMD + 0.3 GAD")
 

@@ -16,6 +16,7 @@ from gadjax.objectives.embedding import Embedding
 from gadjax.objectives.f_distill import FDistill
 from gadjax.objectives.gad import GAD
 from gadjax.objectives.lcm import LCM
+from gadjax.objectives.rcm import RCM
 from gadjax.objectives.regression import Regression
 from gadjax.objectives.sid import SiD
 from gadjax.objectives.sim import SIM
@@ -39,6 +40,7 @@ TERMS |= {
     "gad_lift": GADLift,
     "gad_script": GADScript,
     "lcm": LCM,
+    "rcm": RCM,
     "regression": Regression,
     "sid": SiD,
     "sim": SIM,
@@ -51,6 +53,7 @@ TERMS |= {
 __all__ = [
     "CT",
     "LCM",
+    "RCM",
     "TBCM",
     "GAD",
     "DMD",

@@ -10,7 +10,7 @@ from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, sample_mean
 from gadjax.objectives.common import check_count, sg
 from gadjax.objectives.compose import Addable
-from gadjax.objectives.time_laws import log_normal_times, times_at_ratio
+from gadjax.objectives.time_laws import check_log_normal, log_normal_times, times_at_ratio
 from gadjax.types import expand
 
 
@@ -45,12 +45,11 @@ class CT(Addable):
 
     def __post_init__(self):
         check_count("ct", "stages", self.stages, 1)
-        for name, least in (("std", 0), ("factor", 1), ("huber", 0)):
+        check_log_normal("ct", self.mean, self.std)
+        for name, least in (("factor", 1), ("huber", 0)):
             value = getattr(self, name)
             if not least < value < float("inf"):
                 raise InputError(f"objective.ct.{name}: found {value}; expected more than {least}")
-        if not abs(self.mean) < float("inf"):
-            raise InputError(f"objective.ct.mean: found {self.mean}; expected a number")
 
     def __call__(self, context: Context):
         batch, schedule, student = context.batch, context.schedule, context.student_params

@@ -134,6 +134,17 @@ def check_span_fractions(name: str, low: float, high: float) -> None:
         raise InputError(f"objective.{name}.high: found {high}; expected a share from {low} to 1")
 
 
+def check_log_normal(name: str, mean: float, std: float) -> None:
+    """Check a term's options `mean` and `std` of log(sigma / alpha).
+
+    Raises: InputError for a mean that is no number, or a standard deviation that is not above 0.
+    """
+    if not abs(mean) < inf:
+        raise InputError(f"objective.{name}.mean: found {mean}; expected a number")
+    if not 0 < std < inf:
+        raise InputError(f"objective.{name}.std: found {std}; expected more than 0")
+
+
 def check_law(name: str, options: TimeOptions) -> None:
     """Check the options of a term's time law.
 

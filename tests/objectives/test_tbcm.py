@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closed_form import GUIDANCE, gaussian_params, make_batch, mixture_params
-from smooth_world import WORLDS, smooth_params
+from smooth_world import WORLDS, smooth_params, trig_velocity
 
 from gadjax.analytic.bench import Bench
 from gadjax.analytic.teachers import Mixture
@@ -16,26 +16,6 @@ from gadjax.objectives.tbcm import merge_points
 sg = jax.lax.stop_gradient
 SAMPLES = 6
 WORLD = WORLDS["flow"]
-
-
-def trig(world, x, t):
-    """x_a and the angle of x_t."""
-    alpha, sigma = (v[:, None, None, None] for v in world.schedule.alpha_sigma(t))
-    return x / jnp.sqrt(alpha**2 + sigma**2), jnp.arctan2(sigma, alpha)[:, 0, 0, 0]
-
-
-def trig_velocity(world, params, cond):
-    """F of (x_a, a), as a TrigFlow network; for the flow, whose time is a formula of the angle."""
-
-    def velocity(x_a, a):
-        cos, sin = jnp.cos(a), jnp.sin(a)
-        t, length = 1000 * sin / (cos + sin), 1 / (cos + sin)
-        x = length[:, None, None, None] * x_a
-        pred = world.denoiser(params, x, t, cond)
-        cos, sin = cos[:, None, None, None], sin[:, None, None, None]
-        return cos * pred.eps - sin * pred.x0
-
-    return velocity
 
 
 def by_hand(context, student, teacher, points, ramp):
