@@ -6,8 +6,11 @@ Reproduces: no published numbers; each variant is a method's objective in the se
 Command:  gadjax train --config configs/methods.py:VARIANT --workdir DIR
 Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; pg_sb (SNOOPI:
           guidance 2 to 5); uni_instruct; f_distill; embedding (dmd with it);
-          cd (consistency distillation, of the eps teacher, sampled with fresh noise)
-          The last four draw their captions with pictures of the bundled world.
+          cd (consistency distillation); tbcm (consistency on the teacher's own trajectory); ct
+          (consistency training on pictures, which ignores the guidance); lcm; rcm (with dmd)
+          Those from cd on are of the eps teacher and sampled with fresh noise; uni_instruct,
+          f_distill, embedding, cd, ct, lcm and rcm draw captions with pictures of the bundled
+          world.
 Hardware: 2 CPU cores.
 Result:   not yet run.
 """
@@ -24,8 +27,14 @@ VARIANTS = {
     "f_distill": {"f_distill": {}},
     "embedding": {"dmd": {}, "embedding": {"weight": 0.1}},
     "cd": {"cd": {"huber": 1e-3}},
+    "tbcm": {"tbcm": {"points": 4}},
+    "ct": {"ct": {}},
+    "lcm": {"lcm": {}},
+    "rcm": {"rcm": {}, "dmd": {"weight": 2.0}},
 }
-WITH_PICTURES = "uni_instruct", "f_distill", "embedding", "cd"
+WITH_PICTURES = "uni_instruct", "f_distill", "embedding", "cd", "ct", "lcm", "rcm"
+# Sampled with fresh noise, which the flow teacher's pipeline has no scheduler for.
+CONSISTENCY = "cd", "tbcm", "ct", "lcm", "rcm"
 
 
 def get_config(variant: str = "dmd"):
@@ -45,8 +54,7 @@ def get_config(variant: str = "dmd"):
         config.data.update(world="gadjax.worlds.shapes", cache=4096, length=16)
     else:
         config.data.update(prompts="asset:shapes_prompts.txt", length=16)
-    if variant == "cd":
-        # The flow teacher's pipeline has no scheduler that adds noise.
+    if variant in CONSISTENCY:
         config.teacher = "asset:shapes_teacher"
         config.student.update(timesteps=(899, 674, 449, 224), rollout="fresh_noise")
     config.checkpoint.update(every=200, keep=1)

@@ -12,11 +12,17 @@ from gadjax.analytic.bench import Bench
 from gadjax.analytic.result import Result, table
 from gadjax.analytic.teachers import Gaussian, Mixture, posterior_map
 from gadjax.objectives import (
+    CT,
     DMD,
     GAD,
+    LCM,
+    RCM,
     SIM,
+    TBCM,
     TDM,
     VSD,
+    Consistency,
+    ConsistencyDistillation,
     DecoupledDMD,
     Embedding,
     FDistill,
@@ -54,6 +60,17 @@ METHODS: dict[str, Term] = {
     "UniInstruct": UniInstruct(),
     "FDistill": FDistill(),
     "DMD + 0.3 Embedding": DMD() + 0.3 * Embedding(),
+}
+# Trained at all times and sampled with fresh noise, which the bench's student does not add between
+# its steps: compared in one step.
+CONSISTENCY: dict[str, Term] = {
+    "Consistency": Consistency(),
+    "ConsistencyDistillation": ConsistencyDistillation(),
+    "TBCM": TBCM(points=4),
+    "CT": CT(mean=0.2, std=1.6),
+    "LCM": LCM(),
+    "RCM": RCM(),
+    "RCM + 2 DMD": RCM() + 2.0 * DMD(),
 }
 FEW = ("Regression", "DMD", "DMD + 0.3 GAD")
 
@@ -107,7 +124,8 @@ def report(updates: int = UPDATES, seeds: int = SEEDS) -> Iterator[str]:
             yield compare(Bench(Mixture.ring(), family, steps), rows, updates, seeds)
     for steps in (1, 4):
         yield f"## Other methods: the ring, flow, {steps} step{'s'[: steps > 1]}"
-        yield compare(Bench(Mixture.ring(), "flow", steps), METHODS, updates, seeds)
+        rows = METHODS | CONSISTENCY if steps == 1 else METHODS
+        yield compare(Bench(Mixture.ring(), "flow", steps), rows, updates, seeds)
     for dim in (16, 64):
         yield f"## 8 random modes in {dim} dimensions: flow, 1 step"
         bench = Bench(Mixture.random(8, dim), width=128)

@@ -95,7 +95,7 @@ def _distillation_guidance(student, name: str) -> float | None:
     from gadjax.io.storage import is_remote
 
     if student.trained:
-        return student.trained.config["guidance"] if student.trained.is_few_step else None
+        return student.trained.teacher_guidance
     return None if is_remote(name) else read_teacher_guidance(resolve(name))
 
 

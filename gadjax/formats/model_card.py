@@ -28,6 +28,7 @@ class Export:
       name: name of the exported folder.
       sampling: the sampling settings that gadjax.json stores.
       times: timesteps that a student's steps start from; None for a teacher.
+      guidance: of the teacher in training; None if it was not evaluated.
       step, part, config: training step, weights ("ema" or "student") and config of the run.
       teacher, fingerprint: name of the teacher, fingerprint of its backbone's weights.
       latent: (H, W, C) of the latents.
@@ -49,6 +50,7 @@ class Export:
     pipeline: str
     arguments: Mapping[str, Any]
     license: str = "unknown"
+    guidance: float | None = None
     world: str | None = None
     report: Mapping[str, Any] | None = None
 
@@ -56,8 +58,8 @@ class Export:
 def metadata_json(export: Export, verified: Mapping[str, Any] | None) -> str:
     """Text of gadjax.json. verified: result of `parity.verify`; None if it was not run."""
     teacher = {"name": export.teacher, "fingerprint": export.fingerprint}
-    if export.times is not None:
-        teacher["guidance"] = export.config["guidance"]
+    if export.guidance is not None:
+        teacher["guidance"] = export.guidance
     metadata = {
         "format": FORMAT,
         **export.sampling.to_dict(),
@@ -107,10 +109,13 @@ def _origin(export: Export) -> list[str]:
         steps = f"the {sampling.steps} steps of its scheduler, with guidance {sampling.guidance:g}"
     else:
         origin = "Distilled from"
+        if export.guidance is None:
+            origin = "Trained on pictures, with the text encoder and the autoencoder of"
         times = ", ".join(f"{time:g}" for time in export.times)
         plural = "s" if sampling.steps > 1 else ""
         steps = f"{sampling.steps} step{plural}, from the time{plural} {times}, without guidance"
-        guidance = [f"| guidance of the teacher | {config['guidance']:g} |"]
+        if export.guidance is not None:
+            guidance = [f"| guidance of the teacher | {export.guidance:g} |"]
     return [
         f"# {escape_markdown(export.name)}",
         "",

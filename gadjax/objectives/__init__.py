@@ -9,6 +9,7 @@ from gadjax.objectives.comparisons.gad_lift import GADLift
 from gadjax.objectives.comparisons.gad_script import GADScript
 from gadjax.objectives.compose import TERMS, Sum, as_config, build
 from gadjax.objectives.consistency import Consistency
+from gadjax.objectives.ct import CT
 from gadjax.objectives.decoupled_dmd import DecoupledDMD
 from gadjax.objectives.denoising import Denoising
 from gadjax.objectives.disback import DisBack
@@ -16,10 +17,13 @@ from gadjax.objectives.dmd import DMD
 from gadjax.objectives.embedding import Embedding
 from gadjax.objectives.f_distill import FDistill
 from gadjax.objectives.gad import GAD
+from gadjax.objectives.lcm import LCM
 from gadjax.objectives.phased_dmd import PhasedDMD
+from gadjax.objectives.rcm import RCM
 from gadjax.objectives.regression import Regression
 from gadjax.objectives.sid import SiD
 from gadjax.objectives.sim import SIM
+from gadjax.objectives.tbcm import TBCM
 from gadjax.objectives.tdm import TDM
 from gadjax.objectives.uni_dad import UniDAD
 from gadjax.objectives.uni_instruct import UniInstruct
@@ -31,6 +35,7 @@ TERMS |= {
     "cd": ConsistencyDistillation,
     "cdm": CDM,
     "consistency": Consistency,
+    "ct": CT,
     "decoupled_dmd": DecoupledDMD,
     "denoising": Denoising,
     "disback": DisBack,
@@ -41,9 +46,12 @@ TERMS |= {
     "gad_lift": GADLift,
     "gad_script": GADScript,
     "phased_dmd": PhasedDMD,
+    "lcm": LCM,
+    "rcm": RCM,
     "regression": Regression,
     "sid": SiD,
     "sim": SIM,
+    "tbcm": TBCM,
     "tdm": TDM,
     "uni_dad": UniDAD,
     "uni_instruct": UniInstruct,
@@ -55,6 +63,10 @@ __all__ = [
     "PhasedDMD",
     "DisBack",
     "CDM",
+    "CT",
+    "LCM",
+    "RCM",
+    "TBCM",
     "GAD",
     "DMD",
     "SIM",

@@ -68,6 +68,7 @@ class Needs:
         "teacher"; "start", the student's initial parameters; a diffusers folder, or a workdir of
         `train`.
       joint: a sample's loss depends on the others of the batch, which has to be one microbatch.
+      few_step: the term trains a student of few steps although it may have no need of the teacher.
     """
 
     student: bool = False
@@ -86,10 +87,17 @@ class Needs:
     ema: bool = False
     networks: Mapping[str, str] = field(default_factory=dict)
     joint: bool = False
+    few_step: bool = False
+
+    @property
+    def is_few_step(self) -> bool:
+        """True if the result is a student, sampled on its own grid without guidance; what plain
+        denoising trains is sampled as a teacher is."""
+        return self.uses_teacher or self.few_step
 
     @property
     def uses_teacher(self) -> bool:
-        """True if the objective has a teacher; plain denoising has none."""
+        """True if the objective evaluates the teacher; training on pictures alone does not."""
         return (
             bool(self.maps or self.first_step) or self.teacher or self.critic or self.discriminator
         )

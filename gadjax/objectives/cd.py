@@ -4,11 +4,18 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from gadjax.diffusion.rollout import rollout
 from gadjax.diffusion.schedules import add_noise
-from gadjax.errors import InputError, check_choice
-from gadjax.objectives.base import Context, Needs, sample_mean
-from gadjax.objectives.common import sg
+from gadjax.errors import check_choice
+from gadjax.objectives.base import Context, Needs
+from gadjax.objectives.common import (
+    TARGETS,
+    check_count,
+    check_huber,
+    sg,
+    square_or_huber,
+    target_params,
+    teacher_step,
+)
 from gadjax.objectives.compose import Addable
 from gadjax.types import expand
 
@@ -24,8 +31,7 @@ class ConsistencyDistillation(Addable):
     paper's), or the student ("student", as iCT and ECT have it). H is the square, or with
     `huber` c > 0 sqrt(d^2 + c^2) - c elementwise, as in LCM (arXiv 2310.04378, c = 0.001).
     Teacher and S' are stop-gradiented. There is no boundary function: S' is not evaluated at the
-    clean end, where it would be x. LCM's embedding of the guidance scale is not
-    here: the student learns the run's.
+    clean end, where it would be x. The student learns the run's guidance.
     The student learns the end of the teacher's ODE from any time, and is sampled with fresh noise
     (student.rollout). Cost: 2 evaluations of the student, one with gradient; 2 of the teacher.
     """
@@ -35,11 +41,9 @@ class ConsistencyDistillation(Addable):
     target: str = "ema"
 
     def __post_init__(self):
-        check_choice("objective.cd.target", self.target, ("ema", "student"))
-        if self.points < 2:
-            raise InputError(f"objective.cd.points: found {self.points}; expected 2 or more")
-        if not self.huber >= 0:
-            raise InputError(f"objective.cd.huber: found {self.huber}; expected 0 or more")
+        check_choice("objective.cd.target", self.target, TARGETS)
+        check_count("cd", "points", self.points, 2)
+        check_huber("cd", self.huber)
 
     @property
     def needs(self) -> Needs:
@@ -51,12 +55,9 @@ class ConsistencyDistillation(Addable):
         point_B = jnp.floor(context.uniform("t") * self.points)
         r_B = schedule.clean + point_B * span
         x_t = add_noise(schedule, batch.x0, batch.noise, r_B + span)
-        x_r = rollout(context.teacher, schedule, x_t, jnp.stack([r_B + span, r_B])).end
-        other = context.ema_params if self.target == "ema" else context.student_params
+        x_r = teacher_step(context, x_t, r_B + span, r_B)
         noised_B = jnp.maximum(r_B, schedule.clean + schedule.spacing)
-        x0_r = context.denoiser(other, x_r, noised_B, batch.cond).x0
+        x0_r = context.denoiser(target_params(context, self), x_r, noised_B, batch.cond).x0
         target = sg(jnp.where(expand(point_B == 0, x_r), x_r, x0_r))
         error = context.denoiser(context.student_params, x_t, r_B + span, batch.cond).x0 - target
-        if self.huber:
-            return sample_mean(jnp.sqrt(error**2 + self.huber**2) - self.huber), {}
-        return sample_mean(error**2), {}
+        return square_or_huber(error, self.huber), {}

@@ -2,16 +2,29 @@
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from gadjax.diffusion.denoiser import Denoiser
+from gadjax.diffusion.rollout import rollout
 from gadjax.errors import InputError, short_repr
 from gadjax.objectives.base import Context, sample_mean
 from gadjax.types import Prediction, expand
 
 sg = jax.lax.stop_gradient
+TARGETS = "ema", "student"
+
+
+class TargetOption(Protocol):
+    """Option of a consistency term.
+
+    Attributes:
+      target: whose prediction is the target, one of TARGETS.
+    """
+
+    target: str
 
 
 def pseudo_loss(x, gradient, norm_B, huber: float = 0.0):
@@ -82,6 +95,41 @@ def check_separate_prompts(name: str, denoiser: Denoiser) -> None:
             f"objective.{name}: found a teacher with embedded guidance; expected one that can be "
             "evaluated with and without the prompt"
         )
+
+
+def teacher_step(context: Context, x_t, t_B, r_B):
+    """x_r [B, H, W, C] of one guided DDIM/Euler step of the teacher.
+
+    Args:
+      context: the teacher and its schedule.
+      x_t: latents.
+      t_B, r_B: times at which the step starts and ends.
+    """
+    return rollout(context.teacher, context.schedule, x_t, jnp.stack([t_B, r_B])).end
+
+
+def target_params(context: Context, term: TargetOption):
+    """Parameters of the student in a consistency target: its average, or its own."""
+    return context.ema_params if term.target == "ema" else context.student_params
+
+
+def square_or_huber(error, huber: float):
+    """Mean per sample [B] of error^2, or for c = `huber` > 0 of sqrt(error^2 + c^2) - c."""
+    if huber:
+        return sample_mean(jnp.sqrt(error**2 + huber**2) - huber)
+    return sample_mean(error**2)
+
+
+def check_huber(name: str, huber: float) -> None:
+    """Check a term's option `huber`. Raises: InputError for a negative or non-finite one."""
+    if not 0 <= huber < math.inf:
+        raise InputError(f"objective.{name}.huber: found {huber}; expected 0 or more")
+
+
+def check_count(name: str, option: str, value: int, least: int) -> None:
+    """Check a term's whole number. Raises: InputError for one below `least`."""
+    if value < least:
+        raise InputError(f"objective.{name}.{option}: found {value}; expected {least} or more")
 
 
 def student_map(context: Context, end: str):

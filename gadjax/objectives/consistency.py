@@ -2,18 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gadjax.diffusion.geometry import tangent
 from gadjax.diffusion.rollout import interpolate_times, rollout
 from gadjax.diffusion.schedules import NoiseSchedule, add_noise
-from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, sample_mean
-from gadjax.objectives.common import sg
+from gadjax.objectives.common import check_count, sg
 from gadjax.objectives.compose import Addable
+from gadjax.objectives.time_laws import uniform_angle
 from gadjax.types import Prediction, expand
 
 FLOOR = 0.1  # sCM's c: where g is below it, the loss becomes proportional to g^2
@@ -46,12 +46,8 @@ class Consistency(Addable):
     warmup: int = 0
 
     def __post_init__(self):
-        if self.warmup < 0:
-            raise InputError(
-                f"objective.consistency.warmup: found {self.warmup}; expected 0 or more"
-            )
-        if self.steps < 1:
-            raise InputError(f"objective.consistency.steps: found {self.steps}; expected 1 or more")
+        check_count("consistency", "warmup", self.warmup, 0)
+        check_count("consistency", "steps", self.steps, 1)
 
     @property
     def needs(self) -> Needs:
@@ -64,34 +60,43 @@ class Consistency(Addable):
         def student(x, t):
             return context.denoiser(context.student_params, x, t, context.batch.cond)
 
-        ramp = jnp.minimum(1, context.step / self.warmup) if self.warmup else None
-        student_velocity, g = velocity_and_update(
-            student, context.teacher(x, t_B), context.schedule, x, t_B, ramp
-        )
-        size_B = jnp.sqrt(sample_mean(g**2))
-        loss_B = sample_mean(
-            (student_velocity - sg(student_velocity + g / expand(size_B + FLOOR, g))) ** 2
-        )
+        real, ramp = context.teacher(x, t_B), warmup_ramp(context, self.warmup)
+        pair = velocity_and_update(student, real, context.schedule, x, t_B, ramp)
+        loss_B, size_B = normalized_update_loss(*pair)
         return loss_B, {"tangent": jnp.mean(size_B)}
 
     def latents(self, context: Context, t_B):
         """Points x_t of the teacher's rollout, or noised latents of the data."""
-        batch = context.batch
-        if self.images:
-            return add_noise(context.schedule, batch.x0, batch.noise, t_B)
-        grid = interpolate_times(jnp.full_like(t_B, context.times[0]), t_B, self.steps)
-        return rollout(context.teacher, context.schedule, batch.noise, grid).end
+        return points_of_ode(context, t_B, self.images, self.steps)
 
 
-def uniform_angle(context: Context):
-    """Times [B], uniform in atan2(sigma, alpha), from the first noised to the student's first."""
-    schedule = context.schedule
-    first = schedule.clean + schedule.spacing
-    knots = np.append(np.arange(first, context.times[0], schedule.spacing), context.times[0])
-    alpha, sigma = schedule.alpha_sigma(knots)
-    angles = np.arctan2(sigma, alpha)
-    angle_B = angles[0] + context.uniform("angle") * (angles[-1] - angles[0])
-    return jnp.interp(angle_B, angles, knots)
+def points_of_ode(context: Context, t_B, images: bool, steps: int):
+    """Points x_t [B, H, W, C] of the teacher's guided ODE.
+
+    Args:
+      context: networks and batch.
+      t_B: their times [B].
+      images: x_t is the data's x0 with the batch's noise; else the end of the teacher's rollout
+        from z.
+      steps: DDIM/Euler steps of that rollout.
+    """
+    batch = context.batch
+    if images:
+        return add_noise(context.schedule, batch.x0, batch.noise, t_B)
+    grid = interpolate_times(jnp.full_like(t_B, context.times[0]), t_B, steps)
+    return rollout(context.teacher, context.schedule, batch.noise, grid).end
+
+
+def warmup_ramp(context: Context, warmup: int):
+    """Factor min(1, step / warmup) of g's second part; None, for 1, without a warm-up."""
+    return jnp.minimum(1, context.step / warmup) if warmup else None
+
+
+def normalized_update_loss(student_velocity, g):
+    """mean |F - sg[F + g / (rms(g) + 0.1)]|^2 and rms(g), each [B]."""
+    size_B = jnp.sqrt(sample_mean(g**2))
+    goal = sg(student_velocity + g / expand(size_B + FLOOR, g))
+    return sample_mean((student_velocity - goal) ** 2), size_B
 
 
 def velocity(pred: Prediction, alpha, sigma):
@@ -100,10 +105,24 @@ def velocity(pred: Prediction, alpha, sigma):
     return expand(alpha / length, pred.eps) * pred.eps - expand(sigma / length, pred.x0) * pred.x0
 
 
-def velocity_and_update(
-    student: Callable, real: Prediction, schedule: NoiseSchedule, x, t_B, ramp=None
-):
-    """The student's F and the update direction g at x, both [B, H, W, C].
+class Velocities(NamedTuple):
+    """F of student and teacher at x_t, and the student's derivative along the teacher's ODE.
+
+    Attributes:
+      student, teacher: F [B, H, W, C].
+      rate: dF/ds of the student, s = log(sigma / alpha).
+      alpha, sigma: levels [B] of x_t.
+    """
+
+    student: jax.Array
+    teacher: jax.Array
+    rate: jax.Array
+    alpha: jax.Array
+    sigma: jax.Array
+
+
+def velocities(student: Callable, real: Prediction, schedule: NoiseSchedule, x, t_B) -> Velocities:
+    """Velocities at x_t, in one evaluation of the student with its tangent.
 
     Args:
       student: (x_BHWC, t_B) -> Prediction.
@@ -111,7 +130,6 @@ def velocity_and_update(
       schedule: noise schedule.
       x: latents x_t [B, H, W, C].
       t_B: their times.
-      ramp: factor of g's second part; None for 1.
     """
     one = jnp.ones_like(t_B)
     (alpha, sigma), (d_alpha, d_sigma) = jax.jvp(schedule.alpha_sigma, (t_B,), (one,))
@@ -121,9 +139,22 @@ def velocity_and_update(
     def student_velocity(x, t_B):
         return velocity(student(x, t_B), *schedule.alpha_sigma(t_B))
 
-    value, ds = tangent(lambda x_and_t: student_velocity(*x_and_t), (x, t_B), (dx, pace))
+    value, rate = tangent(lambda x_and_t: student_velocity(*x_and_t), (x, t_B), (dx, pace))
+    return Velocities(value, velocity(real, alpha, sigma), rate, alpha, sigma)
+
+
+def velocity_and_update(
+    student: Callable, real: Prediction, schedule: NoiseSchedule, x, t_B, ramp=None
+):
+    """The student's F and sCM's update direction g at x, both [B, H, W, C].
+
+    Args:
+      student, real, schedule, x, t_B: as for `velocities`.
+      ramp: factor of g's second part; None for 1.
+    """
+    value, teacher, rate, alpha, sigma = velocities(student, real, schedule, x, t_B)
     square = alpha**2 + sigma**2
     cos_cos, cos_sin = expand(alpha**2 / square, x), expand(alpha * sigma / square, x)
-    g = -cos_cos * (value - velocity(real, alpha, sigma))
-    second = cos_sin * x / expand(jnp.sqrt(square), x) + ds
+    g = -cos_cos * (value - teacher)
+    second = cos_sin * x / expand(jnp.sqrt(square), x) + rate
     return value, g - (second if ramp is None else ramp * second)

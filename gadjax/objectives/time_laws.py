@@ -5,6 +5,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gadjax.diffusion.schedules import Flow, NoiseSchedule, shift_time
 from gadjax.errors import InputError, check_choice
@@ -79,6 +80,49 @@ def timesteps_below(context: Context, end_B, name: str):
     return place_B * schedule.spacing + schedule.clean
 
 
+def uniform_angle(context: Context):
+    """Times [B], uniform in atan2(sigma, alpha), from the first noised to the student's first."""
+    return times_at_share(context, context.uniform("angle"))
+
+
+def times_at_share(context: Context, share_B):
+    """Times at which the angle is at a share of its span.
+
+    Args:
+      context: schedule and the student's grid.
+      share_B: 0 for the first noised time, 1 for the student's first.
+    """
+    angles, knots = angle_table(context)
+    return jnp.interp(angles[0] + share_B * (angles[-1] - angles[0]), angles, knots)
+
+
+def log_normal_times(context: Context, mean: float, std: float):
+    """Times [B] whose sigma / alpha is log-normal, clamped to the span of `angle_table`.
+
+    Args:
+      context: schedule, grid and random streams; the stream is "angle".
+      mean, std: mean and standard deviation of log(sigma / alpha).
+    """
+    normal_B = jax.scipy.special.ndtri(context.uniform("angle"))
+    return times_at_ratio(context, jnp.exp(mean + std * normal_B))
+
+
+def times_at_ratio(context: Context, ratio_B):
+    """Times [B] at which sigma / alpha is `ratio_B`, clamped to the span of `angle_table`."""
+    angles, knots = angle_table(context)
+    return jnp.interp(jnp.arctan(ratio_B), angles, knots)
+
+
+def angle_table(context: Context) -> tuple[np.ndarray, np.ndarray]:
+    """Angles atan2(sigma, alpha), and the times that have them: from the first noised time, in
+    steps of the schedule's spacing, to the student's first."""
+    schedule = context.schedule
+    first = schedule.clean + schedule.spacing
+    knots = np.append(np.arange(first, context.times[0], schedule.spacing), context.times[0])
+    alpha, sigma = schedule.alpha_sigma(knots)
+    return np.arctan2(sigma, alpha), knots
+
+
 def check_span_fractions(name: str, low: float, high: float) -> None:
     """Check a term's options `low` and `high`: fractions of the schedule's span, in order.
 
@@ -88,6 +132,17 @@ def check_span_fractions(name: str, low: float, high: float) -> None:
         raise InputError(f"objective.{name}.low: found {low}; expected a share from 0 to below 1")
     if not low <= high <= 1:
         raise InputError(f"objective.{name}.high: found {high}; expected a share from {low} to 1")
+
+
+def check_log_normal(name: str, mean: float, std: float) -> None:
+    """Check a term's options `mean` and `std` of log(sigma / alpha).
+
+    Raises: InputError for a mean that is no number, or a standard deviation that is not above 0.
+    """
+    if not abs(mean) < inf:
+        raise InputError(f"objective.{name}.mean: found {mean}; expected a number")
+    if not 0 < std < inf:
+        raise InputError(f"objective.{name}.std: found {std}; expected more than 0")
 
 
 def check_law(name: str, options: TimeOptions) -> None:

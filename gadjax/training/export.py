@@ -120,6 +120,7 @@ def _describe(
         step=trained.step,
         part=trained.part,
         config=trained.config,
+        guidance=trained.teacher_guidance,
         teacher=_name(trained.config["teacher"]),
         fingerprint=trained.fingerprint,
         latent=(spec.sample_size, spec.sample_size, spec.in_channels),

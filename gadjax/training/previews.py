@@ -48,7 +48,7 @@ class Preview:
         times = step_spec.times[:-1]
         few_step = SamplingConfig(len(times), times, guidance=1, rollout=step_spec.rollout)
         # A network trained by plain denoising is sampled like a teacher.
-        student_sampling = few_step if needs.uses_teacher else many_step
+        student_sampling = few_step if needs.is_few_step else many_step
         self.draw = lambda params: np.asarray(draw(params, student_sampling, frozen, raw))
         self.teacher = None
         if pipeline.backbone in frozen:

@@ -14,7 +14,7 @@ from gadjax.formats.weights import fingerprint
 from gadjax.io.storage import check_access
 from gadjax.io.untrusted import is_count, is_number, is_text
 from gadjax.models.params import merge_params, split_frozen
-from gadjax.objectives import TERMS, build
+from gadjax.objectives import TERMS, Needs, build
 from gadjax.types import Params
 
 
@@ -48,6 +48,11 @@ class Trained:
     def is_few_step(self) -> bool:
         """True for a student with its own grid, False for a teacher trained by denoising."""
         return self.sampling.timesteps is not None
+
+    @property
+    def teacher_guidance(self) -> float | None:
+        """Guidance of the teacher in training; None if the objective did not evaluate it."""
+        return self.config["guidance"] if objective_needs(self.config).uses_teacher else None
 
     def full_params(self, teacher: Component) -> Params:
         """All parameters of the network, the trained and the untrained ones.
@@ -123,8 +128,12 @@ def sampling_from_config(config: dict[str, Any]) -> SamplingConfig:
     """
     timesteps = tuple(config["student"]["timesteps"])
     length = config["data"]["length"]
-    needs = build(config["objective"], TERMS, timesteps).needs
-    if needs.uses_teacher:
+    if objective_needs(config).is_few_step:
         rollout = config["student"].get("rollout", "ode")  # older workdirs do not have it
         return SamplingConfig(len(timesteps), timesteps, 1.0, length, rollout=rollout)
     return SamplingConfig(guidance=config["guidance"], length=length)
+
+
+def objective_needs(config: dict[str, Any]) -> Needs:
+    """Needs of a run's objective."""
+    return build(config["objective"], TERMS, tuple(config["student"]["timesteps"])).needs

@@ -89,3 +89,30 @@ def test_a_flow_that_no_scheduler_could_draw_is_refused(prompts, tmp_path, fails
     config = write(tmp_path / "c.py", teacher, prompts, (999, 500))
     words = "student.rollout: found 'fresh_noise' for a PixArtAlphaPipeline of a flow"
     fails(["train", "--config", config, "--workdir", run], 2, words, out=run)
+
+
+@pytest.mark.slow
+def test_a_student_trained_without_its_teacher_is_a_student_everywhere(prompts, tmp_path, gadjax):
+    """Consistency training: previewed, sampled, evaluated and exported on its own grid."""
+    teacher, run, out = "asset:shapes_teacher", tmp_path / "run", tmp_path / "student"
+    data = {"world": "gadjax.worlds.shapes", "length": 16, "cache": 8}
+    more = {"objective": {"ct": {}}, "data": data, "attention": "jnp"}
+    config = write(tmp_path / "config.py", teacher, prompts, (899, 449), **more)
+    gadjax("train", "--config", config, "--workdir", run)
+    assert Image.open(run / "previews" / "0000002.png").height < 2 * 32  # one row
+    gadjax("export", "--workdir", run, "--out", out)
+    entries = json.loads((out / "gadjax.json").read_text())
+    assert entries["timesteps"] == [899, 449] and entries["guidance"] == 1
+    assert "guidance" not in entries["teacher"]
+    assert entries["verified"]["max_difference"] <= 2 / 255
+    text = (out / "README.md").read_text()
+    assert "Trained on pictures" in text and "guidance of the teacher" not in text
+    assert json.loads((out / INDEX).read_text())["scheduler"][1] == "LCMScheduler"
+    gadjax("sample", "--model", run, "--prompts", prompts, "--out", tmp_path / "by_run")
+    gadjax("sample", "--model", out, "--prompts", prompts, "--out", tmp_path / "by_folder")
+    ours, theirs = (tmp_path / name / "00000-0.png" for name in ("by_run", "by_folder"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    arguments = ["--teacher", teacher, "--student", run, "--prompts", prompts]
+    arguments += ["--world", "none", "--seeds", 2, "--teacher-steps", 2]
+    report = gadjax("evaluate", *arguments, "--out", tmp_path / "report")
+    assert "the student does not say at which it was distilled" in report
