@@ -26,6 +26,7 @@ from gadjax.runtime.distributed import any_process
 from gadjax.seeds import check_seed
 from gadjax.training.batch import encode_raw
 from gadjax.training.data import WITH_PICTURES
+from gadjax.training.lora import frozen_base, loras
 from gadjax.training.steps import CRITICS
 from gadjax.training.workdir import sampling_from_config
 from gadjax.types import Params
@@ -95,6 +96,7 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     check_offload(config.offload, objective.needs)
     check_schedule("optim", config.optim)
     check_critic(config, objective.needs)
+    loras(config)
     return Settings(times, objective, mesh, microbatches, dtype, REMAT[config.remat], kernels)
 
 
@@ -184,7 +186,7 @@ def lower_abstract(pipeline: Pipeline, frozen: dict[str, Any], params: Params, f
     """
 
     def run(params, frozen):
-        params = merge_params(params, frozen.get("untrained"))
+        params = merge_params(params, frozen_base(frozen, pipeline.backbone))
         cond = encode_raw(pipeline, frozen, frozen["null"])
         return f(params, jnp.zeros((1, *pipeline.latent)), jnp.zeros(1), cond)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from gadjax.models.adapters import adapter_rules
 from gadjax.models.params import merge_params
 from gadjax.parallel.placement import Placement, constrain_batch, current_placement
 from gadjax.parallel.sharding import (
@@ -17,19 +18,21 @@ from gadjax.parallel.sharding import (
 )
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
+from gadjax.training.lora import frozen_base
 from gadjax.training.setup import Run
 from gadjax.training.state import StepSpec, TrainState
 from gadjax.training.steps import critic_step, student_step
 
 
-def with_untrained(step_spec: StepSpec, frozen: dict[str, Any]) -> StepSpec:
-    """StepSpec for trained parameters alone; the untrained ones are merged in at every call."""
-    if "untrained" not in frozen:
+def with_base(step_spec: StepSpec, frozen: dict[str, Any], backbone: str) -> StepSpec:
+    """StepSpec for trained parameters alone; they are merged into the frozen base at every call."""
+    base = frozen_base(frozen, backbone)
+    if base is None:
         return step_spec
-    denoiser, untrained = step_spec.denoiser, frozen["untrained"]
+    denoiser = step_spec.denoiser
 
     def merged(f):
-        return f and (lambda params, *arguments: f(merge_params(params, untrained), *arguments))
+        return f and (lambda params, *arguments: f(merge_params(params, base), *arguments))
 
     changed = {name: merged(getattr(denoiser, name)) for name in ("apply", "features", "text_kv")}
     return replace(step_spec, denoiser=replace(denoiser, **changed))
@@ -59,7 +62,8 @@ def run_shardings(run: Run) -> tuple[TrainState, dict[str, Any], dict[str, Any]]
     what is offloaded is in host memory. The third: the frozen networks' on the devices."""
     mesh, parts = run.mesh, run.pipeline.folder.components
     backbone, offloaded = run.pipeline.backbone, run.offload
-    rules = DISCRIMINATOR_RULES + parts[backbone].family.rules
+    of_backbone = parts[backbone].family.rules
+    rules = DISCRIMINATOR_RULES + of_backbone + adapter_rules(of_backbone)
     state = shardings(jax.eval_shape(run.start, run.initial_params), rules, mesh)
     on_device = {
         name: shardings(tree, parts[backbone if name == "untrained" else name].family.rules, mesh)
@@ -104,7 +108,7 @@ def compile_steps(
                 batch = constrain_batch(
                     make_batch(run.pipeline, frozen, raw, make_key(run.seed), number)
                 )
-                step_spec = with_untrained(run.step_spec, frozen)
+                step_spec = with_base(run.step_spec, frozen, backbone)
                 return wrap(step)(step_spec, state, frozen.get(backbone), batch)
 
         update.__name__ = step.__name__  # its name in profiles

@@ -15,6 +15,7 @@ from ml_collections.config_dict import placeholder
 from gadjax import assets
 from gadjax.errors import InputError, short_repr
 from gadjax.io.storage import write_atomic
+from gadjax.models.adapters import TARGETS
 
 # The repository's configs: in a clone a link to its folder of that name, in the wheel a folder.
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -45,6 +46,9 @@ def default_config() -> ConfigDict:
                 "timesteps": (899, 674, 449, 224),  # in the network's units
                 "steps": 4,
                 "rollout": "ode",  # or "fresh_noise", added to each predicted x0 as LCM does
+                # Low-rank adapters on the teacher's frozen weights. rank 0: whole weights are
+                # trained. alpha: their factor times the rank; None: the rank
+                "lora": {"rank": 0, "alpha": placeholder(float), "targets": TARGETS},
             },
             "objective": {},  # name -> {weight, ...}
             "optim": {
@@ -66,6 +70,11 @@ def default_config() -> ConfigDict:
                 "decay": placeholder(int),
                 "weight_decay": placeholder(float),
                 "clip": placeholder(float),
+                "lora": {  # None: as the student's
+                    "rank": placeholder(int),
+                    "alpha": placeholder(float),
+                    "targets": placeholder(str),
+                },
             },
             "ema": 0.999,
             "data": {

@@ -14,6 +14,7 @@ from gadjax import assets
 from gadjax.data.source import Source
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
+from gadjax.models.adapters import abstract_adapters, init_adapters
 from gadjax.models.params import cast, split_frozen
 from gadjax.objectives.base import Term
 from gadjax.parallel.placement import batch_shards
@@ -28,6 +29,7 @@ from gadjax.training.checks import (
     validate,
 )
 from gadjax.training.data import input_fingerprints, open_data
+from gadjax.training.lora import loras
 from gadjax.training.state import StepSpec, TrainState, create_state, make_optimizer
 from gadjax.training.steps import CRITICS
 from gadjax.types import Params
@@ -91,7 +93,7 @@ class Run:
       source: data source.
       frozen: parameters that no update changes, by network; the empty prompt under "null", and
         parameters of the backbone that are never trained under "untrained".
-      initial_params: initial parameters of student and critic.
+      initial_params: initial parameters of the networks that are trained whole; without one empty.
       start: initial parameters -> initial training state.
       fingerprint: of the teacher's backbone.
       inputs: fingerprints by key of the config, as `input_fingerprints` returns them.
@@ -154,7 +156,10 @@ def prepare(
         network = pipeline.networks[pipeline.backbone]
         fresh = network.abstract if abstract else random_params(network, config.seed)
         initial_params, _ = split_frozen(fresh, part.frozen)
-    if untrained:
+    adapted = loras(config).keys()
+    if adapted >= step_spec.optimizers.keys() - {"discriminator"}:
+        initial_params = {}  # no network is trained whole
+    if untrained and not adapted:  # adapters are on all of the teacher's parameters
         frozen["untrained"] = untrained
     if objective.needs.tangent or objective.needs.jvp:
         check_tangents(pipeline, frozen, initial_params)
@@ -195,7 +200,7 @@ def frozen_networks(
     needs, data = settings.objective.needs, config.data
     encodes_text = not (data.embeddings or data.latents)
     is_needed = {
-        pipeline.backbone: needs.uses_teacher,
+        pipeline.backbone: needs.uses_teacher or loras(config),
         **dict.fromkeys(pipeline.folder.text_encoders, encodes_text),
         "vae": needs.images and not data.latents or config.preview.every,
     }
@@ -217,12 +222,16 @@ def state_initializer(
     if "discriminator" in optimizers:
         width = feature_width(pipeline, frozen, initial_params)
     key = make_key(config.seed)
+    abstract = pipeline.networks[pipeline.backbone].abstract
+    adapters = {role: abstract_adapters(abstract, lora) for role, lora in loras(config).items()}
 
     def start(initial_params: Params) -> TrainState:
         initial_params = cast(initial_params, jnp.float32)
         roles = {
-            role: jax.tree.map(jnp.copy, initial_params)
-            for role in optimizers
+            role: init_adapters(jax.random.fold_in(key, number), adapters[role])
+            if role in adapters
+            else jax.tree.map(jnp.copy, initial_params)
+            for number, role in enumerate(optimizers)
             if role != "discriminator"
         }
         if "discriminator" in optimizers:
