@@ -14,6 +14,7 @@ from flax import nnx
 
 from gadjax.errors import InputError
 from gadjax.models.module import Keys
+from gadjax.ops import linear as ops
 from gadjax.ops.attention import attention
 from gadjax.parallel.placement import (
     batch_shards,
@@ -27,6 +28,11 @@ from gadjax.types import TextKV
 # more than MAX_CHUNKS, since every chunk reads and writes the sum.
 MAX_CHUNK_ELEMENTS = 2**23
 MAX_CHUNKS = 4
+# Layers whose kernel may be adapted: their arguments, parameters and results are nnx's.
+Linear = partial(nnx.Linear, promote_dtype=ops.promote_dtype, dot_general=ops.dot_general)
+Conv = partial(
+    nnx.Conv, promote_dtype=ops.promote_dtype, conv_general_dilated=ops.conv_general_dilated
+)
 # Finite, so that a prompt without any token attends evenly instead of giving NaN.
 MASKED_LOGIT = -10_000.0
 
@@ -139,7 +145,7 @@ class PatchProjection(nnx.Module):
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         tokens = patchify(x_BHWC.astype(self.dtype), self.patch)
-        return tokens @ kernel.reshape(-1, kernel.shape[-1]) + bias
+        return ops.linear(tokens, ops.as_matrix(kernel)) + bias
 
 
 class Mlp(nnx.Module):
@@ -164,8 +170,8 @@ class Mlp(nnx.Module):
         dtype,
         rngs: Keys,
     ):
-        self.linear_1 = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(hidden, out, dtype=dtype, rngs=rngs)
+        self.linear_1 = Linear(features, hidden, dtype=dtype, rngs=rngs)
+        self.linear_2 = Linear(hidden, out, dtype=dtype, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -193,21 +199,22 @@ class Mlp(nnx.Module):
         if count == 1:
             return base_BND + gate * self(x_BND)
 
-        def split(param: nnx.Param, axis: int) -> jax.Array:
+        def split(weight: jax.Array, axis: int) -> jax.Array:
             """Chunks [count, ...] of a weight, each with an equal part of every shard."""
-            weight = param[...]
             before, after = weight.shape[:axis], weight.shape[axis + 1 :]
             weight = weight.reshape(*before, shards, count, -1, *after)
             return jnp.moveaxis(weight, axis + 1, 0).reshape(count, *before, -1, *after)
 
         def add(total_BND, weights):
             enter, bias, leave = (weight.astype(x_BND.dtype) for weight in weights)
-            out = self.activation(x_BND @ enter + bias) @ leave
+            out = ops.linear(self.activation(ops.linear(x_BND, enter) + bias), leave)
             return constrain_batch(total_BND + gate * out, tokens=True), None
 
         first, last = self.linear_1, self.linear_2
         wide = jnp.promote_types(x_BND.dtype, jnp.float32)  # or each chunk would round the sum
-        weights = split(first.kernel, 1), split(first.bias, 0), split(last.kernel, 0)
+        enter = ops.chunks(first.kernel[...], 1, split)
+        leave = ops.chunks(last.kernel[...], 0, split)
+        weights = enter, split(first.bias[...], 0), leave
         total_BND = base_BND.astype(wide) + gate * last.bias[...].astype(x_BND.dtype)
         total_BND, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), total_BND, weights)
         return total_BND.astype(base_BND.dtype)
@@ -260,10 +267,10 @@ class Attention(nnx.Module):
         rngs: Keys,
     ):
         inner, context_dim = heads * head_dim, dim if context_dim is None else context_dim
-        self.to_q = nnx.Linear(dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
-        self.to_k = nnx.Linear(context_dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
-        self.to_v = nnx.Linear(context_dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.Linear(inner, dim, use_bias=out_bias, dtype=dtype, rngs=rngs)
+        self.to_q = Linear(dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_k = Linear(context_dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_v = Linear(context_dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_out = Linear(inner, dim, use_bias=out_bias, dtype=dtype, rngs=rngs)
         self.heads = heads
 
     def __call__(

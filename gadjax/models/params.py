@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from gadjax.ops.linear import Adapter, LowRank
 from gadjax.types import Params
 
 
@@ -35,8 +36,16 @@ def split_frozen(params: Params, patterns: Sequence[str]) -> tuple[Params, Param
 
 
 def merge_params(params: Params, untrained: Params | None) -> Params:
-    """Merge what `split_frozen` split; where both have a leaf, the one of `params` is taken."""
-    return unflatten({**flatten(untrained), **flatten(params)}) if untrained else params
+    """Merge what `split_frozen` split; where both have a leaf, the one of `params` is taken.
+
+    An adapter in `params` is put on the untrained kernel at its path.
+    """
+    if not untrained:
+        return params
+    flat = flatten(untrained)
+    for path, leaf in flatten(params).items():
+        flat[path] = LowRank(flat[path], leaf) if isinstance(leaf, Adapter) else leaf
+    return unflatten(flat)
 
 
 def cast(params: Params, dtype) -> Params:

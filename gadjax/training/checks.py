@@ -14,7 +14,6 @@ from gadjax.diffusion.schedules import Flow
 from gadjax.errors import InputError, check_choice, short_repr
 from gadjax.formats.pipeline_classes import UNSCALED
 from gadjax.formats.scheduler_config import FLOW_LCM, floors_timesteps
-from gadjax.models.params import merge_params
 from gadjax.objectives import TERMS, build
 from gadjax.objectives.base import Needs
 from gadjax.objectives.compose import Sum
@@ -28,6 +27,7 @@ from gadjax.seeds import check_seed
 from gadjax.training.batch import encode_raw
 from gadjax.training.config import INITS
 from gadjax.training.data import WITH_PICTURES
+from gadjax.training.lora import loras, with_frozen
 from gadjax.training.steps import CRITICS
 from gadjax.training.workdir import sampling_from_config
 from gadjax.types import Params
@@ -103,6 +103,7 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     check_offload(config.offload, objective.needs)
     check_schedule("optim", config.optim)
     check_critic(config, objective.needs)
+    loras(config)
     remat = REMAT[config.remat]
     return Settings(times, objective, mesh, microbatches, dtype, remat, kernels, images)
 
@@ -214,7 +215,7 @@ def lower_abstract(pipeline: Pipeline, frozen: dict[str, Any], params: Params, f
     """
 
     def run(params, frozen):
-        params = merge_params(params, frozen.get("untrained"))
+        params = with_frozen(params, frozen, pipeline.backbone)
         cond = encode_raw(pipeline, frozen, frozen["null"])
         return f(params, jnp.zeros((1, *pipeline.latent)), jnp.zeros(1), cond)
 

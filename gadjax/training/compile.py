@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from gadjax.models.params import merge_params
+from gadjax.models.adapters import adapter_rules
 from gadjax.parallel.placement import Placement, constrain_batch, current_placement
 from gadjax.parallel.sharding import (
     DISCRIMINATOR_RULES,
@@ -17,19 +17,20 @@ from gadjax.parallel.sharding import (
 )
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
+from gadjax.training.lora import with_frozen
 from gadjax.training.setup import Run
 from gadjax.training.state import StepSpec, TrainState
 from gadjax.training.steps import critic_step, student_step
 
 
-def with_untrained(step_spec: StepSpec, frozen: dict[str, Any]) -> StepSpec:
-    """StepSpec for trained parameters alone; the untrained ones are merged in at every call."""
-    if "untrained" not in frozen:
-        return step_spec
-    denoiser, untrained = step_spec.denoiser, frozen["untrained"]
+def with_base(step_spec: StepSpec, frozen: dict[str, Any], backbone: str) -> StepSpec:
+    """StepSpec for trained parameters alone; they are merged into the frozen base at every call."""
+    denoiser = step_spec.denoiser
 
     def merged(f):
-        return f and (lambda params, *arguments: f(merge_params(params, untrained), *arguments))
+        return f and (
+            lambda params, *arguments: f(with_frozen(params, frozen, backbone), *arguments)
+        )
 
     changed = {name: merged(getattr(denoiser, name)) for name in ("apply", "features", "text_kv")}
     return replace(step_spec, denoiser=replace(denoiser, **changed))
@@ -59,7 +60,8 @@ def run_shardings(run: Run) -> tuple[TrainState, dict[str, Any], dict[str, Any]]
     what is offloaded is in host memory. The third: the frozen networks' on the devices."""
     mesh, parts = run.mesh, run.pipeline.folder.components
     backbone, offloaded = run.pipeline.backbone, run.offload
-    rules = DISCRIMINATOR_RULES + parts[backbone].family.rules
+    of_backbone = parts[backbone].family.rules
+    rules = DISCRIMINATOR_RULES + of_backbone + adapter_rules(of_backbone)
     state = shardings(jax.eval_shape(run.start, run.initial_params), rules, mesh)
     on_device = {
         name: shardings(tree, parts[name if name in parts else backbone].family.rules, mesh)
@@ -104,7 +106,7 @@ def compile_steps(
                 batch = constrain_batch(
                     make_batch(run.pipeline, frozen, raw, make_key(run.seed), number)
                 )
-                step_spec = with_untrained(run.step_spec, frozen)
+                step_spec = with_base(run.step_spec, frozen, run.pipeline.backbone)
                 return wrap(step)(step_spec, state, run.networks(frozen), batch)
 
         update.__name__ = step.__name__  # its name in profiles

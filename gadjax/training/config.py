@@ -15,6 +15,7 @@ from ml_collections.config_dict import placeholder
 from gadjax import assets
 from gadjax.errors import InputError, short_repr
 from gadjax.io.storage import write_atomic
+from gadjax.models.adapters import TARGETS
 from gadjax.objectives import TERMS
 from gadjax.objectives.compose import term_class
 
@@ -54,6 +55,9 @@ def default_config() -> ConfigDict:
                 # drawn anew between them for every sample of an update. (): the timesteps above.
                 "redraw": (),
                 "latents": "student",  # at drawn steps: of its own rollout; or "data", noised
+                # Low-rank adapters on the teacher's frozen weights. rank 0: whole weights are
+                # trained. alpha: their factor times the rank; None: the rank
+                "lora": {"rank": 0, "alpha": placeholder(float), "targets": TARGETS},
             },
             "objective": {},  # name -> {weight, ...}
             "optim": {
@@ -76,6 +80,11 @@ def default_config() -> ConfigDict:
                 "decay": placeholder(int),
                 "weight_decay": placeholder(float),
                 "clip": placeholder(float),
+                "lora": {  # None: as the student's
+                    "rank": placeholder(int),
+                    "alpha": placeholder(float),
+                    "targets": placeholder(str),
+                },
             },
             "ema": 0.999,
             "data": {

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gadjax.checkpoints.checkpoint import Checkpoints
+from gadjax.checkpoints.leaves import nested_dict
 from gadjax.checkpoints.replicas import check_replicas
 from gadjax.checkpoints.save_policy import SavePolicy
 from gadjax.data.source import prefetch
@@ -17,7 +18,13 @@ from gadjax.errors import InputError, RunStopped, escape_nonprintable
 from gadjax.formats.sampling_config import read_sampling
 from gadjax.io.storage import write_atomic
 from gadjax.io.untrusted import read_json
-from gadjax.parallel.sharding import batch_sharding, local_rows, put_on_mesh, shapes_with_shardings
+from gadjax.parallel.sharding import (
+    batch_sharding,
+    local_rows,
+    put_on_mesh,
+    shapes_with_shardings,
+    shardings,
+)
 from gadjax.runtime.distributed import (
     PreemptionHandler,
     abort_on_lost_peer,
@@ -187,7 +194,9 @@ def log_start(run: Run, done: int, state: TrainState, note: Callable[[str], None
       state: training state, for the table of parameters at step 0.
       note: called with each line.
     """
-    note(f"resumed at step {done}" if done else parameter_table(state.params["student"]))
+    note(
+        f"resumed at step {done}" if done else parameter_table(nested_dict(state.params["student"]))
+    )
     if run.step_spec.objective.needs.uses_teacher:
         stored = read_sampling(run.pipeline.folder.path, run.pipeline.sampling).guidance
         stored = run.pipeline.denoiser.guidance_scale(stored)
@@ -215,8 +224,9 @@ def restore_or_init(run: Run, steps: Steps, restore: Restore) -> tuple[int, Trai
         shapes_with_shardings(jax.eval_shape(run.start, run.initial_params), steps.state)
     )
     if restored is None:
-        on_mesh = {role: steps.state.params[role] for role in run.initial_params}
-        initial_params = put_on_mesh(run.initial_params, on_mesh)
+        rules = run.pipeline.folder.components[run.pipeline.backbone].family.rules
+        placements = shardings(run.initial_params, rules, run.mesh)
+        initial_params = put_on_mesh(run.initial_params, placements)
         return 0, jax.jit(run.start, out_shardings=steps.state)(initial_params)
     step, state, meta = restored
     if meta["teacher"] != run.fingerprint:

@@ -14,6 +14,7 @@ from gadjax import assets
 from gadjax.data.source import Source
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
+from gadjax.models.adapters import abstract_adapters, init_adapters
 from gadjax.models.params import cast, split_frozen
 from gadjax.objectives.base import Term
 from gadjax.parallel.placement import batch_shards
@@ -28,6 +29,7 @@ from gadjax.training.checks import (
     validate,
 )
 from gadjax.training.data import input_fingerprints, open_data
+from gadjax.training.lora import loras
 from gadjax.training.networks import load_networks
 from gadjax.training.state import StepSpec, TrainState, create_state, make_optimizer
 from gadjax.training.steps import CRITICS
@@ -92,7 +94,8 @@ class Run:
       source: data source.
       frozen: parameters that no update changes, by network; the empty prompt under "null", and
         parameters of the backbone that are never trained under "untrained".
-      initial_params: initial parameters of the student, and of the critic if it starts otherwise.
+      initial_params: initial parameters of the student, and of the critic if it starts otherwise;
+        empty if no network is trained whole.
       start: initial parameters -> initial training state.
       fingerprint: of the teacher's backbone.
       inputs: fingerprints by key of the config, as `input_fingerprints` returns them.
@@ -149,7 +152,9 @@ def prepare(
     teacher_params, untrained = split_frozen(params[pipeline.backbone], part.frozen)
     networks = load_networks(config, objective, pipeline, teacher_params, abstract)
     frozen |= {name: cast(tree, settings.dtype) for name, tree in networks.frozen.items()}
-    if untrained:
+    adapted = loras(config).keys()
+    without_adapters = step_spec.optimizers.keys() - {"discriminator"} - adapted
+    if untrained and not adapted:  # adapters are on all of the teacher's parameters
         frozen["untrained"] = untrained
     if objective.needs.tangent or objective.needs.jvp:
         check_tangents(pipeline, frozen, networks.initial["student"])
@@ -167,7 +172,7 @@ def prepare(
         mesh=settings.mesh,
         source=source,
         frozen=frozen,
-        initial_params=networks.initial,
+        initial_params=networks.initial if without_adapters else {},
         start=state_initializer(config, step_spec, pipeline, frozen, networks.initial["student"]),
         fingerprint="" if abstract else fingerprint(tensors_from_params(part.params, part.keymap)),
         inputs={} if abstract else input_fingerprints(config, source) | networks.fingerprints,
@@ -210,7 +215,9 @@ def frozen_networks(
     needs, data = settings.objective.needs, config.data
     encodes_text = not (data.embeddings or data.latents)
     is_needed = {
-        pipeline.backbone: needs.uses_teacher or "teacher" in needs.networks.values(),
+        pipeline.backbone: (
+            needs.uses_teacher or "teacher" in needs.networks.values() or loras(config)
+        ),
         **dict.fromkeys(pipeline.folder.text_encoders, encodes_text),
         "vae": settings.images and not data.latents or config.preview.every,
     }
@@ -237,12 +244,16 @@ def state_initializer(
     if "discriminator" in optimizers:
         width = feature_width(pipeline, frozen, student)
     key = make_key(config.seed)
+    abstract = pipeline.networks[pipeline.backbone].abstract
+    adapters = {role: abstract_adapters(abstract, lora) for role, lora in loras(config).items()}
 
     def start(initial_params: dict[str, Params]) -> TrainState:
         initial_params = cast(initial_params, jnp.float32)
         roles = {
-            role: jax.tree.map(jnp.copy, initial_params.get(role, initial_params["student"]))
-            for role in optimizers
+            role: init_adapters(jax.random.fold_in(key, number), adapters[role])
+            if role in adapters
+            else jax.tree.map(jnp.copy, initial_params.get(role, initial_params["student"]))
+            for number, role in enumerate(optimizers)
             if role != "discriminator"
         }
         if "discriminator" in optimizers:

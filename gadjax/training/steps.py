@@ -16,7 +16,7 @@ from gadjax.training.updates import (
     on_device,
     tree_where,
 )
-from gadjax.types import Batch, Params
+from gadjax.types import Batch, Metrics, Params
 
 CRITICS = "critic", "discriminator"  # networks of the second update
 
@@ -24,7 +24,7 @@ CRITICS = "critic", "discriminator"  # networks of the second update
 def student_step(
     step_spec: StepSpec, state: TrainState, networks: Mapping[str, Params], batch: Batch
 ):
-    """One student update and its EMA; advances `state.step`.
+    """One student update and what follows it (`finish_step`); advances `state.step`.
 
     Args:
       step_spec: what is fixed when the update is traced.
@@ -49,32 +49,31 @@ def student_step(
         loss, state.params["student"], batch, step_spec.microbatches, step_spec.can_pair
     )
     state, metrics = apply_update(step_spec.optimizers, state, "student", loss_and_grads)
+    return finish_step(step_spec, state, metrics), metrics
+
+
+def finish_step(step_spec: StepSpec, state: TrainState, metrics: Metrics) -> TrainState:
+    """State after a step: counted; EMA, critic and memories follow the student if it is finite."""
+    finite, student = state.bad["student"] == 0, state.params["student"]
     # A lower decay at first, so that an early average is not mostly the initial parameters.
     decay = jnp.minimum(step_spec.ema, (1.0 + state.step) / (10.0 + state.step))
 
-    def update_ema(ema, student):
-        return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, student), student
+    def follow(share):
+        def change(average, student):
+            return jax.tree.map(lambda e, p: e + share * (p - e), average, student), student
 
-    finite = state.bad["student"] == 0
-    ema, _ = apply_if_finite(finite, on_device(update_ema), state.ema, state.params["student"])
+        return change
+
+    ema, _ = apply_if_finite(finite, on_device(follow(1 - decay)), state.ema, student)
     state = state._replace(step=state.step + 1, ema=ema)
     if step_spec.critic_follow:
-        state = follow_student(state, step_spec.critic_follow, finite)
+        share = step_spec.critic_follow
+        critic, _ = apply_if_finite(finite, follow(share), state.params["critic"], student)
+        state = state._replace(params=state.params | {"critic": critic})
     if state.memory:
         memory = step_spec.objective.remember(state.memory, metrics)
         state = state._replace(memory=tree_where(finite, memory, state.memory))
-    return state, metrics
-
-
-def follow_student(state: TrainState, share: float, finite) -> TrainState:
-    """State whose critic has taken over a share of the student's parameters."""
-
-    def follow(critic, student):
-        return jax.tree.map(lambda c, s: c + share * (s - c), critic, student), student
-
-    nets = state.params["critic"], state.params["student"]
-    critic, _ = apply_if_finite(finite, follow, *nets)
-    return state._replace(params=state.params | {"critic": critic})
+    return state
 
 
 def critic_step(

@@ -13,8 +13,10 @@ from gadjax.formats.state_dict import check_keys, tensors_from_params
 from gadjax.formats.weights import fingerprint
 from gadjax.io.storage import check_access
 from gadjax.io.untrusted import is_count, is_number, is_text
+from gadjax.models.adapters import Lora, adapters_from_arrays, merged
 from gadjax.models.params import merge_params, split_frozen
 from gadjax.objectives import TERMS, Needs, build
+from gadjax.training.lora import loras
 from gadjax.types import Params
 
 
@@ -54,6 +56,11 @@ class Trained:
         """Guidance of the teacher in training; None if the objective did not evaluate it."""
         return self.config["guidance"] if objective_needs(self.config).uses_teacher else None
 
+    @property
+    def lora(self) -> Lora | None:
+        """Settings of the student's adapters; None if whole weights are trained."""
+        return loras(self.config).get("student")
+
     def full_params(self, teacher: Component) -> Params:
         """All parameters of the network, the trained and the untrained ones.
 
@@ -67,10 +74,20 @@ class Trained:
                 f"{source}: found weights with fingerprint {identity}; expected "
                 f"{self.fingerprint}, the teacher of {self.workdir}"
             )
-        params = merge_params(self.params, split_frozen(teacher.params, teacher.frozen)[1])
+        params = self._complete(teacher)
         shapes = {k: v.shape for k, v in tensors_from_params(params, keymap, views=True)}
         check_keys(shapes, teacher.abstract, keymap, f"{self.workdir}, step {self.step}")
         return params
+
+    def _complete(self, teacher: Component) -> Params:
+        """The trained parameters on the teacher's; adapters are merged, in float32."""
+        lora = self.lora
+        if lora is None:
+            return merge_params(self.params, split_frozen(teacher.params, teacher.frozen)[1])
+        try:
+            return merged(teacher.params, adapters_from_arrays(self.params, lora.scale))
+        except InputError as error:
+            raise InputError(f"{self.workdir}, step {self.step}: {error}") from None
 
 
 def is_workdir(path: Path) -> bool:
@@ -106,6 +123,7 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
     try:
         config, teacher = meta["config"], meta["teacher"]
         sampling = sampling_from_config(config)
+        loras(config)
         texts = teacher, config["teacher"], config["data"]["world"]
         numbers = *(sampling.timesteps or ()), config["guidance"]
         counts = sampling.length, sampling.steps, config["batch"]

@@ -25,9 +25,10 @@ import torch
 from gadjax.diffusion import geometry
 from gadjax.errors import InputError
 from gadjax.formats.state_dict import expected_shapes, params_from_tensors, tensors_from_params
+from gadjax.models.adapters import Lora, abstract_adapters
 from gadjax.models.family import Backbone, Family
 from gadjax.models.module import functional
-from gadjax.models.params import cast, flatten, unflatten
+from gadjax.models.params import cast, flatten, merge_params, unflatten
 from gadjax.types import Cond
 
 MAX_ERROR = 1e-5  # of the output's largest magnitude
@@ -153,6 +154,7 @@ class Case(NetworkCase):
       fresh: network that is initialised.
       layers: path of a stacked kernel in `fresh`.
       fresh_is_slow: whether initialising it compiles for long.
+      adapted_is_slow: whether the derivatives of an adapted network do.
       length: of the prompt embeddings.
       torch_times: (config, times) -> what diffusers' pipeline passes to torch's network.
     """
@@ -167,6 +169,7 @@ class Case(NetworkCase):
     fresh: Size
     layers: str
     fresh_is_slow: bool = True
+    adapted_is_slow: bool = True
     length: int = 7
     tokens: Callable[[Any], torch.Tensor] = field(default=lambda output: output)
     torch_times: Callable[[Any, np.ndarray], np.ndarray] = field(default=lambda config, t: t)
@@ -353,7 +356,9 @@ class BackboneSuite(NetworkSuite):
     def parameters(self):
         marks = [pytest.mark.slow] if self.case.fresh_is_slow else []
         fresh = pytest.param(self.case.fresh, marks=marks, id="fresh")
-        return super().parameters() | {"fresh": [fresh]}
+        marks = [pytest.mark.slow] if self.case.adapted_is_slow else []
+        adapted = pytest.param(self.case.tangents, marks=marks, id="adapted")
+        return super().parameters() | {"fresh": [fresh], "adapted": [adapted]}
 
     def test_output_is_that_of_diffusers(self, size):
         case, cfg, both = self.case, self.case.sizes[size].config, loaded(self.case, size)
@@ -448,6 +453,56 @@ class BackboneSuite(NetworkSuite):
         second = [relative(ours, slope) for ours, slope in slopes]
         print(f"jvp {first:.2e}, gradients of jvp", *(f"{error:.2e}" for error in second))
         assert max(first, *second) <= given.tolerance
+
+    def test_derivatives_of_an_adapted_network(self, adapted):
+        """Value, tangent and gradients of a scalar that holds both, with an adapter on every kernel
+        that may have one: those of the merged network, and of central differences."""
+        case, given = self.case, adapted
+        size, r = given.size, np.random.default_rng(1)
+        network, config = case.network(size.config, dtype=jnp.float64), case.config(size.config)
+        base = case.params(case.random_torch_network(size.config), size.config)
+        base = cast(base, np.float64)
+        shapes = abstract_adapters(network.abstract, Lora(2, 1.4, ""))
+        adapters = jax.tree.map(lambda s: 0.3 * r.standard_normal(s.shape), shapes)
+        x, _, cond = case.inputs(size, len(given.times), given.length)
+        x, text, extras = jax.tree.map(lambda a: a.astype(np.float64), (x, cond.text, cond.extras))
+        cond, t = cond._replace(text=text, extras=extras), np.array(given.times)
+        v = r.standard_normal(x.shape)
+        flat, factors = flatten(base), flatten(adapters)
+        assert len(factors) > 10 and all(path.endswith("kernel") for path in factors)
+        whole = {path: flat[path] + 0.7 * (f.a @ f.b) for path, f in factors.items()}
+        with jax.enable_x64(True):
+            call = case.raw(network.apply, config)
+
+            def loss(trained):
+                params = merge_params(trained, base)
+                value, tangent = geometry.tangent(lambda x: call(params, x, t, cond)[0], x, v)
+                return jnp.sum(jnp.sin(tangent)) + jnp.sum(jnp.sin(value)), (value, tangent)
+
+            compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
+            (_, found), gradients = jax.device_get(compiled(adapters))
+            (_, expected), dense = jax.device_get(compiled(unflatten(whole)))
+
+            def at(h, u):
+                return compiled(jax.tree.map(lambda p, u: p + h * u, adapters, u))[0][0]
+
+            u = jax.tree.map(lambda p: r.standard_normal(p.shape), adapters)
+            h = given.step
+            slope = (8 * (at(h, u) - at(-h, u)) - (at(2 * h, u) - at(-2 * h, u))) / (12 * h)
+        for ours, merged in zip(found, expected, strict=True):
+            assert relative(ours, merged) <= 1e-9
+        largest = max(np.abs(g).max() for g in jax.tree.leaves(gradients))
+        for path, gradient in flatten(gradients).items():
+            of_kernel, f = flatten(dense)[path], factors[path]
+            a = 0.7 * of_kernel @ np.swapaxes(f.b, -1, -2)
+            b = 0.7 * np.swapaxes(f.a, -1, -2) @ of_kernel
+            sides = tuple(range(of_kernel.ndim % 2, of_kernel.ndim - 2))
+            b = b.sum(sides, keepdims=True)
+            assert np.abs(gradient.a - a).max() <= 1e-9 * largest, path
+            assert np.abs(gradient.b - b).max() <= 1e-9 * largest, path
+        along = sum(map(np.vdot, jax.tree.leaves(gradients), jax.tree.leaves(u)))
+        print(f"gradient along a direction: {relative(along, slope):.2e}")
+        assert relative(along, slope) <= given.tolerance
 
     def test_bfloat16_is_close(self):
         case, size = self.case, self.case.bfloat16

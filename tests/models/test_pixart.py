@@ -101,6 +101,7 @@ CASE = Case(
     times=lambda config: (0.0, 499.25, 999.0),
     extras=extras,
     blocks=lambda model: model.transformer_blocks,
+    adapted_is_slow=False,
     tangents=Tangents(
         size=SIZES["wide"],
         paths=("blocks/attn2/to_k/kernel",),

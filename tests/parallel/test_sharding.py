@@ -16,6 +16,7 @@ from several import run_on_devices
 
 from gadjax.errors import InputError
 from gadjax.models import layers, pixart
+from gadjax.models.adapters import Lora, abstract_adapters
 from gadjax.models.module import functional
 from gadjax.models.params import flatten
 from gadjax.parallel.placement import batch_shards
@@ -34,8 +35,11 @@ CONFIG = pixart.FAMILY.config(
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, eps=1e-3))
 
 
-def tiny_run(mesh, microbatches, offload=()):
-    """Run with PixArts of two blocks as teacher, student and critic; random prompt embeddings."""
+def tiny_run(mesh, microbatches, offload=(), rank=0):
+    """Run with PixArts of two blocks as teacher, student and critic; random prompt embeddings.
+
+    rank: of the adapters of student and critic; 0: whole networks.
+    """
     from gadjax.diffusion.denoiser import Denoiser
     from gadjax.diffusion.schedules import DDPM
     from gadjax.objectives import DMD, GAD, Anchor
@@ -44,9 +48,10 @@ def tiny_run(mesh, microbatches, offload=()):
 
     net = functional(pixart.FAMILY.build(CONFIG, remat=False))
     rng = np.random.default_rng(0)
+    trained = abstract_adapters(net.abstract, Lora(rank, 2.0)) if rank else net.abstract
     teacher, student = (
-        jax.tree.map(lambda p: np.float32(0.2 * rng.normal(size=p.shape)), net.abstract)
-        for _ in range(2)
+        jax.tree.map(lambda p: np.float32(0.2 * rng.normal(size=p.shape)), shapes)
+        for shapes in (net.abstract, trained)
     )
     pipeline = SimpleNamespace(
         folder=SimpleNamespace(components={"transformer": SimpleNamespace(family=pixart.FAMILY)}),
@@ -96,6 +101,7 @@ def prompts(update):
     return {"text": text, "mask": np.ones((B, LENGTH), np.float32)}
 
 
+LORA = "lora on "  # before the mesh of a run with adapters
 # Mesh (as AXES) -> microbatches, roles (one is enough for the last two, for compilation's sake),
 # what is offloaded to the host's memory.
 MESHES = {
@@ -103,6 +109,8 @@ MESHES = {
     "2x2x2x1": (1, ("student", "critic"), ()),
     "8x1x1x1": (2, ("student",), ("teacher", "optimizer", "ema")),
     "1x2x2x2": (1, ("student",), ()),
+    f"{LORA}1x1x1x1": (1, ("student", "critic"), ()),
+    f"{LORA}2x2x2x1": (2, ("student", "critic"), ("teacher",)),
 }
 
 
@@ -113,9 +121,10 @@ def worker(out: Path) -> None:
 
     assert len(jax.devices()) == 8
     for name, (microbatches, roles, offload) in MESHES.items():
-        sizes = dict(zip(AXES, map(int, name.split("x")), strict=True))
+        sizes = name.removeprefix(LORA).split("x")
+        sizes = dict(zip(AXES, map(int, sizes), strict=True))
         mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-        run = tiny_run(mesh, microbatches, offload)
+        run = tiny_run(mesh, microbatches, offload, rank=4 if LORA in name else 0)
         steps = compile_steps(run)
         state = jax.device_put(run.start(run.initial_params), steps.state)
         frozen = jax.device_put(run.frozen, steps.frozen)
@@ -155,11 +164,13 @@ def trained(tmp_path_factory):
     return actual
 
 
-@pytest.mark.parametrize("name", ["2x2x2x1", "8x1x1x1", "1x2x2x2"])
+@pytest.mark.parametrize("name", ["2x2x2x1", "8x1x1x1", "1x2x2x2", f"{LORA}2x2x2x1"])
 def test_eight_devices_equal_one(trained, name):
-    (one, metrics, *_), (eight, same, *_) = trained["1x1x1x1"], trained[name]
+    alone = f"{LORA}1x1x1x1" if LORA in name else "1x1x1x1"
+    (one, metrics, *_), (eight, same, *_) = trained[alone], trained[name]
     net = functional(pixart.FAMILY.build(CONFIG, remat=False))
-    assert len(one) == len(eight) > 7 * len(flatten(net.abstract))
+    count = 2 * 10 if LORA in name else len(flatten(net.abstract))  # a and b of ten kernels
+    assert len(one) == len(eight) > 7 * count
     largest = max(float(np.abs(v).max()) for k, v in one.items() if "/mu/" in k)
     checked = 0
     for key, a in one.items():
@@ -173,7 +184,7 @@ def test_eight_devices_equal_one(trained, name):
         else:
             np.testing.assert_allclose(eight[key], a, rtol=0, atol=1e-6 * size, err_msg=key)
         checked += 1
-    assert checked >= 4 * len(flatten(net.abstract))
+    assert checked >= 4 * count
     assert int(one["step"]) == int(eight["step"]) == 2
     for key, value in same.items():
         # A single sample's loss has more rounding than their mean.
@@ -187,6 +198,11 @@ def test_state_keeps_its_shardings(trained):
     assert specs[f"params/student/{kernel}"] == str(P(None, "fsdp", "tensor"))
     assert specs[f"params/student/{kernel}"] == specs[f"ema/{kernel}"]
     assert sum("fsdp" in spec for spec in specs.values()) > 50
+    specs = trained[f"{LORA}2x2x2x1"][2]
+    for state in ("params/student/", "params/critic/", "ema/", "opt/student/1/0/mu/"):
+        assert specs[f"{state}{kernel}/a"] == str(P(None, "fsdp", None))
+        assert specs[f"{state}{kernel}/b"] == str(P(None, None, "tensor"))
+    assert not any(path.endswith(("kernel", "bias")) for path in specs)
 
 
 def test_offloaded_arrays_are_in_host_memory(trained):

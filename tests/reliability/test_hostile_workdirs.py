@@ -103,6 +103,14 @@ def test_another_config_is_named_in_one_line(tmp_path):
         assert str(caught.value).isprintable() and len(str(caught.value)) <= 2000
 
 
+BAD_LORAS = (
+    *(3, None, {}, {"rank": 1}),
+    *({"rank": x, "alpha": None, "targets": "x"} for x in ("1", -1, 2.5, True, 10**30, [1])),
+    *({"rank": 4, "alpha": x, "targets": "x"} for x in ("1", -1, 0, float("nan"), [1])),
+    *({"rank": 4, "alpha": None, "targets": x} for x in (3, "(", [1])),
+)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -114,6 +122,8 @@ def test_another_config_is_named_in_one_line(tmp_path):
         *({"data": x} for x in (3, {}, {"length": 0, "world": ""}, {"length": 5, "world": 3})),
         *({"guidance": x} for x in ("a", None, float("inf"))),
         *({"batch": x} for x in ("8", 0, True, 10**30)),
+        *({"student": as_json(config())["student"] | {"lora": x}} for x in BAD_LORAS),
+        *({"critic": as_json(config())["critic"] | {"lora": x}} for x in BAD_LORAS),
     ],
     ids=str,
 )

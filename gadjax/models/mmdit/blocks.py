@@ -17,7 +17,7 @@ class Modulation(nnx.Module):
     """Adaptive norm's modulation: `count` arrays [B, 1, D] from the time and pooled text vector."""
 
     def __init__(self, dim: int, count: int, *, dtype, rngs: Keys):
-        self.linear = nnx.Linear(dim, count * dim, dtype=dtype, rngs=rngs)
+        self.linear = layers.Linear(dim, count * dim, dtype=dtype, rngs=rngs)
         self.count = count
 
     def __call__(self, emb_B1D: jax.Array) -> list[jax.Array]:
@@ -37,7 +37,7 @@ class Stream(nnx.Module):
 
     def __init__(self, c: Config, *, has_out: bool = True, dtype, rngs: Keys):
         def linear():
-            return nnx.Linear(c.dim, c.dim, dtype=dtype, rngs=rngs)
+            return layers.Linear(c.dim, c.dim, dtype=dtype, rngs=rngs)
 
         self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
         if has_out:

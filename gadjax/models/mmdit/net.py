@@ -81,7 +81,7 @@ class MMDiT(nnx.Module):
         c, dim = config, config.dim
         self.pos_embed = PatchEmbed(c, dtype=dtype, rngs=rngs)
         self.time_text_embed = TimeTextEmbedding(c, dtype=dtype, rngs=rngs)
-        self.context_embedder = nnx.Linear(c.joint_attention_dim, dim, dtype=dtype, rngs=rngs)
+        self.context_embedder = layers.Linear(c.joint_attention_dim, dim, dtype=dtype, rngs=rngs)
         # The last block differs in its parameters, and so do those with a second attention.
         dual = min(c.dual_layers, c.num_layers - 1)
         if dual:
@@ -92,7 +92,7 @@ class MMDiT(nnx.Module):
             c, dual=c.dual_layers == c.num_layers, last=True, dtype=dtype, rngs=rngs
         )
         self.norm_out = Modulation(dim, 2, dtype=dtype, rngs=rngs)
-        self.proj_out = nnx.Linear(dim, c.patch_size**2 * c.in_channels, dtype=dtype, rngs=rngs)
+        self.proj_out = layers.Linear(dim, c.patch_size**2 * c.in_channels, dtype=dtype, rngs=rngs)
         self.stacks = (("dual_blocks", dual), ("blocks", plain))
         self.depth, self.patch, self.remat = c.num_layers, c.patch_size, remat
 

@@ -162,7 +162,7 @@ class AdaLayerNormSingle(nnx.Module):
 
     def __init__(self, dim: int, size_conditioned: bool, *, dtype, rngs: Keys):
         self.emb = TimeSizeEmbedding(dim, size_conditioned, dtype=dtype, rngs=rngs)
-        self.linear = nnx.Linear(dim, 6 * dim, dtype=dtype, rngs=rngs)
+        self.linear = layers.Linear(dim, 6 * dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, t_B: jax.Array, added_cond) -> tuple[jax.Array, jax.Array]:
         embedded_BD = self.emb(t_B, added_cond)
@@ -221,7 +221,7 @@ class PixArt(nnx.Module):
         )
         self.blocks = stack(lambda r: Block(c, dtype=dtype, rngs=r), c.num_layers, rngs)
         self.scale_shift_table = layers.modulation_table(rngs, 2, dim)
-        self.proj_out = nnx.Linear(dim, c.patch_size**2 * c.out_channels, dtype=dtype, rngs=rngs)
+        self.proj_out = layers.Linear(dim, c.patch_size**2 * c.out_channels, dtype=dtype, rngs=rngs)
         self.depth, self.patch, self.remat = c.num_layers, c.patch_size, remat
 
     def __call__(

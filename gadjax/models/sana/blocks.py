@@ -63,7 +63,7 @@ class GLUMBConv(nnx.Module):
     def __init__(self, channels: int, hidden: int, *, use_norm: bool = False, dtype, rngs: Keys):
         def conv(inputs, outputs, size=1, **options):
             pad = ((size // 2,) * 2,) * 2
-            return nnx.Conv(
+            return layers.Conv(
                 inputs, outputs, (size, size), padding=pad, dtype=dtype, rngs=rngs, **options
             )
 

@@ -110,7 +110,7 @@ class TimeEmbedding(nnx.Module):
             self.timestep_embedder, self.guidance_embedder = mlp(), mlp()
         else:
             self.emb = nnx.Dict(timestep_embedder=mlp())  # one level deeper in the files too
-        self.linear = nnx.Linear(c.dim, 6 * c.dim, dtype=dtype, rngs=rngs)
+        self.linear = layers.Linear(c.dim, 6 * c.dim, dtype=dtype, rngs=rngs)
         self.scale = c.guidance_embeds_scale if self.guided else c.timestep_scale
 
     def __call__(self, t_B, guidance_B) -> tuple[jax.Array, jax.Array]:
@@ -190,7 +190,7 @@ class Sana(nnx.Module):
         self.caption_norm = RMSNorm(dim)
         self.blocks = stack(lambda r: Block(c, dtype=dtype, rngs=r), c.num_layers, rngs)
         self.scale_shift_table = layers.modulation_table(rngs, 2, dim)
-        self.proj_out = nnx.Linear(dim, c.patch_size**2 * c.out_channels, dtype=dtype, rngs=rngs)
+        self.proj_out = layers.Linear(dim, c.patch_size**2 * c.out_channels, dtype=dtype, rngs=rngs)
         self.config, self.remat = c, remat
 
     def __call__(

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models import layers
 from gadjax.models.config import POSITIVE_INTEGER, POSITIVE_NUMBER, is_positive, refuse
 from gadjax.models.family import TextEncoder
 from gadjax.models.ignored import IGNORED_TENSORS, warn_unknown_keys
@@ -127,10 +128,10 @@ class Attention(nnx.Module):
 
     def __init__(self, c: Config, dtype, rngs: Keys):
         d = c.hidden_size
-        self.q_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
-        self.out_proj = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
+        self.q_proj = layers.Linear(d, d, dtype=dtype, rngs=rngs)
+        self.k_proj = layers.Linear(d, d, dtype=dtype, rngs=rngs)
+        self.v_proj = layers.Linear(d, d, dtype=dtype, rngs=rngs)
+        self.out_proj = layers.Linear(d, d, dtype=dtype, rngs=rngs)
         self.heads = c.num_attention_heads
 
     def __call__(self, x_BLD, bias, has_keys_BL1):
@@ -146,8 +147,8 @@ class FeedForward(nnx.Module):
     """MLP of a block: linear, activation, linear."""
 
     def __init__(self, c: Config, dtype, rngs: Keys):
-        self.fc1 = nnx.Linear(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(c.intermediate_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.fc1 = layers.Linear(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
+        self.fc2 = layers.Linear(c.intermediate_size, c.hidden_size, dtype=dtype, rngs=rngs)
         self.activation = ACTIVATIONS[c.hidden_act]
 
     def __call__(self, x_BLD):
@@ -184,7 +185,7 @@ class TextModel(nnx.Module):
         self.blocks = stack(lambda r: Block(c, dtype, r), c.num_hidden_layers, rngs)
         self.final_layer_norm = _norm(c, dtype, rngs)
         if c.projected:
-            self.text_projection = nnx.Linear(
+            self.text_projection = layers.Linear(
                 c.hidden_size, c.projection_dim, use_bias=False, dtype=dtype, rngs=rngs
             )
 

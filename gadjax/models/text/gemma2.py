@@ -19,7 +19,7 @@ from gadjax.models.config import POSITIVE_INTEGER, POSITIVE_NUMBER, is_positive,
 from gadjax.models.family import TextEncoder
 from gadjax.models.ignored import warn_unknown_keys
 from gadjax.models.keymap import KeyMap
-from gadjax.models.layers import gelu_tanh
+from gadjax.models.layers import Linear, gelu_tanh
 from gadjax.models.module import Keys, scan_blocks, stack
 
 CLASS_NAMES = ("Gemma2Model",)
@@ -126,7 +126,7 @@ class RMSNorm(nnx.Module):
 
 
 def _linear(n_in: int, n_out: int, dtype, rngs: Keys) -> nnx.Linear:
-    return nnx.Linear(n_in, n_out, use_bias=False, dtype=dtype, rngs=rngs)
+    return Linear(n_in, n_out, use_bias=False, dtype=dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):

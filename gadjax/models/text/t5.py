@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gadjax.errors import InputError
+from gadjax.models import layers
 from gadjax.models.config import POSITIVE_INTEGER, POSITIVE_NUMBER, is_positive
 from gadjax.models.family import TextEncoder
 from gadjax.models.ignored import warn_unknown_keys
@@ -115,7 +116,7 @@ def position_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
 
 
 def _linear(n_in: int, n_out: int, std: float, dtype, rngs: Keys) -> nnx.Linear:
-    return nnx.Linear(
+    return layers.Linear(
         n_in,
         n_out,
         use_bias=False,

@@ -37,10 +37,12 @@ class Maker:
 
     def conv(self, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nnx.Conv:
         pad = (size // 2, size // 2)
-        return nnx.Conv(inputs, outputs, (size, size), stride, padding=(pad, pad), **self.options)
+        return layers.Conv(
+            inputs, outputs, (size, size), stride, padding=(pad, pad), **self.options
+        )
 
     def linear(self, inputs: int, outputs: int) -> nnx.Linear:
-        return nnx.Linear(inputs, outputs, **self.options)
+        return layers.Linear(inputs, outputs, **self.options)
 
     def norm(self, channels: int, eps: float | None = None) -> nnx.GroupNorm:
         # Statistics are in float32 at least; the fast variance would lose digits.
@@ -81,8 +83,8 @@ class GatedMlp(nnx.Module):
     """GEGLU feed-forward: linear, value * gelu(gate), linear. Shazeer, arXiv:2002.05202."""
 
     def __init__(self, dim: int, hidden: int, *, dtype, rngs: Keys):
-        self.linear_1 = nnx.Linear(dim, 2 * hidden, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(hidden, dim, dtype=dtype, rngs=rngs)
+        self.linear_1 = layers.Linear(dim, 2 * hidden, dtype=dtype, rngs=rngs)
+        self.linear_2 = layers.Linear(hidden, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BND):
         value, gate = jnp.split(self.linear_1(x_BND), 2, axis=-1)

@@ -18,7 +18,7 @@ from gadjax.models.config import read_options, refuse
 from gadjax.models.family import Autoencoder
 from gadjax.models.ignored import IGNORED
 from gadjax.models.keymap import KeyMap
-from gadjax.models.layers import numbered
+from gadjax.models.layers import Conv, Linear, numbered
 from gadjax.models.module import Keys
 from gadjax.ops.attention import attention
 
@@ -109,7 +109,7 @@ class _Layers:
     def conv(self, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nnx.Conv:
         # A stride of 2 pads below and to the right only.
         pad = (0, 1) if stride == 2 else (size // 2, size // 2)
-        return nnx.Conv(inputs, outputs, (size, size), stride, padding=(pad, pad), **self.options)
+        return Conv(inputs, outputs, (size, size), stride, padding=(pad, pad), **self.options)
 
     def norm(self, channels: int) -> nnx.GroupNorm:
         # Statistics are in float32 at least; the fast variance would lose digits.
@@ -155,7 +155,7 @@ class Attention(_Checkpointed):
     def __init__(self, channels: int, layers: _Layers):
         self.group_norm = layers.norm(channels)
         for name in ("to_q", "to_k", "to_v", "to_out"):
-            setattr(self, name, nnx.Linear(channels, channels, **layers.options))
+            setattr(self, name, Linear(channels, channels, **layers.options))
         self.remat = layers.remat
 
     def body(self, x_BHWC):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gadjax.models.layers import numbered
+from gadjax.models.layers import Conv, Linear, numbered
 from gadjax.models.sana.blocks import GLUMBConv, RMSNorm, relu_linear_attention
 
 EXPANSION = 4  # of the gated convolutions
@@ -26,7 +26,7 @@ class Stage:
 def conv(inputs: int, outputs: int, size: int = 3, **options) -> nnx.Conv:
     """Convolution with same padding: it keeps the resolution, if its stride is 1."""
     pad = (size // 2, size // 2)
-    return nnx.Conv(inputs, outputs, (size, size), padding=(pad, pad), **options)
+    return Conv(inputs, outputs, (size, size), padding=(pad, pad), **options)
 
 
 def numbered_values(modules: nnx.Dict) -> list[nnx.Module]:
@@ -92,12 +92,12 @@ class MultiscaleAttention(nnx.Module):
         heads = stage.width // head_dim
         inner = heads * head_dim
         for name in ("to_q", "to_k", "to_v"):
-            setattr(self, name, nnx.Linear(stage.width, inner, use_bias=False, **options))
+            setattr(self, name, Linear(stage.width, inner, use_bias=False, **options))
         self.to_qkv_multiscale = numbered(
             MultiscaleProjection(3 * inner, 3 * heads, size, options) for size in stage.kernels
         )
         merged = inner * (1 + len(stage.kernels))
-        self.to_out = nnx.Linear(merged, stage.width, use_bias=False, **options)
+        self.to_out = Linear(merged, stage.width, use_bias=False, **options)
         self.norm_out = RMSNorm(stage.width, use_bias=True)
         self.head_dim = head_dim
 

@@ -1,0 +1,157 @@
+"""Linear maps and convolutions whose kernel is an array, or a frozen one with a low-rank adapter.
+
+A layer of a network gets `promote_dtype`, `dot_general` and `conv_general_dilated` from here in
+place of JAX's own, and multiplies by either kind of kernel. The adapted kernel is never formed:
+y = x base + scale (x a) b costs 2 r (in + out) operations a token more than the base, and reverse
+mode forms no gradient of the size of the base.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.nnx.nn import dtypes
+from jax import lax
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("a", "b"), meta_fields=("scale",))
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank difference of a kernel, scale * a @ b. Hu et al., arXiv:2106.09685.
+
+    Attributes:
+      a: [..., in, r]; of a convolution [..., H, W, in, r]. A stack's has a leading layer axis.
+      b: [..., r, out]; of a convolution [..., 1, 1, r, out].
+      scale: factor alpha / r.
+    """
+
+    a: Any
+    b: Any
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("base", "adapter"), meta_fields=())
+@dataclass(frozen=True)
+class LowRank:
+    """Kernel base + adapter. The base is an array, or a `LowRank` again for a second adapter.
+
+    It takes a kernel's place in parameters: derivatives, scans over layers, donation and shardings
+    go through its arrays.
+    """
+
+    base: Any
+    adapter: Adapter
+
+    def __getitem__(self, index) -> "LowRank":
+        """The kernel itself for `[...]`, as layers read their parameters."""
+        if index is not Ellipsis:
+            raise TypeError(f"LowRank: found the index {index!r}; expected ...")
+        return self
+
+    def astype(self, dtype) -> "LowRank":
+        """The kernel with its arrays in another dtype."""
+        return jax.tree.map(lambda x: x.astype(dtype), self)
+
+
+Kernel = jax.Array | LowRank
+
+
+def promote_dtype(args: tuple, *, dtype=None, inexact: bool = True) -> tuple:
+    """Cast inputs, kernel and bias to one dtype: flax's `promote_dtype`, for kernels of any kind.
+
+    Args:
+      args: arrays, kernels and None.
+      dtype: target dtype; None: that to which the arguments promote.
+      inexact: require a floating-point dtype.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    return structure.unflatten(dtypes.promote_dtype(tuple(leaves), dtype=dtype, inexact=inexact))
+
+
+def _multiply(product: Callable[..., jax.Array], x: jax.Array, kernel: Kernel) -> jax.Array:
+    """Product of x and a kernel of any kind.
+
+    product: (x, array) -> product of x and an array in the kernel's place.
+    """
+    if not isinstance(kernel, LowRank):
+        return product(x, kernel)
+    adapter = kernel.adapter
+    inner = product(x, adapter.a)
+    inner = inner if adapter.scale == 1 else inner * jnp.asarray(adapter.scale, inner.dtype)
+    b = adapter.b.reshape(adapter.b.shape[-2:])
+    return _multiply(product, x, kernel.base) + inner @ b
+
+
+def dot_general(x: jax.Array, kernel: Kernel, dimension_numbers, **options) -> jax.Array:
+    """`jax.lax.dot_general` over the last axis of x and the first of a kernel of any kind.
+
+    Args:
+      x: [..., in].
+      kernel: [in, out].
+      dimension_numbers, options: of `jax.lax.dot_general`.
+    """
+    return _multiply(lambda x, k: lax.dot_general(x, k, dimension_numbers, **options), x, kernel)
+
+
+def conv_general_dilated(x: jax.Array, kernel: Kernel, *args, **options) -> jax.Array:
+    """`jax.lax.conv_general_dilated` with the channels last, for kernels of any kind.
+
+    Args:
+      x: [B, H, W, in].
+      kernel: [H, W, in, out]; an adapted one without groups of channels.
+      args, options: of `jax.lax.conv_general_dilated`.
+    """
+    return _multiply(lambda x, k: lax.conv_general_dilated(x, k, *args, **options), x, kernel)
+
+
+def linear(x: jax.Array, kernel: Kernel) -> jax.Array:
+    """x @ kernel: [..., in] and [in, out] -> [..., out]."""
+    return _multiply(jnp.matmul, x, kernel)
+
+
+def as_matrix(kernel: Kernel) -> Kernel:
+    """A convolution's kernel [H, W, in, out] as [H * W * in, out]."""
+    if isinstance(kernel, LowRank):
+        adapter = kernel.adapter
+        matrices = Adapter(as_matrix(adapter.a), as_matrix(adapter.b), adapter.scale)
+        return LowRank(as_matrix(kernel.base), matrices)
+    return kernel.reshape(-1, kernel.shape[-1])
+
+
+def chunks(kernel: Kernel, axis: int, split: Callable[[Any, int], jax.Array]) -> Kernel:
+    """A kernel [in, out] in chunks [count, ...] of its inputs (axis 0) or outputs (axis 1).
+
+    Args:
+      kernel: of any kind.
+      axis: 0 or 1.
+      split: (array, axis) -> its chunks along that axis.
+    """
+    if not isinstance(kernel, LowRank):
+        return split(kernel, axis)
+    base, (a, b) = chunks(kernel.base, axis, split), (kernel.adapter.a, kernel.adapter.b)
+    count = len(jax.tree.leaves(base)[0])
+    # The factor on the other side belongs to every chunk.
+    if axis == 0:
+        a, b = split(a, 0), jnp.broadcast_to(b, (count, *b.shape))
+    else:
+        a, b = jnp.broadcast_to(a, (count, *a.shape)), split(b, 1)
+    return LowRank(base, Adapter(a, b, kernel.adapter.scale))
+
+
+def dense(kernel: Kernel) -> Any:
+    """The kernel as one array, with its adapters added; sums and products are in float32.
+
+    kernel: of any kind; stacked ones too, and NumPy's.
+    """
+    if not isinstance(kernel, LowRank):
+        return kernel
+    a, b = (x.astype("float32") for x in (kernel.adapter.a, kernel.adapter.b))
+    # Of a convolution, b's two axes of size 1 broadcast against the height and width of a.
+    return dense(kernel.base).astype("float32") + kernel.adapter.scale * (a @ b)

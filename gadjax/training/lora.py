@@ -1,0 +1,73 @@
+"""Low-rank adapters of a run: settings by role, and the frozen base that roles share."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from gadjax.errors import InputError, short_repr
+from gadjax.io.untrusted import is_count, is_number
+from gadjax.models.adapters import Lora, is_adapter
+from gadjax.models.params import merge_params
+from gadjax.types import Params
+
+MAX_RANK = 8192
+
+
+def loras(config: Mapping[str, Any]) -> dict[str, Lora]:
+    """Adapter settings of student and critic; a role that trains whole weights is left out.
+
+    What is None for the critic is as for the student.
+
+    config: of a run, or its JSON; one of an older workdir has no such settings.
+
+    Raises: InputError for a rank, alpha or regex that is none, or a student that starts elsewhere
+      than at the teacher.
+    """
+    if "lora" not in config["student"]:
+        return {}
+    student = dict(config["student"]["lora"])
+    critic = {
+        key: student[key] if value is None else value
+        for key, value in config["critic"]["lora"].items()
+    }
+    roles = {"student": student, "critic": critic}
+    for role, values in roles.items():
+        _check(f"{role}.lora", **values)
+    if student["rank"] and (start := config["student"]["init"]) != "teacher":
+        raise InputError(
+            f"student.init: found {start!r} with student.lora.rank {student['rank']}; expected "
+            "'teacher', the weights that are adapted"
+        )
+    return {role: Lora(**values) for role, values in roles.items() if values["rank"]}
+
+
+def _check(name: str, rank: int, alpha: float | None, targets: str) -> None:
+    if not is_count(rank, 0, MAX_RANK):
+        raise InputError(
+            f"{name}.rank: found {short_repr(rank)}; expected 1 to {MAX_RANK}, or 0 to train whole "
+            "weights"
+        )
+    if alpha is not None and not (is_number(alpha) and alpha > 0):
+        raise InputError(f"{name}.alpha: found {short_repr(alpha)}; expected a number above 0")
+    try:
+        re.compile(targets)
+    except (re.error, TypeError) as error:
+        raise InputError(
+            f"{name}.targets: found {short_repr(targets)} ({error}); expected a regex"
+        ) from None
+
+
+def with_frozen(params: Params, frozen: dict[str, Any], backbone: str) -> Params:
+    """A role's parameters with those that it does not train: the backbone's untrained ones or,
+    where it trains adapters, all of the teacher's.
+
+    Args:
+      params: the role's own parameters.
+      frozen: parameters that no update changes, by network.
+      backbone: name of the backbone.
+    """
+    leaves = jax.tree.leaves(params, is_leaf=is_adapter)
+    adapted = any(map(is_adapter, leaves))
+    return merge_params(params, frozen.get(backbone if adapted else "untrained"))

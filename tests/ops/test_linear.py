@@ -1,0 +1,118 @@
+"""Kernels of any kind in one product: dense as without it, adapted as merged."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gadjax.models import layers
+from gadjax.models.module import functional
+from gadjax.ops import linear as ops
+from gadjax.ops.linear import Adapter, LowRank, dense
+
+RNG = np.random.default_rng(0)
+
+
+def low_rank(shape, rank=3, scale=0.7):
+    """A random adapted kernel [..., in, out] or [..., H, W, in, out], in float64."""
+    *before, inputs, outputs = shape
+    layers, sides = before[: len(before) % 2], before[len(before) % 2 :]
+    a = RNG.normal(size=(*before, inputs, rank))
+    b = RNG.normal(size=(*layers, *(1 for _ in sides), rank, outputs))
+    return LowRank(RNG.normal(size=shape), Adapter(a, b, scale))
+
+
+def make(kind, sizes, options, keys):
+    return kind(*sizes, rngs=keys, **options)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_dense_layer_is_traced_as_flax_traces_it(dtype, bias):
+    """To the same program, operation for operation."""
+    linear, conv = {"use_bias": bias, "dtype": dtype}, {"strides": 2, "feature_group_count": 2}
+    pairs = [
+        ((layers.Linear, nnx.Linear), (4, 6), linear, (2, 3, 4)),
+        ((layers.Conv, nnx.Conv), (4, 6, (3, 3)), linear | conv, (2, 5, 5, 4)),
+    ]
+    for kinds, sizes, options, shape in pairs:
+        nets = [functional(partial(make, kind, sizes, options)) for kind in kinds]
+        x = jnp.zeros(shape)
+        assert len({str(jax.make_jaxpr(net.apply)(net.abstract, x)) for net in nets}) == 1
+
+
+@pytest.mark.parametrize("scale", [1, 0.7])
+def test_an_adapted_layer_is_the_merged_one(scale):
+    cases = [
+        (lambda k: layers.Linear(5, 7, rngs=k), (5, 7), (2, 3, 5)),
+        (
+            lambda k: layers.Conv(5, 7, (3, 3), strides=2, padding=((1, 1), (1, 1)), rngs=k),
+            (3, 3, 5, 7),
+            (2, 6, 4, 5),
+        ),
+        (
+            lambda k: layers.PatchProjection(5, 8, 2, dtype=jnp.float64, rngs=k),
+            (2, 2, 5, 8),
+            (2, 6, 4, 5),
+        ),
+    ]
+    with jax.enable_x64(True):
+        for make, shape, inputs in cases:
+            net, kernel, x = functional(make), low_rank(shape, scale=scale), RNG.normal(size=inputs)
+            bias = RNG.normal(size=shape[-1])
+            whole = kernel.base + scale * (kernel.adapter.a @ kernel.adapter.b)
+            found, expected, alone = (
+                net.apply({"kernel": jax.tree.map(jnp.asarray, k), "bias": bias}, x)
+                for k in (kernel, whole, kernel.base)
+            )
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13 * np.abs(found).max())
+            assert np.abs(found - alone).max() > 0.1 * np.abs(found).max()
+
+
+def test_two_adapters_of_one_kernel():
+    one = low_rank((5, 7))
+    two = LowRank(one, low_rank((5, 7)).adapter)
+    x = np.float32(RNG.normal(size=(3, 5)))
+    found = ops.linear(x, jax.tree.map(jnp.float32, two))
+    np.testing.assert_allclose(found, x @ dense(two), rtol=0, atol=1e-4)
+
+
+def test_no_update_of_b_is_the_base_to_the_bit():
+    kernel = jax.tree.map(np.float32, low_rank((16, 24)))
+    zero = LowRank(kernel.base, Adapter(kernel.adapter.a, 0 * kernel.adapter.b, 0.7))
+    x = np.float32(RNG.normal(size=(5, 16)))
+    run = jax.jit(ops.linear)
+    np.testing.assert_array_equal(run(x, zero), run(x, kernel.base))
+
+
+@pytest.mark.parametrize("axis,outputs", [(0, 7), (1, 3)])
+def test_chunks_are_parts_of_the_kernel(axis, outputs):
+    kernel = low_rank((6, 7) if axis == 0 else (5, 9))
+
+    def split(x, axis):
+        return jnp.stack(jnp.split(x, 3, axis))
+
+    parts = ops.chunks(kernel, axis, split)
+    wholes = np.split(dense(kernel), 3, axis)
+    for i, whole in enumerate(wholes):
+        part = jax.tree.map(lambda x, i=i: np.asarray(x[i]), parts)
+        assert part.base.shape[1] == outputs
+        np.testing.assert_allclose(dense(part), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_stacked_kernels_are_merged_by_layer():
+    for shape in ((4, 5, 7), (4, 3, 3, 5, 7)):
+        kernel = low_rank(shape)
+        whole = dense(kernel)
+        for i in range(4):
+            layer = jax.tree.map(lambda x, i=i: x[i], kernel)
+            np.testing.assert_allclose(dense(layer), whole[i], rtol=1e-6, atol=1e-6)
+        assert whole.dtype == np.float32
+
+
+def test_a_kernel_is_read_whole():
+    with pytest.raises(TypeError, match="found the index 0"):
+        low_rank((5, 7))[0]
