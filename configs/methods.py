@@ -7,9 +7,10 @@ Command:  gadjax train --config configs/methods.py:VARIANT --workdir DIR
 Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; pg_sb (SNOOPI:
           guidance 2 to 5); uni_instruct; f_distill; embedding (dmd with it);
           cd (consistency distillation); tbcm (consistency on the teacher's own trajectory); ct
-          (consistency training on pictures, which ignores the guidance); lcm; rcm (with dmd)
-          Those from cd on are of the eps teacher and sampled with fresh noise; uni_instruct,
-          f_distill, embedding, cd, ct, lcm and rcm draw captions with pictures of the bundled
+          (consistency training on pictures, which ignores the guidance); lcm; rcm (with dmd);
+          tscd (Hyper-SD's segments, to 4 of them)
+          Those from cd to rcm are of the eps teacher and sampled with fresh noise; uni_instruct,
+          f_distill, embedding, cd, ct, lcm, rcm and tscd draw captions with pictures of the bundled
           world.
 Hardware: 2 CPU cores.
 Result:   not yet run.
@@ -31,8 +32,9 @@ VARIANTS = {
     "ct": {"ct": {}},
     "lcm": {"lcm": {}},
     "rcm": {"rcm": {}, "dmd": {"weight": 2.0}},
+    "tscd": {"tscd": {"segments": (8, 4)}},
 }
-WITH_PICTURES = "uni_instruct", "f_distill", "embedding", "cd", "ct", "lcm", "rcm"
+WITH_PICTURES = "uni_instruct", "f_distill", "embedding", "cd", "ct", "lcm", "rcm", "tscd"
 # Sampled with fresh noise, which the flow teacher's pipeline has no scheduler for.
 CONSISTENCY = "cd", "tbcm", "ct", "lcm", "rcm"
 

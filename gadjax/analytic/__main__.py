@@ -20,6 +20,7 @@ from gadjax.objectives import (
     SIM,
     TBCM,
     TDM,
+    TSCD,
     VSD,
     Consistency,
     ConsistencyDistillation,
@@ -70,8 +71,10 @@ CONSISTENCY: dict[str, Term] = {
     "CT": CT(mean=0.2, std=1.6),
     "LCM": LCM(),
     "RCM": RCM(),
+    "TSCD": TSCD(),
     "RCM + 2 DMD": RCM() + 2.0 * DMD(),
 }
+SEGMENTED: dict[str, Term] = {"TSCD": TSCD(segments=(8, 4))}
 FEW = ("Regression", "DMD", "DMD + 0.3 GAD")
 
 
@@ -124,7 +127,7 @@ def report(updates: int = UPDATES, seeds: int = SEEDS) -> Iterator[str]:
             yield compare(Bench(Mixture.ring(), family, steps), rows, updates, seeds)
     for steps in (1, 4):
         yield f"## Other methods: the ring, flow, {steps} step{'s'[: steps > 1]}"
-        rows = METHODS | CONSISTENCY if steps == 1 else METHODS
+        rows = METHODS | (CONSISTENCY if steps == 1 else SEGMENTED)
         yield compare(Bench(Mixture.ring(), "flow", steps), rows, updates, seeds)
     for dim in (16, 64):
         yield f"## 8 random modes in {dim} dimensions: flow, 1 step"

@@ -22,6 +22,7 @@ from gadjax.objectives.sid import SiD
 from gadjax.objectives.sim import SIM
 from gadjax.objectives.tbcm import TBCM
 from gadjax.objectives.tdm import TDM
+from gadjax.objectives.tscd import TSCD
 from gadjax.objectives.uni_instruct import UniInstruct
 from gadjax.objectives.vsd import VSD
 
@@ -46,6 +47,7 @@ TERMS |= {
     "sim": SIM,
     "tbcm": TBCM,
     "tdm": TDM,
+    "tscd": TSCD,
     "uni_instruct": UniInstruct,
     "vsd": VSD,
 }
@@ -60,6 +62,7 @@ __all__ = [
     "SIM",
     "TDM",
     "TERMS",
+    "TSCD",
     "VSD",
     "Adversarial",
     "Anchor",

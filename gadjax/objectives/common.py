@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gadjax.diffusion.rollout import rollout
+from gadjax.diffusion.schedules import NoiseSchedule
 from gadjax.errors import InputError, short_repr
 from gadjax.objectives.base import Context, sample_mean
 from gadjax.types import Prediction, expand
@@ -132,5 +133,10 @@ def student_tangents(context: Context, end: str):
 def _step_end(context: Context, pred, end: str):
     if end == "clean":
         return pred.x0
-    alpha, sigma = context.schedule.alpha_sigma(context.next_B)
+    return ode_step(context.schedule, pred, context.next_B)
+
+
+def ode_step(schedule: NoiseSchedule, pred: Prediction, end_B):
+    """x [B, H, W, C] at times `end_B`, by one DDIM/Euler step with a prediction."""
+    alpha, sigma = schedule.alpha_sigma(end_B)
     return expand(alpha, pred.x0) * pred.x0 + expand(sigma, pred.eps) * pred.eps
