@@ -12,6 +12,7 @@ from gadjax.analytic.bench import Bench
 from gadjax.analytic.result import Result, table
 from gadjax.analytic.teachers import Gaussian, Mixture, posterior_map
 from gadjax.objectives import (
+    BOOT,
     CT,
     DMD,
     GAD,
@@ -62,8 +63,8 @@ METHODS: dict[str, Term] = {
     "FDistill": FDistill(),
     "DMD + 0.3 Embedding": DMD() + 0.3 * Embedding(),
 }
-# Trained at all times and sampled with fresh noise, which the bench's student does not add between
-# its steps: compared in one step.
+# Trained at all times, and sampled in one step or with fresh noise, which the bench's student does
+# not add between its steps: compared in one step.
 CONSISTENCY: dict[str, Term] = {
     "Consistency": Consistency(),
     "ConsistencyDistillation": ConsistencyDistillation(),
@@ -72,6 +73,7 @@ CONSISTENCY: dict[str, Term] = {
     "LCM": LCM(),
     "RCM": RCM(),
     "TSCD": TSCD(),
+    "BOOT": BOOT(),
     "RCM + 2 DMD": RCM() + 2.0 * DMD(),
 }
 SEGMENTED: dict[str, Term] = {"TSCD": TSCD(segments=(8, 4))}

@@ -3,6 +3,7 @@
 from gadjax.objectives.adversarial import Adversarial
 from gadjax.objectives.anchor import Anchor
 from gadjax.objectives.base import Context, Needs, TeacherMap, Term
+from gadjax.objectives.boot import BOOT
 from gadjax.objectives.cd import ConsistencyDistillation
 from gadjax.objectives.comparisons.gad_lift import GADLift
 from gadjax.objectives.comparisons.gad_script import GADScript
@@ -29,6 +30,7 @@ from gadjax.objectives.vsd import VSD
 TERMS |= {
     "adversarial": Adversarial,
     "anchor": Anchor,
+    "boot": BOOT,
     "cd": ConsistencyDistillation,
     "consistency": Consistency,
     "ct": CT,
@@ -53,6 +55,7 @@ TERMS |= {
 }
 
 __all__ = [
+    "BOOT",
     "CT",
     "LCM",
     "RCM",
