@@ -1,4 +1,4 @@
-"""One method a variant: 4-step students of the bundled flow teacher at guidance 4.
+"""One method a variant: students of the bundled teachers at guidance 4, mostly of 4 steps.
 
 Reproduces: no published numbers; each variant is a method's objective in the setting of the study
           (docs/results/study): 800 updates of 16 samples, two critic updates for each.
@@ -7,9 +7,10 @@ Command:  gadjax train --config configs/methods.py:VARIANT --workdir DIR
 Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; pg_sb (SNOOPI:
           guidance 2 to 5); uni_instruct; f_distill; embedding (dmd with it);
           cd (consistency distillation); tbcm (consistency on the teacher's own trajectory); ct
-          (consistency training on pictures, which ignores the guidance); lcm; rcm (with dmd)
-          Those from cd on are of the eps teacher and sampled with fresh noise; uni_instruct,
-          f_distill, embedding, cd, ct, lcm and rcm draw captions with pictures of the bundled
+          (consistency training on pictures, which ignores the guidance); lcm; rcm (with dmd);
+          tscd (Hyper-SD's segments, to 4 of them); boot (one step)
+          Those from cd to rcm are of the eps teacher and sampled with fresh noise; uni_instruct,
+          f_distill, embedding, cd, ct, lcm, rcm and tscd draw captions with pictures of the bundled
           world.
 Hardware: 2 CPU cores.
 Result:   not yet run.
@@ -31,8 +32,10 @@ VARIANTS = {
     "ct": {"ct": {}},
     "lcm": {"lcm": {}},
     "rcm": {"rcm": {}, "dmd": {"weight": 2.0}},
+    "tscd": {"tscd": {"segments": (8, 4)}},
+    "boot": {"boot": {}},
 }
-WITH_PICTURES = "uni_instruct", "f_distill", "embedding", "cd", "ct", "lcm", "rcm"
+WITH_PICTURES = "uni_instruct", "f_distill", "embedding", "cd", "ct", "lcm", "rcm", "tscd"
 # Sampled with fresh noise, which the flow teacher's pipeline has no scheduler for.
 CONSISTENCY = "cd", "tbcm", "ct", "lcm", "rcm"
 
@@ -57,6 +60,8 @@ def get_config(variant: str = "dmd"):
     if variant in CONSISTENCY:
         config.teacher = "asset:shapes_teacher"
         config.student.update(timesteps=(899, 674, 449, 224), rollout="fresh_noise")
+    if variant == "boot":
+        config.student.update(steps=1, timesteps=(999,))
     config.checkpoint.update(every=200, keep=1)
     config.log.every = 20
     config.preview.every = 400

@@ -12,6 +12,7 @@ from gadjax.analytic.bench import Bench
 from gadjax.analytic.result import Result, table
 from gadjax.analytic.teachers import Gaussian, Mixture, posterior_map
 from gadjax.objectives import (
+    BOOT,
     CT,
     DMD,
     GAD,
@@ -20,6 +21,7 @@ from gadjax.objectives import (
     SIM,
     TBCM,
     TDM,
+    TSCD,
     VSD,
     Consistency,
     ConsistencyDistillation,
@@ -61,8 +63,8 @@ METHODS: dict[str, Term] = {
     "FDistill": FDistill(),
     "DMD + 0.3 Embedding": DMD() + 0.3 * Embedding(),
 }
-# Trained at all times and sampled with fresh noise, which the bench's student does not add between
-# its steps: compared in one step.
+# Trained at all times, and sampled in one step or with fresh noise, which the bench's student does
+# not add between its steps: compared in one step.
 CONSISTENCY: dict[str, Term] = {
     "Consistency": Consistency(),
     "ConsistencyDistillation": ConsistencyDistillation(),
@@ -70,8 +72,11 @@ CONSISTENCY: dict[str, Term] = {
     "CT": CT(mean=0.2, std=1.6),
     "LCM": LCM(),
     "RCM": RCM(),
+    "TSCD": TSCD(),
+    "BOOT": BOOT(),
     "RCM + 2 DMD": RCM() + 2.0 * DMD(),
 }
+SEGMENTED: dict[str, Term] = {"TSCD": TSCD(segments=(8, 4))}
 FEW = ("Regression", "DMD", "DMD + 0.3 GAD")
 
 
@@ -124,7 +129,7 @@ def report(updates: int = UPDATES, seeds: int = SEEDS) -> Iterator[str]:
             yield compare(Bench(Mixture.ring(), family, steps), rows, updates, seeds)
     for steps in (1, 4):
         yield f"## Other methods: the ring, flow, {steps} step{'s'[: steps > 1]}"
-        rows = METHODS | CONSISTENCY if steps == 1 else METHODS
+        rows = METHODS | (CONSISTENCY if steps == 1 else SEGMENTED)
         yield compare(Bench(Mixture.ring(), "flow", steps), rows, updates, seeds)
     for dim in (16, 64):
         yield f"## 8 random modes in {dim} dimensions: flow, 1 step"

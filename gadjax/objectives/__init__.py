@@ -3,6 +3,7 @@
 from gadjax.objectives.adversarial import Adversarial
 from gadjax.objectives.anchor import Anchor
 from gadjax.objectives.base import Context, Needs, TeacherMap, Term
+from gadjax.objectives.boot import BOOT
 from gadjax.objectives.cd import ConsistencyDistillation
 from gadjax.objectives.cdm import CDM
 from gadjax.objectives.comparisons.gad_lift import GADLift
@@ -25,6 +26,7 @@ from gadjax.objectives.sid import SiD
 from gadjax.objectives.sim import SIM
 from gadjax.objectives.tbcm import TBCM
 from gadjax.objectives.tdm import TDM
+from gadjax.objectives.tscd import TSCD
 from gadjax.objectives.uni_dad import UniDAD
 from gadjax.objectives.uni_instruct import UniInstruct
 from gadjax.objectives.vsd import VSD
@@ -32,6 +34,7 @@ from gadjax.objectives.vsd import VSD
 TERMS |= {
     "adversarial": Adversarial,
     "anchor": Anchor,
+    "boot": BOOT,
     "cd": ConsistencyDistillation,
     "cdm": CDM,
     "consistency": Consistency,
@@ -45,52 +48,55 @@ TERMS |= {
     "gad": GAD,
     "gad_lift": GADLift,
     "gad_script": GADScript,
-    "phased_dmd": PhasedDMD,
     "lcm": LCM,
+    "phased_dmd": PhasedDMD,
     "rcm": RCM,
     "regression": Regression,
     "sid": SiD,
     "sim": SIM,
     "tbcm": TBCM,
     "tdm": TDM,
+    "tscd": TSCD,
     "uni_dad": UniDAD,
     "uni_instruct": UniInstruct,
     "vsd": VSD,
 }
 
 __all__ = [
-    "UniDAD",
-    "PhasedDMD",
-    "DisBack",
-    "CDM",
-    "CT",
-    "LCM",
-    "RCM",
-    "TBCM",
-    "GAD",
-    "DMD",
-    "SIM",
-    "TDM",
-    "TERMS",
-    "VSD",
     "Adversarial",
     "Anchor",
+    "BOOT",
+    "CDM",
+    "CT",
     "Consistency",
     "ConsistencyDistillation",
     "Context",
+    "DMD",
     "DecoupledDMD",
     "Denoising",
+    "DisBack",
     "Embedding",
     "FDistill",
+    "GAD",
     "GADLift",
     "GADScript",
+    "LCM",
     "Needs",
+    "PhasedDMD",
+    "RCM",
     "Regression",
+    "SIM",
     "SiD",
     "Sum",
+    "TBCM",
+    "TDM",
+    "TERMS",
+    "TSCD",
     "TeacherMap",
     "Term",
+    "UniDAD",
     "UniInstruct",
+    "VSD",
     "as_config",
     "build",
 ]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.rollout import rollout
+from gadjax.diffusion.schedules import NoiseSchedule
 from gadjax.errors import InputError, short_repr
 from gadjax.objectives.base import Context, sample_mean
 from gadjax.types import Prediction, expand
@@ -145,5 +146,10 @@ def student_tangents(context: Context, end: str):
 def _step_end(context: Context, pred, end: str):
     if end == "clean":
         return pred.x0
-    alpha, sigma = context.schedule.alpha_sigma(context.next_B)
+    return ode_step(context.schedule, pred, context.next_B)
+
+
+def ode_step(schedule: NoiseSchedule, pred: Prediction, end_B):
+    """x [B, H, W, C] at times `end_B`, by one DDIM/Euler step with a prediction."""
+    alpha, sigma = schedule.alpha_sigma(end_B)
     return expand(alpha, pred.x0) * pred.x0 + expand(sigma, pred.eps) * pred.eps
