@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the scripts that start runs on clusters: arguments, checks, signals, restart decisions.
+# Sourced by the scripts for other machines: arguments, checks, signals, restart decisions.
 # Changes to the project's root, as env.sh does: paths are relative to it.
 script=$(realpath "$0")
 # shellcheck source=launch/env.sh
@@ -165,6 +165,7 @@ require_mount() {
 
 # train_arguments WORKDIR DEVICES: sets `train`, the arguments of gadjax.
 train_arguments() {
+    # shellcheck disable=SC2034 # read by the scripts that call this
     train=(train --config "$CONFIG" --workdir "$1" --devices "$2" "${extra[@]}")
 }
 

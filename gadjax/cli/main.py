@@ -3,7 +3,6 @@
 import argparse
 import errno
 import importlib
-import importlib.metadata
 import io
 import os
 import signal
@@ -42,9 +41,11 @@ class _Version(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, **options)
 
     def __call__(self, parser, namespace, values, option_string=None):
+        from importlib import metadata
+
         try:
-            version = importlib.metadata.version("gadjax")
-        except importlib.metadata.PackageNotFoundError:  # a clone on PYTHONPATH
+            version = metadata.version("gadjax")
+        except metadata.PackageNotFoundError:  # a clone on PYTHONPATH
             version = "(not installed: no version)"
         print(f"gadjax {version}")
         parser.exit()
@@ -61,6 +62,8 @@ def _set_compilation_cache() -> None:
     if "jax" not in sys.modules and _is_writable(cache):
         folder = os.path.join(cache, "gadjax", "compiled")
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+        # JAX's default, one second, leaves out small programs that together take as long.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def _is_writable(folder: str) -> bool:

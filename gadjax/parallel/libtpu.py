@@ -7,7 +7,6 @@ errors, and JAX's profiler ends the process.
 import os
 import sys
 from glob import glob
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 
 # Device files by which the kernel exposes a machine's chips.
@@ -39,6 +38,8 @@ def disable_without_tpu() -> None:
         or find_spec("libtpu") is None
     ):
         return
+    from importlib.metadata import entry_points  # half of the start of a command that needs no JAX
+
     if find_spec("jax_plugins") is None and not entry_points(group="jax_plugins"):
         os.environ["JAX_PLATFORMS"] = "cpu"
     else:  # a GPU's plugin, for one: JAX chooses

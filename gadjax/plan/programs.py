@@ -4,17 +4,17 @@ import math
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gadjax.errors import InputError
 from gadjax.parallel.hardware import GIB, Topology
-from gadjax.parallel.sharding import HOST_MEMORY, batch_sharding, replicated, shapes_with_shardings
+from gadjax.parallel.sharding import HOST_MEMORY, replicated, shapes_with_shardings
 from gadjax.runtime.settings import pinned_jax_config
-from gadjax.training.compile import compile_steps
+from gadjax.training.compile import abstract_batch, compile_steps
 from gadjax.training.setup import Run
 
 # Options that shorten compilation, by platform. For TPUs they act on code generation, after buffer
@@ -121,23 +121,13 @@ def build_programs(run: Run, target: Topology) -> Programs:
     """Updates of a run as jitted functions, with the shapes and shardings of their arguments."""
     # Arguments that one update does not read lie on the chip all the same: hence keep_unused.
     compiled = compile_steps(run, keep_unused=True)
-
-    sample = run.source.batch(0, 1)
-    sharding = batch_sharding(run.mesh)
-
-    def raw(batch: int):
-        shapes = {
-            name: np.broadcast_to(value, (batch, *value.shape[1:]))
-            for name, value in sample.items()
-        }
-        return shapes_with_shardings(shapes, dict.fromkeys(shapes, sharding))
-
     steps = {"critic": compiled.critic, "student": compiled.student}
     held = (
         shapes_with_shardings(jax.eval_shape(run.start, run.initial_params), compiled.state),
         shapes_with_shardings(run.frozen, compiled.frozen),
     )
-    return Programs(run, {k: v for k, v in steps.items() if v}, held, raw, target)
+    trained = {name: step for name, step in steps.items() if step}
+    return Programs(run, trained, held, partial(abstract_batch, run), target)
 
 
 def bytes_per_chip(leaf) -> int:

@@ -1,10 +1,13 @@
 """Compiled updates: sharded, jitted functions of state, frozen networks and host arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 
 from gadjax.models.adapters import adapter_rules
 from gadjax.parallel.placement import Placement, constrain_batch, current_placement
@@ -15,6 +18,7 @@ from gadjax.parallel.sharding import (
     replicated,
     shardings,
 )
+from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
 from gadjax.training.lora import with_frozen
@@ -116,3 +120,39 @@ def compile_steps(
     student = compile_update(student_step)
     order = (critic,) * (run.critic_updates if critic else 0) + (student,)
     return Steps(student, critic, order, state_sharding, frozen_sharding)
+
+
+def abstract_batch(run: Run, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `size` samples of the run's source, as shapes with shardings."""
+    sample, sharding = run.source.batch(0, 1), batch_sharding(run.mesh)
+    return {
+        name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding)
+        for name, x in sample.items()
+    }
+
+
+@contextmanager
+def compiling(run: Run, steps: Steps, state: TrainState, frozen: dict[str, Any]) -> Iterator[None]:
+    """Compile both updates in threads during the context, at whose end they are compiled.
+
+    `jax.jit` keeps the programs of what it has lowered, so that the first calls find them. Does
+    nothing in a run of several processes, whose GPUs share what they compile, and on a GPU, where
+    the compiler times products on the card and nothing else may run there meanwhile.
+
+    Args:
+      run: the prepared run.
+      steps: its updates.
+      state: training state between updates.
+      frozen: frozen networks between updates.
+    """
+    if jax.process_count() > 1 or run.mesh.devices.flat[0].platform == "gpu":
+        yield
+        return
+    arguments = state, frozen, abstract_batch(run, run.batch), np.uint32(0)
+    with ThreadPoolExecutor() as pool:
+        # XLA releases Python's lock, tracing holds it: another thread would gain nothing there.
+        lowered = (step.lower(*arguments) for step in dict.fromkeys(steps.order))
+        running = [pool.submit(pinned_jax_config()(each.compile)) for each in lowered]
+        yield
+        for future in running:
+            future.result()

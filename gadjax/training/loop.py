@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from gadjax.runtime.progress import Progress, parameter_table
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.runtime.trackers import check_trackers
 from gadjax.runtime.workdir_lock import LOCK, WorkdirLock
-from gadjax.training.compile import Steps, compile_steps
+from gadjax.training.compile import Steps, compile_steps, compiling
 from gadjax.training.config import as_json, with_absolute_paths, write_json
 from gadjax.training.nonfinite import Update, check_nonfinite, merge_scalars
 from gadjax.training.previews import Preview
@@ -141,13 +142,14 @@ def _loop(
     lock.write_status("running", done)
     frozen = put_on_mesh(run.frozen, steps.frozen)
     meta = {"config": as_json(run.config), "teacher": run.fingerprint}
-    preview = Preview(run, frozen, workdir) if loop_spec.preview_every else None
     previous: list[Update] = []
     with Progress(workdir, run.config, done, clock) as progress:
         saves = SavePolicy(checkpoints, loop_spec.failures, progress.note)
         log_start(run, done, state, progress.note)
-        if preview and preview.is_due(done):  # a killed run may have saved it without a preview
-            progress.image(done, "preview", preview(state, done))
+        with compiling(run, steps, state, frozen) if done < loop_spec.steps else nullcontext():
+            preview = Preview(run, frozen, workdir) if loop_spec.preview_every else None
+            if preview and preview.is_due(done):  # a killed run may have saved it without a preview
+                progress.image(done, "preview", preview(state, done))
         batches = host_batches(run, steps, done, loop_spec.steps)
         profile = Profile(profiling.profile, workdir, progress.note)
         preempted = False

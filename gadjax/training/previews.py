@@ -36,23 +36,28 @@ class Preview:
         noise = initial_noise(run.seed, count, pipeline.latent)
 
         @partial(jax.jit, static_argnums=1, out_shardings=replicated(run.mesh))
-        def draw(params, sampling, frozen, raw):
+        def latent(params, sampling, frozen, raw):
             cond = encode_raw(pipeline, frozen, raw)
             null = encode_raw(pipeline, frozen, frozen["null"])
             null = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), null)
             params = with_frozen(params, frozen, pipeline.backbone)
-            x0 = clean_latent(pipeline, params, sampling, noise, cond, null)
-            return pipeline.decode(frozen["vae"], x0)
+            return clean_latent(pipeline, params, sampling, noise, cond, null)
+
+        # One program for teacher and student, which are sampled by two.
+        decode = jax.jit(pipeline.decode, out_shardings=replicated(run.mesh))
+
+        def draw(params, sampling):
+            return np.asarray(decode(frozen["vae"], latent(params, sampling, frozen, raw)))
 
         many_step = SamplingConfig(guidance=step_spec.guidance)
         times = step_spec.times[:-1]
         few_step = SamplingConfig(len(times), times, guidance=1, rollout=step_spec.rollout)
         # A network trained by plain denoising is sampled like a teacher.
         student_sampling = few_step if needs.is_few_step else many_step
-        self.draw = lambda params: np.asarray(draw(params, student_sampling, frozen, raw))
+        self.draw = lambda params: draw(params, student_sampling)
         self.teacher = None
         if pipeline.backbone in frozen:
-            self.teacher = np.asarray(draw(frozen[pipeline.backbone], many_step, frozen, raw))
+            self.teacher = draw(frozen[pipeline.backbone], many_step)
 
     def is_due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.last

@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ASK = """
-import os, sys
+import importlib.metadata, os, sys
 from gadjax.parallel import libtpu
 libtpu.TPU_DEVICE_GLOBS = (sys.argv[1],)
 libtpu.find_spec = lambda name: name in sys.argv[2:] or None
-libtpu.entry_points = lambda group: ()
+importlib.metadata.entry_points = lambda group: ()
 libtpu.disable_without_tpu()
 print(os.environ.get("JAX_PLATFORMS"), os.environ.get("TPU_ACCELERATOR_TYPE"))
 """

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -57,6 +58,22 @@ def test_files_of_a_run(uninterrupted):
     status = json.loads((uninterrupted / "status.json").read_text())
     assert (status["text"], status["step"], status["steps"]) == ("done", 4, 4)
     assert json.loads((uninterrupted / "config.json").read_text())["student"]["steps"] == 2
+
+
+def test_both_updates_are_compiled_once_and_in_threads(config, tmp_path):
+    """jit takes what the threads have compiled: the calls compile nothing."""
+    compiled = []
+
+    def listen(event, seconds, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration" and "_step" in fun_name:
+            compiled.append((fun_name, threading.current_thread() is threading.main_thread()))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert train(config, tmp_path / "run", "--config.steps=2") == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert sorted(compiled) == [("jit(critic_step)", False), ("jit(student_step)", False)]
 
 
 def test_status_of_a_finished_run(uninterrupted, capsys):
