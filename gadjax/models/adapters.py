@@ -159,9 +159,9 @@ def adapted(base: Params, adapters: Params) -> Params:
         if path not in kernels:
             raise InputError(f"{path}: found an adapter; expected one of {len(kernels)} kernels")
         expected = _adapter_shapes(kernels[path].shape, Lora(adapter.rank))
-        found, expected = (tuple(x.shape for x in (e.a, e.b)) for e in (adapter, expected))
-        if found != expected:
-            raise InputError(f"{path}: found an adapter of shapes {found}; expected {expected}")
+        shapes, expected = (tuple(x.shape for x in (e.a, e.b)) for e in (adapter, expected))
+        if shapes != expected:
+            raise InputError(f"{path}: found an adapter of shapes {shapes}; expected {expected}")
     return merge_params(adapters, base)
 
 

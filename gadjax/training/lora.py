@@ -57,7 +57,7 @@ def _check(name: str, rank: int, alpha: float | None, targets: str) -> None:
 
 
 def frozen_base(frozen: dict[str, Any], backbone: str) -> Params | None:
-    """What a role's own parameters are merged into at every call.
+    """Frozen parameters of the backbone, into which a role's are merged at every call.
 
     The backbone's untrained parameters or, where adapters are trained, all of the teacher's: a role
     that has all parameters replaces every one of them.
