@@ -307,6 +307,8 @@ def sd35():
     return sd3(qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
+# Prompt lengths that are not the defaults, where they are free.
+LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12}
 MAKERS = {f.__name__: f for f in (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd35)}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import edit, same, state
+from families import LENGTH
 from workdirs import make_workdir
 
 import gadjax
@@ -45,8 +46,6 @@ def test_network_outputs_are_those_of_diffusers(folders, family):
     assert max(found.values()) <= 1e-5, found
 
 
-# Lengths that are not the defaults, where they are free.
-LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12}
 SPRINT = {"guidance": 4.5, "steps": 2}
 
 

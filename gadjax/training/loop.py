@@ -226,10 +226,7 @@ def restore_or_init(run: Run, steps: Steps, restore: Restore) -> tuple[int, Trai
         shapes_with_shardings(jax.eval_shape(run.start, run.initial_params), steps.state)
     )
     if restored is None:
-        rules = run.pipeline.folder.components[run.pipeline.backbone].family.rules
-        placements = shardings(run.initial_params, rules, run.mesh)
-        initial_params = put_on_mesh(run.initial_params, placements)
-        return 0, jax.jit(run.start, out_shardings=steps.state)(initial_params)
+        return 0, init_state(run, steps)
     step, state, meta = restored
     if meta["teacher"] != run.fingerprint:
         raise InputError(
@@ -237,6 +234,14 @@ def restore_or_init(run: Run, steps: Steps, restore: Restore) -> tuple[int, Trai
             f"{meta['teacher']}, with which the run was begun"
         )
     return step, state
+
+
+def init_state(run: Run, steps: Steps) -> TrainState:
+    """Training state at step 0, sharded."""
+    rules = run.pipeline.folder.components[run.pipeline.backbone].family.rules
+    placements = shardings(run.initial_params, rules, run.mesh)
+    initial_params = put_on_mesh(run.initial_params, placements)
+    return jax.jit(run.start, out_shardings=steps.state)(initial_params)
 
 
 def host_batches(

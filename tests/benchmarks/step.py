@@ -16,6 +16,7 @@ from gadjax.objectives import GAD, TDM, Term
 from gadjax.ops.flops import flops
 from gadjax.parallel.sharding import batch_sharding, put_on_mesh
 from gadjax.training.compile import compile_steps
+from gadjax.training.loop import init_state
 from gadjax.training.setup import Run, prepare
 from gadjax.training.state import StepSpec, create_state, make_optimizer
 from gadjax.training.steps import critic_step, student_step
@@ -157,9 +158,7 @@ class Bench:
 
     def __init__(self, run: Run):
         self.run, self.steps = run, compile_steps(run)
-        on_devices = {role: self.steps.state.params[role] for role in run.initial_params}
-        initial_params = jax.device_put(run.initial_params, on_devices)
-        self.state = jax.jit(run.start, out_shardings=self.steps.state)(initial_params)
+        self.state = init_state(run, self.steps)
         self.frozen = jax.device_put(run.frozen, self.steps.frozen)
         self.critics = run.critic_updates if self.steps.critic else 0
         self.update = 0
