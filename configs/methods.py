@@ -6,8 +6,10 @@ Reproduces: no published numbers; each variant is a method's objective in the se
 Command:  gadjax train --config configs/methods.py:VARIANT --workdir DIR
 Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; pg_sb (SNOOPI:
           guidance 2 to 5); uni_instruct; f_distill; embedding (dmd with it);
+          cdm (grids drawn anew, a critic that follows the student); phased_dmd;
           cd (consistency distillation); tbcm (consistency on the teacher's own trajectory); ct
-          (consistency training on pictures, which ignores the guidance); lcm; rcm (with dmd);
+          (consistency training on pictures, which ignores the guidance); lcm; rcm (with dmd, and
+          grids drawn anew);
           tscd (Hyper-SD's segments, to 4 of them); boot (one step)
           Those from cd to rcm are of the eps teacher and sampled with fresh noise; uni_instruct,
           f_distill, embedding, cd, ct, lcm, rcm and tscd draw captions with pictures of the bundled
@@ -27,6 +29,8 @@ VARIANTS = {
     "uni_instruct": {"uni_instruct": {}},
     "f_distill": {"f_distill": {}},
     "embedding": {"dmd": {}, "embedding": {"weight": 0.1}},
+    "cdm": {"cdm": {}},
+    "phased_dmd": {"phased_dmd": {}},
     "cd": {"cd": {"huber": 1e-3}},
     "tbcm": {"tbcm": {"points": 4}},
     "ct": {"ct": {}},
@@ -60,6 +64,11 @@ def get_config(variant: str = "dmd"):
     if variant in CONSISTENCY:
         config.teacher = "asset:shapes_teacher"
         config.student.update(timesteps=(899, 674, 449, 224), rollout="fresh_noise")
+    if variant == "cdm":
+        config.student.redraw = (0.25, 0.95)
+        config.critic.follow = 1e-3
+    if variant == "rcm":
+        config.student.redraw = (0.0, 1.0)
     if variant == "boot":
         config.student.update(steps=1, timesteps=(999,))
     config.checkpoint.update(every=200, keep=1)
