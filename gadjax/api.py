@@ -14,8 +14,10 @@ import numpy as np
 
 from gadjax.assets import resolve
 from gadjax.errors import InputError, RunStopped
+from gadjax.formats.diffusers_folder import PipelineFolder
+from gadjax.formats.lora_file import parse_lora_flag
 from gadjax.formats.orbax_folder import open_folder
-from gadjax.formats.sampling_config import read_sampling
+from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
 from gadjax.io.atomic import restore_replaced
@@ -23,6 +25,7 @@ from gadjax.io.image_grid import to_uint8
 from gadjax.io.storage import as_path, is_remote
 from gadjax.models.params import cast
 from gadjax.objectives import TERMS, Term, as_config
+from gadjax.pipelines.adapted import Weighted, merge_loras
 from gadjax.pipelines.known_students import published_student
 from gadjax.pipelines.model import Model as PipelineModel
 from gadjax.pipelines.pipeline import load_pipeline, make_pipeline, resized
@@ -33,6 +36,7 @@ from gadjax.training.config import changed_config, default_config
 from gadjax.training.export import export
 from gadjax.training.loop import train
 from gadjax.training.workdir import Trained, is_workdir, read_trained
+from gadjax.types import Params
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,16 +44,19 @@ class Model(PipelineModel):
     """A pipeline with its parameters and sampling settings.
 
     trained: the training run of the backbone's weights; None if they are a pipeline folder's.
+    loras: LoRA files that are merged into the weights, with the weight of each.
     """
 
     trained: Trained | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the backbone's weights as stored, whatever dtype they compute in."""
-        part = self.pipeline.folder.components[self.pipeline.backbone]
-        params = self.trained.full_params(part) if self.trained else part.params
-        return fingerprint(tensors_from_params(params, part.keymap))
+        folder = self.pipeline.folder
+        params, _ = _stored_params(folder, self.trained, self.loras)
+        keymap = folder.components[folder.backbone].keymap
+        return fingerprint(tensors_from_params(params[folder.backbone], keymap))
 
     def __repr__(self) -> str:
         sampling = self.sampling
@@ -64,6 +71,7 @@ def load(
     variant: str | None = None,
     student_preset: str | None = None,
     teacher: str | Path | None = None,
+    lora: Sequence[str | Path] = (),
 ) -> Model:
     """Load a model from a pipeline folder, a workdir of `gadjax train`, or a bundled asset.
 
@@ -75,10 +83,13 @@ def load(
         student_preset: sampling settings of a published student, by its name in
             gadjax.pipelines.known_students.PUBLISHED_STUDENTS, if the folder has none.
         teacher: teacher folder of a workdir's run, if it has moved since.
+        lora: LoRA files, or folders of `gadjax export --lora`, of diffusers or of PEFT; FILE:WEIGHT
+            multiplies one. They are merged in float32. A few-step student's brings its timesteps.
 
     Raises:
         InputError: the input is missing, damaged or inconsistent.
     """
+    loras = tuple(parse_lora_flag(str(text)) for text in lora)
     compute, remote = compute_dtype(dtype), is_remote(name)
     source = as_path(name, "model") if remote else resolve(str(name))
     trained = read_trained(source) if remote or is_workdir(source) else None
@@ -93,15 +104,31 @@ def load(
                 f"{folder}: found no such folder; expected the teacher of {name} (--teacher, or of "
                 "a student that is evaluated --student-teacher, gives its new place)"
             )
-    pipeline, params = load_pipeline(folder, dtype=compute, variant=variant)
-    sampling = trained.sampling if trained else read_sampling(source, pipeline.sampling)
+    pipeline, _ = load_pipeline(folder, dtype=compute, variant=variant)
+    params, sampling = _stored_params(pipeline.folder, trained, loras)
     if trained:
-        params[pipeline.backbone] = trained.full_params(
-            pipeline.folder.components[pipeline.backbone]
-        )
+        sampling = trained.sampling
+    elif sampling is None:
+        sampling = read_sampling(source, pipeline.sampling)
     if student_preset is not None:
         pipeline, sampling = published_student(student_preset, pipeline)
-    return Model(str(name), pipeline, cast(params, compute), sampling, trained)
+    return Model(str(name), pipeline, cast(params, compute), sampling, trained, loras)
+
+
+def _stored_params(
+    folder: PipelineFolder, trained: Trained | None, loras: Weighted
+) -> tuple[dict[str, Params], SamplingConfig | None]:
+    """Parameters by network in the dtype of their files, and sampling settings of the LoRAs.
+
+    Args:
+        folder: the pipeline, with parameters.
+        trained: run of the backbone's weights.
+        loras: files that are merged.
+    """
+    params = {name: part.params for name, part in folder.components.items()}
+    if trained:
+        params[folder.backbone] = trained.full_params(folder.components[folder.backbone])
+    return merge_loras(folder, params, loras)
 
 
 @pinned_jax_config()
@@ -253,6 +280,8 @@ def save(
     """
     if model.trained is None:
         raise InputError(f"{model.name}: found a folder's own weights; expected trained ones")
+    if model.loras:
+        raise InputError(f"{model.name}: found it with a LoRA; expected the trained weights alone")
     teacher, report = model.pipeline.folder.path, report and Path(report)
     return export(model.trained, Path(out), teacher=teacher, report=report, overwrite=overwrite)
 
@@ -263,6 +292,10 @@ def _teacher_folder(teacher: Model | str | Path) -> Path:
     if teacher.trained is not None:
         raise InputError(
             f"teacher: found {teacher.name}, which was distilled; expected a folder (gadjax.save)"
+        )
+    if teacher.loras:
+        raise InputError(
+            f"teacher: found {teacher.name} with a LoRA; expected a folder (gadjax convert --lora)"
         )
     return teacher.pipeline.folder.path
 

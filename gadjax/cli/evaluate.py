@@ -12,11 +12,14 @@ MARKER = "report.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from gadjax.cli.output import add_lora_argument
+
     parser.add_argument("--teacher", required=True, help="pipeline folder, or asset:NAME")
     parser.add_argument("--student", required=True, help="pipeline folder, workdir, or asset:NAME")
     parser.add_argument(
         "--student-teacher", help="of a student that is a workdir, if it has moved since its run"
     )
+    add_lora_argument(parser, "student")
     parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--seeds", type=int, default=8, help="images per prompt")
@@ -56,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     check_target(args.out, overwrite=args.overwrite, marker=MARKER)
     prompts = read_prompts(resolve(args.prompts))
     name, world = _oracle(args.world, resolve(args.teacher))
-    student = _load_model("--student", args.student, args.dtype, {}, args.student_teacher)
+    from_run = {"teacher": args.student_teacher, "lora": args.lora}
+    student = _load_model("--student", args.student, args.dtype, {}, **from_run)
     distilled_at = _distillation_guidance(student, args.student)
     guidance = distilled_at if args.teacher_guidance is None else args.teacher_guidance
     changes = {"steps": args.teacher_steps, "guidance": guidance}
@@ -68,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"gadjax: the teacher is evaluated at guidance {guidance_text}", file=sys.stderr)
     settings = {
         "teacher": args.teacher,
-        "student": args.student,
+        "student": " ".join([args.student, *(f"--lora {lora}" for lora in args.lora)]),
         "teacher's guidance": guidance_text,
         "prompts": f"{args.prompts} ({len(prompts)})",
         "seeds": plan.seeds,
@@ -119,9 +123,7 @@ def _oracle(name: str | None, teacher: Path):
     return name, WORLDS[name]
 
 
-def _load_model(
-    flag: str, name: str, dtype: str, changes: dict[str, Any], moved: str | None = None
-):
+def _load_model(flag: str, name: str, dtype: str, changes: dict[str, Any], **options: Any):
     """Load a model for the evaluation.
 
     Args:
@@ -129,11 +131,11 @@ def _load_model(
         name: as in `gadjax.load`.
         dtype: compute dtype.
         changes: to the sampling settings of the folder; None leaves one as it is.
-        moved: teacher folder of a workdir, if it has moved since its run.
+        options: further ones of `gadjax.load`.
     """
     from gadjax.api import load
 
-    model = load(name, dtype=dtype, teacher=moved)
+    model = load(name, dtype=dtype, **options)
     changes = {key: value for key, value in changes.items() if value is not None}
     if "steps" in changes:
         changes["timesteps"] = None

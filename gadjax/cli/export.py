@@ -12,6 +12,8 @@ from pathlib import Path
 from gadjax.assets import resolve
 from gadjax.cli.output import check_at_least, parse_dtype, stop_on_write_error
 from gadjax.errors import InputError
+from gadjax.formats.lora_file import DIFFUSERS_WEIGHTS
+from gadjax.formats.lora_writer import KEYS
 from gadjax.formats.model_card import record_verification, verified_text
 from gadjax.formats.sampling_config import GADJAX_JSON
 from gadjax.io.atomic import atomic_folder
@@ -19,6 +21,7 @@ from gadjax.io.storage import as_path
 from gadjax.pipelines import parity
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.export import export
+from gadjax.training.export_lora import export_lora
 from gadjax.training.workdir import read_trained
 
 
@@ -37,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", type=Path, help="report.json of gadjax evaluate, for the model card"
     )
+    parser.add_argument(
+        "--lora",
+        action="store_true",
+        help="export the adapters of a LoRA run, not the merged pipeline",
+    )
+    parser.add_argument(
+        "--keys", default="diffusers", help=f"names in a LoRA's file: {' or '.join(KEYS)}"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="only check an earlier export")
 
@@ -51,22 +62,27 @@ def run(args: argparse.Namespace) -> int:
     check_at_least("--step", args.step, 0)
     dtype, part = parse_dtype(args.dtype), "ema" if args.ema else "student"
     trained = read_trained(as_path(args.workdir), part, args.step)
+    options = {
+        "teacher": resolve(args.teacher) if args.teacher else None,
+        "dtype": dtype,
+        "overwrite": args.overwrite,
+    }
     with stop_on_write_error(args.out):
-        verified = export(
-            trained,
-            args.out,
-            teacher=resolve(args.teacher) if args.teacher else None,
-            dtype=dtype,
-            report=args.report,
-            overwrite=args.overwrite,
-        )
+        if args.lora:
+            verified = export_lora(trained, args.out, keys=args.keys, **options)
+        else:
+            verified = export(trained, args.out, report=args.report, **options)
     print(f"{args.out}: {'average' if args.ema else 'weights'} of step {trained.step}")
-    print(verified_text(str(args.out), verified))
+    print(verified_text(str(args.out), verified, args.lora))
     return 0
 
 
 def _verify_only(folder: Path) -> int:
     parity.require("--verify")
+    if (folder / DIFFUSERS_WEIGHTS).is_file():
+        raise InputError(
+            f"{folder}: found a LoRA, which is compared when it is exported; expected a pipeline"
+        )
     if not (folder / GADJAX_JSON).is_file():
         raise InputError(
             f"{folder}: found no {GADJAX_JSON}; expected a folder written by gadjax export"

@@ -1,5 +1,6 @@
 """Shared checks of the commands that write a folder: write errors, dtypes, number flags."""
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,18 @@ def parse_dtype(name: str | None):
     if name is not None:
         check_choice("--dtype", name, DTYPES)
     return name and jnp.dtype(name)
+
+
+def add_lora_argument(parser: argparse.ArgumentParser, of: str = "model") -> None:
+    """Add `--lora`, which may be repeated. of: the model that it adapts, for the help text."""
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help=f"LoRA that is merged into the {of}: a safetensors file, or a folder of gadjax export "
+        "--lora, diffusers or PEFT; may be repeated",
+    )
 
 
 def check_at_least(flag: str, value: int | None, least: int) -> None:

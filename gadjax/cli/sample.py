@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gadjax.api import Model, load, with_sampling
 from gadjax.assets import resolve
-from gadjax.cli.output import check_at_least, stop_on_write_error
+from gadjax.cli.output import add_lora_argument, check_at_least, stop_on_write_error
 from gadjax.data.prompts import check_prompt, read_prompts
 from gadjax.errors import InputError, RunStopped, check_choice
 from gadjax.io.atomic import atomic_folder, check_no_overlap, check_target
@@ -38,6 +38,7 @@ MAX_IMAGE_BYTES = 1 << 30  # of images in memory
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="pipeline folder, workdir, or asset:NAME")
     parser.add_argument("--teacher", help="teacher of a workdir's run, if it has moved since")
+    add_lora_argument(parser)
     parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument("--out", type=Path, required=True, help="folder for the images")
     parser.add_argument("--seed", type=int, default=0)
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         variant=args.variant,
         student_preset=args.student_preset,
         teacher=args.teacher,
+        lora=args.lora,
     )
     try:
         model = with_sampling(model, args.steps, args.guidance, args.negative, size)

@@ -5,7 +5,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class Export:
       license: license of the teacher's model card.
       world: name of the toy world the model was trained on, as in gadjax.json.
       report: report.json of `gadjax evaluate`.
+      adapter: "diffusers" or "peft" for a LoRA that is loaded so; "" for a complete pipeline.
+      scheduler: class of the scheduler of a LoRA's folder; "" for the teacher's own.
     """
 
     name: str
@@ -53,6 +55,17 @@ class Export:
     guidance: float | None = None
     world: str | None = None
     report: Mapping[str, Any] | None = None
+    adapter: str = ""
+    scheduler: str = ""
+
+    def with_adapter(self, kind: str, scheduler: Mapping[str, Any] | None) -> "Export":
+        """The facts of a LoRA's folder, which is loaded by diffusers or PEFT.
+
+        Args:
+          kind: "diffusers" or "peft".
+          scheduler: scheduler config of the folder; None: it has none.
+        """
+        return replace(self, adapter=kind, scheduler=(scheduler or {}).get("_class_name", ""))
 
 
 def metadata_json(export: Export, verified: Mapping[str, Any] | None) -> str:
@@ -79,7 +92,8 @@ def card(export: Export, verified: Mapping[str, Any] | None) -> str:
     lines = [*_front(export), *_origin(export), *_use(export)]
     if export.report is not None:
         lines += ["## Measured", "", *report_lines(export.report), ""]
-    return "\n".join([*lines, HEADING, "", verified_text("FOLDER", verified), ""])
+    text = verified_text("FOLDER", verified, bool(export.adapter))
+    return "\n".join([*lines, HEADING, "", text, ""])
 
 
 def _front(export: Export) -> list[str]:
@@ -136,7 +150,8 @@ def _origin(export: Export) -> list[str]:
 
 def _use(export: Export) -> list[str]:
     height, width, channels = export.latent
-    name = shlex.quote(escape_nonprintable(export.name))
+    name, teacher = (shlex.quote(escape_nonprintable(x)) for x in (export.name, export.teacher))
+    model = f"{teacher} --lora {name}" if export.adapter else name
     arguments = ", ".join(f"{key}={value!r}" for key, value in export.arguments.items())
     return [
         "## Use",
@@ -144,19 +159,43 @@ def _use(export: Export) -> list[str]:
         "The scheduler in this folder and these arguments belong to the weights.",
         "",
         "```python",
-        "import torch",
-        f"from diffusers import {export.pipeline}",
-        "",
-        f"pipe = {export.pipeline}.from_pretrained({export.name!r})",
+        *_load_lines(export),
         f"latents = torch.randn(1, {channels}, {height}, {width})",
         f"image = pipe(prompt, latents=latents, {arguments}).images[0]",
         "```",
         "",
         "```bash",
-        f"gadjax sample --model {name} --prompts prompts.txt --out pictures",
+        f"gadjax sample --model {model} --prompts prompts.txt --out pictures",
         "```",
         "",
     ]
+
+
+def _load_lines(export: Export) -> list[str]:
+    """Lines of Python that load the pipeline."""
+    if not export.adapter:
+        return [
+            "import torch",
+            f"from diffusers import {export.pipeline}",
+            "",
+            f"pipe = {export.pipeline}.from_pretrained({export.name!r})",
+        ]
+    classes = ", ".join(sorted(filter(None, (export.pipeline, export.scheduler))))
+    lines = ["import torch", f"from diffusers import {classes}"]
+    lines += ["from peft import PeftModel"] if export.adapter == "peft" else []
+    lines += ["", f"pipe = {export.pipeline}.from_pretrained({export.teacher!r})"]
+    if export.scheduler:
+        lines.append(
+            f"pipe.scheduler = {export.scheduler}.from_pretrained({export.name!r}, "
+            'subfolder="scheduler")'
+        )
+    if export.adapter == "peft":
+        return [
+            *lines,
+            f"adapted = PeftModel.from_pretrained(pipe.transformer, {export.name!r})",
+            "pipe.transformer = adapted.merge_and_unload()",
+        ]
+    return [*lines, f"pipe.load_lora_weights({export.name!r})"]
 
 
 def objective_text(objective: Mapping[str, Mapping[str, Any]]) -> str:
@@ -169,8 +208,16 @@ def objective_text(objective: Mapping[str, Mapping[str, Any]]) -> str:
     return " + ".join(terms)
 
 
-def verified_text(folder: str, verified: Mapping[str, Any] | None) -> str:
-    """Sentence on the comparison with diffusers. folder: name of the folder in that sentence."""
+def verified_text(folder: str, verified: Mapping[str, Any] | None, lora: bool = False) -> str:
+    """Sentence on the comparison with diffusers.
+
+    Args:
+      folder: name of the folder in that sentence.
+      verified: result of the comparison; None if it was not run.
+      lora: whether the folder has a LoRA alone.
+    """
+    if verified is None and lora:
+        return "Not verified: torch, diffusers and peft were not installed."
     if verified is None:
         return (
             "Not verified: torch and diffusers were not installed. "

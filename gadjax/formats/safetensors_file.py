@@ -70,6 +70,11 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises: InputError for a truncated file, another format, or a header that does not account for
       every byte of the file.
     """
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of `read_header`, and the texts of the header's metadata by their names."""
     with open_file(path, "a safetensors file") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -81,7 +86,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
         )
     try:
         header = parse_json(raw)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
+        metadata = {name: text for name, text in metadata.items() if isinstance(text, str)}
         tensors = {key: _tensor(path, key, entry, 8 + length) for key, entry in header.items()}
     except InputError:
         raise
@@ -101,7 +107,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     if end != size:
         kind = "truncated" if size < end else "corrupt"
         raise InputError(f"{path}: {kind}: found {size} bytes; expected {end} from its header")
-    return tensors
+    return tensors, metadata
 
 
 def _tensor(path: Path, key: str, entry: Mapping[str, Any], data: int) -> Tensor:
@@ -130,19 +136,25 @@ def target_dtype(value: np.ndarray, dtype) -> np.dtype:
     return np.dtype(dtype) if dtype is not None and floating else value.dtype
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtype=None) -> None:
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    dtype=None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write one safetensors file; strided arrays are made contiguous one at a time.
 
     Args:
       path: the file.
       tensors: arrays by key.
       dtype: dtype that floating tensors are cast to; None keeps theirs.
+      metadata: further texts of the header, by name.
 
     Raises: InputError naming a tensor with non-finite values, before or after the cast.
     """
     dtypes = {key: target_dtype(value, dtype) for key, value in tensors.items()}
     order = sorted(tensors, key=lambda key: (-RANKS[dtypes[key]], key))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     end = 0
     for key in order:
         begin, end = end, end + tensors[key].size * dtypes[key].itemsize

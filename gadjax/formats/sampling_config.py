@@ -5,6 +5,7 @@ scale of its weights. diffusers ignores the file.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gadjax.io.untrusted import is_count, is_number, is_text, read_json
 
 GADJAX_JSON = "gadjax.json"
 MAX_COUNT = 10_000  # sampling steps, tokens of a prompt
+ROLLOUTS = "ode", "fresh_noise"
 COUNT = f"a whole number from 1 to {MAX_COUNT}"
 
 
@@ -56,9 +58,19 @@ def read_sampling(folder: Path, default: SamplingConfig) -> SamplingConfig:
     Raises: InputError naming file and key for an invalid value.
     """
     path = Path(folder) / GADJAX_JSON
-    if not os.path.lexists(path):
-        return default
-    cfg = read_json(path)
+    return parse_sampling(path, read_json(path), default) if os.path.lexists(path) else default
+
+
+def parse_sampling(path: Path, cfg: Mapping[str, Any], default: SamplingConfig) -> SamplingConfig:
+    """Sampling settings of the entries of `SamplingConfig.to_dict`.
+
+    Args:
+      path: their file, for messages.
+      cfg: the entries, "rollout" where the scheduler is the teacher's, and others.
+      default: settings of missing ones.
+
+    Raises: InputError as `read_sampling`.
+    """
     timesteps, steps = cfg.get("timesteps"), cfg.get("steps", default.steps)
     if timesteps is not None:
         valid = isinstance(timesteps, list) and timesteps and all(map(is_number, timesteps))
@@ -76,7 +88,11 @@ def read_sampling(folder: Path, default: SamplingConfig) -> SamplingConfig:
     _check(is_number(guidance), path, "guidance", guidance, "a number")
     _check(is_number(scale) and scale > 0, path, "scale", scale, "a positive number")
     _check(is_count(length, 1, MAX_COUNT), path, "length", length, COUNT)
-    return SamplingConfig(steps, timesteps, float(guidance), length, scale=float(scale))
+    rollout = cfg.get("rollout", "ode")
+    _check(rollout in ROLLOUTS, path, "rollout", rollout, f"one of {', '.join(ROLLOUTS)}")
+    return SamplingConfig(
+        steps, timesteps, float(guidance), length, scale=float(scale), rollout=rollout
+    )
 
 
 def read_world(folder: Path) -> str | None:

@@ -22,17 +22,23 @@ STRIP = 64  # columns transposed at a time
 TensorMap = dict[str, tuple[str, int | None]]
 
 
-def _to_torch(name: str, value: np.ndarray) -> np.ndarray:
-    """Torch's layout: linear [in, out] -> [out, in], convolution HWIO -> OIHW, others unchanged."""
-    if name != "kernel" or value.ndim not in (2, 4):
-        return value
+def kernel_to_torch(value: np.ndarray) -> np.ndarray:
+    """A kernel in torch's layout: linear [in, out] -> [out, in], convolution HWIO -> OIHW."""
     return value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
 
 
-def _from_torch(name: str, value: np.ndarray) -> np.ndarray:
-    if name != "kernel" or value.ndim not in (2, 4):
-        return value
+def kernel_from_torch(value: np.ndarray) -> np.ndarray:
+    """The inverse of `kernel_to_torch`."""
     return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
+
+
+def _to_torch(name: str, value: np.ndarray) -> np.ndarray:
+    """Torch's layout of kernels; other parameters are unchanged."""
+    return kernel_to_torch(value) if name == "kernel" and value.ndim in (2, 4) else value
+
+
+def _from_torch(name: str, value: np.ndarray) -> np.ndarray:
+    return kernel_from_torch(value) if name == "kernel" and value.ndim in (2, 4) else value
 
 
 def _numbered(key: str, layer: int | None) -> str:

@@ -3,7 +3,7 @@
 The module of a family ends in `FAMILY`, one of the records here; `registry.COMPONENTS` finds it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from gadjax.models.keymap import KeyMap
+from gadjax.models.keymap import KeyMap, Original
 from gadjax.models.module import Keys
 from gadjax.models.text.prompts import PromptEncoder, TextComponents
 from gadjax.types import Cond
@@ -77,6 +77,8 @@ class Backbone(Family):
       prompts: (text components, config) -> prompt encoder of the family's pipeline.
       torch_inputs: (config, cond) -> arguments of the class in diffusers beside latents, timesteps
         and prompt embeddings.
+      original: (names of modules in diffusers, config) -> modules of the original release by their
+        names there, for adapters that others trained; None where files have diffusers' names.
       text_kv: name of the method that computes a prompt's KV cache; None where the prompt
         embeddings change from layer to layer.
       no_sequence_sharding: reason why a mesh must not split a sample's positions; empty where it
@@ -88,5 +90,6 @@ class Backbone(Family):
     features: Callable[[Apply], Callable[..., jax.Array]]
     prompts: Callable[[TextComponents, Any], PromptEncoder]
     torch_inputs: Callable[[Any, Cond], Mapping[str, Any]]
+    original: Callable[[Collection[str], Any], Mapping[str, Original]] | None = None
     text_kv: str | None = None
     no_sequence_sharding: str = ""

@@ -5,6 +5,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Original:
+    """Module of an original release, as modules of diffusers.
+
+    Attributes:
+      modules: names in diffusers, in the order of their rows (outputs) in the original's weight.
+      swapped: the two halves of its rows are in the other order there.
+    """
+
+    modules: tuple[str, ...]
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
 class KeyMap:
     """Mapping of a network's parameter paths to the keys of its weight file.
 

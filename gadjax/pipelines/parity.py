@@ -6,12 +6,12 @@ torch and diffusers are optional and imported on use.
 import importlib
 import importlib.metadata
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from gadjax.formats.diffusers_folder import INDEX, Component, PipelineFolder
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.io.untrusted import read_json
 from gadjax.models.module import functional
+from gadjax.pipelines.adapted import adapted_model
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise
@@ -35,9 +36,10 @@ SIDE, TOKENS = 32, 12  # of random latents and prompt embeddings
 _EXACT = partial(jax.default_matmul_precision, "highest")  # accelerators round float32 products
 
 
-def missing() -> list[str]:
-    """Names of the packages needed for a comparison that are not installed."""
-    return [name for name in ("torch", "diffusers") if find_spec(name) is None]
+def missing(lora: bool = False) -> list[str]:
+    """Names of the packages needed for a comparison that are not installed. lora: of a LoRA."""
+    names = ("torch", "diffusers", *(("peft",) if lora else ()))
+    return [name for name in names if find_spec(name) is None]
 
 
 def require(flag: str) -> None:
@@ -211,7 +213,51 @@ def verify(folder: Path) -> dict[str, Any]:
     Returns: the entry "verified" of gadjax.json.
     Raises: RunStopped where the images differ, or diffusers cannot load or run the folder.
     """
-    difference = compare_pictures(folder, PROMPTS)
+    return _verified(compare_pictures(folder, PROMPTS))
+
+
+def verify_lora(base: Path, lora: Path, pipeline: str) -> dict[str, Any]:
+    """Verify that diffusers and gadjax sample the same images with an exported LoRA.
+
+    Args:
+      base: folder of the pipeline that is adapted.
+      lora: exported folder of the LoRA, with its scheduler.
+      pipeline: class in diffusers.
+
+    Returns: the entry "verified" of gadjax.json.
+    Raises: RunStopped where the images differ, or diffusers cannot load or run the two.
+    """
+    model = adapted_model(base, [(lora, 1.0)])
+    sampling = read_sampling(lora, model.sampling)
+    noise = initial_noise(0, len(PROMPTS), model.pipeline.latent)
+    with _EXACT():
+        ours = draw(model, PROMPTS, noise) / 2 + 0.5
+
+    def prepare(pipe) -> None:
+        diffusers, _ = _quiet()
+        path = lora / "scheduler"
+        if path.is_dir():
+            name = read_json(path / "scheduler_config.json")["_class_name"]
+            pipe.scheduler = getattr(diffusers, name).from_pretrained(path)
+        load_lora(pipe, lora)
+
+    with _diffusers_errors():
+        theirs = _pictures(base, sampling, PROMPTS, noise, Variant(pipeline, prepare))
+        error = np.abs(ours - theirs).max()
+    return _verified(float(error) if np.isfinite(error) else np.inf)
+
+
+def load_lora(pipe, lora: Path) -> None:
+    """Load an exported LoRA into a pipeline of diffusers by its loader, or by PEFT without one."""
+    if hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(lora)
+        return
+    from peft import PeftModel
+
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, lora).merge_and_unload()
+
+
+def _verified(difference: float) -> dict[str, Any]:
     if difference > PICTURE_BOUND:
         raise RunStopped(
             f"verification: found a difference of {difference:.1e} between diffusers' pictures and "
@@ -243,8 +289,19 @@ def compare_pictures(folder: Path, prompts: Sequence[str]) -> float:
     return float(error) if np.isfinite(error) else np.inf
 
 
+class Variant(NamedTuple):
+    """Another class for a folder's pipeline, and what is done with the pipeline once loaded."""
+
+    pipeline: str
+    prepare: Callable[[Any], None]
+
+
 def _pictures(
-    folder: Path, sampling: SamplingConfig, prompts: Sequence[str], noise_BHWC: np.ndarray
+    folder: Path,
+    sampling: SamplingConfig,
+    prompts: Sequence[str],
+    noise_BHWC: np.ndarray,
+    variant: Variant | None = None,
 ) -> np.ndarray:
     """Images from diffusers, [N, H, W, 3]. Stochastic schedulers add gadjax's noise."""
     import torch
@@ -252,9 +309,10 @@ def _pictures(
     diffusers, _ = _quiet()
     # Some pipelines require omitted parts to be passed as None.
     absent = {name: None for name, part in read_json(folder / INDEX).items() if part == [None] * 2}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32, **absent
-    )
+    kind = getattr(diffusers, variant.pipeline) if variant else diffusers.DiffusionPipeline
+    pipeline = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **absent)
+    if variant:
+        variant.prepare(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     arguments = diffusers_arguments(type(pipeline).__name__, sampling)
     if "negative_prompt" in arguments:

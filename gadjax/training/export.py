@@ -52,20 +52,11 @@ def export(
     """
     measured = report and read_report(report)
     check_target(out, overwrite=overwrite, marker=INDEX)
-    source = teacher or trained.teacher
-    check_no_overlap(out, trained.workdir, source)
-    restore_replaced(source)
-    if not source.is_dir():
-        raise InputError(
-            f"{source}: found no such folder; expected the teacher of {trained.workdir} "
-            "(--teacher gives its folder now)"
-        )
-    folder = open_folder(source, components=())
+    source, folder = open_teacher(trained, out, teacher)
     backbone = folder.backbone
-    folder = open_folder(source, components=(backbone,))
     weights = trained.full_params(folder.components[backbone])
-    scheduler, sampling = _scheduler_and_sampling(trained, folder)
-    description = _describe(out.resolve().name, trained, folder, scheduler, sampling, measured)
+    scheduler, sampling = scheduler_and_sampling(trained, folder)
+    description = describe(out.resolve().name, trained, folder, scheduler, sampling, measured)
 
     with atomic_folder(out, overwrite=overwrite, marker=INDEX) as new:
         with as_diffusers_folder(source, out) as src:
@@ -81,7 +72,29 @@ def export(
     return verified
 
 
-def _scheduler_and_sampling(
+def open_teacher(trained: Trained, out: Path, teacher: Path | None) -> tuple[Path, PipelineFolder]:
+    """The teacher's folder of a run, read with the parameters of its backbone.
+
+    Args:
+      trained: trained weights of the run.
+      out: folder that will be written.
+      teacher: the teacher's folder now, if it has moved.
+
+    Raises: InputError for no such folder, or one that `out` would replace.
+    """
+    source = teacher or trained.teacher
+    check_no_overlap(out, trained.workdir, source)
+    restore_replaced(source)
+    if not source.is_dir():
+        raise InputError(
+            f"{source}: found no such folder; expected the teacher of {trained.workdir} "
+            "(--teacher gives its folder now)"
+        )
+    backbone = open_folder(source, components=()).backbone
+    return source, open_folder(source, components=(backbone,))
+
+
+def scheduler_and_sampling(
     trained: Trained, teacher: PipelineFolder
 ) -> tuple[dict[str, Any] | None, SamplingConfig]:
     """Scheduler config that replaces the teacher's (None: keep it), and the sampling config.
@@ -100,14 +113,24 @@ def _scheduler_and_sampling(
     return scheduler, sampling if sampler.takes_timesteps else replace(sampling, timesteps=None)
 
 
-def _describe(
+def describe(
     name: str,
     trained: Trained,
     teacher: PipelineFolder,
-    scheduler,
+    scheduler: dict[str, Any] | None,
     sampling: SamplingConfig,
-    report,
+    report: dict[str, Any] | None,
 ) -> Export:
+    """Facts of an export for its gadjax.json and model card.
+
+    Args:
+      name: of the exported folder.
+      trained: trained weights of a run.
+      teacher: the teacher's folder.
+      scheduler: scheduler config that replaces the teacher's.
+      sampling: sampling config of the export.
+      report: report of `gadjax evaluate`.
+    """
     spec, world = teacher.components[teacher.backbone].spec, trained.config["data"]["world"]
     bundled = world.startswith("gadjax.worlds.")
     pipeline = teacher.model_index.get("_class_name", "DiffusionPipeline")

@@ -61,31 +61,38 @@ class Trained:
         """Settings of the student's adapters; None if whole weights are trained."""
         return loras(self.config).get("student")
 
+    @property
+    def adapters(self) -> Params:
+        """The student's adapters. Raises: InputError for parameters that are none."""
+        return adapters_from_arrays(self.params, self.lora.scale)
+
     def full_params(self, teacher: Component) -> Params:
         """All parameters of the network, the trained and the untrained ones.
 
         teacher: the network with which the run was started. Raises: InputError for another one.
         """
+        self.check_teacher(teacher)
         keymap = teacher.keymap
-        source = teacher.weights.folder
-        identity = fingerprint(tensors_from_params(teacher.params, keymap))
-        if identity != self.fingerprint:
-            raise InputError(
-                f"{source}: found weights with fingerprint {identity}; expected "
-                f"{self.fingerprint}, the teacher of {self.workdir}"
-            )
         params = self._complete(teacher)
         shapes = {k: v.shape for k, v in tensors_from_params(params, keymap, views=True)}
         check_keys(shapes, teacher.abstract, keymap, f"{self.workdir}, step {self.step}")
         return params
 
+    def check_teacher(self, teacher: Component) -> None:
+        """Check that the run was started with a network. Raises: InputError for another one."""
+        identity = fingerprint(tensors_from_params(teacher.params, teacher.keymap))
+        if identity != self.fingerprint:
+            raise InputError(
+                f"{teacher.weights.folder}: found weights with fingerprint {identity}; expected "
+                f"{self.fingerprint}, the teacher of {self.workdir}"
+            )
+
     def _complete(self, teacher: Component) -> Params:
         """The trained parameters on the teacher's; adapters are merged, in float32."""
-        lora = self.lora
-        if lora is None:
+        if self.lora is None:
             return merge_params(self.params, split_frozen(teacher.params, teacher.frozen)[1])
         try:
-            return merged(teacher.params, adapters_from_arrays(self.params, lora.scale))
+            return merged(teacher.params, self.adapters)
         except InputError as error:
             raise InputError(f"{self.workdir}, step {self.step}: {error}") from None
 

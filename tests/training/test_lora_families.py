@@ -7,6 +7,7 @@ import pytest
 from families import LENGTH
 from train_runs import read_vector, rows, train
 
+from gadjax import load, sample
 from gadjax.checkpoints.restore import read_params
 from gadjax.cli.main import main
 from gadjax.formats.sampling_config import GADJAX_JSON
@@ -81,6 +82,24 @@ def test_a_lora_student_trains(trained, family):
         # The text has no queries in the last block of an MMDiT.
         assert unmoved <= {"last_block/attn_context/to_q/kernel/b"}
     assert not np.array_equal(read_vector(workdir, "student"), read_vector(workdir, "critic"))
+
+
+@pytest.mark.parametrize("keys", ["diffusers", "kohya"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_lora_is_loaded_by_diffusers(folders, trained, family, keys, tmp_path):
+    """The export's check loads it by `load_lora_weights`; it is read here from the same folder."""
+    pytest.importorskip("peft")
+    if keys == "kohya" and family not in ("sd15", "sd2_v", "sdxl"):
+        pytest.skip("diffusers reads kohya's names of U-Nets")
+    out, workdir = tmp_path / "out", trained(family)
+    flags = ["--lora", "--keys", keys, "--workdir", str(workdir), "--out", str(out)]
+    assert main(["export", *flags]) == 0
+    assert json.loads((out / GADJAX_JSON).read_text())["verified"]["max_difference"] <= 1e-4
+    adapted, merged = load(folders(family), lora=[out]), load(workdir)
+    assert adapted.sampling == merged.sampling and adapted.sampling.timesteps == TIMES[family]
+    assert adapted.fingerprint != load(folders(family)).fingerprint
+    images = [sample(model, "a red circle", seed=3) for model in (adapted, merged)]
+    assert np.abs(images[0].astype(int) - images[1]).max() <= 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,6 +4,7 @@ from gadjax.models.family import Backbone
 from gadjax.models.mmdit.config import CLASS_NAMES, Config
 from gadjax.models.mmdit.keymap import keymap
 from gadjax.models.mmdit.net import build
+from gadjax.models.mmdit.original import original
 from gadjax.models.mmdit.predict import extras, features, predictor, torch_inputs
 from gadjax.models.mmdit.prompts import prompts
 from gadjax.models.mmdit.rules import FROZEN, RULES
@@ -22,4 +23,5 @@ FAMILY = Backbone(
     features=features,
     prompts=prompts,
     torch_inputs=torch_inputs,
+    original=original,
 )

@@ -4,6 +4,7 @@ from gadjax.models.family import Backbone
 from gadjax.models.unet.config import CLASS_NAMES, Config
 from gadjax.models.unet.keymap import KEYMAP
 from gadjax.models.unet.net import build
+from gadjax.models.unet.original import original
 from gadjax.models.unet.predict import extras, features, predictor, torch_inputs
 from gadjax.models.unet.prompts import prompts
 from gadjax.models.unet.rules import NO_SEQUENCE_SHARDING, RULES
@@ -21,6 +22,7 @@ FAMILY = Backbone(
     features=features,
     prompts=prompts,
     torch_inputs=torch_inputs,
+    original=original,
     text_kv="text_kv",
     no_sequence_sharding=NO_SEQUENCE_SHARDING,
 )

@@ -1,0 +1,114 @@
+"""Write adapters as files of diffusers, kohya and PEFT.
+
+The scale is multiplied into B, so that no file needs an alpha: readers differ in where they look
+for one, and all of them take a scale of 1 without it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gadjax.formats.diffusers_folder import Component
+from gadjax.formats.lora_file import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+from gadjax.formats.lora_names import kohya_name, layers_of
+from gadjax.formats.safetensors_file import write_safetensors
+from gadjax.formats.state_dict import kernel_to_torch
+from gadjax.models.params import flatten
+from gadjax.types import Params
+
+# Pipelines of diffusers that have `load_lora_weights`.
+LORA_LOADERS = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "SanaPipeline",
+    "SanaSprintPipeline",
+)
+KEYS = "diffusers", "kohya"
+
+
+class Pair(NamedTuple):
+    """Factors of a module in torch's layout, the scale in B."""
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+def pairs_of(adapters: Params, part: Component) -> dict[str, Pair]:
+    """Factors of every adapted module of a network, by its name in diffusers.
+
+    Args:
+      adapters: adapters of NumPy arrays, nested at their kernels' paths.
+      part: the network.
+    """
+    flat, pairs = flatten(adapters), {}
+    for module, (path, index, _) in layers_of(part).items():
+        if path not in flat:
+            continue
+        a, b = flat[path].a, flat[path].b * np.float32(flat[path].scale)
+        if index is not None:
+            a, b = a[index], b[index]
+        pairs[module] = Pair(kernel_to_torch(a), kernel_to_torch(b))
+    return pairs
+
+
+def write_diffusers(
+    folder: Path,
+    backbone: str,
+    pairs: Mapping[str, Pair],
+    *,
+    keys: str = "diffusers",
+    dtype=None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the file that `load_lora_weights` of a diffusers pipeline reads from a folder.
+
+    Args:
+      folder: the folder.
+      backbone: "unet" or "transformer".
+      pairs: factors by module.
+      keys: "diffusers", or "kohya", which ComfyUI and others read whole for U-Nets too.
+      dtype: of the tensors; None: float32.
+      metadata: texts of the header, by name.
+    """
+    tensors = {}
+    for module, (a, b) in pairs.items():
+        if keys == "kohya":
+            name = kohya_name(module)
+            tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+        else:
+            name = f"{backbone}.{module}"
+            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    write_safetensors(folder / DIFFUSERS_WEIGHTS, tensors, dtype, metadata)
+
+
+def write_peft(
+    folder: Path, pairs: Mapping[str, Pair], dtype=None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the two files that `peft.PeftModel.from_pretrained` reads from a folder.
+
+    Args:
+      folder: the folder.
+      pairs: factors by module.
+      dtype: of the tensors; None: float32.
+      metadata: texts of the header, by name.
+    """
+    tensors = {}
+    for module, (a, b) in pairs.items():
+        name = f"base_model.model.{module}"
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    write_safetensors(folder / PEFT_WEIGHTS, tensors, dtype, metadata)
+    rank = len(next(iter(pairs.values())).a)
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,  # a scale of 1
+        "target_modules": sorted(pairs),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
