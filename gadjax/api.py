@@ -97,7 +97,7 @@ def load(
         raise InputError(f"teacher: found {teacher} for {name}, which is no workdir; expected none")
     folder = source
     if trained:
-        folder = trained.teacher if teacher is None else resolve(str(teacher))
+        folder = trained.base if teacher is None else resolve(str(teacher))
         restore_replaced(folder)
         if not folder.is_dir():
             raise InputError(

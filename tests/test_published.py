@@ -17,7 +17,6 @@ from gadjax.parallel.sharding import AXES, path_name, shardings
 from gadjax.pipelines.pipeline import abstract_pipeline
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
-from gadjax.training.compile import with_base
 from gadjax.training.config import read_config
 from gadjax.training.setup import prepare
 from gadjax.training.steps import critic_step, student_step
@@ -181,12 +180,7 @@ def test_a_paper_s_config_makes_both_updates(traced, name):
     made = jax.eval_shape(batch, run.frozen, raw)
 
     def updated(step, state, frozen, batch):
-        return step(
-            with_base(run.step_spec, frozen, run.pipeline.backbone),
-            state,
-            frozen[run.pipeline.backbone],
-            batch,
-        )[0]
+        return step(run.step_spec, state, run.networks(frozen), batch)[0]
 
     def shapes(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype), tree)

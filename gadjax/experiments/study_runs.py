@@ -17,7 +17,6 @@ from gadjax.evaluation.oracles import WORLDS
 from gadjax.ops.flops import flops
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
-from gadjax.training.compile import with_base
 from gadjax.training.setup import Run
 from gadjax.training.steps import critic_step, student_step
 from gadjax.training.workdir import sampling_from_config
@@ -36,7 +35,7 @@ def train_seeds(run: Run, seeds: Sequence[int]) -> tuple[list[Any], dict[str, li
       every CURVE_INTERVAL-th step, mean over seeds.
     """
     config = run.config
-    step_spec = with_base(run.step_spec, run.frozen, run.pipeline.backbone)
+    step_spec = run.step_spec
     critic_updates = config.critic.updates if len(step_spec.optimizers) > 1 else 0
 
     def train(key, raws, frozen, initial_params):

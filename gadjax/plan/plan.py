@@ -28,7 +28,6 @@ from gadjax.plan.traffic import traffic
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
-from gadjax.training.compile import with_base
 from gadjax.training.data import SOURCES
 from gadjax.training.setup import Run, prepare
 from gadjax.training.steps import critic_step, student_step
@@ -106,11 +105,10 @@ def _operations(programs: Programs, name: str, batch: int) -> float:
     """FLOPs of an update of the whole batch. Traced without a mesh: a kernel placed on one shows a
     chip's part, and arrays in the host's memory cannot be computed with there."""
     run, step = programs.run, {"critic": critic_step, "student": student_step}[name]
-    backbone = run.pipeline.backbone
 
     def update(state, frozen, raw):
         made = make_batch(run.pipeline, frozen, raw, make_key(0), 0)
-        return step(with_base(run.step_spec, frozen, backbone), state, run.networks(frozen), made)
+        return step(run.step_spec, state, run.networks(frozen), made)
 
     arguments = *programs.held, programs.raw(batch)
     return flops(update, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments))

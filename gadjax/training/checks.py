@@ -27,7 +27,7 @@ from gadjax.seeds import check_seed
 from gadjax.training.batch import encode_raw
 from gadjax.training.config import INITS
 from gadjax.training.data import WITH_PICTURES
-from gadjax.training.lora import loras, with_frozen
+from gadjax.training.lora import loras
 from gadjax.training.steps import CRITICS
 from gadjax.training.workdir import sampling_from_config
 from gadjax.types import Params
@@ -210,12 +210,11 @@ def lower_abstract(pipeline: Pipeline, frozen: dict[str, Any], params: Params, f
     Args:
       pipeline: the teacher's pipeline, for the latent's shape and the conditioning.
       frozen: parameters that are not trained, and the empty prompt under "null".
-      params: trained parameters, or their shapes.
+      params: all parameters of the network, or their shapes.
       f: (params, x_BHWC, t_B, cond) -> any tree of arrays.
     """
 
     def run(params, frozen):
-        params = with_frozen(params, frozen, pipeline.backbone)
         cond = encode_raw(pipeline, frozen, frozen["null"])
         return f(params, jnp.zeros((1, *pipeline.latent)), jnp.zeros(1), cond)
 

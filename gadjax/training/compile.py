@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,23 +21,9 @@ from gadjax.parallel.sharding import (
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
-from gadjax.training.lora import with_frozen
 from gadjax.training.setup import Run
-from gadjax.training.state import StepSpec, TrainState
+from gadjax.training.state import TrainState
 from gadjax.training.steps import critic_step, student_step
-
-
-def with_base(step_spec: StepSpec, frozen: dict[str, Any], backbone: str) -> StepSpec:
-    """StepSpec for trained parameters alone; they are merged into the frozen base at every call."""
-    denoiser = step_spec.denoiser
-
-    def merged(f):
-        return f and (
-            lambda params, *arguments: f(with_frozen(params, frozen, backbone), *arguments)
-        )
-
-    changed = {name: merged(getattr(denoiser, name)) for name in ("apply", "features", "text_kv")}
-    return replace(step_spec, denoiser=replace(denoiser, **changed))
 
 
 @dataclass(frozen=True)
@@ -110,8 +96,7 @@ def compile_steps(
                 batch = constrain_batch(
                     make_batch(run.pipeline, frozen, raw, make_key(run.seed), number)
                 )
-                step_spec = with_base(run.step_spec, frozen, run.pipeline.backbone)
-                return wrap(step)(step_spec, state, run.networks(frozen), batch)
+                return wrap(step)(run.step_spec, state, run.networks(frozen), batch)
 
         update.__name__ = step.__name__  # its name in profiles
         return jax.jit(update, **options)

@@ -73,7 +73,7 @@ def export(
 
 
 def open_teacher(trained: Trained, out: Path, teacher: Path | None) -> tuple[Path, PipelineFolder]:
-    """The teacher's folder of a run, read with the parameters of its backbone.
+    """The pipeline folder of a run, its teacher's or its student's start, with the backbone read.
 
     Args:
       trained: trained weights of the run.
@@ -82,7 +82,7 @@ def open_teacher(trained: Trained, out: Path, teacher: Path | None) -> tuple[Pat
 
     Raises: InputError for no such folder, or one that `out` would replace.
     """
-    source = teacher or trained.teacher
+    source = teacher or trained.base
     check_no_overlap(out, trained.workdir, source)
     restore_replaced(source)
     if not source.is_dir():

@@ -52,7 +52,7 @@ def export_lora(
     check_target(out, overwrite=overwrite, marker=GADJAX_JSON)
     source, folder = open_teacher(trained, out, teacher)
     part = folder.components[folder.backbone]
-    trained.check_teacher(part)
+    trained.check_base(part)
     pairs = pairs_of(trained.adapters, part)
     scheduler, sampling = scheduler_and_sampling(trained, folder)
     loads = folder.model_index.get("_class_name") in LORA_LOADERS

@@ -142,6 +142,8 @@ def _loop(
     lock.write_status("running", done)
     frozen = put_on_mesh(run.frozen, steps.frozen)
     meta = {"config": as_json(run.config), "teacher": run.fingerprint}
+    if run.bases.get("student") == "start":  # adapters on other weights than the teacher's
+        meta["base"] = run.inputs["student.init"]
     previous: list[Update] = []
     with Progress(workdir, run.config, done, clock) as progress:
         saves = SavePolicy(checkpoints, loop_spec.failures, progress.note)

@@ -1,16 +1,12 @@
-"""Low-rank adapters of a run: settings by role, and the frozen base that roles share."""
+"""Low-rank adapters of a run: settings by role."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from gadjax.errors import InputError, short_repr
 from gadjax.io.untrusted import is_count, is_number
-from gadjax.models.adapters import Lora, is_adapter
-from gadjax.models.params import merge_params
-from gadjax.types import Params
+from gadjax.models.adapters import Lora
 
 MAX_RANK = 8192
 
@@ -22,8 +18,7 @@ def loras(config: Mapping[str, Any]) -> dict[str, Lora]:
 
     config: of a run, or its JSON; one of an older workdir has no such settings.
 
-    Raises: InputError for a rank, alpha or regex that is none, or a student that starts elsewhere
-      than at the teacher.
+    Raises: InputError for a rank, alpha or regex that is none, or adapters on random weights.
     """
     if "lora" not in config["student"]:
         return {}
@@ -35,10 +30,10 @@ def loras(config: Mapping[str, Any]) -> dict[str, Lora]:
     roles = {"student": student, "critic": critic}
     for role, values in roles.items():
         _check(f"{role}.lora", **values)
-    if student["rank"] and (start := config["student"]["init"]) != "teacher":
+    if student["rank"] and config["student"]["init"] == "random":
         raise InputError(
-            f"student.init: found {start!r} with student.lora.rank {student['rank']}; expected "
-            "'teacher', the weights that are adapted"
+            f"student.init: found 'random' with student.lora.rank {student['rank']}; expected the "
+            "weights that are adapted"
         )
     return {role: Lora(**values) for role, values in roles.items() if values["rank"]}
 
@@ -57,17 +52,3 @@ def _check(name: str, rank: int, alpha: float | None, targets: str) -> None:
         raise InputError(
             f"{name}.targets: found {short_repr(targets)} ({error}); expected a regex"
         ) from None
-
-
-def with_frozen(params: Params, frozen: dict[str, Any], backbone: str) -> Params:
-    """A role's parameters with those that it does not train: the backbone's untrained ones or,
-    where it trains adapters, all of the teacher's.
-
-    Args:
-      params: the role's own parameters.
-      frozen: parameters that no update changes, by network.
-      backbone: name of the backbone.
-    """
-    leaves = jax.tree.leaves(params, is_leaf=is_adapter)
-    adapted = any(map(is_adapter, leaves))
-    return merge_params(params, frozen.get(backbone if adapted else "untrained"))

@@ -17,6 +17,7 @@ from gadjax.models.params import split_frozen
 from gadjax.objectives import Sum
 from gadjax.pipelines.pipeline import Pipeline, make_pipeline, random_params
 from gadjax.training.config import INITS, OF_RUN
+from gadjax.training.lora import loras
 from gadjax.training.workdir import is_workdir, read_trained
 from gadjax.types import Params
 
@@ -39,7 +40,7 @@ def read_network(source: str, pipeline: Pipeline, key: str) -> tuple[Params, str
             f"{key}: found {source!r}; expected a diffusers folder or a workdir of gadjax train"
         )
     trained = read_trained(path, part_name, step) if is_workdir(path) else None
-    folder = open_folder(trained.teacher if trained else path, components=())
+    folder = open_folder(trained.base if trained else path, components=())
     _check_like_teacher(make_pipeline(folder), pipeline, f"{key}: {source}")
     backbone = folder.backbone
     part = open_folder(folder.path, components=(backbone,)).components[backbone]
@@ -82,12 +83,15 @@ class Networks(NamedTuple):
     Attributes:
       initial: initial parameters of the student, and of the critic if it starts otherwise.
       frozen: key in `Run.frozen` -> parameters.
+      bases: role -> key in `Run.frozen` of the weights that its adapters are on, if those are not
+        the teacher's.
       sources: name that a term uses -> key in `Run.frozen`.
       fingerprints: key of the config -> fingerprint of the networks that it names by their paths.
     """
 
     initial: dict[str, Params]
     frozen: dict[str, Params]
+    bases: dict[str, str]
     sources: dict[str, str]
     fingerprints: dict[str, str]
 
@@ -101,7 +105,7 @@ def load_networks(
       config: training config.
       objective: its terms.
       pipeline: the teacher's pipeline.
-      teacher: the teacher's parameters, those that are never trained left out.
+      teacher: the teacher's parameters.
       abstract: read nothing; parameters are shapes.
 
     Raises: InputError as `read_network`.
@@ -113,30 +117,27 @@ def load_networks(
         for path in paths if not abstract else ():
             read[path] = read.get(path) or read_network(path, pipeline, key)
             fingerprints[key] = " ".join(read[path][1] for path in paths if path in read)
-    part = pipeline.folder.components[pipeline.backbone]
-
-    def params_of(path):
-        return teacher if abstract else split_frozen(read[path][0], part.frozen)[0]
-
     if init == "random":
         network = pipeline.networks[pipeline.backbone]
-        fresh = network.abstract if abstract else random_params(network, config.seed)
-        initial = {"student": split_frozen(fresh, part.frozen)[0]}
-    elif init == "teacher":
-        initial = {"student": teacher}
+        start = network.abstract if abstract else random_params(network, config.seed)
     else:
-        initial = {"student": params_of(init), "critic": teacher}
+        start = teacher if abstract or init == "teacher" else read[init][0]
+    bases = {"student": "start"} if "student" in loras(config) and init != "teacher" else {}
     keys = {
         "teacher": pipeline.backbone,
         "start": pipeline.backbone if init == "teacher" else "start",
     }
     sources = {name: keys.get(source, source) for name, source in objective.needs.networks.items()}
     frozen = {
-        key: initial["student"] if key == "start" else params_of(key)
-        for key in sources.values()
+        key: start if key == "start" else teacher if abstract else read[key][0]
+        for key in (*sources.values(), *bases.values())
         if key != pipeline.backbone
     }
-    return Networks(initial, frozen, sources, fingerprints)
+    patterns = pipeline.folder.components[pipeline.backbone].frozen
+    initial = {"student": split_frozen(start, patterns)[0]}
+    if init not in INITS:
+        initial["critic"] = split_frozen(teacher, patterns)[0]
+    return Networks(initial, frozen, bases, sources, fingerprints)
 
 
 def network_options(objective: Sum) -> Iterator[tuple[str, tuple[str, ...]]]:

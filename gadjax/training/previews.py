@@ -11,10 +11,10 @@ import numpy as np
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.io.image_grid import grid, save_png
 from gadjax.io.storage import warn_on_write_error
+from gadjax.models.params import merge_params
 from gadjax.parallel.sharding import replicated
 from gadjax.pipelines.sampling import clean_latent, initial_noise
 from gadjax.training.batch import encode_raw
-from gadjax.training.lora import with_frozen
 from gadjax.training.setup import Run
 from gadjax.training.state import TrainState
 
@@ -40,7 +40,7 @@ class Preview:
             cond = encode_raw(pipeline, frozen, raw)
             null = encode_raw(pipeline, frozen, frozen["null"])
             null = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), null)
-            params = with_frozen(params, frozen, pipeline.backbone)
+            params = merge_params(params, run.base("student", frozen))
             return clean_latent(pipeline, params, sampling, noise, cond, null)
 
         # One program for teacher and student, which are sampled by two.

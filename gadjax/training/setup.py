@@ -100,6 +100,7 @@ class Run:
       fingerprint: of the teacher's backbone.
       inputs: fingerprints by key of the config, as `input_fingerprints` returns them.
       sources: name of a frozen network beside the teacher -> its key in `frozen`.
+      bases: role -> key in `frozen` of the parameters that it does not train itself.
     """
 
     config: ConfigDict
@@ -120,11 +121,17 @@ class Run:
     fingerprint: str
     inputs: dict[str, str] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    bases: dict[str, str] = field(default_factory=dict)
 
     def networks(self, frozen: dict[str, Any]) -> dict[str, Params]:
-        """Frozen networks of an update by name, the teacher's among them."""
+        """Frozen networks of an update, as `student_step` takes them."""
         named = {name: frozen[key] for name, key in self.sources.items()}
-        return {"teacher": frozen.get(self.pipeline.backbone), **named}
+        bases = {f"{role}/base": self.base(role, frozen) for role in self.bases}
+        return {"teacher": frozen.get(self.pipeline.backbone), **named, **bases}
+
+    def base(self, role: str, frozen: dict[str, Any]) -> Params | None:
+        """Parameters that a role does not train itself; None if it trains all."""
+        return frozen.get(self.bases.get(role, "untrained"))
 
 
 def prepare(
@@ -149,15 +156,17 @@ def prepare(
     source, null = open_data(config, pipeline)
     frozen = {"null": null} | frozen_networks(config, settings, pipeline, params)
     part = pipeline.folder.components[pipeline.backbone]
-    teacher_params, untrained = split_frozen(params[pipeline.backbone], part.frozen)
-    networks = load_networks(config, objective, pipeline, teacher_params, abstract)
+    _, untrained = split_frozen(params[pipeline.backbone], part.frozen)
+    networks = load_networks(config, objective, pipeline, params[pipeline.backbone], abstract)
     frozen |= {name: cast(tree, settings.dtype) for name, tree in networks.frozen.items()}
     adapted = loras(config).keys()
-    without_adapters = step_spec.optimizers.keys() - {"discriminator"} - adapted
-    if untrained and not adapted:  # adapters are on all of the teacher's parameters
+    whole_roles = step_spec.optimizers.keys() - {"discriminator"} - adapted
+    bases = dict.fromkeys(adapted, pipeline.backbone) | networks.bases
+    if untrained and whole_roles:
         frozen["untrained"] = untrained
+        bases |= dict.fromkeys(whole_roles, "untrained")
     if objective.needs.tangent or objective.needs.jvp:
-        check_tangents(pipeline, frozen, networks.initial["student"])
+        check_tangents(pipeline, frozen, params[pipeline.backbone])
     return Run(
         config=config,
         teacher=config.teacher,
@@ -172,11 +181,12 @@ def prepare(
         mesh=settings.mesh,
         source=source,
         frozen=frozen,
-        initial_params=networks.initial if without_adapters else {},
-        start=state_initializer(config, step_spec, pipeline, frozen, networks.initial["student"]),
+        initial_params=networks.initial if whole_roles else {},
+        start=state_initializer(config, step_spec, pipeline, frozen, params[pipeline.backbone]),
         fingerprint="" if abstract else fingerprint(tensors_from_params(part.params, part.keymap)),
         inputs={} if abstract else input_fingerprints(config, source) | networks.fingerprints,
         sources=networks.sources,
+        bases=bases,
     )
 
 
@@ -213,10 +223,11 @@ def frozen_networks(
 ) -> dict[str, Params]:
     """Parameters, in the compute dtype, of the networks that a run reads and does not train."""
     needs, data = settings.objective.needs, config.data
+    on_teacher = loras(config).keys() - ({"student"} if config.student.init != "teacher" else set())
     encodes_text = not (data.embeddings or data.latents)
     is_needed = {
         pipeline.backbone: (
-            needs.uses_teacher or "teacher" in needs.networks.values() or loras(config)
+            needs.uses_teacher or "teacher" in needs.networks.values() or on_teacher
         ),
         **dict.fromkeys(pipeline.folder.text_encoders, encodes_text),
         "vae": settings.images and not data.latents or config.preview.every,
@@ -229,20 +240,20 @@ def state_initializer(
     step_spec: StepSpec,
     pipeline: Pipeline,
     frozen: dict[str, Any],
-    student: Params,
+    teacher: Params,
 ) -> Callable[[dict[str, Params]], TrainState]:
     """Function of the initial parameters by network that returns the state at step 0, in float32.
 
     Args:
       config: training config.
       step_spec: with the objective and the optimizers.
-      pipeline, frozen, student: for the width of a discriminator's features.
+      pipeline, frozen, teacher: for the width of a discriminator's features.
 
     Raises: InputError for a discriminator of a network without features.
     """
     objective, optimizers = step_spec.objective, step_spec.optimizers
     if "discriminator" in optimizers:
-        width = feature_width(pipeline, frozen, student)
+        width = feature_width(pipeline, frozen, teacher)
     key = make_key(config.seed)
     abstract = pipeline.networks[pipeline.backbone].abstract
     adapters = {role: abstract_adapters(abstract, lora) for role, lora in loras(config).items()}

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from gadjax.models.params import merge_params
 from gadjax.objectives.compose import Sum
 from gadjax.training.context import Roles, make_context
 from gadjax.training.state import StepSpec, TrainState
@@ -29,18 +30,17 @@ def student_step(
     Args:
       step_spec: what is fixed when the update is traced.
       state: training state.
-      networks: parameters of the frozen networks: "teacher", where the objective uses one, and
-        those that terms name.
+      networks: parameters of the frozen networks: "teacher", where the objective uses one; those
+        that terms name; and under "ROLE/base" those that a role does not train itself.
       batch: the global batch.
 
     Returns: the new state, and metrics.
     """
 
     def loss(student, batch):
-        critic, discriminator = (state.params.get(role) for role in CRITICS)
         needs = step_spec.objective.needs
-        ema = state.ema if needs.ema else None
-        roles = Roles(student, networks.get("teacher"), critic, discriminator, ema, networks)
+        trained = state.params | {"student": student}
+        roles = make_roles(trained, networks, state.ema if needs.ema else None)
         context = make_context(step_spec, needs, roles, batch, state.step, state.memory)
         loss_B, metrics = step_spec.objective(context)
         return jnp.mean(loss_B), metrics | {"student/loss_B": loss_B}
@@ -50,6 +50,30 @@ def student_step(
     )
     state, metrics = apply_update(step_spec.optimizers, state, "student", loss_and_grads)
     return finish_step(step_spec, state, metrics), metrics
+
+
+def make_roles(
+    trained: Mapping[str, Params], networks: Mapping[str, Params], ema: Params | None = None
+) -> Roles:
+    """Networks of an update: the trained ones complete, adapters on their frozen kernels.
+
+    Args:
+      trained: parameters that each role trains; the student's with gradients.
+      networks: frozen networks, as `student_step` takes them.
+      ema: average of the student's parameters.
+    """
+
+    def complete(role, params):
+        return params and merge_params(params, networks.get(f"{role}/base"))
+
+    return Roles(
+        complete("student", trained["student"]),
+        networks.get("teacher"),
+        complete("critic", trained.get("critic")),
+        trained.get("discriminator"),
+        complete("student", ema),
+        networks,
+    )
 
 
 def finish_step(step_spec: StepSpec, state: TrainState, metrics: Metrics) -> TrainState:
@@ -95,13 +119,11 @@ def critic_step(
     roles = [role for role in CRITICS if getattr(step_spec.objective.needs, role)]
     trainer_needs = (Sum(()) + step_spec.objective).trainer_needs(roles)
     needs = replace(trainer_needs, critic=False, discriminator=False)  # in the context in any case
-    student = jax.lax.stop_gradient(state.params["student"])
 
     def loss(params, batch):
-        critic, discriminator = (params.get(role) for role in CRITICS)
-        teacher = networks.get("teacher")
-        roles_now = Roles(student, teacher, critic, discriminator, networks=networks)
-        context = make_context(step_spec, needs, roles_now, batch, state.step, state.memory)
+        student = jax.lax.stop_gradient(state.params["student"])
+        networks_now = make_roles({"student": student} | params, networks)
+        context = make_context(step_spec, needs, networks_now, batch, state.step, state.memory)
         losses_B = {role: getattr(step_spec.objective, f"{role}_loss")(context) for role in roles}
         losses = {role: jnp.mean(loss_B) for role, loss_B in losses_B.items()}
         return sum(losses.values()), losses | {f"{role}/loss_B": losses_B[role] for role in roles}

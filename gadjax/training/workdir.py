@@ -30,7 +30,7 @@ class Trained:
       part: "ema" or "student".
       params: the trained parameters alone.
       config: the run's config, as JSON.
-      fingerprint: of the teacher's backbone when the run was started.
+      fingerprint: of the backbone that `full_params` completes, when the run was started.
       sampling: sampling config of these weights.
     """
 
@@ -45,6 +45,13 @@ class Trained:
     @property
     def teacher(self) -> Path:
         return assets.resolve(self.config["teacher"])
+
+    @property
+    def base(self) -> Path:
+        """Pipeline folder of the weights that the trained ones complete or adapt: the teacher's, or
+        the student's start where that has adapters."""
+        start = self.config["student"].get("init", "teacher")
+        return assets.resolve(start) if self.lora and start != "teacher" else self.teacher
 
     @property
     def is_few_step(self) -> bool:
@@ -66,33 +73,33 @@ class Trained:
         """The student's adapters. Raises: InputError for parameters that are none."""
         return adapters_from_arrays(self.params, self.lora.scale)
 
-    def full_params(self, teacher: Component) -> Params:
+    def full_params(self, base: Component) -> Params:
         """All parameters of the network, the trained and the untrained ones.
 
-        teacher: the network with which the run was started. Raises: InputError for another one.
+        base: backbone of the folder `base`. Raises: InputError for another one than at the start.
         """
-        self.check_teacher(teacher)
-        keymap = teacher.keymap
-        params = self._complete(teacher)
+        self.check_base(base)
+        keymap = base.keymap
+        params = self._complete(base)
         shapes = {k: v.shape for k, v in tensors_from_params(params, keymap, views=True)}
-        check_keys(shapes, teacher.abstract, keymap, f"{self.workdir}, step {self.step}")
+        check_keys(shapes, base.abstract, keymap, f"{self.workdir}, step {self.step}")
         return params
 
-    def check_teacher(self, teacher: Component) -> None:
+    def check_base(self, base: Component) -> None:
         """Check that the run was started with a network. Raises: InputError for another one."""
-        identity = fingerprint(tensors_from_params(teacher.params, teacher.keymap))
+        identity = fingerprint(tensors_from_params(base.params, base.keymap))
         if identity != self.fingerprint:
             raise InputError(
-                f"{teacher.weights.folder}: found weights with fingerprint {identity}; expected "
-                f"{self.fingerprint}, the teacher of {self.workdir}"
+                f"{base.weights.folder}: found weights with fingerprint {identity}; expected "
+                f"{self.fingerprint}, with which the run in {self.workdir} was begun"
             )
 
-    def _complete(self, teacher: Component) -> Params:
-        """The trained parameters on the teacher's; adapters are merged, in float32."""
+    def _complete(self, base: Component) -> Params:
+        """The trained parameters on those of the base; adapters are merged, in float32."""
         if self.lora is None:
-            return merge_params(self.params, split_frozen(teacher.params, teacher.frozen)[1])
+            return merge_params(self.params, split_frozen(base.params, base.frozen)[1])
         try:
-            return merged(teacher.params, self.adapters)
+            return merged(base.params, self.adapters)
         except InputError as error:
             raise InputError(f"{self.workdir}, step {self.step}: {error}") from None
 
@@ -128,7 +135,7 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
     Raises: InputError for metadata that `gadjax train` does not write.
     """
     try:
-        config, teacher = meta["config"], meta["teacher"]
+        config, teacher = meta["config"], meta.get("base", meta["teacher"])
         sampling = sampling_from_config(config)
         loras(config)
         texts = teacher, config["teacher"], config["data"]["world"]

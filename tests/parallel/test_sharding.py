@@ -77,6 +77,7 @@ def tiny_run(mesh, microbatches, offload=(), rank=0):
     )
     null = {"text": rng.normal(size=(1, LENGTH, TEXT)), "mask": np.ones((1, LENGTH))}
     frozen = {"null": jax.tree.map(np.float32, null), "transformer": teacher}
+    names = "teacher", *(("student/base", "critic/base") if rank else ())
     # The attributes of a Run that compile_steps reads.
     return SimpleNamespace(
         seed=3,
@@ -88,7 +89,7 @@ def tiny_run(mesh, microbatches, offload=(), rank=0):
         mesh=mesh,
         frozen=frozen,
         initial_params={"student": student},
-        networks=lambda frozen: {"teacher": frozen["transformer"]},
+        networks=lambda frozen: dict.fromkeys(names, frozen["transformer"]),
         start=lambda p: create_state(
             {role: jax.tree.map(jnp.copy, p["student"]) for role in optimizers}, optimizers
         ),
