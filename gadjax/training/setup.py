@@ -160,11 +160,11 @@ def prepare(
     networks = load_networks(config, objective, pipeline, params[pipeline.backbone], abstract)
     frozen |= {name: cast(tree, settings.dtype) for name, tree in networks.frozen.items()}
     adapted = loras(config).keys()
-    whole_roles = step_spec.optimizers.keys() - {"discriminator"} - adapted
+    without_adapters = step_spec.optimizers.keys() - {"discriminator"} - adapted
     bases = dict.fromkeys(adapted, pipeline.backbone) | networks.bases
-    if untrained and whole_roles:
+    if untrained and without_adapters:
         frozen["untrained"] = untrained
-        bases |= dict.fromkeys(whole_roles, "untrained")
+        bases |= dict.fromkeys(without_adapters, "untrained")
     if objective.needs.tangent or objective.needs.jvp:
         check_tangents(pipeline, frozen, params[pipeline.backbone])
     return Run(
@@ -181,7 +181,7 @@ def prepare(
         mesh=settings.mesh,
         source=source,
         frozen=frozen,
-        initial_params=networks.initial if whole_roles else {},
+        initial_params=networks.initial if without_adapters else {},
         start=state_initializer(config, step_spec, pipeline, frozen, params[pipeline.backbone]),
         fingerprint="" if abstract else fingerprint(tensors_from_params(part.params, part.keymap)),
         inputs={} if abstract else input_fingerprints(config, source) | networks.fingerprints,
