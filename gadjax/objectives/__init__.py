@@ -26,6 +26,7 @@ from gadjax.objectives.sid import SiD
 from gadjax.objectives.sim import SIM
 from gadjax.objectives.tbcm import TBCM
 from gadjax.objectives.tdm import TDM
+from gadjax.objectives.tether import Tether
 from gadjax.objectives.tscd import TSCD
 from gadjax.objectives.uni_dad import UniDAD
 from gadjax.objectives.uni_instruct import UniInstruct
@@ -56,6 +57,7 @@ TERMS |= {
     "sim": SIM,
     "tbcm": TBCM,
     "tdm": TDM,
+    "tether": Tether,
     "tscd": TSCD,
     "uni_dad": UniDAD,
     "uni_instruct": UniInstruct,
@@ -92,6 +94,7 @@ __all__ = [
     "TDM",
     "TERMS",
     "TSCD",
+    "Tether",
     "TeacherMap",
     "Term",
     "UniDAD",

@@ -135,15 +135,16 @@ def check_count(name: str, option: str, value: int, least: int) -> None:
 
 def student_map(context: Context, end: str):
     """The student's drawn step as a map of x_k, linear in its prediction: [B, H, W, C]."""
-    return _step_end(context, context.student[0], end)
+    return step_end(context, context.student[0], end)
 
 
 def student_tangents(context: Context, end: str):
     """Tangents of `student_map` along the context's directions: [J, B, H, W, C]."""
-    return jax.vmap(lambda pred: _step_end(context, pred, end))(context.student[1])
+    return jax.vmap(lambda pred: step_end(context, pred, end))(context.student[1])
 
 
-def _step_end(context: Context, pred, end: str):
+def step_end(context: Context, pred: Prediction, end: str):
+    """End of a drawn step with this prediction: x0 for "clean", else the next latent."""
     if end == "clean":
         return pred.x0
     return ode_step(context.schedule, pred, context.next_B)
