@@ -98,7 +98,7 @@ def operator(shape: tuple[int, int, int], batch: int, rounds: int) -> Iterator[F
 
 
 def fused_values(inputs, seconds_of_tangent: float, rounds: int, note: str) -> Figure:
-    """Tangent attention's time in that of values alone by cuDNN, forward and reverse (3.0 by products)."""
+    """Tangent attention's time by that of cuDNN's values, forward and reverse (3.0 by products)."""
     implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
     name = f"tangent attention / values by {implementation}: time"
     (qkv, _, (weights, _)) = inputs
