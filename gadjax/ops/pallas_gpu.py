@@ -8,12 +8,17 @@ two.
 
 On an H200 (JAX 0.11.2) correct in bfloat16 and wrong in float32, where `kernels.kernels_validated`
 rejects them; otherwise checked in Pallas' interpreter, and compiled for A100, H100 and B200 too.
-Block sizes, warps and stages are not tuned; on an H100 with heads of 72 in bfloat16 the kernels
+Block sizes, warps and stages come from gpu_tiles.json, by device, dtype and channels;
+`python tests/benchmarks/run.py gpu --only tiles` measures them and writes the best there. Where it
+has none they are not tuned: on an H100 with heads of 72 in bfloat16 the kernels
 take 227 to 255 registers a thread and spill at most 20 bytes. Products of float32 follow
 `jax.default_matmul_precision`.
 """
 
-from functools import partial
+import json
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +26,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gadjax.ops import tiles
+from gadjax.parallel.placement import current_placement
+
+TILES = Path(__file__).with_name("gpu_tiles.json")
+
+
+class Tile(NamedTuple):
+    """Tile of a kernel: positions of a block, warps of a program, stages of its pipeline."""
+
+    block: int
+    warps: int = 4
+    stages: int = 2
 
 
 def supported(q, k, bias) -> bool:
@@ -52,14 +68,25 @@ def dual_transpose(do, eo, q, k, v, bias, tq, tk, tv, o, to, lse, mu, *, interpr
     return dq, dk, dv, dtq, dtk, dtv
 
 
+@cache
+def tuned_tiles() -> dict[str, dict[str, dict[str, list[int]]]]:
+    """Tiles that were measured: device kind -> dtype -> channels -> block, warps, stages."""
+    return json.loads(TILES.read_text())
+
+
+def choose_tile(channels: int, dtype) -> Tile:
+    """Tile for heads of this size: the tuned one of the program's device, or a default."""
+    placement = current_placement.value
+    device = jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
+    known = tuned_tiles().get(device.device_kind, {}).get(jnp.dtype(dtype).name, {})
+    if str(channels) in known:
+        return Tile(*known[str(channels)])
+    return Tile(64 if channels <= 64 else 32)
+
+
 def _width(channels: int) -> int:
     """Number of channels of a tile."""
     return max(16, pl.next_power_of_2(channels))
-
-
-def _block(channels: int) -> int:
-    """Number of positions of a tile."""
-    return 64 if channels <= 64 else 32
 
 
 def _one_head(block, heads, x):
@@ -85,28 +112,30 @@ def _call(kernel, positions, operands, results, interpret):
     """Launch kernel(*operands, *results) for each block of positions.
 
     Args:
-      kernel: takes numbers of queries, keys and channels, then refs in these trees.
+      kernel: takes numbers of queries and keys, (block, channels), then refs in these trees.
       positions: number of positions that the grid covers in blocks.
       operands, results: trees of arrays and of shapes.
       interpret: run in Pallas' interpreter.
     """
-    batch, _, heads, channels = operands[0][0].shape
-    block = _block(channels)
+    query = operands[0][0]
+    batch, _, heads, channels = query.shape
+    tile = choose_tile(channels, query.dtype)
+    block = tile.block
     spec = partial(_one_head, block, heads)
     return pl.pallas_call(
-        partial(kernel, operands[0][0].shape[1], operands[1][0].shape[1], channels),
+        partial(kernel, query.shape[1], operands[1][0].shape[1], (block, channels)),
         grid=(pl.cdiv(positions, block), batch * heads),
         in_specs=jax.tree.map(spec, operands),
         out_specs=jax.tree.map(spec, results),
         out_shape=results,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
     )(*operands)
 
 
 def _row(bias, k):
     """Bias over keys in the kernels' layout: [B|1, H|1, M], M rounded up to full tiles."""
-    keys, block = k.shape[1], _block(k.shape[3])
+    keys, block = k.shape[1], choose_tile(k.shape[3], k.dtype).block
     bias = tiles.key_bias(bias, keys, pl.cdiv(keys, block) * block)
     return bias if bias is None else bias[:, :, 0]
 
@@ -133,9 +162,10 @@ def _reverse(queries, keys, bias, rows, interpret):
     return dq[0], dk[0]
 
 
-def _window(ref, step, positions, channels):
-    """Slice of ref [N] or [N, K] for a tile, and the mask of its valid elements."""
-    block = _block(channels)
+def _window(ref, step, positions, size):
+    """Slice of ref [N] or [N, K] for a tile of size (block, channels), and the mask of its valid
+    elements."""
+    block, channels = size
     positions_slice = pl.ds(step * block, block)
     valid = step * block + jnp.arange(block) < positions
     if len(ref.shape) == 1:
@@ -144,27 +174,27 @@ def _window(ref, step, positions, channels):
     return ref.at[positions_slice, :], valid[:, None] & valid_channels[None, :]
 
 
-def _read(refs, step, positions, channels):
+def _read(refs, step, positions, size):
     """Load tiles, zero outside the arrays."""
 
     def tile(ref):
-        part, mask = _window(ref, step, positions, channels)
+        part, mask = _window(ref, step, positions, size)
         return plgpu.load(part, mask=mask, other=0.0)
 
     return jax.tree.map(tile, refs)
 
 
-def _write(refs, values, step, positions, channels):
+def _write(refs, values, step, positions, size):
     for ref, x in zip(jax.tree.leaves(refs), jax.tree.leaves(values), strict=True):
-        part, mask = _window(ref, step, positions, channels)
+        part, mask = _window(ref, step, positions, size)
         plgpu.store(part, x.astype(ref.dtype), mask=mask)
 
 
-def _bias(ref, step, channels, axis):
+def _bias(ref, step, size, axis):
     """Load a tile's bias, [1, m] or [m, 1]: `axis` is the new axis."""
     if ref is None:
         return None
-    return jnp.expand_dims(_read(ref, step, ref.shape[0], channels), axis)
+    return jnp.expand_dims(_read(ref, step, ref.shape[0], size), axis)
 
 
 def _sum(tile, steps):
@@ -172,46 +202,46 @@ def _sum(tile, steps):
     return jax.lax.fori_loop(1, steps, lambda i, acc: jax.tree.map(jnp.add, acc, tile(i)), tile(0))
 
 
-def _forward_kernel(n, m, channels, queries, keys, bias, out, rows):
-    index, scale = pl.program_id(0), channels**-0.5
-    q = _read(queries, index, n, channels)
+def _forward_kernel(n, m, size, queries, keys, bias, out, rows):
+    index, scale = pl.program_id(0), size[1] ** -0.5
+    q = _read(queries, index, n, size)
 
     def step(i, state):
-        k = _read(keys, i, m, channels)
-        row = _bias(bias, i, channels, 0)
+        k = _read(keys, i, m, size)
+        row = _bias(bias, i, size, 0)
         return tiles.add_tile(state, *tiles.logits(q, k, row, scale), k[1], k[3])
 
     state = tiles.initial_state(*q[0].shape, q[1] is not None)
-    state = jax.lax.fori_loop(0, pl.cdiv(m, _block(channels)), step, state)
+    state = jax.lax.fori_loop(0, pl.cdiv(m, size[0]), step, state)
     results, columns = tiles.finalize(state)
-    _write(out, results, index, n, channels)
-    _write(rows, jax.tree.map(lambda x: x.sum(-1), columns), index, n, channels)
+    _write(out, results, index, n, size)
+    _write(rows, jax.tree.map(lambda x: x.sum(-1), columns), index, n, size)
 
 
-def _query_kernel(n, m, channels, queries, keys, bias, rows, out):
-    index, scale = pl.program_id(0), channels**-0.5
-    q = _read(queries, index, n, channels)
-    columns = [x[:, None] for x in jax.tree.leaves(_read(rows, index, n, channels))]
-
-    def tile(i):
-        row = _bias(bias, i, channels, 0)
-        return tiles.query_sums(q, _read(keys, i, m, channels), row, columns, scale)
-
-    sums = _sum(tile, pl.cdiv(m, _block(channels)))
-    _write(out, jax.tree.map(lambda x: x * scale, sums), index, n, channels)
-
-
-def _key_kernel(n, m, channels, queries, keys, bias, rows, out):
-    index, scale = pl.program_id(0), channels**-0.5
-    k, column = _read(keys, index, m, channels), _bias(bias, index, channels, 1)
+def _query_kernel(n, m, size, queries, keys, bias, rows, out):
+    index, scale = pl.program_id(0), size[1] ** -0.5
+    q = _read(queries, index, n, size)
+    columns = [x[:, None] for x in jax.tree.leaves(_read(rows, index, n, size))]
 
     def tile(i):
-        statistics = [x[None, :] for x in jax.tree.leaves(_read(rows, i, n, channels))]
-        return tiles.key_sums(_read(queries, i, n, channels), k, column, statistics, scale)
+        row = _bias(bias, i, size, 0)
+        return tiles.query_sums(q, _read(keys, i, m, size), row, columns, scale)
 
-    dk, dv, dtk, dtv = _sum(tile, pl.cdiv(n, _block(channels)))
+    sums = _sum(tile, pl.cdiv(m, size[0]))
+    _write(out, jax.tree.map(lambda x: x * scale, sums), index, n, size)
+
+
+def _key_kernel(n, m, size, queries, keys, bias, rows, out):
+    index, scale = pl.program_id(0), size[1] ** -0.5
+    k, column = _read(keys, index, m, size), _bias(bias, index, size, 1)
+
+    def tile(i):
+        statistics = [x[None, :] for x in jax.tree.leaves(_read(rows, i, n, size))]
+        return tiles.key_sums(_read(queries, i, n, size), k, column, statistics, scale)
+
+    dk, dv, dtk, dtv = _sum(tile, pl.cdiv(n, size[0]))
     dk, dtk = jax.tree.map(lambda x: x * scale, (dk, dtk))
-    _write(out, (dk, dv, dtk, dtv), index, m, channels)
+    _write(out, (dk, dv, dtk, dtv), index, m, size)
 
 
 value = tiles.make_value_attention(_forward, _reverse)

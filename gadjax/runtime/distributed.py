@@ -133,7 +133,8 @@ def check_same_on_all(config: dict, workdir: Path) -> None:
 
 def _source_code() -> str:
     folder = Path(__file__).parents[1]
-    return "".join(path.read_text() for path in sorted(folder.rglob("*.py")))
+    tables = folder.glob("ops/*.json")  # of tile sizes: another program for each
+    return "".join(path.read_text() for path in sorted([*folder.rglob("*.py"), *tables]))
 
 
 def run_on_all_processes(f: Callable[[], T]) -> T:

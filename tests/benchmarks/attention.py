@@ -94,11 +94,30 @@ def operator(shape: tuple[int, int, int], batch: int, rounds: int) -> Iterator[F
         yield Figure(f"plain / tangent attention: {what}", ratio, least=least, note=note)
     yield Figure("tangent attention: ms", taken["ours"] * 1e3, note=note)
     yield Figure("tangent attention: temp MiB", size["ours"], note=note)
+    yield fused_values(inputs, taken["ours"], rounds, note)
 
 
-def place(devices) -> Placement:
+def fused_values(inputs, seconds_of_tangent: float, rounds: int, note: str) -> Figure:
+    """Tangent attention's time by that of cuDNN's values, forward and reverse (3.0 by products)."""
+    implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    name = f"tangent attention / values by {implementation}: time"
+    (qkv, _, (weights, _)) = inputs
+
+    def loss(qkv):
+        value = jax.nn.dot_product_attention(*qkv, implementation=implementation)
+        return jnp.vdot(weights, value), value
+
+    try:
+        program = jax.jit(jax.grad(loss, has_aux=True)).lower(qkv).compile()
+        taken = seconds({"": lambda: program(qkv)}, rounds)[""]
+    except Exception as reason:  # a cuDNN without these heads, for one
+        return Figure(name, None, note=f"{note}: {' '.join(str(reason).split())[:200]}")
+    return Figure(name, seconds_of_tangent / taken, note=f"{note}; values {taken * 1e3:.4g} ms")
+
+
+def place(devices, dtype: str = "bfloat16") -> Placement:
     mesh = make_mesh({"data": 1}, devices[:1])
-    return Placement(mesh, select_kernels("auto", mesh, "bfloat16"))
+    return Placement(mesh, select_kernels("auto", mesh, dtype))
 
 
 def operator_programs(inputs, where: Placement):

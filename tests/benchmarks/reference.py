@@ -40,49 +40,61 @@ def reference(
     """
     selected = {name: CASES[name] for name in cases or CASES}
     note = f"{size}, batch {size.batch}, {'each block' if remat else 'nothing'} recomputed"
-    theirs = dict(torch_seconds(size, half, remat, {c[3] for c in selected.values()}, rounds))
-    for name, (objective, times, critic, other) in selected.items():
-        update, cost, u = make_update(size, objective, times, critic, jnp.dtype(dtype), remat)
-        taken = seconds({name: update}, rounds)[name]
-        del update
-        yield Figure(f"{name}: gadjax, seconds", taken, note=f"{note}, {dtype}")
+    model = torch_model(size, half, remat)
+    for i, (name, (objective, times, critic, other)) in enumerate(selected.items()):
+        update, cost, u, planned = make_update(
+            size, objective, times, critic, jnp.dtype(dtype), remat
+        )
+        runs = {"gadjax": update}
+        if model is not None:
+            runs["PyTorch"] = partial(model.finished, getattr(model, other))
+        taken = seconds(runs, rounds)  # in turn: other work on the machine slows both
+        del update, runs["gadjax"]
+        yield Figure(f"{name}: gadjax, seconds", taken["gadjax"], note=f"{note}, {dtype}")
         yield Figure(f"{name}: gadjax, u", cost / u, note=note)
         if name == "whole iteration" and jax.default_backend() != "cpu":
-            yield Figure("images per second", size.batch / taken, least=12, note=note)
-            share = None if peak() is None else cost / taken / peak()
+            yield Figure("images per second", size.batch / taken["gadjax"], least=12, note=note)
+            share = None if peak() is None else cost / taken["gadjax"] / peak()
             yield Figure("share of peak", share, least=0.35, note="recomputation is counted")
-        if not theirs:
+        if i == 0:  # the allocator keeps the peak of all cases
+            yield from peak_memory(planned, f"{name}, {note}")
+        if model is None:
             yield Figure(f"{name}: gadjax / PyTorch", None, AIMS.get(name), note="no torch here")
             continue
-        taken_there, u_there, kind = theirs[other]
-        yield Figure(f"{name}: PyTorch, seconds", taken_there, note=f"{note}, {kind}")
-        yield Figure(f"{name}: PyTorch, u", u_there, note=note)
-        yield Figure(f"{name}: gadjax / PyTorch", taken / taken_there, AIMS.get(name), note=note)
+        kind = str(model.half).removeprefix("torch.")
+        yield Figure(f"{name}: PyTorch, seconds", taken["PyTorch"], note=f"{note}, {kind}")
+        theirs = model.flops(getattr(model, other)) / model.flops(model.once)
+        yield Figure(f"{name}: PyTorch, u", theirs, note=note)
+        ratio = taken["gadjax"] / taken["PyTorch"]
+        yield Figure(f"{name}: gadjax / PyTorch", ratio, AIMS.get(name), note=f"{note}, in turn")
 
 
-def torch_seconds(size: Size, half: str, remat: bool, names: set[str], rounds: int):
-    """Pairs (name, (seconds, evaluations, dtype)); none without a torch for this device."""
+def torch_model(size: Size, half: str, remat: bool):
+    """Reference of this size; None without a torch for this device."""
     try:
         import torch
         from benchmarks.torch_steps import Reference
     except ImportError:
-        return
+        return None
     if (jax.default_backend() == "gpu") != torch.cuda.is_available():
-        return
-    model = Reference(size, getattr(torch, half), remat)
-    u = model.flops(model.once)
-    for name in sorted(names):
-        run = getattr(model, name)
-        cost = model.flops(run) / u
-        taken = seconds({name: partial(model.finished, run)}, rounds)[name]
-        yield name, (taken, cost, str(model.half).removeprefix("torch."))
-    del model, run
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        return None
+    return Reference(size, getattr(torch, half), remat)
 
 
-def make_update(size, objective, times, critic, dtype, remat) -> tuple[Callable, float, float]:
-    """Update that continues from its last state; its FLOPs; those of one evaluation."""
+def peak_memory(planned: float, note: str) -> Iterator[Figure]:
+    """JAX's peak in this process, beside what the compiler says; nothing without an allocator's."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        measured = stats["peak_bytes_in_use"]
+        yield Figure("peak memory, GiB", measured / 2**30, note=note)
+        yield Figure("peak memory, by the compiler as gadjax plan counts, GiB", planned / 2**30)
+        yield Figure("peak memory: measured / planned", measured / planned, note=note)
+
+
+def make_update(
+    size, objective, times, critic, dtype, remat
+) -> tuple[Callable, float, float, float]:
+    """Update that continues from its last state; its FLOPs; those of one evaluation; its bytes."""
     step_spec = make_step_spec(size, objective, times, dtype, remat)
     shapes = jax.eval_shape(partial(start, size, step_spec, dtype))
     steps = [student_step] + [critic_step] * critic
@@ -101,7 +113,14 @@ def make_update(size, objective, times, critic, dtype, remat) -> tuple[Callable,
             held[0], metrics = step(*held)
         return held[0].step, metrics
 
-    return update, cost, u
+    return update, cost, u, max(map(planned_bytes, compiled))
+
+
+def planned_bytes(compiled) -> float:
+    """Peak bytes of a compiled update, as `gadjax.plan.programs` counts them, with one batch."""
+    memory = compiled.memory_analysis()
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return float(memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept)
 
 
 def peak() -> float | None:

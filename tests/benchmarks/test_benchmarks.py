@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 from functools import partial
 
+import jax
 import pytest
-from benchmarks import accuracy, attention, plans, run
+from benchmarks import accuracy, attention, kernels, plans, run, training
 from benchmarks.common import Figure, Size
 from programs import run_python
 
+from gadjax.ops.pallas_gpu import Tile
 from gadjax.parallel.hardware import find_topology
 
 
@@ -31,11 +34,104 @@ def test_a_set_is_printed_and_written(monkeypatch, tmp_path, capsys):
     assert names[0] in capsys.readouterr().out
 
 
-def test_another_device_or_name_is_refused(monkeypatch):
+def test_another_device_or_name_is_refused(capfd):
     with pytest.raises(SystemExit, match="gpu: found cpu; expected"):
-        run.main(["gpu"])
+        run.main(["gpu", "--only", "attention"])
+    assert run.main(["gpu"]) == 1  # after the first part
+    assert capfd.readouterr().err.count("gpu: found cpu; expected") == 1
     with pytest.raises(SystemExit):
         run.main(["cpu", "--tiny", "--only", "nothing"])
+
+
+def broken():
+    yield Figure("before", 1.0)
+    raise RuntimeError("no\nmemory")
+
+
+def test_a_failed_part_leaves_its_figures_and_those_of_others(monkeypatch, tmp_path, capsys):
+    parts = {"first": lambda: iter([Figure("x", 2.0)]), "second": broken}
+    monkeypatch.setattr(run, "benchmarks", lambda kind, tiny: parts)
+    path = tmp_path / "found.json"
+    command = ["cpu", "--tiny", "--json", str(path)]
+    assert run.main([*command, "--only", "first"]) == 0
+    assert run.main([*command, "--only", "second"]) == run.FAILED
+    found = json.loads(path.read_text())
+    assert [figure["value"] for figure in found["figures"]["first"]] == [2.0]
+    assert [figure["name"] for figure in found["figures"]["second"]] == ["before"]
+    assert found["failures"] == {"second": "RuntimeError: no memory"}
+    parts["second"] = parts["first"]
+    assert run.main([*command, "--only", "second"]) == 0
+    assert json.loads(path.read_text())["failures"] == {}
+    # A file of another device or other versions is not added to.
+    path.write_text(path.read_text().replace('"tiny": true', '"tiny": false'))
+    assert run.main([*command, "--only", "second"]) == 0
+    assert list(json.loads(path.read_text())["figures"]) == ["second"]
+
+
+def test_parts_are_processes_that_end_alone(monkeypatch, tmp_path, capsys):
+    """One crashes, one hangs, one writes why it failed; the last one is run all the same."""
+    program = """
+import json, os, signal, sys, time
+from pathlib import Path
+name, path = sys.argv[-1], Path(sys.argv[-3])
+content = json.loads(path.read_text()) if path.exists() else {"figures": {}, "failures": {}}
+content["figures"][name] = 1
+content["failures"] |= {"wrong": "ValueError"} if name == "wrong" else {}
+path.write_text(json.dumps(content))
+if name == "crash": os.kill(os.getpid(), signal.SIGKILL)
+if name == "hang": time.sleep(60)
+sys.exit(3 if name == "wrong" else 0)
+"""
+    (tmp_path / "run.py").write_text(program)
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    path = tmp_path / "found.json"
+    names = ["crash", "hang", "wrong", "last"]
+    assert run.run_in_processes(names, [str(path)], 2.0, path) == 1
+    found = json.loads(path.read_text())
+    assert list(found["figures"]) == names
+    assert found["failures"] == {
+        "crash": "ended with exit code -9",
+        "hang": "took longer than 2 s",
+        "wrong": "ValueError",
+    }
+    assert "hang: took longer" in capsys.readouterr().out
+
+
+def test_the_fastest_right_tile_gets_into_the_table(monkeypatch, tmp_path):
+    """A program that is wrong or fails is no candidate, however fast."""
+    taken = {Tile(64): 3.0, Tile(32): 2.0, Tile(128): 1.0}
+    known = {}
+
+    def program(tile, *_):
+        known[tile] = partial(lambda *_, tile: tile, tile=tile)
+        return None if tile == Tile(128) else known[tile]
+
+    monkeypatch.setattr(kernels, "right_program", program)
+    monkeypatch.setattr(kernels, "seconds", lambda runs, rounds: {"": taken[runs[""]()]})
+    table = tmp_path / "tiles.json"
+    table.write_text('{"another card": {"bfloat16": {"72": [32, 4, 2]}}}')
+    shapes = ((64, 1, 12),)
+    figures = list(kernels.tiles(shapes, ("float32",), 1, table, (Tile(128), Tile(32))))
+    assert [figure.value for figure in figures] == [3000.0, 2000.0]
+    assert "block 32, 4 warps" in figures[1].note
+    found = json.loads(table.read_text())
+    assert found["another card"] == {"bfloat16": {"72": [32, 4, 2]}}
+    assert found[jax.devices()[0].device_kind] == {"float32": {"12": [32, 4, 2]}}
+
+
+def test_a_wrong_or_failing_tile_is_left_out():
+    inputs, expected = kernels.case((64, 1, 12), "float32")
+    assert kernels.right_program(Tile(64), inputs, expected, 1e-4) is not None
+    assert kernels.right_program(Tile(64), inputs, [2 * x for x in expected], 1e-4) is None
+    assert kernels.right_program(Tile(0), inputs, expected, 1e-4) is None
+
+
+def test_rows_of_the_study_are_read(tmp_path):
+    shutil.copy(plans.OUT.parent / "study" / "flow-dmd_none.json", tmp_path)
+    cells = "flow/dmd_none", "flow/dmd_reg"
+    figures = {figure.name: figure for figure in training.study(cells, 1, 0.0, tmp_path)}
+    assert figures["cells finished"].value == 1
+    assert 0.5 < figures["flow/dmd_none: seed alignment"].value < 0.7
 
 
 @pytest.mark.slow

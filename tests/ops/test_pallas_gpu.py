@@ -29,6 +29,30 @@ def test_value_and_gradient():
     assert error_of_value(pallas_gpu, *case(70, 77, masked=True)) <= 1e-5
 
 
+def test_tuned_tiles_are_taken_by_device_dtype_and_channels(monkeypatch):
+    kind = jax.devices()[0].device_kind
+    table = {kind: {"float32": {"40": [16, 8, 1]}}, "other": {"float32": {"24": [16, 1, 1]}}}
+    monkeypatch.setattr(pallas_gpu, "tuned_tiles", lambda: table)
+    assert pallas_gpu.choose_tile(40, jnp.float32) == pallas_gpu.Tile(16, 8, 1)
+    assert pallas_gpu.choose_tile(40, jnp.bfloat16) == pallas_gpu.Tile(64, 4, 2)
+    assert pallas_gpu.choose_tile(24, "float32").block == 64
+    options, tolerance = CASES["cross"]
+    args, cotangents = case(**options)
+    assert error(pallas_gpu, args, cotangents) <= tolerance
+    with monkeypatch.context() as patch:
+        patch.setattr(pallas_gpu, "tuned_tiles", dict)
+        default = str(jax.make_jaxpr(both(pallas_gpu, interpret=True))(args, cotangents))
+    assert str(jax.make_jaxpr(both(pallas_gpu, interpret=True))(args, cotangents)) != default
+
+
+def test_the_table_of_tiles_is_one():
+    for dtypes in pallas_gpu.tuned_tiles().values():
+        for dtype, tiles in dtypes.items():
+            jnp.dtype(dtype)
+            for channels, tile in tiles.items():
+                assert int(channels) <= 256 and min(pallas_gpu.Tile(*tile)) > 0
+
+
 def test_supported():
     (q, k, _, bias, *_), _ = case(100, 77, masked=True)
     assert pallas_gpu.supported(q, k, None) and pallas_gpu.supported(q, k, bias)
