@@ -19,7 +19,7 @@ FLOORS = (
     "pipelines",
     "training evaluation",
     "api plan analytic",
-    "experiments",
+    "experiments repair",
     "cli",
     "__init__ __main__",  # the front doors
 )

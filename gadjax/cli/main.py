@@ -20,13 +20,14 @@ COMMANDS = {
     "status": "status of a run",
     "sample": "sample images from a pipeline folder or a workdir",
     "evaluate": "compare a student with its teacher",
+    "repair": "a LoRA that brings back what a distilled student lost",
     "convert": "diffusers pipeline folder -> gadjax's own folder, and back",
     "export": "a workdir's student as a diffusers pipeline folder",
     "embed": "prompt embeddings, and latents of images, ahead of training",
     "doctor": "versions, devices, missing packages",
 }
 # Commands that get unknown flags: --config.a.b=v for the config's parser, or the flags of train.
-FORWARDS_ARGUMENTS = ("train", "plan", "launch")
+FORWARDS_ARGUMENTS = ("train", "plan", "launch", "repair")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,38 @@
+"""Repair of a distilled student by adapters (`gadjax repair`).
+
+Reproduces: no published numbers; docs/repair.md has what it brings back on the bundled world.
+Command:  gadjax repair --teacher DIR --student DIR --prompts FILE --out DIR, which sets the
+          teacher, the student's start, its timesteps and the prompts.
+Variants: ode (default: a student of deterministic steps); fresh_noise (one that adds noise).
+Hardware: 2 CPU cores for the bundled world.
+Result:   docs/repair.md.
+"""
+
+from gadjax.training.config import variant_config
+
+VARIANTS = {
+    "ode": {
+        "regression": {"steps": 2},
+        "gad": {"weight": 0.3, "steps": 2, "loss": "polar"},
+        "anchor": {"weight": 0.05, "steps": 2},
+        "tether": {"weight": 0.1},
+    },
+    "fresh_noise": {
+        "regression": {"end": "clean", "steps": 4},
+        "gad": {"weight": 0.3, "end": "clean", "steps": 4, "loss": "polar"},
+        "tether": {"weight": 0.1, "end": "clean"},
+    },
+}
+
+
+def get_config(variant: str = "ode"):
+    config = variant_config(VARIANTS, variant)
+    config.student.lora.rank = 16
+    config.steps = 300
+    config.batch = 16
+    config.optim.update(lr=1e-3, warmup=20, decay=300, b1=0.0, b2=0.95)
+    config.ema = 0.98
+    config.checkpoint.update(every=100, keep=1)
+    config.log.every = 20
+    config.preview.every = 0
+    return config

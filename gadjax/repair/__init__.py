@@ -1,0 +1,1 @@
+"""Repair of a distilled student: a LoRA that brings back what its noise meant."""

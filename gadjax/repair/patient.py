@@ -1,0 +1,96 @@
+"""Student under repair: its pipeline folder, and how it is sampled."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gadjax import assets
+from gadjax.errors import InputError
+from gadjax.formats.diffusers_folder import INDEX, check_pipeline
+from gadjax.formats.diffusers_writer import write_pipeline
+from gadjax.formats.orbax_folder import as_diffusers_folder, open_folder
+from gadjax.formats.sampling_config import SamplingConfig, read_sampling, read_teacher_guidance
+from gadjax.io.atomic import atomic_folder
+from gadjax.pipelines.adapted import adapted_model
+from gadjax.pipelines.pipeline import make_pipeline
+from gadjax.pipelines.sampling import sampler_and_times
+from gadjax.training.export import export
+from gadjax.training.workdir import is_workdir, read_trained
+
+MAX_STEPS = 16  # of a distilled student
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A distilled student as it is.
+
+    Attributes:
+      folder: its pipeline folder.
+      sampling: its sampling settings.
+      times: timesteps at which its steps start, noisiest first.
+      rollout: "ode", or "fresh_noise" if its scheduler adds noise between steps.
+      guidance: the teacher's guidance at which it was distilled; None if its folder does not say.
+    """
+
+    folder: Path
+    sampling: SamplingConfig
+    times: tuple[float, ...]
+    rollout: str
+    guidance: float | None
+
+
+def open_patient(student: str, teacher: Path, made: Path) -> Patient:
+    """Open the student of a repair; one that is no pipeline folder is written as one.
+
+    Args:
+      student: a pipeline folder, a workdir of `gadjax train`, or a LoRA of the teacher.
+      teacher: the teacher's pipeline folder.
+      made: folder to write for a workdir or a LoRA; an earlier one is taken as it is.
+
+    Raises: InputError for anything else, a student that is guided or has many steps.
+    """
+    path = assets.resolve(student)
+    if path.is_dir() and (path / INDEX).exists():
+        folder = path
+    elif made.exists():
+        folder = made
+    elif is_workdir(path):
+        export(read_trained(path), made)
+        folder = made
+    else:
+        folder = _merge_lora(path, teacher, made)
+    pipeline = make_pipeline(open_folder(folder, components=()))
+    sampling = read_sampling(folder, pipeline.sampling)
+    if pipeline.denoiser.guidance_scale(sampling.guidance) != 1:
+        raise InputError(
+            f"--student: found {student}, which is sampled at guidance {sampling.guidance:g}; "
+            "expected a distilled student, without guidance (set it in its gadjax.json)"
+        )
+    if sampling.steps > MAX_STEPS:
+        raise InputError(
+            f"--student: found {student}, which is sampled in {sampling.steps} steps; expected a "
+            f"distilled student of at most {MAX_STEPS} (set steps in its gadjax.json)"
+        )
+    sampler, times = sampler_and_times(pipeline, sampling)
+    rollout = "fresh_noise" if sampler.stochastic else sampling.rollout
+    starts = tuple(float(t) for t in np.asarray(times)[:-1])
+    return Patient(folder, sampling, starts, rollout, read_teacher_guidance(folder))
+
+
+def _merge_lora(path: Path, teacher: Path, made: Path) -> Path:
+    """Pipeline folder of the teacher with a LoRA merged, and the LoRA's sampling settings."""
+    if not path.exists():
+        raise InputError(
+            f"--student: found no {path}; expected a pipeline folder, a workdir or a LoRA"
+        )
+    model = adapted_model(teacher, [(path, 1.0)])
+    backbone = model.pipeline.backbone
+    with atomic_folder(made, marker=INDEX) as new, as_diffusers_folder(teacher, made) as src:
+        write_pipeline(check_pipeline(src), new, {backbone: model.params[backbone]})
+        if (scheduler := path / "scheduler").is_dir():
+            shutil.copytree(scheduler, new / "scheduler", dirs_exist_ok=True)
+        if path.is_dir() and (path / "gadjax.json").exists():
+            shutil.copy(path / "gadjax.json", new / "gadjax.json")
+    return made
