@@ -83,7 +83,7 @@ def _table(
     for title, texts in (sampling or {}).items():
         lines.append(f"| {title} | " + " | ".join(texts) + " |")
     for name in names:
-        cells = (_cell(row.metrics.get(name)) for row in rows)
+        cells = (cell(row.metrics.get(name)) for row in rows)
         lines.append(f"| {evaluation.catalogue[name].title} | " + " | ".join(cells) + " |")
     return lines
 
@@ -94,7 +94,8 @@ def _meanings(metrics: Sequence[Metric]) -> list[str]:
     return [f"- {', '.join(names)}: {meaning}" for meaning, names in titles.items()]
 
 
-def _cell(metric: Estimate | None) -> str:
+def cell(metric: Estimate | None) -> str:
+    """Text of a metric and its interval, for a table."""
     if metric is None:
         return ""
     if metric.low is None or metric.high is None:

@@ -11,6 +11,7 @@ import numpy as np
 from gadjax.evaluation.evaluate import Evaluation, EvaluationConfig, Row, evaluate
 from gadjax.evaluation.metric_catalogue import SUMMARY
 from gadjax.evaluation.oracles import World
+from gadjax.evaluation.report import cell
 from gadjax.io.image_grid import grid, save_png
 from gadjax.io.storage import write_atomic
 from gadjax.pipelines.model import Model
@@ -59,16 +60,9 @@ def table(evaluation: Evaluation, rows: dict[str, Row]) -> str:
     ]
     lines = ["| | " + " | ".join(rows) + " |", "|---|" + "---|" * len(rows)]
     for name in names:
-        cells = [_cell(row, name) for row in rows.values()]
-        lines.append(f"| {evaluation.catalogue[name].label} | {' | '.join(cells)} |")
+        cells = [cell(row.metrics.get(name)) for row in rows.values()]
+        lines.append(f"| {evaluation.catalogue[name].title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(row: Row, name: str) -> str:
-    if name not in row.metrics:
-        return ""
-    value, low, high = row.metrics[name]
-    return f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def write_comparison(

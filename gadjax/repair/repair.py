@@ -128,6 +128,8 @@ def repair_config(request: Request, patient: Patient) -> ConfigDict:
         config.steps = request.updates
     if "optim.decay" not in changed:
         config.optim.decay = config.steps
+    if "optim.warmup" not in changed:
+        config.optim.warmup = min(config.optim.warmup, config.steps // 10)
     if patient.guidance is not None and "guidance" not in changed:
         config.guidance = float(patient.guidance)
     return config

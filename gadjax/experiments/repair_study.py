@@ -1,0 +1,143 @@
+"""Study of repairs: objectives and settings on one distilled student, several seeds at once.
+
+    python -m gadjax.experiments.repair_study STUDENT [VARIANT ...] [--seeds 3]
+                                          [--out docs/results/repair]
+
+STUDENT is a workdir or pipeline folder of a student of the bundled flow teacher: the patient. A
+variant with a row in --out is finished; without any, all are done in order.
+"""
+
+import argparse
+import json
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from gadjax import assets
+from gadjax.errors import InputError
+from gadjax.experiments.study_runs import Evaluator, evaluations, train_seeds
+from gadjax.io.storage import write_atomic
+from gadjax.models.adapters import merged
+from gadjax.runtime.settings import pinned_jax_config
+from gadjax.training.config import as_json, read_config
+from gadjax.training.setup import Run, prepare
+
+TEACHER = "asset:shapes_flow_teacher"
+TIMES = (999.0, 749.25, 499.5, 249.75)
+REGRESSION = {"regression": {"steps": 2}}
+POLAR = {"gad": {"weight": 0.3, "steps": 2, "loss": "polar"}}
+ANCHOR = {"anchor": {"weight": 0.05, "steps": 2}}
+TETHER = {"tether": {"weight": 0.1}}
+LOW = {"gad": {"weight": 0.3, "steps": 2, "loss": "polar", "direction": "low_frequency"}}
+# Objective of each variant, and changes of the config `repair` where there are any.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "regression": (REGRESSION, {}),
+    "polar_anchor": (POLAR | ANCHOR, {}),
+    "regression_polar_anchor": (REGRESSION | POLAR | ANCHOR, {}),
+    "all": (REGRESSION | POLAR | ANCHOR | TETHER, {}),
+    "regression_tether": (REGRESSION | TETHER, {}),
+    "regression_polar": (REGRESSION | POLAR, {}),
+    "polar_anchor_tether": (POLAR | ANCHOR | TETHER, {}),
+    "polar": (POLAR, {}),
+    "low_frequency_tether": (LOW | TETHER, {}),
+    "rank_4": (REGRESSION | POLAR | ANCHOR, {"rank": 4}),
+    "rank_64": (REGRESSION | POLAR | ANCHOR, {"rank": 64}),
+    "updates_600": (REGRESSION | POLAR | ANCHOR, {"steps": 600}),
+    "regression_600": (REGRESSION, {"steps": 600}),
+    "whole_weights": (REGRESSION | POLAR | ANCHOR, {"rank": 0, "lr": 2e-4}),
+}
+
+
+def config_of(variant: str, student: str) -> ConfigDict:
+    """Training config of a variant. Raises: InputError for an unknown one."""
+    if variant not in VARIANTS:
+        raise InputError(f"variant: found {variant!r}; expected one of {', '.join(VARIANTS)}")
+    objective, changes = VARIANTS[variant]
+    config = read_config(["--config=repair"])
+    config.objective = objective
+    config.teacher, config.guidance = TEACHER, 4.0
+    config.student.update(init=student, steps=len(TIMES), timesteps=TIMES)
+    config.student.lora.rank = changes.get("rank", config.student.lora.rank)
+    config.optim.lr = changes.get("lr", config.optim.lr)
+    config.steps = config.optim.decay = changes.get("steps", config.steps)
+    config.data.update(prompts="asset:shapes_prompts.txt", length=16)
+    config.remat, config.attention = "none", "jnp"  # 16 positions
+    return config
+
+
+def complete(run: Run, student: Any) -> Any:
+    """Parameters of the network of a student's trained ones: its adapters merged."""
+    base = run.base("student", run.frozen)
+    return student if "student" not in run.bases else jax.device_get(merged(base, student))
+
+
+@pinned_jax_config()
+def run_variant(variant: str, student: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
+    """Train and evaluate all seeds of a variant, and write its row.
+
+    Args:
+      variant: one of VARIANTS.
+      student: the patient.
+      seeds: number of repairs, trained together.
+      out: folder of the rows.
+      evaluate: which caches the teacher's pictures.
+    """
+    config, started = config_of(variant, student), time.perf_counter()
+    run = prepare(config)
+    students, _ = train_seeds(run, range(seeds))
+    trained = time.perf_counter()
+    reports = [evaluate(config, complete(run, params)) for params in students]
+    row = {
+        "variant": variant,
+        "config": as_json(config) | {"student": config.student.to_dict() | {"init": "patient"}},
+        "runs": [report["metrics"] for report in reports],
+        "teachers": {k: r["metrics"] for k, r in evaluate.teachers(config).items()},
+        "evaluations": evaluations(run),
+        "seconds": {"training": trained - started, "evaluation": time.perf_counter() - trained},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    write_atomic(out / f"{variant}.json", json.dumps(row) + "\n")
+
+
+@pinned_jax_config()
+def measure_patient(student: str, out: Path, evaluate: Evaluator) -> None:
+    """Evaluate the patient as it is, and write its row."""
+    config = config_of("regression", student)
+    run = prepare(config)
+    report = evaluate(config, jax.tree.map(np.asarray, run.base("student", run.frozen)))
+    row = {"variant": "patient", "runs": [report["metrics"]]}
+    write_atomic(out / "patient.json", json.dumps(row) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("student", help="workdir or pipeline folder")
+    parser.add_argument("variants", nargs="*", help="all of them by default")
+    parser.add_argument("--seeds", type=int, default=3, help="of every variant, trained together")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/repair"))
+    args = parser.parse_args()
+    for variant in args.variants:
+        config_of(variant, args.student)
+    args.out.mkdir(parents=True, exist_ok=True)
+    evaluate, student = Evaluator(), str(assets.resolve(args.student))
+    if not (args.out / "patient.json").is_file():
+        measure_patient(student, args.out, evaluate)
+    for variant in args.variants or VARIANTS:
+        if not (args.out / f"{variant}.json").is_file():
+            run_variant(variant, student, args.seeds, args.out, evaluate)
+            print(f"{variant}: done", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"repair_study: {error}", file=sys.stderr)
+        sys.exit(2)
