@@ -1,0 +1,184 @@
+"""Repairs of a student of the tiny pipeline, from the command to the files that they leave."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from workdirs import make_workdir
+
+from gadjax import load
+from gadjax.cli.main import main
+from gadjax.errors import InputError
+from gadjax.formats.diffusers_folder import INDEX
+from gadjax.formats.sampling_config import GADJAX_JSON
+from gadjax.pipelines.adapted import adapted_model
+from gadjax.pipelines.sampling import draw, initial_noise
+from gadjax.repair.patient import open_patient
+from gadjax.training.export import export
+from gadjax.training.workdir import read_trained
+
+TIMES = (899.0, 449.0)
+SMALL = "--count=2", "--seeds=2", "--tangents=1", "--library=0", "--updates=2"
+CHEAP = (
+    "--config.objective.regression.steps=1",
+    "--config.objective.gad.steps=1",
+    "--config.objective.anchor.steps=1",
+    "--config.batch=4",
+    "--config.student.lora.rank=2",
+)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_pipeline, tmp_path_factory):
+    """A student's pipeline folder, exported from a workdir."""
+    folder = tmp_path_factory.mktemp("students")
+    run = make_workdir(folder / "run", tiny_pipeline, timesteps=TIMES, student={"steps": 2})
+    export(read_trained(run), folder / "student")
+    return folder / "student"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("red circle\ngreen square\nblue circle\n")
+    return path
+
+
+def repair(teacher, student, prompts, out, *more):
+    flags = f"--teacher={teacher}", f"--student={student}", f"--prompts={prompts}", f"--out={out}"
+    return main(["repair", *flags, *SMALL, *CHEAP, *more])
+
+
+@pytest.fixture(scope="module")
+def repaired(tiny_pipeline, student, prompts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("repairs") / "out"
+    assert repair(tiny_pipeline, student, prompts, out) == 0
+    return out
+
+
+def pictures(model):
+    return draw(model, ["red circle"] * 2, initial_noise(3, 2, model.pipeline.latent))
+
+
+def test_what_a_repair_leaves(repaired, student, tiny_pipeline):
+    names = {path.name for path in repaired.iterdir()}
+    assert names == {"train", "lora", "repair.json", "repair.md", "before_after.png", "scales.png"}
+    report = json.loads((repaired / "repair.json").read_text())
+    assert report["student"] == "student" and report["updates"] == 2 and report["rank"] == 2
+    assert {"student before", "student after"} < report["rows"].keys()
+    card = (repaired / "lora" / "README.md").read_text()
+    text = (repaired / "repair.md").read_text()
+    table = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    assert table in card and card.count("## Before and after") == 1
+
+
+def test_the_training_is_on_the_student_and_against_the_teacher(repaired, student, tiny_pipeline):
+    """Whose own weights, steps and settings it has; only adapters are trained."""
+    trained = read_trained(repaired / "train")
+    assert trained.base == student and trained.teacher == tiny_pipeline
+    assert trained.sampling.timesteps == TIMES and trained.lora.rank == 2
+    assert trained.config["guidance"] == 3.0  # of the student's own distillation
+    assert set(trained.config["objective"]) == {"regression", "gad", "anchor", "tether"}
+    inputs = json.loads((repaired / "train" / "inputs.json").read_text())
+    assert {"student.init", "teacher", "data.prompts"} <= inputs.keys()
+
+
+def test_the_lora_on_the_student_draws_as_the_run(repaired, student):
+    """At scale 1; at 0 as the student before."""
+    before, run = load(str(student)), load(str(repaired / "train"))
+    at = {s: adapted_model(student, [(repaired / "lora", s)]) for s in (0.0, 1.0)}
+    np.testing.assert_allclose(pictures(at[1.0]), pictures(run), atol=1e-4)
+    np.testing.assert_allclose(pictures(at[0.0]), pictures(before), atol=1e-5)
+    assert np.abs(pictures(run) - pictures(before)).max() > 1e-3
+
+
+def test_a_finished_repair_is_left_as_it_is(repaired, student, prompts, tiny_pipeline, capsys):
+    stamps = {path: path.stat().st_mtime_ns for path in repaired.rglob("*")}
+    assert repair(tiny_pipeline, student, prompts, repaired) == 0
+    assert "already done" in capsys.readouterr().out
+    assert stamps == {path: path.stat().st_mtime_ns for path in repaired.rglob("*")}
+
+
+@pytest.mark.slow
+def test_a_repair_without_its_report_only_measures_again(
+    repaired, student, prompts, tiny_pipeline, tmp_path
+):
+    out = tmp_path / "out"
+    shutil.copytree(repaired, out)
+    (out / "repair.json").unlink()
+    assert repair(tiny_pipeline, student, prompts, out) == 0
+    a, b = ((folder / "repair.json").read_text() for folder in (repaired, out))
+    assert a == b
+
+
+def test_another_start_is_refused_at_the_export(repaired, student, tmp_path):
+    """Adapters belong to the weights that they were trained on."""
+    trained = read_trained(repaired / "train")
+    other = tmp_path / "other"
+    shutil.copytree(trained.teacher, other)
+    with pytest.raises(InputError, match="with which the run in .* was begun"):
+        export(trained, tmp_path / "out", teacher=other)
+
+
+def test_the_merged_export_is_the_repaired_student(repaired, tmp_path):
+    export(read_trained(repaired / "train"), tmp_path / "merged")
+    model, run = load(str(tmp_path / "merged")), load(str(repaired / "train"))
+    np.testing.assert_allclose(pictures(model), pictures(run), atol=1e-5)
+    assert model.sampling.steps == 2
+
+
+def test_patients_of_other_kinds(student, repaired, tiny_pipeline, tmp_path):
+    """A workdir and a LoRA are written as a pipeline folder, once."""
+    run = make_workdir(tmp_path / "run", tiny_pipeline, timesteps=TIMES, student={"steps": 2})
+    patient = open_patient(str(run), tiny_pipeline, tmp_path / "from_run")
+    assert patient.folder == tmp_path / "from_run" and (patient.folder / INDEX).exists()
+    assert patient.times == TIMES and patient.rollout == "ode" and patient.guidance == 3.0
+    assert open_patient(str(run), tiny_pipeline, tmp_path / "from_run") == patient
+    by_folder = open_patient(str(student), tiny_pipeline, tmp_path / "unused")
+    assert by_folder.folder == student and not (tmp_path / "unused").exists()
+    patient = open_patient(str(repaired / "lora"), tiny_pipeline, tmp_path / "from_lora")
+    expected = adapted_model(tiny_pipeline, [(repaired / "lora", 1.0)])
+    actual = load(str(patient.folder))
+    same = map(np.allclose, *map(jax.tree.leaves, (actual.params, expected.params)))
+    assert all(same) and patient.times == TIMES
+
+
+@pytest.mark.parametrize(
+    "case,words",
+    [
+        ("teacher as student", "which is sampled at guidance 4.5; expected a distilled student"),
+        ("nothing", "found no {tmp}/nothing; expected a pipeline folder, a workdir or a LoRA"),
+        ("many steps", "which is sampled in 20 steps; expected a distilled student of at most 16"),
+        ("files", "{tmp}/out: found files; expected a new folder, or that of a repair"),
+        ("overlap", "found"),
+        ("count", "--count: found 0; expected 1 or more"),
+        ("key", "found no key 'nothing' to change"),
+    ],
+)
+def test_bad_input_is_one_line_and_trains_nothing(
+    case, words, student, tiny_pipeline, prompts, tmp_path, capsys
+):
+    out, patient, more = tmp_path / "out", student, ()
+    if case == "teacher as student":
+        patient = tiny_pipeline
+    elif case == "nothing":
+        patient = tmp_path / "nothing"
+    elif case == "many steps":
+        patient = tmp_path / "many"
+        shutil.copytree(tiny_pipeline, patient)
+        (patient / GADJAX_JSON).write_text(json.dumps({"guidance": 1.0}))
+    elif case == "files":
+        out.mkdir()
+        (out / "mine.txt").write_text("mine")
+    elif case == "overlap":
+        out = student
+    elif case == "count":
+        more = ("--count=0",)
+    elif case == "key":
+        more = ("--config.nothing=1",)
+    assert repair(tiny_pipeline, patient, prompts, out, *more) == 2
+    error = capsys.readouterr().err.strip()
+    assert words.format(tmp=tmp_path) in error and "\n" not in error
+    assert not (out / "train").exists()
