@@ -17,6 +17,7 @@ from gadjax.objectives.embedding import Embedding
 from gadjax.objectives.f_distill import FDistill
 from gadjax.objectives.gad import GAD
 from gadjax.objectives.lcm import LCM
+from gadjax.objectives.meanflow import MeanFlow
 from gadjax.objectives.rcm import RCM
 from gadjax.objectives.regression import Regression
 from gadjax.objectives.sid import SiD
@@ -43,6 +44,7 @@ TERMS |= {
     "gad_lift": GADLift,
     "gad_script": GADScript,
     "lcm": LCM,
+    "meanflow": MeanFlow,
     "rcm": RCM,
     "regression": Regression,
     "sid": SiD,
@@ -78,6 +80,7 @@ __all__ = [
     "FDistill",
     "GADLift",
     "GADScript",
+    "MeanFlow",
     "Needs",
     "Regression",
     "SiD",
