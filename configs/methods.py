@@ -9,11 +9,10 @@ Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; p
           cdm (grids drawn anew, a critic that follows the student); phased_dmd;
           cd (consistency distillation); tbcm (consistency on the teacher's own trajectory); ct
           (consistency training on pictures, which ignores the guidance); lcm; rcm (with dmd, and
-          grids drawn anew);
-          tscd (Hyper-SD's segments, to 4 of them); boot (one step)
+          grids drawn anew); tscd (Hyper-SD's segments, to 4 of them); boot (one step); meanflow
           Those from cd to rcm are of the eps teacher and sampled with fresh noise; uni_instruct,
-          f_distill, embedding, cd, ct, lcm, rcm and tscd draw captions with pictures of the bundled
-          world.
+          f_distill, embedding, cd, ct, lcm, rcm, tscd and meanflow draw captions with pictures of
+          the bundled world.
 Hardware: 2 CPU cores.
 Result:   not yet run.
 """
@@ -38,8 +37,19 @@ VARIANTS = {
     "rcm": {"rcm": {}, "dmd": {"weight": 2.0}},
     "tscd": {"tscd": {"segments": (8, 4)}},
     "boot": {"boot": {}},
+    "meanflow": {"meanflow": {}},
 }
-WITH_PICTURES = "uni_instruct", "f_distill", "embedding", "cd", "ct", "lcm", "rcm", "tscd"
+WITH_PICTURES = (
+    "uni_instruct",
+    "f_distill",
+    "embedding",
+    "cd",
+    "ct",
+    "lcm",
+    "rcm",
+    "tscd",
+    "meanflow",
+)
 # Sampled with fresh noise, which the flow teacher's pipeline has no scheduler for.
 CONSISTENCY = "cd", "tbcm", "ct", "lcm", "rcm"
 

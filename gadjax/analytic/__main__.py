@@ -29,6 +29,7 @@ from gadjax.objectives import (
     Embedding,
     FDistill,
     GADLift,
+    MeanFlow,
     Regression,
     SiD,
     Term,
@@ -74,9 +75,16 @@ CONSISTENCY: dict[str, Term] = {
     "RCM": RCM(),
     "TSCD": TSCD(),
     "BOOT": BOOT(),
+    "MeanFlow": MeanFlow(),
+    "MeanFlow(power=1)": MeanFlow(power=1.0),
     "RCM + 2 DMD": RCM() + 2.0 * DMD(),
 }
-SEGMENTED: dict[str, Term] = {"TSCD": TSCD(segments=(8, 4))}
+# Of the ODE in as many steps as the student has.
+SEGMENTED: dict[str, Term] = {
+    "TSCD": TSCD(segments=(8, 4)),
+    "MeanFlow": MeanFlow(),
+    "MeanFlow(power=1)": MeanFlow(power=1.0),
+}
 FEW = ("Regression", "DMD", "DMD + 0.3 GAD")
 
 

@@ -19,6 +19,7 @@ from gadjax.objectives.embedding import Embedding
 from gadjax.objectives.f_distill import FDistill
 from gadjax.objectives.gad import GAD
 from gadjax.objectives.lcm import LCM
+from gadjax.objectives.meanflow import MeanFlow
 from gadjax.objectives.phased_dmd import PhasedDMD
 from gadjax.objectives.rcm import RCM
 from gadjax.objectives.regression import Regression
@@ -50,6 +51,7 @@ TERMS |= {
     "gad_lift": GADLift,
     "gad_script": GADScript,
     "lcm": LCM,
+    "meanflow": MeanFlow,
     "phased_dmd": PhasedDMD,
     "rcm": RCM,
     "regression": Regression,
@@ -83,6 +85,7 @@ __all__ = [
     "GADLift",
     "GADScript",
     "LCM",
+    "MeanFlow",
     "Needs",
     "PhasedDMD",
     "RCM",
@@ -94,9 +97,9 @@ __all__ = [
     "TDM",
     "TERMS",
     "TSCD",
-    "Tether",
     "TeacherMap",
     "Term",
+    "Tether",
     "UniDAD",
     "UniInstruct",
     "VSD",

@@ -24,7 +24,7 @@ from gadjax.types import expand
 class TSCD(Addable):
     """mean |jump(S(x_t), s) - sg jump(S'(x_r), s)|^2, s the end of the segment that t and r are in.
 
-    (Hyper-SD, arXiv 2404.13686, section 3.1.) The time from the student's first to the clean end is
+    (Hyper-SD, arXiv 2404.13686.) The time from the student's first to the clean end is
     cut into k equal segments, k = `segments` by equal parts of the run (8, 4, 2, 1).
     jump(S, s) = alpha_s x0_S + sigma_s eps_S is the student's DDIM/Euler step to s, and x_r one
     guided step of the teacher from x_t to the next of `points` equal times. At r = s the target is
