@@ -137,7 +137,7 @@ def compiling(run: Run, steps: Steps, state: TrainState, frozen: dict[str, Any])
     with ThreadPoolExecutor() as pool:
         # XLA releases Python's lock, tracing holds it: another thread would gain nothing there.
         lowered = (step.lower(*arguments) for step in dict.fromkeys(steps.order))
-        running = [pool.submit(pinned_jax_config()(step.compile)) for step in lowered]
+        running = [pool.submit(pinned_jax_config()(update.compile)) for update in lowered]
         yield
         for future in running:
             future.result()

@@ -18,7 +18,7 @@ from gadjax.ops.kernels import KERNEL_MODULES, MAX_ERROR
 from gadjax.ops.pallas_gpu import Tile
 
 # Positions of a block, warps, stages. Larger tiles than 128 x 128 do not fit registers.
-CANDIDATES = tuple(Tile(*sizes) for sizes in product((32, 64, 128), (4, 8), (1, 2, 3)))
+CANDIDATES = tuple(Tile(*sizes) for sizes in product((32, 64, 128), (4, 8), (1, 2)))
 # Float32 products of a card are TF32 unless asked otherwise, as they are here.
 MAX_ERRORS = {"bfloat16": MAX_ERROR, "float32": 1e-4}
 

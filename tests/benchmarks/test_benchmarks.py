@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from functools import partial
 
 import jax
@@ -71,7 +72,7 @@ def test_a_failed_part_leaves_its_figures_and_those_of_others(monkeypatch, tmp_p
 def test_parts_are_processes_that_end_alone(monkeypatch, tmp_path, capsys):
     """One crashes, one hangs, one writes why it failed; the last one is run all the same."""
     program = """
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 name, path = sys.argv[-1], Path(sys.argv[-3])
 content = json.loads(path.read_text()) if path.exists() else {"figures": {}, "failures": {}}
@@ -79,22 +80,26 @@ content["figures"][name] = 1
 content["failures"] |= {"wrong": "ValueError"} if name == "wrong" else {}
 path.write_text(json.dumps(content))
 if name == "crash": os.kill(os.getpid(), signal.SIGKILL)
-if name == "hang": time.sleep(60)
+if name == "hang":
+    subprocess.Popen(["bash", "-c", f"sleep 5.5; touch {path.with_name('late')}"])
+    time.sleep(60)
 sys.exit(3 if name == "wrong" else 0)
 """
     (tmp_path / "run.py").write_text(program)
     monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
     path = tmp_path / "found.json"
     names = ["crash", "hang", "wrong", "last"]
-    assert run.run_in_processes(names, [str(path)], 2.0, path) == 1
+    assert run.run_in_processes(names, [str(path)], 4.0, path) == 1
     found = json.loads(path.read_text())
     assert list(found["figures"]) == names
     assert found["failures"] == {
         "crash": "ended with exit code -9",
-        "hang": "took longer than 2 s",
+        "hang": "took longer than 4 s",
         "wrong": "ValueError",
     }
     assert "hang: took longer" in capsys.readouterr().out
+    time.sleep(2)
+    assert not (tmp_path / "late").exists()  # what it had started is ended too
 
 
 def test_the_fastest_right_tile_gets_into_the_table(monkeypatch, tmp_path):
