@@ -32,7 +32,6 @@ MAX_LINES, MAX_ARGUMENTS = 60, 6  # lines of a function without its docstring
 # Their arguments are those of the mathematics: arrays, their tangents, residuals and cotangents.
 KERNELS = {"ops/dual_attention", "ops/kernels", "ops/pallas_gpu", "ops/pallas_tpu"}
 LARGE = {  # function -> the reason why it may be larger
-    "api.load": "public: its arguments are the command's main options",
     "api.distill": "public: its arguments are the command's main options",
     "api.sample": "public: its arguments are the command's main options",
     "training/config.default_config": "a table: one line an option",
