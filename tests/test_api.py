@@ -12,6 +12,7 @@ from workdirs import make_workdir
 
 import gadjax
 from gadjax.cli.main import main
+from gadjax.models.adapters import TARGETS
 from gadjax.objectives import DMD, GAD, TERMS, Regression, Sum, as_config, build
 
 PROMPTS = ["a red circle above a blue square", "green square"]
@@ -68,6 +69,7 @@ def test_a_distilled_student_is_that_of_the_command(student, tiny_pipeline, tmp_
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     assert config["student"] == {
         "init": "teacher",
+        "lora": {"rank": 0, "alpha": None, "targets": TARGETS},
         "rollout": "ode",
         "steps": 2,
         "timesteps": [999.0, 500.0],

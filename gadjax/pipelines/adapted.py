@@ -1,7 +1,10 @@
 """Pipelines with LoRA files: read, checked and merged in float32."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import jax
 
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import PipelineFolder
@@ -43,6 +46,34 @@ def merge_loras(
             "few-step student at most"
         )
     return params, next(iter(settings), None)
+
+
+def merge_into_folder(
+    folder: PipelineFolder, loras: Weighted
+) -> tuple[PipelineFolder, SamplingConfig | None]:
+    """A pipeline folder with LoRA files merged into its backbone, in the dtypes that it has.
+
+    Args:
+      folder: the pipeline, with parameters; it is not changed.
+      loras: files or folders with the weight of each.
+
+    Returns: the folder, and the settings in the files' headers, None without any.
+    Raises: InputError as `merge_loras`, and for adapters of a text encoder, whose prompt embeddings
+      would be others than those of the folder's fingerprint.
+    """
+    before = {name: part.params for name, part in folder.components.items()}
+    after, sampling = merge_loras(folder, before, loras)
+    changed = [name for name in before if after[name] is not before[name]]
+    if others := [name for name in changed if name != folder.backbone]:
+        raise InputError(
+            f"--lora: found adapters of the {others[0]}; expected ones of the {folder.backbone} "
+            "alone in a folder (gadjax sample --lora takes both)"
+        )
+    parts = dict(folder.components)
+    for name in changed:
+        params = jax.tree.map(lambda new, old: new.astype(old.dtype), after[name], before[name])
+        parts[name] = replace(parts[name], params=params)
+    return replace(folder, components=parts), sampling
 
 
 def adapted_model(folder: Path, loras: Weighted) -> Model:

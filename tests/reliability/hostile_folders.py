@@ -5,7 +5,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,9 @@ sys.path.insert(0, str(TESTS))  # for a script; pytest has it there
 
 from gadjax.formats.diffusers_folder import read_pipeline  # noqa: E402
 from gadjax.formats.fingerprints import text_fingerprint  # noqa: E402
+from gadjax.formats.lora_file import SAMPLING  # noqa: E402
+from gadjax.formats.lora_names import layers_of  # noqa: E402
+from gadjax.formats.lora_writer import KEYS, Pair, write_diffusers, write_peft  # noqa: E402
 from gadjax.formats.orbax_folder import open_folder, write_gadjax_folder  # noqa: E402
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling, read_world  # noqa: E402
 from gadjax.formats.scheduler_config import student_scheduler_config  # noqa: E402
@@ -24,6 +27,7 @@ from gadjax.formats.weights import open_weights, write_weights  # noqa: E402
 from gadjax.io.untrusted import read_json  # noqa: E402
 from gadjax.models.registry import read_network  # noqa: E402
 from gadjax.models.text.tokenizer import load_tokenizer  # noqa: E402
+from gadjax.pipelines.adapted import merge_loras  # noqa: E402
 from gadjax.pipelines.pipeline import abstract_pipeline, load_pipeline  # noqa: E402
 
 PROMPTS = ["a red circle above", ""]
@@ -147,6 +151,40 @@ def make_gadjax_folder(folder: Path) -> None:
     write_gadjax_folder(read_pipeline(source), folder, text_fingerprint(source))
 
 
+def make_lora(folder: Path) -> None:
+    """A file of kohya's names, one of diffusers' with metadata, and a folder of PEFT."""
+    pipeline, rng = _sd15(), np.random.default_rng(0)
+    layers = layers_of(pipeline.components["unet"])
+    pairs = {}
+    for name in [name for name in sorted(layers) if ".attn2." in name or "proj_in" in name][:6]:
+        shape = layers[name].shape
+        a, b = (2, *shape[1:]), (shape[0], 2, *(1 for _ in shape[2:]))
+        pairs[name] = Pair(*(rng.normal(size=s).astype(np.float32) for s in (a, b)))
+    settings = {"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": {"attn2.to_q": 8}}
+    metadata = {
+        "lora_adapter_metadata": json.dumps(settings),
+        SAMPLING: json.dumps({"steps": 2, "timesteps": [900, 400], "guidance": 1.0}),
+    }
+    for keys in KEYS:
+        (folder / keys).mkdir()
+        write_diffusers(folder / keys, "unet", pairs, keys=keys, metadata=metadata)
+    (folder / "peft").mkdir()
+    write_peft(folder / "peft", pairs)
+
+
+def read_loras(folder: Path) -> None:
+    """As `gadjax sample --lora` does."""
+    pipeline = _sd15()
+    params = {name: part.params for name, part in pipeline.components.items()}
+    for name in (*KEYS, "peft"):
+        merge_loras(pipeline, params, [(folder / name, 0.5)])
+
+
+@cache
+def _sd15():
+    return read_pipeline(_family("sd15"))
+
+
 def make_recipe(folder: Path) -> None:
     recipe = {"steps": 2, "timesteps": [900, 400], "guidance": 1.5, "length": 8, "world": "shapes"}
     (folder / "gadjax.json").write_text(json.dumps(recipe | {"scale": 2.0}))
@@ -181,6 +219,7 @@ TARGETS = [
     Target("shards", partial(make_weights, max_shard_bytes=150), read_weights),
     Target("pickle", make_pickle, partial(read_weights, allow_pickle=True)),
     Target("recipe", make_recipe, read_recipe),
+    Target("lora", make_lora, read_loras),
     *(
         Target(
             f"config-{name}",

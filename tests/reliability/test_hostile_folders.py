@@ -23,7 +23,7 @@ from gadjax.models.text.tokenizer import build_word_tokenizer, load_tokenizer
 from gadjax.pipelines.pipeline import abstract_pipeline
 
 pytestmark = pytest.mark.usefixtures("hurry")
-CHEAP = ("weights", "shards", "recipe")
+CHEAP = ("weights", "shards", "recipe", "lora")
 
 
 def linked(path: Path, target) -> Path:

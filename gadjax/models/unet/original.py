@@ -35,7 +35,7 @@ def original(names: Collection[str], config: Config) -> dict[str, Original]:
 def _original(name: str, names: Collection[str], config: Config) -> str:
     if name in OUTER:
         return OUTER[name]
-    per_level = config.layers_per_block + 1  # entries of a level in the original's flat list
+    entries = config.layers_per_block + 1  # of a level in the original's list
     match = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+?)s\.(\d+)\.(.*)", name)
     side, level, kind, index, rest = match.groups()
     level, index = int(level or 0), int(index)
@@ -45,9 +45,9 @@ def _original(name: str, names: Collection[str], config: Config) -> str:
         return f"middle_block.{1 if number else 2 * index}.{rest}"
     if side == "down":
         if kind == "downsampler":
-            return f"input_blocks.{level * per_level + per_level}.0.op"
-        return f"input_blocks.{1 + level * per_level + index}.{number}.{rest}"
+            return f"input_blocks.{level * entries + entries}.0.op"
+        return f"input_blocks.{1 + level * entries + index}.{number}.{rest}"
     if kind == "upsampler":
         number = 2 if f"up_blocks.{level}.attentions.0.proj_in" in names else 1
-        return f"output_blocks.{level * per_level + per_level - 1}.{number}.conv"
-    return f"output_blocks.{level * per_level + index}.{number}.{rest}"
+        return f"output_blocks.{level * entries + entries - 1}.{number}.conv"
+    return f"output_blocks.{level * entries + index}.{number}.{rest}"
