@@ -74,7 +74,7 @@ def _table(rows: Sequence[tuple[str, dict]]) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for key, label in LABELS.items():
         taken = rows[0][1]["teachers"][key]
-        lines.append(f"| {' | '.join([label, '', *_cells([taken]), ''])} |")
+        lines.append(f"| {' | '.join([label, '', *metric_cells([taken]), ''])} |")
     base = {row["cell"]: row["evaluations"] for _, row in rows}
     for cell, row in rows:
         family, variant = cell.split("/")
@@ -82,11 +82,14 @@ def _table(rows: Sequence[tuple[str, dict]]) -> list[str]:
         cost = f"{row['evaluations']:.1f}"
         cost += f" (x {row['evaluations'] / alone:.2f})" if alone else ""
         name = variant.removesuffix("_none").replace("_", " ")
-        lines.append(f"| {' | '.join([name, str(len(row['runs'])), *_cells(row['runs']), cost])} |")
+        lines.append(
+            f"| {' | '.join([name, str(len(row['runs'])), *metric_cells(row['runs']), cost])} |"
+        )
     return [*lines, ""]
 
 
-def _cells(runs: Sequence[dict]) -> list[str]:
+def metric_cells(runs: Sequence[dict]) -> list[str]:
+    """Cells of METRICS: mean over runs, with its interval."""
     return [estimate([run[name] for run in runs if name in run]) for name in METRICS]
 
 

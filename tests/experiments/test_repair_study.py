@@ -1,0 +1,45 @@
+import json
+
+import numpy as np
+import pytest
+
+from gadjax.errors import InputError
+from gadjax.experiments.repair_study import VARIANTS, config_of, write_table
+from gadjax.experiments.study_tables import METRICS
+from gadjax.objectives import TERMS, build
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_a_config(variant):
+    config = config_of(variant, "asset:shapes_flow_teacher")
+    total = build(config.objective, TERMS, config.student.timesteps)
+    assert not total.needs.critic and config.optim.decay == config.steps
+    assert config.student.lora.rank == {"rank_4": 4, "rank_64": 64, "whole_weights": 0}.get(
+        variant, 16
+    )
+
+
+def test_unknown_variants_are_named():
+    with pytest.raises(InputError, match="^variant: found 'other'; expected one of regression, "):
+        config_of("other", "asset:shapes_flow_teacher")
+
+
+def test_the_table_has_means_and_what_is_missing(tmp_path):
+    def runs(*values):
+        return [dict.fromkeys(METRICS, value) for value in values]
+
+    teachers = {"teacher": runs(1.0)[0], "teacher_few": runs(0.25)[0]}
+    write_table(tmp_path)
+    assert not list(tmp_path.iterdir())
+    row = {"variant": "polar", "runs": runs(0.5, 0.7), "teachers": teachers, "date": "2026-11-30"}
+    for name, values in {
+        "patient": {"variant": "patient", "runs": runs(0.125)},
+        "polar": row | {"evaluations": 12.34},
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    write_table(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    reach = 12.706 * np.std([0.5, 0.7], ddof=1) / 2**0.5
+    assert f"| polar | 2 | 0.600 ± {reach:.3f} |" in text and "| 12.3 |" in text
+    assert "| patient | 1 | 0.125 |" in text and "| teacher, 20 steps |  | 1.000 |" in text
+    assert "Not run yet: regression, polar_anchor, " in text
