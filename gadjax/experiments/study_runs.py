@@ -134,11 +134,8 @@ def evaluations(run: Run) -> float:
     batch = jax.eval_shape(lambda f, r: make_batch(run.pipeline, f, r, make_key(0), 0), frozen, raw)
     state = jax.eval_shape(run.start, run.initial_params)
     networks = run.networks(frozen)
-    once = flops(
-        lambda p, b: step_spec.denoiser.raw(p, b.noise, 0.0, b.cond),
-        run.initial_params["student"],
-        batch,
-    )
+    network = run.initial_params.get("student") or run.base("student", frozen)
+    once = flops(lambda p, b: step_spec.denoiser.raw(p, b.noise, 0.0, b.cond), network, batch)
     total = flops(lambda s, t, b: student_step(step_spec, s, t, b), state, networks, batch)
     if len(step_spec.optimizers) > 1:
         critic = flops(lambda s, t, b: critic_step(step_spec, s, t, b), state, networks, batch)
