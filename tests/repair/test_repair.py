@@ -11,11 +11,14 @@ from workdirs import make_workdir
 from gadjax import load
 from gadjax.cli.main import main
 from gadjax.errors import InputError
+from gadjax.evaluation.evaluate import EvaluationConfig
 from gadjax.formats.diffusers_folder import INDEX
-from gadjax.formats.sampling_config import GADJAX_JSON
+from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
 from gadjax.pipelines.adapted import adapted_model
 from gadjax.pipelines.sampling import draw, initial_noise
-from gadjax.repair.patient import open_patient
+from gadjax.repair.patient import Patient, open_patient
+from gadjax.repair.repair import Request, repair_config
+from gadjax.training.checks import validate
 from gadjax.training.export import export
 from gadjax.training.workdir import read_trained
 
@@ -182,3 +185,27 @@ def test_bad_input_is_one_line_and_trains_nothing(
     error = capsys.readouterr().err.strip()
     assert words.format(tmp=tmp_path) in error and "\n" not in error
     assert not (out / "train").exists()
+
+
+@pytest.mark.parametrize("rollout", ["ode", "fresh_noise"])
+def test_the_config_is_the_students(tiny_pipeline, student, prompts, tmp_path, rollout):
+    """Its steps and walk; the request's updates and changes go before what is set by default."""
+    sampling = SamplingConfig(2, TIMES, 1.0, 8)
+    patient = Patient(student, sampling, TIMES, rollout, 3.0)
+    plan = EvaluationConfig()
+
+    def made(updates, *changes):
+        request = Request(
+            str(tiny_pipeline), "s", str(prompts), tmp_path, updates, None, 4, plan, changes
+        )
+        return repair_config(request, patient)
+
+    config = made(7)
+    assert tuple(config.student.timesteps) == TIMES and config.student.rollout == rollout
+    assert config.guidance == 3.0 and config.data.length == 8 and config.optim.warmup == 0
+    assert config.steps == config.optim.decay == 7
+    settings = validate(config)
+    assert not settings.objective.needs.critic
+    assert ("anchor" in config.objective) == (rollout == "ode")
+    changed = made(None, "--config.guidance=2.0", "--config.optim.decay=11")
+    assert changed.guidance == 2.0 and changed.optim.decay == 11 and changed.steps == 300
