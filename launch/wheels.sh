@@ -9,7 +9,9 @@
 #   python -m pip install --no-index --no-deps DIR/*.whl
 #   python tests/benchmarks/run.py gpu --json gpu.json     # in a clone
 #
-# PYTHON    interpreter whose pip downloads (default python3); of any version
+# gadjax is among them, for its metadata; in a clone the clone's own code runs.
+#
+# PYTHON    interpreter whose pip downloads and builds (default python3), 3.11 or later
 # Wheels that lie in DIR already stay. Fails if there are more than 60 MB in the end.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
@@ -35,6 +37,7 @@ for glibc in {17..28}; do platforms+=(--platform "manylinux_2_${glibc}_x86_64");
 run "${PYTHON:-python3}" -m pip download --quiet --dest "$dir" --no-deps --only-binary=:all: \
     --implementation cp --python-version 3.12 --platform manylinux2014_x86_64 "${platforms[@]}" \
     "${packages[@]}"
+run "${PYTHON:-python3}" -m pip wheel --quiet --wheel-dir "$dir" --no-deps .
 [ -z "$dry" ] || exit 0
 
 bytes=0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = str(ROOT / "tests"), str(ROOT)  # the clone's gadjax, installed or not
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

@@ -21,7 +21,13 @@ def machine(bench) -> Bench:
 def put_wheel(bench: Bench, size: int) -> None:
     """Make pip write one wheel of `size` bytes, into the folder after --dest."""
     find = "for ((i = 1; i < $#; i++)); do [[ ${!i} != --dest ]] || n=$((i + 1)); done"
-    bench.program("python3", find, 'mkdir -p "${!n}"', f'truncate -s {size} "${{!n}}/a.whl"')
+    bench.program(
+        "python3",
+        '[ "$3" = download ] || exit 0',
+        find,
+        'mkdir -p "${!n}"',
+        f'truncate -s {size} "${{!n}}/a.whl"',
+    )
     (bench.bin / "truncate").symlink_to(shutil.which("truncate"))
 
 
@@ -33,7 +39,9 @@ def requested(argv: list[str]) -> list[str]:
 def test_the_wheels_of_another_python_are_downloaded(machine):
     put_wheel(machine, 2_000_000)
     out, _ = machine.run("wheels.sh", "my wheels")
-    (argv,) = machine.calls
+    argv, own = machine.calls
+    assert own[2:4] == ["pip", "wheel"] and own[-1] == "."
+    assert own[own.index("--wheel-dir") + 1] == str(machine.folder / "my wheels")
     assert argv[:4] == ["python3", "-m", "pip", "download"]
     flags = dict(zip(argv, argv[1:], strict=False))
     assert flags["--dest"] == str(machine.folder / "my wheels")
@@ -65,8 +73,9 @@ def test_a_failed_download_fails(machine):
 def test_a_dry_run_prints_the_command(machine):
     machine.programs("pip-of-mine")
     out, _ = machine.run("wheels.sh", "/w", "--dry-run", PYTHON="pip-of-mine")
-    assert shlex.split(out)[:4] == ["pip-of-mine", "-m", "pip", "download"]
-    assert len(requested(shlex.split(out))) == len(NAMES) and machine.calls == []
+    download, wheel = map(shlex.split, out.splitlines())
+    assert download[:4] == ["pip-of-mine", "-m", "pip", "download"] and wheel[3] == "wheel"
+    assert len(requested(download)) == len(NAMES) and machine.calls == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "b"], ["--index"]])
