@@ -182,7 +182,7 @@ def test_a_paper_s_config_makes_both_updates(traced, name):
 
     def updated(step, state, frozen, batch):
         return step(
-            with_base(run.step_spec, frozen, run.pipeline.backbone),
+            with_base(run.step_spec, frozen.get(run.base)),
             state,
             frozen[run.pipeline.backbone],
             batch,

@@ -36,7 +36,7 @@ def train_seeds(run: Run, seeds: Sequence[int]) -> tuple[list[Any], dict[str, li
       every CURVE_INTERVAL-th step, mean over seeds.
     """
     config, backbone = run.config, run.pipeline.backbone
-    step_spec = with_base(run.step_spec, run.frozen, run.pipeline.backbone)
+    step_spec = with_base(run.step_spec, run.frozen.get(run.base))
     critic_updates = config.critic.updates if len(step_spec.optimizers) > 1 else 0
 
     def train(key, raws, frozen, initial_params):

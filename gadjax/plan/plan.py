@@ -110,7 +110,9 @@ def _operations(programs: Programs, name: str, batch: int) -> float:
 
     def update(state, frozen, raw):
         made = make_batch(run.pipeline, frozen, raw, make_key(0), 0)
-        return step(with_base(run.step_spec, frozen, backbone), state, frozen.get(backbone), made)
+        return step(
+            with_base(run.step_spec, frozen.get(run.base)), state, frozen.get(backbone), made
+        )
 
     arguments = *programs.held, programs.raw(batch)
     return flops(update, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments))

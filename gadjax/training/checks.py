@@ -13,7 +13,6 @@ from gadjax.diffusion.schedules import Flow
 from gadjax.errors import InputError, check_choice
 from gadjax.formats.pipeline_classes import UNSCALED
 from gadjax.formats.scheduler_config import FLOW_LCM, floors_timesteps
-from gadjax.models.params import merge_params
 from gadjax.objectives import TERMS, build
 from gadjax.objectives.base import Needs
 from gadjax.objectives.compose import Sum
@@ -26,7 +25,7 @@ from gadjax.runtime.distributed import any_process
 from gadjax.seeds import check_seed
 from gadjax.training.batch import encode_raw
 from gadjax.training.data import WITH_PICTURES
-from gadjax.training.lora import frozen_base, loras
+from gadjax.training.lora import loras
 from gadjax.training.steps import CRITICS
 from gadjax.training.workdir import sampling_from_config
 from gadjax.types import Params
@@ -181,12 +180,11 @@ def lower_abstract(pipeline: Pipeline, frozen: dict[str, Any], params: Params, f
     Args:
       pipeline: the teacher's pipeline, for the latent's shape and the conditioning.
       frozen: parameters that are not trained, and the empty prompt under "null".
-      params: trained parameters, or their shapes.
+      params: all parameters of the backbone, or their shapes.
       f: (params, x_BHWC, t_B, cond) -> any tree of arrays.
     """
 
     def run(params, frozen):
-        params = merge_params(params, frozen_base(frozen, pipeline.backbone))
         cond = encode_raw(pipeline, frozen, frozen["null"])
         return f(params, jnp.zeros((1, *pipeline.latent)), jnp.zeros(1), cond)
 

@@ -18,15 +18,14 @@ from gadjax.parallel.sharding import (
 )
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
-from gadjax.training.lora import frozen_base
 from gadjax.training.setup import Run
 from gadjax.training.state import StepSpec, TrainState
 from gadjax.training.steps import critic_step, student_step
+from gadjax.types import Params
 
 
-def with_base(step_spec: StepSpec, frozen: dict[str, Any], backbone: str) -> StepSpec:
+def with_base(step_spec: StepSpec, base: Params | None) -> StepSpec:
     """StepSpec for trained parameters alone; they are merged into the frozen base at every call."""
-    base = frozen_base(frozen, backbone)
     if base is None:
         return step_spec
     denoiser = step_spec.denoiser
@@ -108,7 +107,7 @@ def compile_steps(
                 batch = constrain_batch(
                     make_batch(run.pipeline, frozen, raw, make_key(run.seed), number)
                 )
-                step_spec = with_base(run.step_spec, frozen, backbone)
+                step_spec = with_base(run.step_spec, frozen.get(run.base))
                 return wrap(step)(step_spec, state, frozen.get(backbone), batch)
 
         update.__name__ = step.__name__  # its name in profiles

@@ -1,4 +1,4 @@
-"""Low-rank adapters of a run: settings by role, and the frozen base that roles share."""
+"""Low-rank adapters of a run: settings of each role."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,6 @@ from typing import Any
 from gadjax.errors import InputError, short_repr
 from gadjax.io.untrusted import is_count, is_number
 from gadjax.models.adapters import Lora
-from gadjax.types import Params
 
 MAX_RANK = 8192
 
@@ -54,16 +53,3 @@ def _check(name: str, rank: int, alpha: float | None, targets: str) -> None:
         raise InputError(
             f"{name}.targets: found {short_repr(targets)} ({error}); expected a regex"
         ) from None
-
-
-def frozen_base(frozen: dict[str, Any], backbone: str) -> Params | None:
-    """Frozen parameters of the backbone, into which a role's are merged at every call.
-
-    The backbone's untrained parameters or, where adapters are trained, all of the teacher's: a role
-    that has all parameters replaces every one of them.
-
-    Args:
-      frozen: parameters that no update changes, by network.
-      backbone: name of the backbone.
-    """
-    return frozen.get("untrained", frozen.get(backbone))

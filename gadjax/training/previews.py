@@ -15,7 +15,6 @@ from gadjax.models.params import merge_params
 from gadjax.parallel.sharding import replicated
 from gadjax.pipelines.sampling import clean_latent, initial_noise
 from gadjax.training.batch import encode_raw
-from gadjax.training.lora import frozen_base
 from gadjax.training.setup import Run
 from gadjax.training.state import TrainState
 
@@ -41,7 +40,7 @@ class Preview:
             cond = encode_raw(pipeline, frozen, raw)
             null = encode_raw(pipeline, frozen, frozen["null"])
             null = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), null)
-            params = merge_params(params, frozen_base(frozen, pipeline.backbone))
+            params = merge_params(params, frozen.get(run.base))
             x0 = clean_latent(pipeline, params, sampling, noise, cond, null)
             return pipeline.decode(frozen["vae"], x0)
 

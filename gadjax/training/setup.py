@@ -15,7 +15,7 @@ from gadjax.data.source import Source
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
 from gadjax.models.adapters import abstract_adapters, init_adapters
-from gadjax.models.params import cast, split_frozen
+from gadjax.models.params import cast, merge_params, split_frozen
 from gadjax.objectives.base import Term
 from gadjax.parallel.placement import batch_shards
 from gadjax.pipelines.pipeline import Pipeline, abstract_pipeline, load_pipeline, random_params
@@ -97,6 +97,8 @@ class Run:
       start: initial parameters -> initial training state.
       fingerprint: of the teacher's backbone.
       inputs: fingerprints by key of the config, as `input_fingerprints` returns them.
+      base: name in `frozen` of what a network's trained parameters are merged into at every call:
+        those that are never trained, or the whole teacher where adapters are trained.
     """
 
     config: ConfigDict
@@ -116,6 +118,7 @@ class Run:
     start: Callable[[Params], TrainState]
     fingerprint: str
     inputs: dict[str, str] = field(default_factory=dict)
+    base: str = "untrained"
 
 
 def prepare(
@@ -159,10 +162,13 @@ def prepare(
     adapted = loras(config).keys()
     if adapted >= step_spec.optimizers.keys() - {"discriminator"}:
         initial_params = {}  # no network is trained whole
-    if untrained and not adapted:  # adapters are on all of the teacher's parameters
+    # Adapters are on all of the teacher's parameters.
+    base = pipeline.backbone if adapted else "untrained"
+    if untrained and not adapted:
         frozen["untrained"] = untrained
+    complete = merge_params(initial_params, frozen.get(base))
     if objective.needs.tangent or objective.needs.jvp:
-        check_tangents(pipeline, frozen, initial_params)
+        check_tangents(pipeline, frozen, complete)
     return Run(
         config=config,
         teacher=config.teacher,
@@ -178,9 +184,10 @@ def prepare(
         source=source,
         frozen=frozen,
         initial_params=initial_params,
-        start=state_initializer(config, step_spec, pipeline, frozen, initial_params),
+        start=state_initializer(config, step_spec, pipeline, frozen, complete),
         fingerprint="" if abstract else fingerprint(tensors_from_params(part.params, part.keymap)),
         inputs={} if abstract else input_fingerprints(config, source),
+        base=base,
     )
 
 
@@ -212,15 +219,20 @@ def state_initializer(
     step_spec: StepSpec,
     pipeline: Pipeline,
     frozen: dict[str, Any],
-    initial_params: Params,
+    complete: Params,
 ) -> Callable[[Params], TrainState]:
     """Function of the initial parameters that returns the state at step 0, in float32.
+
+    Args:
+      config: training config.
+      step_spec: the step's specification.
+      pipeline, frozen, complete: as `lower_abstract` takes them.
 
     Raises: InputError for a discriminator of a network without features.
     """
     objective, optimizers = step_spec.objective, step_spec.optimizers
     if "discriminator" in optimizers:
-        width = feature_width(pipeline, frozen, initial_params)
+        width = feature_width(pipeline, frozen, complete)
     key = make_key(config.seed)
     abstract = pipeline.networks[pipeline.backbone].abstract
     adapters = {role: abstract_adapters(abstract, lora) for role, lora in loras(config).items()}

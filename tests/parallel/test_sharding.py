@@ -87,6 +87,7 @@ def tiny_run(mesh, microbatches, offload=(), rank=0):
         step_spec=step_spec,
         mesh=mesh,
         frozen=frozen,
+        base="transformer" if rank else "untrained",
         initial_params=student,
         start=lambda p: create_state(
             {role: jax.tree.map(jnp.copy, p) for role in optimizers}, optimizers
