@@ -1,5 +1,6 @@
 """Adversarial loss: a discriminator on network features of noised latents."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from gadjax.diffusion.schedules import add_noise
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
-from gadjax.objectives.common import sg
+from gadjax.objectives.common import check_count, sg
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.time_laws import check_span_fractions, uniform_timesteps
 from gadjax.types import Params
@@ -41,6 +42,8 @@ class Adversarial(Addable):
       "teacher", which is frozen. LADD (arXiv 2403.12015) also uses the teacher's, but with heads on
       several blocks and an R1 penalty; here one head is on the block half-way, without a penalty.
     loss: "softplus", or "hinge": -D for the student, max(0, 1 + D(x_t)) + max(0, 1 - D(y_t)) for D.
+    clamp: bound of the logits in both losses, beyond which neither has a gradient; 0 for
+      none. SiD-DiT's GAN variant (half of it, beside half of `sid`) has 10.
     The student's gradient flows through the features' input and nothing else; D's stops at x0.
     Cost: beside the student half an evaluation and its reverse pass; two halves for D, and their
     reverse passes with the critic's features.
@@ -51,6 +54,7 @@ class Adversarial(Addable):
     low: float = 0.0
     high: float = 1.0
     hidden: int = 256
+    clamp: float = 0.0
 
     def __post_init__(self):
         for name, known in (("features", ("critic", "teacher")), ("loss", tuple(LOSSES))):
@@ -60,10 +64,9 @@ class Adversarial(Addable):
                     + " or ".join(map(repr, known))
                 )
         check_span_fractions("adversarial", self.low, self.high)
-        if self.hidden < 1:
-            raise InputError(
-                f"objective.adversarial.hidden: found {self.hidden}; expected 1 or more"
-            )
+        check_count("adversarial", "hidden", self.hidden, 1)
+        if not 0 <= self.clamp < math.inf:
+            raise InputError(f"objective.adversarial.clamp: found {self.clamp}; expected 0 or more")
 
     @property
     def needs(self) -> Needs:
@@ -73,16 +76,21 @@ class Adversarial(Addable):
 
     def __call__(self, context: Context):
         features = self.noised_features(context, context.student[0].x0)
-        fake_B = logits(context.discriminator_params, features)
+        fake_B = self.bounded(logits(context.discriminator_params, features))
         return LOSSES[self.loss][0](fake_B), {"logit": jnp.mean(fake_B)}
 
     def discriminator_loss(self, context: Context):
         def logits_of(x0):
             x = self.noised_features(context, sg(x0))
-            return logits(context.discriminator_params, sg(x) + CRITIC_GRADIENT_SCALE * (x - sg(x)))
+            scaled = sg(x) + CRITIC_GRADIENT_SCALE * (x - sg(x))
+            return self.bounded(logits(context.discriminator_params, scaled))
 
         fake_B, real_B = logits_of(context.student[0].x0), logits_of(context.batch.x0)
         return LOSSES[self.loss][1](fake_B, real_B)
+
+    def bounded(self, logits_B):
+        """Logits [B] within the bound `clamp`."""
+        return jnp.clip(logits_B, -self.clamp, self.clamp) if self.clamp else logits_B
 
     def noised_features(self, context: Context, x0):
         """Features [B, N, D] of x0 with noise added."""

@@ -157,6 +157,30 @@ def test_losses_and_their_gradients(world, features, loss):
                 np.testing.assert_allclose(x[row], expected * y[row], rtol=1e-4, atol=1e-6 * size)
 
 
+def test_clamped_logits_have_no_gradient_beyond_the_bound():
+    batch, head = make_batch(B)._replace(x0=pictures(B)), some_head(Adversarial(hidden=6))
+
+    def losses(clamp, head):
+        term = Adversarial(hidden=6, clamp=clamp)
+        roles = Roles(DDPM.student_params(), None, gaussian_params(3), head)
+        context = make_context(DDPM.step_spec(term), term.needs, roles, batch)
+        return jnp.stack([term(context)[0], term.discriminator_loss(context)], axis=1)
+
+    plain = np.asarray(jax.jit(partial(losses, 0.0))(head), float)
+    fake = -np.log(np.expm1(plain[:, 0]))  # of softplus(-fake)
+    bound = float(np.median(np.abs(fake)))
+    run = jax.jit(lambda head: (losses(bound, head), jax.jacrev(partial(losses, bound))(head)))
+    clamped, slopes = jax.device_get(run(head))
+    expected = np.log1p(np.exp(-np.clip(fake, -bound, bound)))
+    np.testing.assert_allclose(clamped[:, 0], expected, rtol=1e-4)
+    np.testing.assert_array_equal(slopes["linear_2"]["bias"][:, 0, 0] != 0, np.abs(fake) < bound)
+    real = -np.log(np.expm1(plain[:, 1] - np.log1p(np.exp(fake))))
+    fake, real = np.clip([fake, real], -bound, bound)
+    expected = np.log1p(np.exp(fake)) + np.log1p(np.exp(-real))
+    np.testing.assert_allclose(clamped[:, 1], expected, rtol=1e-4)
+    assert np.abs(plain - clamped).max(0).min() > 1e-3  # both are bounded
+
+
 def test_a_critic_step_trains_the_head_and_the_critic():
     """The head, and the critic if the features are the critic's; nothing of a frozen teacher."""
     plain = dict.fromkeys(("student", "critic", "discriminator"), optax.sgd(1.0))
@@ -342,9 +366,10 @@ def test_it_combines_with_dmd_and_gad():
         ({"loss": "wgan"}, r"adversarial.loss: found 'wgan'; expected 'softplus' or 'hinge'"),
         ({"high": 980}, r"adversarial.high: found 980; expected a share from 0.0 to 1"),
         ({"low": 0.5, "high": 0.4}, r"adversarial.high: found 0.4; expected a share from 0.5 to 1"),
+        ({"clamp": -1.0}, r"adversarial.clamp: found -1.0; expected 0 or more"),
         ({"hidden": 0}, r"adversarial.hidden: found 0; expected 1 or more"),
         ({"features": "critic"}, r"found 0 terms that train the critic; expected one"),
-        ({"width": 3}, r"adversarial: found 'width'; expected weight, features"),
+        ({"width": 3}, r"adversarial: found 'width'; expected weight, clamp"),
     ],
 )
 def test_refusals(options, words):
