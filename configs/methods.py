@@ -9,10 +9,11 @@ Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; p
           cdm (grids drawn anew, a critic that follows the student); phased_dmd;
           cd (consistency distillation); tbcm (consistency on the teacher's own trajectory); ct
           (consistency training on pictures, which ignores the guidance); lcm; rcm (with dmd, and
-          grids drawn anew); tscd (Hyper-SD's segments, to 4 of them); boot (one step); meanflow
-          Those from cd to rcm are of the eps teacher and sampled with fresh noise; uni_instruct,
-          f_distill, embedding, cd, ct, lcm, rcm, tscd and meanflow draw captions with pictures of
-          the bundled world.
+          grids drawn anew); sprint (SANA-Sprint: sCM and LADD, two steps); tscd (Hyper-SD's
+          segments, to 4 of them); boot (one step); meanflow
+          Those from cd to sprint are of the eps teacher and sampled with fresh noise;
+          uni_instruct, f_distill, embedding, cd, ct, lcm, rcm, sprint, tscd and meanflow draw
+          captions with pictures of the bundled world.
 Hardware: 2 CPU cores.
 Result:   not yet run.
 """
@@ -35,6 +36,10 @@ VARIANTS = {
     "ct": {"ct": {}},
     "lcm": {"lcm": {}},
     "rcm": {"rcm": {}, "dmd": {"weight": 2.0}},
+    "sprint": {
+        "consistency": {"images": True, "variance_bins": 16, "warmup": 100},
+        "ladd": {"weight": 0.5, "blocks": (0, 2, 4, 5), "mismatched": True},
+    },
     "tscd": {"tscd": {"segments": (8, 4)}},
     "boot": {"boot": {}},
     "meanflow": {"meanflow": {}},
@@ -47,11 +52,12 @@ WITH_PICTURES = (
     "ct",
     "lcm",
     "rcm",
+    "sprint",
     "tscd",
     "meanflow",
 )
 # Sampled with fresh noise, which the flow teacher's pipeline has no scheduler for.
-CONSISTENCY = "cd", "tbcm", "ct", "lcm", "rcm"
+CONSISTENCY = "cd", "tbcm", "ct", "lcm", "rcm", "sprint"
 
 
 def get_config(variant: str = "dmd"):
@@ -79,6 +85,8 @@ def get_config(variant: str = "dmd"):
         config.critic.follow = 1e-3
     if variant == "rcm":
         config.student.redraw = (0.0, 1.0)
+    if variant == "sprint":  # the first of two drawn steps is SANA-Sprint's half at the last time
+        config.student.update(steps=2, timesteps=(899, 449), latents="data", redraw=(0.0, 1.0))
     if variant == "boot":
         config.student.update(steps=1, timesteps=(999,))
     config.checkpoint.update(every=200, keep=1)

@@ -186,22 +186,27 @@ def descent(world: World, term, samples=64, **more):
     return cosine, max(np.abs(leaf).max() for leaf in jax.tree.leaves(still))
 
 
-TOKENS, WIDTH = 2, 12
+TOKENS, WIDTH, BLOCKS = 2, 12, 3
 MIX = np.random.default_rng(9).normal(size=(2 * D + 2, TOKENS * WIDTH)) / 3
 
 
 def with_features(world: World) -> World:
-    """The world with features for a discriminator: x, x0 and the levels, mixed into two tokens."""
+    """The world with features for a discriminator: x, x0 and the levels, mixed into two tokens.
 
-    def features(params, x_BHWC, t_B, cond):
+    Those after the blocks are functions of them.
+    """
+
+    def features(params, x_BHWC, t_B, cond, blocks=()):
         x0 = world.denoiser(params, x_BHWC, t_B, cond).x0
         levels = jnp.stack(world.schedule.alpha_sigma(t_B), axis=1)
         parts = [x_BHWC.reshape(-1, D), x0.reshape(-1, D), levels]
         features = jnp.concatenate(parts, axis=1).astype(x_BHWC.dtype)
-        return (features @ MIX.astype(features.dtype)).reshape(-1, TOKENS, WIDTH)
+        tokens = (features @ MIX.astype(features.dtype)).reshape(-1, TOKENS, WIDTH)
+        return tuple(jnp.sin((k + 1) * tokens) for k in blocks) if blocks else tokens
 
     world = World(world.schedule, world.kind, world.times)
-    object.__setattr__(world, "denoiser", replace(world.denoiser, features=features))
+    denoiser = replace(world.denoiser, features=features, feature_blocks=BLOCKS)
+    object.__setattr__(world, "denoiser", denoiser)
     return world
 
 

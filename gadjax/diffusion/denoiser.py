@@ -22,7 +22,9 @@ class Denoiser:
       schedule: noise schedule, which defines the unit of t.
       parameterization: of the raw output, "eps", "v", "x0" or "flow".
       features: the same arguments -> hidden features [B, N, D] half-way through the network, the
-        input of a discriminator. None where the family has none.
+        input of a discriminator; with `blocks`, rising block numbers from 0, a tuple of the
+        features after each block, in one pass. None where the family has none.
+      feature_blocks: number of blocks that `features` may name; 0 where it names none.
       guidance_embedded: the guidance scale is a network input, cond.extras["guidance"]
         (guidance-distilled model), and is not applied to outputs.
       text_kv: (params, text_BLD) -> the cross-attention KV cache of the prompt embeddings, which
@@ -32,7 +34,8 @@ class Denoiser:
     apply: Callable[[Params, jax.Array, jax.Array, Cond], jax.Array]
     schedule: NoiseSchedule
     parameterization: str
-    features: Callable[[Params, jax.Array, jax.Array, Cond], jax.Array] | None = None
+    features: Callable[..., Any] | None = None
+    feature_blocks: int = 0
     guidance_embedded: bool = False
     text_kv: Callable[[Params, jax.Array], Any] | None = None
 

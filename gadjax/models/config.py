@@ -18,6 +18,8 @@ class BackboneConfig:
       text_dim: width of the prompt embeddings.
       pooled_dim: width of the pooled prompt embedding; None without one.
       guidance_embeds: whether the guidance scale is an input of the network.
+      feature_blocks: number of blocks after each of which `Denoiser.features` has the tokens; 0 for
+        a family without such blocks.
     """
 
     sample_size: int
@@ -25,6 +27,7 @@ class BackboneConfig:
     text_dim: int
     pooled_dim: int | None = None
     guidance_embeds: bool = False
+    feature_blocks: int = 0
 
 
 def refuse(key: str, value: Any, expected: str) -> NoReturn:

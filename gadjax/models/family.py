@@ -73,7 +73,8 @@ class Backbone(Family):
         pixels; None without any.
       predictor: (apply, config) -> (params, x_BHWC, t_B, cond) -> raw output [B, H, W, C].
       features: (apply) -> (params, x_BHWC, t_B, cond) -> features [B, N, D] of the middle of the
-        network, for discriminators.
+        network, for discriminators; with `Config.feature_blocks` as `Denoiser.features` with blocks
+        too.
       prompts: (text components, config) -> prompt encoder of the family's pipeline.
       torch_inputs: (config, cond) -> arguments of the class in diffusers beside latents, timesteps
         and prompt embeddings.

@@ -1,7 +1,7 @@
 """nnx modules as pure functions of nested dicts, stacked layers, and rematerialisation."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,6 +88,34 @@ def scan_blocks(
     # prevent_cse is for code outside scan; inside, it only blocks fusion.
     body = checkpointed(body, remat, prevent_cse=False)
     return jax.lax.scan(body, x, (blocks, kv), unroll=unroll)[0]
+
+
+def scan_through(
+    blocks: nnx.Module,
+    x,
+    counts: Sequence[int],
+    call: Callable[..., Any],
+    remat: bool | str,
+    context: Any = None,
+) -> list:
+    """Activations after each of several numbers of stacked blocks, in one pass.
+
+    Args:
+      blocks, x, call, remat, context: as for `scan_blocks`.
+      counts: rising numbers of blocks, from 1.
+    """
+    outputs, start = [], 0
+    for end in counts:
+        kv = _layers(context, start, end) if isinstance(context, TextKV) else context
+        x = scan_blocks(_layers(blocks, start, end), x, call, remat, kv)
+        outputs.append(x)
+        start = end
+    return outputs
+
+
+def _layers(stacked, start: int, end: int):
+    """Layers `start` to before `end` of stacked parameters or caches."""
+    return jax.tree.map(lambda leaf: leaf[start:end], stacked)
 
 
 def checkpointed(f: Callable, remat: bool | str, **options) -> Callable:

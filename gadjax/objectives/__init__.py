@@ -18,6 +18,7 @@ from gadjax.objectives.dmd import DMD
 from gadjax.objectives.embedding import Embedding
 from gadjax.objectives.f_distill import FDistill
 from gadjax.objectives.gad import GAD
+from gadjax.objectives.ladd import LADD
 from gadjax.objectives.lcm import LCM
 from gadjax.objectives.meanflow import MeanFlow
 from gadjax.objectives.phased_dmd import PhasedDMD
@@ -50,6 +51,7 @@ TERMS |= {
     "gad": GAD,
     "gad_lift": GADLift,
     "gad_script": GADScript,
+    "ladd": LADD,
     "lcm": LCM,
     "meanflow": MeanFlow,
     "phased_dmd": PhasedDMD,
@@ -84,6 +86,7 @@ __all__ = [
     "GAD",
     "GADLift",
     "GADScript",
+    "LADD",
     "LCM",
     "MeanFlow",
     "Needs",

@@ -39,8 +39,7 @@ class Adversarial(Addable):
     tokens.
     features: "critic", as in DMD2 with a weight of 0.001 to 0.005 relative to DMD (arXiv
       2405.14867): the critic is trained to discriminate too, with a hundredth of D's gradient;
-      "teacher", which is frozen. LADD (arXiv 2403.12015) also uses the teacher's, but with heads on
-      several blocks and an R1 penalty; here one head is on the block half-way, without a penalty.
+      "teacher", which is frozen. `ladd` has heads on several of its blocks.
     loss: "softplus", or "hinge": -D for the student, max(0, 1 + D(x_t)) + max(0, 1 - D(y_t)) for D.
     clamp: bound of the logits in both losses, beyond which neither has a gradient; 0 for
       none. SiD-DiT's GAN variant (half of it, beside half of `sid`) has 10.

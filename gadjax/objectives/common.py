@@ -28,6 +28,32 @@ class TargetOption(Protocol):
     target: str
 
 
+def update_bin_means(means, value_B, bin_B, decay: float):
+    """Running means by bin [bins] with a batch's values; those of bins without a sample stay.
+
+    Args:
+      means: before.
+      value_B, bin_B: values of the samples, and the bins in which they are.
+      decay: of the mean before; the batch's own mean counts 1 - decay.
+    """
+    sums = jnp.zeros((2, *means.shape)).at[:, bin_B].add(jnp.stack([value_B, 0 * value_B + 1]))
+    new = decay * means + (1 - decay) * sums[0] / jnp.maximum(sums[1], 1)
+    return jnp.where(sums[1] > 0, new, means)
+
+
+def check_bins(name: str, prefix: str, bins: int, decay: float) -> None:
+    """Check a term's options PREFIX + "bins" and "decay" of running means. Raises: InputError.
+
+    Args:
+      name: of the term.
+      prefix: of the options' names.
+      bins, decay: their values.
+    """
+    check_count(name, f"{prefix}bins", bins, 0)
+    if not 0 <= decay < 1:
+        raise InputError(f"objective.{name}.{prefix}decay: found {decay}; expected 0 to below 1")
+
+
 def pseudo_loss(x, gradient, norm_B, huber: float = 0.0):
     """Loss per sample [B] whose gradient with respect to x is gradient / norm_B / numel.
 

@@ -11,12 +11,13 @@ from gadjax.diffusion.geometry import tangent
 from gadjax.diffusion.rollout import interpolate_times, rollout
 from gadjax.diffusion.schedules import NoiseSchedule, add_noise
 from gadjax.objectives.base import Context, Needs, sample_mean
-from gadjax.objectives.common import check_count, sg
+from gadjax.objectives.common import check_bins, check_count, sg, update_bin_means
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.time_laws import uniform_angle
-from gadjax.types import Prediction, expand
+from gadjax.types import Metrics, Prediction, expand
 
 FLOOR = 0.1  # sCM's c: where g is below it, the loss becomes proportional to g^2
+MIN_VARIANCE = 1e-8  # a student without error has a finite loss
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,15 @@ class Consistency(Addable):
     student is evaluated once. g is stop-gradiented, so no reverse pass goes through the tangent.
     |g| is the root of its mean square, so that 0.1 means the same for every size of latent.
     a is uniform and the weight 1: with those, whatever the schedule calls its times, dF = g shrinks
-    E|F - F*|^2 over the teacher's trajectories, F* being the exact one. sCM's learnt variance is
-    not used. warmup: student updates over which g's second part grows from 0 to its size, r =
-    min(1, step / warmup) times it (sCM, algorithm 1: 10,000; SANA-Sprint: 4,000); 0 for r = 1.
+    E|F - F*|^2 over the teacher's trajectories, F* being the exact one.
+    warmup: student updates over which g's second part grows from 0 to its size, r = min(1, step /
+      warmup) times it (sCM, algorithm 1: 10,000; SANA-Sprint: 4,000); 0 for r = 1.
+    variance_bins: sCM's learnt variance, in so many equal parts of a; 0 for none. The loss e of a
+      sample becomes exp(-v) e + v. For a given student its minimum in v(a) is log E[e | a], where
+      every time has the same gradient on average, whatever its weight was. Here v is the log of the
+      term's running mean of e in the part (a new one counts 1 - `variance_decay`), 0 at first:
+      that minimum, up to the means' lag. sCM and SANA-Sprint train an MLP of the time for it,
+      smooth in a and as slow as its learning rate.
 
     x_t is a point of the teacher's own rollout from z in `steps` DDIM/Euler steps, without pictures
     (TBCM, arXiv 2511.20410); with images=True the data's x0 with the batch's noise. The student
@@ -44,8 +51,11 @@ class Consistency(Addable):
     images: bool = False
     steps: int = 8
     warmup: int = 0
+    variance_bins: int = 0
+    variance_decay: float = 0.99
 
     def __post_init__(self):
+        check_bins("consistency", "variance_", self.variance_bins, self.variance_decay)
         check_count("consistency", "warmup", self.warmup, 0)
         check_count("consistency", "steps", self.steps, 1)
 
@@ -63,7 +73,21 @@ class Consistency(Addable):
         real, ramp = context.teacher(x, t_B), warmup_ramp(context, self.warmup)
         pair = velocity_and_update(student, real, context.schedule, x, t_B, ramp)
         loss_B, size_B = normalized_update_loss(*pair)
-        return loss_B, {"tangent": jnp.mean(size_B)}
+        metrics = {"tangent": jnp.mean(size_B)}
+        if self.variance_bins:
+            bin_B = jnp.floor(context.uniform("angle") * self.variance_bins).astype(jnp.int32)
+            metrics |= {"error_B": sg(loss_B), "bin_B": bin_B}
+            variance_B = jnp.maximum(context.memory[bin_B], MIN_VARIANCE)
+            loss_B = loss_B / variance_B + jnp.log(variance_B)
+        return loss_B, metrics
+
+    def init_memory(self):
+        """Means of the loss in the parts of the angle; None without them."""
+        return jnp.ones(self.variance_bins) if self.variance_bins else None
+
+    def remember(self, memory, metrics: Metrics):
+        errors = metrics["error_B"], metrics["bin_B"]
+        return update_bin_means(memory, *errors, self.variance_decay)
 
     def latents(self, context: Context, t_B):
         """Points x_t of the teacher's rollout, or noised latents of the data."""

@@ -5,9 +5,15 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from gadjax.diffusion.schedules import add_noise
-from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
-from gadjax.objectives.common import critic_denoising_loss, mean_abs, pseudo_loss, sg
+from gadjax.objectives.common import (
+    check_bins,
+    critic_denoising_loss,
+    mean_abs,
+    pseudo_loss,
+    sg,
+    update_bin_means,
+)
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.density_ratio import (
     DIVERGENCES,
@@ -52,25 +58,14 @@ class FDistill(DiscriminatorTerm, Addable):
     def __post_init__(self):
         check_ratio_options("f_distill", self)
         check_span_fractions("f_distill", self.low, self.high)
-        if self.bins < 0:
-            raise InputError(f"objective.f_distill.bins: found {self.bins}; expected 0 or more")
-        if not 0 <= self.decay < 1:
-            raise InputError(
-                f"objective.f_distill.decay: found {self.decay}; expected 0 to below 1"
-            )
+        check_bins("f_distill", "", self.bins, self.decay)
 
     def init_memory(self):
         """Means of r in the parts of the span; None without them."""
         return jnp.ones(self.bins) if self.bins else None
 
     def remember(self, memory, metrics: Metrics):
-        return self.updated_means(memory, metrics["ratio_B"], metrics["bin_B"])
-
-    def updated_means(self, means, ratio_B, bin_B):
-        """Means of r by bin with a batch's; those of bins without a sample stay."""
-        sums = jnp.zeros((2, *means.shape)).at[:, bin_B].add(jnp.stack([ratio_B, 0 * ratio_B + 1]))
-        new = self.decay * means + (1 - self.decay) * sums[0] / jnp.maximum(sums[1], 1)
-        return jnp.where(sums[1] > 0, new, means)
+        return update_bin_means(memory, metrics["ratio_B"], metrics["bin_B"], self.decay)
 
     def __call__(self, context: Context):
         x0 = context.student[0].x0
@@ -84,7 +79,8 @@ class FDistill(DiscriminatorTerm, Addable):
             place_B = (t_B - schedule.clean) / (schedule.last - schedule.clean) * self.bins
             bin_B = jnp.clip(jnp.floor(place_B), 0, self.bins - 1).astype(jnp.int32)
             metrics |= {"ratio_B": ratio_B, "bin_B": bin_B}
-            ratio_B = ratio_B / self.updated_means(context.memory, ratio_B, bin_B)[bin_B]
+            means = update_bin_means(context.memory, ratio_B, bin_B, self.decay)
+            ratio_B = ratio_B / means[bin_B]
         weight_B = DIVERGENCES[self.divergence](ratio_B)
         weight_B = weight_B / jnp.mean(weight_B * context.base_weight_B)
         gradient = expand(weight_B, x0) * (fake - real)

@@ -212,17 +212,18 @@ def _denoiser(folder: PipelineFolder, network: Functional) -> Denoiser:
     part = folder.components[folder.backbone]
     schedule = schedule_from_config(folder.scheduler)
     predictor = part.family.predictor(network.apply, part.spec)
-    features = part.family.features(network.apply)
+    features, blocks = part.family.features(network.apply), part.spec.feature_blocks
     if floors_timesteps(folder.scheduler):
         predictor, features = floor_timesteps(predictor), floor_timesteps(features)
     if isinstance(schedule, TrigFlow):
-        predictor, features = trigflow(predictor), None
+        predictor, features, blocks = trigflow(predictor), None, 0
     text_kv = part.family.text_kv
     return Denoiser(
         predictor,
         schedule,
         parameterization_from_config(folder.scheduler),
         features,
+        blocks,
         guidance_embedded=part.spec.guidance_embeds,
         text_kv=text_kv and partial(network.apply, method=text_kv),
     )
@@ -243,8 +244,9 @@ def floor_timesteps(network: Callable[..., jax.Array]) -> Callable[..., jax.Arra
     The derivative in t is the network's derivative at the floored time, not the zero of floor.
     """
 
-    def call(params: Params, x_BHWC, t_B, cond: Cond):
-        return network(params, x_BHWC, t_B + jax.lax.stop_gradient(jnp.floor(t_B) - t_B), cond)
+    def call(params: Params, x_BHWC, t_B, cond: Cond, **options):
+        floored_B = t_B + jax.lax.stop_gradient(jnp.floor(t_B) - t_B)
+        return network(params, x_BHWC, floored_B, cond, **options)
 
     return call
 

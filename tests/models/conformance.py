@@ -258,6 +258,21 @@ def relative(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
+def tokens_by_block(case: Case, name: str) -> list[np.ndarray]:
+    """Tokens after each block of torch's network."""
+    model, by_block = loaded(case, name).torch_network, []
+    hooks = [
+        block.register_forward_hook(
+            lambda block, given, out: by_block.append(case.tokens(out).numpy())
+        )
+        for block in case.blocks(model)
+    ]
+    case.torch_call(model, case.sizes[name].config, *loaded(case, name).inputs)
+    for hook in hooks:
+        hook.remove()
+    return by_block
+
+
 def reversed_inputs(family: Backbone, config, t, cond):
     """(name, t, cond) with one input changed, of those that the family reads."""
     yield "time", t[::-1], cond
@@ -375,17 +390,7 @@ class BackboneSuite(NetworkSuite):
 
     def test_features_are_the_tokens_of_the_middle_block(self, size):
         """Against hooks in diffusers; no other block's output is as near."""
-        case, cfg, both = self.case, self.case.sizes[size].config, loaded(self.case, size)
-        by_block = []
-        hooks = [
-            block.register_forward_hook(
-                lambda block, given, out: by_block.append(case.tokens(out).numpy())
-            )
-            for block in case.blocks(both.torch_network)
-        ]
-        case.torch_call(both.torch_network, cfg, *both.inputs)
-        for hook in hooks:
-            hook.remove()
+        both, by_block = loaded(self.case, size), tokens_by_block(self.case, size)
         features = both.features(both.params, *both.inputs)
         half = (len(by_block) + 1) // 2 - 1
         assert features.shape == by_block[half].shape and features.dtype == jnp.float32
@@ -393,6 +398,32 @@ class BackboneSuite(NetworkSuite):
         print(f"{size}: {errors[half]:.2e}")
         assert errors.pop(half) <= MAX_ERROR
         assert all(error > SENSITIVE for error in errors)
+
+    def test_features_of_listed_blocks_are_their_tokens(self, size):
+        """In one pass, and from the KV cache where the family has one."""
+        case, both = self.case, loaded(self.case, size)
+        config, method = case.config(case.sizes[size].config), case.family.text_kv
+        depth = config.feature_blocks
+        if not depth:
+            pytest.skip("the family has no such blocks")
+        by_block, blocks = tokens_by_block(case, size), (*range(0, depth - 1, 2), depth - 1)
+        assert len(by_block) == depth
+        features = case.family.features(both.network.apply)
+
+        @jax.jit
+        def run(params, x, t, cond):
+            conds = [cond]
+            if method:
+                text_kv = both.network.apply(params, cond.text, method=method)
+                conds.append(cond._replace(text=text_kv))
+            return [features(params, x, t, c, blocks=blocks) for c in conds]
+
+        for listed in run(both.params, *both.inputs):
+            assert isinstance(listed, tuple) and len(listed) == len(blocks)
+            for block, actual in zip(blocks, listed, strict=True):
+                errors = [relative(actual, tokens) for tokens in by_block]
+                assert errors.pop(block) <= MAX_ERROR
+                assert all(error > SENSITIVE for error in errors)
 
     def test_kv_cache_stands_for_the_prompt(self, size):
         """Output and features from the KV cache are those from the prompt embeddings."""

@@ -133,8 +133,8 @@ class TestSana(BackboneSuite):
 
 
 def test_a_denoiser_passes_on_the_guidance_and_drops_a_learned_variance():
-    def apply(params, x, t, text, mask, guidance, method="__call__"):
-        return jnp.full((2, 1, 1, 6), guidance or 0), (params, x, t, text, mask, method)
+    def apply(params, x, t, text, mask, guidance, blocks=(), method="__call__"):
+        return jnp.full((2, 1, 1, 6), guidance or 0), (params, x, t, text, mask, blocks, method)
 
     config = CASE.config(tiny())
     for given, expected_guidance in ((None, 0), ({}, 0), ({"guidance": 4.5}, 4.5)):
@@ -148,6 +148,7 @@ def test_a_denoiser_passes_on_the_guidance_and_drops_a_learned_variance():
             "t",
             "text",
             "mask",
+            (),
             "features",
         )
 

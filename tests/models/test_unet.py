@@ -252,6 +252,7 @@ def test_a_predictor_passes_text_and_extras_and_no_mask():
 def test_published_configs_are_read():
     assert unet.FAMILY.class_names == (SD15["_class_name"],)
     small, large = (CASE.config(c) for c in (SD15, SDXL))
+    assert small.feature_blocks == large.feature_blocks == 0  # a middle block's output alone
     assert small.attention_head_dim == (8,) * 4 and small.transformer_layers_per_block == (1,) * 4
     assert (small.sample_size, small.in_channels, small.multiple) == (64, 4, 8)
     assert large.transformer_layers_per_block == (1, 2, 10)

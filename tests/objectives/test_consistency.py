@@ -344,6 +344,10 @@ def test_refusals():
         build({"consistency": {"steps": 0}}, TERMS, DDPM_WORLD.times[:1])
     with pytest.raises(InputError, match="objective.consistency.warmup: found -1; expected 0 or"):
         build({"consistency": {"warmup": -1}}, TERMS, DDPM_WORLD.times[:1])
+    with pytest.raises(InputError, match="objective.consistency.variance_bins: found -1; expected"):
+        build({"consistency": {"variance_bins": -1}}, TERMS, DDPM_WORLD.times[:1])
+    with pytest.raises(InputError, match="objective.consistency.variance_decay: found 1.0; expec"):
+        build({"consistency": {"variance_decay": 1.0}}, TERMS, DDPM_WORLD.times[:1])
     with pytest.raises(InputError, match="objective.consistency: found 'ramp'; expected weight"):
         build({"consistency": {"ramp": 1}}, TERMS, DDPM_WORLD.times[:1])
     assert build({"consistency": {"images": True}}, TERMS, DDPM_WORLD.times[:1]).needs.images
@@ -373,6 +377,61 @@ def test_the_second_part_of_g_grows_over_the_warm_up():
         actual, expected, full = run(jnp.int32(step))
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
         assert np.allclose(actual, full, rtol=1e-5) == (step >= 8)
+
+
+def test_the_variance_is_the_running_mean_of_the_loss_in_each_part_of_the_angle():
+    """exp(-v) e + v in float64; v = log E[e] is the minimum, and the memory's fixed point."""
+    world, samples, bins = WORLDS["flow"], 64, 3
+    plain, term = Consistency(), Consistency(variance_bins=bins, variance_decay=0.75)
+    with jax.enable_x64(True):
+        batch, teacher = make_batch(samples, dtype=float), mixture_params(dtype=float)
+        means = jnp.asarray([0.5, 2.0, 3.0])
+
+        def context(student):
+            made = world.context(term, batch, student, None, teacher)
+            return replace(made, memory=means)
+
+        def by_hand(student):
+            given = context(student)
+            alpha, sigma = world.schedule.alpha_sigma(uniform_angle(given))
+            ends = [world.schedule.alpha_sigma(jnp.float64(t)) for t in (1, world.times[0])]
+            low, high = (jnp.arctan2(s, a) for a, s in ends)
+            part = jnp.floor((jnp.arctan2(sigma, alpha) - low) / (high - low) * bins)
+            error = plain(given)[0]
+            v = jnp.log(means)[part.astype(int)]
+            return (jnp.exp(-v) * error + v).mean(), (part.astype(int), error)
+
+        def ours(student):
+            loss_B, metrics = term(context(student))
+            return loss_B.mean(), metrics
+
+        run = jax.jit(lambda s: [jax.value_and_grad(f, has_aux=True)(s) for f in (ours, by_hand)])
+        (actual, expected) = jax.device_get(run(smooth_params(0.3, dtype=float)))
+        (value, metrics), slope = actual
+        (hand, (part, error)), right = expected
+        memory = term.remember(means, metrics)
+        for _ in range(200):
+            memory = term.remember(memory, metrics)
+        memory, after = jax.device_get((memory, term.remember(means, metrics)))
+    for a, b in zip(jax.tree.leaves((value, slope)), jax.tree.leaves((hand, right)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10 * np.abs(b).max())
+    assert set(part) == {0, 1, 2}
+    once = [0.75 * m + 0.25 * error[part == k].mean() for k, m in enumerate((0.5, 2.0, 3.0))]
+    np.testing.assert_allclose(after, once, rtol=1e-6)
+    for k in range(bins):
+        e = error[part == k]
+        v = np.log(memory[k]) + np.linspace(-0.1, 0.1, 201)
+        best = (np.exp(-v)[:, None] * e + v[:, None]).mean(1).argmin()
+        assert best == 100
+    assert plain.init_memory() is None and list(term.init_memory()) == [1, 1, 1]
+
+
+def test_a_student_without_error_has_a_finite_loss():
+    world, term = WORLDS["flow"], Consistency(variance_bins=2)
+    batch, teacher = make_batch(8, text_scale=0.0), gaussian_params()
+    context = world.context(term, batch, flow_map(teacher), None, teacher)
+    loss_B, metrics = term(replace(context, memory=jnp.zeros(2)))
+    assert np.isfinite(loss_B).all() and set(metrics) == {"tangent", "error_B", "bin_B"}
 
 
 def test_its_tangent_uses_an_attention_with_a_jvp_rule():

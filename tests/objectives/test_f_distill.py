@@ -16,6 +16,7 @@ from test_sim import critic_loss
 
 from gadjax.errors import InputError
 from gadjax.objectives import DMD, TERMS, Adversarial, Anchor, FDistill, build
+from gadjax.objectives.common import update_bin_means
 from gadjax.objectives.density_ratio import DIVERGENCES
 from gadjax.training.context import Roles, make_context
 
@@ -146,8 +147,8 @@ def test_means_of_the_ratio_are_those_of_each_bin():
     term, old = FDistill(bins=4, decay=0.75), jnp.array([1.0, 2.0, 4.0, 8.0])
     ratio, place = jnp.array([3.0, 5.0, 1.0, 7.0]), jnp.array([0, 0, 2, 3])
     expected = [0.75 * 1 + 0.25 * 4, 2.0, 0.75 * 4 + 0.25 * 1, 0.75 * 8 + 0.25 * 7]
-    np.testing.assert_allclose(term.updated_means(old, ratio, place), expected)
-    np.testing.assert_allclose(FDistill(bins=4).updated_means(old, ratio, place), [4, 2, 1, 7])
+    np.testing.assert_allclose(update_bin_means(old, ratio, place, 0.75), expected)
+    np.testing.assert_allclose(update_bin_means(old, ratio, place, 0.0), [4, 2, 1, 7])
     actual = term.remember(old, {"ratio_B": ratio, "bin_B": place, "gap": 0.0})
     np.testing.assert_allclose(actual, expected)
     assert FDistill(bins=0).init_memory() is None and list(term.init_memory()) == [1] * 4

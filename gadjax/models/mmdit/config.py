@@ -35,6 +35,10 @@ class Config(BackboneConfig):
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def feature_blocks(self) -> int:
+        return self.num_layers
+
+    @property
     def text_dim(self) -> int:
         return self.joint_attention_dim
 

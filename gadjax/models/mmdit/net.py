@@ -14,7 +14,7 @@ from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.models.mmdit.blocks import EPS, Block, Modulation, modulate
 from gadjax.models.mmdit.config import Config
-from gadjax.models.module import Keys, checkpointed, scan_blocks, stack
+from gadjax.models.module import Keys, checkpointed, scan_through, stack
 
 TIME_CHANNELS = 256
 
@@ -111,33 +111,37 @@ class MMDiT(nnx.Module):
         Returns: [B, H, W, in_channels] in the compute dtype.
         Raises: InputError for a size that the patch does not divide or the table does not hold.
         """
-        x_BND, text_BLD, emb_B1D = self._trunk(self.depth - 1, x_BHWC, t_B, text_BLD, pooled_BP)
-
-        def last(block, x_BND, text_BLD):
-            return block(x_BND, text_BLD, emb_B1D, self.remat is True)[0]
-
-        x_BND = checkpointed(last, self.remat)(self.last_block, x_BND, text_BLD)
+        ((x_BND, _),), emb_B1D = self._trunk((self.depth,), x_BHWC, t_B, text_BLD, pooled_BP)
         scale, shift = self.norm_out(emb_B1D)
         x_BND = self.proj_out(modulate(layers.layer_norm(x_BND, EPS), shift, scale))
         return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.patch)
 
-    def features(self, x_BHWC, t_B, text_BLD, pooled_BP) -> jax.Array:
-        """Image tokens [B, N, D] after the first half of the blocks; arguments as `__call__`."""
-        return self._trunk((self.depth + 1) // 2, x_BHWC, t_B, text_BLD, pooled_BP)[0]
+    def features(self, x_BHWC, t_B, text_BLD, pooled_BP, *, blocks=()):
+        """Image tokens [B, N, D] after the first half of the blocks; arguments as `__call__`.
 
-    def _trunk(self, count, x_BHWC, t_B, text_BLD, pooled_BP):
-        """Both streams after the first `count` blocks, and the embedding that modulates them."""
+        blocks: rising block numbers from 0: a tuple of the tokens after each, in one pass.
+        """
+        counts = [block + 1 for block in blocks] or [(self.depth + 1) // 2]
+        streams, _ = self._trunk(counts, x_BHWC, t_B, text_BLD, pooled_BP)
+        return tuple(x_BND for x_BND, _ in streams) if blocks else streams[0][0]
+
+    def _trunk(self, counts, x_BHWC, t_B, text_BLD, pooled_BP):
+        """Both streams after each of `counts` blocks, and the embedding that modulates them."""
         emb_B1D = jax.nn.silu(self.time_text_embed(t_B, pooled_BP))[:, None]
         streams = self.pos_embed(x_BHWC), self.context_embedder(text_BLD)
+
+        def call(block, both):
+            return block(*both, emb_B1D, self.remat is True)
+
+        outputs, start = [], 0
         for name, size in self.stacks:
-            run = min(count, size)
-            count -= run
-            if run:
-                blocks = jax.tree.map(lambda leaf, n=run: leaf[:n], getattr(self, name))
-                streams = scan_blocks(
-                    blocks,
-                    streams,
-                    lambda block, both: block(*both, emb_B1D, self.remat is True),
-                    self.remat,
-                )
-        return *streams, emb_B1D
+            inside = [c - start for c in counts if start < c <= start + size]
+            through = size if counts[-1] > start + size else 0  # later blocks need the stack's end
+            ends = inside + [through] * (through > 0 and through not in inside)
+            if ends:
+                after = scan_through(getattr(self, name), streams, ends, call, self.remat)
+                outputs, streams = outputs + after[: len(inside)], after[-1]
+            start += size
+        if counts[-1] > start:
+            outputs.append(checkpointed(call, self.remat)(self.last_block, streams))
+        return outputs, emb_B1D

@@ -14,7 +14,7 @@ from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.models.config import BackboneConfig, read_options
 from gadjax.models.ignored import IGNORED
-from gadjax.models.module import Keys, scan_blocks, stack
+from gadjax.models.module import Keys, scan_through, stack
 from gadjax.types import TextKV
 
 # The second is the name in the published repositories.
@@ -56,6 +56,10 @@ class Config(BackboneConfig):
     @property
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def feature_blocks(self) -> int:
+        return self.num_layers
 
     @property
     def text_dim(self) -> int:
@@ -246,29 +250,33 @@ class PixArt(nnx.Module):
           noise is the first half of the channels.
         Raises: InputError for a size the patch does not divide, or without a needed `added_cond`.
         """
-        x_BND, embedded_BD = self._trunk(self.depth, x_BHWC, t_B, text, mask_BL, added_cond)
+        (x_BND,), embedded_BD = self._trunk((self.depth,), x_BHWC, t_B, text, mask_BL, added_cond)
         table = self.scale_shift_table[...].astype(x_BND.dtype) + embedded_BD[:, None]
         shift, scale = jnp.split(table, 2, axis=1)
         x_BND = self.proj_out(layers.layer_norm(x_BND, OUT_EPS) * (1 + scale) + shift)
         return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.patch)
 
-    def features(self, x_BHWC, t_B, text, mask_BL, added_cond=None) -> jax.Array:
-        """Tokens [B, N, D] after the first half of the blocks; arguments as `__call__`."""
-        return self._trunk((self.depth + 1) // 2, x_BHWC, t_B, text, mask_BL, added_cond)[0]
+    def features(self, x_BHWC, t_B, text, mask_BL, added_cond=None, *, blocks=()):
+        """Tokens [B, N, D] after the first half of the blocks; arguments as `__call__`.
+
+        blocks: rising block numbers from 0: a tuple of the tokens after each, in one pass.
+        """
+        counts = [block + 1 for block in blocks] or [(self.depth + 1) // 2]
+        tokens, _ = self._trunk(counts, x_BHWC, t_B, text, mask_BL, added_cond)
+        return tuple(tokens) if blocks else tokens[0]
 
     def text_kv(self, text_BLD: jax.Array) -> TextKV:
         """KV cache of a prompt for the cross-attention of all layers."""
         return layers.text_kv(self.blocks, self.caption_projection(text_BLD))
 
-    def _trunk(self, count, x_BHWC, t_B, text, mask_BL, added_cond):
+    def _trunk(self, counts, x_BHWC, t_B, text, mask_BL, added_cond):
+        """Tokens after each of `counts` blocks, and the embedding that modulates them."""
         modulation_B6D, embedded_BD = self.adaln_single(t_B, added_cond)
         bias = layers.mask_bias(mask_BL)
         text = text if isinstance(text, TextKV) else self.caption_projection(text)
-        x_BND = scan_blocks(
-            jax.tree.map(lambda leaf: leaf[:count], self.blocks),
-            self.pos_embed(x_BHWC),
-            lambda block, x, text: block(x, modulation_B6D, text, bias, self.remat is True),
-            self.remat,
-            context=text,
-        )
-        return x_BND, embedded_BD
+
+        def call(block, x, text):
+            return block(x, modulation_B6D, text, bias, self.remat is True)
+
+        x_BND = self.pos_embed(x_BHWC)
+        return scan_through(self.blocks, x_BND, counts, call, self.remat, text), embedded_BD

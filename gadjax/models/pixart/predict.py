@@ -40,10 +40,11 @@ def predictor(apply: Callable, config: Config) -> Callable[..., jax.Array]:
 
 
 def features(apply: Callable) -> Callable[..., jax.Array]:
-    """(params, x_BHWC, t_B, cond) -> features [B, N, D] of the middle of the network."""
+    """(params, x_BHWC, t_B, cond, blocks=()) -> features [B, N, D], see `Denoiser`."""
 
-    def call(params: Params, x_BHWC, t_B, cond: Cond):
-        return apply(params, x_BHWC, t_B, cond.text, cond.mask, cond.extras, method="features")
+    def call(params: Params, x_BHWC, t_B, cond: Cond, blocks=()):
+        inputs = x_BHWC, t_B, cond.text, cond.mask, cond.extras
+        return apply(params, *inputs, blocks=blocks, method="features")
 
     return call
 

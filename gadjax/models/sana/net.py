@@ -14,7 +14,7 @@ from flax import nnx
 from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.models.config import BackboneConfig, read_options, refuse
-from gadjax.models.module import Keys, scan_blocks, stack
+from gadjax.models.module import Keys, scan_through, stack
 from gadjax.models.sana.blocks import Attention, GLUMBConv, RMSNorm
 from gadjax.types import TextKV
 
@@ -52,6 +52,10 @@ class Config(BackboneConfig):
     @property
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def feature_blocks(self) -> int:
+        return self.num_layers
 
     @property
     def text_dim(self) -> int:
@@ -214,36 +218,39 @@ class Sana(nnx.Module):
         Raises: InputError for a size the patch does not divide, for Sprint without guidance, and
           for any other with it.
         """
-        depth = self.config.num_layers
-        x_BND, embedded_BD = self._trunk(depth, x_BHWC, t_B, text, mask_BL, guidance_B)
+        counts = (self.config.num_layers,)
+        (x_BND,), embedded_BD = self._trunk(counts, x_BHWC, t_B, text, mask_BL, guidance_B)
         table = self.scale_shift_table[...].astype(x_BND.dtype) + embedded_BD[:, None]
         shift, scale = jnp.split(table, 2, axis=1)
         x_BND = self.proj_out(layers.layer_norm(x_BND, OUT_EPS) * (1 + scale) + shift)
         return layers.unpatchify(x_BND, *x_BHWC.shape[1:3], self.config.patch_size)
 
-    def features(self, x_BHWC, t_B, text, mask_BL, guidance_B=None) -> jax.Array:
-        """Tokens [B, N, D] after the first half of the blocks; arguments as `__call__`."""
-        half = (self.config.num_layers + 1) // 2
-        return self._trunk(half, x_BHWC, t_B, text, mask_BL, guidance_B)[0]
+    def features(self, x_BHWC, t_B, text, mask_BL, guidance_B=None, *, blocks=()):
+        """Tokens [B, N, D] after the first half of the blocks; arguments as `__call__`.
+
+        blocks: rising block numbers from 0: a tuple of the tokens after each, in one pass.
+        """
+        counts = [block + 1 for block in blocks] or [(self.config.num_layers + 1) // 2]
+        tokens, _ = self._trunk(counts, x_BHWC, t_B, text, mask_BL, guidance_B)
+        return tuple(tokens) if blocks else tokens[0]
 
     def text_kv(self, text_BLD: jax.Array) -> TextKV:
         """KV cache of a prompt for the cross-attention of all layers."""
         return layers.text_kv(self.blocks, self.caption_norm(self.caption_projection(text_BLD)))
 
-    def _trunk(self, count, x_BHWC, t_B, text, mask_BL, guidance_B):
+    def _trunk(self, counts, x_BHWC, t_B, text, mask_BL, guidance_B):
+        """Tokens after each of `counts` blocks, and the embedding that modulates them."""
         modulation_B6D, embedded_BD = self.time_embed(t_B, guidance_B)
         bias, grid = layers.mask_bias(mask_BL), self._grid(x_BHWC)
         text = (
             text if isinstance(text, TextKV) else self.caption_norm(self.caption_projection(text))
         )
-        x_BND = scan_blocks(
-            jax.tree.map(lambda leaf: leaf[:count], self.blocks),
-            self._tokens(x_BHWC),
-            lambda block, x, text: block(x, grid, modulation_B6D, text, bias),
-            self.remat,
-            context=text,
-        )
-        return x_BND, embedded_BD
+
+        def call(block, x, text):
+            return block(x, grid, modulation_B6D, text, bias)
+
+        x_BND = self._tokens(x_BHWC)
+        return scan_through(self.blocks, x_BND, counts, call, self.remat, text), embedded_BD
 
     def _grid(self, x_BHWC) -> tuple[int, int]:
         """Height and width in patches."""
