@@ -13,6 +13,7 @@ from gadjax.analytic.result import Result, table
 from gadjax.analytic.teachers import Gaussian, Mixture, posterior_map
 from gadjax.objectives import (
     BOOT,
+    CDM,
     CT,
     DMD,
     GAD,
@@ -30,6 +31,7 @@ from gadjax.objectives import (
     FDistill,
     GADLift,
     MeanFlow,
+    PhasedDMD,
     Regression,
     SiD,
     Term,
@@ -62,6 +64,10 @@ METHODS: dict[str, Term] = {
     "DecoupledDMD": DecoupledDMD(),
     "UniInstruct": UniInstruct(),
     "FDistill": FDistill(),
+    "CDM": CDM(),
+    "PhasedDMD": PhasedDMD(),
+    "CDM + 0.3 GAD": CDM() + 0.3 * TANGENTS,
+    "PhasedDMD + 0.3 GAD": PhasedDMD() + 0.3 * TANGENTS,
     "DMD + 0.3 Embedding": DMD() + 0.3 * Embedding(),
 }
 # Trained at all times, and sampled in one step or with fresh noise, which the bench's student does
