@@ -13,7 +13,7 @@ Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; p
           f_distill, embedding, cd, ct, lcm, rcm, tscd and meanflow draw captions with pictures of
           the bundled world.
 Hardware: 2 CPU cores.
-Result:   not yet run.
+Result:   not reported yet; rcm diverges as it stands (docs/methods.md).
 """
 
 from gadjax.training.config import variant_config
