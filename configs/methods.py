@@ -15,7 +15,7 @@ Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; p
           uni_instruct, f_distill, embedding, cd, ct, lcm, rcm, sprint, tscd and meanflow draw
           captions with pictures of the bundled world.
 Hardware: 2 CPU cores.
-Result:   not yet run.
+Result:   not reported yet; rcm diverges as it stands (docs/methods.md).
 """
 
 from gadjax.training.config import variant_config
