@@ -156,16 +156,12 @@ def prepare(
     part = pipeline.folder.components[pipeline.backbone]
     initial_params, untrained = split_frozen(params[pipeline.backbone], part.frozen)
     if config.student.init == "random":
-        network = pipeline.networks[pipeline.backbone]
-        fresh = network.abstract if abstract else random_params(network, config.seed)
-        initial_params, _ = split_frozen(fresh, part.frozen)
+        initial_params = fresh_params(config, pipeline, abstract)
     adapted = loras(config).keys()
     if adapted >= step_spec.optimizers.keys() - {"discriminator"}:
         initial_params = {}  # no network is trained whole
-    # Adapters are on all of the teacher's parameters.
-    base = pipeline.backbone if adapted else "untrained"
-    if untrained and not adapted:
-        frozen["untrained"] = untrained
+    base = pipeline.backbone if adapted else "untrained"  # adapters are on all of the teacher
+    frozen |= {"untrained": untrained} if untrained and not adapted else {}
     complete = merge_params(initial_params, frozen.get(base))
     if objective.needs.tangent or objective.needs.jvp:
         check_tangents(pipeline, frozen, complete)
@@ -189,6 +185,19 @@ def prepare(
         inputs={} if abstract else input_fingerprints(config, source),
         base=base,
     )
+
+
+def fresh_params(config: ConfigDict, pipeline: Pipeline, abstract: bool) -> Params:
+    """Randomly initialised parameters of the backbone, without those that are never trained.
+
+    Args:
+      config: training config.
+      pipeline: the teacher's pipeline.
+      abstract: shapes in place of the parameters.
+    """
+    network = pipeline.networks[pipeline.backbone]
+    fresh = network.abstract if abstract else random_params(network, config.seed)
+    return split_frozen(fresh, pipeline.folder.components[pipeline.backbone].frozen)[0]
 
 
 def make_optimizers(config: ConfigDict, objective: Term) -> dict[str, optax.GradientTransformation]:
