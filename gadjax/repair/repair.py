@@ -90,7 +90,11 @@ def repair(request: Request) -> str:
         "updates": config.steps,
         "samples an update": config.batch,
         "rank": config.student.lora.rank,
-        "objective": ", ".join(config.objective),
+        "objective": ", ".join(
+            f"{options.get('weight', 1.0):g} {name}"
+            for name, options in config.objective.items()
+            if options.get("weight", 1.0)
+        ),
         "prompts and seeds": f"{len(some)} x {request.evaluation.seeds}",
     }
     write_comparison(out, evaluation, rows, some, facts)
