@@ -10,10 +10,11 @@ Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; p
           cd (consistency distillation); tbcm (consistency on the teacher's own trajectory); ct
           (consistency training on pictures, which ignores the guidance); lcm; rcm (with dmd, and
           grids drawn anew); sprint (SANA-Sprint: sCM and LADD, two steps); tscd (Hyper-SD's
-          segments, to 4 of them); boot (one step); meanflow
+          segments, to 4 of them); boot (one step); meanflow; pso (meant for a distilled student,
+          --config.student.init=WORKDIR; ignores the guidance)
           Those from cd to sprint are of the eps teacher and sampled with fresh noise;
-          uni_instruct, f_distill, embedding, cd, ct, lcm, rcm, sprint, tscd and meanflow draw
-          captions with pictures of the bundled world.
+          uni_instruct, f_distill, embedding, cd, ct, lcm, rcm, sprint, tscd, meanflow and pso
+          draw captions with pictures of the bundled world.
 Hardware: 2 CPU cores.
 Result:   not reported yet; rcm diverges as it stands (docs/methods.md).
 """
@@ -41,6 +42,7 @@ VARIANTS = {
         "ladd": {"weight": 0.5, "blocks": (0, 2, 4, 5), "mismatched": True},
     },
     "tscd": {"tscd": {"segments": (8, 4)}},
+    "pso": {"pso": {}},
     "boot": {"boot": {}},
     "meanflow": {"meanflow": {}},
 }
@@ -54,6 +56,7 @@ WITH_PICTURES = (
     "rcm",
     "sprint",
     "tscd",
+    "pso",
     "meanflow",
 )
 # Sampled with fresh noise, which the flow teacher's pipeline has no scheduler for.

@@ -214,6 +214,11 @@ class Bench:
         total = objective if isinstance(objective, Sum) else Sum(((1.0, objective),))
         total.check(self.times[:-1])
         total.check_denoiser(self.denoiser)
+        if total.needs.networks:
+            raise InputError(
+                f"bench: found a term that takes {', '.join(total.needs.networks)}; expected none "
+                "that names networks of a run"
+            )
         first = make_key(seed)
         start = self.init(first) if start is None else start
         params, bad = train(self, total, updates, start, first)

@@ -22,11 +22,13 @@ from gadjax.objectives.ladd import LADD
 from gadjax.objectives.lcm import LCM
 from gadjax.objectives.meanflow import MeanFlow
 from gadjax.objectives.phased_dmd import PhasedDMD
+from gadjax.objectives.pso import PSO
 from gadjax.objectives.rcm import RCM
 from gadjax.objectives.regression import Regression
 from gadjax.objectives.sid import SiD
 from gadjax.objectives.sim import SIM
 from gadjax.objectives.tbcm import TBCM
+from gadjax.objectives.tcm import TCM
 from gadjax.objectives.tdm import TDM
 from gadjax.objectives.tether import Tether
 from gadjax.objectives.tscd import TSCD
@@ -55,11 +57,13 @@ TERMS |= {
     "lcm": LCM,
     "meanflow": MeanFlow,
     "phased_dmd": PhasedDMD,
+    "pso": PSO,
     "rcm": RCM,
     "regression": Regression,
     "sid": SiD,
     "sim": SIM,
     "tbcm": TBCM,
+    "tcm": TCM,
     "tdm": TDM,
     "tether": Tether,
     "tscd": TSCD,
@@ -91,12 +95,14 @@ __all__ = [
     "MeanFlow",
     "Needs",
     "PhasedDMD",
+    "PSO",
     "RCM",
     "Regression",
     "SIM",
     "SiD",
     "Sum",
     "TBCM",
+    "TCM",
     "TDM",
     "TERMS",
     "TSCD",

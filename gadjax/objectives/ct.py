@@ -52,20 +52,30 @@ class CT(Addable):
                 raise InputError(f"objective.ct.{name}: found {value}; expected more than {least}")
 
     def __call__(self, context: Context):
+        loss_B, size_B, clean_B = self.losses_at(
+            context, log_normal_times(context, self.mean, self.std)
+        )
+        return loss_B, {"error": jnp.mean(size_B), "denoising": jnp.mean(clean_B)}
+
+    def losses_at(self, context: Context, t_B):
+        """Losses [B] at times t_B, their errors, and True where x0 itself is the target."""
         batch, schedule, student = context.batch, context.schedule, context.student_params
-        t_B = log_normal_times(context, self.mean, self.std)
         ratio_t_B = noise_ratio(schedule, t_B)
         lower_B = self.lower_ratio(context, ratio_t_B)
         r_B = times_at_ratio(context, lower_B)
         clean_B = lower_B < noise_ratio(schedule, jnp.float32(schedule.clean + schedule.spacing))
         gap_B = ratio_t_B - jnp.where(clean_B, 0, noise_ratio(schedule, r_B))
         x_t, x_r = (add_noise(schedule, batch.x0, batch.noise, t) for t in (t_B, r_B))
-        x0_r = context.denoiser(student, x_r, r_B, batch.cond).x0
+        x0_r = self.target(context, x_r, r_B)
         target = sg(jnp.where(expand(clean_B, x_r), batch.x0, x0_r))
         error = context.denoiser(student, x_t, t_B, batch.cond).x0 - target
         size_B = jnp.sqrt(sample_mean(error**2) + self.huber**2) - self.huber
         gap_B = jnp.maximum(gap_B, 1e-6)  # 0 where pure noise leaves no room for two times
-        return size_B / gap_B, {"error": jnp.mean(size_B), "denoising": jnp.mean(clean_B)}
+        return size_B / gap_B, size_B, clean_B
+
+    def target(self, context: Context, x_r, r_B):
+        """x0 that S(x_t) is to equal: the student's own at x_r."""
+        return context.denoiser(context.student_params, x_r, r_B, context.batch.cond).x0
 
     def lower_ratio(self, context: Context, ratio_B):
         """u_r [B] of u_t: ECT's mapping, at the stage of the clock."""

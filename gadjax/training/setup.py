@@ -225,10 +225,11 @@ def frozen_networks(
     needs, data = settings.objective.needs, config.data
     on_teacher = loras(config).keys() - ({"student"} if config.student.init != "teacher" else set())
     encodes_text = not (data.embeddings or data.latents)
+    # The student's start is the teacher itself, held once, unless `student.init` is another.
+    named = {"teacher", "start"} if config.student.init == "teacher" else {"teacher"}
+    names_teacher = not named.isdisjoint(needs.networks.values())
     is_needed = {
-        pipeline.backbone: (
-            needs.uses_teacher or "teacher" in needs.networks.values() or on_teacher
-        ),
+        pipeline.backbone: needs.uses_teacher or names_teacher or on_teacher,
         **dict.fromkeys(pipeline.folder.text_encoders, encodes_text),
         "vae": settings.images and not data.latents or config.preview.every,
     }

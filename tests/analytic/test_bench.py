@@ -9,7 +9,7 @@ import pytest
 from gadjax.analytic import Bench, Gaussian, Mixture
 from gadjax.diffusion.rollout import rollout
 from gadjax.errors import InputError, RunStopped
-from gadjax.objectives import DMD, GAD, TERMS, Anchor, GADLift, Needs, Regression
+from gadjax.objectives import DMD, GAD, LADD, TERMS, Anchor, GADLift, Needs, Regression, Tether
 from gadjax.objectives.compose import Addable
 
 SMALL = {"width": 32, "batch": 64}
@@ -208,13 +208,21 @@ def test_untrainable_objectives_are_refused():
         LINE.fit(DMD() + Anchor())
     with pytest.raises(InputError, match="found 0 terms that train the critic"):
         LINE.fit(GADLift())
+    with pytest.raises(InputError, match="bench: found a term that takes start; expected none"):
+        LINE.fit(Tether())
+    with pytest.raises(InputError, match="objective.ladd.blocks: found .* without features of"):
+        LINE.fit(LADD())
     with pytest.raises(RunStopped, match=r"not finite \(5 of the student\)"):
         LINE.fit(Spoilt(), 5)
 
 
+# These take networks of a run, or features of its teacher's blocks.
+OF_RUNS = "disback", "ladd", "pso", "tcm", "tether", "uni_dad"
+
+
 @pytest.mark.slow
 @families
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", [name for name in TERMS if name not in OF_RUNS])
 def test_every_term_trains_here(name, family):
     """With a base, where the term is no objective by itself. Far from convergence."""
     term = TERMS[name]()
