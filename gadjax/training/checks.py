@@ -103,7 +103,7 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     check_offload(config.offload, objective.needs)
     check_schedule("optim", config.optim)
     check_critic(config, objective.needs)
-    loras(config)
+    check_follow(config)
     remat = REMAT[config.remat]
     return Settings(times, objective, mesh, microbatches, dtype, remat, kernels, images)
 
@@ -122,6 +122,21 @@ def check_critic(config: ConfigDict, needs: Needs) -> None:
     if not 0 <= follow <= 1 or follow and not needs.critic:
         expected = "a share from 0 to 1" if needs.critic else "0 in a run without a critic"
         raise InputError(f"critic.follow: found {follow}; expected {expected}")
+
+
+def check_follow(config: ConfigDict) -> None:
+    """Check adapters, and that a critic can take over a share of a student's.
+
+    Raises: InputError as `loras`, and for a critic that follows adapters unlike its own.
+    """
+    adapters = loras(config)
+    alike = adapters.get("student") == adapters.get("critic")
+    same_base = "student" not in adapters or config.student.init == "teacher"
+    if config.critic.follow and not (alike and same_base):
+        raise InputError(
+            f"critic.follow: found {config.critic.follow} and adapters of the student that are not "
+            "the critic's; expected 0, or the same adapters on the teacher"
+        )
 
 
 def check_redraw(shares: Sequence[float], times: Sequence[float]) -> None:

@@ -330,6 +330,11 @@ def test_refused_without_what_they_change(short):
     short.critic.follow = 0.1
     with pytest.raises(InputError, match="^critic.follow: found 0.1; expected 0 in a run without"):
         prepare(short)
+    short.objective = {"dmd": {}}
+    short.student.lora.rank, short.critic.lora.rank = 2, 0
+    with pytest.raises(InputError, match="^critic.follow: found 0.1 and adapters of the student"):
+        prepare(short)
+    short.student.lora.rank, short.critic.lora.rank = 0, None
     short.critic.follow = 0.0
     short.student.update(redraw=(0.2, 0.9), steps=1, timesteps=(899,))
     with pytest.raises(InputError, match="^student.redraw: found one step; expected at least 2"):
