@@ -70,6 +70,8 @@ def test_a_distilled_student_is_that_of_the_command(student, tiny_pipeline, tmp_
     assert config["student"] == {
         "init": "teacher",
         "lora": {"rank": 0, "alpha": None, "targets": TARGETS},
+        "latents": "student",
+        "redraw": [],
         "rollout": "ode",
         "steps": 2,
         "timesteps": [999.0, 500.0],
@@ -174,8 +176,10 @@ def test_an_objective_is_a_config_and_back(objective, config):
     assert as_config(config, TERMS) == config
     for stored in (config, json.loads(json.dumps(config))):
         assert build(stored, TERMS, (999, 499)) == Sum(()) + objective
+    required = {"disback": {"path": ("x",)}, "uni_dad": {"target": "x"}}
     for name, kind in TERMS.items():
-        assert as_config(kind(), TERMS) == {name: {}}
+        given = required.get(name, {})
+        assert as_config(kind(**given), TERMS) == {name: given}
 
 
 def test_terms_that_no_config_can_name():
