@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from gadjax.errors import InputError, RunStopped, check_choice
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -23,6 +21,8 @@ def stop_on_write_error(out: Path) -> Iterator[None]:
 
 def parse_dtype(name: str | None):
     """Parse the dtype of weight files; None keeps the files' own. Raises: InputError."""
+    import jax.numpy as jnp  # here, so that flags are parsed without JAX
+
     if name is not None:
         check_choice("--dtype", name, DTYPES)
     return name and jnp.dtype(name)

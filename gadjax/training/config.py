@@ -15,9 +15,6 @@ from ml_collections.config_dict import placeholder
 from gadjax import assets
 from gadjax.errors import InputError, short_repr
 from gadjax.io.storage import write_atomic
-from gadjax.models.adapters import TARGETS
-from gadjax.objectives import TERMS
-from gadjax.objectives.compose import term_class
 
 # Sources of networks that are no paths: the teacher, and the student's initial parameters.
 OF_RUN = "teacher", "start"
@@ -32,6 +29,8 @@ CONFIG_HELP = (
 
 def default_config() -> ConfigDict:
     """Default training config with every key; a config file changes values and sets `objective`."""
+    from gadjax.models.adapters import TARGETS  # here: `train --help` does without JAX
+
     return ConfigDict(
         {
             "seed": 0,
@@ -270,6 +269,9 @@ def as_json(config: ConfigDict) -> dict:
 
 def with_absolute_paths(config: ConfigDict) -> ConfigDict:
     """Copy of a config whose teacher, student and networks of terms have absolute paths."""
+    from gadjax.objectives import TERMS  # here: `train --help` does without JAX
+    from gadjax.objectives.compose import term_class
+
     config = ConfigDict(config)
     config.teacher = absolute_source(config.teacher)
     config.student.init = absolute_source(config.student.init)
