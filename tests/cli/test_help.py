@@ -19,7 +19,10 @@ finally:
 
 @pytest.mark.parametrize(
     "command",
-    [[], *(f"{name}".split() for name in "train plan launch status evaluate repair doctor".split())],
+    [
+        [],
+        *(f"{name}".split() for name in "train plan launch status evaluate repair doctor".split()),
+    ],
     ids=" ".join,
 )
 def test_help_imports_nothing_heavy(command):
