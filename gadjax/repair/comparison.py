@@ -23,7 +23,7 @@ SCALES = 0.0, 0.25, 0.5, 0.75, 1.0
 SHOWN = 3, 4  # prompts, seeds of each
 SMALL = 64  # pictures of at most this side are enlarged
 # Metrics of a table, where the world has them.
-MEASURED = (*SUMMARY, "vendi_ratio", "tangent_norm", "distance_pixels_ratio")
+MEASURED = (*SUMMARY, "tangent_norm_ratio", "distance_pixels_ratio")
 
 
 def compare(
@@ -55,7 +55,7 @@ def table(evaluation: Evaluation, rows: dict[str, Row]) -> str:
     """Markdown table: a metric a line, a model a column, with 95 % intervals."""
     names = [
         name
-        for name in dict.fromkeys(MEASURED)
+        for name in MEASURED
         if name in evaluation.catalogue and any(name in row.metrics for row in rows.values())
     ]
     lines = ["| | " + " | ".join(rows) + " |", "|---|" + "---|" * len(rows)]

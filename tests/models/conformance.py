@@ -405,7 +405,7 @@ class BackboneSuite(NetworkSuite):
         config, method = case.config(case.sizes[size].config), case.family.text_kv
         depth = config.feature_blocks
         if not depth:
-            pytest.skip("the family has no such blocks")
+            pytest.skip("a U-Net, whose blocks are no stack of one width: it names none")
         by_block, blocks = tokens_by_block(case, size), (*range(0, depth - 1, 2), depth - 1)
         assert len(by_block) == depth
         features = case.family.features(both.network.apply)

@@ -12,10 +12,13 @@ from gadjax import load
 from gadjax.cli.main import main
 from gadjax.errors import InputError
 from gadjax.evaluation.evaluate import EvaluationConfig
+from gadjax.evaluation.metric_catalogue import catalogue
+from gadjax.evaluation.oracles import WORLDS
 from gadjax.formats.diffusers_folder import INDEX
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
 from gadjax.pipelines.adapted import adapted_model
 from gadjax.pipelines.sampling import draw, initial_noise
+from gadjax.repair.comparison import MEASURED
 from gadjax.repair.patient import Patient, open_patient
 from gadjax.repair.repair import Request, repair_config
 from gadjax.training.checks import validate
@@ -86,6 +89,11 @@ def test_the_training_is_on_the_student_and_against_the_teacher(repaired, studen
     assert set(trained.config["objective"]) == {"regression", "gad", "anchor", "tether"}
     inputs = json.loads((repaired / "train" / "inputs.json").read_text())
     assert {"student.init", "teacher", "data.prompts"} <= inputs.keys()
+
+
+def test_the_tables_metrics_exist():
+    assert set(MEASURED) <= catalogue(WORLDS["shapes"]).keys()
+    assert len(set(MEASURED)) == len(MEASURED)
 
 
 def test_the_lora_on_the_student_draws_as_the_run(repaired, student):
