@@ -21,8 +21,8 @@ class DisBack(DMD):
     until: share of the run after which the teacher itself is matched.
     All else, and what is stop-gradiented, as in `dmd`; its critic too. The official code loads its
     checkpoints under names that match nothing, so that its teacher never changes.
-    Cost: that of DMD, without a KV cache of the prompts; the path's networks are held beside the teacher, and one more copy while one
-    is chosen.
+    Cost: that of DMD, without a KV cache of the prompts; the path's networks are held beside the
+    teacher, and one more copy while one is chosen.
     """
 
     path: tuple[str, ...] = ()
