@@ -65,9 +65,13 @@ def trained(folders, tmp_path_factory):
     return get
 
 
-FAMILIES = [
-    name if name == "sana" else pytest.param(name, marks=pytest.mark.slow) for name in TIMES
-]
+def case(family, *values):
+    """A family's case: slow but for one family."""
+    marks = () if family == "sana" else pytest.mark.slow
+    return pytest.param(family, *values, marks=marks)
+
+
+FAMILIES = [case(family) for family in TIMES]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,8 +92,8 @@ def test_a_lora_student_trains(trained, family):
 # diffusers reads kohya's names of U-Nets alone.
 @pytest.mark.parametrize(
     "family,keys",
-    [(family, "diffusers") for family in FAMILIES]
-    + [(family, "kohya") for family in ("sd15", "sd2_v", "sdxl")],
+    [case(family, "diffusers") for family in TIMES]
+    + [case(family, "kohya") for family in ("sd15", "sd2_v", "sdxl")],
 )
 def test_its_lora_is_loaded_by_diffusers(folders, trained, family, keys, tmp_path):
     """The export's check loads it by `load_lora_weights`; it is read here from the same folder."""
