@@ -14,7 +14,7 @@ import numpy as np
 
 from gadjax.diffusion.schedules import Flow, shift_time
 from gadjax.errors import InputError
-from gadjax.formats.pipeline_classes import FLUX, KLEIN, OWN_SIGMAS, QWEN, UNSCALED, Z_IMAGE
+from gadjax.formats.pipeline_classes import FLUX, KLEIN, PASSES_SIGMAS, QWEN, UNSCALED, Z_IMAGE
 from gadjax.formats.scheduler_config import (
     check_disabled,
     config_error,
@@ -45,9 +45,9 @@ def flow_grid(cfg: dict, total: int, pipeline: str | None, tokens: int | None) -
             f"scheduler_config.json, _class_name: found {cfg['_class_name']} of a {pipeline}; "
             f"expected one of {', '.join(UNSCALED)}, or another scheduler"
         )
-    if pipeline not in OWN_SIGMAS or tokens is None:
+    if pipeline not in PASSES_SIGMAS or tokens is None:
         check_disabled(cfg, "use_dynamic_shifting", "shift_terminal")
-    if pipeline not in OWN_SIGMAS:
+    if pipeline not in PASSES_SIGMAS:
         return partial(_shifted_twice, total, shift)
     shift_of = _dynamic_shift(cfg, pipeline, tokens) if cfg.get("use_dynamic_shifting") else None
     terminal = read_number(cfg, "shift_terminal", 0) if cfg.get("shift_terminal") else 0

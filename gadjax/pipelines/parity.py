@@ -20,7 +20,7 @@ from gadjax.diffusion.samplers import keys_from_noise, step_noise
 from gadjax.diffusion.schedules import Flow
 from gadjax.errors import InputError, RunStopped
 from gadjax.formats.diffusers_folder import INDEX, Component, PipelineFolder
-from gadjax.formats.pipeline_classes import FLUX, OWN_SIGMAS, PACKED, SD3
+from gadjax.formats.pipeline_classes import FLUX, PACKED, PASSES_SIGMAS, SD3
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.io.untrusted import read_json
 from gadjax.models.module import functional
@@ -175,7 +175,7 @@ def _vae(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]:
 _UNCHANGED_INPUTS = {"use_resolution_binning": False, "clean_caption": False}
 _FAMILY_ARGUMENTS = {"PixArt": _UNCHANGED_INPUTS, "Sana": _UNCHANGED_INPUTS}
 # Those that take max_sequence_length.
-_WITH_LENGTH = ("PixArt", "Sana", "StableDiffusion3", *OWN_SIGMAS)
+_WITH_LENGTH = ("PixArt", "Sana", "StableDiffusion3", *PASSES_SIGMAS)
 
 
 def diffusers_arguments(
@@ -194,7 +194,7 @@ def diffusers_arguments(
         arguments = {"num_inference_steps": sampling.steps}
         if pipeline.startswith("SanaSprint") and sampling.steps != 2:
             arguments["intermediate_timesteps"] = None
-    elif pipeline in (SD3, *OWN_SIGMAS):  # they take no timesteps
+    elif pipeline in (SD3, *PASSES_SIGMAS):  # they take no timesteps
         sigmas = [t / Flow().steps for t in sampling.timesteps]
         arguments = {"sigmas": sigmas, "num_inference_steps": sampling.steps}
     else:
@@ -329,7 +329,7 @@ def _pictures(
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
     noise_BHWC = sampling.scale * noise_BHWC
     kind = type(pipeline)
-    if kind.__name__ in OWN_SIGMAS:  # whose default size is not the network's
+    if kind.__name__ in PASSES_SIGMAS:  # whose default size is not the network's
         height, width = (side * pipeline.vae_scale_factor for side in noise_BHWC.shape[1:3])
         arguments |= {"height": height, "width": width}
 
