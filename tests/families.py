@@ -1,5 +1,6 @@
 """Small pipelines of every family, made by diffusers, with random parameters."""
 
+import json
 import string
 from pathlib import Path
 
@@ -334,10 +335,50 @@ def pixart_sigma():
     )
 
 
+def flux_schnell(dynamic=False, **more):
+    import diffusers
+
+    one = clip_tokenizer("<|endoftext|>")
+    tokenizer, encoder = t5(56)
+    net = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=56,
+        pooled_projection_dim=20,
+        axes_dims_rope=(4, 6, 6),
+        **more,
+    )
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if dynamic else {"shift": 1.0}
+    return diffusers.FluxPipeline(
+        tokenizer=one,
+        tokenizer_2=tokenizer,
+        text_encoder=clip(one, 20, "quick_gelu"),
+        text_encoder_2=encoder,
+        vae=vae_kl(
+            4,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        transformer=net,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shift),
+    )
+
+
+def flux_dev():
+    return flux_schnell(dynamic=True, guidance_embeds=True)
+
+
 # Prompt lengths that are not the defaults, where they are free.
 LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12, "sd35_large": 12}
-LENGTH["pixart_sigma"] = 140  # more than the 120 of PixArt-alpha
+LENGTH |= {"pixart_sigma": 140, "flux_dev": 12, "flux_schnell": 12}  # PixArt-alpha's are 120
 ALL = (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd35, sd35_large, pixart_sigma)
+ALL += (flux_dev, flux_schnell)
+SIDE = {"flux_dev": 8, "flux_schnell": 8}  # of latents, where no option of the class says it
 MAKERS = {f.__name__: f for f in ALL}
 LOADERS = [name for name in MAKERS if name != "pixart_sigma"]  # whose pipelines load a LoRA
 
@@ -352,4 +393,7 @@ def make(family: str, folder: Path) -> Path:
             for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
                 parameter += 0.1 * torch.randn(parameter.shape)
     pipeline.save_pretrained(folder)
+    if family in SIDE:
+        path = folder / "transformer" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": SIDE[family]}))
     return folder

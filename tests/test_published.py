@@ -31,6 +31,7 @@ SD2 = {"unet": (686, 865_910_724), "text_encoder": CLIP_H, "vae": KL4}
 SD3 = {"text_encoder": CLIP_LP, "text_encoder_2": BIG_G, "text_encoder_3": T5, "vae": KL16}
 SANA = {"text_encoder": GEMMA, "vae": DC}
 PIXART = {"text_encoder": T5, "vae": KL4}
+FLUX = {"text_encoder": CLIP_L, "text_encoder_2": T5, "vae": KL16}
 INVENTORY = {
     "stable-diffusion-v1-5": {"unet": (686, 859_520_964), "text_encoder": CLIP_L, "vae": KL4},
     "stable-diffusion-2-base": SD2,
@@ -56,6 +57,8 @@ INVENTORY = {
     "stable-diffusion-3.5-medium": SD3 | {"transformer": (909, 2_243_171_520 + 384**2 * 1536)},
     # large-turbo too, which has the same configurations.
     "stable-diffusion-3.5-large": SD3 | {"transformer": (1227, 8_056_627_520 + 192**2 * 2432)},
+    "FLUX.1-dev": FLUX | {"transformer": (1160, 11_901_408_320)},
+    "FLUX.1-schnell": FLUX | {"transformer": (1156, 11_891_178_560)},
 }
 
 
@@ -125,6 +128,8 @@ CONFIGS = {
     "sd35_dpdmd.py:gad": "stable-diffusion-3.5-medium",
     "backbones.py:sd35_large": "stable-diffusion-3.5-large",
     "backbones.py:pixart_sigma": "PixArt-Sigma-XL-2-1024-MS",
+    "backbones.py:flux_dev": "FLUX.1-dev",
+    "backbones.py:flux_schnell": "FLUX.1-schnell",
     "sdxl.py": "stable-diffusion-xl-base-1.0",
     "sdxl.py:dmd2": "stable-diffusion-xl-base-1.0",
 }
@@ -155,6 +160,7 @@ def traced(repositories, tmp_path):
 
 
 SLOW = ("sd2_gad.py:one_gad", "sana_gad.py:both", "sdxl.py", "backbones.py:sd35_large")
+SLOW += ("backbones.py:flux_dev", "backbones.py:flux_schnell")
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ IGNORED: dict[str, dict[str, str]] = {
     "Transformer2DModel": _PIXART,
     "SanaTransformer2DModel": {},
     "SD3Transformer2DModel": {},
+    "FluxTransformer2DModel": {},
     "CLIPTextModel": _CLIP,
     "CLIPTextModelWithProjection": _CLIP,
     "T5EncoderModel": _T5,

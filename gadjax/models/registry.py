@@ -23,6 +23,7 @@ COMPONENTS = {
     "Transformer2DModel": "gadjax.models.pixart",
     "SanaTransformer2DModel": "gadjax.models.sana",
     "SD3Transformer2DModel": "gadjax.models.mmdit",
+    "FluxTransformer2DModel": "gadjax.models.flux",
     "CLIPTextModel": "gadjax.models.text.clip",
     "CLIPTextModelWithProjection": "gadjax.models.text.clip",
     "T5EncoderModel": "gadjax.models.text.t5",

@@ -14,7 +14,7 @@ from checkpoints import edit, refused
 
 from gadjax.formats.diffusers_folder import check_pipeline
 from gadjax.formats.orbax_folder import abstract_folder
-from gadjax.formats.pipeline_classes import OWN_SIGMAS, PIPELINES, SD, UNSCALED
+from gadjax.formats.pipeline_classes import PASSES_SIGMAS, PIPELINES, SD, UNSCALED
 from gadjax.formats.sampling_config import GADJAX_JSON
 from gadjax.formats.schedulers import sampler_from_config
 from gadjax.pipelines import parity
@@ -139,7 +139,16 @@ def test_an_autoencoders_shift_is_sd3s_alone(folder, folders, tmp_path):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-FAMILIES = ("sd15", "sdxl", "sana", "sana_sprint", "sd3", "PixArtAlphaPipeline", "SIGMA")
+FAMILIES = (
+    "sd15",
+    "sdxl",
+    "sana",
+    "sana_sprint",
+    "sd3",
+    "flux_dev",
+    "PixArtAlphaPipeline",
+    "SIGMA",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,7 +252,7 @@ def own_sigmas(kind, n):
 def test_a_flow_s_grid_is_that_of_the_pipeline_s_class(kind):
     """One file, two grids: the shift acts on a pipeline's own sigmas once, else twice."""
     shift, four = GRIDS.get(kind, (2.5, None))
-    assert (own_sigmas(kind, 4) is not None) == (kind in OWN_SIGMAS)
+    assert (own_sigmas(kind, 4) is not None) == (kind in PASSES_SIGMAS)
     for name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"):
         config = {"_class_name": name, "shift": shift}
         theirs, ours = (
@@ -256,6 +265,61 @@ def test_a_flow_s_grid_is_that_of_the_pipeline_s_class(kind):
             np.testing.assert_allclose(ours.times(n) / 1000, theirs.sigmas.numpy(), rtol=1e-6)
         if four:
             np.testing.assert_allclose(ours.times(4)[:-1] / 1000, four, atol=5e-5)
+
+
+PUBLISHED_DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
+QWENS = PUBLISHED_DYNAMIC | {"max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02}
+# Class -> scheduler_config.json, and the sigmas of four steps by the number of tokens.
+DYNAMIC = {
+    "FluxPipeline": (
+        PUBLISHED_DYNAMIC,
+        {4096: (1, 0.9045, 0.7595, 0.5128), 1024: (1, 0.8492, 0.6525, 0.3849)},
+    ),
+    "Flux2KleinPipeline": (
+        PUBLISHED_DYNAMIC,
+        {4096: (1, 0.9674, 0.9081, 0.7672), 1024: (1, 0.9581, 0.8840, 0.7175), 4356: ()},
+    ),
+    "QwenImagePipeline": (
+        QWENS,
+        {4096: (1, 0.7667, 0.4556, 0.02), 6889: (1, 0.7810, 0.4755, 0.02), 35: ()},
+    ),
+    "ZImagePipeline": (PUBLISHED_DYNAMIC | {"time_shift_type": "linear"}, {4096: (), 1000: ()}),
+}
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_a_dynamic_shift_follows_from_the_size(kind):
+    """And from the number of steps, in FLUX.2."""
+    config, sizes = DYNAMIC[kind]
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | config
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    module, c = inspect.getmodule(getattr(diffusers, kind)), theirs.config
+    for tokens, four in sizes.items():
+        ours = sampler_from_config(config, kind, tokens)
+        for n in (2, 4, 9, 50):
+            if kind == "Flux2KleinPipeline":
+                mu = module.compute_empirical_mu(tokens, n)
+            else:
+                lengths = c.base_image_seq_len, c.max_image_seq_len
+                mu = module.calculate_shift(tokens, *lengths, c.base_shift, c.max_shift)
+            theirs.set_timesteps(sigmas=own_sigmas(kind, n), mu=mu)
+            np.testing.assert_allclose(ours.times(n) / 1000, theirs.sigmas.numpy(), 2e-6, 1e-7)
+        if four:
+            np.testing.assert_allclose(ours.times(4)[:-1] / 1000, four, atol=5e-5)
+
+
+def test_dynamic_shifts_without_a_known_rule_are_refused():
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | PUBLISHED_DYNAMIC
+    for kind in ("Lumina2Pipeline", "StableDiffusion3Pipeline", "SanaPipeline"):
+        refused(lambda: sampler_from_config(config, kind, 64), "use_dynamic_shifting: found True")  # noqa: B023
+    refused(lambda: sampler_from_config(config, "FluxPipeline"), "use_dynamic_shifting: found True")
+    refused(lambda: sampler_from_config(QWENS | config, "QwenImagePipeline", 64).times(1), "steps")
+    equal = config | {"base_image_seq_len": 4096}
+    refused(lambda: sampler_from_config(equal, "FluxPipeline", 64), "max_image_seq_len: found 4096")
+    huge = config | {"max_shift": 1e6}
+    refused(lambda: sampler_from_config(huge, "FluxPipeline", 64), "max_shift: found 1000000.0")
+    wrong = config | {"shift_terminal": 1.5}
+    refused(lambda: sampler_from_config(wrong, "FluxPipeline", 64), "shift_terminal: found 1.5")
 
 
 @pytest.mark.parametrize("kind", sorted(set(PIPELINES) - set(UNSCALED)))
