@@ -232,6 +232,13 @@ def test_pipelines_that_scale_latents_are_refused_with_a_flow_s_scheduler(folder
     assert not hasattr(getattr(diffusers, scheduler), "scale_model_input")
 
 
+def test_flux_needs_a_scheduler_that_takes_its_sigmas(folders, tmp_path):
+    folder = shutil.copytree(folders("flux_schnell"), tmp_path / "flux")
+    edit(folder / "model_index.json", scheduler=["diffusers", "DPMSolverMultistepScheduler"])
+    words = "scheduler: found 'DPMSolverMultistepScheduler'; expected FlowMatchEulerDiscrete"
+    refused(lambda: abstract_pipeline(folder), words, "which take the sigmas that FluxPipeline")
+
+
 # Class -> shift of a published scheduler_config.json, and the sigmas of four steps.
 GRIDS = {
     "StableDiffusion3Pipeline": (3.0, (1, 0.8577, 0.6022, 0.0089)),
