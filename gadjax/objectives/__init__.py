@@ -17,7 +17,9 @@ from gadjax.objectives.disback import DisBack
 from gadjax.objectives.dmd import DMD
 from gadjax.objectives.embedding import Embedding
 from gadjax.objectives.f_distill import FDistill
+from gadjax.objectives.flash_dmd import FlashDMD
 from gadjax.objectives.gad import GAD
+from gadjax.objectives.gdd import GDD
 from gadjax.objectives.ladd import LADD
 from gadjax.objectives.lcm import LCM
 from gadjax.objectives.meanflow import MeanFlow
@@ -50,9 +52,11 @@ TERMS |= {
     "dmd": DMD,
     "embedding": Embedding,
     "f_distill": FDistill,
+    "flash_dmd": FlashDMD,
     "gad": GAD,
     "gad_lift": GADLift,
     "gad_script": GADScript,
+    "gdd": GDD,
     "ladd": LADD,
     "lcm": LCM,
     "meanflow": MeanFlow,
@@ -87,9 +91,11 @@ __all__ = [
     "DisBack",
     "Embedding",
     "FDistill",
+    "FlashDMD",
     "GAD",
     "GADLift",
     "GADScript",
+    "GDD",
     "LADD",
     "LCM",
     "MeanFlow",

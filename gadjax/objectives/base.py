@@ -63,6 +63,8 @@ class Needs:
       detach_first_step: the first step belongs to another term: no gradient of a base objective may
         pass it.
       images: clean latents from the data.
+      pixels: the autoencoder's decoder (`Context.pixels`).
+      override: the prompts with their replacements (`data.forget`), in `Batch.override`.
       ema: the term evaluates the average of the student's parameters.
       networks: name -> source of a frozen network that the term evaluates (`Context.net`):
         "teacher"; "start", the student's initial parameters; a diffusers folder, or a workdir of
@@ -84,6 +86,8 @@ class Needs:
     discriminator: bool = False
     detach_first_step: bool = False
     images: bool = False
+    pixels: bool = False
+    override: bool = False
     ema: bool = False
     networks: Mapping[str, str] = field(default_factory=dict)
     joint: bool = False
@@ -98,9 +102,8 @@ class Needs:
     @property
     def uses_teacher(self) -> bool:
         """True if the objective evaluates the teacher; training on pictures alone does not."""
-        return (
-            bool(self.maps or self.first_step) or self.teacher or self.critic or self.discriminator
-        )
+        on_features = self.discriminator and not self.pixels  # of teacher or critic
+        return bool(self.maps or self.first_step) or self.teacher or self.critic or on_features
 
     def __or__(self, other: "Needs") -> "Needs":
         return _union(self, other)
@@ -203,6 +206,8 @@ class Context(Draws):
       ema_params: average of the student's parameters.
       networks: name -> parameters of the frozen networks that terms name.
       memory: the term's memory (`Term.init_memory`).
+      pixels: latents [B, H, W, C] -> pictures [B, 8 H, 8 W, 3] or as the autoencoder has it, in
+        [-1, 1] but not clipped to it. Frozen and rematerialised; gradients flow to the latents.
       step_B: index of the drawn step on the student's grid.
       x_BHWC: the student's latent at the drawn step, without gradient.
       direction_JBHWC: directions of the tangents.
@@ -229,6 +234,7 @@ class Context(Draws):
     ema_params: object = None
     networks: Mapping[str, object] = field(default_factory=dict)
     memory: object = None
+    pixels: Callable[[jax.Array], jax.Array] | None = None
     grid_NB: jax.Array | None = None
     step_B: jax.Array | None = None
     x_BHWC: jax.Array | None = None

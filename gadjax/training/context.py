@@ -158,6 +158,9 @@ def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batc
     def critic_at(x, t, scale=1):
         return denoiser.guided(roles.critic, x, t, batch.cond, batch.null, scale)
 
+    def pixels(x0):
+        return jax.checkpoint(step_spec.decode)(roles.networks["vae"], x0)
+
     context = Context(
         denoiser=denoiser,
         batch=batch,
@@ -171,6 +174,7 @@ def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batc
         ema_params=roles.ema,
         discriminator_params=roles.discriminator,
         networks=roles.networks,
+        pixels=pixels if needs.pixels else None,
         grid_NB=draw_grid(step_spec, batch),
         step_B=stratified_step_indices(batch.stratum, len(step_spec.times) - 1),
         detach_first_step=needs.detach_first_step,

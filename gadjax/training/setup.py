@@ -35,6 +35,8 @@ from gadjax.training.state import StepSpec, TrainState, create_state, make_optim
 from gadjax.training.steps import CRITICS
 from gadjax.types import Params
 
+CHANNELS = 3  # of pictures
+
 
 @dataclass(frozen=True)
 class LoopSpec:
@@ -127,7 +129,8 @@ class Run:
         """Frozen networks of an update, as `student_step` takes them."""
         named = {name: frozen[key] for name, key in self.sources.items()}
         bases = {f"{role}/base": self.base(role, frozen) for role in self.bases}
-        return {"teacher": frozen.get(self.pipeline.backbone), **named, **bases}
+        fixed = {"teacher": frozen.get(self.pipeline.backbone), "vae": frozen.get("vae")}
+        return {**fixed, **named, **bases}
 
     def base(self, role: str, frozen: dict[str, Any]) -> Params | None:
         """Parameters that a role does not train itself; None if it trains all."""
@@ -206,6 +209,7 @@ def make_step_spec(config: ConfigDict, settings: Settings, pipeline: Pipeline) -
         latents=config.student.latents,
         critic_follow=config.critic.follow,
         steps=config.steps,
+        decode=pipeline.decode_unclipped,
     )
 
 
@@ -231,7 +235,7 @@ def frozen_networks(
     is_needed = {
         pipeline.backbone: needs.uses_teacher or names_teacher or on_teacher,
         **dict.fromkeys(pipeline.folder.text_encoders, encodes_text),
-        "vae": settings.images and not data.latents or config.preview.every,
+        "vae": settings.images and not data.latents or needs.pixels or config.preview.every,
     }
     return {name: cast(params[name], settings.dtype) for name, yes in is_needed.items() if yes}
 
@@ -248,13 +252,14 @@ def state_initializer(
     Args:
       config: training config.
       step_spec: with the objective and the optimizers.
-      pipeline, frozen, teacher: for the width of a discriminator's features.
+      pipeline, frozen, teacher: for the width of a discriminator's features, if it has such.
 
     Raises: InputError for a discriminator of a network without features.
     """
     objective, optimizers = step_spec.objective, step_spec.optimizers
     if "discriminator" in optimizers:
-        width = feature_width(pipeline, frozen, teacher)
+        on_pixels = objective.trainer_needs(("discriminator",)).pixels
+        width = CHANNELS if on_pixels else feature_width(pipeline, frozen, teacher)
     key = make_key(config.seed)
     abstract = pipeline.networks[pipeline.backbone].abstract
     adapters = {role: abstract_adapters(abstract, lora) for role, lora in loras(config).items()}

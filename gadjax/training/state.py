@@ -1,5 +1,6 @@
 """Training state, optimizers, and the static specification of a training step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,6 +99,7 @@ class StepSpec:
       critic_follow: share of the student's parameters that the critic takes over after each of the
         student's updates.
       steps: student updates of the run.
+      decode: (parameters of the autoencoder, latents) -> pictures, for terms that look at them.
     """
 
     denoiser: Denoiser
@@ -113,6 +115,7 @@ class StepSpec:
     latents: str = "student"
     critic_follow: float = 0.0
     steps: int = 1
+    decode: Callable[[Params, jax.Array], jax.Array] | None = None
 
     def can_pair(self, samples: int) -> bool:
         """True if neighbours 2j, 2j + 1 of a microbatch of `samples` share a device and grid."""
