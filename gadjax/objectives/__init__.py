@@ -15,6 +15,7 @@ from gadjax.objectives.decoupled_dmd import DecoupledDMD
 from gadjax.objectives.denoising import Denoising
 from gadjax.objectives.disback import DisBack
 from gadjax.objectives.dmd import DMD
+from gadjax.objectives.dmm import DMM
 from gadjax.objectives.embedding import Embedding
 from gadjax.objectives.f_distill import FDistill
 from gadjax.objectives.flash_dmd import FlashDMD
@@ -24,9 +25,11 @@ from gadjax.objectives.ladd import LADD
 from gadjax.objectives.lcm import LCM
 from gadjax.objectives.meanflow import MeanFlow
 from gadjax.objectives.phased_dmd import PhasedDMD
+from gadjax.objectives.ppcl import PPCL
 from gadjax.objectives.pso import PSO
 from gadjax.objectives.rcm import RCM
 from gadjax.objectives.regression import Regression
+from gadjax.objectives.sfd import SFD
 from gadjax.objectives.sid import SiD
 from gadjax.objectives.sim import SIM
 from gadjax.objectives.tbcm import TBCM
@@ -34,6 +37,7 @@ from gadjax.objectives.tcm import TCM
 from gadjax.objectives.tdm import TDM
 from gadjax.objectives.tether import Tether
 from gadjax.objectives.tscd import TSCD
+from gadjax.objectives.twinflow import TwinFlow
 from gadjax.objectives.uni_dad import UniDAD
 from gadjax.objectives.uni_instruct import UniInstruct
 from gadjax.objectives.vsd import VSD
@@ -50,6 +54,7 @@ TERMS |= {
     "denoising": Denoising,
     "disback": DisBack,
     "dmd": DMD,
+    "dmm": DMM,
     "embedding": Embedding,
     "f_distill": FDistill,
     "flash_dmd": FlashDMD,
@@ -61,9 +66,11 @@ TERMS |= {
     "lcm": LCM,
     "meanflow": MeanFlow,
     "phased_dmd": PhasedDMD,
+    "ppcl": PPCL,
     "pso": PSO,
     "rcm": RCM,
     "regression": Regression,
+    "sfd": SFD,
     "sid": SiD,
     "sim": SIM,
     "tbcm": TBCM,
@@ -71,6 +78,7 @@ TERMS |= {
     "tdm": TDM,
     "tether": Tether,
     "tscd": TSCD,
+    "twinflow": TwinFlow,
     "uni_dad": UniDAD,
     "uni_instruct": UniInstruct,
     "vsd": VSD,
@@ -86,6 +94,7 @@ __all__ = [
     "ConsistencyDistillation",
     "Context",
     "DMD",
+    "DMM",
     "DecoupledDMD",
     "Denoising",
     "DisBack",
@@ -101,9 +110,11 @@ __all__ = [
     "MeanFlow",
     "Needs",
     "PhasedDMD",
+    "PPCL",
     "PSO",
     "RCM",
     "Regression",
+    "SFD",
     "SIM",
     "SiD",
     "Sum",
@@ -115,6 +126,7 @@ __all__ = [
     "TeacherMap",
     "Term",
     "Tether",
+    "TwinFlow",
     "UniDAD",
     "UniInstruct",
     "VSD",

@@ -47,6 +47,7 @@ def default_config() -> ConfigDict:
             "guidance": 4.5,  # the teacher's classifier-free guidance scale
             "student": {
                 "init": "teacher",  # or "random", or a diffusers folder or workdir
+                "layers": (),  # numbers of the teacher's blocks that it has; (): all
                 "timesteps": (899, 674, 449, 224),  # in the network's units
                 "steps": 4,
                 "rollout": "ode",  # or "fresh_noise", added to each predicted x0 as LCM does
@@ -93,6 +94,11 @@ def default_config() -> ConfigDict:
                 "world": "",  # module that draws captioned pictures
                 "images": "",  # folder of pictures with metadata.jsonl, metadata.csv or NAME.txt
                 "latents": "",  # folder written by `gadjax embed --images`
+                # Of data.prompts (`gadjax.data.versions`):
+                "match": "",  # regex of those that are used; "": all
+                "forget": "",  # words in whose place the teacher of `sfd` reads the next ones
+                "replacement": "",
+                "styles": (),  # endings, by which `dmm` chooses a teacher; it reads none of them
                 "column": "prompt",  # of the prompts or captions, in jsonl and csv
                 "background": "white",  # under transparent pictures
                 "cache": 0,  # samples of the world encoded once, ahead; 0: each when used

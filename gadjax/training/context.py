@@ -158,9 +158,6 @@ def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batc
     def critic_at(x, t, scale=1):
         return denoiser.guided(roles.critic, x, t, batch.cond, batch.null, scale)
 
-    def pixels(x0):
-        return jax.checkpoint(step_spec.decode)(roles.networks["vae"], x0)
-
     context = Context(
         denoiser=denoiser,
         batch=batch,
@@ -174,12 +171,23 @@ def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batc
         ema_params=roles.ema,
         discriminator_params=roles.discriminator,
         networks=roles.networks,
-        pixels=pixels if needs.pixels else None,
         grid_NB=draw_grid(step_spec, batch),
         step_B=stratified_step_indices(batch.stratum, len(step_spec.times) - 1),
         detach_first_step=needs.detach_first_step,
     )
     return Workspace(step_spec, needs, roles, cond, context, batch.noise)
+
+
+def provide_pixels(work: Workspace) -> None:
+    """The frozen autoencoder's decoder: latents to pictures in [-1, 1], but not clipped to it, so
+    that there is a gradient everywhere. Its activations are rematerialised."""
+    decode, params = work.step_spec.decode, work.roles.networks["vae"]
+    work.provide(pixels=lambda x0: jax.checkpoint(decode)(params, x0))
+
+
+def provide_layers(work: Workspace) -> None:
+    """The teacher's blocks that a student of fewer layers has."""
+    work.provide(student_layers=work.step_spec.student_layers)
 
 
 def provide_separate_maps(work: Workspace) -> None:
@@ -272,6 +280,8 @@ def provide_first_steps(work: Workspace) -> None:
 # (condition on the needs, provider), in order. The teacher precedes the student's differentiated
 # computations, so that its activations and the student's residuals are not live together.
 PROVIDERS: tuple[tuple[Callable[[Needs], Any], Callable[[Workspace], None]], ...] = (
+    (lambda n: n.pixels, provide_pixels),
+    (lambda n: n.fewer_layers, provide_layers),
     (separate_maps, provide_separate_maps),
     (lambda n: n.endpoint and (n.detach_first_step or not n.full_map), provide_endpoint),
     (lambda n: n.student or any(spec.end != "whole" for spec in n.maps), provide_latents),

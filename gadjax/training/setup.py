@@ -209,6 +209,7 @@ def make_step_spec(config: ConfigDict, settings: Settings, pipeline: Pipeline) -
         latents=config.student.latents,
         critic_follow=config.critic.follow,
         steps=config.steps,
+        student_layers=tuple(config.student.layers),
         decode=pipeline.decode_unclipped,
     )
 
@@ -229,8 +230,10 @@ def frozen_networks(
     needs, data = settings.objective.needs, config.data
     on_teacher = loras(config).keys() - ({"student"} if config.student.init != "teacher" else set())
     encodes_text = not (data.embeddings or data.latents)
-    # The student's start is the teacher itself, held once, unless `student.init` is another.
-    named = {"teacher", "start"} if config.student.init == "teacher" else {"teacher"}
+    # The student's start is the teacher itself, held once, unless `student.init` is another or the
+    # student has fewer layers.
+    is_teacher = config.student.init == "teacher" and not config.student.layers
+    named = {"teacher", "start"} if is_teacher else {"teacher"}
     names_teacher = not named.isdisjoint(needs.networks.values())
     is_needed = {
         pipeline.backbone: needs.uses_teacher or names_teacher or on_teacher,

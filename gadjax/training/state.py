@@ -99,6 +99,7 @@ class StepSpec:
       critic_follow: share of the student's parameters that the critic takes over after each of the
         student's updates.
       steps: student updates of the run.
+      student_layers: the teacher's blocks that the student has; () for all.
       decode: (parameters of the autoencoder, latents) -> pictures, for terms that look at them.
     """
 
@@ -115,6 +116,7 @@ class StepSpec:
     latents: str = "student"
     critic_follow: float = 0.0
     steps: int = 1
+    student_layers: tuple[int, ...] = ()
     decode: Callable[[Params, jax.Array], jax.Array] | None = None
 
     def can_pair(self, samples: int) -> bool:
