@@ -15,7 +15,7 @@ from gadjax.training.setup import prepare
 
 ONE_STEP = {"steps": 1, "timesteps": (899,)}
 FLOW_STEPS = {"steps": 4, "timesteps": (999, 749.25, 499.5, 249.75)}
-PICTURES = {"world": "gadjax.worlds.shapes", "length": 16}
+PICTURES = {"world": "gadjax.worlds.shapes", "length": 16, "cache": 64}
 PROMPTS = {"prompts": "asset:shapes_demo_prompts.txt", "length": 16}
 FLOWS = "boot", "meanflow", "twinflow"
 # Term -> options of its own, and other keys of the config.

@@ -1,11 +1,12 @@
 """Students of fewer layers than their teacher: start, training, resume, sampling and export."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from train_runs import read_vector, train
+from train_runs import read_vector, steps, train
 
 from gadjax import load
 from gadjax.checkpoints.restore import read_params
@@ -44,8 +45,10 @@ def test_the_student_starts_with_the_teachers_blocks_and_the_critic_whole(run, t
 
 def test_a_run_resumes_to_the_bit(config, trained, tmp_path):
     again = tmp_path / "again"
-    half = "--config.checkpoint.every=2"
-    assert train(config, again, LAYERS, half) == 0
+    flags = config, again, LAYERS, "--config.checkpoint.every=2"
+    assert train(*flags) == 0
+    shutil.rmtree(again / "checkpoints" / str(max(steps(again))))
+    assert train(*flags) == 0
     assert np.array_equal(read_vector(again, "ema"), read_vector(trained, "ema"))
 
 
@@ -56,20 +59,13 @@ def test_it_is_sampled_and_exported_with_its_own_depth(trained, tiny_pipeline, t
     made = json.loads((out / "transformer" / "config.json").read_text())
     teacher = json.loads((tiny_pipeline / "transformer" / "config.json").read_text())
     assert made == teacher | {"num_layers": 1}
-    assert json.loads((out / "gadjax.json").read_text())["verified"]["error"] < 1e-3
+    verified = json.loads((out / "gadjax.json").read_text())["verified"]
+    assert verified["max_difference"] <= verified["allowed"]
     _, ema, _ = read_params(trained / "checkpoints", "ema")
     exported = load(str(out)).params["transformer"]
     assert all(np.array_equal(flatten(exported)[k], v) for k, v in flatten(ema).items())
-    assert (
-        len(
-            next(
-                v
-                for k, v in flatten(load(str(trained)).params["transformer"]).items()
-                if k.startswith("blocks/")
-            )
-        )
-        == 1
-    )
+    sampled = flatten(load(str(trained)).params["transformer"])
+    assert {len(v) for k, v in sampled.items() if k.startswith("blocks/")} == {1}
 
 
 @pytest.mark.parametrize(
