@@ -16,8 +16,9 @@ class SFD(SiD):
     c' is c with the words of data.forget replaced by data.replacement (arXiv 2409.11219): for a
     prompt of the concept to forget the student learns what the teacher draws for the other one, and
     for all others what it draws anyway, in the same distillation. Student and critic read c, the
-    teacher c'. All else as in `sid`, the stop-gradients and options too, and the critic's loss,
-    which has the factor as well. (The code: 1 for SD 1.5 and 0.01 for CIFAR-10.)
+    teacher c', in the maps of other terms too (`gad`, `anchor`). All else as in `sid`, the
+    stop-gradients and options too, and the critic's loss, which has the factor as well. (The code:
+    1 for SD 1.5 and 0.01 for CIFAR-10.)
     The code sums one batch of either kind; here the prompts decide how many of a batch are which.
     Not here: concepts found by a classifier, in place of words; prompts as embeddings.
     Cost: that of `sid`; the text encoders read two prompts a sample.
@@ -35,10 +36,7 @@ class SFD(SiD):
         return replace(super().needs, override="forget")
 
     def __call__(self, context: Context):
-        def teacher(x, t_B, scale):
-            return context.net("teacher", x, t_B, scale, context.batch.override)
-
-        loss_B, metrics = super().__call__(replace(context, teacher=teacher))
+        loss_B, metrics = super().__call__(context)
         return self.factor(context) * loss_B, metrics
 
     def critic_loss(self, context: Context):

@@ -38,7 +38,6 @@ def make_batch(
       key: the run's key.
       update: number of the update, the critic's included.
     """
-
     samples = raw["mask"].shape[0]
     now = jax.random.fold_in(key, update)
     places = jnp.arange(samples)

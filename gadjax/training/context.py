@@ -140,9 +140,9 @@ def complete_needs(needs: Needs) -> Needs:
 def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batch) -> Workspace:
     """Workspace whose context has the networks and the drawn steps."""
     denoiser = step_spec.denoiser
-    guided = None
+    guided, read = None, batch.override or batch.cond  # by the teacher
     if needs.uses_teacher:
-        guided = denoiser.guided_fn(roles.teacher, batch.cond, batch.null, step_spec.guidance)
+        guided = denoiser.guided_fn(roles.teacher, read, batch.null, step_spec.guidance)
     # Without a full rollout the drawn step alone is differentiated, and recomputes keys and values
     # with its blocks: kept through the teacher's map and the backward pass, a KV cache costs more
     # memory than it saves work.
@@ -153,7 +153,7 @@ def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batc
         if guided and scale is None:
             return guided(x, t)
         scale = step_spec.guidance if scale is None else scale
-        return denoiser.guided(roles.teacher, x, t, batch.cond, batch.null, scale)
+        return denoiser.guided(roles.teacher, x, t, read, batch.null, scale)
 
     def critic_at(x, t, scale=1):
         return denoiser.guided(roles.critic, x, t, batch.cond, batch.null, scale)

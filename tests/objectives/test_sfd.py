@@ -7,7 +7,7 @@ from formula_terms import SAMPLES, compare
 from test_sim import critic_loss
 
 from gadjax.errors import InputError
-from gadjax.objectives import SFD, TERMS, SiD, build
+from gadjax.objectives import SFD, TERMS, Regression, SiD, build
 from gadjax.types import Cond
 
 FORGET = 0.3
@@ -51,9 +51,28 @@ def test_prompts_that_do_not_differ_have_the_loss_of_sid():
     world, student = FLOW_WORLD, FLOW_WORLD.student_params()
     nets = student, gaussian_params(3), gaussian_params(4)
     batch = make_batch(SAMPLES)._replace(**versions(jnp.float32))
-    sfd, sid = (world.losses(term)(batch, *nets)[0] for term in (SFD(), SiD()))
+    sfd = world.losses(SFD())(batch, *nets)[0]
+    sid = world.losses(SiD())(batch._replace(override=None), *nets)[0]
     np.testing.assert_allclose(sfd[~LABEL], sid[~LABEL], rtol=1e-6)
     assert (np.abs(sfd - sid)[LABEL] > 1e-3).all()
+
+
+def test_maps_of_other_terms_are_of_the_replaced_prompts():
+    """`gad` and `anchor` beside it do not bring the concept back."""
+    batch = make_batch(SAMPLES)._replace(**versions(jnp.float32))
+    total = SFD() + 0.3 * Regression(steps=2)
+    nets = FLOW_WORLD.student_params(), gaussian_params(3), gaussian_params(4)
+
+    def end(batch):
+        context = FLOW_WORLD.context(total, batch, *nets)
+        return next(iter(context.maps.values()))[0]
+
+    expected = end(batch._replace(cond=batch.override, override=None))
+    plain = end(batch._replace(override=None))
+    # Later steps start at the student's latents, which are those of its own prompts.
+    first = np.asarray(FLOW_WORLD.context(total, batch, *nets).step_B) == 0
+    np.testing.assert_allclose(end(batch)[first], expected[first], rtol=1e-5, atol=1e-6)
+    assert np.abs(end(batch) - plain)[first & LABEL].max() > 1e-3
 
 
 @pytest.mark.parametrize(
