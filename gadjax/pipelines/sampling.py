@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gadjax.diffusion.denoiser import Denoiser
-from gadjax.diffusion.samplers import Sampler, sample
+from gadjax.diffusion.samplers import Sampler, same_noise, sample
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import PIXART, student_scheduler_config
 from gadjax.formats.schedulers import sampler_from_config
@@ -40,7 +40,9 @@ def sampler_and_times(pipeline: Pipeline, sampling: SamplingConfig) -> tuple[Sam
         if sampling.steps == 1 and pipeline.folder.model_index["_class_name"] == PIXART:
             times[-1] = sampler.schedule.clean  # after a single step it uses x0
         return sampler, times
-    if not sampler.stochastic:
+    if sampling.rollout == "fixed_noise":
+        sampler = Sampler(pipeline.denoiser.schedule, sampler.grid, sample_fn=same_noise)
+    elif not sampler.stochastic:
         config = student_scheduler_config(
             pipeline.folder.scheduler, sampling.timesteps, rollout=sampling.rollout
         )

@@ -35,7 +35,7 @@ from gadjax.types import Params
 
 OFFLOAD = "teacher", "optimizer", "ema"
 ATTENTION = "auto", "jnp", "pallas"
-ROLLOUTS = "ode", "fresh_noise"
+ROLLOUTS = "ode", "fresh_noise", "fixed_noise"
 LATENTS = "student", "data"
 # Config name -> `remat` of the networks.
 REMAT = {"none": False, "results": "results", "block": True}

@@ -50,7 +50,9 @@ def default_config() -> ConfigDict:
                 "layers": (),  # numbers of the teacher's blocks that it has; (): all
                 "timesteps": (899, 674, 449, 224),  # in the network's units
                 "steps": 4,
-                "rollout": "ode",  # or "fresh_noise", added to each predicted x0 as LCM does
+                # or "fresh_noise", added to each predicted x0 as LCM does; or "fixed_noise", the
+                # initial noise each time, which no scheduler of diffusers does: not exported
+                "rollout": "ode",
                 # Two shares of the span of times, as (0.0, 1.0): the inner times of the grid are
                 # drawn anew between them for every sample of an update. (): the timesteps above.
                 "redraw": (),

@@ -10,7 +10,7 @@ import optax
 
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.rollout import FIRST_ORDER, FreshNoise, Orders
-from gadjax.diffusion.samplers import fresh_noise
+from gadjax.diffusion.samplers import fixed_noise, fresh_noise
 from gadjax.objectives.base import Term
 from gadjax.types import Params, PyTree
 
@@ -92,7 +92,7 @@ class StepSpec:
       ema: decay of the student's moving average per update.
       microbatches: gradient-accumulation steps per update.
       batch_shards: into how many parts the mesh splits a batch.
-      rollout: of the student's steps: "ode", or "fresh_noise" added to each predicted x0.
+      rollout: of the student's steps: "ode", or "fresh_noise" or "fixed_noise" (z) on each x0.
       redraw: shares of the span between which the inner times of the grid are drawn anew for every
         sample of an update; () for the grid itself.
       latents: at the drawn steps: "student", from its own rollout, or "data", noised.
@@ -125,4 +125,5 @@ class StepSpec:
 
     def solver(self, z_BHWC) -> Orders | FreshNoise:
         """Solver of the student's steps from z, as its sampler has it."""
-        return fresh_noise(z_BHWC) if self.rollout == "fresh_noise" else FIRST_ORDER
+        noises = {"fresh_noise": fresh_noise, "fixed_noise": fixed_noise}
+        return noises[self.rollout](z_BHWC) if self.rollout in noises else FIRST_ORDER
