@@ -18,12 +18,11 @@ class GDD(PixelDiscriminatorTerm, Addable):
     already, which a discriminator finds quickly. D_k: `gadjax.objectives.pixel_discriminator`; its
     loss has `r1` / 2 times |d sum_k D_k / d y|^2 at the data's pictures y (the code: 0.01). The
     code sums over k; here is the mean, so that the weight does not depend on D.
-    With student.freeze the most of the student's convolutions and projections stay the teacher's,
-    as in GDD-I (the code: those of the blocks whose name has conv, proj, and with more qkv, skip).
-    The student has no guidance in it, whatever `guidance` says: the data's captions are not seen
-    by D. D's gradient to the student passes the autoencoder; in D's loss both are stop-gradiented.
-    Not here: the code's pretrained feature networks and their random projections under D,
-    augmentation, and its distances to a teacher's instances, which the paper finds worse.
+    The student has no guidance in it, whatever `guidance` says, and D reads no captions. D's
+    gradient to the student passes the autoencoder; in D's loss both are stop-gradiented.
+    Not here: GDD-I, whose student keeps most of the teacher's convolutions and projections frozen;
+    the code's pretrained feature networks and their random projections under D, augmentation, and
+    its distances to a teacher's instances, which the paper finds worse.
     Cost beside the student: the decoder with its reverse pass, and D; two decodings for D. No
     teacher is evaluated or kept.
     """
