@@ -138,6 +138,7 @@ def with_sampling(
     guidance: float | None = None,
     negative: str | None = None,
     size: tuple[int, int] | None = None,
+    nasa: float = 0.0,
 ) -> Model:
     """Return the model with other sampling settings; None keeps the model's own.
 
@@ -147,10 +148,13 @@ def with_sampling(
         guidance: scale of classifier-free guidance.
         negative: negative prompt.
         size: image size (height, width) in pixels.
+        nasa: factor with which the negative prompt's attention is subtracted, without guidance.
 
     Raises:
         InputError: steps for a student with timesteps of its own, a guidance that is not finite, a
-            negative prompt without guidance, or a size that the networks do not support.
+            negative prompt without guidance or NASA, NASA beside guidance, without a negative
+            prompt or in a family that has no cross-attention, or a size that the networks do not
+            support.
     """
     sampling = model.sampling
     if steps is not None and sampling.timesteps is not None:
@@ -163,12 +167,34 @@ def with_sampling(
     changes = {"steps": steps, "guidance": guidance, "negative": negative}
     changes = {key: value for key, value in changes.items() if value is not None}
     model = replace(model, sampling=replace(sampling, **changes))
-    if negative is not None and not model.guided:
+    if nasa:
+        check_nasa(model, nasa, negative)
+        model = replace(model, sampling=replace(model.sampling, nasa=nasa))
+    elif negative is not None and not model.guided:
         raise InputError(
             f"negative: found {negative!r}; expected none, because this model samples without "
             "classifier-free guidance"
         )
     return model if size is None else replace(model, pipeline=resized(model.pipeline, size))
+
+
+def check_nasa(model: Model, nasa: float, negative: str | None) -> None:
+    """Check that a negative prompt's attention can be subtracted. Raises: InputError."""
+    if not math.isfinite(nasa):
+        raise InputError(f"nasa: found {nasa}; expected a finite number")
+    if negative is None:
+        raise InputError(f"nasa: found {nasa:g} without a negative prompt; expected the two")
+    if model.guided:
+        raise InputError(
+            f"nasa: found {nasa:g} and guidance {model.sampling.guidance:g}; expected a model that "
+            "samples without classifier-free guidance (guidance 1)"
+        )
+    if model.pipeline.denoiser.text_kv is None:
+        kind = model.pipeline.folder.components[model.pipeline.backbone].family.class_names[0]
+        raise InputError(
+            f"nasa: found {nasa:g} for a {kind}, whose prompt and picture attend jointly; expected "
+            "a PixArt, a SANA or a U-Net, which have cross-attention"
+        )
 
 
 @pinned_jax_config()

@@ -11,12 +11,29 @@ PyTree = Any  # nested containers of arrays
 Metrics = dict[str, jax.Array]
 
 
-class TextKV(NamedTuple):
-    """Cross-attention KV cache of a prompt: [B, M, heads * K] of one layer, or [layers, B, M,
-    heads * K] of a stack of blocks."""
+class NegativeKV(NamedTuple):
+    """KV cache of a negative prompt whose attention is subtracted (NASA).
+
+    Args:
+      k, v: as in `TextKV`.
+      bias: of the logits [B, 1, 1, M], for attention that has one; stacked as k and v.
+      scale: factor of the subtracted output, a scalar; stacked likewise.
+    """
 
     k: jax.Array
     v: jax.Array
+    bias: jax.Array
+    scale: jax.Array
+
+
+class TextKV(NamedTuple):
+    """Cross-attention KV cache of a prompt: [B, M, heads * K] of one layer, or [layers, B, M,
+    heads * K] of a stack of blocks; and that of a negative prompt, where its attention is
+    subtracted."""
+
+    k: jax.Array
+    v: jax.Array
+    negative: NegativeKV | None = None
 
 
 class Cond(NamedTuple):
@@ -60,6 +77,8 @@ class Batch(NamedTuple):
       stratum: int32 [B], consecutive numbers from an even one on, which stratify the draws of
         few-step indices evenly over the grid.
       x0: clean latents [B, H, W, C] where the data has images, else None.
+      override, label: conditioning of the prompts as teachers read them, and the number int32 [B]
+        of a prompt's version, where the data has two of each (`gadjax.data.versions`).
     """
 
     cond: Cond
@@ -68,6 +87,8 @@ class Batch(NamedTuple):
     key: jax.Array
     stratum: jax.Array
     x0: jax.Array | None = None
+    override: Cond | None = None
+    label: jax.Array | None = None
 
 
 def expand(a_B, x_BHWC):

@@ -70,7 +70,9 @@ class Hand:
         return jax.tree.map(lambda c, n: n + scale * (c - n), cond, null)
 
 
-def compare(world: World, term, loss, critic_loss=None, head=None, x0=None, networks=None):
+def compare(
+    world: World, term, loss, critic_loss=None, head=None, x0=None, networks=None, more=None
+):
     """Compare values and gradients: of the student's loss, and of the critic's.
 
     Args:
@@ -80,9 +82,10 @@ def compare(world: World, term, loss, critic_loss=None, head=None, x0=None, netw
       head: parameters of the discriminator.
       x0: clean latents of the data.
       networks: frozen networks that the term names.
+      more: further fields of the batch.
     """
     with jax.enable_x64(True):
-        batch = make_batch(SAMPLES, dtype=float)._replace(x0=x0)
+        batch = make_batch(SAMPLES, dtype=float)._replace(x0=x0, **(more or {}))
         student = world.student_params(bend=0.4, dtype=float)
         critic, teacher = gaussian_params(3, dtype=float), mixture_params(dtype=float)
 

@@ -17,10 +17,14 @@ from gadjax.objectives import (
     CT,
     DMD,
     GAD,
+    GDD,
+    LADD,
     LCM,
+    PSO,
     RCM,
     SIM,
     TBCM,
+    TCM,
     TDM,
     TSCD,
     VSD,
@@ -29,12 +33,15 @@ from gadjax.objectives import (
     DecoupledDMD,
     Embedding,
     FDistill,
+    FlashDMD,
     GADLift,
     MeanFlow,
     PhasedDMD,
     Regression,
     SiD,
     Term,
+    TwinFlow,
+    UniDAD,
     UniInstruct,
 )
 from gadjax.seeds import make_key
@@ -69,6 +76,9 @@ METHODS: dict[str, Term] = {
     "CDM + 0.3 GAD": CDM() + 0.3 * TANGENTS,
     "PhasedDMD + 0.3 GAD": PhasedDMD() + 0.3 * TANGENTS,
     "DMD + 0.3 Embedding": DMD() + 0.3 * Embedding(),
+    "UniDAD": UniDAD("teacher"),
+    "GDD": GDD(),
+    "GDD + 0.3 GAD": GDD() + 0.3 * TANGENTS,
 }
 # Trained at all times, and sampled in one step or with fresh noise, which the bench's student does
 # not add between its steps: compared in one step.
@@ -84,12 +94,22 @@ CONSISTENCY: dict[str, Term] = {
     "MeanFlow": MeanFlow(),
     "MeanFlow(power=1)": MeanFlow(power=1.0),
     "RCM + 2 DMD": RCM() + 2.0 * DMD(),
+    "Consistency + 0.5 LADD": Consistency(images=True, variance_bins=16) + 0.5 * LADD((0,)),
+    "MeanFlow + TwinFlow": MeanFlow() + TwinFlow(),
+    "MeanFlow + TwinFlow + 0.3 GAD": MeanFlow() + TwinFlow() + 0.3 * TANGENTS,
+}
+# Second stages, in one step: each starts at the result of the first.
+STAGES: dict[str, tuple[Term, Term]] = {
+    "CT, then TCM": (CONSISTENCY["CT"], TCM(mean=0.2, std=1.6)),
+    "DMD, then PSO": (DMD(), PSO()),
 }
 # Of the ODE in as many steps as the student has.
 SEGMENTED: dict[str, Term] = {
     "TSCD": TSCD(segments=(8, 4)),
     "MeanFlow": MeanFlow(),
     "MeanFlow(power=1)": MeanFlow(power=1.0),
+    "FlashDMD": FlashDMD(),
+    "FlashDMD + 0.3 GAD": FlashDMD() + 0.3 * TANGENTS,
 }
 FEW = ("Regression", "DMD", "DMD + 0.3 GAD")
 
@@ -114,6 +134,18 @@ def compare(bench: Bench, rows: Mapping[str, Term], updates: int, seeds: int) ->
     results = {"teacher": [exact(bench)], "start": [bench.measure(bench.draw, start)]}
     for label, objective in rows.items():
         results[label] = [bench.fit(objective, updates, seed) for seed in range(seeds)]
+    return table(results)
+
+
+def staged(bench: Bench, updates: int, seeds: int) -> str:
+    """Table of second stages, each with the updates of a run, beside their first stages."""
+    results = {}
+    for label, (first, second) in STAGES.items():
+        starts = [bench.fit(first, updates, seed) for seed in range(seeds)]
+        results[label.split(",")[0]] = starts
+        results[label] = [
+            bench.fit(second, updates, seed, start.params) for seed, start in enumerate(starts)
+        ]
     return table(results)
 
 
@@ -145,6 +177,8 @@ def report(updates: int = UPDATES, seeds: int = SEEDS) -> Iterator[str]:
         yield f"## Other methods: the ring, flow, {steps} step{'s'[: steps > 1]}"
         rows = METHODS | (CONSISTENCY if steps == 1 else SEGMENTED)
         yield compare(Bench(Mixture.ring(), "flow", steps), rows, updates, seeds)
+    yield "## Second stages: the ring, flow, 1 step"
+    yield staged(Bench(Mixture.ring(), "flow"), updates, seeds)
     for dim in (16, 64):
         yield f"## 8 random modes in {dim} dimensions: flow, 1 step"
         bench = Bench(Mixture.random(8, dim), width=128)

@@ -1,6 +1,6 @@
 """Distillation from a closed-form teacher to an MLP, in seconds, with exact metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -86,7 +86,7 @@ class Bench:
 
     @cached_property
     def denoiser(self) -> Denoiser:
-        return Denoiser(self.apply, *FAMILIES[self.family], self.features)
+        return Denoiser(self.apply, *FAMILIES[self.family], self.features, feature_blocks=1)
 
     def predict(self, params: Params, x_BHWC, t_B) -> Prediction:
         """Prediction [B, D] of the teacher's formula, plus the MLP where there are parameters.
@@ -113,9 +113,11 @@ class Bench:
             x_BHWC.shape
         )
 
-    def features(self, params: Params, x_BHWC, t_B, cond: Cond):
-        """Features [B, 1, 2 D] for a discriminator: x0 and eps, for want of hidden layers."""
-        return jnp.concatenate(self.predict(params, x_BHWC, t_B), axis=1)[:, None]
+    def features(self, params: Params, x_BHWC, t_B, cond: Cond, blocks: Sequence[int] = ()):
+        """Features [B, 1, 2 D] for a discriminator: x0 and eps, for want of hidden layers; with
+        `blocks`, which can be (0,) alone, a tuple of them."""
+        features = jnp.concatenate(self.predict(params, x_BHWC, t_B), axis=1)[:, None]
+        return (features,) if blocks else features
 
     def init(self, key) -> Params:
         """Parameters of a random MLP with a small output."""
@@ -214,10 +216,16 @@ class Bench:
         total = objective if isinstance(objective, Sum) else Sum(((1.0, objective),))
         total.check(self.times[:-1])
         total.check_denoiser(self.denoiser)
-        if total.needs.networks:
+        needs = total.needs
+        if others := set(needs.networks.values()) - {"start", "teacher"}:
             raise InputError(
-                f"bench: found a term that takes {', '.join(total.needs.networks)}; expected none "
-                "that names networks of a run"
+                f"bench: found a term that takes {', '.join(sorted(others))}; expected none that "
+                "names networks beside 'start' and 'teacher'"
+            )
+        if needs.override or needs.fewer_layers:
+            raise InputError(
+                "bench: found a term for prompts of two versions or for a student of fewer layers; "
+                "expected another, because the bench has neither prompts nor layers"
             )
         first = make_key(seed)
         start = self.init(first) if start is None else start
@@ -288,10 +296,22 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
         params["critic"] = bench.init(jax.random.fold_in(key, 1))
     if "discriminator" in roles:
         init_key = jax.random.fold_in(key, 2)
-        params["discriminator"] = objective.init_discriminator(init_key, 2 * bench.dim)
+        on_pixels = objective.trainer_needs(("discriminator",)).pixels
+        width = bench.dim if on_pixels else 2 * bench.dim
+        params["discriminator"] = objective.init_discriminator(init_key, width)
     step_spec = StepSpec(
-        bench.denoiser, objective, bench.times, 1, optimizers, ema=0.98, steps=updates
+        bench.denoiser,
+        objective,
+        bench.times,
+        1,
+        optimizers,
+        ema=0.98,
+        steps=updates,
+        decode=lambda _, x: x,  # samples are their own pictures
     )
+    sources = {"teacher": {}, "start": start}
+    networks = {name: sources[source] for name, source in objective.needs.networks.items()}
+    networks |= {"teacher": {}, "vae": {}}
 
     def batch(number):
         return bench.make_batch(
@@ -299,16 +319,16 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
         )
 
     def critics(state, number):
-        state, _ = critic_step(step_spec, state, {"teacher": {}}, batch(number))
+        state, _ = critic_step(step_spec, state, networks, batch(number))
         return state, state.bad
 
     def update(state, number):
         first = number * (critic_updates + 1)
         if critic_updates:
             state, _ = jax.lax.scan(critics, state, first + jnp.arange(critic_updates))
-        state, _ = student_step(step_spec, state, {"teacher": {}}, batch(first + critic_updates))
+        state, _ = student_step(step_spec, state, networks, batch(first + critic_updates))
         return state, {role: state.bad[role] > 0 for role in roles}
 
-    start = create_state(params, optimizers, objective.init_memory())
-    state, bad = jax.lax.scan(update, start, jnp.arange(updates))
+    first_state = create_state(params, optimizers, objective.init_memory())
+    state, bad = jax.lax.scan(update, first_state, jnp.arange(updates))
     return state.ema, {role: jnp.sum(count) for role, count in bad.items()}

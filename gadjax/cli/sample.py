@@ -46,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="by default that of the model or its family")
     parser.add_argument("--negative", help="negative prompt")
     parser.add_argument(
+        "--nasa",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="subtract S times the negative prompt's attention (NASA), for students without "
+        "guidance",
+    )
+    parser.add_argument(
         "--size",
         help="image size, HEIGHTxWIDTH in pixels, sampled as given (no resolution binning); by "
         "default the network's",
@@ -84,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         lora=args.lora,
     )
     try:
-        model = with_sampling(model, args.steps, args.guidance, args.negative, size)
+        model = with_sampling(model, args.steps, args.guidance, args.negative, size, args.nasa)
     except InputError as error:
         raise InputError(f"--{error}") from error
     sampler_and_times(model.pipeline, model.sampling)  # refuses unsupported steps before any work

@@ -6,7 +6,7 @@ batch(update * B + p * B / P, B / P).
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,7 +98,8 @@ class Shuffled(Seeded):
 class PromptSource(Shuffled):
     """Shuffled tokenized prompts: ids_NL and mask_NL, integers of any width.
 
-    batch: ids_BL, mask_BL, and the indices of the prompts which_B; all int32.
+    override: further arrays by name, N first (`gadjax.data.versions`), or None.
+    batch: ids_BL, mask_BL, and the indices of the prompts which_B; all int32; and those arrays.
 
     Raises: InputError for a seed that `check_seed` refuses.
     """
@@ -106,6 +107,7 @@ class PromptSource(Shuffled):
     ids_NL: np.ndarray
     mask_NL: np.ndarray
     seed: int
+    override: Mapping[str, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.ids_NL)
@@ -113,7 +115,8 @@ class PromptSource(Shuffled):
     def batch(self, index: int, size: int) -> dict[str, np.ndarray]:
         which = self.order(index, size)
         ids, mask = self.ids_NL[which], self.mask_NL[which]
-        return {"ids": ids.astype(np.int32), "mask": mask.astype(np.int32), "which": which}
+        more = {name: x[which].astype(np.int32) for name, x in (self.override or {}).items()}
+        return {"ids": ids.astype(np.int32), "mask": mask.astype(np.int32), "which": which} | more
 
 
 @dataclass(frozen=True, eq=False)

@@ -201,6 +201,22 @@ def fresh_noise(z_BHWC: jax.Array) -> FreshNoise:
     return FreshNoise(lambda step: step_noise(keys, step, z_BHWC))
 
 
+def fixed_noise(z_BHWC: jax.Array) -> FreshNoise:
+    """The initial noise again after each step, in the place of fresh noise (SiD's "fixed")."""
+    return FreshNoise(lambda step: z_BHWC)
+
+
+def same_noise(predict: Predict, schedule: NoiseSchedule, x_BHWC: jax.Array, times) -> jax.Array:
+    """Sampling in which the initial noise is added to each predicted x0, for the next time.
+
+    Args:
+      predict, schedule: as for gadjax.diffusion.rollout.rollout.
+      x_BHWC: noise at times[0].
+      times: [n + 1].
+    """
+    return rollout(predict, schedule, x_BHWC, times, solver=fixed_noise(x_BHWC)).end
+
+
 def keys_from_noise(x_BHWC: jax.Array) -> jax.Array:
     """PRNG keys [B], one for each sample, from the bits of its noise."""
     flat = jax.lax.stop_gradient(x_BHWC).astype(jnp.float32).reshape(len(x_BHWC), -1)

@@ -18,6 +18,7 @@ from gadjax.formats.diffusers_folder import (
 from gadjax.formats.state_dict import check_keys, tensors_from_params
 from gadjax.formats.weights import STEMS, copy_folder, copy_weights, write_weights
 from gadjax.io.atomic import atomic_folder, check_target
+from gadjax.io.untrusted import read_json
 from gadjax.types import Params
 
 
@@ -33,8 +34,9 @@ def write_pipeline(
     """Write a complete pipeline folder atomically: `pipeline` with the parameters of some networks.
 
     Args:
-      pipeline: a diffusers pipeline folder. Its configurations are kept and its other parts
-        copied, weights under plain names.
+      pipeline: a diffusers pipeline folder. Its configurations are kept, but for `config` of a
+        network in `params` where that was changed, and its other parts copied, weights under plain
+        names.
       dst: the folder to write.
       params: parameters by network name.
       scheduler: replacement of scheduler_config.json, with its `_class_name`.
@@ -60,6 +62,8 @@ def write_pipeline(
         for name, part in pipeline.components.items():
             (out / name).mkdir()
             shutil.copyfile(src / name / "config.json", out / name / "config.json")
+            if name in params and part.config != read_json(src / name / "config.json"):
+                _write_json(out / name / "config.json", part.config)
             if name in params:
                 tensors = _tensors(part, params[name])
                 stem = STEMS[part.library]["safetensors"]

@@ -32,7 +32,9 @@ class SamplingConfig:
       negative: negative prompt; None: the family's default.
       scale: scale of the initial noise (SiD's one-step students start from sigma(625) z).
       rollout: of explicit timesteps where the folder's scheduler is the teacher's: "ode", or
-        "fresh_noise" added to each predicted x0.
+        "fresh_noise" or "fixed_noise", the initial one, added to each predicted x0.
+      nasa: factor of the negative prompt's cross-attention, which is subtracted from the prompt's,
+        in the place of guidance; 0 for none.
     """
 
     steps: int = 20
@@ -42,6 +44,7 @@ class SamplingConfig:
     negative: str | None = None
     scale: float = 1.0
     rollout: str = "ode"
+    nasa: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Entries of gadjax.json that `read_sampling` reads."""

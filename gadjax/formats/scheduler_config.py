@@ -103,8 +103,14 @@ def student_scheduler_config(
       rollout: of the student: "ode", or "fresh_noise" added to each predicted x0.
 
     Returns: the student's scheduler_config.json.
-    Raises: InputError for a teacher with stochastic steps.
+    Raises: InputError for a teacher with stochastic steps, and for a student with fixed noise.
     """
+    if rollout == "fixed_noise":
+        raise InputError(
+            "student.rollout: found 'fixed_noise', the initial noise after each step, which no "
+            "scheduler of diffusers adds; expected 'ode' or 'fresh_noise' (gadjax sample draws the "
+            "workdir)"
+        )
     schedule, kind = schedule_from_config(cfg), parameterization_from_config(cfg)
     if (name := cfg.get("_class_name")) in STOCHASTIC:
         raise config_error(cfg, "_class_name", name, "one with deterministic steps for the student")

@@ -299,10 +299,16 @@ class Attention(nnx.Module):
         """
         if not isinstance(context, TextKV):
             context = self.keys_values(x_BND if context is None else context)
-        projected = self.queries(x_BND), *context
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in projected)
+        q, k, v = map(self.by_head, (self.queries(x_BND), context.k, context.v))
         out_BNHK = self.attend(q, k, v, bias)
+        if (minus := context.negative) is not None:
+            bias = None if bias is None else minus.bias
+            other_BNHK = self.attend(q, self.by_head(minus.k), self.by_head(minus.v), bias)
+            out_BNHK = out_BNHK - minus.scale.astype(out_BNHK.dtype) * other_BNHK
         return self.to_out(out_BNHK.reshape(*out_BNHK.shape[:2], -1))
+
+    def by_head(self, a: jax.Array) -> jax.Array:
+        return a.reshape(*a.shape[:2], self.heads, -1)
 
     def queries(self, x_BND: jax.Array) -> jax.Array:
         return self.to_q(x_BND)

@@ -62,8 +62,10 @@ class Needs:
       discriminator: the term evaluates the discriminator, which must then be trained.
       detach_first_step: the first step belongs to another term: no gradient of a base objective may
         pass it.
-      images: clean latents from the data.
+      images, pixels: clean latents from the data; the autoencoder's decoder, `Context.pixels`.
+      override: option of `data` that makes `Batch.override`: "forget" or "styles".
       ema: the term evaluates the average of the student's parameters.
+      fewer_layers: the student has fewer layers than the teacher (`student.layers`).
       networks: name -> source of a frozen network that the term evaluates (`Context.net`):
         "teacher"; "start", the student's initial parameters; a diffusers folder, or a workdir of
         `train`.
@@ -84,7 +86,10 @@ class Needs:
     discriminator: bool = False
     detach_first_step: bool = False
     images: bool = False
+    pixels: bool = False
+    override: str | None = None
     ema: bool = False
+    fewer_layers: bool = False
     networks: Mapping[str, str] = field(default_factory=dict)
     joint: bool = False
     few_step: bool = False
@@ -98,9 +103,8 @@ class Needs:
     @property
     def uses_teacher(self) -> bool:
         """True if the objective evaluates the teacher; training on pictures alone does not."""
-        return (
-            bool(self.maps or self.first_step) or self.teacher or self.critic or self.discriminator
-        )
+        on_features = self.discriminator and not self.pixels  # of teacher or critic
+        return bool(self.maps or self.first_step) or self.teacher or self.critic or on_features
 
     def __or__(self, other: "Needs") -> "Needs":
         return _union(self, other)
@@ -122,6 +126,10 @@ def _union(a: Needs, b: Needs) -> Needs:
                 f"objective: found the network {name!r} from {a.networks[name]} and from "
                 f"{b.networks[name]}; expected one source for all terms"
             )
+    if a.override and b.override and a.override != b.override:
+        raise InputError(
+            "objective: found terms for data.forget and for data.styles; expected one of them"
+        )
     either = {f.name: getattr(a, f.name) or getattr(b, f.name) for f in fields(a) if f.type is bool}
     first_step = tuple(dict.fromkeys(a.first_step + b.first_step))
     return Needs(
@@ -129,6 +137,7 @@ def _union(a: Needs, b: Needs) -> Needs:
         maps=maps,
         first_step=first_step,
         networks={**a.networks, **b.networks},
+        override=a.override or b.override,
         **either,
     )
 
@@ -183,8 +192,31 @@ class Draws:
         return self._keys(name)[0]
 
 
+class StepTimes:
+    """Times of a context's drawn steps, on its grid."""
+
+    times: tuple[float, ...]
+    grid_NB: jax.Array | None
+    step_B: jax.Array | None
+
+    @cached_property
+    def t_B(self):
+        """Times [B] at which the drawn steps start."""
+        return self._times_at(self.step_B)
+
+    @cached_property
+    def next_B(self):
+        """Times [B] at which the drawn steps end."""
+        return self._times_at(self.step_B + 1)
+
+    def _times_at(self, index_B):
+        if self.grid_NB is None:
+            return jnp.asarray(self.times, jnp.float32)[index_B]
+        return self.grid_NB[index_B, jnp.arange(len(index_B))]
+
+
 @dataclass(frozen=True)
-class Context(Draws):
+class Context(Draws, StepTimes):
     """One batch as terms get it: networks, drawn steps, and the results of their `Needs`.
 
     Arrays with a trailing _B have one entry per sample. A (value, tangents) pair has tangents
@@ -203,6 +235,7 @@ class Context(Draws):
       ema_params: average of the student's parameters.
       networks: name -> parameters of the frozen networks that terms name.
       memory: the term's memory (`Term.init_memory`).
+      pixels: latents [B, H, W, C] -> pictures, with gradient (`provide_pixels`).
       step_B: index of the drawn step on the student's grid.
       x_BHWC: the student's latent at the drawn step, without gradient.
       direction_JBHWC: directions of the tangents.
@@ -212,6 +245,7 @@ class Context(Draws):
       maps: teacher map -> its end, and tangents.
       endpoint: x0 at the end of the student's rollout.
       detach_first_step: the first step belongs to another term.
+      student_layers: the teacher's blocks that the student has; () for all.
       step, share: student updates done, as a number and as a share of the run; traced in a run.
       stream: prefix of the names of random numbers.
     """
@@ -229,6 +263,7 @@ class Context(Draws):
     ema_params: object = None
     networks: Mapping[str, object] = field(default_factory=dict)
     memory: object = None
+    pixels: Callable[[jax.Array], jax.Array] | None = None
     grid_NB: jax.Array | None = None
     step_B: jax.Array | None = None
     x_BHWC: jax.Array | None = None
@@ -239,24 +274,10 @@ class Context(Draws):
     maps: Mapping[TeacherMap, tuple[jax.Array, jax.Array | None]] = field(default_factory=dict)
     endpoint: jax.Array | None = None
     detach_first_step: bool = False
+    student_layers: tuple[int, ...] = ()
     step: jax.Array | int = 0
     share: jax.Array | float = 0.0
     stream: str = ""
-
-    @cached_property
-    def t_B(self):
-        """Times [B] at which the drawn steps start."""
-        return self._times_at(self.step_B)
-
-    @cached_property
-    def next_B(self):
-        """Times [B] at which the drawn steps end."""
-        return self._times_at(self.step_B + 1)
-
-    def _times_at(self, index_B):
-        if self.grid_NB is None:
-            return jnp.asarray(self.times, jnp.float32)[index_B]
-        return self.grid_NB[index_B, jnp.arange(len(index_B))]
 
     def net(self, role: str, x_BHWC, t_B, scale=1, cond: Cond | None = None) -> Prediction:
         """Prediction of a network, under classifier-free guidance; gradients flow to x_BHWC.

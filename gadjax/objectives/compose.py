@@ -166,7 +166,8 @@ class Sum:
         return [term for _, term in self.parts if hasattr(term, f"{role}_loss")]
 
     def init_discriminator(self, key, width: int) -> Params:
-        """Initial parameters of the discriminator, for features of `width`."""
+        """Initial parameters of the discriminator, for features of `width`, or for pictures of so
+        many channels."""
         (term,) = self._trainers("discriminator")
         return term.init_discriminator(key, width)
 

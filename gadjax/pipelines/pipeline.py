@@ -86,10 +86,14 @@ class Pipeline:
 
     def decode(self, params: Params, latent_BHWC):
         """Decode latents in the denoiser's scale to images, clipped to [-1, 1]."""
+        return jnp.clip(self.decode_unclipped(params, latent_BHWC), -1, 1)
+
+    def decode_unclipped(self, params: Params, latent_BHWC):
+        """Decode latents in the denoiser's scale to images, with a gradient beyond [-1, 1] too."""
         vae = self.folder.components["vae"]
         raw = vae.family.unscale(latent_BHWC, vae.spec)
         image = self.networks["vae"].apply(params, raw, method="decode")
-        return jnp.clip(image.astype(jnp.float32), -1, 1)
+        return image.astype(jnp.float32)
 
     def tokens(self, prompts: Sequence[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [B, L] and attention masks [B, L] of prompts.

@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gadjax.diffusion.samplers import Sampler, sample
+from gadjax.diffusion.denoiser import Denoiser
+from gadjax.diffusion.samplers import Sampler, same_noise, sample
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import PIXART, student_scheduler_config
 from gadjax.formats.schedulers import sampler_from_config
+from gadjax.models.layers import mask_bias
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import Pipeline
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
-from gadjax.types import Cond, Params
+from gadjax.types import Cond, NegativeKV, Params, TextKV
 
 BATCH = 64
 
@@ -38,7 +40,9 @@ def sampler_and_times(pipeline: Pipeline, sampling: SamplingConfig) -> tuple[Sam
         if sampling.steps == 1 and pipeline.folder.pipeline == PIXART:
             times[-1] = sampler.schedule.clean  # after a single step it uses x0
         return sampler, times
-    if not sampler.stochastic:
+    if sampling.rollout == "fixed_noise":
+        sampler = Sampler(pipeline.denoiser.schedule, sampler.grid, sample_fn=same_noise)
+    elif not sampler.stochastic:
         config = student_scheduler_config(
             pipeline.folder.scheduler, sampling.timesteps, rollout=sampling.rollout
         )
@@ -64,9 +68,38 @@ def clean_latent(
     sampler, times = sampler_and_times(pipeline, sampling)
     if sampling.scale != 1:
         z_BHWC = sampling.scale * z_BHWC
-    scale = pipeline.denoiser.guidance_scale(sampling.guidance)
-    predict = pipeline.denoiser.guided_fn(params, cond, null, scale)
+    denoiser = pipeline.denoiser
+    scale = denoiser.guidance_scale(sampling.guidance)
+    if sampling.nasa:
+        cond = subtract_negative(denoiser, params, cond, null, sampling.nasa)
+        return sample(
+            lambda x, t: denoiser.guided(params, x, t, cond, null, scale), sampler, z_BHWC, times
+        )
+    predict = denoiser.guided_fn(params, cond, null, scale)
     return sample(predict, sampler, z_BHWC, times)
+
+
+def subtract_negative(
+    denoiser: Denoiser, params: Params, cond: Cond, null: Cond, scale: float
+) -> Cond:
+    """Conditioning whose cross-attention is Z(prompt) - scale Z(negative prompt), before the output
+    projection of each layer: NASA (SNOOPI, arXiv 2412.02687), for students without guidance.
+
+    Args:
+      denoiser: of a family with a KV cache of the prompt.
+      params: of the network.
+      cond, null: conditioning of the prompts and of the negative prompt.
+      scale: of what is subtracted.
+    """
+    bias = mask_bias(null.mask)
+
+    def both(kv: TextKV, minus: TextKV) -> TextKV:
+        layers = len(kv.k)
+        stacked = jnp.broadcast_to(bias, (layers, *bias.shape))
+        return kv._replace(negative=NegativeKV(minus.k, minus.v, stacked, jnp.full(layers, scale)))
+
+    texts = (denoiser.cache_text(params, c).text for c in (cond, null))
+    return cond._replace(text=jax.tree.map(both, *texts, is_leaf=lambda x: isinstance(x, TextKV)))
 
 
 def draw(

@@ -38,7 +38,6 @@ def make_batch(
       key: the run's key.
       update: number of the update, the critic's included.
     """
-
     samples = raw["mask"].shape[0]
     now = jax.random.fold_in(key, update)
     places = jnp.arange(samples)
@@ -53,7 +52,17 @@ def make_batch(
     # Even: neighbours are a pair to `stratified_step_indices`.
     offset = 2 * jax.random.randint(jax.random.fold_in(now, samples), (), 0, 1 << 20)
     x0 = raw.get("x0")
-    if "image" in raw:
+    if "image" in raw and "vae" in frozen:  # without it no term reads pictures
         x0 = pipeline.encode_image(frozen["vae"], raw["image"])
     cond = jax.tree.map(lambda x: jax.lax.stop_gradient(x), encode_raw(pipeline, frozen, raw))
-    return Batch(cond, null, noise, keys, (places + offset).astype(jnp.int32), x0)
+    stratum = (places + offset).astype(jnp.int32)
+    return Batch(cond, null, noise, keys, stratum, x0, *_override(pipeline, frozen, raw))
+
+
+def _override(pipeline: Pipeline, frozen: dict[str, Any], raw: dict[str, jax.Array]):
+    """Conditioning of the prompts as teachers read them, and its labels; () without any."""
+    if "label" not in raw:
+        return ()
+    other = {"ids": raw["override_ids"], "mask": raw["override_mask"]}
+    cond = encode_raw(pipeline, frozen, other)
+    return jax.tree.map(jax.lax.stop_gradient, cond), raw["label"]

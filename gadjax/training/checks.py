@@ -14,6 +14,7 @@ from gadjax.diffusion.schedules import Flow
 from gadjax.errors import InputError, check_choice, short_repr
 from gadjax.formats.pipeline_classes import UNSCALED
 from gadjax.formats.scheduler_config import FLOW_LCM, floors_timesteps
+from gadjax.models.depth import check_layers
 from gadjax.objectives import TERMS, build
 from gadjax.objectives.base import Needs
 from gadjax.objectives.compose import Sum
@@ -34,7 +35,7 @@ from gadjax.types import Params
 
 OFFLOAD = "teacher", "optimizer", "ema"
 ATTENTION = "auto", "jnp", "pallas"
-ROLLOUTS = "ode", "fresh_noise"
+ROLLOUTS = "ode", "fresh_noise", "fixed_noise"
 LATENTS = "student", "data"
 # Config name -> `remat` of the networks.
 REMAT = {"none": False, "results": "results", "block": True}
@@ -95,6 +96,9 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     if images and not any(config.data[name] for name in WITH_PICTURES):
         names = ", ".join(f"data.{name}" for name in WITH_PICTURES)
         raise InputError(f"{names}: found nothing; expected a source of pictures for this loss")
+    if (option := objective.needs.override) and not config.data[option]:
+        raise InputError(f"data.{option}: found nothing; expected it set for this loss")
+    check_depth(config, objective.needs)
     if not config.teacher:
         raise InputError("teacher: found nothing; expected a diffusers pipeline folder")
     dtype = compute_dtype(config.dtype)
@@ -139,6 +143,30 @@ def check_follow(config: ConfigDict) -> None:
         )
 
 
+def check_depth(config: ConfigDict, needs: Needs) -> None:
+    """Check that a student of fewer layers is one where a term needs it, and fits the rest.
+
+    Raises: InputError for a term for such students without one, and for adapters or a critic that
+      follows, which are of the teacher's depth.
+    """
+    layers = tuple(config.student.layers)
+    if needs.fewer_layers and not layers:
+        raise InputError(
+            "student.layers: found (); expected numbers of the teacher's blocks, because this loss "
+            "is for students of fewer layers"
+        )
+    if layers and config.critic.follow:
+        raise InputError(
+            f"critic.follow: found {config.critic.follow} and a student of fewer layers than the "
+            "critic; expected 0"
+        )
+    if layers and "student" in loras(config):
+        raise InputError(
+            "student.layers: found some of the blocks and adapters on all of them; expected () or "
+            "student.lora.rank 0"
+        )
+
+
 def check_redraw(shares: Sequence[float], times: Sequence[float]) -> None:
     """Check the shares of the span between which a student's grid is drawn anew.
 
@@ -170,6 +198,8 @@ def check_pipeline(config: ConfigDict, settings: Settings, pipeline: Pipeline) -
       schedule, steps that add noise, or times that the teacher's sampler does not have.
     """
     check_sequence(pipeline, settings.mesh)
+    part = pipeline.folder.components[pipeline.backbone]
+    check_layers(tuple(config.student.layers), part.spec, part.abstract)
     settings.objective.check_denoiser(pipeline.denoiser)
     times, sampling = settings.times, sampling_from_config(config)
     if pipeline.sampler.stochastic:

@@ -47,10 +47,13 @@ def default_config() -> ConfigDict:
             "guidance": 4.5,  # the teacher's classifier-free guidance scale
             "student": {
                 "init": "teacher",  # or "random", or a diffusers folder or workdir
+                "layers": (),  # numbers of the teacher's blocks that it has; (): all
                 "timesteps": (899, 674, 449, 224),  # in the network's units
                 "steps": 4,
                 "guidance": 1.0,  # embedded scale, where the network has it as an input
-                "rollout": "ode",  # or "fresh_noise", added to each predicted x0 as LCM does
+                # or "fresh_noise", added to each predicted x0 as LCM does; or "fixed_noise", the
+                # initial noise each time, which no scheduler of diffusers does: not exported
+                "rollout": "ode",
                 # Two shares of the span of times, as (0.0, 1.0): the inner times of the grid are
                 # drawn anew between them for every sample of an update. (): the timesteps above.
                 "redraw": (),
@@ -94,6 +97,11 @@ def default_config() -> ConfigDict:
                 "world": "",  # module that draws captioned pictures
                 "images": "",  # folder of pictures with metadata.jsonl, metadata.csv or NAME.txt
                 "latents": "",  # folder written by `gadjax embed --images`
+                # Of data.prompts (`gadjax.data.versions`):
+                "match": "",  # regex of those that are used; "": all
+                "forget": "",  # words in whose place the teacher of `sfd` reads the next ones
+                "replacement": "",
+                "styles": (),  # endings, by which `dmm` chooses a teacher; it reads none of them
                 "column": "prompt",  # of the prompts or captions, in jsonl and csv
                 "background": "white",  # under transparent pictures
                 "cache": 0,  # samples of the world encoded once, ahead; 0: each when used

@@ -140,9 +140,9 @@ def complete_needs(needs: Needs) -> Needs:
 def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batch) -> Workspace:
     """Workspace whose context has the networks and the drawn steps."""
     denoiser = step_spec.denoiser
-    guided = None
+    guided, read = None, batch.override or batch.cond  # by the teacher
     if needs.uses_teacher:
-        guided = denoiser.guided_fn(roles.teacher, batch.cond, batch.null, step_spec.guidance)
+        guided = denoiser.guided_fn(roles.teacher, read, batch.null, step_spec.guidance)
     # Without a full rollout the drawn step alone is differentiated, and recomputes keys and values
     # with its blocks: kept through the teacher's map and the backward pass, a KV cache costs more
     # memory than it saves work.
@@ -153,7 +153,7 @@ def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batc
         if guided and scale is None:
             return guided(x, t)
         scale = step_spec.guidance if scale is None else scale
-        return denoiser.guided(roles.teacher, x, t, batch.cond, batch.null, scale)
+        return denoiser.guided(roles.teacher, x, t, read, batch.null, scale)
 
     def critic_at(x, t, scale=1):
         return denoiser.guided(roles.critic, x, t, batch.cond, batch.null, scale)
@@ -176,6 +176,18 @@ def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batc
         detach_first_step=needs.detach_first_step,
     )
     return Workspace(step_spec, needs, roles, cond, context, batch.noise)
+
+
+def provide_pixels(work: Workspace) -> None:
+    """The frozen autoencoder's decoder: latents to pictures in [-1, 1], but not clipped to it, so
+    that there is a gradient everywhere. Its activations are rematerialised."""
+    decode, params = work.step_spec.decode, work.roles.networks["vae"]
+    work.provide(pixels=lambda x0: jax.checkpoint(decode)(params, x0))
+
+
+def provide_layers(work: Workspace) -> None:
+    """The teacher's blocks that a student of fewer layers has."""
+    work.provide(student_layers=work.step_spec.student_layers)
 
 
 def provide_separate_maps(work: Workspace) -> None:
@@ -268,6 +280,8 @@ def provide_first_steps(work: Workspace) -> None:
 # (condition on the needs, provider), in order. The teacher precedes the student's differentiated
 # computations, so that its activations and the student's residuals are not live together.
 PROVIDERS: tuple[tuple[Callable[[Needs], Any], Callable[[Workspace], None]], ...] = (
+    (lambda n: n.pixels, provide_pixels),
+    (lambda n: n.fewer_layers, provide_layers),
     (separate_maps, provide_separate_maps),
     (lambda n: n.endpoint and (n.detach_first_step or not n.full_map), provide_endpoint),
     (lambda n: n.student or any(spec.end != "whole" for spec in n.maps), provide_latents),

@@ -21,6 +21,7 @@ from gadjax.data.source import (
     Source,
     WorldSource,
 )
+from gadjax.data.versions import check_versions, matching, versions
 from gadjax.errors import InputError
 from gadjax.formats.fingerprints import image_fingerprint, text_fingerprint
 from gadjax.pipelines.pipeline import Pipeline
@@ -42,6 +43,7 @@ def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str,
         raise InputError(
             f"data: found {' and '.join(given) or 'none'}; expected one of {', '.join(SOURCES)}"
         )
+    check_versions(data)
     if data.cache and not data.world:
         raise InputError(
             f"data.cache: found {data.cache} without data.world; expected 0 (gadjax embed --images "
@@ -72,8 +74,9 @@ def open_data(config: ConfigDict, pipeline: Pipeline) -> tuple[Source, dict[str,
     if data.images:
         pictures = open_images(assets.resolve(data.images), data.column, data.background)
         return ImageSource(pictures, sides, tokenize, config.seed, data.dropout), null
-    prompts = read_prompts(assets.resolve(data.prompts), data.column)
-    return PromptSource(*tokenize(prompts), config.seed), null
+    prompts = matching(read_prompts(assets.resolve(data.prompts), data.column), data.match)
+    prompts, override = versions(prompts, data, tokenize)
+    return PromptSource(*tokenize(prompts), config.seed, override), null
 
 
 def input_fingerprints(config: ConfigDict, source: Source) -> dict[str, str]:
@@ -105,6 +108,12 @@ def cache_latents(source: WorldSource, pipeline: Pipeline, count: int, size: int
     """
     encode = jax.jit(pipeline.encode_image)
     params = pipeline.folder.components["vae"].params
+    if params is None:  # a plan, which asks for the shapes of a sample
+
+        def encode(_, image):
+            return np.zeros((len(image), *pipeline.latent), np.float32)
+
+        count = 1
     parts = []
     for index in tqdm(range(0, count, size), desc="encoding pictures", disable=None):
         batch = source.batch(index, min(size, count - index))

@@ -21,7 +21,7 @@ from gadjax.formats.weights import fingerprint, open_weights
 from gadjax.io.atomic import atomic_folder, check_no_overlap, check_target, restore_replaced
 from gadjax.io.untrusted import read_json
 from gadjax.pipelines import parity
-from gadjax.training.workdir import Trained
+from gadjax.training.workdir import Trained, shallow
 
 # For a single step PixArtAlphaPipeline takes the second output of `scheduler.step`, and DPM-Solver
 # has only one (diffusers issue 8689); PixArtSigmaPipeline, of the same parts, takes the first.
@@ -61,8 +61,11 @@ def export(
 
     with atomic_folder(out, overwrite=overwrite, marker=INDEX) as new:
         with as_diffusers_folder(source, out) as src:
+            pipeline = check_pipeline(src)
+            parts = {backbone: shallow(pipeline.components[backbone], trained.layers)}
+            pipeline = replace(pipeline, components=pipeline.components | parts)
             params = {backbone: weights}
-            write_pipeline(check_pipeline(src), new, params, scheduler=scheduler, dtype=dtype)
+            write_pipeline(pipeline, new, params, scheduler=scheduler, dtype=dtype)
         index = read_json(new / INDEX) | {"_class_name": description.pipeline}
         (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         _check_report(report, measured, new / backbone)

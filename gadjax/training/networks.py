@@ -13,6 +13,7 @@ from gadjax.errors import InputError
 from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
+from gadjax.models.depth import keep_layers
 from gadjax.models.params import split_frozen
 from gadjax.objectives import Sum
 from gadjax.pipelines.pipeline import Pipeline, make_pipeline, random_params
@@ -40,6 +41,11 @@ def read_network(source: str, pipeline: Pipeline, key: str) -> tuple[Params, str
             f"{key}: found {source!r}; expected a diffusers folder or a workdir of gadjax train"
         )
     trained = read_trained(path, part_name, step) if is_workdir(path) else None
+    if trained and part_name != "critic" and trained.layers:
+        raise InputError(
+            f"{key}: found {source!r}, a student of {len(trained.layers)} layers; expected a "
+            "network of the teacher's"
+        )
     folder = open_folder(trained.base if trained else path, components=())
     _check_like_teacher(make_pipeline(folder), pipeline, f"{key}: {source}")
     backbone = folder.backbone
@@ -122,10 +128,12 @@ def load_networks(
         start = network.abstract if abstract else random_params(network, config.seed)
     else:
         start = teacher if abstract or init == "teacher" else read[init][0]
+    layers = tuple(config.student.layers)
+    start, is_teacher = keep_layers(start, layers), init == "teacher" and not layers
     bases = {"student": "start"} if "student" in loras(config) and init != "teacher" else {}
     keys = {
         "teacher": pipeline.backbone,
-        "start": pipeline.backbone if init == "teacher" else "start",
+        "start": pipeline.backbone if is_teacher else "start",
     }
     sources = {name: keys.get(source, source) for name, source in objective.needs.networks.items()}
     frozen = {
@@ -135,7 +143,7 @@ def load_networks(
     }
     patterns = pipeline.folder.components[pipeline.backbone].frozen
     initial = {"student": split_frozen(start, patterns)[0]}
-    if init not in INITS:
+    if init not in INITS or layers:
         initial["critic"] = split_frozen(teacher, patterns)[0]
     return Networks(initial, frozen, bases, sources, fingerprints)
 

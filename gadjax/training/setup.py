@@ -35,6 +35,8 @@ from gadjax.training.state import StepSpec, TrainState, create_state, make_optim
 from gadjax.training.steps import CRITICS
 from gadjax.types import Params
 
+CHANNELS = 3  # of pictures
+
 
 @dataclass(frozen=True)
 class LoopSpec:
@@ -127,7 +129,8 @@ class Run:
         """Frozen networks of an update, as `student_step` takes them."""
         named = {name: frozen[key] for name, key in self.sources.items()}
         bases = {f"{role}/base": self.base(role, frozen) for role in self.bases}
-        return {"teacher": frozen.get(self.pipeline.backbone), **named, **bases}
+        fixed = {"teacher": frozen.get(self.pipeline.backbone), "vae": frozen.get("vae")}
+        return {**fixed, **named, **bases}
 
     def base(self, role: str, frozen: dict[str, Any]) -> Params | None:
         """Parameters that a role does not train itself; None if it trains all."""
@@ -206,6 +209,8 @@ def make_step_spec(config: ConfigDict, settings: Settings, pipeline: Pipeline) -
         latents=config.student.latents,
         critic_follow=config.critic.follow,
         steps=config.steps,
+        student_layers=tuple(config.student.layers),
+        decode=pipeline.decode_unclipped,
     )
 
 
@@ -225,13 +230,15 @@ def frozen_networks(
     needs, data = settings.objective.needs, config.data
     on_teacher = loras(config).keys() - ({"student"} if config.student.init != "teacher" else set())
     encodes_text = not (data.embeddings or data.latents)
-    # The student's start is the teacher itself, held once, unless `student.init` is another.
-    named = {"teacher", "start"} if config.student.init == "teacher" else {"teacher"}
+    # The student's start is the teacher itself, held once, unless `student.init` is another or the
+    # student has fewer layers.
+    is_teacher = config.student.init == "teacher" and not config.student.layers
+    named = {"teacher", "start"} if is_teacher else {"teacher"}
     names_teacher = not named.isdisjoint(needs.networks.values())
     is_needed = {
         pipeline.backbone: needs.uses_teacher or names_teacher or on_teacher,
         **dict.fromkeys(pipeline.folder.text_encoders, encodes_text),
-        "vae": settings.images and not data.latents or config.preview.every,
+        "vae": settings.images and not data.latents or needs.pixels or config.preview.every,
     }
     return {name: cast(params[name], settings.dtype) for name, yes in is_needed.items() if yes}
 
@@ -248,13 +255,14 @@ def state_initializer(
     Args:
       config: training config.
       step_spec: with the objective and the optimizers.
-      pipeline, frozen, teacher: for the width of a discriminator's features.
+      pipeline, frozen, teacher: for the width of a discriminator's features, if it has such.
 
     Raises: InputError for a discriminator of a network without features.
     """
     objective, optimizers = step_spec.objective, step_spec.optimizers
     if "discriminator" in optimizers:
-        width = feature_width(pipeline, frozen, teacher)
+        on_pixels = objective.trainer_needs(("discriminator",)).pixels
+        width = CHANNELS if on_pixels else feature_width(pipeline, frozen, teacher)
     key = make_key(config.seed)
     abstract = pipeline.networks[pipeline.backbone].abstract
     adapters = {role: abstract_adapters(abstract, lora) for role, lora in loras(config).items()}

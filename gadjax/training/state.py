@@ -1,5 +1,6 @@
 """Training state, optimizers, and the static specification of a training step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import optax
 
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.rollout import FIRST_ORDER, FreshNoise, Orders
-from gadjax.diffusion.samplers import fresh_noise
+from gadjax.diffusion.samplers import fixed_noise, fresh_noise
 from gadjax.objectives.base import Term
 from gadjax.types import Params, PyTree
 
@@ -91,13 +92,15 @@ class StepSpec:
       ema: decay of the student's moving average per update.
       microbatches: gradient-accumulation steps per update.
       batch_shards: into how many parts the mesh splits a batch.
-      rollout: of the student's steps: "ode", or "fresh_noise" added to each predicted x0.
+      rollout: of the student's steps: "ode", or "fresh_noise" or "fixed_noise" (z) on each x0.
       redraw: shares of the span between which the inner times of the grid are drawn anew for every
         sample of an update; () for the grid itself.
       latents: at the drawn steps: "student", from its own rollout, or "data", noised.
       critic_follow: share of the student's parameters that the critic takes over after each of the
         student's updates.
       steps: student updates of the run.
+      student_layers: the teacher's blocks that the student has; () for all.
+      decode: (parameters of the autoencoder, latents) -> pictures, for terms that look at them.
     """
 
     denoiser: Denoiser
@@ -113,6 +116,8 @@ class StepSpec:
     latents: str = "student"
     critic_follow: float = 0.0
     steps: int = 1
+    student_layers: tuple[int, ...] = ()
+    decode: Callable[[Params, jax.Array], jax.Array] | None = None
 
     def can_pair(self, samples: int) -> bool:
         """True if neighbours 2j, 2j + 1 of a microbatch of `samples` share a device and grid."""
@@ -120,4 +125,5 @@ class StepSpec:
 
     def solver(self, z_BHWC) -> Orders | FreshNoise:
         """Solver of the student's steps from z, as its sampler has it."""
-        return fresh_noise(z_BHWC) if self.rollout == "fresh_noise" else FIRST_ORDER
+        noises = {"fresh_noise": fresh_noise, "fixed_noise": fixed_noise}
+        return noises[self.rollout](z_BHWC) if self.rollout in noises else FIRST_ORDER

@@ -1,6 +1,6 @@
 """Trained weights of a workdir, for the commands that sample with them or export them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from gadjax.formats.weights import fingerprint
 from gadjax.io.storage import check_access
 from gadjax.io.untrusted import is_count, is_number, is_text
 from gadjax.models.adapters import Lora, adapters_from_arrays, merged
+from gadjax.models.depth import COUNT, check_layers, keep_layers
 from gadjax.models.params import merge_params, split_frozen
 from gadjax.objectives import TERMS, Needs, build
 from gadjax.training.lora import loras
@@ -69,6 +70,11 @@ class Trained:
         return loras(self.config).get("student")
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """The teacher's blocks that the student has; () for all."""
+        return tuple(self.config["student"].get("layers", ()))  # older workdirs do not have it
+
+    @property
     def adapters(self) -> Params:
         """The student's adapters. Raises: InputError for parameters that are none."""
         return adapters_from_arrays(self.params, self.lora.scale)
@@ -79,6 +85,7 @@ class Trained:
         base: backbone of the folder `base`. Raises: InputError for another one than at the start.
         """
         self.check_base(base)
+        base = shallow(base, self.layers)
         keymap = base.keymap
         params = self._complete(base)
         shapes = {k: v.shape for k, v in tensors_from_params(params, keymap, views=True)}
@@ -102,6 +109,24 @@ class Trained:
             return merged(base.params, self.adapters)
         except InputError as error:
             raise InputError(f"{self.workdir}, step {self.step}: {error}") from None
+
+
+def shallow(base: Component, layers: tuple[int, ...]) -> Component:
+    """A backbone with some of its blocks, in its configuration too; () for all.
+
+    Raises: InputError for blocks that it does not have.
+    """
+    if not layers:
+        return base
+    check_layers(layers, base.spec, base.abstract)
+    count = {COUNT: len(layers)}
+    return replace(
+        base,
+        config=base.config | count,
+        spec=replace(base.spec, **count),
+        abstract=keep_layers(base.abstract, layers),
+        params=base.params and keep_layers(base.params, layers),
+    )
 
 
 def is_workdir(path: Path) -> bool:

@@ -9,7 +9,18 @@ import pytest
 from gadjax.analytic import Bench, Gaussian, Mixture
 from gadjax.diffusion.rollout import rollout
 from gadjax.errors import InputError, RunStopped
-from gadjax.objectives import DMD, GAD, LADD, TERMS, Anchor, GADLift, Needs, Regression, Tether
+from gadjax.objectives import (
+    DMD,
+    GAD,
+    LADD,
+    SFD,
+    TERMS,
+    Anchor,
+    GADLift,
+    Needs,
+    Regression,
+    UniDAD,
+)
 from gadjax.objectives.compose import Addable
 
 SMALL = {"width": 32, "batch": 64}
@@ -208,9 +219,11 @@ def test_untrainable_objectives_are_refused():
         LINE.fit(DMD() + Anchor())
     with pytest.raises(InputError, match="found 0 terms that train the critic"):
         LINE.fit(GADLift())
-    with pytest.raises(InputError, match="bench: found a term that takes start; expected none"):
-        LINE.fit(Tether())
-    with pytest.raises(InputError, match="objective.ladd.blocks: found .* without features of"):
+    with pytest.raises(InputError, match="bench: found a term that takes some/folder; expected"):
+        LINE.fit(UniDAD("some/folder"))
+    with pytest.raises(InputError, match="bench: found a term for prompts of two versions or"):
+        LINE.fit(SFD())
+    with pytest.raises(InputError, match="objective.ladd.blocks: found 19; expected numbers below"):
         LINE.fit(LADD())
     with pytest.raises(RunStopped, match=r"not finite \(5 of the student\)"):
         LINE.fit(Spoilt(), 5)

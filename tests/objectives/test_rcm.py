@@ -103,6 +103,51 @@ def test_the_warm_up_is_not_on_the_tangent():
     np.testing.assert_allclose(g, -0.6 - 3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["eps", "x0"])
+def test_on_a_diffusion_teacher_the_loss_is_of_the_networks_output(kind):
+    """In float64: of the raw output, and of that which has F + g / (|g| + 0.1) at the same x."""
+    world, term = WORLDS[kind], RCM()
+
+    def by_hand(context, student, teacher):
+        batch = context.batch
+        t = log_normal_times(context, 0.7, 1.6)
+        alpha, sigma = (v[:, None, None, None] for v in world.schedule.alpha_sigma(t))
+        x, length = alpha * batch.x0 + sigma * batch.noise, jnp.sqrt(alpha**2 + sigma**2)
+        cos, sin, x_a = alpha / length, sigma / length, x / length
+
+        def network(x, t):
+            return world.denoiser(student, x, t, batch.cond)
+
+        pair = velocities(network, context.teacher(x, t), world.schedule, x, t)
+        g = -(cos**2) * (pair.student - pair.teacher) - (cos * sin * x_a + pair.rate)
+        goal = pair.student + g / (jnp.sqrt((g**2).sum((1, 2, 3), keepdims=True)) + 0.1)
+        goal = sin * x_a + cos * goal if kind == "eps" else cos * x_a - sin * goal
+        raw = world.denoiser.raw(student, x, t, batch.cond)
+        return 100 * ((raw - sg(goal)) ** 2).mean((1, 2, 3))
+
+    with jax.enable_x64(True):
+        pictures = np.random.default_rng(5).normal(size=(SAMPLES, *SHAPE))
+        batch = make_batch(SAMPLES, dtype=float)._replace(x0=jnp.asarray(pictures))
+        teacher = mixture_params(dtype=float)
+
+        @jax.jit
+        def run(student):
+            def both(f):
+                return f(student), jax.grad(lambda student: f(student).mean())(student)
+
+            def context(student):
+                return world.context(term, batch, student, None, teacher)
+
+            return both(lambda s: term(context(s))[0]), both(
+                lambda s: by_hand(context(s), s, teacher)
+            )
+
+        actual, expected = jax.device_get(run(smooth_params(0.3, dtype=float)))
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10 * np.abs(b).max())
+        assert np.abs(b).max() > 1e-3
+
+
 @all_worlds
 def test_log_ratios_are_normal(world):
     samples, term = 4096, RCM(mean=0.3, std=0.5)

@@ -114,8 +114,8 @@ class Attention(layers.Attention):
         return q if self.norm_q is None else self.norm_q(q)
 
     def keys_values(self, context_BMC: jax.Array) -> TextKV:
-        k, v = super().keys_values(context_BMC)
-        return TextKV(k if self.norm_k is None else self.norm_k(k), v)
+        kv = super().keys_values(context_BMC)
+        return kv if self.norm_k is None else kv._replace(k=self.norm_k(kv.k))
 
     def attend(self, q_BNHK, k_BMHK, v_BMHK, bias) -> jax.Array:
         """Attention output [B, N, H, K]; `bias` is of softmax attention only."""
