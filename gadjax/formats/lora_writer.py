@@ -62,9 +62,8 @@ def has_loader(folder: PipelineFolder) -> bool:
 
 
 def header_texts(sampling: SamplingConfig) -> dict[str, str]:
-    """Texts of a LoRA's header: sampling settings, and a sentence of them for user interfaces."""
-    settings = sampling.to_dict() | {"rollout": sampling.rollout}
-    return {SAMPLING: json.dumps(settings), "modelspec.usage_hint": usage_hint(sampling)}
+    """Texts of a LoRA's header from which gadjax reads the sampling settings."""
+    return {SAMPLING: json.dumps(sampling.to_dict() | {"rollout": sampling.rollout})}
 
 
 def usage_hint(sampling: SamplingConfig) -> str:

@@ -135,7 +135,7 @@ def architecture(folder: PipelineFolder) -> str | None:
 
 
 def modelspec(
-    folder: PipelineFolder, title: str, sampling: SamplingConfig, license: str
+    folder: PipelineFolder, title: str, sampling: SamplingConfig, license: str, kind: str = ""
 ) -> dict[str, str]:
     """Texts of the header that user interfaces show, by the modelspec of Stability AI, 1.0.1.
 
@@ -144,19 +144,21 @@ def modelspec(
       title: name of the model.
       sampling: its sampling settings.
       license: of the weights.
+      kind: end of the architecture's name, "/lora" for a LoRA.
     """
+    name = architecture(folder)
     part = folder.components[folder.backbone]
     side = part.spec.sample_size * folder.components["vae"].spec.upscale
-    kind = parameterization_from_config(folder.scheduler)
+    prediction = parameterization_from_config(folder.scheduler)
     texts = {
         "sai_model_spec": "1.0.1",
-        "architecture": architecture(folder),
+        "architecture": name and name + kind,
         "implementation": "diffusers",
         "title": title,
         "resolution": f"{side}x{side}",
         "license": license,
         "usage_hint": usage_hint(sampling),
-        "prediction_type": {"eps": "epsilon", "v": "v"}.get(kind),
+        "prediction_type": {"eps": "epsilon", "v": "v"}.get(prediction),
     }
     return {f"modelspec.{name}": text for name, text in texts.items() if text}
 

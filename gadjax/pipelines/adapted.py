@@ -142,9 +142,15 @@ def merge_into_folder(
       loras: files or folders with the weight of each.
 
     Returns: the folder, and the settings in the files' headers, None without any.
-    Raises: InputError as `merge_loras`, and for adapters of a text encoder, whose prompt embeddings
-      would be others than those of the folder's fingerprint.
+    Raises: InputError as `merge_loras`; for adapters of a text encoder, whose prompt embeddings
+      would be others than those of the folder's fingerprint; and for a published few-step student.
     """
+    _, preset = published_loras(loras)
+    if preset is not None:
+        raise InputError(
+            f"--lora: found the LoRA of {preset}, which has its own scheduler; expected another "
+            "(gadjax lora merge writes a folder with both)"
+        )
     before = {name: part.params for name, part in folder.components.items()}
     after, sampling = merge_loras(folder, before, loras)
     changed = [name for name in before if after[name] is not before[name]]
@@ -169,6 +175,7 @@ def merge_text_encoders(
     Raises: InputError as `read_lora`, and for files without adapters of a text encoder.
     """
     encoders = folder.text_encoders
+    loras, _ = published_loras(loras)
     before = {name: folder.components[name].params for name in encoders}
     after, _ = merge_loras(folder, before, loras, encoders)
     changed = [name for name in encoders if after[name] is not before[name]]

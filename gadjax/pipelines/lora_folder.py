@@ -11,6 +11,7 @@ from gadjax.formats.lora_writer import Pair, has_loader, header_texts, write_lor
 from gadjax.formats.model_card import CARD, Export, card, metadata_json
 from gadjax.formats.orbax_folder import as_diffusers_folder
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
+from gadjax.formats.single_file import modelspec
 from gadjax.io.atomic import atomic_folder
 from gadjax.pipelines import parity
 
@@ -50,7 +51,9 @@ def write_lora_folder(
     """
     folder, kind = lora.folder, "diffusers" if has_loader(lora.folder) else "peft"
     description = lora.description.with_adapter(kind, lora.scheduler)
-    options = {"keys": keys, "dtype": dtype, "metadata": header_texts(lora.sampling)}
+    facts = description.name, lora.sampling, description.license, "/lora"
+    texts = modelspec(folder, *facts) | header_texts(lora.sampling)
+    options = {"keys": keys, "dtype": dtype, "metadata": texts}
     with atomic_folder(out, overwrite=overwrite, marker=GADJAX_JSON) as new:
         write_lora(new, folder, lora.pairs, scheduler=lora.scheduler, **options)
         nodes = workflow(folder, lora.sampling, lora=DIFFUSERS_WEIGHTS)

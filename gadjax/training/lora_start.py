@@ -13,6 +13,7 @@ from gadjax.formats.lora_names import Layer, layers_of
 from gadjax.formats.state_dict import kernel_from_torch
 from gadjax.models.adapters import Adapter, Lora, abstract_adapters, init_adapters
 from gadjax.models.params import flatten, unflatten
+from gadjax.pipelines.known_students import published_loras
 from gadjax.pipelines.pipeline import Pipeline
 from gadjax.seeds import make_key
 from gadjax.training.lora import loras
@@ -20,7 +21,7 @@ from gadjax.types import Params
 
 
 def read_factors(path: Path, pipeline: Pipeline, key: str) -> dict[str, Factors]:
-    """Adapters of the backbone in a LoRA's file.
+    """Adapters of the backbone in a LoRA's file, at the strength at which it is published.
 
     Args:
       path: the file or folder.
@@ -35,7 +36,9 @@ def read_factors(path: Path, pipeline: Pipeline, key: str) -> dict[str, Factors]
             f"{key}: found adapters of the {min(others)} in {path}; expected ones of the "
             f"{pipeline.backbone} alone"
         )
-    return lora.factors[pipeline.backbone]
+    ((_, strength),), _ = published_loras([(path, 1.0)])
+    factors = lora.factors[pipeline.backbone]
+    return {name: f._replace(scale=strength * f.scale) for name, f in factors.items()}
 
 
 def read_merged(path: Path, pipeline: Pipeline, key: str) -> Params:

@@ -49,6 +49,7 @@ def test_info(student, capsys):
     assert "tensors: 40, " in lines[1] and "(float32: 40)" in lines[1]
     (hint,) = (line for line in lines if "usage_hint" in line)
     assert "2 steps from timesteps 900, 400" in hint
+    assert any("modelspec.title: 'lora'" in line for line in lines)
 
 
 def test_extract_gives_the_student_back(student, extracted, tiny_pipeline, capsys):

@@ -11,6 +11,9 @@ from safetensors.numpy import save_file
 from gadjax import load
 from gadjax.cli.main import main
 from gadjax.errors import InputError
+from gadjax.formats.lora_names import layers_of
+from gadjax.formats.orbax_folder import open_folder
+from gadjax.formats.pipeline_classes import PIPELINES
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
 from gadjax.io.untrusted import read_json
 from gadjax.models.params import flatten
@@ -24,6 +27,7 @@ from gadjax.pipelines.known_students import (
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import load_pipeline, make_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise, sampler_and_times
+from gadjax.training.lora_start import read_factors
 
 NAMES = {
     "lcm-lora-sdxl/pytorch_lora_weights.safetensors": "lcm-sdxl",
@@ -83,8 +87,6 @@ FAMILY = {"sd1.5": "sd15", "sdxl": "sdxl", "sd3": "sd3"}
 @pytest.mark.parametrize("name", GRIDS)
 def test_their_steps(folders, name):
     family = next(value for key, value in FAMILY.items() if key in name)
-    from gadjax.formats.orbax_folder import open_folder
-
     pipeline = make_pipeline(open_folder(folders(family), components=()))
     pipeline, sampling = published_student(name, pipeline)
     _, times = sampler_and_times(pipeline, sampling)
@@ -93,8 +95,6 @@ def test_their_steps(folders, name):
 
 
 def test_every_student_is_of_a_supported_pipeline():
-    from gadjax.formats.pipeline_classes import PIPELINES
-
     for name, student in PUBLISHED_STUDENTS.items():
         assert student.family in PIPELINES, name
         assert student.timesteps is None or len(student.timesteps) == student.steps, name
@@ -164,3 +164,24 @@ def test_a_lora_brings_its_students_steps(folders, hyper, tmp_path, caplog):
 def test_the_weight_multiplies_the_strength(folders, hyper, preset, strength):
     half = load(folders("sd15"), lora=[f"{hyper}:0.5"], student_preset=preset)
     assert half.loras == ((hyper, 0.5 * strength),)
+
+
+def test_a_folder_without_its_scheduler_is_not_written(folders, hyper, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["convert", str(folders("sd15")), str(out), "--lora", str(hyper)]) == 2
+    assert "found the LoRA of hyper-sd1.5-2, which has its own scheduler" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_start_has_the_published_strength(folders, tmp_path):
+    pipeline = make_pipeline(open_folder(folders("sd3"), components=()))
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    width = layers_of(pipeline.folder.components["transformer"])[stem.split(".", 1)[1]].shape
+    tensors = {"lora_A": np.ones((2, width[1])), "lora_B": np.ones((width[0], 2))}
+    tensors = {f"{stem}.{key}.weight": x.astype(np.float32) for key, x in tensors.items()}
+    scales = {}
+    for name in ("Hyper-SD3-4steps-CFG-lora", "mine"):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        factors = read_factors(tmp_path / f"{name}.safetensors", pipeline, "student.init")
+        (scales[name],) = (f.scale for f in factors.values())
+    assert list(scales.values()) == [0.125, 1.0]
