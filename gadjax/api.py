@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gadjax.assets import resolve
-from gadjax.errors import InputError, RunStopped
+from gadjax.errors import InputError, RunStopped, check_choice
 from gadjax.formats.diffusers_folder import PipelineFolder
 from gadjax.formats.lora_file import parse_lora_flag
 from gadjax.formats.orbax_folder import open_folder
@@ -26,7 +26,11 @@ from gadjax.io.storage import as_path, is_remote
 from gadjax.models.params import cast
 from gadjax.objectives import TERMS, Term, as_config
 from gadjax.pipelines.adapted import Weighted, merge_loras
-from gadjax.pipelines.known_students import published_student
+from gadjax.pipelines.known_students import (
+    PUBLISHED_STUDENTS,
+    published_loras,
+    published_student,
+)
 from gadjax.pipelines.model import Model as PipelineModel
 from gadjax.pipelines.pipeline import load_pipeline, make_pipeline, resized
 from gadjax.pipelines.sampling import draw, initial_noise
@@ -84,12 +88,16 @@ def load(
             gadjax.pipelines.known_students.PUBLISHED_STUDENTS, if the folder has none.
         teacher: teacher folder of a workdir's run, if it has moved since.
         lora: LoRA files, or folders of `gadjax export --lora`, of diffusers or of PEFT; FILE:WEIGHT
-            multiplies one. They are merged in float32. A few-step student's brings its timesteps.
+            multiplies one. They are merged in float32. A few-step student's brings its timesteps;
+            a published one is recognised by its file's name.
 
     Raises:
         InputError: the input is missing, damaged or inconsistent.
     """
-    loras = tuple(parse_lora_flag(str(text)) for text in lora)
+    if student_preset is not None:
+        check_choice("student_preset", student_preset, PUBLISHED_STUDENTS)
+    files = [parse_lora_flag(str(text)) for text in lora]
+    loras, student_preset = published_loras(files, student_preset)
     compute, remote = compute_dtype(dtype), is_remote(name)
     source = as_path(name, "model") if remote else resolve(str(name))
     trained = read_trained(source) if remote or is_workdir(source) else None

@@ -170,6 +170,10 @@ RECIPES = {
     "sid-sd": "sd2_v",
     "flux-schnell": "flux_schnell",
     "sana-sprint": "sana_sprint",
+    "lcm-sd1.5": "sd15",
+    "hyper-sdxl-2": "sdxl",
+    "hyper-sd1.5-8-cfg": "sd15",
+    "tdm-sd3": "sd3",
 }
 
 
@@ -184,8 +188,9 @@ def test_published_students_are_sampled_as_by_their_authors(folders, recipe, tmp
     path = with_sampling_config(folder, tmp_path, length=LENGTH.get(RECIPES[recipe], 77), **written)
     if PUBLISHED_STUDENTS[recipe].scheduler:
         theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
+        changes = PUBLISHED_STUDENTS[recipe].changes
         made = getattr(diffusers, PUBLISHED_STUDENTS[recipe].scheduler).from_config(
-            theirs.scheduler.config
+            theirs.scheduler.config, **changes
         )
         shutil.rmtree(path / "scheduler")
         made.save_pretrained(path / "scheduler")

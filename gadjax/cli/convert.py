@@ -4,7 +4,6 @@ With --lora the result has the LoRA merged into its weights.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from gadjax.assets import resolve
@@ -21,11 +20,10 @@ from gadjax.formats.orbax_folder import (
     write_diffusers_folder,
     write_gadjax_folder,
 )
-from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
+from gadjax.formats.sampling_config import GADJAX_JSON
 from gadjax.io.atomic import atomic_folder, check_no_overlap, check_target
-from gadjax.io.untrusted import read_json
 from gadjax.pipelines import parity
-from gadjax.pipelines.adapted import merge_into_folder
+from gadjax.pipelines.adapted import merge_into_folder, record_sampling
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.workdir import is_workdir
 
@@ -70,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             text = text_fingerprint(src, dtype=dtype, **reading) if has_text else ""
             write_gadjax_folder(pipeline, out, text)
         if sampling is not None:
-            _write_sampling(out / GADJAX_JSON, sampling)
+            record_sampling(out / GADJAX_JSON, sampling, out / GADJAX_JSON)
         if args.check:
             converted = pipeline if back else read_gadjax_folder(out)
             other = check_pipeline(out) if back else check_pipeline(src, **reading)
@@ -79,13 +77,6 @@ def run(args: argparse.Namespace) -> int:
     read = "" if back else f", from {pipeline.files}"
     print(f"{args.dst}: {kind} of {src}{read}")
     return 0
-
-
-def _write_sampling(path: Path, sampling: SamplingConfig) -> None:
-    """Write the settings of a LoRA's few-step student, beside what the folder's file has."""
-    entries = read_json(path) if path.is_file() else {}
-    entries |= sampling.to_dict() | {"rollout": sampling.rollout}
-    path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
 def _check(converted: PipelineFolder, other: PipelineFolder, dtype, dst: Path) -> None:

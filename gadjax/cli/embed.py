@@ -1,6 +1,7 @@
 """Encode prompts, or images and their captions, to embeddings and latents ahead of training.
 
 Training then reads the embeddings (data.embeddings), or embeddings and latents (data.latents).
+Those of text encoders with --lora belong to the folder that `gadjax lora merge` writes.
 """
 
 import argparse
@@ -13,21 +14,24 @@ import numpy as np
 from tqdm import tqdm
 
 from gadjax.assets import resolve
-from gadjax.cli.output import check_at_least, stop_on_write_error
+from gadjax.cli.output import add_lora_argument, check_at_least, stop_on_write_error
 from gadjax.data.embeddings import DTYPES, Encoded, Origin, write_embeddings
 from gadjax.data.images import BACKGROUND, Pictures, open_images
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError
 from gadjax.formats.fingerprints import image_fingerprint, text_fingerprint
+from gadjax.formats.lora_file import parse_lora_flag
 from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.sampling_config import read_sampling
 from gadjax.io.atomic import atomic_folder, check_target
+from gadjax.pipelines.adapted import merge_text_encoders
 from gadjax.pipelines.pipeline import Pipeline, make_pipeline
 from gadjax.runtime.settings import pinned_jax_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="pipeline folder, or asset:NAME")
+    add_lora_argument(parser, "text encoders")
     parser.add_argument("--prompts", help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument("--images", help="folder of images with captions, instead of prompts")
     parser.add_argument(
@@ -54,13 +58,16 @@ def run(args: argparse.Namespace) -> int:
         given = "both" if args.prompts else "nothing"
         raise InputError(f"--prompts or --images: found {given}; expected one of them")
     source, column, pictures = resolve(args.model), args.column, None
+    loras = [parse_lora_flag(text) for text in args.lora]
     if args.images:
         pictures = open_images(resolve(args.images), column, args.background)
     prompts = pictures.captions if pictures else read_prompts(resolve(args.prompts), column)
     folder = open_folder(source, variant=args.variant, components=())
     needed = [*folder.text_encoders, *(["vae"] if pictures else [])]
     folder = open_folder(source, variant=args.variant, components=needed)
-    pipeline, origin = make_pipeline(folder), Origin(text_fingerprint(source, variant=args.variant))
+    folder, changed = merge_text_encoders(folder, loras)
+    identity = text_fingerprint(source, variant=args.variant, changed=changed)
+    pipeline, origin = make_pipeline(folder), Origin(identity)
     length = args.length or read_sampling(source, pipeline.sampling).length
     size = min(args.batch, len(prompts))
     encode = _text_encoder(pipeline, length, size)

@@ -12,7 +12,7 @@ from pathlib import Path
 from gadjax.assets import resolve
 from gadjax.cli.output import check_at_least, parse_dtype, stop_on_write_error
 from gadjax.errors import InputError
-from gadjax.formats.lora_file import DIFFUSERS_WEIGHTS
+from gadjax.formats.lora_header import DIFFUSERS_WEIGHTS
 from gadjax.formats.lora_writer import KEYS
 from gadjax.formats.model_card import record_verification, verified_text
 from gadjax.formats.sampling_config import GADJAX_JSON
@@ -22,6 +22,7 @@ from gadjax.pipelines import parity
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.export import export
 from gadjax.training.export_lora import export_lora
+from gadjax.training.export_single import export_single
 from gadjax.training.workdir import read_trained
 
 
@@ -46,7 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="export the adapters of a LoRA run, not the merged pipeline",
     )
     parser.add_argument(
-        "--keys", default="diffusers", help=f"names in a LoRA's file: {' or '.join(KEYS)}"
+        "--keys", default="diffusers", help=f"names in a LoRA's file: {', '.join(KEYS)}"
+    )
+    parser.add_argument(
+        "--single-file",
+        action="store_true",
+        help="export the backbone as one file, and of SD1.5, SDXL and SD3 the pipeline in the "
+        "original names, with a workflow of ComfyUI",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="only check an earlier export")
@@ -59,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("workdir", "out"):
         if getattr(args, flag) is None:
             raise InputError(f"--{flag}: found nothing; expected a folder")
+    if args.lora and args.single_file:
+        raise InputError("--single-file: found it with --lora; expected one of them")
     check_at_least("--step", args.step, 0)
     dtype, part = parse_dtype(args.dtype), "ema" if args.ema else "student"
     trained = read_trained(as_path(args.workdir), part, args.step)
@@ -70,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     with stop_on_write_error(args.out):
         if args.lora:
             verified = export_lora(trained, args.out, keys=args.keys, **options)
+        elif args.single_file:
+            verified = export_single(trained, args.out, **options)
         else:
             verified = export(trained, args.out, report=args.report, **options)
     print(f"{args.out}: {'average' if args.ema else 'weights'} of step {trained.step}")

@@ -23,6 +23,7 @@ COMMANDS = {
     "repair": "a LoRA that brings back what a distilled student lost",
     "convert": "diffusers pipeline folder -> gadjax's own folder, and back",
     "export": "a workdir's student as a diffusers pipeline folder",
+    "lora": "contents of LoRA files; a LoRA out of two models; a model with LoRAs merged",
     "embed": "prompt embeddings, and latents of images, ahead of training",
     "doctor": "versions, devices, missing packages",
 }

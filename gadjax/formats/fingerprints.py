@@ -1,8 +1,10 @@
 """Fingerprints of a pipeline folder's text encoders, tokenizers and autoencoder."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,12 @@ HASHED_BYTES = 64  # per tensor
 
 
 def text_fingerprint(
-    folder: Path, *, variant: str | None = None, allow_pickle: bool = False, dtype=None
+    folder: Path,
+    *,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    dtype=None,
+    changed: Mapping[str, Component] | None = None,
 ) -> str:
     """Fingerprint of text encoders and tokenizers: 32 hex digits, without reading all weights.
 
@@ -30,12 +37,19 @@ def text_fingerprint(
       variant: variant of the weight files.
       allow_pickle: also read torch's .bin.
       dtype: dtype that the encoders are cast to, which enters the fingerprint; None for none.
+      changed: encoders with other parameters than their files, by name: the fingerprint is that of
+        a diffusers folder with these.
 
     Returns: the digits. In gadjax's folder they are those of its manifest, whatever `dtype` is.
     Raises: InputError for a folder without text encoders or tokenizers.
     """
     folder = Path(folder)
     if is_gadjax_folder(folder):
+        if changed:
+            raise InputError(
+                f"{folder}: found gadjax's own folder; expected a diffusers folder for other text "
+                "encoders (gadjax convert writes one)"
+            )
         return read_manifest(folder)["text"]
     digest = hashlib.blake2b(digest_size=16)
     # Names end in the number; the first encoder is text_encoder with tokenizer, without one.
@@ -59,14 +73,25 @@ def text_fingerprint(
         )
         for path in [encoder / "config.json", *files]:
             digest.update(f"{path.name}\0".encode() + _bytes(path))
-        for key, entry in sorted(weights.entries.items()):
+        entries = weights.entries
+        if part := (changed or {}).get(encoder.name):
+            entries = dict(tensors_from_params(part.params, part.keymap))
+        for key, entry in sorted(entries.items()):
             digest.update(f"{key}\0{entry.dtype}\0{entry.shape}\0".encode())
-            if isinstance(entry, Tensor):
-                size = min(HASHED_BYTES, entry.nbytes)
-                digest.update(np.fromfile(entry.path, np.uint8, size, offset=entry.offset))
+            digest.update(_first_bytes(entry))
     if dtype is not None:
         digest.update(str(np.dtype(dtype)).encode())
     return digest.hexdigest()
+
+
+def _first_bytes(entry: Tensor | np.ndarray | Any) -> bytes:
+    """First bytes of a tensor's data; none of a tensor in a pickle."""
+    if isinstance(entry, np.ndarray):
+        return entry.reshape(-1)[:HASHED_BYTES].tobytes()[:HASHED_BYTES]
+    if not isinstance(entry, Tensor):
+        return b""
+    size = min(HASHED_BYTES, entry.nbytes)
+    return np.fromfile(entry.path, np.uint8, size, offset=entry.offset).tobytes()
 
 
 def _bytes(path: Path) -> bytes:

@@ -7,57 +7,30 @@ ComfyUI read it so. Every tensor of a file is used or the file is refused.
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from gadjax.errors import InputError, short_repr
 from gadjax.formats.diffusers_folder import PipelineFolder
+from gadjax.formats.lora_header import (
+    Settings,
+    open_lora,
+    other_kinds,
+    sampling_of,
+    split_key,
+)
 from gadjax.formats.lora_names import Layer, Place, adapted_parts, layers_of, places
-from gadjax.formats.safetensors_file import Tensor, read_header_and_metadata
-from gadjax.formats.sampling_config import SamplingConfig, parse_sampling
+from gadjax.formats.safetensors_file import Tensor
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.state_dict import MAX_LISTED, all_finite, kernel_from_torch
-from gadjax.io.untrusted import is_number, parse_json, read_json
+from gadjax.io.untrusted import is_number
 from gadjax.models.params import flatten, unflatten
 from gadjax.types import Params
-
-DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SAMPLING = "gadjax"  # in the header's metadata: settings with which the adapted model is sampled
-# End of a key -> part of the adapter.
-ENDS = (
-    (r"\.lora_A(?:\.\w+)?\.weight", "A"),
-    (r"\.lora_B(?:\.\w+)?\.weight", "B"),
-    (r"\.lora_down\.weight|[._]lora(?:_linear_layer)?\.down\.weight", "A"),
-    (r"\.lora_up\.weight|[._]lora(?:_linear_layer)?\.up\.weight", "B"),
-    (r"\.alpha", "alpha"),
-)
-# What a key contains -> the kind of adapter, which is refused by this name.
-OTHER_KINDS = (
-    (r"lora_magnitude_vector|dora_scale", "DoRA"),
-    (r"\.hada_", "LoHa"),
-    (r"\.lokr_", "LoKr"),
-    (r"\.lora_mid\.", "a LoCon with a Tucker core"),
-    (r"\.lora_[AB](\.\w+)?\.bias$", "a LoRA with biases"),
-    (r"\.(diff|diff_b|set_weight|w_norm|b_norm|reshape_weight)$", "whole differences of weights"),
-    (r"\.(oft|boft)_|oft_blocks|oft_diag", "OFT"),
-    (r"\.(a1|a2|b1|b2)\.weight$|glora", "GLoRA"),
-)
-
-
-# Settings of PEFT that change more than the scale, with their values in a plain LoRA.
-USUAL = {
-    "peft_type": "LORA",
-    "use_dora": False,
-    "lora_bias": False,
-    "bias": "none",
-    "fan_in_fan_out": False,
-}
 
 
 class Factors(NamedTuple):
@@ -110,37 +83,24 @@ def read_lora(path: Path, folder: PipelineFolder) -> LoraFile:
     Raises: InputError for another kind of adapter, named; for a tensor that belongs to no module;
       and for one of another shape, that is not finite, or without its other half.
     """
-    settings: dict[str, Any] = {}
-    if path.is_dir() and (path / DIFFUSERS_WEIGHTS).exists():
-        path = path / DIFFUSERS_WEIGHTS
-    elif path.is_dir():
-        settings = {"": read_json(path / PEFT_CONFIG)}
-        _check_settings(path / PEFT_CONFIG, settings[""])
-        path = path / PEFT_WEIGHTS
-    tensors, metadata = read_header_and_metadata(path)
-    _refuse_other_kinds(path, tensors)
-    settings = settings or _metadata_settings(path, metadata)
+    opened = open_lora(path)
+    path = opened.path
+    if kinds := other_kinds(opened.tensors):
+        kind, key = next(iter(kinds.items()))
+        raise InputError(
+            f"{path}: found {kind} ({short_repr(key)}); expected a LoRA of matrices A and B"
+        )
     layers = {name: layers_of(part) for name, part in adapted_parts(folder).items()}
-    groups = _grouped(path, tensors, places(folder, layers))
+    groups = _grouped(path, opened.tensors, places(folder, layers))
     factors: dict[str, dict[str, Factors]] = {}
     for stem, (place, parts) in groups.items():
-        scale_of = settings.get(place.component, settings.get("", None))
-        adapter = _factors(path, stem, parts, _Settings(path, scale_of or {}))
+        adapter = _factors(path, stem, parts, opened.settings_of(place.component))
         known = factors.setdefault(place.component, {})
         for module, piece in _pieces(path, stem, place, layers[place.component], adapter):
             if module in known:
                 raise InputError(f"{path}: found two adapters of {module}; expected one")
             known[module] = piece
-    return LoraFile(path, factors, _sampling(path, metadata))
-
-
-def _refuse_other_kinds(path: Path, keys: Mapping[str, Any]) -> None:
-    for key in keys:
-        for pattern, kind in OTHER_KINDS:
-            if re.search(pattern, key):
-                raise InputError(
-                    f"{path}: found {kind} ({short_repr(key)}); expected a LoRA of matrices A and B"
-                )
+    return LoraFile(path, factors, sampling_of(path, opened.metadata))
 
 
 def _grouped(
@@ -150,15 +110,14 @@ def _grouped(
     groups: dict[str, tuple[Place, dict[str, Tensor]]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        matches = ((re.fullmatch(rf"(.*?)(?:{end})", key), part) for end, part in ENDS)
-        match, part = next(((m, part) for m, part in matches if m), (None, ""))
-        place = spelt.get(match[1]) if match else None
+        stem, part = split_key(key) or ("", "")
+        place = spelt.get(stem)
         if place is None:
             unknown.append(key)
             continue
-        parts = groups.setdefault(match[1], (place, {}))[1]
+        parts = groups.setdefault(stem, (place, {}))[1]
         if part in parts:
-            raise InputError(f"{path}: found two tensors {part} of {match[1]}; expected one")
+            raise InputError(f"{path}: found two tensors {part} of {stem}; expected one")
         parts[part] = tensor
     if unknown or not groups:
         listed = ", ".join(map(short_repr, unknown[:MAX_LISTED])) or "no tensor"
@@ -170,65 +129,7 @@ def _grouped(
     return groups
 
 
-class _Settings(NamedTuple):
-    """Settings of PEFT for one network, from a file's metadata or from adapter_config.json."""
-
-    path: Path
-    values: Mapping[str, Any]
-
-    def scale(self, module: str, rank: int) -> float:
-        """Factor of a module's adapter by these settings; 1 without any."""
-        values = self.values
-        if "lora_alpha" not in values:
-            return 1.0
-        alpha = self._of(module, "alpha_pattern", values["lora_alpha"])
-        if not (is_number(alpha) and alpha > 0):
-            raise InputError(
-                f"{self.path}: found an alpha of {short_repr(alpha)} for {module}; expected a "
-                "positive number"
-            )
-        return alpha / (math.sqrt(rank) if values.get("use_rslora") is True else rank)
-
-    def _of(self, module: str, patterns: str, default: Any) -> Any:
-        """Value for a module: of the pattern that is the end of its name, or the default."""
-        table = self.values.get(patterns) or {}
-        if not isinstance(table, dict):
-            raise InputError(f"{self.path}: found {patterns} = {short_repr(table)}; expected names")
-        for name, value in table.items():
-            # Patterns are names in practice; as regexes they could take for ever.
-            if module == name.lstrip("^") or module.endswith(f".{name}"):
-                return value
-        return default
-
-
-def _metadata_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Settings by network from the header's "lora_adapter_metadata"; "" for all networks.
-
-    Raises: InputError for settings that change more than a LoRA's scale.
-    """
-    text = metadata.get("lora_adapter_metadata")
-    if text is None:
-        return {}
-    settings: dict[str, dict[str, Any]] = {}
-    for name, value in _parsed(path, "lora_adapter_metadata", text).items():
-        match = re.match(r"(unet|transformer|text_encoder(?:_\d)?)\.", name)
-        component = match[1] if match else ""
-        settings.setdefault(component, {})[name.removeprefix(f"{component}.")] = value
-    for values in settings.values():
-        _check_settings(path, values)
-    return settings
-
-
-def _check_settings(path: Path, values: Mapping[str, Any]) -> None:
-    for key, usual in USUAL.items():
-        if values.get(key) not in (usual, None):
-            raise InputError(
-                f"{path}: found {key} = {short_repr(values[key])}; expected {usual!r}, a LoRA of "
-                "matrices A and B"
-            )
-
-
-def _factors(path: Path, stem: str, parts: Mapping[str, Tensor], settings: _Settings) -> Factors:
+def _factors(path: Path, stem: str, parts: Mapping[str, Tensor], settings: Settings) -> Factors:
     """Read one adapter. stem: name of its module in the file."""
     if not parts.keys() >= {"A", "B"}:
         raise InputError(
@@ -285,24 +186,6 @@ def _inputs(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Axes after the first; of a 1x1 convolution, which may be in a file as a matrix, one."""
     inputs = shape[1:]
     return inputs[:1] if math.prod(inputs[1:]) == 1 else inputs
-
-
-def _sampling(path: Path, metadata: Mapping[str, str]) -> SamplingConfig | None:
-    if SAMPLING not in metadata:
-        return None
-    entries = _parsed(path, SAMPLING, metadata[SAMPLING])
-    return parse_sampling(path, entries, SamplingConfig())
-
-
-def _parsed(path: Path, name: str, text: str) -> dict[str, Any]:
-    """The JSON object of a text of the header's metadata."""
-    try:
-        value = parse_json(text.encode())
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: found metadata {name} that is no JSON object; expected one")
-    return value
 
 
 def add_factors(

@@ -7,14 +7,15 @@ for one, and all of them take a scale of 1 without it.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gadjax.formats.diffusers_folder import Component
-from gadjax.formats.lora_file import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+from gadjax.formats.diffusers_folder import SCHEDULER, Component, PipelineFolder
+from gadjax.formats.lora_header import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, SAMPLING
 from gadjax.formats.lora_names import kohya_name, layers_of
 from gadjax.formats.safetensors_file import write_safetensors
+from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.state_dict import kernel_to_torch
 from gadjax.models.params import flatten
 from gadjax.types import Params
@@ -28,7 +29,7 @@ LORA_LOADERS = (
     "SanaPipeline",
     "SanaSprintPipeline",
 )
-KEYS = "diffusers", "kohya"
+KEYS = "diffusers", "kohya", "comfyui"
 
 
 class Pair(NamedTuple):
@@ -56,6 +57,56 @@ def pairs_of(adapters: Params, part: Component) -> dict[str, Pair]:
     return pairs
 
 
+def has_loader(folder: PipelineFolder) -> bool:
+    """True for a pipeline whose class in diffusers has `load_lora_weights`."""
+    return folder.model_index.get("_class_name") in LORA_LOADERS
+
+
+def header_texts(sampling: SamplingConfig) -> dict[str, str]:
+    """Texts of a LoRA's header from which gadjax reads the sampling settings."""
+    return {SAMPLING: json.dumps(sampling.to_dict() | {"rollout": sampling.rollout})}
+
+
+def usage_hint(sampling: SamplingConfig) -> str:
+    """Sentence for user interfaces that show "modelspec.usage_hint"."""
+    if sampling.timesteps is None:
+        return f"{sampling.steps} steps, guidance {sampling.guidance:g}"
+    times = ", ".join(f"{t:g}" for t in sampling.timesteps)
+    return f"{sampling.steps} steps from timesteps {times}, without guidance (cfg 1)"
+
+
+def write_lora(
+    new: Path,
+    folder: PipelineFolder,
+    pairs: Mapping[str, Pair],
+    *,
+    scheduler: Mapping[str, Any] | None = None,
+    **options,
+) -> None:
+    """Write a LoRA's files into a folder: for diffusers, for PEFT where that has no loader, and the
+    scheduler.
+
+    Args:
+      new: the folder.
+      folder: the pipeline that is adapted.
+      pairs: factors by module of its backbone.
+      scheduler: scheduler config; None where it is the pipeline's.
+      options: `keys`, `dtype` and `metadata` of `write_diffusers`.
+    """
+    write_diffusers(new, folder.backbone, pairs, **options)
+    if not has_loader(folder):
+        write_peft(new, pairs, options.get("dtype"), options.get("metadata"))
+    write_scheduler(new, scheduler)
+
+
+def write_scheduler(new: Path, scheduler: Mapping[str, Any] | None) -> None:
+    """Write the scheduler's config of a folder; none for None."""
+    if scheduler is not None:
+        (new / SCHEDULER).parent.mkdir()
+        text = json.dumps(scheduler, indent=2, sort_keys=True) + "\n"
+        (new / SCHEDULER).write_text(text, encoding="utf-8")
+
+
 def write_diffusers(
     folder: Path,
     backbone: str,
@@ -71,13 +122,14 @@ def write_diffusers(
       folder: the folder.
       backbone: "unet" or "transformer".
       pairs: factors by module.
-      keys: "diffusers", or "kohya", which ComfyUI and others read whole for U-Nets too.
+      keys: "diffusers", "kohya", or "comfyui", kohya's for U-Nets and diffusers' for transformers,
+        the only forms of which ComfyUI takes all modules.
       dtype: of the tensors; None: float32.
       metadata: texts of the header, by name.
     """
-    tensors = {}
+    tensors, by_kohya = {}, keys == "kohya" or keys == "comfyui" and backbone == "unet"
     for module, (a, b) in pairs.items():
-        if keys == "kohya":
+        if by_kohya:
             name = kohya_name(module)
             tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
         else:

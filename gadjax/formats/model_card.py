@@ -5,18 +5,20 @@ import math
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from gadjax.errors import InputError, escape_nonprintable
-from gadjax.formats.pipeline_classes import PACKED
+from gadjax.formats.pipeline_classes import PACKED, SD, SDXL
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
 from gadjax.io.markdown import escape_markdown
 from gadjax.io.untrusted import is_count, is_text, read_json
 
 CARD, FORMAT = "README.md", 1
+FILE = "file"  # kind of an export
+UNETS = SD, SDXL  # pipelines
 HEADING = "## Verification"
 MAX_CARD_BYTES = 1 << 20
 
@@ -37,33 +39,36 @@ class Export:
       license: license of the teacher's model card.
       world: name of the toy world the model was trained on, as in gadjax.json.
       report: report.json of `gadjax evaluate`.
-      adapter: "diffusers" or "peft" for a LoRA that is loaded so; "" for a complete pipeline.
-      scheduler: class of the scheduler of a LoRA's folder; "" for the teacher's own.
+      adapter: "diffusers" or "peft" for a LoRA that is loaded so, FILE for a file of the backbone
+        alone; "" for a complete pipeline.
+      scheduler: class of the scheduler of such a folder; "" for the teacher's own.
+      origin: sentences on weights that no run trained, in place of step, part and config.
     """
 
     name: str
     sampling: SamplingConfig
     times: tuple[float, ...] | None
-    step: int
-    part: str
-    config: Mapping[str, Any]
     teacher: str
     fingerprint: str
     latent: tuple[int, int, int]
     pipeline: str
     arguments: Mapping[str, Any]
+    step: int = 0
+    part: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
     license: str = "unknown"
     guidance: float | None = None
     world: str | None = None
     report: Mapping[str, Any] | None = None
     adapter: str = ""
     scheduler: str = ""
+    origin: str = ""
 
     def with_adapter(self, kind: str, scheduler: Mapping[str, Any] | None) -> "Export":
         """The facts of a LoRA's folder, which is loaded by diffusers or PEFT.
 
         Args:
-          kind: "diffusers" or "peft".
+          kind: "diffusers", "peft" or FILE.
           scheduler: scheduler config of the folder; None: it has none.
         """
         return replace(self, adapter=kind, scheduler=(scheduler or {}).get("_class_name", ""))
@@ -74,11 +79,11 @@ def metadata_json(export: Export, verified: Mapping[str, Any] | None) -> str:
     teacher = {"name": export.teacher, "fingerprint": export.fingerprint}
     if export.guidance is not None:
         teacher["guidance"] = export.guidance
+    trained = {} if export.origin else _training(export)
     metadata = {
         "format": FORMAT,
         **export.sampling.to_dict(),
-        "objective": dict(export.config["objective"]),
-        "trained": {"steps": export.step, "batch": export.config["batch"], "weights": export.part},
+        **trained,
         "teacher": teacher,
         "gadjax": version("gadjax"),
         "verified": verified,
@@ -86,6 +91,13 @@ def metadata_json(export: Export, verified: Mapping[str, Any] | None) -> str:
     if export.world:
         metadata["world"] = export.world
     return json.dumps(metadata, indent=2) + "\n"
+
+
+def _training(export: Export) -> dict[str, Any]:
+    return {
+        "objective": dict(export.config["objective"]),
+        "trained": {"steps": export.step, "batch": export.config["batch"], "weights": export.part},
+    }
 
 
 def card(export: Export, verified: Mapping[str, Any] | None) -> str:
@@ -117,8 +129,10 @@ def _yaml(text: str) -> str:
 
 
 def _origin(export: Export) -> list[str]:
+    if export.origin:
+        return [f"# {escape_markdown(export.name)}", "", export.origin, ""]
     sampling, config = export.sampling, export.config
-    guidance = []
+    guidance, base = [], config.get("int8", "")
     if export.times is None:
         origin = "Trained with the text encoder and the autoencoder of"
         steps = f"the {sampling.steps} steps of its scheduler, with guidance {sampling.guidance:g}"
@@ -143,6 +157,7 @@ def _origin(export: Export) -> list[str]:
         f"| updates | {export.step}, of {config['batch']} samples each |",
         f"| weights | {'EMA' if export.part == 'ema' else 'as last updated'} |",
         *guidance,
+        *([f"| base in training | 8 bits in {escape_markdown(base)} |"] if base else []),
         f"| fingerprint of the teacher's backbone | {escape_markdown(export.fingerprint)} |",
         f"| prompt length | {sampling.length} tokens |",
         "",
@@ -154,6 +169,8 @@ def _use(export: Export) -> list[str]:
     name, teacher = (shlex.quote(escape_nonprintable(x)) for x in (export.name, export.teacher))
     model = f"{teacher} --lora {name}" if export.adapter else name
     arguments = ", ".join(f"{key}={value!r}" for key, value in export.arguments.items())
+    sample = f"gadjax sample --model {model} --prompts prompts.txt --out pictures"
+    command = ["```bash", sample, "```", ""]
     return [
         "## Use",
         "",
@@ -166,10 +183,7 @@ def _use(export: Export) -> list[str]:
         f"image = pipe(prompt, latents=latents, {arguments}).images[0]",
         "```",
         "",
-        "```bash",
-        f"gadjax sample --model {model} --prompts prompts.txt --out pictures",
-        "```",
-        "",
+        *([] if export.adapter == FILE else command),
     ]
 
 
@@ -185,6 +199,7 @@ def _load_lines(export: Export) -> list[str]:
     classes = ", ".join(sorted(filter(None, (export.pipeline, export.scheduler))))
     lines = ["import torch", f"from diffusers import {classes}"]
     lines += ["from peft import PeftModel"] if export.adapter == "peft" else []
+    lines += ["from safetensors.torch import load_file"] if export.adapter == FILE else []
     lines += ["", f"pipe = {export.pipeline}.from_pretrained({export.teacher!r})"]
     if export.scheduler:
         lines.append(
@@ -197,6 +212,10 @@ def _load_lines(export: Export) -> list[str]:
             f"adapted = PeftModel.from_pretrained(pipe.transformer, {export.name!r})",
             "pipe.transformer = adapted.merge_and_unload()",
         ]
+    if export.adapter == FILE:
+        path = f"{export.name}/{export.name}.safetensors"
+        backbone = "unet" if export.pipeline in UNETS else "transformer"
+        return [*lines, f"pipe.{backbone}.load_state_dict(load_file({path!r}))"]
     return [*lines, f"pipe.load_lora_weights({export.name!r})"]
 
 

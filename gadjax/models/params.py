@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from gadjax.ops.linear import Adapter, LowRank
+from gadjax.ops.linear import Adapter, LowRank, is_quantized
 from gadjax.types import Params
 
 
@@ -49,12 +49,13 @@ def merge_params(params: Params, untrained: Params | None) -> Params:
 
 
 def cast(params: Params, dtype) -> Params:
-    """Cast every floating-point leaf to `dtype`; abstract leaves stay abstract."""
+    """Cast every floating-point leaf to `dtype`; abstract leaves stay abstract, 8-bit kernels as
+    they are."""
 
     def convert(x):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if is_quantized(x) or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         abstract = isinstance(x, jax.ShapeDtypeStruct)
         return jax.ShapeDtypeStruct(x.shape, dtype) if abstract else x.astype(dtype)
 
-    return jax.tree.map(convert, params)
+    return jax.tree.map(convert, params, is_leaf=is_quantized)

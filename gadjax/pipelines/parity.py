@@ -236,18 +236,53 @@ def verify_lora(base: Path, lora: Path, pipeline: str) -> dict[str, Any]:
     Raises: RunStopped where the images differ, or diffusers cannot load or run the two.
     """
     model = adapted_model(base, [(lora, 1.0)])
-    sampling = read_sampling(lora, model.sampling)
+    return _verify_part(base, lora, pipeline, model, lambda pipe: load_lora(pipe, lora))
+
+
+def verify_backbone(base: Path, file: Path, pipeline: str, model: Model) -> dict[str, Any]:
+    """Verify that diffusers and gadjax sample the same images with an exported file of a backbone.
+
+    Args:
+      base: folder of the pipeline whose backbone it replaces.
+      file: the file, in the exported folder with its scheduler.
+      pipeline: class in diffusers.
+      model: the pipeline with the backbone.
+
+    Returns: the entry "verified" of gadjax.json.
+    Raises: RunStopped where the images differ, or diffusers cannot load or run the file.
+    """
+    from safetensors.torch import load_file
+
+    def load(pipe) -> None:
+        getattr(pipe, model.pipeline.backbone).load_state_dict(load_file(file))
+
+    return _verify_part(base, file.parent, pipeline, model, load)
+
+
+def _verify_part(
+    base: Path, folder: Path, pipeline: str, model: Model, load: Callable[[Any], None]
+) -> dict[str, Any]:
+    """Verify an exported part of a pipeline.
+
+    Args:
+      base: folder of the pipeline that it is loaded into.
+      folder: exported folder, with a scheduler and gadjax.json.
+      pipeline: class in diffusers.
+      model: the pipeline with the part.
+      load: function that loads the part into diffusers' pipeline.
+    """
+    sampling = read_sampling(folder, model.sampling)
     noise = initial_noise(0, len(PROMPTS), model.pipeline.latent)
     with _EXACT():
         ours = draw(model, PROMPTS, noise) / 2 + 0.5
 
     def prepare(pipe) -> None:
         diffusers, _ = _quiet()
-        path = lora / "scheduler"
+        path = folder / "scheduler"
         if path.is_dir():
             name = read_json(path / "scheduler_config.json")["_class_name"]
             pipe.scheduler = getattr(diffusers, name).from_pretrained(path)
-        load_lora(pipe, lora)
+        load(pipe)
 
     with _diffusers_errors():
         theirs = _pictures(base, sampling, PROMPTS, noise, Variant(pipeline, prepare))

@@ -19,6 +19,7 @@ from gadjax.seeds import make_key
 from gadjax.types import Cond, NegativeKV, Params, TextKV
 
 BATCH = 64
+MAX_FEW_STEPS = 16  # of a distilled student
 
 
 @pinned_jax_config()
@@ -48,6 +49,22 @@ def sampler_and_times(pipeline: Pipeline, sampling: SamplingConfig) -> tuple[Sam
         )
         sampler = sampler_from_config(config, pipeline.folder.pipeline)
     return sampler, sampler.times(timesteps=sampling.timesteps)
+
+
+def few_step_settings(
+    pipeline: Pipeline, sampling: SamplingConfig
+) -> tuple[tuple[float, ...], str] | None:
+    """Times at which a few-step student's steps start, noisiest first, and its rollout.
+
+    Returns: None for a model with classifier-free guidance, or of more than MAX_FEW_STEPS steps.
+    Raises: InputError as `sampler_and_times`.
+    """
+    guided = pipeline.denoiser.guidance_scale(sampling.guidance) != 1
+    if guided or sampling.steps > MAX_FEW_STEPS:
+        return None
+    sampler, times = sampler_and_times(pipeline, sampling)
+    rollout = "fresh_noise" if sampler.stochastic else sampling.rollout
+    return tuple(float(t) for t in np.asarray(times)[:-1]), rollout
 
 
 def clean_latent(

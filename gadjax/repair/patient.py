@@ -1,6 +1,5 @@
 """Student under repair: its pipeline folder, and how it is sampled."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,18 +7,14 @@ import numpy as np
 
 from gadjax import assets
 from gadjax.errors import InputError
-from gadjax.formats.diffusers_folder import INDEX, check_pipeline
-from gadjax.formats.diffusers_writer import write_pipeline
-from gadjax.formats.orbax_folder import as_diffusers_folder, open_folder
+from gadjax.formats.diffusers_folder import INDEX
+from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling, read_teacher_guidance
-from gadjax.io.atomic import atomic_folder
-from gadjax.pipelines.adapted import adapted_model
+from gadjax.pipelines.adapted import write_merged
 from gadjax.pipelines.pipeline import make_pipeline
-from gadjax.pipelines.sampling import sampler_and_times
+from gadjax.pipelines.sampling import MAX_FEW_STEPS, few_step_settings
 from gadjax.training.export import export
 from gadjax.training.workdir import is_workdir, read_trained
-
-MAX_STEPS = 16  # of a distilled student
 
 
 @dataclass(frozen=True)
@@ -68,14 +63,13 @@ def open_patient(student: str, teacher: Path, made: Path) -> Patient:
             f"--student: found {student}, which is sampled at guidance {sampling.guidance:g}; "
             "expected a distilled student, without guidance (set it in its gadjax.json)"
         )
-    if sampling.steps > MAX_STEPS:
+    settings = few_step_settings(pipeline, sampling)
+    if settings is None:
         raise InputError(
             f"--student: found {student}, which is sampled in {sampling.steps} steps; expected a "
-            f"distilled student of at most {MAX_STEPS} (set steps in its gadjax.json)"
+            f"distilled student of at most {MAX_FEW_STEPS} (set steps in its gadjax.json)"
         )
-    sampler, times = sampler_and_times(pipeline, sampling)
-    rollout = "fresh_noise" if sampler.stochastic else sampling.rollout
-    starts = tuple(float(t) for t in np.asarray(times)[:-1])
+    starts, rollout = settings
     return Patient(folder, sampling, starts, rollout, read_teacher_guidance(folder))
 
 
@@ -85,12 +79,4 @@ def _merge_lora(path: Path, teacher: Path, made: Path) -> Path:
         raise InputError(
             f"--student: found no {path}; expected a pipeline folder, a workdir or a LoRA"
         )
-    model = adapted_model(teacher, [(path, 1.0)])
-    backbone = model.pipeline.backbone
-    with atomic_folder(made, marker=INDEX) as new, as_diffusers_folder(teacher, made) as src:
-        write_pipeline(check_pipeline(src), new, {backbone: model.params[backbone]})
-        if (scheduler := path / "scheduler").is_dir():
-            shutil.copytree(scheduler, new / "scheduler", dirs_exist_ok=True)
-        if path.is_dir() and (path / "gadjax.json").exists():
-            shutil.copy(path / "gadjax.json", new / "gadjax.json")
-    return made
+    return write_merged(teacher, [(path, 1.0)], made, dtype=np.float32)

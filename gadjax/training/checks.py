@@ -12,6 +12,7 @@ from gadjax import assets
 from gadjax.diffusion.geometry import tangent
 from gadjax.diffusion.schedules import Flow
 from gadjax.errors import InputError, check_choice, short_repr
+from gadjax.formats.lora_header import is_lora
 from gadjax.formats.pipeline_classes import UNSCALED
 from gadjax.formats.scheduler_config import FLOW_LCM, floors_timesteps
 from gadjax.models.depth import check_layers
@@ -28,7 +29,7 @@ from gadjax.seeds import check_seed
 from gadjax.training.batch import encode_raw
 from gadjax.training.config import INITS
 from gadjax.training.data import WITH_PICTURES
-from gadjax.training.lora import loras
+from gadjax.training.lora import base_source, loras
 from gadjax.training.steps import CRITICS
 from gadjax.training.workdir import sampling_from_config
 from gadjax.types import Params
@@ -122,6 +123,10 @@ def check_critic(config: ConfigDict, needs: Needs) -> None:
             f"critic.updates: found {config.critic.updates}; expected 1 or more, because the "
             f"objective needs a {' and a '.join(roles)}"
         )
+    init = config.critic.init
+    if init is not None and not (needs.critic and _is_source(init)):
+        expected = "a diffusers folder, a LoRA or a workdir" if needs.critic else "none: no critic"
+        raise InputError(f"critic.init: found {init!r}; expected {expected}")
     follow = config.critic.follow
     if not 0 <= follow <= 1 or follow and not needs.critic:
         expected = "a share from 0 to 1" if needs.critic else "0 in a run without a critic"
@@ -135,7 +140,8 @@ def check_follow(config: ConfigDict) -> None:
     """
     adapters = loras(config)
     alike = adapters.get("student") == adapters.get("critic")
-    same_base = "student" not in adapters or config.student.init == "teacher"
+    roles = [role for role in ("student", "critic") if role in adapters]
+    same_base = len({base_source(config, role) for role in roles}) < 2
     if config.critic.follow and not (alike and same_base):
         raise InputError(
             f"critic.follow: found {config.critic.follow} and adapters of the student that are not "
@@ -308,10 +314,10 @@ def student_times(config: ConfigDict) -> tuple[float, ...]:
     """
     times = tuple(float(t) for t in config.student.timesteps)
     init = config.student.init
-    if init not in INITS and not (init and assets.resolve(init).is_dir()):
+    if init not in INITS and not _is_source(init):
         raise InputError(
-            f"student.init: found {init!r}; expected 'teacher', 'random', a diffusers folder or a "
-            "workdir of gadjax train"
+            f"student.init: found {init!r}; expected 'teacher', 'random', a diffusers folder, a "
+            "LoRA or a workdir of gadjax train"
         )
     if len(times) != config.student.steps or not times:
         raise InputError(
@@ -321,6 +327,12 @@ def student_times(config: ConfigDict) -> tuple[float, ...]:
     if list(times) != sorted(set(times), reverse=True) or times[-1] < 0:
         raise InputError(f"student.timesteps: found {times}; expected falling times from 0 on")
     return times
+
+
+def _is_source(init: str) -> bool:
+    """True for a path from which a network may start."""
+    path = assets.resolve(init) if init else None
+    return path is not None and (path.is_dir() or is_lora(path))
 
 
 def critic_optim(config: ConfigDict) -> ConfigDict:

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from gadjax.formats.diffusers_folder import Component
 from gadjax.models.adapters import adapter_rules
+from gadjax.models.quantized import quantized_rules
 from gadjax.parallel.placement import Placement, constrain_batch, current_placement
 from gadjax.parallel.sharding import (
     DISCRIMINATOR_RULES,
@@ -54,7 +56,7 @@ def run_shardings(run: Run) -> tuple[TrainState, dict[str, Any], dict[str, Any]]
     rules = DISCRIMINATOR_RULES + of_backbone + adapter_rules(of_backbone)
     state = shardings(jax.eval_shape(run.start, run.initial_params), rules, mesh)
     on_device = {
-        name: shardings(tree, parts[name if name in parts else backbone].family.rules, mesh)
+        name: shardings(tree, frozen_rules(parts[name if name in parts else backbone]), mesh)
         if name != "null"
         else jax.tree.map(lambda _: replicated(mesh), tree)
         for name, tree in run.frozen.items()
@@ -67,6 +69,12 @@ def run_shardings(run: Run) -> tuple[TrainState, dict[str, Any], dict[str, Any]]
     if "ema" in offloaded:
         state = state._replace(ema=in_host_memory(state.ema))
     return state, frozen, on_device
+
+
+def frozen_rules(part: Component) -> tuple:
+    """Sharding rules of a frozen network, whose kernels may be 8-bit."""
+    rules = part.family.rules
+    return quantized_rules(rules) + tuple(rules)
 
 
 def compile_steps(

@@ -40,13 +40,15 @@ def default_config() -> ConfigDict:
             # -1: the remaining devices. sequence: devices that share the positions of a sample
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1},
             "dtype": "float32",  # compute dtype of networks; parameters are float32
+            # Regex of the frozen teacher's kernels that are held in 8 bits, as "/(attn|ff)"
+            "int8": "",
             "remat": "block",  # recomputed in reverse: none, results (all but results), block
             "attention": "auto",  # auto: Pallas (on GPUs if validated there); jnp; pallas
             "offload": (),  # some of teacher, optimizer, ema: in host memory between uses
             "teacher": "",  # diffusers pipeline folder, or asset:NAME
             "guidance": 4.5,  # the teacher's classifier-free guidance scale
             "student": {
-                "init": "teacher",  # or "random", or a diffusers folder or workdir
+                "init": "teacher",  # or "random", or a diffusers folder, LoRA or workdir
                 "layers": (),  # numbers of the teacher's blocks that it has; (): all
                 "timesteps": (899, 674, 449, 224),  # in the network's units
                 "steps": 4,
@@ -76,6 +78,8 @@ def default_config() -> ConfigDict:
             # run here too, however many updates a step has.
             "critic": {
                 "updates": 1,  # per student update
+                # A diffusers folder, LoRA or workdir; None: the teacher, or the random student
+                "init": placeholder(str),
                 "follow": 0.0,  # share of the student that it takes over at each student update
                 "lr": 1e-5,
                 "b1": 0.0,
@@ -284,6 +288,7 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
     config = ConfigDict(config)
     config.teacher = absolute_source(config.teacher)
     config.student.init = absolute_source(config.student.init)
+    config.critic.init = absolute_source(config.critic.init)
     for name, options in config.objective.items():
         for option in getattr(term_class(name, TERMS), "sources", ()):
             if value := options.get(option):

@@ -19,6 +19,7 @@ from gadjax.errors import InputError, RunStopped, escape_nonprintable
 from gadjax.formats.sampling_config import read_sampling
 from gadjax.io.storage import write_atomic
 from gadjax.io.untrusted import read_json
+from gadjax.models.adapters import adapter_rules
 from gadjax.parallel.sharding import (
     batch_sharding,
     local_rows,
@@ -241,7 +242,7 @@ def restore_or_init(run: Run, steps: Steps, restore: Restore) -> tuple[int, Trai
 def init_state(run: Run, steps: Steps) -> TrainState:
     """Training state at step 0, sharded."""
     rules = run.pipeline.folder.components[run.pipeline.backbone].family.rules
-    placements = shardings(run.initial_params, rules, run.mesh)
+    placements = shardings(run.initial_params, rules + adapter_rules(rules), run.mesh)
     initial_params = put_on_mesh(run.initial_params, placements)
     return jax.jit(run.start, out_shardings=steps.state)(initial_params)
 

@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from gadjax import assets
 from gadjax.errors import InputError, short_repr
+from gadjax.formats.lora_header import is_lora
 from gadjax.io.untrusted import is_count, is_number
 from gadjax.models.adapters import Lora
 
@@ -36,6 +38,16 @@ def loras(config: Mapping[str, Any]) -> dict[str, Lora]:
             "weights that are adapted"
         )
     return {role: Lora(**values) for role, values in roles.items() if values["rank"]}
+
+
+def base_source(config: Mapping[str, Any], role: str) -> str:
+    """Source of the weights that a role's adapters are on: "teacher", or a folder or workdir.
+
+    Adapters that start at a LoRA of the teacher go on training it.
+    """
+    init = config[role]["init"]
+    on_teacher = init in ("teacher", None) or is_lora(assets.resolve(init))
+    return "teacher" if on_teacher else init
 
 
 def _check(name: str, rank: int, alpha: float | None, targets: str) -> None:

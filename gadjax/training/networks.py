@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from gadjax import assets
 from gadjax.checkpoints.restore import PARTS
 from gadjax.errors import InputError
+from gadjax.formats.lora_header import is_lora
 from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
@@ -18,7 +19,8 @@ from gadjax.models.params import split_frozen
 from gadjax.objectives import Sum
 from gadjax.pipelines.pipeline import Pipeline, make_pipeline, random_params
 from gadjax.training.config import INITS, OF_RUN
-from gadjax.training.lora import loras
+from gadjax.training.lora import base_source, loras
+from gadjax.training.lora_start import read_adapters, read_merged
 from gadjax.training.workdir import is_workdir, read_trained
 from gadjax.types import Params
 
@@ -27,8 +29,9 @@ def read_network(source: str, pipeline: Pipeline, key: str) -> tuple[Params, str
     """Parameters of a backbone like the teacher's, and their fingerprint.
 
     Args:
-      source: a diffusers folder, `asset:NAME`, or a workdir of `gadjax train`: its newest EMA, or
-        with WORKDIR@PART@STEP the part "student" or "critic", of a step where one is named.
+      source: a diffusers folder, `asset:NAME`, a LoRA of the teacher, or a workdir of `gadjax
+        train`: its newest EMA, or with WORKDIR@PART@STEP the part "student" or "critic", of a step
+        where one is named.
       pipeline: the teacher's pipeline.
       key: of the config, for messages.
 
@@ -36,9 +39,14 @@ def read_network(source: str, pipeline: Pipeline, key: str) -> tuple[Params, str
       schedule or parameterization than the teacher's.
     """
     path, part_name, step = _parse_source(source, key)
+    if is_lora(path):
+        params = read_merged(path, pipeline, key)
+        part = pipeline.folder.components[pipeline.backbone]
+        return params, fingerprint(tensors_from_params(params, part.keymap))
     if not path.is_dir():
         raise InputError(
-            f"{key}: found {source!r}; expected a diffusers folder or a workdir of gadjax train"
+            f"{key}: found {source!r}; expected a diffusers folder, a LoRA or a workdir of gadjax "
+            "train"
         )
     trained = read_trained(path, part_name, step) if is_workdir(path) else None
     if trained and part_name != "critic" and trained.layers:
@@ -87,7 +95,8 @@ class Networks(NamedTuple):
     """Backbones of a run beside its teacher.
 
     Attributes:
-      initial: initial parameters of the student, and of the critic if it starts otherwise.
+      initial: initial parameters by role: of whole weights, and of adapters that start at a LoRA's;
+        the critic's whole ones only if they are not the student's.
       frozen: key in `Run.frozen` -> parameters.
       bases: role -> key in `Run.frozen` of the weights that its adapters are on, if those are not
         the teacher's.
@@ -105,7 +114,7 @@ class Networks(NamedTuple):
 def load_networks(
     config: ConfigDict, objective: Sum, pipeline: Pipeline, teacher: Params, abstract: bool
 ) -> Networks:
-    """Read the student's start and the networks that terms name, each path once.
+    """Read the starts of student and critic and the networks that terms name, each path once.
 
     Args:
       config: training config.
@@ -114,38 +123,75 @@ def load_networks(
       teacher: the teacher's parameters.
       abstract: read nothing; parameters are shapes.
 
-    Raises: InputError as `read_network`.
+    Raises: InputError as `read_network` and `read_adapters`.
     """
-    init, read, fingerprints = config.student.init, {}, {}
-    options = [*network_options(objective), *([] if init in INITS else [("student.init", (init,))])]
+    read: dict[str, tuple[Params, str]] = {}
+    fingerprints, inits = {}, init_paths(config, objective)
+    options = [*network_options(objective), *((f"{r}.init", (path,)) for r, path in inits.items())]
     for key, sources in options:
         paths = [source for source in sources if source not in OF_RUN]
         for path in paths if not abstract else ():
             read[path] = read.get(path) or read_network(path, pipeline, key)
             fingerprints[key] = " ".join(read[path][1] for path in paths if path in read)
-    if init == "random":
-        network = pipeline.networks[pipeline.backbone]
-        start = network.abstract if abstract else random_params(network, config.seed)
-    else:
-        start = teacher if abstract or init == "teacher" else read[init][0]
+    network = pipeline.networks[pipeline.backbone]
+    starts = {role: teacher if abstract else read[path][0] for role, path in inits.items()}
     layers = tuple(config.student.layers)
-    start, is_teacher = keep_layers(start, layers), init == "teacher" and not layers
-    bases = {"student": "start"} if "student" in loras(config) and init != "teacher" else {}
+    if config.student.init == "random":
+        starts["student"] = network.abstract if abstract else random_params(network, config.seed)
+        if not layers:
+            starts.setdefault("critic", starts["student"])
+    start = starts["student"] = keep_layers(starts.get("student", teacher), layers)
+    starts.setdefault("critic", teacher)
+    is_teacher = config.student.init == "teacher" and not layers
+    bases = base_keys(config, inits)
     keys = {
         "teacher": pipeline.backbone,
         "start": pipeline.backbone if is_teacher else "start",
     }
     sources = {name: keys.get(source, source) for name, source in objective.needs.networks.items()}
+    of_starts = {"start": start} | {key: starts[role] for role, key in bases.items()}
     frozen = {
-        key: start if key == "start" else teacher if abstract else read[key][0]
+        key: of_starts[key] if key in of_starts else teacher if abstract else read[key][0]
         for key in (*sources.values(), *bases.values())
         if key != pipeline.backbone
     }
-    patterns = pipeline.folder.components[pipeline.backbone].frozen
-    initial = {"student": split_frozen(start, patterns)[0]}
-    if init not in INITS or layers:
-        initial["critic"] = split_frozen(teacher, patterns)[0]
+    initial = _initial(config, objective, pipeline, starts)
+    for role in loras(config).keys() & inits.keys() - bases.keys():
+        initial[role] = read_adapters(config, role, pipeline, abstract)
     return Networks(initial, frozen, bases, sources, fingerprints)
+
+
+def init_paths(config: ConfigDict, objective: Sum) -> dict[str, str]:
+    """Paths from which student and critic start, by role."""
+    roles = ("student", "critic") if objective.needs.critic else ("student",)
+    return {role: config[role].init for role in roles if config[role].init not in (*INITS, None)}
+
+
+def base_keys(config: ConfigDict, inits: dict[str, str]) -> dict[str, str]:
+    """Role -> key in `Run.frozen` of a base that is not the teacher: once where two are the same.
+
+    Args:
+      config: training config.
+      inits: of `init_paths`.
+    """
+    on = {role: path for role, path in inits.items() if base_source(config, role) != "teacher"}
+    keys = {path: "start" if role == "student" else f"{role}/start" for role, path in on.items()}
+    if "student" in on:
+        keys[on["student"]] = "start"
+    return {role: keys[path] for role, path in on.items() if role in loras(config)}
+
+
+def _initial(
+    config: ConfigDict, objective: Sum, pipeline: Pipeline, starts: dict[str, Params]
+) -> dict[str, Params]:
+    """Initial parameters of the roles that train whole weights. starts: of student and critic."""
+    patterns = pipeline.folder.components[pipeline.backbone].frozen
+    roles = {"student", "critic"} if objective.needs.critic else {"student"}
+    trained = roles - loras(config).keys()
+    initial = {role: split_frozen(starts[role], patterns)[0] for role in sorted(trained)}
+    if trained == {"student", "critic"} and starts["critic"] is starts["student"]:
+        del initial["critic"]
+    return initial
 
 
 def network_options(objective: Sum) -> Iterator[tuple[str, tuple[str, ...]]]:

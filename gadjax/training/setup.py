@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 
 from gadjax import assets
 from gadjax.data.source import Source
+from gadjax.errors import InputError
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
 from gadjax.models.adapters import abstract_adapters, init_adapters
 from gadjax.models.params import cast, split_frozen
+from gadjax.models.quantized import quantized
 from gadjax.objectives.base import Term
 from gadjax.parallel.placement import batch_shards
 from gadjax.pipelines.pipeline import Pipeline, abstract_pipeline, load_pipeline
@@ -29,7 +31,7 @@ from gadjax.training.checks import (
     validate,
 )
 from gadjax.training.data import input_fingerprints, open_data
-from gadjax.training.lora import loras
+from gadjax.training.lora import base_source, loras
 from gadjax.training.networks import load_networks
 from gadjax.training.state import StepSpec, TrainState, create_state, make_optimizer
 from gadjax.training.steps import CRITICS
@@ -96,8 +98,7 @@ class Run:
       source: data source.
       frozen: parameters that no update changes, by network; the empty prompt under "null", and
         parameters of the backbone that are never trained under "untrained".
-      initial_params: initial parameters of the student, and of the critic if it starts otherwise;
-        empty if no network is trained whole.
+      initial_params: initial parameters by role, as `Networks.initial` has them.
       start: initial parameters -> initial training state.
       fingerprint: of the teacher's backbone.
       inputs: fingerprints by key of the config, as `input_fingerprints` returns them.
@@ -161,7 +162,9 @@ def prepare(
     part = pipeline.folder.components[pipeline.backbone]
     _, untrained = split_frozen(params[pipeline.backbone], part.frozen)
     networks = load_networks(config, objective, pipeline, params[pipeline.backbone], abstract)
-    frozen |= {name: cast(tree, settings.dtype) for name, tree in networks.frozen.items()}
+    for name, tree in networks.frozen.items():
+        base = quantized(tree, config.int8) if name in networks.bases.values() else tree
+        frozen[name] = cast(base, settings.dtype)
     adapted = loras(config).keys()
     without_adapters = step_spec.optimizers.keys() - {"discriminator"} - adapted
     bases = dict.fromkeys(adapted, pipeline.backbone) | networks.bases
@@ -184,7 +187,7 @@ def prepare(
         mesh=settings.mesh,
         source=source,
         frozen=frozen,
-        initial_params=networks.initial if without_adapters else {},
+        initial_params=networks.initial,
         start=state_initializer(config, step_spec, pipeline, frozen, params[pipeline.backbone]),
         fingerprint="" if abstract else fingerprint(tensors_from_params(part.params, part.keymap)),
         inputs={} if abstract else input_fingerprints(config, source) | networks.fingerprints,
@@ -226,9 +229,12 @@ def make_optimizers(config: ConfigDict, objective: Term) -> dict[str, optax.Grad
 def frozen_networks(
     config: ConfigDict, settings: Settings, pipeline: Pipeline, params: dict[str, Params]
 ) -> dict[str, Params]:
-    """Parameters, in the compute dtype, of the networks that a run reads and does not train."""
+    """Parameters, in the compute dtype, of the networks that a run reads and does not train.
+
+    Raises: InputError as `quantized`, and for 8-bit kernels of a teacher that is not read.
+    """
     needs, data = settings.objective.needs, config.data
-    on_teacher = loras(config).keys() - ({"student"} if config.student.init != "teacher" else set())
+    on_teacher = any(base_source(config, role) == "teacher" for role in loras(config))
     encodes_text = not (data.embeddings or data.latents)
     # The student's start is the teacher itself, held once, unless `student.init` is another or the
     # student has fewer layers.
@@ -240,6 +246,13 @@ def frozen_networks(
         **dict.fromkeys(pipeline.folder.text_encoders, encodes_text),
         "vae": settings.images and not data.latents or needs.pixels or config.preview.every,
     }
+    if is_needed[pipeline.backbone]:
+        backbone = quantized(params[pipeline.backbone], config.int8)
+        params = params | {pipeline.backbone: backbone}
+    elif config.int8:
+        raise InputError(
+            f"int8: found {config.int8!r} in a run without a frozen teacher; expected none"
+        )
     return {name: cast(params[name], settings.dtype) for name, yes in is_needed.items() if yes}
 
 
@@ -271,8 +284,8 @@ def state_initializer(
         initial_params = cast(initial_params, jnp.float32)
         roles = {
             role: init_adapters(jax.random.fold_in(key, number), adapters[role])
-            if role in adapters
-            else jax.tree.map(jnp.copy, initial_params.get(role, initial_params["student"]))
+            if role in adapters and role not in initial_params
+            else jax.tree.map(jnp.copy, initial_params.get(role, initial_params.get("student")))
             for number, role in enumerate(optimizers)
             if role != "discriminator"
         }

@@ -33,6 +33,7 @@ class Trained:
       config: the run's config, as JSON.
       fingerprint: of the backbone that `full_params` completes, when the run was started.
       sampling: sampling config of these weights.
+      on_start: adapters are on the student's start, a folder or workdir, not on the teacher.
     """
 
     workdir: Path
@@ -42,6 +43,7 @@ class Trained:
     config: dict[str, Any]
     fingerprint: str
     sampling: SamplingConfig
+    on_start: bool = False
 
     @property
     def teacher(self) -> Path:
@@ -51,8 +53,7 @@ class Trained:
     def base(self) -> Path:
         """Pipeline folder of the weights that the trained ones complete or adapt: the teacher's, or
         the student's start where that has adapters."""
-        start = self.config["student"].get("init", "teacher")
-        return assets.resolve(start) if self.lora and start != "teacher" else self.teacher
+        return assets.resolve(self.config["student"]["init"]) if self.on_start else self.teacher
 
     @property
     def is_few_step(self) -> bool:
@@ -151,7 +152,7 @@ def read_trained(workdir: Path, part: str = "ema", step: int | None = None) -> T
         raise InputError(f"{workdir}: found {state}; expected a workdir of gadjax train")
     step, params, meta = read_params(workdir / "checkpoints", part, step)
     config, teacher, sampling = parse_run_metadata(meta, f"{workdir}, step {step}")
-    return Trained(workdir, step, part, params, config, teacher, sampling)
+    return Trained(workdir, step, part, params, config, teacher, sampling, "base" in meta)
 
 
 def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, SamplingConfig]:
@@ -161,9 +162,10 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
     """
     try:
         config, teacher = meta["config"], meta.get("base", meta["teacher"])
+        start = config["student"]["init"] if "base" in meta else ""
         sampling = sampling_from_config(config)
         loras(config)
-        texts = teacher, config["teacher"], config["data"]["world"]
+        texts = teacher, config["teacher"], config["data"]["world"], start
         numbers = *(sampling.timesteps or ()), config["guidance"], sampling.guidance
         counts = sampling.length, sampling.steps, config["batch"]
         valid = all(map(is_text, texts)) and all(map(is_number, numbers))

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from checkpoints import edit, refused
 from PIL import Image
+from safetensors.numpy import save_file
 
+from gadjax.cli.main import main
 from gadjax.data.embeddings import open_embeddings
 from gadjax.data.images import open_images
 from gadjax.formats.fingerprints import text_fingerprint
@@ -130,3 +132,44 @@ def test_an_existing_folder_stays(tiny_pipeline, prompts, tmp_path, fails):
     (out / "a.jpg").write_text("mine")
     arguments = ["embed", "--model", tiny_pipeline, "--prompts", prompts, "--out", out]
     fails(arguments, 2, "files in it", out=out)
+
+
+def test_embeddings_of_adapted_text_encoders(folders, tmp_path, capsys):
+    """Those of the folder with the LoRA merged, to which they belong by their fingerprint."""
+    rng, stem = np.random.default_rng(0), "lora_te_text_model_encoder_layers_1_mlp_fc1"
+    width = 20
+    shapes = {"down": (2, width), "up": (3 * width, 2)}
+    tensors = {
+        f"{stem}.lora_{part}.weight": rng.normal(size=shape).astype(np.float32)
+        for part, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "text.safetensors")
+    (tmp_path / "prompts.txt").write_text("red circle\n")
+    model, lora = str(folders("sd15")), f"{tmp_path / 'text.safetensors'}:0.5"
+    assert main(["lora", "merge", model, lora, "--out", str(tmp_path / "merged")]) == 0
+    prompts = "--prompts", str(tmp_path / "prompts.txt")
+    commands = {
+        "lora": [model, "--lora", lora],
+        "merged": [str(tmp_path / "merged")],
+        "plain": [model],
+    }
+    for name, command in commands.items():
+        out = "--out", str(tmp_path / name / "out")
+        assert main(["embed", "--model", *command, *prompts, *out]) == 0
+    texts = {name: np.load(tmp_path / name / "out" / "text.npy") for name in commands}
+    manifests = {n: (tmp_path / n / "out" / "manifest.json").read_text() for n in commands}
+    np.testing.assert_array_equal(texts["lora"], texts["merged"])
+    assert manifests["lora"] == manifests["merged"] != manifests["plain"]
+    assert np.abs(texts["lora"] - texts["plain"]).max() > 1e-2
+
+
+def test_a_lora_without_text_encoders_is_refused(folders, tmp_path, capsys):
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{stem}.lora_down.weight": (2, 24), f"{stem}.lora_up.weight": (24, 2)}
+    tensors = {key: np.ones(shape, np.float32) for key, shape in tensors.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    (tmp_path / "prompts.txt").write_text("red circle\n")
+    flags = "--lora", str(tmp_path / "a.safetensors"), "--prompts", str(tmp_path / "prompts.txt")
+    out = tmp_path / "out"
+    assert main(["embed", "--model", str(folders("sd15")), *flags, "--out", str(out)]) == 2
+    assert "found no adapters of a text encoder" in capsys.readouterr().err and not out.exists()

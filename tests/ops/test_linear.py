@@ -11,7 +11,7 @@ from flax import nnx
 from gadjax.models import layers
 from gadjax.models.module import functional
 from gadjax.ops import linear as ops
-from gadjax.ops.linear import Adapter, LowRank, dense
+from gadjax.ops.linear import Adapter, LowRank, Quantized, dense, quantize
 
 RNG = np.random.default_rng(0)
 
@@ -116,3 +116,100 @@ def test_stacked_kernels_are_merged_by_layer():
 def test_a_kernel_is_read_whole():
     with pytest.raises(TypeError, match="found the index 0"):
         low_rank((5, 7))[0]
+
+
+LAYERS = [
+    (lambda k: layers.Linear(5, 7, rngs=k), (5, 7), (2, 3, 5)),
+    (
+        lambda k: layers.Conv(5, 7, (3, 3), strides=2, padding=((1, 1), (1, 1)), rngs=k),
+        (3, 3, 5, 7),
+        (2, 6, 4, 5),
+    ),
+    (
+        lambda k: layers.PatchProjection(5, 8, 2, dtype=jnp.float64, rngs=k),
+        (2, 2, 5, 8),
+        (2, 6, 4, 5),
+    ),
+]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("number", range(len(LAYERS)))
+def test_an_8_bit_layer_is_the_dequantised_one(number, adapted):
+    """Value, tangent and gradient through the activations, and those of adapters on it."""
+    make, shape, inputs = LAYERS[number]
+    net, kernel = functional(make), quantize(RNG.normal(size=shape))
+    array = kernel.values * kernel.scales.astype(np.float64)
+    adapter, bias = low_rank(shape).adapter, RNG.normal(size=shape[-1])
+    x, u = (RNG.normal(size=inputs) for _ in range(2))
+
+    def run(kernel, x, adapter):
+        kernel = LowRank(kernel, adapter) if adapted else kernel
+        return net.apply({"kernel": kernel, "bias": bias}, x)
+
+    def everything(kernel):
+        kernel, given = jax.tree.map(jnp.asarray, (kernel, adapter))
+        y, tangent = jax.jvp(lambda x: run(kernel, x, given), (x,), (u,))
+        loss = lambda x, a: jnp.sum(jnp.sin(run(kernel, x, a)))  # noqa: E731
+        return y, tangent, jax.grad(loss, (0, 1))(x, given)
+
+    with jax.enable_x64(True):
+        found, expected = (jax.tree.leaves(everything(k)) for k in (kernel, array))
+        for one, other in zip(found, expected, strict=True):
+            limit = 1e-13 * max(1, np.abs(other).max())
+            np.testing.assert_allclose(one, other, rtol=0, atol=limit)
+    assert dense(kernel).dtype == np.float32
+    np.testing.assert_allclose(dense(kernel), array, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 3, 5, 7), (4, 5, 7), (4, 3, 3, 5, 7)])
+def test_8_bits_are_the_nearest_of_255_values(shape):
+    kernel = RNG.normal(size=shape).astype(np.float32)
+    kernel[..., 2] = 0
+    layers = shape[: len(shape) % 2]
+    found = quantize(kernel)
+    assert found.values.dtype == np.int8 and found.values.shape == found.shape == shape
+    assert found.scales.dtype == np.float32 and found.scales.shape == (*layers, 7)
+    axes = tuple(range(len(layers), len(shape) - 1))
+    np.testing.assert_allclose(
+        found.scales * 127, np.where(np.arange(7) == 2, 127, np.abs(kernel).max(axes)), rtol=1e-6
+    )
+    assert np.abs(found.values).max() == 127
+    step = np.expand_dims(found.scales, axes)
+    assert np.abs(dense(found) - kernel).max() <= 0.5001 * step.max()
+    assert (np.abs(dense(found) - kernel) <= 0.5001 * step).all()
+    shapes = quantize(jax.ShapeDtypeStruct(shape, jnp.float32))
+    for one, other in zip(jax.tree.leaves(shapes), jax.tree.leaves(found), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_chunks_of_an_8_bit_kernel(axis):
+    kernel = quantize(RNG.normal(size=(6, 9)))
+    parts = ops.chunks(kernel, axis, lambda x, axis: jnp.stack(jnp.split(x, 3, axis)))
+    for i, whole in enumerate(np.split(dense(kernel), 3, axis)):
+        part = jax.tree.map(lambda x, i=i: np.asarray(x[i]), parts)
+        np.testing.assert_array_equal(dense(part), whole)
+
+
+def test_an_8_bit_product_is_in_the_layers_dtype():
+    kernel = quantize(RNG.normal(size=(64, 8)))
+    net = functional(partial(make, layers.Linear, (64, 8), {"dtype": jnp.bfloat16}))
+    x = RNG.normal(size=(3, 64)).astype(np.float32)
+    found = net.apply({"kernel": jax.tree.map(jnp.asarray, kernel), "bias": jnp.zeros(8)}, x)
+    assert found.dtype == jnp.bfloat16
+    # One rounding of x, one of the product, one after the scale.
+    np.testing.assert_allclose(np.float32(found), x @ dense(kernel), atol=0.12)
+    assert isinstance(kernel[...], Quantized) and kernel.astype(jnp.bfloat16) is kernel
+
+
+def test_reverse_mode_keeps_8_bits():
+    """No converted copy of the kernels of a scanned stack is stored for it."""
+    kernels = jax.tree.map(jnp.asarray, quantize(RNG.normal(size=(4, 16, 16))))
+
+    def run(x):
+        return jax.lax.scan(lambda x, k: (jnp.tanh(ops.linear(x, k)), None), x, kernels)[0]
+
+    _, pull = jax.vjp(run, jnp.ones((3, 16)))
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= kernels.values.size]
+    assert kept and all(leaf.dtype == jnp.int8 for leaf in kept)

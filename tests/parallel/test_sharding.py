@@ -19,6 +19,7 @@ from gadjax.models import layers, pixart
 from gadjax.models.adapters import Lora, abstract_adapters
 from gadjax.models.module import functional
 from gadjax.models.params import flatten
+from gadjax.models.quantized import quantized
 from gadjax.parallel.placement import batch_shards
 from gadjax.parallel.sharding import AXES, check_batch, make_mesh, path_name, shardings
 from gadjax.training.state import create_state
@@ -38,7 +39,8 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, eps=1e
 def tiny_run(mesh, microbatches, offload=(), rank=0):
     """Run with PixArts of two blocks as teacher, student and critic; random prompt embeddings.
 
-    rank: of the adapters of student and critic; 0: whole networks.
+    rank: of the adapters of student and critic, on a base whose attentions are in 8 bits; 0: whole
+      networks.
     """
     from gadjax.diffusion.denoiser import Denoiser
     from gadjax.diffusion.schedules import DDPM
@@ -75,6 +77,7 @@ def tiny_run(mesh, microbatches, offload=(), rank=0):
         microbatches=microbatches,
         batch_shards=batch_shards(mesh),
     )
+    teacher = quantized(teacher, "/attn" if rank else "")
     null = {"text": rng.normal(size=(1, LENGTH, TEXT)), "mask": np.ones((1, LENGTH))}
     frozen = {"null": jax.tree.map(np.float32, null), "transformer": teacher}
     names = "teacher", *(("student/base", "critic/base") if rank else ())

@@ -1,4 +1,4 @@
-"""Kill real `gadjax convert`, `export` and `embed` at random moments while they replace a folder.
+"""Kill real `gadjax convert`, `export`, `lora` and `embed` while they replace a folder.
 
     python tests/reliability/atomic.py [--count 60] [--seed 0] [--out docs/results/reliability]
 
@@ -61,6 +61,9 @@ class Tally:
 def make_jobs(folder: Path) -> list[Job]:
     tiny = write_pipeline(folder / "tiny")
     run = make_workdir(folder / "run", tiny)
+    student, lora = folder / "student", folder / "lora"
+    _undisturbed(["export", "--workdir", run, "--out", student], folder)
+    _undisturbed(["lora", "extract", tiny, student, "--rank", 2, "--out", lora], folder)
     prompts = folder / "prompts.txt"
     prompts.write_text("red circle\ngreen square\n" * 20)
     converted = folder / "own"
@@ -74,6 +77,21 @@ def make_jobs(folder: Path) -> list[Job]:
             "back", lambda out, n: ["convert", converted, out, "--overwrite", "--dtype", dtypes[n]]
         ),
         Job("export", lambda out, n: [*exported, out, parts[n]]),
+        Job("single", lambda out, n: [*exported, out, parts[n], "--single-file"]),
+        Job(
+            "extract",
+            lambda out, n: [
+                *("lora", "extract", tiny, student, "--rank", 2 + n),
+                *("--overwrite", "--out", out),
+            ],
+        ),
+        Job(
+            "merge",
+            lambda out, n: [
+                *("lora", "merge", tiny, f"{lora}:{1 - n / 2}"),
+                *("--overwrite", "--out", out),
+            ],
+        ),
         Job("embed", lambda out, n: [*texts, "--out", out], replaces=False),
     ]
 

@@ -16,10 +16,12 @@ sys.path.insert(0, str(TESTS))  # for a script; pytest has it there
 
 from gadjax.formats.diffusers_folder import read_pipeline  # noqa: E402
 from gadjax.formats.fingerprints import text_fingerprint  # noqa: E402
-from gadjax.formats.lora_file import SAMPLING  # noqa: E402
-from gadjax.formats.lora_names import layers_of  # noqa: E402
+from gadjax.formats.lora_header import DIFFUSERS_WEIGHTS, SAMPLING  # noqa: E402
+from gadjax.formats.lora_info import lora_lines  # noqa: E402
+from gadjax.formats.lora_names import kohya_name, layers_of  # noqa: E402
 from gadjax.formats.lora_writer import KEYS, Pair, write_diffusers, write_peft  # noqa: E402
 from gadjax.formats.orbax_folder import open_folder, write_gadjax_folder  # noqa: E402
+from gadjax.formats.safetensors_file import write_safetensors  # noqa: E402
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling, read_world  # noqa: E402
 from gadjax.formats.scheduler_config import student_scheduler_config  # noqa: E402
 from gadjax.formats.schedulers import sampler_from_config  # noqa: E402
@@ -28,7 +30,13 @@ from gadjax.io.untrusted import read_json  # noqa: E402
 from gadjax.models.registry import read_network  # noqa: E402
 from gadjax.models.text.tokenizer import load_tokenizer  # noqa: E402
 from gadjax.pipelines.adapted import merge_loras  # noqa: E402
-from gadjax.pipelines.pipeline import abstract_pipeline, load_pipeline  # noqa: E402
+from gadjax.pipelines.pipeline import (  # noqa: E402
+    abstract_pipeline,
+    load_pipeline,
+    make_pipeline,
+)
+from gadjax.training.config import default_config  # noqa: E402
+from gadjax.training.lora_start import read_adapters  # noqa: E402
 
 PROMPTS = ["a red circle above", ""]
 CLASSES = {  # class -> family and part that has it
@@ -170,14 +178,46 @@ def make_lora(folder: Path) -> None:
         write_diffusers(folder / keys, "unet", pairs, keys=keys, metadata=metadata)
     (folder / "peft").mkdir()
     write_peft(folder / "peft", pairs)
+    make_alphas(folder, pairs)
+
+
+def make_alphas(folder: Path, pairs: dict[str, Pair]) -> None:
+    """A file of kohya's with an alpha a module."""
+    tensors = {}
+    for number, (name, (a, b)) in enumerate(pairs.items()):
+        stem = kohya_name(name)
+        tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b}
+        tensors[f"{stem}.alpha"] = np.array(1.0 + number, np.float16 if number % 2 else np.float32)
+    (folder / "alphas").mkdir()
+    write_safetensors(folder / "alphas" / DIFFUSERS_WEIGHTS, tensors)
+
+
+LORAS = (*KEYS, "peft", "alphas")
 
 
 def read_loras(folder: Path) -> None:
     """As `gadjax sample --lora` does."""
     pipeline = _sd15()
     params = {name: part.params for name, part in pipeline.components.items()}
-    for name in (*KEYS, "peft"):
+    for name in LORAS:
         merge_loras(pipeline, params, [(folder / name, 0.5)])
+
+
+def read_lora_lines(folder: Path) -> None:
+    """As `gadjax lora info` does, of files whose pipeline is not there."""
+    for name in LORAS:
+        lines = lora_lines(folder / name)
+        assert all(line.isprintable() for line in lines), lines
+
+
+def read_starts(folder: Path) -> None:
+    """As `gadjax train --config.student.init=LORA` does."""
+    config = default_config()
+    config.student.lora.update(rank=2, targets="attn2|proj_in")
+    pipeline = make_pipeline(_sd15())
+    for name in LORAS:
+        config.student.init = str(folder / name)
+        read_adapters(config, "student", pipeline, abstract=False)
 
 
 @cache
@@ -220,6 +260,8 @@ TARGETS = [
     Target("pickle", make_pickle, partial(read_weights, allow_pickle=True)),
     Target("recipe", make_recipe, read_recipe),
     Target("lora", make_lora, read_loras),
+    Target("lora-info", make_lora, read_lora_lines),
+    Target("lora-start", make_lora, read_starts),
     *(
         Target(
             f"config-{name}",

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that nothing disturbed, and how long its parts take in seconds."""
+    """A run that nothing disturbed, and how long its parts take in seconds. flags: of its own."""
 
     config: Path
     workdir: Path
@@ -59,6 +59,7 @@ class Reference:
     cold: float  # up to the first step, where everything is compiled
     warm: float  # the same where nothing is
     step: float
+    flags: tuple[str, ...] = ()
 
     def begin(self, workdir: Path, cache: Path | None = None) -> subprocess.Popen:
         """A process that trains in another workdir. cache: of compiled programs."""
@@ -70,6 +71,7 @@ class Reference:
             "--config.batch=2",  # so that a run is mostly steps and saves, not its start
             f"--config.checkpoint.every={EVERY}",
             f"--config.preview.every={PREVIEW}",
+            *self.flags,
         )
 
 
@@ -87,9 +89,11 @@ class Tally:
     failed: list[str] = field(default_factory=list)
 
 
-def undisturbed(folder: Path, steps: int = STEPS) -> Reference:
+def undisturbed(folder: Path, steps: int = STEPS, flags: tuple[str, ...] = ()) -> Reference:
     """Two whole runs, the first with nothing compiled; they have to be equal themselves."""
-    reference = Reference(make_config(folder), folder / "whole", folder / "cache", steps, 0, 0, 0)
+    reference = Reference(
+        make_config(folder), folder / "whole", folder / "cache", steps, 0, 0, 0, flags
+    )
     seconds = []
     for workdir in (reference.workdir, folder / "again"):
         began = time.time()
@@ -97,9 +101,7 @@ def undisturbed(folder: Path, steps: int = STEPS) -> Reference:
         times = [row["time"] for row in rows(workdir)]
         seconds.append(times[0] - began)
     step = (times[-1] - times[0]) / (len(times) - 1)
-    reference = Reference(
-        reference.config, reference.workdir, reference.cache, steps, *seconds, step
-    )
+    reference = replace(reference, cold=seconds[0], warm=seconds[1], step=step)
     compare(reference, folder / "again")
     return reference
 

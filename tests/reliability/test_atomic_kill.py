@@ -5,8 +5,11 @@ from atomic import kill_many, make_jobs, measure
 
 
 @pytest.mark.slow
-def test_six_kills_leave_the_old_or_the_new(tmp_path):
-    jobs = [job for job in make_jobs(tmp_path) if job.name in ("convert", "back", "embed")]
+@pytest.mark.parametrize(
+    "names", [("convert", "back", "embed"), ("single", "extract", "merge")], ids="-".join
+)
+def test_six_kills_leave_the_old_or_the_new(tmp_path, names):
+    jobs = [job for job in make_jobs(tmp_path) if job.name in names]
     for job in jobs:
         measure(job, tmp_path)
     tally = kill_many(jobs, tmp_path, count=6)

@@ -57,9 +57,13 @@ def test_a_run_that_was_killed_as_it_began_can_begin_again(config, tmp_path, lef
     assert train(config, workdir, "--config.steps=1") == 0
 
 
+LORA = "--config.student.lora.rank=2", "--config.critic.lora.rank=4"
+
+
 @pytest.mark.slow
-def test_ten_kills_change_nothing(tmp_path):
-    tally = kill_many(undisturbed(tmp_path, steps=120), tmp_path, count=10)
+@pytest.mark.parametrize("flags", [(), LORA], ids=["whole", "adapters"])
+def test_ten_kills_change_nothing(tmp_path, flags):
+    tally = kill_many(undisturbed(tmp_path, 120, flags), tmp_path, count=10)
     assert tally.failed == [] and tally.kills == 10
     assert len(tally.where) > 1, tally  # not all in the same place
 

@@ -91,7 +91,7 @@ def test_a_student_starts_where_it_is_told_and_its_critic_at_the_teacher(short, 
 @pytest.mark.parametrize(
     "source,message",
     [
-        ("nowhere", "objective.disback.path: found 'nowhere'; expected a diffusers folder or a"),
+        ("nowhere", "objective.disback.path: found 'nowhere'; expected a diffusers folder, a"),
         (
             "{workdir}@other",
             "objective.disback.path: found '{workdir}@other'; expected WORKDIR@PART",

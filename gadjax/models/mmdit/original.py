@@ -6,6 +6,7 @@ from gadjax.models.keymap import Original
 from gadjax.models.mmdit.config import Config
 
 OUTER = {
+    "pos_embed": "pos_embed",
     "x_embedder.proj": "pos_embed.proj",
     "context_embedder": "context_embedder",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
@@ -26,6 +27,12 @@ BLOCK = {
     "context_block.attn.proj": ("attn.to_add_out",),
     "context_block.mlp.fc1": ("ff_context.net.0.proj",),
     "context_block.mlp.fc2": ("ff_context.net.2",),
+    "x_block.attn.ln_q": ("attn.norm_q",),
+    "x_block.attn.ln_k": ("attn.norm_k",),
+    "x_block.attn2.ln_q": ("attn2.norm_q",),
+    "x_block.attn2.ln_k": ("attn2.norm_k",),
+    "context_block.attn.ln_q": ("attn.norm_added_q",),
+    "context_block.attn.ln_k": ("attn.norm_added_k",),
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),
 }
 
