@@ -23,10 +23,13 @@ COMPONENTS = {
     "Transformer2DModel": "gadjax.models.pixart",
     "SanaTransformer2DModel": "gadjax.models.sana",
     "SD3Transformer2DModel": "gadjax.models.mmdit",
+    "ZImageTransformer2DModel": "gadjax.models.zimage",
     "CLIPTextModel": "gadjax.models.text.clip",
     "CLIPTextModelWithProjection": "gadjax.models.text.clip",
     "T5EncoderModel": "gadjax.models.text.t5",
     "Gemma2Model": "gadjax.models.text.gemma2",
+    "Qwen3Model": "gadjax.models.text.qwen3",
+    "Qwen3ForCausalLM": "gadjax.models.text.qwen3",
     "AutoencoderKL": "gadjax.models.vae.autoencoder_kl",
     "AutoencoderDC": "gadjax.models.vae.autoencoder_dc",
 }

@@ -1,0 +1,102 @@
+"""Z-Image's block: attention and a gated feed-forward, each between two norms."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gadjax.models import layers
+from gadjax.models.module import Keys
+from gadjax.models.zimage.config import Config
+from gadjax.models.zimage.rotary import rotate
+from gadjax.ops.attention import attention
+
+QK_EPS = 1e-5  # norm_eps is not that of queries and keys
+
+
+def _norm(width: int, eps: float, dtype, rngs: Keys) -> nnx.RMSNorm:
+    return nnx.RMSNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
+
+
+class Attention(layers.Attention):
+    """Self-attention with a norm and a rotation of every head's queries and keys."""
+
+    def __init__(self, c: Config, *, dtype, rngs: Keys):
+        width = c.dim // c.n_heads
+        super().__init__(
+            c.dim, c.n_heads, width, bias=False, out_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.norm_q, self.norm_k = (_norm(width, QK_EPS, dtype, rngs) for _ in range(2))
+
+    def __call__(self, x_BND: jax.Array, angles_BNR: jax.Array, bias: jax.Array) -> jax.Array:
+        q, k, v = (
+            project(x_BND).reshape(*x_BND.shape[:2], self.heads, -1)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        q, k = rotate(self.norm_q(q), angles_BNR), rotate(self.norm_k(k), angles_BNR)
+        return self.to_out(attention(q, k, v, bias).reshape(x_BND.shape))
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, c: Config, *, dtype, rngs: Keys):
+        def linear(inputs, outputs):
+            return layers.Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
+
+        self.w1, self.w3 = linear(c.dim, c.hidden_dim), linear(c.dim, c.hidden_dim)
+        self.w2 = linear(c.hidden_dim, c.dim)
+
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        return self.w2(jax.nn.silu(self.w1(x_BND)) * self.w3(x_BND))
+
+
+class Block(nnx.Module):
+    """Transformer block, with or without scales and gates that the time embedding gives.
+
+    Args:
+      c: the network's options.
+      modulated: whether the block gets the time embedding; the caption's does not.
+      dtype: of the computation.
+      rngs: keys of the initialisers.
+    """
+
+    def __init__(self, c: Config, *, modulated: bool = True, dtype, rngs: Keys):
+        self.attention = Attention(c, dtype=dtype, rngs=rngs)
+        self.feed_forward = FeedForward(c, dtype=dtype, rngs=rngs)
+        self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2 = (
+            _norm(c.dim, c.norm_eps, dtype, rngs) for _ in range(4)
+        )
+        if modulated:
+            self.adaLN_modulation = layers.Linear(c.time_dim, 4 * c.dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BND: jax.Array,
+        angles_BNR: jax.Array,
+        bias: jax.Array,
+        time_B1T: jax.Array | None = None,
+    ) -> jax.Array:
+        """Tokens [B, N, D] after the block.
+
+        Args:
+          x_BND: tokens.
+          angles_BNR: of their positions.
+          bias: of the attention's logits.
+          time_B1T: time embedding, where the block is modulated. No activation comes before its
+            projection.
+        """
+        if time_B1T is None:
+            scale, gate, scale_ff, gate_ff = 1, 1, 1, 1
+        else:
+            parts = jnp.split(self.adaLN_modulation(time_B1T), 4, axis=-1)
+            scale, gate, scale_ff, gate_ff = (
+                f(part) for f, part in zip((_plus_one, jnp.tanh) * 2, parts, strict=True)
+            )
+        out = self.attention(self.attention_norm1(x_BND) * scale, angles_BNR, bias)
+        x_BND = x_BND + gate * self.attention_norm2(out)
+        out = self.feed_forward(self.ffn_norm1(x_BND) * scale_ff)
+        return x_BND + gate_ff * self.ffn_norm2(out)
+
+
+def _plus_one(x: jax.Array) -> jax.Array:
+    return 1 + x

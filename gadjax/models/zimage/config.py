@@ -1,0 +1,93 @@
+"""Configuration of Z-Image's transformer (diffusers ZImageTransformer2DModel)."""
+
+from dataclasses import dataclass
+
+from gadjax.errors import InputError
+from gadjax.models.config import (
+    POSITIVE_INTEGER,
+    POSITIVE_NUMBER,
+    BackboneConfig,
+    is_positive,
+    read_options,
+    refuse,
+)
+
+CLASS_NAMES = ("ZImageTransformer2DModel",)
+PATCH = 2
+TIME_DIM = 256  # width of the time embedding, in networks that are as wide
+
+# Options of the file's config with one supported value.
+FIXED = {"all_patch_size": [PATCH], "all_f_patch_size": [1], "qk_norm": True}
+
+
+@dataclass(frozen=True)
+class Config(BackboneConfig):
+    """Options of a diffusers config.json that shape the network, under their names there."""
+
+    in_channels: int = 16
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    norm_eps: float = 1e-5
+    cap_feat_dim: int = 2560
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+    axes_lens: tuple[int, ...] = (1024, 512, 512)
+
+    @property
+    def sample_size(self) -> int:
+        """Side of the latents of 1024 pixels, the pipeline's default; no option says it."""
+        return 128
+
+    @property
+    def feature_blocks(self) -> int:
+        return self.n_layers
+
+    @property
+    def text_dim(self) -> int:
+        return self.cap_feat_dim
+
+    @property
+    def time_dim(self) -> int:
+        return min(self.dim, TIME_DIM)
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward's hidden layer."""
+        return int(self.dim / 3 * 8)
+
+    @classmethod
+    def from_dict(cls, cfg: dict) -> "Config":
+        """Read a diffusers config.json. Raises: InputError naming the first unsupported key."""
+        for key, value in FIXED.items():
+            if cfg.get(key, value) != value:
+                refuse(key, cfg[key], repr(value))
+        others = {*FIXED, "n_kv_heads"}
+        given = read_options(cls, cfg, "an option of Z-Image", others=others)
+        for key, value in given.items():
+            if key.startswith("axes"):
+                if not isinstance(value, list) or len(value) != 3:
+                    refuse(key, value, "three numbers")
+                if not all(is_positive(number, int) for number in value):
+                    refuse(key, value, "positive integers")
+                given[key] = tuple(value)
+            elif key in ("norm_eps", "rope_theta", "t_scale"):
+                if not is_positive(value, int, float):
+                    refuse(key, value, POSITIVE_NUMBER)
+            elif not is_positive(value, int):
+                refuse(key, value, POSITIVE_INTEGER)
+        config = cls(**given)
+        if config.dim % config.n_heads:
+            refuse("n_heads", config.n_heads, f"a divisor of dim {config.dim}")
+        heads = cfg.get("n_kv_heads", 30)
+        if heads != config.n_heads:
+            refuse("n_kv_heads", heads, f"{config.n_heads}, as n_heads")
+        width = config.dim // config.n_heads
+        if sum(config.axes_dims) != width or any(size % 2 for size in config.axes_dims):
+            raise InputError(
+                f"axes_dims: found {list(config.axes_dims)}; expected even numbers whose sum is "
+                f"{width}, the width of a head"
+            )
+        return config
