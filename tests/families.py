@@ -98,6 +98,60 @@ def gemma(width: int):
     return tokenizer, Gemma2Model(config)
 
 
+# As published: other roles and tools aside.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+)
+
+
+def qwen2_tokenizer():
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import AddedToken, Qwen2Tokenizer
+
+    vocab, merges = sorted(ByteLevel.alphabet()), []
+    for word in ("user", *WORDS, *(f"Ġ{word}" for word in WORDS)):
+        parts = [*word]
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts = ["".join(parts[:2]), *parts[2:]]
+            vocab.append(parts[0])
+    vocab = [*dict.fromkeys(vocab), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(vocab)},
+        merges=list(dict.fromkeys(merges)),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def qwen3(width: int):
+    from transformers import Qwen3Config, Qwen3Model
+
+    tokenizer = qwen2_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    return tokenizer, Qwen3Model(config)
+
+
 def vae_kl(channels: int = 4, **more):
     from diffusers import AutoencoderKL
 
@@ -305,6 +359,36 @@ def sd3(**more):
 
 def sd35():
     return sd3(qk_norm="rms_norm", dual_attention_layers=(0,))
+
+
+def z_image():
+    import diffusers
+
+    tokenizer, encoder = qwen3(20)
+    net = diffusers.ZImageTransformer2DModel(
+        in_channels=8,
+        dim=48,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=3,
+        n_kv_heads=3,
+        cap_feat_dim=20,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    )
+    return diffusers.ZImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae_kl(
+            8,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        transformer=net,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )
 
 
 # Prompt lengths that are not the defaults, where they are free.

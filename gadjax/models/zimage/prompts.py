@@ -6,6 +6,8 @@ Follows diffusers' ZImagePipeline.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+
 from gadjax.errors import InputError
 from gadjax.models.text import chat
 from gadjax.models.text.prompts import PromptEmbeds, TextComponents, check_width
@@ -44,7 +46,10 @@ class ChatPromptEncoder:
 
     def encode(self, params, ids_BL, mask_BL):
         (text_BLD,) = self.apply(params["text_encoder"], ids_BL, mask_BL, (self.blocks,))
-        return PromptEmbeds(text_BLD, mask_BL)
+        # A prompt's tokens come first, on whichever side the tokenizer pads.
+        order_BL = jnp.argsort(mask_BL == 0, axis=1, stable=True)
+        text_BLD = jnp.take_along_axis(text_BLD, order_BL[..., None], axis=1)
+        return PromptEmbeds(text_BLD, jnp.take_along_axis(mask_BL, order_BL, axis=1))
 
 
 def prompts(parts: TextComponents, config: Config) -> ChatPromptEncoder:
@@ -52,11 +57,6 @@ def prompts(parts: TextComponents, config: Config) -> ChatPromptEncoder:
     spec, tokenizer = parts.specs["text_encoder"], parts.tokenizer()
     check_width(parts.path, spec.hidden_size, config.cap_feat_dim, "cap_feat_dim")
     chat.check_template(tokenizer, chat.QWEN3, enable_thinking=True)
-    if tokenizer.backend.padding_side != "right":
-        raise InputError(
-            f"{tokenizer.backend.name_or_path}, padding_side: found "
-            f"{tokenizer.backend.padding_side!r}; expected 'right'"
-        )
     if spec.num_hidden_layers < 2:
         raise InputError(f"{parts.path}: found a text encoder of one layer; expected 2 or more")
     return ChatPromptEncoder(tokenizer, parts.apply["text_encoder"], spec.num_hidden_layers - 1)
