@@ -319,6 +319,36 @@ def sana_sprint():
     )
 
 
+def z_image():
+    import diffusers
+
+    tokenizer, encoder = qwen3(20)
+    net = diffusers.ZImageTransformer2DModel(
+        in_channels=8,
+        dim=48,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=3,
+        n_kv_heads=3,
+        cap_feat_dim=20,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    )
+    return diffusers.ZImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae_kl(
+            8,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        transformer=net,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )
+
+
 def sd3(**more):
     import diffusers
 
@@ -361,39 +391,39 @@ def sd35():
     return sd3(qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
-def z_image():
+def sd35_large():
+    return sd3(qk_norm="rms_norm")
+
+
+def pixart_sigma():
     import diffusers
 
-    tokenizer, encoder = qwen3(20)
-    net = diffusers.ZImageTransformer2DModel(
-        in_channels=8,
-        dim=48,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=3,
-        n_kv_heads=3,
-        cap_feat_dim=20,
-        axes_dims=[4, 6, 6],
-        axes_lens=[256, 32, 32],
+    tokenizer, encoder = t5(20)
+    net = diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=3,
+        cross_attention_dim=36,
+        caption_channels=20,
+        interpolation_scale=2,
+        use_additional_conditions=False,
     )
-    return diffusers.ZImagePipeline(
+    return diffusers.PixArtSigmaPipeline(
         tokenizer=tokenizer,
         text_encoder=encoder,
-        vae=vae_kl(
-            8,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
+        vae=vae_kl(scaling_factor=0.13025),
         transformer=net,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
     )
 
 
 # Prompt lengths that are not the defaults, where they are free.
-LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12}
-MAKERS = {f.__name__: f for f in (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd35)}
+LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12, "sd35_large": 12}
+LENGTH["pixart_sigma"] = 140  # more than the 120 of PixArt-alpha
+ALL = (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd35, sd35_large, pixart_sigma)
+MAKERS = {f.__name__: f for f in ALL}
+LOADERS = [name for name in MAKERS if name != "pixart_sigma"]  # whose pipelines load a LoRA
 
 
 def make(family: str, folder: Path) -> Path:

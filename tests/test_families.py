@@ -79,6 +79,8 @@ STORED = {
     "sana_sprint": {},
     "sd3": {"variant": "fp16", "dtype": "float16", "max_shard_size": "150KB"},
     "sd35": {},
+    "sd35_large": {"dtype": "float16", "max_shard_size": "150KB"},
+    "pixart_sigma": {"variant": "fp16", "dtype": "float16"},
 }
 
 
@@ -133,6 +135,7 @@ STUDENTS = {
     "sana": (999.67, 749.62),
     "sd3": (1000.0,),
     "sd35": (1000.0, 857.69, 602.15, 8.93),
+    "pixart_sigma": (999,),
 }
 
 
@@ -153,6 +156,7 @@ def test_a_student_goes_back_to_diffusers(folders, family, tmp_path):
 
 RECIPES = {
     "dp-dmd-sd3.5": "sd35",
+    "sd3.5-large-turbo": "sd35_large",
     "dmd2-sdxl": "sdxl",
     "dmd2-sdxl-one-step": "sdxl",
     "sid-sd": "sd2_v",

@@ -84,6 +84,11 @@ class PipelineFolder:
     components: dict[str, Component]
 
     @property
+    def pipeline(self) -> str:
+        """Class name of the pipeline in diffusers; empty without one."""
+        return self.model_index.get("_class_name", "")
+
+    @property
     def backbone(self) -> str:
         """Name of the denoiser's network: "unet", or else "transformer"."""
         return "unet" if "unet" in self.components else "transformer"

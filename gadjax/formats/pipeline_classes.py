@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.errors import InputError, short_repr
-from gadjax.formats.scheduler_config import EULER, FLOW_LCM, PIXART, SCM
+from gadjax.formats.scheduler_config import EULER, FLOW_EULER, FLOW_LCM, PIXART, SCM
 
 SD, SDXL, SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
 SIGMA, SANA, SPRINT = "PixArtSigmaPipeline", "SanaPipeline", "SanaSprintPipeline"
+FLUX, KLEIN, LUMINA = "FluxPipeline", "Flux2KleinPipeline", "Lumina2Pipeline"
+QWEN, Z_IMAGE = "QwenImagePipeline", "ZImagePipeline"
 
-UNSCALED = (SANA, SD3)  # neither calls scale_model_input
+# They pass n evenly spaced sigmas of their own to their scheduler, not n alone.
+OWN_SIGMAS = (FLUX, KLEIN, LUMINA, QWEN, Z_IMAGE)
+UNSCALED = (SANA, SD3, *OWN_SIGMAS)  # none calls scale_model_input
 
 _CLIP, _PROJECTED = ("CLIPTextModel",), ("CLIPTextModelWithProjection",)
 _KL, _UNET = {"vae": ("AutoencoderKL",)}, {"unet": ("UNet2DConditionModel",)}
@@ -77,10 +81,15 @@ def check_classes(path: Path, index: Mapping[str, Any]) -> None:
             f"{path}, scheduler: found {EULER}; expected another, as {kind} does not scale latents "
             "for it"
         )
-    if scheduler == FLOW_LCM and kind not in UNSCALED:
+    if scheduler in (FLOW_EULER, FLOW_LCM) and kind not in UNSCALED:
         raise InputError(
-            f"{path}, scheduler: found {FLOW_LCM}; expected another, as it has no "
+            f"{path}, scheduler: found {scheduler}; expected another, as it has no "
             f"scale_model_input, which {kind} calls"
+        )
+    if scheduler not in (FLOW_EULER, FLOW_LCM) and kind in OWN_SIGMAS:
+        raise InputError(
+            f"{path}, scheduler: found {short_repr(scheduler)}; expected {FLOW_EULER} or "
+            f"{FLOW_LCM}, which take the sigmas that {kind} passes"
         )
 
 

@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 
 from gadjax.diffusion.samplers import Sampler, consistency, plms
-from gadjax.diffusion.schedules import DDPM, Flow, NoiseSchedule, TrigFlow, shift_time
+from gadjax.diffusion.schedules import DDPM, Flow, NoiseSchedule, TrigFlow
 from gadjax.errors import InputError
+from gadjax.formats.flow_grids import flow_grid
 from gadjax.formats.scheduler_config import (
     DDIM,
     DPM,
@@ -32,13 +33,15 @@ from gadjax.formats.scheduler_config import (
 _RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
-def sampler_from_config(cfg: dict) -> Sampler:
+def sampler_from_config(cfg: dict, pipeline: str | None = None) -> Sampler:
     """Sampler that reproduces diffusers' steps under this config.
 
+    cfg, pipeline: scheduler_config.json and the pipeline's class, by which a flow's grid differs;
+      None: the scheduler by itself, given the number of steps alone.
     Raises: InputError, naming the key, for an unsupported scheduler or option.
     """
-    readers = {DPM: _dpm, DDIM: _ddim, EULER: _euler, FLOW_EULER: _flow_euler}
-    readers |= {PNDM: _pndm, LCM: _lcm, FLOW_LCM: _flow_lcm, SCM: _scm}
+    readers = {DPM: _dpm, DDIM: _ddim, EULER: _euler, FLOW_EULER: partial(_flow_euler, pipeline)}
+    readers |= {PNDM: _pndm, LCM: _lcm, FLOW_LCM: partial(_flow_lcm, pipeline), SCM: _scm}
     name = read_choice(cfg, "_class_name", None, *readers)
     parameterization_from_config(cfg)
     return readers[name](cfg, schedule_from_config(cfg))
@@ -125,17 +128,10 @@ def _euler_grid(total: int, offset: int, n: int) -> np.ndarray:
     return np.append(np.arange(n)[::-1] * (total // n) + offset, DDPM.clean)
 
 
-def _flow_euler(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+def _flow_euler(pipeline: str | None, cfg: dict, schedule: NoiseSchedule) -> Sampler:
     check_disabled(cfg, *_RESPACINGS, "use_dynamic_shifting", "invert_sigmas", "shift_terminal")
     check_disabled(cfg, "stochastic_sampling")
-    grid = partial(_flow_euler_grid, schedule.steps, read_positive(cfg, "shift", 1.0))
-    return Sampler(schedule, grid)
-
-
-def _flow_euler_grid(total: int, shift: float, n: int) -> np.ndarray:
-    # Shifted twice: diffusers spaces n times evenly between ends that have been shifted.
-    even = np.linspace(total, shift_time(1.0, shift, total), n)
-    return np.append(shift_time(even, shift, total), Flow.clean)
+    return Sampler(schedule, flow_grid(cfg, schedule.steps, pipeline))
 
 
 def _pndm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
@@ -165,15 +161,14 @@ def _lcm_grid(total: int, original: int, n: int) -> np.ndarray:
     return np.append(origin[indices], DDPM.clean)
 
 
-def _flow_lcm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+def _flow_lcm(pipeline: str | None, cfg: dict, schedule: NoiseSchedule) -> Sampler:
     check_disabled(cfg, *_RESPACINGS, "use_dynamic_shifting", "invert_sigmas", "shift_terminal")
     check_disabled(cfg, "scale_factors")
-    shift = read_positive(cfg, "shift", 1.0)
     # Of explicit timesteps it shifts the sigmas alone.
     return Sampler(
         schedule,
-        partial(_flow_euler_grid, schedule.steps, shift),
-        takes_timesteps=shift == 1,
+        flow_grid(cfg, schedule.steps, pipeline),
+        takes_timesteps=read_positive(cfg, "shift", 1.0) == 1,
         sample_fn=consistency,
         stochastic=True,
     )

@@ -39,6 +39,8 @@ PUBLISHED_STUDENTS = {
     "tdm-pixart": PublishedStudent("PixArtAlphaPipeline", 4, (899, 674, 449, 224)),
     # DP-DMD: the repository's shifted grid.
     "dp-dmd-sd3.5": PublishedStudent("StableDiffusion3Pipeline", 4),
+    # Sauer et al., arXiv:2403.12015; the card of stable-diffusion-3.5-large-turbo: guidance 0.
+    "sd3.5-large-turbo": PublishedStudent("StableDiffusion3Pipeline", 4),
     # Yin et al., arXiv:2405.14867; the card of tianweiy/DMD2.
     "dmd2-sdxl": PublishedStudent(
         "StableDiffusionXLPipeline", 4, (999, 749, 499, 249), scheduler=LCM

@@ -169,7 +169,7 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
         folder=folder,
         networks=networks,
         denoiser=_denoiser(folder, networks[folder.backbone]),
-        sampler=sampler_from_config(folder.scheduler),
+        sampler=sampler_from_config(folder.scheduler, folder.pipeline),
         prompts=part.family.prompts(_text_parts(folder, networks), part.spec),
         latent=(side, side, part.spec.in_channels),
     )
@@ -204,7 +204,7 @@ def with_scheduler(pipeline: Pipeline, scheduler: dict[str, Any]) -> Pipeline:
     """The same networks under another scheduler_config.json."""
     folder = replace(pipeline.folder, scheduler=scheduler)
     denoiser = _denoiser(folder, pipeline.networks[folder.backbone])
-    sampler = sampler_from_config(scheduler)
+    sampler = sampler_from_config(scheduler, folder.pipeline)
     return replace(pipeline, folder=folder, denoiser=denoiser, sampler=sampler)
 
 

@@ -35,14 +35,14 @@ def sampler_and_times(pipeline: Pipeline, sampling: SamplingConfig) -> tuple[Sam
     sampler = pipeline.sampler
     if sampling.timesteps is None:
         times = sampler.times(sampling.steps)
-        if sampling.steps == 1 and pipeline.folder.model_index["_class_name"] == PIXART:
+        if sampling.steps == 1 and pipeline.folder.pipeline == PIXART:
             times[-1] = sampler.schedule.clean  # after a single step it uses x0
         return sampler, times
     if not sampler.stochastic:
         config = student_scheduler_config(
             pipeline.folder.scheduler, sampling.timesteps, rollout=sampling.rollout
         )
-        sampler = sampler_from_config(config)
+        sampler = sampler_from_config(config, pipeline.folder.pipeline)
     return sampler, sampler.times(timesteps=sampling.timesteps)
 
 

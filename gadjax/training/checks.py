@@ -193,7 +193,7 @@ def check_fresh_noise(pipeline: Pipeline, times: Sequence[float]) -> None:
     Raises: InputError for a flow whose pipeline cannot use FlowMatchLCMScheduler, or times that the
       teacher's scheduler rounds for the network and the student's does not.
     """
-    kind = pipeline.folder.model_index["_class_name"]
+    kind = pipeline.folder.pipeline
     if isinstance(pipeline.denoiser.schedule, Flow) and kind not in UNSCALED:
         raise InputError(
             f"student.rollout: found 'fresh_noise' for a {kind} of a flow; expected 'ode', because "

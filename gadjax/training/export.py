@@ -104,11 +104,10 @@ def scheduler_and_sampling(
     sampling = trained.sampling
     if not trained.is_few_step:
         return None, sampling
-    pipeline = teacher.model_index.get("_class_name", "")
     scheduler = student_scheduler_config(
-        teacher.scheduler, sampling.timesteps, pipeline, sampling.rollout
+        teacher.scheduler, sampling.timesteps, teacher.pipeline, sampling.rollout
     )
-    sampler = sampler_from_config(scheduler)
+    sampler = sampler_from_config(scheduler, teacher.pipeline)
     sampler.times(timesteps=sampling.timesteps)
     return scheduler, sampling if sampler.takes_timesteps else replace(sampling, timesteps=None)
 

@@ -371,7 +371,7 @@ def test_bad_weights_of_the_flag(text):
         parse_lora_flag(text)
 
 
-LOADERS = [name for name in families.MAKERS if name != "sana_sprint"]
+LOADERS = [name for name in families.LOADERS if name != "sana_sprint"]
 
 
 @pytest.mark.parametrize(

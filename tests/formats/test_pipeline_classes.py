@@ -14,7 +14,7 @@ from checkpoints import edit, refused
 
 from gadjax.formats.diffusers_folder import check_pipeline
 from gadjax.formats.orbax_folder import abstract_folder
-from gadjax.formats.pipeline_classes import PIPELINES, SD
+from gadjax.formats.pipeline_classes import OWN_SIGMAS, PIPELINES, SD, UNSCALED
 from gadjax.formats.sampling_config import GADJAX_JSON
 from gadjax.formats.schedulers import sampler_from_config
 from gadjax.pipelines import parity
@@ -213,3 +213,52 @@ def test_pipelines_that_scale_no_latents_are_refused_with_euler(folders, family,
     folder = shutil.copytree(folders(family), tmp_path / family)
     edit(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
     refused(lambda: abstract_pipeline(folder), "scheduler: found EulerDiscreteScheduler; expected")
+
+
+@pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"])
+def test_pipelines_that_scale_latents_are_refused_with_a_flow_s_scheduler(folder, scheduler):
+    """diffusers stops with an AttributeError at the first step."""
+    edit(folder / "model_index.json", scheduler=["diffusers", scheduler])
+    refused(lambda: abstract_pipeline(folder), f"scheduler: found {scheduler}; expected another")
+    assert not hasattr(getattr(diffusers, scheduler), "scale_model_input")
+
+
+# Class -> shift of a published scheduler_config.json, and the sigmas of four steps.
+GRIDS = {
+    "StableDiffusion3Pipeline": (3.0, (1, 0.8577, 0.6022, 0.0089)),
+    "FluxPipeline": (1.0, (1, 0.75, 0.5, 0.25)),
+    "Lumina2Pipeline": (6.0, (1, 0.9474, 0.8571, 0.6667)),
+    "ZImagePipeline": (3.0, (1, 0.9, 0.75, 0.5)),
+}
+
+
+def own_sigmas(kind, n):
+    """Sigmas that a pipeline of this class passes its scheduler, by its source; None for none."""
+    source = inspect.getsource(getattr(diffusers, kind).__call__)
+    own = "np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)" in source
+    return np.linspace(1, 1 / n, n) if own or "get_default_z_image_sigmas(" in source else None
+
+
+@pytest.mark.parametrize("kind", UNSCALED)
+def test_a_flow_s_grid_is_that_of_the_pipeline_s_class(kind):
+    """One file, two grids: the shift acts on a pipeline's own sigmas once, else twice."""
+    shift, four = GRIDS.get(kind, (2.5, None))
+    assert (own_sigmas(kind, 4) is not None) == (kind in OWN_SIGMAS)
+    for name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"):
+        config = {"_class_name": name, "shift": shift}
+        theirs, ours = (
+            getattr(diffusers, name).from_config(config),
+            sampler_from_config(config, kind),
+        )
+        for n in (1, 2, 4, 8, 28, 50):
+            sigmas = own_sigmas(kind, n)
+            theirs.set_timesteps(n) if sigmas is None else theirs.set_timesteps(sigmas=sigmas)
+            np.testing.assert_allclose(ours.times(n) / 1000, theirs.sigmas.numpy(), rtol=1e-6)
+        if four:
+            np.testing.assert_allclose(ours.times(4)[:-1] / 1000, four, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(set(PIPELINES) - set(UNSCALED)))
+def test_a_flow_s_scheduler_has_no_grid_in_other_classes(kind):
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    refused(lambda: sampler_from_config(config, kind), f"of a {kind}; expected one of Sana")

@@ -22,7 +22,7 @@ from gadjax.errors import InputError
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.models import mmdit
 
-# Configurations of the two published repositories.
+# Configurations of the published repositories.
 MEDIUM_3 = {
     "_class_name": "SD3Transformer2DModel",
     "_diffusers_version": "0.29.0.dev0",
@@ -43,9 +43,16 @@ MEDIUM_35 = MEDIUM_3 | {
     "pos_embed_max_size": 384,
     "qk_norm": "rms_norm",
 }
+LARGE_35 = MEDIUM_3 | {
+    "caption_projection_dim": 2432,
+    "num_attention_heads": 38,
+    "num_layers": 38,
+    "qk_norm": "rms_norm",
+}
 PUBLISHED = {
     "3-medium": Published(MEDIUM_3, 2_028_328_000, 683),
     "3.5-medium": Published(MEDIUM_35, 2_243_171_520, 909),
+    "3.5-large": Published(LARGE_35, 8_056_627_520, 1227),
 }
 
 
@@ -155,7 +162,8 @@ def test_gradients_are_those_of_torch_and_the_table_of_positions_has_none():
 
 
 def test_published_configs_are_read():
-    three, three_five = (CASE.config(cfg) for cfg, _, _ in PUBLISHED.values())
+    three, three_five, large = (CASE.config(cfg) for cfg, _, _ in PUBLISHED.values())
+    assert (large.dim, large.dual_layers, large.qk_norm) == (2432, 0, "rms_norm")
     assert (three.dim, three.dual_layers, three.qk_norm) == (1536, 0, None)
     assert (three_five.dim, three_five.dual_layers, three_five.qk_norm) == (1536, 13, "rms_norm")
     assert three_five.sample_size == 128 and three_five.in_channels == 16

@@ -20,7 +20,7 @@ from gadjax.errors import InputError
 from gadjax.models import pixart
 from gadjax.models.params import flatten
 
-# Configurations of the two published repositories.
+# Configurations of the published repositories.
 PUBLISHED = {
     "_class_name": "Transformer2DModel",
     "activation_fn": "gelu-approximate",
@@ -46,6 +46,11 @@ PUBLISHED = {
     "sample_size": 64,
     "upcast_attention": False,
     "use_linear_projection": False,
+}
+SIGMA = PUBLISHED | {
+    "interpolation_scale": 2,
+    "sample_size": 128,
+    "use_additional_conditions": False,
 }
 LEGACY_ONLY = (  # options that diffusers' current class no longer has
     "double_self_attention",
@@ -77,6 +82,9 @@ SIZES = {
     ),
     "one output": Size(tiny(4, 9, 1, 16, sample_size=64, out_channels=None, patch_size=3), 9, 6),
     "sized": Size(tiny(sample_size=128), 10, 6),
+    "Sigma's": Size(
+        tiny(3, 12, sample_size=128, use_additional_conditions=False, interpolation_scale=2), 8, 14
+    ),
     "sized by flag": Size(
         tiny(3, 8, 2, 24, sample_size=64, use_additional_conditions=True, interpolation_scale=2),
         6,
@@ -115,6 +123,7 @@ CASE = Case(
     published={
         "512": Published(PUBLISHED | {"sample_size": 64}, 610_856_096, 603),
         "1024": Published(PUBLISHED | {"sample_size": 128}, 611_349_152, 611),
+        "Sigma": Published(SIGMA, 610_856_096, 603),
     },
     rules=Rules(mesh={"fsdp": 128, "tensor": 2}, complete=True, replicated=("/bias",)),
     refused_in=PUBLISHED,

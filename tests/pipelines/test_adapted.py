@@ -20,7 +20,6 @@ peft = pytest.importorskip("peft")
 integration = pytest.importorskip("transformers.integrations.peft")
 integration.MIN_PEFT_VERSION = "0.18.0"
 PROMPTS = ("a red circle above the blue square", "")
-LOADERS = [name for name in families.MAKERS if hasattr(families, name)]
 SPRINT = {"guidance": 4.5, "steps": 2}
 
 
@@ -54,7 +53,10 @@ def theirs(folder, sampling, noise, prepare):
 
 @pytest.mark.parametrize(
     "family",
-    [n if n in ("sd15", "sana") else pytest.param(n, marks=pytest.mark.slow) for n in LOADERS],
+    [
+        n if n in ("sd15", "sana") else pytest.param(n, marks=pytest.mark.slow)
+        for n in families.LOADERS
+    ],
 )
 def test_a_lora_draws_the_same_in_both(folders, family, tmp_path):
     """Fused and not, at a weight of .7."""

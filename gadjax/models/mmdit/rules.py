@@ -10,7 +10,8 @@ COLUMNS = r"(attn|attn_context|attn2)/to_[qkv]/kernel$"
 ROWS = r"(attn|attn_context|attn2)/to_out/kernel$"
 
 # The residual streams are replicated over "tensor", and so is their modulation.
-# Each dimension named is a multiple of 256 at the published width of 1536.
+# Each dimension named is a multiple of 128 at the published widths of 1536 and 2432. A "tensor"
+# axis of more than two does not divide the 38 heads of the latter.
 RULES: tuple[tuple[str, P], ...] = (
     (r"/(bias|scale)$", P()),
     (STACK + COLUMNS, P(None, "fsdp", "tensor")),

@@ -1,0 +1,45 @@
+"""Large backbones to 4 steps as adapters: DMD + GAD + the diversity anchor, one variant a teacher.
+
+Reproduces: no published numbers. DP-DMD's form (arXiv 2602.03139) with GAD beside it; adapters of
+          rank 64 for student and critic on one copy of the teacher's weights.
+Command:  gadjax train --config configs/backbones.py:VARIANT --workdir DIR
+              --config.teacher=PATH --config.data.prompts=PROMPTS.txt
+Variants: sd35_large (default; stable-diffusion-3.5-large, 1024 pixels), pixart_sigma
+          (PixArt-Sigma-XL-2-1024-MS)
+Hardware: `gadjax plan` of the variant says what fits.
+Result:   not yet run.
+"""
+
+from gadjax.training.config import variant_config
+
+GAD = {"weight": 1.0, "steps": 2, "loss": "square"}
+FLOW = {
+    "dmd": {"backprop": "all", "normalizer": "x_t"},
+    "gad": GAD,
+    "anchor": {"weight": 0.05, "target": "v", "steps": 4},
+}
+DDPM = {
+    "dmd": {"backprop": "all"},
+    "gad": GAD,
+    "anchor": {"weight": 0.05, "target": "x0", "steps": 4},
+}
+VARIANTS = {"sd35_large": FLOW, "pixart_sigma": DDPM}
+# Variant -> the teacher's guidance, the student's times, prompt length.
+SAMPLING = {
+    "sd35_large": (3.5, (1000.0, 857.69, 602.15, 8.93), 256),
+    "pixart_sigma": (4.5, (999, 749, 499, 249), 300),
+}
+
+
+def get_config(variant: str = "sd35_large"):
+    config = variant_config(VARIANTS, variant)
+    config.teacher = ""  # --config.teacher=PATH
+    config.guidance, config.student.timesteps, config.data.length = SAMPLING[variant]
+    config.student.lora.update(rank=64, alpha=64.0)
+    config.steps = 3_000
+    config.batch = 32
+    config.dtype = "bfloat16"
+    config.mesh.update(data=1, fsdp=-1)
+    config.optim.update(lr=1e-4, warmup=50)  # ten times a whole network's
+    config.critic.update(updates=5, lr=1e-4, b1=0.9)
+    return config
