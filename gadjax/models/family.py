@@ -90,7 +90,8 @@ class Backbone(Family):
     predictor: Callable[[Apply, Any], Callable[..., jax.Array]]
     features: Callable[[Apply], Callable[..., jax.Array]]
     prompts: Callable[[TextComponents, Any], PromptEncoder]
-    torch_inputs: Callable[[Any, Cond], Mapping[str, Any]]
+    torch_inputs: Callable[[Any, Cond], Mapping[str, Any]] = lambda config, cond: {}
+    torch_call: Callable[..., Any] | None = None
     original: Callable[[Collection[str], Any], Mapping[str, Original]] | None = None
     text_kv: str | None = None
     no_sequence_sharding: str = ""

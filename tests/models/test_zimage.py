@@ -61,21 +61,16 @@ def rounded_exp(x, exp=torch.exp):
     return exp(x.double()).to(x.dtype)
 
 
-def torch_output(model, x, t, cond):
-    """As ZImagePipeline calls it: lists of samples, the time from noise on, the sign."""
-    lengths = np.asarray(cond.mask).sum(1)
-    captions = [torch.tensor(row[:n]) for row, n in zip(cond.text, lengths, strict=True)]
-    latents = torch.tensor(x).permute(0, 3, 1, 2)[:, :, None]
-    times = (1000 - torch.tensor(np.ascontiguousarray(t))) / 1000
+def torch_output(model, cfg, x, t, cond):
+    given = jax.tree.map(lambda value: torch.tensor(np.ascontiguousarray(value)), (x, t, cond))
     with mock.patch.object(torch, "exp", rounded_exp):
-        out = torch.stack(model(list(latents), times, captions).sample)
-    return -out[:, :, 0].permute(0, 2, 3, 1)
+        return zimage.FAMILY.torch_call(model, cfg, *given)
 
 
 class ZImageCase(Case):
+    @torch.no_grad()
     def torch_call(self, model, cfg, x, t, cond):
-        with torch.no_grad():
-            return torch_output(model, x, t, cond).numpy()
+        return torch_output(model, cfg, x, t, cond).numpy()
 
 
 CASE = ZImageCase(
@@ -113,6 +108,7 @@ CASE = ZImageCase(
         ("n_layers", "30"),
         ("n_refiner_layers", 0),
         ("norm_eps", -1e-5),
+        ("sample_size", 127),
         ("quantization_config", {"load_in_4bit": True}),
     ],
 )
@@ -129,7 +125,7 @@ def test_gradients_are_those_of_torch():
     model, (x, t, cond) = CASE.random_torch_network(cfg), CASE.inputs(SIZES["padded"])
     call = zimage.FAMILY.predictor(CASE.network(cfg).apply, CASE.config(cfg))
     weights = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
-    (torch_output(model, x, t, cond) * torch.tensor(weights)).sum().backward()
+    (torch_output(model, cfg, x, t, cond) * torch.tensor(weights)).sum().backward()
     grads = jax.jit(jax.grad(lambda p: jnp.sum(call(p, x, t, cond) * weights)))(
         CASE.params(model, cfg)
     )

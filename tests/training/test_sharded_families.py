@@ -18,7 +18,7 @@ import pytest
 from several import run_on_devices
 
 from gadjax.diffusion import geometry
-from gadjax.models import layers, mmdit, pixart, sana, unet
+from gadjax.models import layers, mmdit, pixart, sana, unet, zimage
 from gadjax.models.module import functional
 from gadjax.models.params import flatten
 from gadjax.parallel.placement import Placement, current_placement
@@ -91,6 +91,20 @@ FAMILIES = {
             "sample_size": SIDE,
             "caption_channels": TEXT,
             "norm_type": "ada_norm_single",
+        },
+    ),
+    "zimage": (
+        zimage.FAMILY,
+        {
+            "in_channels": 4,
+            "dim": 24,
+            "n_heads": 4,
+            "n_kv_heads": 4,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "cap_feat_dim": TEXT,
+            "axes_dims": [2, 2, 2],
+            "axes_lens": [40, 16, 16],
         },
     ),
 }

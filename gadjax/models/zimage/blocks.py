@@ -6,8 +6,8 @@ from flax import nnx
 
 from gadjax.models import layers
 from gadjax.models.module import Keys
+from gadjax.models.rotary import rotate_pairs
 from gadjax.models.zimage.config import Config
-from gadjax.models.zimage.rotary import rotate
 from gadjax.ops.attention import attention
 
 QK_EPS = 1e-5  # norm_eps is not that of queries and keys
@@ -27,12 +27,12 @@ class Attention(layers.Attention):
         )
         self.norm_q, self.norm_k = (_norm(width, QK_EPS, dtype, rngs) for _ in range(2))
 
-    def __call__(self, x_BND: jax.Array, angles_BNR: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x_BND: jax.Array, rotation: jax.Array, bias: jax.Array | None) -> jax.Array:
         q, k, v = (
             project(x_BND).reshape(*x_BND.shape[:2], self.heads, -1)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        q, k = rotate(self.norm_q(q), angles_BNR), rotate(self.norm_k(k), angles_BNR)
+        q, k = (rotate_pairs(x, rotation) for x in (self.norm_q(q), self.norm_k(k)))
         return self.to_out(attention(q, k, v, bias).reshape(x_BND.shape))
 
 
@@ -72,16 +72,16 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BND: jax.Array,
-        angles_BNR: jax.Array,
-        bias: jax.Array,
+        rotation: jax.Array,
+        bias: jax.Array | None,
         time_B1T: jax.Array | None = None,
     ) -> jax.Array:
         """Tokens [B, N, D] after the block.
 
         Args:
           x_BND: tokens.
-          angles_BNR: of their positions.
-          bias: of the attention's logits.
+          rotation: of their positions, [2, B or 1, N, K / 2].
+          bias: of the attention's logits; None for none.
           time_B1T: time embedding, where the block is modulated. No activation comes before its
             projection.
         """
@@ -92,7 +92,7 @@ class Block(nnx.Module):
             scale, gate, scale_ff, gate_ff = (
                 f(part) for f, part in zip((_plus_one, jnp.tanh) * 2, parts, strict=True)
             )
-        out = self.attention(self.attention_norm1(x_BND) * scale, angles_BNR, bias)
+        out = self.attention(self.attention_norm1(x_BND) * scale, rotation, bias)
         x_BND = x_BND + gate * self.attention_norm2(out)
         out = self.feed_forward(self.ffn_norm1(x_BND) * scale_ff)
         return x_BND + gate_ff * self.ffn_norm2(out)

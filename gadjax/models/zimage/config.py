@@ -14,6 +14,7 @@ from gadjax.models.config import (
 
 CLASS_NAMES = ("ZImageTransformer2DModel",)
 PATCH = 2
+STEPS = 1000  # t of pure noise
 TIME_DIM = 256  # width of the time embedding, in networks that are as wide
 
 # Options of the file's config with one supported value.
@@ -22,8 +23,13 @@ FIXED = {"all_patch_size": [PATCH], "all_f_patch_size": [1], "qk_norm": True}
 
 @dataclass(frozen=True)
 class Config(BackboneConfig):
-    """Options of a diffusers config.json that shape the network, under their names there."""
+    """Options of a diffusers config.json that shape the network, under their names there.
 
+    sample_size is no option of the class: the side of the latents that the pipeline draws by
+    default, 1024 pixels, or what a folder's config.json says for gadjax.
+    """
+
+    sample_size: int = 128
     in_channels: int = 16
     dim: int = 3840
     n_layers: int = 30
@@ -35,11 +41,6 @@ class Config(BackboneConfig):
     t_scale: float = 1000.0
     axes_dims: tuple[int, ...] = (32, 48, 48)
     axes_lens: tuple[int, ...] = (1024, 512, 512)
-
-    @property
-    def sample_size(self) -> int:
-        """Side of the latents of 1024 pixels, the pipeline's default; no option says it."""
-        return 128
 
     @property
     def feature_blocks(self) -> int:
@@ -79,6 +80,8 @@ class Config(BackboneConfig):
             elif not is_positive(value, int):
                 refuse(key, value, POSITIVE_INTEGER)
         config = cls(**given)
+        if config.sample_size % PATCH:
+            refuse("sample_size", config.sample_size, f"a multiple of {PATCH}")
         if config.dim % config.n_heads:
             refuse("n_heads", config.n_heads, f"a divisor of dim {config.dim}")
         heads = cfg.get("n_kv_heads", 30)

@@ -14,13 +14,16 @@ from flax import nnx
 from gadjax.models import layers
 from gadjax.models.module import Keys, scan_blocks, scan_through, stack
 from gadjax.models.zimage.blocks import Block
-from gadjax.models.zimage.config import PATCH, Config
-from gadjax.models.zimage.rotary import caption_angles, check_lengths, image_angles
+from gadjax.models.zimage.config import PATCH, STEPS, Config
+from gadjax.models.zimage.rotary import (
+    caption_rotation,
+    check_lengths,
+    image_rotation,
+)
 from gadjax.ops.attention import tangent_pass
 
 TIME_CHANNELS, TIME_HIDDEN = 256, 1024
 MULTIPLE = 32  # both streams are padded to multiples of it, with learned tokens
-STEPS = 1000  # t of pure noise
 OUT_EPS = 1e-6  # the last norm does not follow norm_eps
 
 
@@ -113,7 +116,7 @@ class ZImage(nnx.Module):
         check_lengths(self.config, rows, columns, tokens)
         count_B = _padded((mask_BL > 0).sum(1))
         attended_BM = jnp.arange(tokens) < count_B[:, None]
-        caption_BMD, caption_BMR = self._caption(text_BLD, mask_BL, attended_BM)
+        caption_BMD = self._caption(text_BLD, mask_BL, attended_BM)
 
         images = patches.shape[1]
         missing = _padded(images) - images
@@ -121,25 +124,25 @@ class ZImage(nnx.Module):
             self.x_pad_token[...].astype(self.dtype), (len(patches), missing, self.config.dim)
         )
         x_BND = jnp.concatenate([self.x_embedder(patches), pads], axis=1)
-        angles = image_angles(self.config, rows, columns, tokens, count_B)
-        angles = jnp.pad(angles, ((0, 0), (0, missing), (0, 0)))
-        all_BN = jnp.ones(x_BND.shape[:2], bool)
+        rotation = image_rotation(self.config, (rows, columns, missing), tokens, count_B)
         x_BND = scan_blocks(
             self.noise_refiner,
             x_BND,
-            lambda block, x: block(x, angles, layers.mask_bias(all_BN), time_B1T),
+            lambda block, x: block(x, rotation, None, time_B1T),
             self.remat,
         )
 
         x_BND = jnp.concatenate([x_BND, caption_BMD], axis=1)
-        caption_BMR = jnp.broadcast_to(caption_BMR, (len(angles), *caption_BMR.shape[1:]))
-        angles = jnp.concatenate([angles, caption_BMR], axis=1)
-        bias = layers.mask_bias(jnp.concatenate([all_BN, attended_BM], axis=1))
+        of_caption = jnp.repeat(caption_rotation(self.config, tokens), len(patches), axis=1)
+        joined = jnp.concatenate([rotation, of_caption], axis=2)
+        bias = layers.mask_bias(
+            jnp.pad(attended_BM, ((0, 0), (images + missing, 0)), constant_values=True)
+        )
         outputs = scan_through(
             self.layers,
             x_BND,
             counts,
-            lambda block, x: block(x, angles, bias, time_B1T),
+            lambda block, x: block(x, joined, bias, time_B1T),
             self.remat,
         )
         return [x_BND[:, :images] for x_BND in outputs], time_B1T
@@ -151,7 +154,7 @@ class ZImage(nnx.Module):
         return self.t_embedder(layers.timestep_sinusoid(scaled_B, TIME_CHANNELS))[:, None]
 
     def _caption(self, text_BLD, mask_BL, attended_BM):
-        """Refined tokens of the caption [B, M, D] and their angles [1, M, R], M with padding.
+        """Refined tokens of the caption [B, M, D], M with padding.
 
         The last tokens up to a multiple of 32 are the learned one, which takes part in attention.
         """
@@ -161,9 +164,8 @@ class ZImage(nnx.Module):
         x_BMD = jnp.pad(linear(norm(text_BLD)), (*padding, (0, 0)))
         real_BM = jnp.pad(mask_BL, padding) > 0
         x_BMD = jnp.where(real_BM[..., None], x_BMD, self.cap_pad_token[...].astype(x_BMD.dtype))
-        angles, bias = caption_angles(self.config, tokens), layers.mask_bias(attended_BM)
+        rotation, bias = caption_rotation(self.config, tokens), layers.mask_bias(attended_BM)
         with tangent_pass(False):  # the caption has none, in latents or time
-            x_BMD = scan_blocks(
-                self.context_refiner, x_BMD, lambda block, x: block(x, angles, bias), self.remat
+            return scan_blocks(
+                self.context_refiner, x_BMD, lambda block, x: block(x, rotation, bias), self.remat
             )
-        return x_BMD, angles

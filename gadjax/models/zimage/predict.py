@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from gadjax.models.zimage.config import Config
+from gadjax.models.zimage.config import STEPS, Config
 from gadjax.types import Cond, Params
 
 
@@ -33,6 +33,18 @@ def features(apply: Callable) -> Callable[..., jax.Array]:
     return call
 
 
-def torch_inputs(config: Config, cond: Cond) -> dict[str, Any]:
-    """Arguments of ZImageTransformer2DModel."""
-    return {"encoder_attention_mask": cond.mask}
+def torch_call(network: Any, config: Config, x_BHWC: Any, t_B: Any, cond: Cond) -> Any:
+    """Velocity [B, H, W, C] of ZImageTransformer2DModel, which takes lists of samples, counts time
+    from noise on and has the other sign.
+
+    Args:
+      network: of diffusers.
+      config: the network's options.
+      x_BHWC, t_B, cond: inputs of the predictor, as torch's tensors.
+    """
+    import torch
+
+    captions = [text[:length] for text, length in zip(cond.text, cond.mask.sum(1), strict=True)]
+    latents = list(x_BHWC.permute(0, 3, 1, 2)[:, :, None])
+    samples = network(latents, (STEPS - t_B) / STEPS, captions).sample
+    return -torch.stack(samples)[:, :, 0].permute(0, 2, 3, 1)

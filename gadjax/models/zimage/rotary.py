@@ -1,8 +1,8 @@
-"""Rotary position embeddings of Z-Image, in three axes: caption, row, column.
+"""Positions of Z-Image's tokens in three axes: caption, row, column.
 
-The caption's tokens have the positions (1, 0, 0), (2, 0, 0), ... and the image's (n + 1, row,
-column), after the n tokens of their sample's caption, padding included: they differ from sample to
-sample. R is half the width of a head: each angle rotates a pair of neighbouring channels.
+The caption's tokens are at (1, 0, 0), (2, 0, 0), ... and the image's at (n + 1, row, column), after
+the n tokens of their sample's caption, padding included: they differ from sample to sample.
+Rotations are those of `gadjax.models.rotary`; R is half the width of a head.
 """
 
 import jax
@@ -10,14 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from gadjax.errors import InputError
+from gadjax.models.rotary import grid_rotation
 from gadjax.models.zimage.config import PATCH, Config
 
 
-def _table(c: Config, axis: int, count: int) -> np.ndarray:
-    """Angles of the positions 0, 1, ... of an axis: float32 [count, dims / 2], from float64."""
+def _axis(c: Config, axis: int, count: int) -> np.ndarray:
+    """Rotation [2, count, dims / 2] of an axis's first positions.
+
+    Angles are rounded to float32, as in diffusers: far from the start it shows.
+    """
     width = c.axes_dims[axis]
     rates = c.rope_theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
-    return (np.arange(count, dtype=np.float64)[:, None] * rates).astype(np.float32)
+    angles = (np.arange(count, dtype=np.float64)[:, None] * rates).astype(np.float32)
+    return np.stack([np.cos(angles), np.sin(angles)])
 
 
 def check_lengths(c: Config, rows: int, columns: int, tokens: int) -> None:
@@ -43,36 +48,32 @@ def check_lengths(c: Config, rows: int, columns: int, tokens: int) -> None:
         )
 
 
-def caption_angles(c: Config, tokens: int) -> jax.Array:
-    """Angles [1, tokens, R] of the caption, the same for all samples."""
-    first = _table(c, 0, tokens + 1)[1:]
-    return jnp.pad(first, ((0, 0), (0, sum(c.axes_dims[1:]) // 2)))[None]
+def caption_rotation(c: Config, tokens: int) -> jax.Array:
+    """Rotation [2, 1, tokens, R] of the caption, the same for all samples."""
+    others = sum(c.axes_dims[1:]) // 2
+    return jnp.concatenate([_axis(c, 0, tokens + 1)[:, 1:], _still(tokens, others)], -1)[:, None]
 
 
-def image_angles(c: Config, rows: int, columns: int, tokens: int, count_B: jax.Array) -> jax.Array:
-    """Angles [B, rows * columns, R] of the image.
+def image_rotation(
+    c: Config, sides: tuple[int, int, int], tokens: int, count_B: jax.Array
+) -> jax.Array:
+    """Rotation [2, B, N, R] of the image and of its padding, which is not rotated.
 
     Args:
       c: the network's options.
-      rows, columns: of the image's patches.
+      sides: rows and columns of the image's patches, and number of tokens of its padding.
       tokens: the longest caption with its padding.
       count_B: tokens of each caption with their padding.
     """
-    shape = len(count_B), rows, columns
-    parts = (
-        jnp.asarray(_table(c, 0, tokens + 2))[count_B + 1][:, None, None],
-        jnp.asarray(_table(c, 1, rows))[None, :, None],
-        jnp.asarray(_table(c, 2, columns))[None, None],
-    )
-    angles = [jnp.broadcast_to(part, (*shape, part.shape[-1])) for part in parts]
-    return jnp.concatenate(angles, axis=-1).reshape(len(count_B), rows * columns, -1)
+    rows, columns, pads = sides
+    first = jnp.asarray(_axis(c, 0, tokens + 2))[:, count_B + 1, None]
+    grid = grid_rotation(_axis(c, 1, rows), _axis(c, 2, columns))[:, None]
+    shape = 2, len(count_B), rows * columns
+    parts = [jnp.broadcast_to(part, (*shape, part.shape[-1])) for part in (first, grid)]
+    still = jnp.repeat(_still(pads, sum(c.axes_dims) // 2)[:, None], len(count_B), axis=1)
+    return jnp.concatenate([jnp.concatenate(parts, axis=-1), still], axis=2)
 
 
-def rotate(x_BNHK: jax.Array, angles_BNR: jax.Array) -> jax.Array:
-    """Rotate channels 2 i and 2 i + 1 of every head by angle i, in at least float32."""
-    wide = jnp.promote_types(x_BNHK.dtype, jnp.float32)
-    pairs = x_BNHK.astype(wide).reshape(*x_BNHK.shape[:-1], -1, 2)
-    first, second = pairs[..., 0], pairs[..., 1]
-    cos, sin = (f(angles_BNR.astype(wide))[:, :, None] for f in (jnp.cos, jnp.sin))
-    rotated = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
-    return rotated.reshape(x_BNHK.shape).astype(x_BNHK.dtype)
+def _still(tokens: int, pairs: int) -> jax.Array:
+    """Rotation [2, tokens, pairs] by nothing."""
+    return jnp.stack([jnp.ones((tokens, pairs)), jnp.zeros((tokens, pairs))])
