@@ -420,8 +420,10 @@ def pixart_sigma():
 
 # Prompt lengths that are not the defaults, where they are free.
 LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12, "sd35_large": 12}
+LENGTH["z_image"] = 40
 LENGTH["pixart_sigma"] = 140  # more than the 120 of PixArt-alpha
 ALL = (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd35, sd35_large, pixart_sigma)
+ALL += (z_image,)
 MAKERS = {f.__name__: f for f in ALL}
 LOADERS = [name for name in MAKERS if name != "pixart_sigma"]  # whose pipelines load a LoRA
 

@@ -31,6 +31,11 @@ SD2 = {"unet": (686, 865_910_724), "text_encoder": CLIP_H, "vae": KL4}
 SD3 = {"text_encoder": CLIP_LP, "text_encoder_2": BIG_G, "text_encoder_3": T5, "vae": KL16}
 SANA = {"text_encoder": GEMMA, "vae": DC}
 PIXART = {"text_encoder": T5, "vae": KL4}
+Z_IMAGE = {
+    "transformer": (521, 6_154_908_736),
+    "text_encoder": (398, 4_022_468_096),
+    "vae": KL16,
+}
 INVENTORY = {
     "stable-diffusion-v1-5": {"unet": (686, 859_520_964), "text_encoder": CLIP_L, "vae": KL4},
     "stable-diffusion-2-base": SD2,
@@ -51,6 +56,8 @@ INVENTORY = {
     "SANA1.5_1.6B_1024px": SANA | {"transformer": (476, 1_604_641_952)},
     "Sana_Sprint_0.6B_1024px": SANA | {"transformer": (664, 593_501_216)},
     "Sana_Sprint_1.6B_1024px": SANA | {"transformer": (480, 1_610_237_472)},
+    "Z-Image": Z_IMAGE,
+    "Z-Image-Turbo": Z_IMAGE,
     # With the table of positions, which the files hold.
     "stable-diffusion-3-medium": SD3 | {"transformer": (683, 2_028_328_000 + 192**2 * 1536)},
     "stable-diffusion-3.5-medium": SD3 | {"transformer": (909, 2_243_171_520 + 384**2 * 1536)},

@@ -4,6 +4,7 @@ from gadjax.models.family import Backbone
 from gadjax.models.zimage.config import CLASS_NAMES, Config
 from gadjax.models.zimage.keymap import KEYMAP
 from gadjax.models.zimage.net import build
+from gadjax.models.zimage.original import original
 from gadjax.models.zimage.predict import extras, features, predictor, torch_call
 from gadjax.models.zimage.prompts import prompts
 from gadjax.models.zimage.rules import RULES
@@ -21,4 +22,5 @@ FAMILY = Backbone(
     features=features,
     prompts=prompts,
     torch_call=torch_call,
+    original=original,
 )
