@@ -20,6 +20,8 @@ QWEN, Z_IMAGE = "QwenImagePipeline", "ZImagePipeline"
 # They pass n evenly spaced sigmas of their own to their scheduler, not n alone.
 OWN_SIGMAS = (FLUX, KLEIN, LUMINA, QWEN, Z_IMAGE)
 UNSCALED = (SANA, SD3, *OWN_SIGMAS)  # none calls scale_model_input
+PACKED = (FLUX, QWEN)  # the `latents` of their call are packed, by _pack_latents
+SHIFTED = (SD3, FLUX, LUMINA, Z_IMAGE)  # they add the shift_factor of an autoencoder
 
 _CLIP, _PROJECTED = ("CLIPTextModel",), ("CLIPTextModelWithProjection",)
 _KL, _UNET = {"vae": ("AutoencoderKL",)}, {"unet": ("UNet2DConditionModel",)}
@@ -47,6 +49,11 @@ PIPELINES: dict[str, dict[str, tuple[str, ...]]] = {
         "text_encoder": _PROJECTED,
         "text_encoder_2": _PROJECTED,
         "text_encoder_3": ("T5EncoderModel",),
+    },
+    Z_IMAGE: _KL
+    | {
+        "transformer": ("ZImageTransformer2DModel",),
+        "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
     },
 }
 
@@ -126,8 +133,8 @@ def effective_network_config(
     if kind == SD and name == "unet" and _before_0_9(config.get("_diffusers_version")):
         side = config.get("sample_size")
         effective["sample_size"] = max(side, 64) if type(side) is int else side
-    if kind in PIPELINES and kind != SD3 and name == "vae":
-        effective.pop("shift_factor", None)  # StableDiffusion3Pipeline alone adds it
+    if kind in PIPELINES and kind not in SHIFTED and name == "vae":
+        effective.pop("shift_factor", None)
     return effective
 
 
