@@ -1,5 +1,6 @@
 """Small pipelines of every family, made by diffusers, with random parameters."""
 
+import json
 import string
 from pathlib import Path
 
@@ -420,10 +421,11 @@ def pixart_sigma():
 
 # Prompt lengths that are not the defaults, where they are free.
 LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12, "sd35_large": 12}
-LENGTH["z_image"] = 40
-LENGTH["pixart_sigma"] = 140  # more than the 120 of PixArt-alpha
+LENGTH |= {"pixart_sigma": 140, "z_image": 40}  # PixArt-alpha's are 120
 ALL = (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd35, sd35_large, pixart_sigma)
 ALL += (z_image,)
+# Side of latents, where no option of the class says it.
+SIDE = {"z_image": 8}
 MAKERS = {f.__name__: f for f in ALL}
 LOADERS = [name for name in MAKERS if name != "pixart_sigma"]  # whose pipelines load a LoRA
 
@@ -438,4 +440,7 @@ def make(family: str, folder: Path) -> Path:
             for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
                 parameter += 0.1 * torch.randn(parameter.shape)
     pipeline.save_pretrained(folder)
+    if family in SIDE:
+        path = folder / "transformer" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": SIDE[family]}))
     return folder

@@ -1,7 +1,7 @@
 """Denoiser: a network with its noise schedule and parameterization; classifier-free guidance."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ class Denoiser:
         (guidance-distilled model), and is not applied to outputs.
       text_kv: (params, text_BLD) -> the cross-attention KV cache of the prompt embeddings, which
         `apply` and `features` accept in their place. None where a family has no such cache.
+      default_guidance: embedded scale where an evaluation names none: the student's and critic's.
     """
 
     apply: Callable[[Params, jax.Array, jax.Array, Cond], jax.Array]
@@ -38,6 +39,20 @@ class Denoiser:
     feature_blocks: int = 0
     guidance_embedded: bool = False
     text_kv: Callable[[Params, jax.Array], Any] | None = None
+    default_guidance: float = 1.0
+
+    def with_default_guidance(self, scale: float) -> "Denoiser":
+        """The denoiser with an embedded scale where an evaluation, or `features`, names none."""
+        if not self.guidance_embedded:
+            return self
+        given = self.features
+
+        def features(params, x_BHWC, t_B, cond: Cond, **options):
+            if "guidance" not in (cond.extras or {}):
+                cond = self._embed_guidance(cond, scale, x_BHWC[:, 0, 0, 0])
+            return given(params, x_BHWC, t_B, cond, **options)
+
+        return replace(self, default_guidance=scale, features=features if given else None)
 
     def cache_text(self, params: Params, cond: Cond) -> Cond:
         """`cond` with its prompt embeddings replaced by their KV cache, for many evaluations."""
@@ -56,7 +71,7 @@ class Denoiser:
         """
         t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
         if self.guidance_embedded and "guidance" not in (cond.extras or {}):
-            cond = self._embed_guidance(cond, 1.0, t_B)
+            cond = self._embed_guidance(cond, self.default_guidance, t_B)
         return self.apply(params, x_BHWC, t_B, cond).astype(x_BHWC.dtype)
 
     def to_prediction(self, raw_BHWC, x_BHWC, t_B) -> Prediction:

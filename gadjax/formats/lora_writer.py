@@ -24,6 +24,7 @@ LORA_LOADERS = (
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusion3Pipeline",
+    "ZImagePipeline",
     "SanaPipeline",
     "SanaSprintPipeline",
 )

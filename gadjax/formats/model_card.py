@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.errors import InputError, escape_nonprintable
+from gadjax.formats.pipeline_classes import PACKED
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
 from gadjax.io.markdown import escape_markdown
 from gadjax.io.untrusted import is_count, is_text, read_json
@@ -161,6 +162,7 @@ def _use(export: Export) -> list[str]:
         "```python",
         *_load_lines(export),
         f"latents = torch.randn(1, {channels}, {height}, {width})",
+        *(["latents = pipe._pack_latents(latents, *latents.shape)"] * (export.pipeline in PACKED)),
         f"image = pipe(prompt, latents=latents, {arguments}).images[0]",
         "```",
         "",

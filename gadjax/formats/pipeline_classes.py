@@ -18,8 +18,8 @@ FLUX, KLEIN, LUMINA = "FluxPipeline", "Flux2KleinPipeline", "Lumina2Pipeline"
 QWEN, Z_IMAGE = "QwenImagePipeline", "ZImagePipeline"
 
 # They pass n evenly spaced sigmas of their own to their scheduler, not n alone.
-OWN_SIGMAS = (FLUX, KLEIN, LUMINA, QWEN, Z_IMAGE)
-UNSCALED = (SANA, SD3, *OWN_SIGMAS)  # none calls scale_model_input
+PASSES_SIGMAS = (FLUX, KLEIN, LUMINA, QWEN, Z_IMAGE)
+UNSCALED = (SANA, SD3, *PASSES_SIGMAS)  # none calls scale_model_input
 PACKED = (FLUX, QWEN)  # the `latents` of their call are packed, by _pack_latents
 SHIFTED = (SD3, FLUX, LUMINA, Z_IMAGE)  # they add the shift_factor of an autoencoder
 
@@ -54,6 +54,12 @@ PIPELINES: dict[str, dict[str, tuple[str, ...]]] = {
     | {
         "transformer": ("ZImageTransformer2DModel",),
         "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
+    },
+    FLUX: _KL
+    | {
+        "transformer": ("FluxTransformer2DModel",),
+        "text_encoder": _CLIP,
+        "text_encoder_2": ("T5EncoderModel",),
     },
 }
 
@@ -93,7 +99,7 @@ def check_classes(path: Path, index: Mapping[str, Any]) -> None:
             f"{path}, scheduler: found {scheduler}; expected another, as it has no "
             f"scale_model_input, which {kind} calls"
         )
-    if scheduler not in (FLOW_EULER, FLOW_LCM) and kind in OWN_SIGMAS:
+    if scheduler not in (FLOW_EULER, FLOW_LCM) and kind in PASSES_SIGMAS:
         raise InputError(
             f"{path}, scheduler: found {short_repr(scheduler)}; expected {FLOW_EULER} or "
             f"{FLOW_LCM}, which take the sigmas that {kind} passes"

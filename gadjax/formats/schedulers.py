@@ -33,15 +33,22 @@ from gadjax.formats.scheduler_config import (
 _RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
-def sampler_from_config(cfg: dict, pipeline: str | None = None) -> Sampler:
+def sampler_from_config(
+    cfg: dict, pipeline: str | None = None, tokens: int | None = None
+) -> Sampler:
     """Sampler that reproduces diffusers' steps under this config.
 
-    cfg, pipeline: scheduler_config.json and the pipeline's class, by which a flow's grid differs;
-      None: the scheduler by itself, given the number of steps alone.
+    Args:
+      cfg: scheduler_config.json.
+      pipeline: class of the pipeline, by which a flow's grid differs; None: the scheduler by
+        itself, given the number of steps alone.
+      tokens: of the picture, by which the grid differs under dynamic shifting; None refuses that.
+
     Raises: InputError, naming the key, for an unsupported scheduler or option.
     """
-    readers = {DPM: _dpm, DDIM: _ddim, EULER: _euler, FLOW_EULER: partial(_flow_euler, pipeline)}
-    readers |= {PNDM: _pndm, LCM: _lcm, FLOW_LCM: partial(_flow_lcm, pipeline), SCM: _scm}
+    flow = {"pipeline": pipeline, "tokens": tokens}
+    readers = {DPM: _dpm, DDIM: _ddim, EULER: _euler, FLOW_EULER: partial(_flow_euler, **flow)}
+    readers |= {PNDM: _pndm, LCM: _lcm, FLOW_LCM: partial(_flow_lcm, **flow), SCM: _scm}
     name = read_choice(cfg, "_class_name", None, *readers)
     parameterization_from_config(cfg)
     return readers[name](cfg, schedule_from_config(cfg))
@@ -128,10 +135,9 @@ def _euler_grid(total: int, offset: int, n: int) -> np.ndarray:
     return np.append(np.arange(n)[::-1] * (total // n) + offset, DDPM.clean)
 
 
-def _flow_euler(pipeline: str | None, cfg: dict, schedule: NoiseSchedule) -> Sampler:
-    check_disabled(cfg, *_RESPACINGS, "use_dynamic_shifting", "invert_sigmas", "shift_terminal")
-    check_disabled(cfg, "stochastic_sampling")
-    return Sampler(schedule, flow_grid(cfg, schedule.steps, pipeline))
+def _flow_euler(cfg: dict, schedule: NoiseSchedule, *, pipeline, tokens) -> Sampler:
+    check_disabled(cfg, *_RESPACINGS, "invert_sigmas", "stochastic_sampling")
+    return Sampler(schedule, flow_grid(cfg, schedule.steps, pipeline, tokens))
 
 
 def _pndm(cfg: dict, schedule: NoiseSchedule) -> Sampler:
@@ -161,13 +167,13 @@ def _lcm_grid(total: int, original: int, n: int) -> np.ndarray:
     return np.append(origin[indices], DDPM.clean)
 
 
-def _flow_lcm(pipeline: str | None, cfg: dict, schedule: NoiseSchedule) -> Sampler:
-    check_disabled(cfg, *_RESPACINGS, "use_dynamic_shifting", "invert_sigmas", "shift_terminal")
-    check_disabled(cfg, "scale_factors")
+def _flow_lcm(cfg: dict, schedule: NoiseSchedule, *, pipeline, tokens) -> Sampler:
+    check_disabled(cfg, *_RESPACINGS, "invert_sigmas", "scale_factors")
+    check_disabled(cfg, "use_dynamic_shifting", "shift_terminal")
     # Of explicit timesteps it shifts the sigmas alone.
     return Sampler(
         schedule,
-        flow_grid(cfg, schedule.steps, pipeline),
+        flow_grid(cfg, schedule.steps, pipeline, tokens),
         takes_timesteps=read_positive(cfg, "shift", 1.0) == 1,
         sample_fn=consistency,
         stochastic=True,

@@ -14,7 +14,10 @@ class BackboneConfig:
 
     Attributes:
       sample_size: side of the latents in training.
-      in_channels: of the latents.
+      in_channels: of the network's input.
+      latent_channels: of the latents; in_channels unless the pipeline packs them.
+      token_side: side in latents of a picture's token, for samplers whose grid depends on the size.
+      last_time: largest timestep that the network is told.
       text_dim: width of the prompt embeddings.
       pooled_dim: width of the pooled prompt embedding; None without one.
       guidance_embeds: whether the guidance scale is an input of the network.
@@ -28,6 +31,12 @@ class BackboneConfig:
     pooled_dim: int | None = None
     guidance_embeds: bool = False
     feature_blocks: int = 0
+    token_side: int = 2
+    last_time: float = 1000.0
+
+    @property
+    def latent_channels(self) -> int:
+        return self.in_channels
 
 
 def refuse(key: str, value: Any, expected: str) -> NoReturn:

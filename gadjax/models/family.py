@@ -77,7 +77,10 @@ class Backbone(Family):
         too.
       prompts: (text components, config) -> prompt encoder of the family's pipeline.
       torch_inputs: (config, cond) -> arguments of the class in diffusers beside latents, timesteps
-        and prompt embeddings.
+        and prompt embeddings, as torch's tensors.
+      torch_call: (network, config, x_BHWC, t_B, cond) -> raw output [B, H, W, C] of the class in
+        diffusers, where its pipeline calls it otherwise than with these: on packed latents, or at
+        another unit of time.
       original: (names of modules in diffusers, config) -> modules of the original release by their
         names there, for adapters that others trained; None where files have diffusers' names.
       text_kv: name of the method that computes a prompt's KV cache; None where the prompt
@@ -95,3 +98,21 @@ class Backbone(Family):
     original: Callable[[Collection[str], Any], Mapping[str, Original]] | None = None
     text_kv: str | None = None
     no_sequence_sharding: str = ""
+
+    def call_torch(self, network: Any, config: Any, x_BHWC: Any, t_B: Any, cond: Cond) -> Any:
+        """Raw output [B, H, W, C] of the class in diffusers, called as its pipeline does.
+
+        Args:
+          network: of diffusers.
+          config: the network's options.
+          x_BHWC, t_B, cond: inputs of the predictor, as torch's tensors.
+        """
+        if self.torch_call is not None:
+            return self.torch_call(network, config, x_BHWC, t_B, cond)
+        out = network(
+            x_BHWC.permute(0, 3, 1, 2),
+            encoder_hidden_states=cond.text,
+            timestep=t_B,
+            **self.torch_inputs(config, cond),
+        )
+        return out.sample.permute(0, 2, 3, 1)

@@ -114,8 +114,14 @@ def sincos_positions(
     return table.reshape(height * width, channels)
 
 
-def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
+def patchify(x_BHWC: jax.Array, patch: int, *, channels_first: bool = False) -> jax.Array:
     """Patches [B, H/p * W/p, p * p * C] of latents [B, H, W, C], row by row.
+
+    Args:
+      x_BHWC: latents.
+      patch: side p.
+      channels_first: a patch's channels in the order (C, p, p), as diffusers packs latents, in
+        place of (p, p, C).
 
     Raises: InputError if p does not divide H and W.
     """
@@ -123,13 +129,18 @@ def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
     if h % patch or w % patch:
         raise InputError(f"latents: found {h} x {w}; expected multiples of the patch size {patch}")
     x = x_BHWC.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
+    x = jnp.moveaxis(x, -1, 3) if channels_first else x
     return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
 
 
-def unpatchify(tokens_BND: jax.Array, height: int, width: int, patch: int) -> jax.Array:
+def unpatchify(
+    tokens_BND: jax.Array, height: int, width: int, patch: int, *, channels_first: bool = False
+) -> jax.Array:
     """Inverse of `patchify` for latents of `height` x `width`."""
     h, w = height // patch, width // patch
-    x = tokens_BND.reshape(tokens_BND.shape[0], h, w, patch, patch, -1).swapaxes(2, 3)
+    inner = (-1, patch, patch) if channels_first else (patch, patch, -1)
+    x = tokens_BND.reshape(tokens_BND.shape[0], h, w, *inner)
+    x = (jnp.moveaxis(x, 3, -1) if channels_first else x).swapaxes(2, 3)
     return x.reshape(x.shape[0], height, width, -1)
 
 

@@ -113,6 +113,31 @@ def scan_through(
     return outputs
 
 
+def scan_stacks(
+    stacks: Sequence[nnx.Module], x, counts: Sequence[int], call: Callable[..., Any], remat
+) -> tuple[list, Any]:
+    """Activations after each of several numbers of blocks, of stacks that follow each other.
+
+    Args:
+      stacks: modules of stacked layers; all take and return the same activations.
+      x, call, remat: as for `scan_blocks`.
+      counts: rising numbers of blocks, from 1; those beyond the stacks are the caller's.
+
+    Returns: activations after each count within the stacks, and after the last block that ran.
+    """
+    outputs, start = [], 0
+    for blocks in stacks:
+        size = len(jax.tree.leaves(blocks)[0])
+        inside = [c - start for c in counts if start < c <= start + size]
+        through = size if counts[-1] > start + size else 0  # later blocks need the stack's end
+        ends = inside + [through] * (through > 0 and through not in inside)
+        if ends:
+            after = scan_through(blocks, x, ends, call, remat)
+            outputs, x = outputs + after[: len(inside)], after[-1]
+        start += size
+    return outputs, x
+
+
 def _layers(stacked, start: int, end: int):
     """Layers `start` to before `end` of stacked parameters or caches."""
     return jax.tree.map(lambda leaf: leaf[start:end], stacked)

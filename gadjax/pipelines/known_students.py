@@ -48,6 +48,8 @@ PUBLISHED_STUDENTS = {
     "dmd2-sdxl-one-step": PublishedStudent("StableDiffusionXLPipeline", 1, (399,), scheduler=LCM),
     # Zhou et al., arXiv:2406.01561: x0 of sigma z at time 625.
     "sid-sd": PublishedStudent("StableDiffusionPipeline", 1, (625,), scheduler=LCM, start=625),
+    # Liu et al., arXiv:2511.22677 (decoupled DMD); the folder's own scheduler, shift 3.
+    "z-image-turbo": PublishedStudent("ZImagePipeline", 8),
     # Chen et al., arXiv:2503.09641.
     "sana-sprint": PublishedStudent("SanaSprintPipeline", 2, guidance=4.5),
 }

@@ -20,6 +20,7 @@ from gadjax.diffusion.samplers import keys_from_noise, step_noise
 from gadjax.diffusion.schedules import Flow
 from gadjax.errors import InputError, RunStopped
 from gadjax.formats.diffusers_folder import INDEX, Component, PipelineFolder
+from gadjax.formats.pipeline_classes import FLUX, PACKED, PASSES_SIGMAS, SD3, Z_IMAGE
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.io.untrusted import read_json
 from gadjax.models.module import functional
@@ -124,25 +125,21 @@ def _denoiser(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]
     """Yield (name, ours, theirs): outputs of the denoisers for the same inputs."""
     import torch
 
-    spec = part.spec
+    spec, family = part.spec, part.family
     side = min(spec.sample_size, SIDE)
-    x, x_torch = _normal(0, 2, side, side, spec.in_channels)
-    text, text_torch = _normal(1, 2, TOKENS, spec.text_dim)
+    x, _ = _normal(0, 2, side, side, spec.latent_channels)
+    text, _ = _normal(1, 2, TOKENS, spec.text_dim)
     mask = np.array([[1] * TOKENS, [1] * 5 + [0] * (TOKENS - 5)], np.int32)
     pooled = np.random.default_rng(5).standard_normal((2, spec.pooled_dim or 1), np.float32)
-    # SANA-Sprint's times are in [0, 1].
-    times = np.array([0.9, 0.2] if spec.guidance_embeds else [999, 7], np.float32)
-    extras = {"guidance": np.array([4.5, 1], np.float32)} if spec.guidance_embeds else None
-    extras = extras or part.family.extras(spec, 2, 8 * side, 8 * side, pooled)
-    cond = Cond(text, mask, extras)
-    others = jax.tree.map(
-        lambda value: torch.from_numpy(np.array(value)), part.family.torch_inputs(spec, cond)
-    )
-    times_torch = torch.from_numpy(times)
-    theirs = network(x_torch, encoder_hidden_states=text_torch, timestep=times_torch, **others)
-    theirs = theirs.sample[:, : spec.in_channels]
-    ours = part.family.predictor(apply, spec)(part.params, x, times, cond)
-    yield part.name, ours, _nhwc(theirs)
+    times = np.array([0.999, 0.007], np.float32) * np.float32(spec.last_time)
+    extras = family.extras(spec, 2, 8 * side, 8 * side, pooled)
+    if spec.guidance_embeds:
+        extras = (extras or {}) | {"guidance": np.array([4.5, 1], np.float32)}
+    given = x, times, Cond(text, mask, extras)
+    ours = family.predictor(apply, spec)(part.params, *given)
+    as_torch = jax.tree.map(lambda value: torch.from_numpy(np.array(value)), given)
+    theirs = family.call_torch(network, spec, *as_torch)
+    yield part.name, ours, theirs[..., : spec.latent_channels]
 
 
 def _text_encoder(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]:
@@ -177,19 +174,27 @@ def _vae(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]:
 # Prefix of the pipeline's class -> additional arguments.
 _UNCHANGED_INPUTS = {"use_resolution_binning": False, "clean_caption": False}
 _FAMILY_ARGUMENTS = {"PixArt": _UNCHANGED_INPUTS, "Sana": _UNCHANGED_INPUTS}
-_WITH_LENGTH = ("PixArt", "Sana", "StableDiffusion3")  # those that take max_sequence_length
+# Those that take max_sequence_length.
+_WITH_LENGTH = ("PixArt", "Sana", "StableDiffusion3", *PASSES_SIGMAS)
 
 
-def diffusers_arguments(pipeline: str, sampling: SamplingConfig) -> dict[str, Any]:
+def diffusers_arguments(
+    pipeline: str, sampling: SamplingConfig, *, embedded: bool = False
+) -> dict[str, Any]:
     """Keyword arguments of a diffusers pipeline call for given sampling settings.
 
-    pipeline: diffusers class. Prompt and latents are not among the arguments.
+    Args:
+      pipeline: diffusers class.
+      sampling: the settings.
+      embedded: whether the guidance scale is an input of the network.
+
+    Returns: the arguments, without prompt and latents.
     """
     if sampling.timesteps is None:
         arguments = {"num_inference_steps": sampling.steps}
         if pipeline.startswith("SanaSprint") and sampling.steps != 2:
             arguments["intermediate_timesteps"] = None
-    elif pipeline.startswith("StableDiffusion3"):  # takes no timesteps
+    elif pipeline in (SD3, *PASSES_SIGMAS):  # they take no timesteps
         sigmas = [t / Flow().steps for t in sampling.timesteps]
         arguments = {"sigmas": sigmas, "num_inference_steps": sampling.steps}
     else:
@@ -198,6 +203,11 @@ def diffusers_arguments(pipeline: str, sampling: SamplingConfig) -> dict[str, An
         if pipeline.startswith("PixArt"):  # counts them itself
             del arguments["num_inference_steps"]
     arguments["guidance_scale"] = sampling.guidance
+    if pipeline == FLUX and not embedded and sampling.guidance > 1:
+        # guidance_scale is the network's input alone; this one needs a negative prompt.
+        arguments |= {"true_cfg_scale": sampling.guidance, "negative_prompt": ""}
+    if pipeline == Z_IMAGE:  # its guidance is cond + s (cond - null)
+        arguments["guidance_scale"] = max(sampling.guidance, 1) - 1
     if sampling.negative is not None:
         arguments["negative_prompt"] = sampling.negative
     if pipeline.startswith(_WITH_LENGTH):
@@ -314,29 +324,43 @@ def _pictures(
     if variant:
         variant.prepare(pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    arguments = diffusers_arguments(type(pipeline).__name__, sampling)
+    network = pipeline.components.get("transformer")
+    embedded = bool(network and network.config.get("guidance_embeds"))
+    arguments = diffusers_arguments(type(pipeline).__name__, sampling, embedded=embedded)
     if "negative_prompt" in arguments:
-        arguments["negative_prompt"] = [sampling.negative] * len(prompts)
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
     noise_BHWC = sampling.scale * noise_BHWC
-    latents = torch.from_numpy(noise_BHWC.transpose(0, 3, 1, 2).copy())
-    with _same_noise(pipeline.scheduler, noise_BHWC):
-        return pipeline(list(prompts), latents=latents, output_type="np", **arguments).images
+    kind = type(pipeline)
+    if kind.__name__ in PASSES_SIGMAS:  # whose default size is not the network's
+        height, width = (side * pipeline.vae_scale_factor for side in noise_BHWC.shape[1:3])
+        arguments |= {"height": height, "width": width}
+
+    def as_latents(x_BHWC):
+        x = torch.from_numpy(np.asarray(x_BHWC).transpose(0, 3, 1, 2).copy())
+        return kind._pack_latents(x, *x.shape) if kind.__name__ in PACKED else x
+
+    with _same_noise(pipeline.scheduler, noise_BHWC, as_latents):
+        arguments |= {"latents": as_latents(noise_BHWC), "output_type": "np"}
+        return pipeline(prompt=list(prompts), **arguments).images
 
 
 @contextmanager
-def _same_noise(scheduler, noise_BHWC: np.ndarray) -> Iterator[None]:
-    """Patch the scheduler's randn_tensor to return the noise that gadjax adds at each step."""
+def _same_noise(scheduler, noise_BHWC: np.ndarray, as_latents: Callable) -> Iterator[None]:
+    """Patch the scheduler's randn_tensor to return the noise that gadjax adds at each step.
+
+    Args:
+      scheduler: of diffusers.
+      noise_BHWC: initial noise.
+      as_latents: array [B, H, W, C] -> latents as the pipeline has them.
+    """
     module, step = importlib.import_module(type(scheduler).__module__), itertools.count()
     if not hasattr(module, "randn_tensor"):
         yield
         return
-    import torch
-
     x = jax.numpy.asarray(noise_BHWC)
 
     def draw(shape, **ignored):
-        noise = np.asarray(step_noise(keys_from_noise(x), next(step), x))
-        return torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+        return as_latents(step_noise(keys_from_noise(x), next(step), x))
 
     before, module.randn_tensor = module.randn_tensor, draw
     try:

@@ -159,20 +159,27 @@ def make_pipeline(folder: PipelineFolder, *, dtype=jnp.float32, remat: bool = Fa
         for name, part in folder.components.items()
     }
     part, vae = folder.components[folder.backbone], folder.components["vae"]
-    if part.spec.in_channels != vae.spec.latent_channels:
+    if part.spec.latent_channels != vae.spec.latent_channels:
         raise InputError(
             f"{folder.path}: found a vae of {vae.spec.latent_channels} latent channels; expected "
-            f"{part.spec.in_channels}, as its {folder.backbone} takes"
+            f"{part.spec.latent_channels}, as its {folder.backbone} takes"
         )
-    side = part.spec.sample_size
+    latent = part.spec.sample_size, part.spec.sample_size, part.spec.latent_channels
     return Pipeline(
         folder=folder,
         networks=networks,
         denoiser=_denoiser(folder, networks[folder.backbone]),
-        sampler=sampler_from_config(folder.scheduler, folder.pipeline),
+        sampler=_sampler(folder, latent),
         prompts=part.family.prompts(_text_parts(folder, networks), part.spec),
-        latent=(side, side, part.spec.in_channels),
+        latent=latent,
     )
+
+
+def _sampler(folder: PipelineFolder, latent: tuple[int, int, int]) -> Sampler:
+    """The folder's sampler for latents of this size."""
+    side = folder.components[folder.backbone].spec.token_side
+    tokens = (latent[0] // side) * (latent[1] // side)
+    return sampler_from_config(folder.scheduler, folder.pipeline, tokens)
 
 
 def resized(pipeline: Pipeline, size: tuple[int, int]) -> Pipeline:
@@ -186,7 +193,7 @@ def resized(pipeline: Pipeline, size: tuple[int, int]) -> Pipeline:
             f"size: found {height}x{width}; expected multiples of {pipeline.upscale} pixels"
         )
     latent = (height // pipeline.upscale, width // pipeline.upscale, pipeline.latent[2])
-    pipeline = replace(pipeline, latent=latent)
+    pipeline = replace(pipeline, latent=latent, sampler=_sampler(pipeline.folder, latent))
     text = jax.eval_shape(
         pipeline.encode_text,
         {name: network.abstract for name, network in pipeline.networks.items()},
@@ -204,7 +211,7 @@ def with_scheduler(pipeline: Pipeline, scheduler: dict[str, Any]) -> Pipeline:
     """The same networks under another scheduler_config.json."""
     folder = replace(pipeline.folder, scheduler=scheduler)
     denoiser = _denoiser(folder, pipeline.networks[folder.backbone])
-    sampler = sampler_from_config(scheduler, folder.pipeline)
+    sampler = _sampler(folder, pipeline.latent)
     return replace(pipeline, folder=folder, denoiser=denoiser, sampler=sampler)
 
 
@@ -218,7 +225,7 @@ def _denoiser(folder: PipelineFolder, network: Functional) -> Denoiser:
     if isinstance(schedule, TrigFlow):
         predictor, features, blocks = trigflow(predictor), None, 0
     text_kv = part.family.text_kv
-    return Denoiser(
+    denoiser = Denoiser(
         predictor,
         schedule,
         parameterization_from_config(folder.scheduler),
@@ -227,6 +234,7 @@ def _denoiser(folder: PipelineFolder, network: Functional) -> Denoiser:
         guidance_embedded=part.spec.guidance_embeds,
         text_kv=text_kv and partial(network.apply, method=text_kv),
     )
+    return denoiser.with_default_guidance(1.0)
 
 
 def _text_parts(folder: PipelineFolder, networks: dict[str, Functional]) -> TextComponents:

@@ -177,6 +177,11 @@ def check_pipeline(config: ConfigDict, settings: Settings, pipeline: Pipeline) -
             f"teacher: found the scheduler {pipeline.folder.scheduler['_class_name']}, whose steps "
             "add noise; expected one with deterministic steps"
         )
+    if config.student.guidance != 1 and not pipeline.denoiser.guidance_embedded:
+        raise InputError(
+            f"student.guidance: found {config.student.guidance}; expected 1.0, as no scale is an "
+            "input of this network"
+        )
     if sampling.rollout == "fresh_noise":
         check_fresh_noise(pipeline, times)
     if sampling.timesteps is not None:  # None if a teacher is trained by plain denoising

@@ -49,6 +49,7 @@ def default_config() -> ConfigDict:
                 "init": "teacher",  # or "random", or a diffusers folder or workdir
                 "timesteps": (899, 674, 449, 224),  # in the network's units
                 "steps": 4,
+                "guidance": 1.0,  # embedded scale, where the network has it as an input
                 "rollout": "ode",  # or "fresh_noise", added to each predicted x0 as LCM does
                 # Two shares of the span of times, as (0.0, 1.0): the inner times of the grid are
                 # drawn anew between them for every sample of an update. (): the timesteps above.

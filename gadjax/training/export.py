@@ -13,6 +13,7 @@ from gadjax.formats.diffusers_folder import INDEX, PipelineFolder, check_pipelin
 from gadjax.formats.diffusers_writer import write_pipeline
 from gadjax.formats.model_card import CARD, Export, card, metadata_json, read_license, read_report
 from gadjax.formats.orbax_folder import as_diffusers_folder, open_folder
+from gadjax.formats.pipeline_classes import PASSES_SIGMAS
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig, read_world
 from gadjax.formats.scheduler_config import DPM, PIXART, student_scheduler_config
 from gadjax.formats.schedulers import sampler_from_config
@@ -135,6 +136,10 @@ def describe(
     pipeline = teacher.model_index.get("_class_name", "DiffusionPipeline")
     if scheduler and scheduler["_class_name"] == DPM and sampling.steps == 1:
         pipeline = ONE_DPM_STEP.get(pipeline, pipeline)
+    arguments = parity.diffusers_arguments(pipeline, sampling, embedded=spec.guidance_embeds)
+    if pipeline in PASSES_SIGMAS:  # whose default size is not the network's
+        side = spec.sample_size * teacher.components["vae"].spec.upscale
+        arguments |= {"height": side, "width": side}
     return Export(
         name=name,
         sampling=sampling,
@@ -145,9 +150,9 @@ def describe(
         guidance=trained.teacher_guidance,
         teacher=_name(trained.config["teacher"]),
         fingerprint=trained.fingerprint,
-        latent=(spec.sample_size, spec.sample_size, spec.in_channels),
+        latent=(spec.sample_size, spec.sample_size, spec.latent_channels),
         pipeline=pipeline,
-        arguments=parity.diffusers_arguments(pipeline, sampling),
+        arguments=arguments,
         license=read_license(teacher.path),
         world=world.rpartition(".")[2] if bundled else read_world(teacher.path),
         report=report,

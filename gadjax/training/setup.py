@@ -193,7 +193,7 @@ def prepare(
 def make_step_spec(config: ConfigDict, settings: Settings, pipeline: Pipeline) -> StepSpec:
     """Specification of a run's steps. Raises: InputError as `check_pipeline`."""
     return StepSpec(
-        denoiser=pipeline.denoiser,
+        denoiser=pipeline.denoiser.with_default_guidance(float(config.student.guidance)),
         objective=settings.objective,
         times=check_pipeline(config, settings, pipeline),
         guidance=pipeline.denoiser.guidance_scale(float(config.guidance)),

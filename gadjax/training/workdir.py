@@ -139,7 +139,7 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
         sampling = sampling_from_config(config)
         loras(config)
         texts = teacher, config["teacher"], config["data"]["world"]
-        numbers = *(sampling.timesteps or ()), config["guidance"]
+        numbers = *(sampling.timesteps or ()), config["guidance"], sampling.guidance
         counts = sampling.length, sampling.steps, config["batch"]
         valid = all(map(is_text, texts)) and all(map(is_number, numbers))
         valid &= all(is_count(n, 1, 2**31 - 1) for n in counts)
@@ -155,14 +155,15 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
 def sampling_from_config(config: dict[str, Any]) -> SamplingConfig:
     """Sampling config of a run's weights.
 
-    A student is sampled on its own grid without guidance, a network trained by plain denoising like
-    a teacher.
+    A student is sampled on its own grid without guidance, or with the scale that is embedded in its
+    training; a network trained by plain denoising like a teacher.
     """
     timesteps = tuple(config["student"]["timesteps"])
     length = config["data"]["length"]
     if objective_needs(config).is_few_step:
-        rollout = config["student"].get("rollout", "ode")  # older workdirs do not have it
-        return SamplingConfig(len(timesteps), timesteps, 1.0, length, rollout=rollout)
+        student = config["student"]  # older workdirs do not have these two
+        rollout, guidance = student.get("rollout", "ode"), student.get("guidance", 1.0)
+        return SamplingConfig(len(timesteps), timesteps, guidance, length, rollout=rollout)
     return SamplingConfig(guidance=config["guidance"], length=length)
 
 

@@ -75,6 +75,7 @@ def test_a_resumed_run_is_the_same_run(tiny_pipeline, prompts, tmp_path, gadjax,
     "change, words",
     [
         ({"student": {"rollout": "sde"}}, "student.rollout: found 'sde'; expected"),
+        ({"student": {"guidance": 2.0}}, "student.guidance: found 2.0; expected 1.0, as no scale"),
         ({"objective": {"tdm": {}}}, "objective.tdm: found a loss of the student's next latent"),
     ],
 )

@@ -151,3 +151,21 @@ def test_guidance_scale_up_to_one_disables_guidance():
         denoiser = Denoiser(None, None, "eps", guidance_embedded=guidance_embedded)
         actual = [denoiser.guidance_scale(number) for number in (-1, 0, 0.5, 1, 1.5)]
         assert actual == ([-1, 0, 0.5, 1, 1.5] if guidance_embedded else [1, 1, 1, 1, 1.5])
+
+
+def test_a_default_scale_is_embedded_where_none_is_named():
+    """In plain evaluations and features; a guided evaluation names its own."""
+
+    def reads(params, x, t, cond, **options):
+        return x * cond.extras["guidance"][:, None, None, None] + options.get("added", 0)
+
+    plain = Denoiser(reads, DDPM(), "eps", reads, guidance_embedded=True)
+    denoiser = plain.with_default_guidance(2.0).with_default_guidance(3.5)
+    x, cond = np.ones((2, 1, 1, 3), np.float32), Cond(None, None)
+    assert np.all(denoiser.raw({}, x, 1.0, cond) == 3.5)
+    assert np.all(denoiser.features({}, x, np.ones(2), cond, added=1) == 4.5)
+    named = Cond(None, None, {"guidance": np.full(2, 7.0)})
+    assert np.all(denoiser.features({}, x, np.ones(2), named) == 7)
+    assert np.all(denoiser.guided_raw({}, x, 1.0, cond, cond, 5.0) == 5)
+    without = Denoiser(reads, DDPM(), "eps")
+    assert without.with_default_guidance(3.5) is without

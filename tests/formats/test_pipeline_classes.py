@@ -14,7 +14,7 @@ from checkpoints import edit, refused
 
 from gadjax.formats.diffusers_folder import check_pipeline
 from gadjax.formats.orbax_folder import abstract_folder
-from gadjax.formats.pipeline_classes import OWN_SIGMAS, PIPELINES, SD, UNSCALED
+from gadjax.formats.pipeline_classes import PASSES_SIGMAS, PIPELINES, SD, UNSCALED
 from gadjax.formats.sampling_config import GADJAX_JSON
 from gadjax.formats.schedulers import sampler_from_config
 from gadjax.pipelines import parity
@@ -139,7 +139,7 @@ def test_an_autoencoders_shift_is_sd3s_alone(folder, folders, tmp_path):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-FAMILIES = ("sd15", "sdxl", "sana", "sana_sprint", "sd3", "PixArtAlphaPipeline", "SIGMA")
+FAMILIES = ("sd15", "sdxl", "sana", "sana_sprint", "sd3", "z_image", "PixArtAlphaPipeline", "SIGMA")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,7 +154,8 @@ def test_steps_guidance_and_length_are_the_calls_defaults(folders, family, tiny_
     kind = getattr(diffusers, pipeline.folder.model_index["_class_name"])
     defaults = {name: p.default for name, p in inspect.signature(kind.__call__).parameters.items()}
     assert pipeline.sampling.steps == defaults["num_inference_steps"]
-    assert pipeline.sampling.guidance == defaults["guidance_scale"]
+    # Z-Image's guidance is cond + s (cond - null).
+    assert pipeline.sampling.guidance == defaults["guidance_scale"] + (family == "z_image")
     assert pipeline.sampling.length == defaults.get("max_sequence_length", 77)
 
 
@@ -243,7 +244,7 @@ def own_sigmas(kind, n):
 def test_a_flow_s_grid_is_that_of_the_pipeline_s_class(kind):
     """One file, two grids: the shift acts on a pipeline's own sigmas once, else twice."""
     shift, four = GRIDS.get(kind, (2.5, None))
-    assert (own_sigmas(kind, 4) is not None) == (kind in OWN_SIGMAS)
+    assert (own_sigmas(kind, 4) is not None) == (kind in PASSES_SIGMAS)
     for name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"):
         config = {"_class_name": name, "shift": shift}
         theirs, ours = (

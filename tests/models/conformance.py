@@ -181,7 +181,7 @@ class Case(NetworkCase):
             np.random.default_rng(0),
             length or self.length,
         )
-        shape = batch, size.height, size.width, config.in_channels
+        shape = batch, size.height, size.width, config.latent_channels
         x = r.standard_normal(shape, np.float32)
         t = np.array(self.times(config), np.float32)[:batch]
         text = r.standard_normal((batch, length, config.text_dim), np.float32)
@@ -191,17 +191,10 @@ class Case(NetworkCase):
     def torch_call(self, model, cfg, x, t, cond):
         """Output of torch's network, called as diffusers' pipelines do: [B, H, W, C]."""
         config = self.config(cfg)
-        others = jax.tree.map(
-            lambda value: torch.tensor(np.asarray(value)), self.family.torch_inputs(config, cond)
-        )
+        given = x, self.torch_times(config, t), cond
+        given = jax.tree.map(lambda value: torch.tensor(np.asarray(value)), given)
         with torch.no_grad():
-            out = model(
-                torch.tensor(x).permute(0, 3, 1, 2),
-                encoder_hidden_states=torch.tensor(cond.text),
-                timestep=torch.tensor(self.torch_times(config, t)),
-                **others,
-            )
-        return out.sample.permute(0, 2, 3, 1).numpy()
+            return self.family.call_torch(model, config, *given).numpy()
 
     def raw(self, apply, config):
         """(params, x, t, cond) -> (raw output with all its channels, the predictor's result)."""

@@ -7,6 +7,7 @@ from flax import nnx
 from gadjax.models import layers
 from gadjax.models.mmdit.config import Config
 from gadjax.models.module import Keys
+from gadjax.models.rotary import rotate_pairs
 from gadjax.ops.attention import attention
 from gadjax.parallel.placement import gather_positions
 
@@ -49,17 +50,30 @@ class Stream(nnx.Module):
             )
         self.heads, self.normed = c.num_attention_heads, bool(c.qk_norm)
 
-    def __call__(self, x_BND: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values, each [B, N, H, K]."""
+    def __call__(
+        self, x_BND: jax.Array, rotation: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, each [B, N, H, K].
+
+        rotation: of queries and keys, by the tokens' positions; None: not rotated.
+        """
         q, k, v = (
             project(x_BND).reshape(*x_BND.shape[:2], self.heads, -1)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        return (self.norm_q(q), self.norm_k(k), v) if self.normed else (q, k, v)
+        q, k = (self.norm_q(q), self.norm_k(k)) if self.normed else (q, k)
+        return (q, k, v) if rotation is None else (*(rotate_pairs(a, rotation) for a in (q, k)), v)
 
     def project_out(self, x_BNHK: jax.Array) -> jax.Array:
         """Output projection of the heads, [B, N, H, K] -> [B, N, D]."""
         return self.to_out(x_BNHK.reshape(*x_BNHK.shape[:2], -1))
+
+
+def join_streams(image, text) -> list[jax.Array]:
+    """Keys and values of both streams as one sequence; each pair [B, N, H, K] and [B, L, H, K]."""
+    # Keys are gathered before they are joined, or all of them would move between devices.
+    pairs = zip(image, text, strict=True)
+    return [jnp.concatenate(gather_positions(pair), axis=1) for pair in pairs]
 
 
 class Block(nnx.Module):
@@ -91,7 +105,12 @@ class Block(nnx.Module):
         self.dual, self.last = dual, last
 
     def __call__(
-        self, x_BND: jax.Array, text_BLD: jax.Array, emb_B1D: jax.Array, remat: bool
+        self,
+        x_BND: jax.Array,
+        text_BLD: jax.Array,
+        emb_B1D: jax.Array,
+        remat: bool,
+        rotation: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Both streams after the block; the last block returns the text unchanged.
 
@@ -100,6 +119,7 @@ class Block(nnx.Module):
           text_BLD: tokens of the text.
           emb_B1D: embedding of the time and the pooled text, after its activation.
           remat: whether reverse mode recomputes the block entirely; see `Mlp.gated_residual`.
+          rotation: of the image's queries and keys, where the family has rotary positions.
         """
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *dual = self.norm1(emb_B1D)
         if self.last:  # the other order, as in diffusers' files
@@ -108,14 +128,10 @@ class Block(nnx.Module):
             shift_text, scale_text, *text_modulation = self.norm1_context(emb_B1D)
         normed = layers.layer_norm(x_BND, EPS)
         normed_text = layers.layer_norm(text_BLD, EPS)
-        q, *image_kv = self.attn(modulate(normed, shift, scale))
+        q, *image_kv = self.attn(modulate(normed, shift, scale), rotation)
         q_text, *text_kv = self.attn_context(modulate(normed_text, shift_text, scale_text))
-        # Queries stay apart per stream: no mesh would divide the joined positions. Keys are
-        # gathered before they are joined, or all of them would move between devices.
-        k, v = (
-            jnp.concatenate(gather_positions(pair), axis=1)
-            for pair in zip(image_kv, text_kv, strict=True)
-        )
+        # Queries stay apart per stream: no mesh would divide the joined positions.
+        k, v = join_streams(image_kv, text_kv)
         x_BND = x_BND + gate * self.attn.project_out(attention(q, k, v))
         if self.dual:
             shift, scale, gate = dual

@@ -14,7 +14,7 @@ from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.models.mmdit.blocks import EPS, Block, Modulation, modulate
 from gadjax.models.mmdit.config import Config
-from gadjax.models.module import Keys, checkpointed, scan_through, stack
+from gadjax.models.module import Keys, checkpointed, scan_stacks, stack
 
 TIME_CHANNELS = 256
 
@@ -133,15 +133,8 @@ class MMDiT(nnx.Module):
         def call(block, both):
             return block(*both, emb_B1D, self.remat is True)
 
-        outputs, start = [], 0
-        for name, size in self.stacks:
-            inside = [c - start for c in counts if start < c <= start + size]
-            through = size if counts[-1] > start + size else 0  # later blocks need the stack's end
-            ends = inside + [through] * (through > 0 and through not in inside)
-            if ends:
-                after = scan_through(getattr(self, name), streams, ends, call, self.remat)
-                outputs, streams = outputs + after[: len(inside)], after[-1]
-            start += size
-        if counts[-1] > start:
+        stacks = [getattr(self, name) for name, size in self.stacks if size]
+        outputs, streams = scan_stacks(stacks, streams, counts, call, self.remat)
+        if counts[-1] == self.depth:
             outputs.append(checkpointed(call, self.remat)(self.last_block, streams))
         return outputs, emb_B1D

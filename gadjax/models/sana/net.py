@@ -58,6 +58,10 @@ class Config(BackboneConfig):
         return self.num_layers
 
     @property
+    def last_time(self) -> float:
+        return 1.0 if self.guidance_embeds else 1000.0
+
+    @property
     def text_dim(self) -> int:
         return self.caption_channels
 

@@ -61,8 +61,8 @@ class Block(nnx.Module):
     """
 
     def __init__(self, c: Config, *, modulated: bool = True, dtype, rngs: Keys):
-        self.attention = Attention(c, dtype=dtype, rngs=rngs)
-        self.feed_forward = FeedForward(c, dtype=dtype, rngs=rngs)
+        self.attn = Attention(c, dtype=dtype, rngs=rngs)
+        self.ff = FeedForward(c, dtype=dtype, rngs=rngs)
         self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2 = (
             _norm(c.dim, c.norm_eps, dtype, rngs) for _ in range(4)
         )
@@ -92,9 +92,9 @@ class Block(nnx.Module):
             scale, gate, scale_ff, gate_ff = (
                 f(part) for f, part in zip((_plus_one, jnp.tanh) * 2, parts, strict=True)
             )
-        out = self.attention(self.attention_norm1(x_BND) * scale, rotation, bias)
+        out = self.attn(self.attention_norm1(x_BND) * scale, rotation, bias)
         x_BND = x_BND + gate * self.attention_norm2(out)
-        out = self.feed_forward(self.ffn_norm1(x_BND) * scale_ff)
+        out = self.ff(self.ffn_norm1(x_BND) * scale_ff)
         return x_BND + gate_ff * self.ffn_norm2(out)
 
 

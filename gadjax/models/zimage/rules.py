@@ -7,10 +7,10 @@ STACK = r"^(layers|noise_refiner|context_refiner)/"
 # The widths 2560, 3840 and 10240 are multiples of 256; 30 heads divide by 2 alone.
 RULES: tuple[tuple[str, P], ...] = (
     (r"/norm_[qk]/scale$", P()),
-    (STACK + r"attention/to_[qkv]/kernel$", P(None, "fsdp", "tensor")),
-    (STACK + r"attention/to_out/kernel$", P(None, "tensor", "fsdp")),
-    (STACK + r"feed_forward/w[13]/kernel$", P(None, "fsdp", "tensor")),
-    (STACK + r"feed_forward/w2/kernel$", P(None, "tensor", "fsdp")),
+    (STACK + r"attn/to_[qkv]/kernel$", P(None, "fsdp", "tensor")),
+    (STACK + r"attn/to_out/kernel$", P(None, "tensor", "fsdp")),
+    (STACK + r"ff/w[13]/kernel$", P(None, "fsdp", "tensor")),
+    (STACK + r"ff/w2/kernel$", P(None, "tensor", "fsdp")),
     (STACK + r"\w+_norm[12]/scale$", P(None, "fsdp")),
     (STACK + r"adaLN_modulation/kernel$", P(None, None, "fsdp")),
     (STACK + r"adaLN_modulation/bias$", P(None, "fsdp")),
