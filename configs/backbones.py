@@ -5,7 +5,7 @@ Reproduces: no published numbers. DP-DMD's form (arXiv 2602.03139) with GAD besi
 Command:  gadjax train --config configs/backbones.py:VARIANT --workdir DIR
               --config.teacher=PATH --config.data.prompts=PROMPTS.txt
 Variants: sd35_large (default; stable-diffusion-3.5-large, 1024 pixels), pixart_sigma
-          (PixArt-Sigma-XL-2-1024-MS)
+          (PixArt-Sigma-XL-2-1024-MS), z_image (Z-Image, 1024 pixels)
 Hardware: `gadjax plan` of the variant says what fits.
 Result:   not yet run.
 """
@@ -23,11 +23,13 @@ DDPM = {
     "gad": GAD,
     "anchor": {"weight": 0.05, "target": "x0", "steps": 4},
 }
-VARIANTS = {"sd35_large": FLOW, "pixart_sigma": DDPM}
+VARIANTS = {"sd35_large": FLOW, "pixart_sigma": DDPM, "z_image": FLOW}
 # Variant -> the teacher's guidance, the student's times, prompt length.
 SAMPLING = {
     "sd35_large": (3.5, (1000.0, 857.69, 602.15, 8.93), 256),
     "pixart_sigma": (4.5, (999, 749, 499, 249), 300),
+    # Guidance 5 in diffusers, whose form is cond + s (cond - null).
+    "z_image": (6.0, (1000.0, 947.37, 857.14, 666.67), 512),
 }
 
 

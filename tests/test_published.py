@@ -132,6 +132,7 @@ CONFIGS = {
     "sd35_dpdmd.py:gad": "stable-diffusion-3.5-medium",
     "backbones.py:sd35_large": "stable-diffusion-3.5-large",
     "backbones.py:pixart_sigma": "PixArt-Sigma-XL-2-1024-MS",
+    "backbones.py:z_image": "Z-Image",
     "sdxl.py": "stable-diffusion-xl-base-1.0",
     "sdxl.py:dmd2": "stable-diffusion-xl-base-1.0",
 }
@@ -162,6 +163,7 @@ def traced(repositories, tmp_path):
 
 
 SLOW = ("sd2_gad.py:one_gad", "sana_gad.py:both", "sdxl.py", "backbones.py:sd35_large")
+SLOW += ("backbones.py:z_image",)
 
 
 @pytest.mark.parametrize(
