@@ -350,6 +350,38 @@ def z_image():
     )
 
 
+def lumina2():
+    import diffusers
+
+    tokenizer, encoder = gemma(20)
+    net = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=8,
+        hidden_size=48,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=[4, 4, 4],
+        axes_lens=[300, 16, 16],
+        cap_feat_dim=20,
+    )
+    return diffusers.Lumina2Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae_kl(
+            8,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        transformer=net,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )
+
+
 def sd3(**more):
     import diffusers
 
@@ -421,9 +453,9 @@ def pixart_sigma():
 
 # Prompt lengths that are not the defaults, where they are free.
 LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12, "sd35_large": 12}
-LENGTH |= {"pixart_sigma": 140, "z_image": 40}  # PixArt-alpha's are 120
+LENGTH |= {"pixart_sigma": 140, "z_image": 40, "lumina2": 220}  # PixArt-alpha's are 120
 ALL = (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd35, sd35_large, pixart_sigma)
-ALL += (z_image,)
+ALL += (z_image, lumina2)
 # Side of latents, where no option of the class says it.
 SIDE = {"z_image": 8}
 MAKERS = {f.__name__: f for f in ALL}

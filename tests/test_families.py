@@ -61,7 +61,15 @@ def test_images_are_those_of_diffusers(folders, family, tmp_path):
 
 
 # Sprint embeds the number itself.
-UP_TO_ONE = {"z_image": 0.5, "sd3": 0.0, "sdxl": 0.5, "sd15": -1.0, "sana": 1.0, "sana_sprint": 0.5}
+UP_TO_ONE = {
+    "z_image": 0.5,
+    "lumina2": 1.0,
+    "sd3": 0.0,
+    "sdxl": 0.5,
+    "sd15": -1.0,
+    "sana": 1.0,
+    "sana_sprint": 0.5,
+}
 
 
 @pytest.mark.parametrize("family", some(UP_TO_ONE, ("sd3",)))
@@ -84,6 +92,7 @@ STORED = {
     "sd35_large": {"dtype": "float16", "max_shard_size": "150KB"},
     "pixart_sigma": {"variant": "fp16", "dtype": "float16"},
     "z_image": {"dtype": "bfloat16", "max_shard_size": "150KB"},
+    "lumina2": {"variant": "fp16", "dtype": "float16"},
 }
 
 
@@ -140,6 +149,7 @@ STUDENTS = {
     "sd35": (1000.0, 857.69, 602.15, 8.93),
     "pixart_sigma": (999,),
     "z_image": (1000.0, 947.37, 857.14, 666.67),
+    "lumina2": (1000.0, 857.14),
 }
 
 

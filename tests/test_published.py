@@ -56,6 +56,11 @@ INVENTORY = {
     "SANA1.5_1.6B_1024px": SANA | {"transformer": (476, 1_604_641_952)},
     "Sana_Sprint_0.6B_1024px": SANA | {"transformer": (664, 593_501_216)},
     "Sana_Sprint_1.6B_1024px": SANA | {"transformer": (480, 1_610_237_472)},
+    "Lumina-Image-2.0": {
+        "transformer": (459, 2_609_769_152),
+        "text_encoder": GEMMA,
+        "vae": KL16,
+    },
     "Z-Image": Z_IMAGE,
     "Z-Image-Turbo": Z_IMAGE,
     # With the table of positions, which the files hold.

@@ -24,6 +24,7 @@ LORA_LOADERS = (
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusion3Pipeline",
+    "Lumina2Pipeline",
     "ZImagePipeline",
     "SanaPipeline",
     "SanaSprintPipeline",

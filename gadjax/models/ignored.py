@@ -100,6 +100,7 @@ IGNORED: dict[str, dict[str, str]] = {
     "SanaTransformer2DModel": {},
     "SD3Transformer2DModel": {},
     "ZImageTransformer2DModel": {},
+    "Lumina2Transformer2DModel": {"scaling_factor": "the class does not use it"},
     "CLIPTextModel": _CLIP,
     "CLIPTextModelWithProjection": _CLIP,
     "T5EncoderModel": _T5,

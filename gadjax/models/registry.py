@@ -24,6 +24,7 @@ COMPONENTS = {
     "SanaTransformer2DModel": "gadjax.models.sana",
     "SD3Transformer2DModel": "gadjax.models.mmdit",
     "ZImageTransformer2DModel": "gadjax.models.zimage",
+    "Lumina2Transformer2DModel": "gadjax.models.lumina2",
     "CLIPTextModel": "gadjax.models.text.clip",
     "CLIPTextModelWithProjection": "gadjax.models.text.clip",
     "T5EncoderModel": "gadjax.models.text.t5",

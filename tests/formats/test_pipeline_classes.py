@@ -139,7 +139,17 @@ def test_an_autoencoders_shift_is_sd3s_alone(folder, folders, tmp_path):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-FAMILIES = ("sd15", "sdxl", "sana", "sana_sprint", "sd3", "z_image", "PixArtAlphaPipeline", "SIGMA")
+FAMILIES = (
+    "sd15",
+    "sdxl",
+    "sana",
+    "sana_sprint",
+    "sd3",
+    "z_image",
+    "lumina2",
+    "PixArtAlphaPipeline",
+    "SIGMA",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

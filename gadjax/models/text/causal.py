@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gadjax.errors import InputError
 from gadjax.models.config import POSITIVE_INTEGER, POSITIVE_NUMBER, is_positive, refuse
 from gadjax.models.ignored import warn_unknown_keys
 from gadjax.models.layers import Linear
-from gadjax.models.module import Keys, checkpointed
+from gadjax.models.module import Keys, checkpointed, scan_blocks
 from gadjax.parallel.placement import constrain_batch
 
 
@@ -158,29 +159,51 @@ def positions_and_mask(c: Any, mask_BL: jax.Array) -> tuple[jax.Array, jax.Array
     return angles_LR, jnp.tri(length, dtype=bool) & (mask_BL[:, None, None, None, :] > 0)
 
 
-def states_after(
-    blocks: nnx.Module, x_BLD, counts: Sequence[int], call: Callable, remat: bool | str
-) -> tuple[jax.Array, ...]:
-    """Hidden states after each of several numbers of stacked blocks, in one pass.
-
-    Later blocks are not run. Blocks are read from the stack by their number: a slice of its first
-    ones (as in `scan_through`) would be a copy of most of a large model.
+def hidden_states(encoder: nnx.Module, x_BLD: jax.Array, mask_BL, after: Sequence[int] = ()):
+    """Hidden states of a causal language model.
 
     Args:
-      blocks: stacked layers, see `module.stack`.
+      encoder: has `config`, stacked `blocks`, a final `norm` and `remat`.
       x_BLD: token embeddings.
-      counts: rising numbers of blocks, from 1.
-      call: (block, x) -> x.
-      remat: rematerialisation of each block, see `checkpointed`.
+      mask_BL: attention mask: 1 (or True) at tokens, 0 at padding, which is not attended to but has
+        hidden states.
+      after: rising numbers of blocks, for the hidden states after each of them, without a norm;
+        later blocks are not run.
+
+    Returns: the last hidden state [B, L, D] after the final norm; with `after`, a tuple of one
+      [B, L, D] for each number.
+    Raises: InputError for a number of blocks that the model does not have.
+    """
+    layers = encoder.config.num_hidden_layers
+    if after and not 1 <= after[0] <= after[-1] <= layers:
+        raise InputError(
+            f"num_hidden_layers: found {layers}; expected {max(after)} or more, after which the "
+            "pipeline reads hidden states"
+        )
+    angles_LR, attended_B11QS = positions_and_mask(encoder.config, mask_BL)
+
+    def call(block, x_BLD):
+        return block(x_BLD, angles_LR, attended_B11QS)
+
+    if after:
+        return _states_after(encoder, x_BLD, after, call)
+    return encoder.norm(scan_blocks(encoder.blocks, x_BLD, call, encoder.remat))
+
+
+def _states_after(encoder, x_BLD, counts, call) -> tuple[jax.Array, ...]:
+    """Hidden states after each of several numbers of blocks.
+
+    Blocks are read from the stack by their number: a slice of its first ones (as in `scan_through`)
+    would be a copy of most of a large model.
     """
 
     def body(x_BLD, number):
         block = jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), blocks
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), encoder.blocks
         )
         return constrain_batch(call(block, constrain_batch(x_BLD)), tokens=True), None
 
-    states, body = [], checkpointed(body, remat, prevent_cse=False)
+    states, body = [], checkpointed(body, encoder.remat, prevent_cse=False)
     for start, end in zip((0, *counts), counts, strict=False):
         x_BLD, _ = jax.lax.scan(body, x_BLD, jnp.arange(start, end))
         states.append(x_BLD)

@@ -3,7 +3,7 @@
 Gemma Team, arXiv:2408.00118. Shapes as in `causal`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,11 @@ from gadjax.errors import InputError
 from gadjax.models.family import TextEncoder
 from gadjax.models.keymap import KeyMap
 from gadjax.models.layers import gelu_tanh
-from gadjax.models.module import Keys, scan_blocks, stack
+from gadjax.models.module import Keys, stack
 from gadjax.models.text.causal import (
     FeedForward,
     GroupedAttention,
-    positions_and_mask,
+    hidden_states,
     read_options,
 )
 
@@ -103,11 +103,9 @@ class Block(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Gemma 2 encoder: `net(ids_BL int32, mask_BL) -> hidden_BLD`, causal, without dropout.
+    """Gemma 2 encoder: `net(ids_BL int32, mask_BL, after=()) -> hidden states`, causal.
 
-    The hidden states are those after the final norm. mask_BL is the attention mask: 1 (or True) at
-    tokens, 0 at padding. Padding is not attended to, but has hidden states. An id outside the
-    vocabulary gives NaN.
+    See `hidden_states`. An id outside the vocabulary gives NaN.
 
     Raises: InputError for a sequence longer than the sliding window of every other layer.
     """
@@ -125,23 +123,16 @@ class Encoder(nnx.Module):
         self.blocks = stack(lambda r: Block(c, dtype, r), c.num_hidden_layers, rngs)
         self.norm = RMSNorm(c)
 
-    def __call__(self, ids_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
+    def __call__(self, ids_BL: jax.Array, mask_BL: jax.Array, after: Sequence[int] = ()):
         c, length = self.config, ids_BL.shape[1]
         if length > c.sliding_window:
             raise InputError(
                 f"ids: found {length} tokens; expected at most {c.sliding_window}, the sliding "
                 "window"
             )
-        angles_LR, attended_B11QS = positions_and_mask(c, mask_BL)
         # Rounded to the embeddings' dtype: the weights were trained with it.
         factor = jnp.asarray(c.hidden_size**0.5, self.dtype)
-        hidden_BLD = scan_blocks(
-            self.blocks,
-            self.embed_tokens(ids_BL) * factor,
-            lambda block, x_BLD: block(x_BLD, angles_LR, attended_B11QS),
-            self.remat,
-        )
-        return self.norm(hidden_BLD)
+        return hidden_states(self, self.embed_tokens(ids_BL) * factor, mask_BL, after)
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[[Keys], nnx.Module]:

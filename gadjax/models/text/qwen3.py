@@ -12,17 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from gadjax.errors import InputError
 from gadjax.models.family import TextEncoder
 from gadjax.models.ignored import IGNORED_TENSORS
 from gadjax.models.keymap import KeyMap
-from gadjax.models.module import Keys, scan_blocks, stack
+from gadjax.models.module import Keys, stack
 from gadjax.models.text.causal import (
     FeedForward,
     GroupedAttention,
-    positions_and_mask,
+    hidden_states,
     read_options,
-    states_after,
 )
 
 # The second is the first with a head; its files differ in the prefix of their keys.
@@ -91,7 +89,10 @@ class Block(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Qwen3 encoder, causal; see `__call__`."""
+    """Qwen3 encoder: `net(ids_BL int32, mask_BL, after=()) -> hidden states`, causal.
+
+    See `hidden_states`. An id outside the vocabulary gives NaN.
+    """
 
     def __init__(self, config: Config, dtype, remat: bool, rngs: Keys):
         c = config
@@ -104,33 +105,7 @@ class Encoder(nnx.Module):
         self.norm = _norm(c.hidden_size, c, dtype, rngs)
 
     def __call__(self, ids_BL: jax.Array, mask_BL: jax.Array, after: Sequence[int] = ()):
-        """Hidden states of token ids.
-
-        Args:
-          ids_BL: int32; an id outside the vocabulary gives NaN.
-          mask_BL: attention mask: 1 (or True) at tokens, 0 at padding, which is not attended to but
-            has hidden states.
-          after: rising numbers of blocks, for the hidden states after each of them, without a norm.
-
-        Returns: the last hidden state [B, L, D] after the final norm; with `after`, a tuple of one
-          [B, L, D] for each number.
-        Raises: InputError for a number of blocks that the network does not have.
-        """
-        layers = self.config.num_hidden_layers
-        if after and not 1 <= after[0] <= after[-1] <= layers:
-            raise InputError(
-                f"num_hidden_layers: found {layers}; expected {max(after)} or more, after which "
-                "the pipeline reads hidden states"
-            )
-        angles_LR, attended_B11QS = positions_and_mask(self.config, mask_BL)
-        x_BLD = self.embed_tokens(ids_BL)
-
-        def call(block, x_BLD):
-            return block(x_BLD, angles_LR, attended_B11QS)
-
-        if after:
-            return states_after(self.blocks, x_BLD, after, call, self.remat)
-        return self.norm(scan_blocks(self.blocks, x_BLD, call, self.remat))
+        return hidden_states(self, self.embed_tokens(ids_BL), mask_BL, after)
 
 
 def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable[[Keys], nnx.Module]:

@@ -17,22 +17,30 @@ def _norm(width: int, eps: float, dtype, rngs: Keys) -> nnx.RMSNorm:
     return nnx.RMSNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
 
 
-class Attention(layers.Attention):
-    """Self-attention with a norm and a rotation of every head's queries and keys."""
+def _linear(inputs: int, outputs: int, dtype, rngs: Keys) -> nnx.Linear:
+    return layers.Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Self-attention with a norm and a rotation of every head's queries and keys.
+
+    Consecutive queries share a head of keys and values where there are fewer of these.
+    """
 
     def __init__(self, c: Config, *, dtype, rngs: Keys):
         width = c.dim // c.n_heads
-        super().__init__(
-            c.dim, c.n_heads, width, bias=False, out_bias=False, dtype=dtype, rngs=rngs
-        )
+        self.to_q, self.to_out = (_linear(c.dim, c.dim, dtype, rngs) for _ in range(2))
+        self.to_k, self.to_v = (_linear(c.dim, c.kv_heads * width, dtype, rngs) for _ in range(2))
+        self.width, self.shared = width, c.n_heads // c.kv_heads
         self.norm_q, self.norm_k = (_norm(width, QK_EPS, dtype, rngs) for _ in range(2))
 
     def __call__(self, x_BND: jax.Array, rotation: jax.Array, bias: jax.Array | None) -> jax.Array:
         q, k, v = (
-            project(x_BND).reshape(*x_BND.shape[:2], self.heads, -1)
+            project(x_BND).reshape(*x_BND.shape[:2], -1, self.width)
             for project in (self.to_q, self.to_k, self.to_v)
         )
         q, k = (rotate_pairs(x, rotation) for x in (self.norm_q(q), self.norm_k(k)))
+        k, v = (jnp.repeat(x, self.shared, axis=2) if self.shared > 1 else x for x in (k, v))
         return self.to_out(attention(q, k, v, bias).reshape(x_BND.shape))
 
 
@@ -40,11 +48,8 @@ class FeedForward(nnx.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, c: Config, *, dtype, rngs: Keys):
-        def linear(inputs, outputs):
-            return layers.Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
-
-        self.w1, self.w3 = linear(c.dim, c.hidden_dim), linear(c.dim, c.hidden_dim)
-        self.w2 = linear(c.hidden_dim, c.dim)
+        self.w1, self.w3 = (_linear(c.dim, c.hidden_dim, dtype, rngs) for _ in range(2))
+        self.w2 = _linear(c.hidden_dim, c.dim, dtype, rngs)
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         return self.w2(jax.nn.silu(self.w1(x_BND)) * self.w3(x_BND))
@@ -82,8 +87,7 @@ class Block(nnx.Module):
           x_BND: tokens.
           rotation: of their positions, [2, B or 1, N, K / 2].
           bias: of the attention's logits; None for none.
-          time_B1T: time embedding, where the block is modulated. No activation comes before its
-            projection.
+          time_B1T: what the scales and gates are projected from, where the block is modulated.
         """
         if time_B1T is None:
             scale, gate, scale_ff, gate_ff = 1, 1, 1, 1

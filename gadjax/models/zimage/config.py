@@ -42,6 +42,17 @@ class Config(BackboneConfig):
     axes_dims: tuple[int, ...] = (32, 48, 48)
     axes_lens: tuple[int, ...] = (1024, 512, 512)
 
+    # What the network's class asks of its options besides; Lumina 2 answers otherwise.
+    multiple = 32  # both streams are padded to multiples of it, with learned tokens
+    first_position = 1  # of the caption
+    rounds_angles = True  # of rotations, to float32
+    time_hidden = 1024  # width of the time embedding's hidden layer
+    activates_time = False  # before the blocks' projections
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads
+
     @property
     def feature_blocks(self) -> int:
         return self.n_layers
@@ -67,17 +78,12 @@ class Config(BackboneConfig):
                 refuse(key, cfg[key], repr(value))
         others = {*FIXED, "n_kv_heads"}
         given = read_options(cls, cfg, "an option of Z-Image", others=others)
+        given |= read_axes(cfg, "axes_dims", "axes_lens")
         for key, value in given.items():
-            if key.startswith("axes"):
-                if not isinstance(value, list) or len(value) != 3:
-                    refuse(key, value, "three numbers")
-                if not all(is_positive(number, int) for number in value):
-                    refuse(key, value, "positive integers")
-                given[key] = tuple(value)
-            elif key in ("norm_eps", "rope_theta", "t_scale"):
+            if key in ("norm_eps", "rope_theta", "t_scale"):
                 if not is_positive(value, int, float):
                     refuse(key, value, POSITIVE_NUMBER)
-            elif not is_positive(value, int):
+            elif not key.startswith("axes") and not is_positive(value, int):
                 refuse(key, value, POSITIVE_INTEGER)
         config = cls(**given)
         if config.sample_size % PATCH:
@@ -88,9 +94,27 @@ class Config(BackboneConfig):
         if heads != config.n_heads:
             refuse("n_kv_heads", heads, f"{config.n_heads}, as n_heads")
         width = config.dim // config.n_heads
-        if sum(config.axes_dims) != width or any(size % 2 for size in config.axes_dims):
+        if sum(config.axes_dims) != width:
             raise InputError(
-                f"axes_dims: found {list(config.axes_dims)}; expected even numbers whose sum is "
+                f"axes_dims: found {list(config.axes_dims)}; expected numbers whose sum is "
                 f"{width}, the width of a head"
             )
         return config
+
+
+def read_axes(cfg: dict, dims: str, lens: str) -> dict[str, tuple[int, ...]]:
+    """Read the widths and lengths of the three axes of positions, where the config has them.
+
+    Args:
+      cfg: content of a config.json.
+      dims, lens: the two options.
+
+    Raises: InputError for another number of axes, or numbers that are no such thing.
+    """
+    for key in (dims, lens):
+        value = cfg.get(key, [2, 2, 2])
+        integers = isinstance(value, list) and all(is_positive(number, int) for number in value)
+        if not integers or len(value) != 3 or key == dims and any(n % 2 for n in value):
+            even = " even" * (key == dims)
+            refuse(key, value, f"three positive{even} numbers")
+    return {key: tuple(cfg[key]) for key in (dims, lens) if key in cfg}

@@ -22,8 +22,7 @@ from gadjax.models.zimage.rotary import (
 )
 from gadjax.ops.attention import tangent_pass
 
-TIME_CHANNELS, TIME_HIDDEN = 256, 1024
-MULTIPLE = 32  # both streams are padded to multiples of it, with learned tokens
+TIME_CHANNELS = 256
 OUT_EPS = 1e-6  # the last norm does not follow norm_eps
 
 
@@ -36,11 +35,6 @@ def build(config: Config, *, dtype=jnp.float32, remat: bool = True) -> Callable:
       remat: rematerialisation of every block, see `checkpointed`.
     """
     return lambda rngs: ZImage(config, dtype=dtype, remat=remat, rngs=rngs)
-
-
-def _padded(count):
-    """Number of tokens with their padding."""
-    return -(-count // MULTIPLE) * MULTIPLE
 
 
 class FinalLayer(nnx.Module):
@@ -65,15 +59,18 @@ class ZImage(nnx.Module):
             return stack(lambda r: Block(c, dtype=dtype, rngs=r, **more), count, rngs)
 
         self.x_embedder = layers.Linear(PATCH**2 * c.in_channels, c.dim, **options)
-        self.t_embedder = layers.Mlp(TIME_CHANNELS, TIME_HIDDEN, c.time_dim, jax.nn.silu, **options)
+        self.t_embedder = layers.Mlp(
+            TIME_CHANNELS, c.time_hidden, c.time_dim, jax.nn.silu, **options
+        )
         self.cap_embedder = layers.numbered(
             [
                 nnx.RMSNorm(c.cap_feat_dim, epsilon=c.norm_eps, **options),
                 layers.Linear(c.cap_feat_dim, c.dim, **options),
             ]
         )
-        self.x_pad_token = nnx.Param(jnp.zeros((1, c.dim)))
-        self.cap_pad_token = nnx.Param(jnp.zeros((1, c.dim)))
+        if c.multiple > 1:
+            self.x_pad_token = nnx.Param(jnp.zeros((1, c.dim)))
+            self.cap_pad_token = nnx.Param(jnp.zeros((1, c.dim)))
         self.noise_refiner = blocks(c.n_refiner_layers)
         self.context_refiner = blocks(c.n_refiner_layers, modulated=False)
         self.layers = blocks(c.n_layers)
@@ -108,27 +105,34 @@ class ZImage(nnx.Module):
         tokens, _ = self._trunk(counts, x_BHWC, t_B, text_BLD, mask_BL)
         return tuple(tokens) if blocks else tokens[0]
 
+    def _padded(self, count):
+        """Number of tokens with their learned padding."""
+        return -(-count // self.config.multiple) * self.config.multiple
+
     def _trunk(self, counts, x_BHWC, t_B, text_BLD, mask_BL):
         """Image tokens after each of `counts` blocks, and the time embedding [B, 1, T]."""
         time_B1T = self._time(t_B)
+        into_blocks = jax.nn.silu(time_B1T) if self.config.activates_time else time_B1T
         patches = layers.patchify(x_BHWC.astype(self.dtype), PATCH)
-        rows, columns, tokens = *(n // PATCH for n in x_BHWC.shape[1:3]), _padded(mask_BL.shape[1])
+        rows, columns, tokens = (
+            *(n // PATCH for n in x_BHWC.shape[1:3]),
+            self._padded(mask_BL.shape[1]),
+        )
         check_lengths(self.config, rows, columns, tokens)
-        count_B = _padded((mask_BL > 0).sum(1))
+        count_B = self._padded((mask_BL > 0).sum(1))
         attended_BM = jnp.arange(tokens) < count_B[:, None]
         caption_BMD = self._caption(text_BLD, mask_BL, attended_BM)
 
-        images = patches.shape[1]
-        missing = _padded(images) - images
-        pads = jnp.broadcast_to(
-            self.x_pad_token[...].astype(self.dtype), (len(patches), missing, self.config.dim)
-        )
-        x_BND = jnp.concatenate([self.x_embedder(patches), pads], axis=1)
+        x_BND, images = self.x_embedder(patches), patches.shape[1]
+        if missing := self._padded(images) - images:
+            pads = jnp.repeat(self.x_pad_token[...][None], missing, axis=1).astype(self.dtype)
+            pads = jnp.broadcast_to(pads, (len(patches), *pads.shape[1:]))
+            x_BND = jnp.concatenate([x_BND, pads], axis=1)
         rotation = image_rotation(self.config, (rows, columns, missing), tokens, count_B)
         x_BND = scan_blocks(
             self.noise_refiner,
             x_BND,
-            lambda block, x: block(x, rotation, None, time_B1T),
+            lambda block, x: block(x, rotation, None, into_blocks),
             self.remat,
         )
 
@@ -142,7 +146,7 @@ class ZImage(nnx.Module):
             self.layers,
             x_BND,
             counts,
-            lambda block, x: block(x, joined, bias, time_B1T),
+            lambda block, x: block(x, joined, bias, into_blocks),
             self.remat,
         )
         return [x_BND[:, :images] for x_BND in outputs], time_B1T
@@ -163,7 +167,9 @@ class ZImage(nnx.Module):
         norm, linear = (self.cap_embedder[name] for name in "01")
         x_BMD = jnp.pad(linear(norm(text_BLD)), (*padding, (0, 0)))
         real_BM = jnp.pad(mask_BL, padding) > 0
-        x_BMD = jnp.where(real_BM[..., None], x_BMD, self.cap_pad_token[...].astype(x_BMD.dtype))
+        if self.config.multiple > 1:
+            pad = self.cap_pad_token[...].astype(x_BMD.dtype)
+            x_BMD = jnp.where(real_BM[..., None], x_BMD, pad)
         rotation, bias = caption_rotation(self.config, tokens), layers.mask_bias(attended_BM)
         with tangent_pass(False):  # the caption has none, in latents or time
             return scan_blocks(
