@@ -168,6 +168,11 @@ def vae_kl(channels: int = 4, **more):
     )
 
 
+def vae_flux(channels: int):
+    more = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return vae_kl(channels, scaling_factor=0.3611, shift_factor=0.1159, **more)
+
+
 def unet(cross: int, **more):
     from diffusers import UNet2DConditionModel
 
@@ -338,13 +343,7 @@ def z_image():
     return diffusers.ZImagePipeline(
         tokenizer=tokenizer,
         text_encoder=encoder,
-        vae=vae_kl(
-            8,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
+        vae=vae_flux(8),
         transformer=net,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
     )
@@ -370,13 +369,7 @@ def lumina2():
     return diffusers.Lumina2Pipeline(
         tokenizer=tokenizer,
         text_encoder=encoder,
-        vae=vae_kl(
-            8,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
+        vae=vae_flux(8),
         transformer=net,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
     )
@@ -451,13 +444,46 @@ def pixart_sigma():
     )
 
 
+def flux_schnell(dynamic=False, **more):
+    import diffusers
+
+    one = clip_tokenizer("<|endoftext|>")
+    tokenizer, encoder = t5(56)
+    net = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=56,
+        pooled_projection_dim=20,
+        axes_dims_rope=(4, 6, 6),
+        **more,
+    )
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if dynamic else {"shift": 1.0}
+    return diffusers.FluxPipeline(
+        tokenizer=one,
+        tokenizer_2=tokenizer,
+        text_encoder=clip(one, 20, "quick_gelu"),
+        text_encoder_2=encoder,
+        vae=vae_flux(4),
+        transformer=net,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shift),
+    )
+
+
+def flux_dev():
+    return flux_schnell(dynamic=True, guidance_embeds=True)
+
+
 # Prompt lengths that are not the defaults, where they are free.
 LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12, "sd35_large": 12}
-LENGTH |= {"pixart_sigma": 140, "z_image": 40, "lumina2": 220}  # PixArt-alpha's are 120
+LENGTH |= {"pixart_sigma": 140, "flux_dev": 12, "flux_schnell": 12}  # PixArt-alpha's are 120
+LENGTH |= {"z_image": 40, "lumina2": 220}  # with a chat, or a system prompt
 ALL = (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd35, sd35_large, pixart_sigma)
-ALL += (z_image, lumina2)
+ALL += (flux_dev, flux_schnell, z_image, lumina2)
 # Side of latents, where no option of the class says it.
-SIDE = {"z_image": 8}
+SIDE = {"flux_dev": 8, "flux_schnell": 8, "z_image": 8}
 MAKERS = {f.__name__: f for f in ALL}
 LOADERS = [name for name in MAKERS if name != "pixart_sigma"]  # whose pipelines load a LoRA
 

@@ -21,7 +21,9 @@ from gadjax.formats.sampling_config import GADJAX_JSON
 from gadjax.objectives import DMD, GAD, Anchor, Regression
 from gadjax.pipelines import parity
 from gadjax.pipelines.known_students import PUBLISHED_STUDENTS, published_student
-from gadjax.pipelines.pipeline import abstract_pipeline, load_pipeline, make_pipeline
+from gadjax.pipelines.model import Model
+from gadjax.pipelines.pipeline import abstract_pipeline, load_pipeline, make_pipeline, resized
+from gadjax.pipelines.sampling import draw, initial_noise
 
 PROMPTS = ("a red circle above the blue square", "")
 
@@ -49,9 +51,10 @@ def test_network_outputs_are_those_of_diffusers(folders, family):
 SPRINT = {"guidance": 4.5, "steps": 2}
 
 
-@pytest.mark.parametrize(
-    "family", some(families.MAKERS, ("sdxl", "sana", "sana_sprint", "sd35", *("z_image",)))
-)
+DRAWN = ("sdxl", "sana", "sana_sprint", "sd35", "flux_dev", "z_image")
+
+
+@pytest.mark.parametrize("family", some(families.MAKERS, DRAWN))
 def test_images_are_those_of_diffusers(folders, family, tmp_path):
     sampling = {"steps": 4, "guidance": 3.0, "length": LENGTH.get(family, 77)}
     folder = with_sampling_config(
@@ -61,15 +64,8 @@ def test_images_are_those_of_diffusers(folders, family, tmp_path):
 
 
 # Sprint embeds the number itself.
-UP_TO_ONE = {
-    "z_image": 0.5,
-    "lumina2": 1.0,
-    "sd3": 0.0,
-    "sdxl": 0.5,
-    "sd15": -1.0,
-    "sana": 1.0,
-    "sana_sprint": 0.5,
-}
+UP_TO_ONE = {"sd3": 0.0, "sdxl": 0.5, "sd15": -1.0, "sana": 1.0, "sana_sprint": 0.5}
+UP_TO_ONE |= {"z_image": 0.5, "lumina2": 1.0}
 
 
 @pytest.mark.parametrize("family", some(UP_TO_ONE, ("sd3",)))
@@ -93,6 +89,8 @@ STORED = {
     "pixart_sigma": {"variant": "fp16", "dtype": "float16"},
     "z_image": {"dtype": "bfloat16", "max_shard_size": "150KB"},
     "lumina2": {"variant": "fp16", "dtype": "float16"},
+    "flux_dev": {"dtype": "bfloat16", "max_shard_size": "150KB"},
+    "flux_schnell": {"variant": "fp16", "dtype": "float16"},
 }
 
 
@@ -150,6 +148,8 @@ STUDENTS = {
     "pixart_sigma": (999,),
     "z_image": (1000.0, 947.37, 857.14, 666.67),
     "lumina2": (1000.0, 857.14),
+    "flux_dev": (1000.0, 849.2, 652.5, 384.9),
+    "flux_schnell": (1000.0, 500.0),
 }
 
 
@@ -175,6 +175,7 @@ RECIPES = {
     "dmd2-sdxl": "sdxl",
     "dmd2-sdxl-one-step": "sdxl",
     "sid-sd": "sd2_v",
+    "flux-schnell": "flux_schnell",
     "sana-sprint": "sana_sprint",
 }
 
@@ -202,6 +203,7 @@ def test_published_students_are_sampled_as_by_their_authors(folders, recipe, tmp
         assert stored.denoiser.schedule == pipeline.denoiser.schedule
         assert stored.denoiser.parameterization == pipeline.denoiser.parameterization
     assert parity.compare_pictures(path, PROMPTS) <= 1e-4
+    assert sampling.length == {"flux-schnell": 256}.get(recipe, pipeline.sampling.length)
     assert sampling.scale == pytest.approx(0.9285640 if recipe == "sid-sd" else 1, rel=1e-6)
 
 
@@ -273,8 +275,6 @@ def test_a_negative_prompt_and_another_size(folders, family, tmp_path):
     assert main(["sample", *map(str, arguments), *flags]) == 0
     from PIL import Image
 
-    from gadjax.pipelines.sampling import initial_noise
-
     ours = np.asarray(Image.open(tmp_path / "o" / "00000-0.png"), np.float32) / 255
     assert ours.shape == (*size, 3)
     pipeline, _ = load_pipeline(folder)
@@ -293,6 +293,21 @@ def test_a_negative_prompt_and_another_size(folders, family, tmp_path):
         **parity.diffusers_arguments(type(theirs).__name__, sampling),
     ).images[0]
     assert np.abs(ours - image).max() <= 1 / 255
+
+
+def test_flux_s_grid_follows_the_size(folders):
+    """A wide picture under the folder's own scheduler, whose shift depends on the tokens."""
+    folder = folders("flux_dev")
+    pipeline, params = load_pipeline(folder)
+    sampling = pipeline.sampling.__class__(3, None, 4.5, LENGTH["flux_dev"])
+    wide = resized(pipeline, (24, 40))
+    assert wide.latent == (12, 20, 4) and np.any(wide.sampler.times(3) != pipeline.sampler.times(3))
+    noise = initial_noise(0, len(PROMPTS), wide.latent)
+    ours = draw(Model("flux", wide, params, sampling), PROMPTS, noise) / 2 + 0.5
+    assert ours.shape == (2, 24, 40, 3)
+    assert np.abs(ours - parity._pictures(folder, sampling, PROMPTS, noise)).max() <= 1e-4
+    with pytest.raises(InputError, match="size: found 26x40 pixels; latents: found 13 x 20"):
+        resized(pipeline, (26, 40))
 
 
 # A U-Net is no stack of like blocks: compiling the whole sum for it takes minutes.

@@ -36,6 +36,7 @@ Z_IMAGE = {
     "text_encoder": (398, 4_022_468_096),
     "vae": KL16,
 }
+FLUX = {"text_encoder": CLIP_L, "text_encoder_2": T5, "vae": KL16}
 INVENTORY = {
     "stable-diffusion-v1-5": {"unet": (686, 859_520_964), "text_encoder": CLIP_L, "vae": KL4},
     "stable-diffusion-2-base": SD2,
@@ -68,6 +69,8 @@ INVENTORY = {
     "stable-diffusion-3.5-medium": SD3 | {"transformer": (909, 2_243_171_520 + 384**2 * 1536)},
     # large-turbo too, which has the same configurations.
     "stable-diffusion-3.5-large": SD3 | {"transformer": (1227, 8_056_627_520 + 192**2 * 2432)},
+    "FLUX.1-dev": FLUX | {"transformer": (1160, 11_901_408_320)},
+    "FLUX.1-schnell": FLUX | {"transformer": (1156, 11_891_178_560)},
 }
 
 
@@ -138,6 +141,9 @@ CONFIGS = {
     "backbones.py:sd35_large": "stable-diffusion-3.5-large",
     "backbones.py:pixart_sigma": "PixArt-Sigma-XL-2-1024-MS",
     "backbones.py:z_image": "Z-Image",
+    "backbones.py:lumina2": "Lumina-Image-2.0",
+    "backbones.py:flux_dev": "FLUX.1-dev",
+    "backbones.py:flux_schnell": "FLUX.1-schnell",
     "sdxl.py": "stable-diffusion-xl-base-1.0",
     "sdxl.py:dmd2": "stable-diffusion-xl-base-1.0",
 }
@@ -168,7 +174,8 @@ def traced(repositories, tmp_path):
 
 
 SLOW = ("sd2_gad.py:one_gad", "sana_gad.py:both", "sdxl.py", "backbones.py:sd35_large")
-SLOW += ("backbones.py:z_image",)
+SLOW += ("backbones.py:z_image", "backbones.py:lumina2")
+SLOW += ("backbones.py:flux_dev", "backbones.py:flux_schnell")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ LORA_LOADERS = (
     "StableDiffusion3Pipeline",
     "Lumina2Pipeline",
     "ZImagePipeline",
+    "FluxPipeline",
     "SanaPipeline",
     "SanaSprintPipeline",
 )

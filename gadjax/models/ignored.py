@@ -101,6 +101,7 @@ IGNORED: dict[str, dict[str, str]] = {
     "SD3Transformer2DModel": {},
     "ZImageTransformer2DModel": {},
     "Lumina2Transformer2DModel": {"scaling_factor": "the class does not use it"},
+    "FluxTransformer2DModel": {},
     "CLIPTextModel": _CLIP,
     "CLIPTextModelWithProjection": _CLIP,
     "T5EncoderModel": _T5,

@@ -25,6 +25,7 @@ COMPONENTS = {
     "SD3Transformer2DModel": "gadjax.models.mmdit",
     "ZImageTransformer2DModel": "gadjax.models.zimage",
     "Lumina2Transformer2DModel": "gadjax.models.lumina2",
+    "FluxTransformer2DModel": "gadjax.models.flux",
     "CLIPTextModel": "gadjax.models.text.clip",
     "CLIPTextModelWithProjection": "gadjax.models.text.clip",
     "T5EncoderModel": "gadjax.models.text.t5",

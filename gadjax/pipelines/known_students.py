@@ -23,6 +23,7 @@ class PublishedStudent:
       family: diffusers pipeline class.
       steps, timesteps, guidance: as in `SamplingConfig`.
       scheduler: class that replaces the folder's scheduler, with the same betas; None keeps it.
+      length: prompt length in tokens; None: the pipeline's.
       start: time whose sigma scales the initial latents; None for standard normal latents.
     """
 
@@ -31,6 +32,7 @@ class PublishedStudent:
     timesteps: tuple[float, ...] | None = None
     guidance: float = 1.0
     scheduler: str | None = None
+    length: int | None = None
     start: float | None = None
 
 
@@ -50,6 +52,8 @@ PUBLISHED_STUDENTS = {
     "sid-sd": PublishedStudent("StableDiffusionPipeline", 1, (625,), scheduler=LCM, start=625),
     # Liu et al., arXiv:2511.22677 (decoupled DMD); the folder's own scheduler, shift 3.
     "z-image-turbo": PublishedStudent("ZImagePipeline", 8),
+    # Sauer et al., arXiv:2403.12015; the card of FLUX.1-schnell: guidance 0, 256 tokens of T5.
+    "flux-schnell": PublishedStudent("FluxPipeline", 4, length=256),
     # Chen et al., arXiv:2503.09641.
     "sana-sprint": PublishedStudent("SanaSprintPipeline", 2, guidance=4.5),
 }
@@ -72,6 +76,7 @@ def published_student(name: str, pipeline: Pipeline) -> tuple[Pipeline, Sampling
         steps=student.steps,
         timesteps=student.timesteps,
         guidance=student.guidance,
+        length=student.length or pipeline.sampling.length,
     )
     if student.start is not None:
         _, sigma = schedule_from_config(folder.scheduler).alpha_sigma(student.start)

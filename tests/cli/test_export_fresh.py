@@ -13,8 +13,10 @@ SCHEDULERS = {
     "tiny": ("LCMScheduler", (900, 600, 300)),
     "sd3": ("FlowMatchLCMScheduler", (1000, 750.5, 400)),
     "sana": ("FlowMatchLCMScheduler", (999, 600, 300)),
+    "flux_schnell": ("FlowMatchLCMScheduler", (1000, 750.5, 400)),
     "sdxl": ("LCMScheduler", (999, 749, 499, 249)),
 }
+SLOW = ("sd3", "sana", "sdxl", "flux_schnell")
 OBJECTIVE = {"dmd": {}, "gad": {"end": "clean", "steps": 1}, "anchor": {"steps": 1}}
 
 
@@ -31,7 +33,7 @@ def write(path, teacher, prompts, times, **changes):
 
 
 @pytest.mark.parametrize(
-    "family", ["tiny", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd3", "sana", "sdxl"))]
+    "family", ["tiny", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)]
 )
 def test_from_training_to_diffusers(family, request, folders, prompts, tmp_path, gadjax):
     teacher = request.getfixturevalue("tiny_pipeline") if family == "tiny" else folders(family)

@@ -239,6 +239,29 @@ ORIGINAL = {
         ("final_layer.adaLN_modulation.1", ("all_final_layer.2-1.adaLN_modulation.1",), False),
         ("t_embedder.mlp.2", ("t_embedder.mlp.2",), False),
     ],
+    "flux_dev": [
+        (
+            "double_blocks.1.img_attn.qkv",
+            tuple(f"transformer_blocks.1.attn.to_{x}" for x in "qkv"),
+            False,
+        ),
+        (
+            "double_blocks.0.txt_attn.qkv",
+            tuple(f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"),
+            False,
+        ),
+        (
+            "single_blocks.1.linear1",
+            tuple(
+                f"single_transformer_blocks.1.{x}"
+                for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+            ),
+            False,
+        ),
+        ("single_blocks.0.linear2", ("single_transformer_blocks.0.proj_out",), False),
+        ("final_layer.adaLN_modulation.1", ("norm_out.linear",), True),
+        ("guidance_in.in_layer", ("time_text_embed.guidance_embedder.linear_1",), False),
+    ],
 }
 
 

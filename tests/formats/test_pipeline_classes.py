@@ -147,6 +147,7 @@ FAMILIES = (
     "sd3",
     "z_image",
     "lumina2",
+    "flux_dev",
     "PixArtAlphaPipeline",
     "SIGMA",
 )
@@ -234,6 +235,13 @@ def test_pipelines_that_scale_latents_are_refused_with_a_flow_s_scheduler(folder
     assert not hasattr(getattr(diffusers, scheduler), "scale_model_input")
 
 
+def test_flux_needs_a_scheduler_that_takes_its_sigmas(folders, tmp_path):
+    folder = shutil.copytree(folders("flux_schnell"), tmp_path / "flux")
+    edit(folder / "model_index.json", scheduler=["diffusers", "DPMSolverMultistepScheduler"])
+    words = "scheduler: found 'DPMSolverMultistepScheduler'; expected FlowMatchEulerDiscrete"
+    refused(lambda: abstract_pipeline(folder), words, "which take the sigmas that FluxPipeline")
+
+
 # Class -> shift of a published scheduler_config.json, and the sigmas of four steps.
 GRIDS = {
     "StableDiffusion3Pipeline": (3.0, (1, 0.8577, 0.6022, 0.0089)),
@@ -267,6 +275,61 @@ def test_a_flow_s_grid_is_that_of_the_pipeline_s_class(kind):
             np.testing.assert_allclose(ours.times(n) / 1000, theirs.sigmas.numpy(), rtol=1e-6)
         if four:
             np.testing.assert_allclose(ours.times(4)[:-1] / 1000, four, atol=5e-5)
+
+
+PUBLISHED_DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
+QWENS = PUBLISHED_DYNAMIC | {"max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02}
+# Class -> scheduler_config.json, and the sigmas of four steps by the number of tokens.
+DYNAMIC = {
+    "FluxPipeline": (
+        PUBLISHED_DYNAMIC,
+        {4096: (1, 0.9045, 0.7595, 0.5128), 1024: (1, 0.8492, 0.6525, 0.3849)},
+    ),
+    "Flux2KleinPipeline": (
+        PUBLISHED_DYNAMIC,
+        {4096: (1, 0.9674, 0.9081, 0.7672), 1024: (1, 0.9581, 0.8840, 0.7175), 4356: ()},
+    ),
+    "QwenImagePipeline": (
+        QWENS,
+        {4096: (1, 0.7667, 0.4556, 0.02), 6889: (1, 0.7810, 0.4755, 0.02), 35: ()},
+    ),
+    "ZImagePipeline": (PUBLISHED_DYNAMIC | {"time_shift_type": "linear"}, {4096: (), 1000: ()}),
+}
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_a_dynamic_shift_follows_from_the_size(kind):
+    """And from the number of steps, in FLUX.2."""
+    config, sizes = DYNAMIC[kind]
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | config
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    module, c = inspect.getmodule(getattr(diffusers, kind)), theirs.config
+    for tokens, four in sizes.items():
+        ours = sampler_from_config(config, kind, tokens)
+        for n in (2, 4, 9, 50):
+            if kind == "Flux2KleinPipeline":
+                mu = module.compute_empirical_mu(tokens, n)
+            else:
+                lengths = c.base_image_seq_len, c.max_image_seq_len
+                mu = module.calculate_shift(tokens, *lengths, c.base_shift, c.max_shift)
+            theirs.set_timesteps(sigmas=own_sigmas(kind, n), mu=mu)
+            np.testing.assert_allclose(ours.times(n) / 1000, theirs.sigmas.numpy(), 2e-6, 1e-7)
+        if four:
+            np.testing.assert_allclose(ours.times(4)[:-1] / 1000, four, atol=5e-5)
+
+
+def test_dynamic_shifts_without_a_known_rule_are_refused():
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | PUBLISHED_DYNAMIC
+    for kind in ("Lumina2Pipeline", "StableDiffusion3Pipeline", "SanaPipeline"):
+        refused(lambda: sampler_from_config(config, kind, 64), "use_dynamic_shifting: found True")  # noqa: B023
+    refused(lambda: sampler_from_config(config, "FluxPipeline"), "use_dynamic_shifting: found True")
+    refused(lambda: sampler_from_config(QWENS | config, "QwenImagePipeline", 64).times(1), "steps")
+    equal = config | {"base_image_seq_len": 4096}
+    refused(lambda: sampler_from_config(equal, "FluxPipeline", 64), "max_image_seq_len: found 4096")
+    huge = config | {"max_shift": 1e6}
+    refused(lambda: sampler_from_config(huge, "FluxPipeline", 64), "max_shift: found 1000000.0")
+    wrong = config | {"shift_terminal": 1.5}
+    refused(lambda: sampler_from_config(wrong, "FluxPipeline", 64), "shift_terminal: found 1.5")
 
 
 @pytest.mark.parametrize("kind", sorted(set(PIPELINES) - set(UNSCALED)))

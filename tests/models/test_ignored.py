@@ -21,6 +21,7 @@ BASES = {
     "Transformer2DModel": ("PixArt-XL-2-512x512", "transformer"),
     "SanaTransformer2DModel": ("Sana_600M_512px", "transformer"),
     "SD3Transformer2DModel": ("stable-diffusion-3.5-medium", "transformer"),
+    "FluxTransformer2DModel": ("FLUX.1-dev", "transformer"),
     "CLIPTextModel": ("stable-diffusion-xl-base-1.0", "text_encoder"),
     "CLIPTextModelWithProjection": ("stable-diffusion-xl-base-1.0", "text_encoder_2"),
     "T5EncoderModel": ("PixArt-XL-2-512x512", "text_encoder"),

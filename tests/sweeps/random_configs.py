@@ -515,6 +515,29 @@ def dc(pick: Choice) -> tuple[Options, Options, Options]:
     return fixed, usual, odd
 
 
+def flux(pick: Choice) -> tuple[Options, Options, Options]:
+    axes = [2 * pick(1, 2), 2 * pick(1, 2, 3), 2 * pick(1, 2)]
+    channels = pick(4, 12, 16)
+    fixed = dict(
+        in_channels=channels,
+        num_layers=pick(1, 2),
+        num_single_layers=pick(1, 2, 3),
+        attention_head_dim=sum(axes),
+        num_attention_heads=pick(1, 2, 3),
+        joint_attention_dim=pick(8, 20),
+        pooled_projection_dim=pick(5, 12),
+        axes_dims_rope=axes,
+    )
+    usual = dict(patch_size=1, out_channels=pick(None, channels), guidance_embeds=pick(True, False))
+    odd = dict(
+        patch_size=2,
+        out_channels=2 * channels,
+        in_channels=channels + 1,
+        axes_dims_rope=pick(axes[:2], [sum(axes)], [1, 1, sum(axes) - 2]),
+    )
+    return fixed, usual, odd
+
+
 MAKERS = {
     "CLIPTextModel": clip,
     "CLIPTextModelWithProjection": clip,
@@ -526,6 +549,7 @@ MAKERS = {
     "Transformer2DModel": pixart,
     "SanaTransformer2DModel": sana,
     "SD3Transformer2DModel": sd3,
+    "FluxTransformer2DModel": flux,
     "AutoencoderKL": kl,
     "AutoencoderDC": dc,
 }

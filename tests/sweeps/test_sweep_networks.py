@@ -15,6 +15,7 @@ from random_folders import age, randomise, save
 from sweeping import Case, Choice, Outputs, sweep
 
 from gadjax.formats.diffusers_folder import INDEX, Component, read_pipeline
+from gadjax.models import flux
 from gadjax.models.module import functional
 from gadjax.types import Cond
 
@@ -174,20 +175,23 @@ def denoiser_inputs(model, pick: Choice) -> Outputs:
     """Named as the class names them; pictures as NHWC."""
     config, kind = model.config, type(model).__name__
     unit = config.get("patch_size") or 2 ** (len(config.get("block_out_channels") or [0]) - 1)
-    height, width = unit * pick(1, 2, 3, 4), unit * pick(2, 3, 5)
+    packed = 2 if kind == "FluxTransformer2DModel" else 1
+    height, width = (packed * unit * pick(*sizes) for sizes in ((1, 2, 3, 4), (2, 3, 5)))
     length = pick(1, 7, 12)
     widths = ("caption_channels", "joint_attention_dim", "cross_attention_dim")
     text = next(config[key] for key in widths if config.get(key))
     text = text[0] if isinstance(text, list | tuple) else text
     given = {
-        "x": normal(pick, 2, height, width, config.in_channels),
+        "x": normal(pick, 2, height, width, config.in_channels // packed**2),
         "text": normal(pick, 2, length, text),
         "t": np.float32([pick(999, 500.25, 0), pick(1, 333)]),
     }
     if kind in ("PixArtTransformer2DModel", "SanaTransformer2DModel"):
         given["mask"] = random_mask(pick, 2, length)
-    if kind == "SD3Transformer2DModel":
+    if kind in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
         given["extras"] = {"pooled": normal(pick, 2, config.pooled_projection_dim)}
+    if kind == "FluxTransformer2DModel" and config.guidance_embeds:
+        given["extras"]["guidance"] = np.float32([1.0, pick(0, 1, 1.5)])
     if kind == "SanaTransformer2DModel" and config.guidance_embeds:
         given["t"] = np.float32([0.9, 0.2])
         given["extras"] = {"guidance": np.float32([4.5, pick(0, 1, 7.25)])}
@@ -205,6 +209,9 @@ def denoiser_inputs(model, pick: Choice) -> Outputs:
 
 def run_denoiser(model, given) -> Outputs:
     kind, config = type(model).__name__, model.config
+    if kind == "FluxTransformer2DModel":
+        cond = Cond(given["text"], None, given["extras"])
+        return {"out": flux.FAMILY.call_torch(model, None, given["x"], given["t"], cond)}
     x = given["x"].permute(0, 3, 1, 2).contiguous()
     t, extras = given["t"], given.get("extras", {})
     arguments = {"encoder_hidden_states": given["text"]}

@@ -21,6 +21,7 @@ def get_config():
     config = default_config()
     config.teacher, config.guidance = {teacher!r}, 2.0
     config.student.steps, config.student.timesteps = {count}, {times!r}
+    config.student.guidance = {embedded}
     config.student.lora.update(rank=2, alpha=16.0)
     config.objective = {{"dmd": {{}}, "gad": {{"steps": 1}}, "anchor": {{"steps": 1}}}}
     config.steps, config.batch = 2, 2
@@ -41,7 +42,10 @@ TIMES = {
     "pixart_sigma": (999, 500),
     "z_image": (1000.0, 857.14),
     "lumina2": (1000.0, 857.14),
+    "flux_dev": (1000.0, 849.2, 652.5, 384.9),
+    "flux_schnell": (1000.0, 500.0),
 }
+EMBEDDED = {"flux_dev": 3.5}  # scale that the student is told
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,7 @@ def trained(folders, tmp_path_factory):
                 "teacher": str(folders(family)),
                 "count": len(TIMES[family]),
                 "times": TIMES[family],
+                "embedded": EMBEDDED.get(family, 1.0),
                 "prompts": str(folder / "prompts.txt"),
                 "length": LENGTH.get(family, 77),
             }
@@ -106,6 +111,7 @@ def test_its_lora_is_loaded_by_diffusers(folders, trained, family, keys, tmp_pat
     assert main(["export", *flags]) == 0
     assert json.loads((out / GADJAX_JSON).read_text())["verified"]["max_difference"] <= 1e-4
     adapted, merged = load(folders(family), lora=[out]), load(workdir)
+    assert adapted.sampling.guidance == EMBEDDED.get(family, 1.0)
     assert adapted.sampling == merged.sampling and adapted.sampling.timesteps == TIMES[family]
     assert adapted.fingerprint != load(folders(family)).fingerprint
     base = replace(load(folders(family)), sampling=adapted.sampling)

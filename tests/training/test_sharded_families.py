@@ -18,7 +18,7 @@ import pytest
 from several import run_on_devices
 
 from gadjax.diffusion import geometry
-from gadjax.models import layers, lumina2, mmdit, pixart, sana, unet, zimage
+from gadjax.models import flux, layers, lumina2, mmdit, pixart, sana, unet, zimage
 from gadjax.models.module import functional
 from gadjax.models.params import flatten
 from gadjax.parallel.placement import Placement, current_placement
@@ -79,6 +79,19 @@ FAMILIES = {
             "pos_embed_max_size": 6,
             "dual_attention_layers": [0],
             "qk_norm": "rms_norm",
+        },
+    ),
+    "flux": (
+        flux.FAMILY,
+        {
+            "in_channels": 16,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 6,
+            "num_attention_heads": 4,
+            "axes_dims_rope": [2, 2, 2],
+            "joint_attention_dim": TEXT,
+            "pooled_projection_dim": 10,
         },
     ),
     "pixart": (
