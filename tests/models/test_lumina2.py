@@ -48,10 +48,11 @@ def tiny(heads, kv_heads, axes, layers, refiners, *, lens=(50, 16, 16), text=20,
 # Name -> config, latent height and width. The prompts have 40, 3 and 1 of 40 tokens.
 SIZES = {
     "shared heads": Size(tiny(4, 2, (4, 4, 6), 2, 1), 8, 10),
-    "one head of keys, wide": Size(
-        tiny(6, 1, (2, 4, 4), 3, 2, text=28, norm_eps=1e-3, ffn_dim_multiplier=0.7), 6, 12
+    "one head of keys, tall": Size(
+        tiny(6, 1, (2, 4, 4), 3, 2, text=28, in_channels=3, norm_eps=1e-3, ffn_dim_multiplier=0.7),
+        12,
+        6,
     ),
-    "unshared, tall": Size(tiny(3, 3, (6, 2, 4), 5, 1, in_channels=3, out_channels=3), 18, 4),
 }
 
 LENGTHS = 40, 3, 1

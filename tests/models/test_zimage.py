@@ -119,6 +119,7 @@ class TestZImage(BackboneSuite):
     test_kv_cache_stands_for_the_prompt = None  # the caption's tokens change from layer to layer
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_torch():
     """Under rematerialisation; of the learned paddings too."""
     cfg = SIZES["padded"].config
