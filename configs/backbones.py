@@ -6,7 +6,8 @@ Command:  gadjax train --config configs/backbones.py:VARIANT --workdir DIR
               --config.teacher=PATH --config.data.prompts=PROMPTS.txt
 Variants: sd35_large (default; stable-diffusion-3.5-large, 1024 pixels), pixart_sigma
           (PixArt-Sigma-XL-2-1024-MS), flux_dev (FLUX.1-dev; student and critic are told the
-          guidance that the teacher is), flux_schnell (FLUX.1-schnell, itself a few-step student)
+          guidance that the teacher is), flux_schnell (FLUX.1-schnell, itself a few-step student),
+          z_image (Z-Image), lumina2 (Lumina-Image-2.0)
 Hardware: `gadjax plan` of the variant says what fits.
 Result:   not yet run.
 """
@@ -25,12 +26,16 @@ DDPM = {
     "anchor": {"weight": 0.05, "target": "x0", "steps": 4},
 }
 VARIANTS = {"sd35_large": FLOW, "pixart_sigma": DDPM, "flux_dev": FLOW, "flux_schnell": FLOW}
+VARIANTS |= {"z_image": FLOW, "lumina2": FLOW}
 # Variant -> the teacher's guidance, the student's times, prompt length.
 SAMPLING = {
     "sd35_large": (3.5, (1000.0, 857.69, 602.15, 8.93), 256),
     "pixart_sigma": (4.5, (999, 749, 499, 249), 300),
     "flux_dev": (3.5, (1000.0, 904.53, 759.51, 512.84), 512),  # its grid at 1024 pixels
     "flux_schnell": (1.0, (1000.0, 750.0, 500.0, 250.0), 256),
+    # Guidance 5 in diffusers, whose form is cond + s (cond - null).
+    "z_image": (6.0, (1000.0, 947.37, 857.14, 666.67), 512),
+    "lumina2": (4.0, (1000.0, 947.37, 857.14, 666.67), 256),
 }
 
 

@@ -99,6 +99,60 @@ def gemma(width: int):
     return tokenizer, Gemma2Model(config)
 
 
+# As published: other roles and tools aside.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+)
+
+
+def qwen2_tokenizer():
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import AddedToken, Qwen2Tokenizer
+
+    vocab, merges = sorted(ByteLevel.alphabet()), []
+    for word in ("user", *WORDS, *(f"Ġ{word}" for word in WORDS)):
+        parts = [*word]
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts = ["".join(parts[:2]), *parts[2:]]
+            vocab.append(parts[0])
+    vocab = [*dict.fromkeys(vocab), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(vocab)},
+        merges=list(dict.fromkeys(merges)),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def qwen3(width: int):
+    from transformers import Qwen3Config, Qwen3Model
+
+    tokenizer = qwen2_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    return tokenizer, Qwen3Model(config)
+
+
 def vae_kl(channels: int = 4, **more):
     from diffusers import AutoencoderKL
 
@@ -112,6 +166,11 @@ def vae_kl(channels: int = 4, **more):
         sample_size=16,
         **more,
     )
+
+
+def vae_flux(channels: int):
+    more = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return vae_kl(channels, scaling_factor=0.3611, shift_factor=0.1159, **more)
 
 
 def unet(cross: int, **more):
@@ -266,6 +325,56 @@ def sana_sprint():
     )
 
 
+def z_image():
+    import diffusers
+
+    tokenizer, encoder = qwen3(20)
+    net = diffusers.ZImageTransformer2DModel(
+        in_channels=8,
+        dim=48,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=3,
+        n_kv_heads=3,
+        cap_feat_dim=20,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    )
+    return diffusers.ZImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae_flux(8),
+        transformer=net,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )
+
+
+def lumina2():
+    import diffusers
+
+    tokenizer, encoder = gemma(20)
+    net = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=8,
+        hidden_size=48,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=[4, 4, 4],
+        axes_lens=[300, 16, 16],
+        cap_feat_dim=20,
+    )
+    return diffusers.Lumina2Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae_flux(8),
+        transformer=net,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )
+
+
 def sd3(**more):
     import diffusers
 
@@ -357,13 +466,7 @@ def flux_schnell(dynamic=False, **more):
         tokenizer_2=tokenizer,
         text_encoder=clip(one, 20, "quick_gelu"),
         text_encoder_2=encoder,
-        vae=vae_kl(
-            4,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
+        vae=vae_flux(4),
         transformer=net,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shift),
     )
@@ -376,9 +479,11 @@ def flux_dev():
 # Prompt lengths that are not the defaults, where they are free.
 LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12, "sd35_large": 12}
 LENGTH |= {"pixart_sigma": 140, "flux_dev": 12, "flux_schnell": 12}  # PixArt-alpha's are 120
+LENGTH |= {"z_image": 40, "lumina2": 220}  # with a chat, or a system prompt
 ALL = (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd35, sd35_large, pixart_sigma)
-ALL += (flux_dev, flux_schnell)
-SIDE = {"flux_dev": 8, "flux_schnell": 8}  # of latents, where no option of the class says it
+ALL += (flux_dev, flux_schnell, z_image, lumina2)
+# Side of latents, where no option of the class says it.
+SIDE = {"flux_dev": 8, "flux_schnell": 8, "z_image": 8}
 MAKERS = {f.__name__: f for f in ALL}
 LOADERS = [name for name in MAKERS if name != "pixart_sigma"]  # whose pipelines load a LoRA
 

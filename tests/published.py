@@ -14,6 +14,7 @@ TOKENIZERS = {
     "CLIPTokenizer": functools.partial(families.clip_tokenizer, "!"),
     "T5Tokenizer": lambda: families.t5(16)[0],
     "GemmaTokenizer": lambda: families.gemma(20)[0],
+    "Qwen2Tokenizer": families.qwen2_tokenizer,
 }
 
 

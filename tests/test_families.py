@@ -51,9 +51,10 @@ def test_network_outputs_are_those_of_diffusers(folders, family):
 SPRINT = {"guidance": 4.5, "steps": 2}
 
 
-@pytest.mark.parametrize(
-    "family", some(families.MAKERS, ("sdxl", "sana", "sana_sprint", "sd35", "flux_dev"))
-)
+DRAWN = ("sdxl", "sana", "sana_sprint", "sd35", "flux_dev", "z_image")
+
+
+@pytest.mark.parametrize("family", some(families.MAKERS, DRAWN))
 def test_images_are_those_of_diffusers(folders, family, tmp_path):
     sampling = {"steps": 4, "guidance": 3.0, "length": LENGTH.get(family, 77)}
     folder = with_sampling_config(
@@ -64,6 +65,7 @@ def test_images_are_those_of_diffusers(folders, family, tmp_path):
 
 # Sprint embeds the number itself.
 UP_TO_ONE = {"sd3": 0.0, "sdxl": 0.5, "sd15": -1.0, "sana": 1.0, "sana_sprint": 0.5}
+UP_TO_ONE |= {"z_image": 0.5, "lumina2": 1.0}
 
 
 @pytest.mark.parametrize("family", some(UP_TO_ONE, ("sd3",)))
@@ -85,6 +87,8 @@ STORED = {
     "sd35": {},
     "sd35_large": {"dtype": "float16", "max_shard_size": "150KB"},
     "pixart_sigma": {"variant": "fp16", "dtype": "float16"},
+    "z_image": {"dtype": "bfloat16", "max_shard_size": "150KB"},
+    "lumina2": {"variant": "fp16", "dtype": "float16"},
     "flux_dev": {"dtype": "bfloat16", "max_shard_size": "150KB"},
     "flux_schnell": {"variant": "fp16", "dtype": "float16"},
 }
@@ -142,6 +146,8 @@ STUDENTS = {
     "sd3": (1000.0,),
     "sd35": (1000.0, 857.69, 602.15, 8.93),
     "pixart_sigma": (999,),
+    "z_image": (1000.0, 947.37, 857.14, 666.67),
+    "lumina2": (1000.0, 857.14),
     "flux_dev": (1000.0, 849.2, 652.5, 384.9),
     "flux_schnell": (1000.0, 500.0),
 }
@@ -165,6 +171,7 @@ def test_a_student_goes_back_to_diffusers(folders, family, tmp_path):
 RECIPES = {
     "dp-dmd-sd3.5": "sd35",
     "sd3.5-large-turbo": "sd35_large",
+    "z-image-turbo": "z_image",
     "dmd2-sdxl": "sdxl",
     "dmd2-sdxl-one-step": "sdxl",
     "sid-sd": "sd2_v",

@@ -31,6 +31,11 @@ SD2 = {"unet": (686, 865_910_724), "text_encoder": CLIP_H, "vae": KL4}
 SD3 = {"text_encoder": CLIP_LP, "text_encoder_2": BIG_G, "text_encoder_3": T5, "vae": KL16}
 SANA = {"text_encoder": GEMMA, "vae": DC}
 PIXART = {"text_encoder": T5, "vae": KL4}
+Z_IMAGE = {
+    "transformer": (521, 6_154_908_736),
+    "text_encoder": (398, 4_022_468_096),
+    "vae": KL16,
+}
 FLUX = {"text_encoder": CLIP_L, "text_encoder_2": T5, "vae": KL16}
 INVENTORY = {
     "stable-diffusion-v1-5": {"unet": (686, 859_520_964), "text_encoder": CLIP_L, "vae": KL4},
@@ -52,6 +57,13 @@ INVENTORY = {
     "SANA1.5_1.6B_1024px": SANA | {"transformer": (476, 1_604_641_952)},
     "Sana_Sprint_0.6B_1024px": SANA | {"transformer": (664, 593_501_216)},
     "Sana_Sprint_1.6B_1024px": SANA | {"transformer": (480, 1_610_237_472)},
+    "Lumina-Image-2.0": {
+        "transformer": (459, 2_609_769_152),
+        "text_encoder": GEMMA,
+        "vae": KL16,
+    },
+    "Z-Image": Z_IMAGE,
+    "Z-Image-Turbo": Z_IMAGE,
     # With the table of positions, which the files hold.
     "stable-diffusion-3-medium": SD3 | {"transformer": (683, 2_028_328_000 + 192**2 * 1536)},
     "stable-diffusion-3.5-medium": SD3 | {"transformer": (909, 2_243_171_520 + 384**2 * 1536)},
@@ -128,6 +140,8 @@ CONFIGS = {
     "sd35_dpdmd.py:gad": "stable-diffusion-3.5-medium",
     "backbones.py:sd35_large": "stable-diffusion-3.5-large",
     "backbones.py:pixart_sigma": "PixArt-Sigma-XL-2-1024-MS",
+    "backbones.py:z_image": "Z-Image",
+    "backbones.py:lumina2": "Lumina-Image-2.0",
     "backbones.py:flux_dev": "FLUX.1-dev",
     "backbones.py:flux_schnell": "FLUX.1-schnell",
     "sdxl.py": "stable-diffusion-xl-base-1.0",
@@ -160,6 +174,7 @@ def traced(repositories, tmp_path):
 
 
 SLOW = ("sd2_gad.py:one_gad", "sana_gad.py:both", "sdxl.py", "backbones.py:sd35_large")
+SLOW += ("backbones.py:z_image", "backbones.py:lumina2")
 SLOW += ("backbones.py:flux_dev", "backbones.py:flux_schnell")
 
 

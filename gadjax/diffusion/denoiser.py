@@ -27,6 +27,8 @@ class Denoiser:
       feature_blocks: number of blocks that `features` may name; 0 where it names none.
       guidance_embedded: the guidance scale is a network input, cond.extras["guidance"]
         (guidance-distilled model), and is not applied to outputs.
+      guided_norm: axis of the raw output along which guidance keeps the norm of the conditional
+        output (Lumina 2); None: none.
       text_kv: (params, text_BLD) -> the cross-attention KV cache of the prompt embeddings, which
         `apply` and `features` accept in their place. None where a family has no such cache.
       default_guidance: embedded scale where an evaluation names none: the student's and critic's.
@@ -38,6 +40,7 @@ class Denoiser:
     features: Callable[..., Any] | None = None
     feature_blocks: int = 0
     guidance_embedded: bool = False
+    guided_norm: int | None = None
     text_kv: Callable[[Params, jax.Array], Any] | None = None
     default_guidance: float = 1.0
 
@@ -137,11 +140,19 @@ class Denoiser:
             t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
             raw = self.raw(params, _interleave(x_BHWC, x_BHWC), _interleave(t_B, t_B), both)
             cond_out, uncond_out = raw.reshape(-1, 2, *x_BHWC.shape[1:]).swapaxes(0, 1)
-            return uncond_out + expand(jnp.asarray(scale, x_BHWC.dtype), x_BHWC) * (
+            guided = uncond_out + expand(jnp.asarray(scale, x_BHWC.dtype), x_BHWC) * (
                 cond_out - uncond_out
             )
+            return guided if self.guided_norm is None else self._renormed(guided, cond_out)
 
         return evaluate_both
+
+    def _renormed(self, guided_BHWC, cond_BHWC):
+        """Guided output with the norms of the conditional one along an axis."""
+        one, other = (
+            jnp.square(x).sum(self.guided_norm, keepdims=True) for x in (cond_BHWC, guided_BHWC)
+        )
+        return guided_BHWC * jnp.sqrt(one / jnp.where(other > 0, other, 1))
 
     def _embed_guidance(self, cond: Cond, scale, like_B: jax.Array) -> Cond:
         scale_B = jnp.broadcast_to(jnp.asarray(scale, like_B.dtype), like_B.shape)

@@ -25,6 +25,8 @@ LORA_LOADERS = (
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusion3Pipeline",
+    "Lumina2Pipeline",
+    "ZImagePipeline",
     "FluxPipeline",
     "SanaPipeline",
     "SanaSprintPipeline",

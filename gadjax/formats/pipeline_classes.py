@@ -50,6 +50,12 @@ PIPELINES: dict[str, dict[str, tuple[str, ...]]] = {
         "text_encoder_2": _PROJECTED,
         "text_encoder_3": ("T5EncoderModel",),
     },
+    LUMINA: _KL | {"transformer": ("Lumina2Transformer2DModel",), "text_encoder": ("Gemma2Model",)},
+    Z_IMAGE: _KL
+    | {
+        "transformer": ("ZImageTransformer2DModel",),
+        "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
+    },
     FLUX: _KL
     | {
         "transformer": ("FluxTransformer2DModel",),

@@ -83,6 +83,8 @@ class Backbone(Family):
         another unit of time.
       original: (names of modules in diffusers, config) -> modules of the original release by their
         names there, for adapters that others trained; None where files have diffusers' names.
+      guided_norm: axis of the raw output along which classifier-free guidance keeps the norm of the
+        conditional output; None: none.
       text_kv: name of the method that computes a prompt's KV cache; None where the prompt
         embeddings change from layer to layer.
       no_sequence_sharding: reason why a mesh must not split a sample's positions; empty where it
@@ -96,6 +98,7 @@ class Backbone(Family):
     torch_inputs: Callable[[Any, Cond], Mapping[str, Any]] = lambda config, cond: {}
     torch_call: Callable[..., Any] | None = None
     original: Callable[[Collection[str], Any], Mapping[str, Original]] | None = None
+    guided_norm: int | None = None
     text_kv: str | None = None
     no_sequence_sharding: str = ""
 

@@ -72,6 +72,9 @@ _GEMMA = _TRANSFORMERS | {
     "max_position_embeddings": "positions are rotations (RoPE) of any length",
     "tie_word_embeddings": _NO_HEAD,
 }
+_WINDOW = "of sliding windows, which are refused"
+_QWEN3 = _GEMMA | {"sliding_window": _WINDOW, "max_window_layers": _WINDOW}
+_QWEN3.pop("final_logit_softcapping")
 _PIXART = {
     "norm_num_groups": "there is no group norm",
     "num_embeds_ada_norm": "there is no table of classes",
@@ -96,11 +99,15 @@ IGNORED: dict[str, dict[str, str]] = {
     "Transformer2DModel": _PIXART,
     "SanaTransformer2DModel": {},
     "SD3Transformer2DModel": {},
+    "ZImageTransformer2DModel": {},
+    "Lumina2Transformer2DModel": {"scaling_factor": "the class does not use it"},
     "FluxTransformer2DModel": {},
     "CLIPTextModel": _CLIP,
     "CLIPTextModelWithProjection": _CLIP,
     "T5EncoderModel": _T5,
     "Gemma2Model": _GEMMA,
+    "Qwen3Model": _QWEN3,
+    "Qwen3ForCausalLM": _QWEN3,
     "AutoencoderKL": {
         "sample_size": "of tiling, which is an argument of a call",
         "force_upcast": "of float16, in which gadjax does not compute",
@@ -140,6 +147,7 @@ IGNORED_TENSORS: dict[str, dict[str, str]] = {
     "CLIPTextModel": {
         r"^(text_model\.)?embeddings\.position_ids$": "the integers 0, 1, ... in older files"
     },
+    "Qwen3ForCausalLM": {r"^lm_head\.weight$": _NO_HEAD},
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gadjax.errors import InputError, check_choice
-from gadjax.formats.pipeline_classes import FLUX, PIXART, SD, SD3, SDXL, SPRINT
+from gadjax.formats.pipeline_classes import FLUX, PIXART, SD, SD3, SDXL, SPRINT, Z_IMAGE
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import DDIM, DPM, LCM, schedule_from_config
 from gadjax.pipelines.pipeline import Pipeline, with_scheduler
@@ -146,6 +146,8 @@ PUBLISHED_STUDENTS = {
     "dmd2-sdxl-one-step": PublishedStudent(SDXL, 1, (399,), scheduler=LCM),
     # Zhou et al., arXiv:2406.01561: x0 of sigma z at time 625.
     "sid-sd": PublishedStudent(SD, 1, (625,), scheduler=LCM, start=625),
+    # Liu et al., arXiv:2511.22677 (decoupled DMD); the folder's own scheduler, shift 3.
+    "z-image-turbo": PublishedStudent(Z_IMAGE, 8),
     # Sauer et al., arXiv:2403.12015; the card of FLUX.1-schnell: guidance 0, 256 tokens of T5.
     "flux-schnell": PublishedStudent(FLUX, 4, length=256),
     # Chen et al., arXiv:2503.09641.

@@ -20,7 +20,7 @@ from gadjax.diffusion.samplers import keys_from_noise, step_noise
 from gadjax.diffusion.schedules import Flow
 from gadjax.errors import InputError, RunStopped
 from gadjax.formats.diffusers_folder import INDEX, Component, PipelineFolder
-from gadjax.formats.pipeline_classes import FLUX, PACKED, PASSES_SIGMAS, SD3
+from gadjax.formats.pipeline_classes import FLUX, PACKED, PASSES_SIGMAS, SD3, Z_IMAGE
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.io.untrusted import read_json
 from gadjax.models.module import functional
@@ -206,6 +206,8 @@ def diffusers_arguments(
     if pipeline == FLUX and not embedded and sampling.guidance > 1:
         # guidance_scale is the network's input alone; this one needs a negative prompt.
         arguments |= {"true_cfg_scale": sampling.guidance, "negative_prompt": ""}
+    if pipeline == Z_IMAGE:  # its guidance is cond + s (cond - null)
+        arguments["guidance_scale"] = max(sampling.guidance, 1) - 1
     if sampling.negative is not None:
         arguments["negative_prompt"] = sampling.negative
     if pipeline.startswith(_WITH_LENGTH):

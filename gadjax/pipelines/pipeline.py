@@ -236,6 +236,7 @@ def _denoiser(folder: PipelineFolder, network: Functional) -> Denoiser:
         features,
         blocks,
         guidance_embedded=part.spec.guidance_embeds,
+        guided_norm=part.family.guided_norm,
         text_kv=text_kv and partial(network.apply, method=text_kv),
     )
     return denoiser.with_default_guidance(1.0)

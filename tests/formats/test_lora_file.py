@@ -227,6 +227,18 @@ ORIGINAL = {
         ("final_layer.adaLN_modulation.1", ("norm_out.linear",), True),
         ("x_embedder.proj", ("pos_embed.proj",), False),
     ],
+    "z_image": [
+        (
+            "layers.1.attention.qkv",
+            tuple(f"layers.1.attention.to_{x}" for x in "qkv"),
+            False,
+        ),
+        ("noise_refiner.0.attention.out", ("noise_refiner.0.attention.to_out.0",), False),
+        ("context_refiner.0.feed_forward.w3", ("context_refiner.0.feed_forward.w3",), False),
+        ("x_embedder", ("all_x_embedder.2-1",), False),
+        ("final_layer.adaLN_modulation.1", ("all_final_layer.2-1.adaLN_modulation.1",), False),
+        ("t_embedder.mlp.2", ("t_embedder.mlp.2",), False),
+    ],
     "flux_dev": [
         (
             "double_blocks.1.img_attn.qkv",

@@ -145,6 +145,8 @@ FAMILIES = (
     "sana",
     "sana_sprint",
     "sd3",
+    "z_image",
+    "lumina2",
     "flux_dev",
     "PixArtAlphaPipeline",
     "SIGMA",
@@ -163,7 +165,8 @@ def test_steps_guidance_and_length_are_the_calls_defaults(folders, family, tiny_
     kind = getattr(diffusers, pipeline.folder.model_index["_class_name"])
     defaults = {name: p.default for name, p in inspect.signature(kind.__call__).parameters.items()}
     assert pipeline.sampling.steps == defaults["num_inference_steps"]
-    assert pipeline.sampling.guidance == defaults["guidance_scale"]
+    # Z-Image's guidance is cond + s (cond - null).
+    assert pipeline.sampling.guidance == defaults["guidance_scale"] + (family == "z_image")
     assert pipeline.sampling.length == defaults.get("max_sequence_length", 77)
 
 

@@ -252,11 +252,13 @@ def relative(a, b):
 
 
 def tokens_by_block(case: Case, name: str) -> list[np.ndarray]:
-    """Tokens after each block of torch's network."""
-    model, by_block = loaded(case, name).torch_network, []
+    """Tokens of the image after each block of torch's network; they come first."""
+    both, by_block = loaded(case, name), []
+    model = both.torch_network
+    images = jax.eval_shape(both.features, both.params, *both.inputs).shape[1]
     hooks = [
         block.register_forward_hook(
-            lambda block, given, out: by_block.append(case.tokens(out).numpy())
+            lambda block, given, out: by_block.append(case.tokens(out)[:, :images].numpy())
         )
         for block in case.blocks(model)
     ]

@@ -14,7 +14,7 @@ from conformance_text import TextEncoderCase, TextEncoderSuite, TextSize, last_h
 from gadjax.errors import InputError
 from gadjax.models.module import functional
 from gadjax.models.params import cast
-from gadjax.models.text import gemma2
+from gadjax.models.text import causal, gemma2
 
 # The config.json of all Sana repositories.
 REAL = {
@@ -145,7 +145,7 @@ def test_the_soft_cap_and_the_positions_matter():
 def test_frequencies_are_those_of_transformers(width, theta):
     config = torch_config(SMALL | dict(head_dim=width, rope_theta=theta))
     model = transformers.models.gemma2.modeling_gemma2.Gemma2RotaryEmbedding(config)
-    ours = gemma2.frequencies(width, theta)
+    ours = causal.frequencies(width, theta)
     assert ours.dtype == np.float32
     np.testing.assert_array_max_ulp(ours, model.inv_freq.numpy(), 1)
 

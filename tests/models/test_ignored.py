@@ -26,6 +26,10 @@ BASES = {
     "CLIPTextModelWithProjection": ("stable-diffusion-xl-base-1.0", "text_encoder_2"),
     "T5EncoderModel": ("PixArt-XL-2-512x512", "text_encoder"),
     "Gemma2Model": ("Sana_600M_512px", "text_encoder"),
+    "ZImageTransformer2DModel": ("Z-Image", "transformer"),
+    "Lumina2Transformer2DModel": ("Lumina-Image-2.0", "transformer"),
+    "Qwen3Model": ("Z-Image", "text_encoder"),
+    "Qwen3ForCausalLM": ("Z-Image", "text_encoder"),
     "AutoencoderKL": ("stable-diffusion-xl-base-1.0", "vae"),
     "AutoencoderDC": ("Sana_600M_512px", "vae"),
 }

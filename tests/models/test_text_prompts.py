@@ -89,6 +89,37 @@ def test_padding_side_is_the_tokenizers(folders, family, tiny_pipeline, tmp_path
     agree(ours(folder, length=options.get("max_sequence_length")), theirs(folder, **options))
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_z_image_reads_a_chat_before_qwens_last_block(folders, side, tmp_path):
+    """A prompt's tokens come first in the end; more of them than the length are cut off."""
+    folder = shutil.copytree(folders("z_image"), tmp_path / "copy")
+    edit(folder / "tokenizer" / "tokenizer_config.json", padding_side=side)
+    edit(folder / "model_index.json", text_encoder=["transformers", "Qwen3ForCausalLM"])
+    prompts = ["a red circle above the blue square", "", " {Above} \n  a circle, " * 3]
+    pipeline, params = load_pipeline(folder)
+    tokens = pipeline.tokens([*prompts[:1], None, *prompts[2:]], 40)
+    cond = pipeline.encode_text(params, *tokens)
+    reference = diffusers.DiffusionPipeline.from_pretrained(folders("z_image"))
+    reference.tokenizer.padding_side = side
+    with torch.no_grad():
+        expected, _ = reference.encode_prompt(
+            list(prompts), device="cpu", do_classifier_free_guidance=False, max_sequence_length=40
+        )
+    lengths = [len(embeds) for embeds in expected]
+    assert lengths[1] < lengths[0] < lengths[2] == 40
+    mask = np.arange(40) < np.array(lengths)[:, None]
+    np.testing.assert_array_equal(cond.mask, mask)
+    for row, embeds in zip(np.asarray(cond.text), expected, strict=True):
+        agree(row[: len(embeds)], embeds.numpy())
+
+
+def test_a_chat_template_of_another_text_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders("z_image"), tmp_path / "copy")
+    path = folder / "tokenizer" / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|im_end|>", "</s>"))
+    refused(lambda: ours(folder), "tokenizer: found a chat template that gives '<|im_start|>user")
+
+
 def test_a_learned_concept_of_several_vectors(folder):
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     tokenizer.add_tokens(["<cat>", "<cat>_1", "<cat>_2", "<dog>"])

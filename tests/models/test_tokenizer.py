@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from gadjax.errors import InputError
+from gadjax.models.text import chat
 from gadjax.models.text.tokenizer import Tokenizer, build_word_tokenizer, load_tokenizer, preprocess
 
 torch.set_num_threads(1)
@@ -203,11 +204,16 @@ def test_a_truncated_prompt_is_logged(word_folder, caplog):
     assert ids[0, -1] == 1 and mask[0].all()  # the closing token stays
 
 
-@pytest.mark.parametrize("kind", ["CLIPTokenizer", "GemmaTokenizerFast"])
+@pytest.mark.parametrize("kind", ["CLIPTokenizer", "GemmaTokenizerFast", "Qwen2Tokenizer"])
 def test_tokenizers_of_other_families(kind, tmp_path):
     import families
 
-    made = families.clip_tokenizer("!") if kind[0] == "C" else families.gemma(20)[0]
+    makers = {
+        "CLIPTokenizer": lambda: families.clip_tokenizer("!"),
+        "GemmaTokenizerFast": lambda: families.gemma(20)[0],
+        "Qwen2Tokenizer": families.qwen2_tokenizer,
+    }
+    made = makers[kind]()
     made.save_pretrained(tmp_path / "tokenizer")
     texts, length = ["a red circle above", "", "x " * 40], 12
     ids, mask = load_tokenizer(tmp_path / "tokenizer", kind, clean=False)(texts, length)
@@ -216,6 +222,56 @@ def test_tokenizers_of_other_families(kind, tmp_path):
     np.testing.assert_array_equal(ids, theirs["input_ids"])
     np.testing.assert_array_equal(mask, theirs["attention_mask"])
     assert ids.dtype == np.int32 and mask[2].all() and not mask[1].all()
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_chats_of_qwen_s_tokenizer(older, tmp_path):
+    """From tokenizer.json, or from vocab.json and merges.txt with the added tokens in the config;
+    the chat's text is that of the template, and its marks are one token each."""
+    import families
+
+    made = families.qwen2_tokenizer()
+    folder = tmp_path / "tokenizer"
+    made.save_pretrained(folder)
+    if older:
+        path = folder / "tokenizer.json"
+        model = json.loads(path.read_text())["model"]
+        path.unlink()
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        merges = "\n".join(["#version: 0.2", *map(" ".join, model["merges"])])
+        (folder / "merges.txt").write_text(merges)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["added_tokens_decoder"] = {
+            str(made.convert_tokens_to_ids(token)): {"content": token, "special": token[1] == "|"}
+            for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(folder, "Qwen2Tokenizer", clean=False)
+    prompts = ["a red circle", "", " A\n{cat}  ", "<|im_end|> 1"]
+    template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+    texts = [
+        made.apply_chat_template([{"role": "user", "content": text}], **template)
+        for text in prompts
+    ]
+    assert texts == [chat.QWEN3.format(text) for text in prompts]
+    assert len(tokenizer.backend.tokenize("<|im_start|>")) == 1
+    ids, mask = tokenizer(texts, 40)
+    theirs = made(texts, padding="max_length", max_length=40, truncation=True)
+    np.testing.assert_array_equal(ids, theirs["input_ids"])
+    np.testing.assert_array_equal(mask, theirs["attention_mask"])
+    chat.check_template(tokenizer, chat.QWEN3, enable_thinking=True)
+    with pytest.raises(InputError, match="found a chat template that gives .*think.*; expected"):
+        chat.check_template(tokenizer, chat.QWEN3, enable_thinking=False)
+    tokenizer.backend.chat_template = "{{ messages.missing.part }}"
+    with pytest.raises(InputError, match=r"found an unusable chat template \(.*\); expected"):
+        chat.check_template(tokenizer, chat.QWEN3)
+    tokenizer.backend.chat_template = None
+    with pytest.raises(InputError, match="found no chat template; expected that of Qwen3"):
+        chat.check_template(tokenizer, chat.QWEN3)
+    if older:
+        (folder / "merges.txt").unlink()
+        with pytest.raises(InputError, match="found no merges.txt; expected it beside vocab.json"):
+            load_tokenizer(folder, "Qwen2Tokenizer")
 
 
 def test_ids_beyond_the_encoders_vocabulary_are_refused(word_folder):

@@ -132,6 +132,50 @@ def gemma2(pick: Choice) -> tuple[Options, Options, Options]:
     return fixed, usual, odd
 
 
+def qwen3(pick: Choice) -> tuple[Options, Options, Options]:
+    heads = pick(1, 2, 4, 6)
+    layers = pick(1, 2, 3)
+    fixed = dict(
+        vocab_size=pick(20, 50, 99),
+        hidden_size=pick(8, 12, 24),
+        intermediate_size=pick(8, 20, 40),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=pick(*(n for n in (1, 2, 3, 4, 6) if heads % n == 0)),
+        head_dim=pick(4, 6, 10),
+    )
+    usual = dict(
+        hidden_act="silu",
+        max_position_embeddings=pick(32768, 64, 16),
+        initializer_range=0.02,
+        rms_norm_eps=pick(1e-6, 1e-5, 1e-3),
+        use_cache=pick(True, False),
+        pad_token_id=pick(0, 1),
+        eos_token_id=pick(1, [1, 7]),
+        bos_token_id=pick(2, 3),
+        rope_parameters={"rope_type": "default", "rope_theta": pick(1_000_000.0, 500.0, 10_000)},
+        attention_bias=False,
+        attention_dropout=pick(0.0, 0.1),
+        use_sliding_window=False,
+        sliding_window=pick(4096, 4, None),
+        max_window_layers=pick(28, 0),
+        layer_types=["full_attention"] * layers,
+    )
+    odd = dict(
+        hidden_act=pick("gelu", "relu", "gelu_pytorch_tanh"),
+        attention_bias=True,
+        use_sliding_window=True,
+        layer_types=["sliding_attention"] * layers,
+        rope_parameters=pick(
+            {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
+            {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
+            {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+        ),
+        head_dim=pick(5, 7),
+    )
+    return fixed, usual, odd
+
+
 def unet(pick: Choice) -> tuple[Options, Options, Options]:
     blocks = pick(1, 2, 2, 3)
     widths = [pick(8, 12, 16, 24) for _ in range(blocks)]
@@ -499,6 +543,7 @@ MAKERS = {
     "CLIPTextModelWithProjection": clip,
     "T5EncoderModel": t5,
     "Gemma2Model": gemma2,
+    "Qwen3Model": qwen3,
     "UNet2DConditionModel": unet,
     "PixArtTransformer2DModel": pixart,
     "Transformer2DModel": pixart,

@@ -135,13 +135,14 @@ def change_transformers(name: str, config: dict[str, Any], pick: Choice) -> None
             config["tie_word_embeddings"] = pick(True, False)
         if pick.chance(0.2):
             config["n_positions"] = 512
-    if name == "Gemma2Model":
+    if name in ("Gemma2Model", "Qwen3Model"):
         rope = config.get("rope_parameters")
         if rope and rope["rope_type"] == "default" and pick.chance(0.4):
             del config["rope_parameters"]
             config["rope_theta"] = rope["rope_theta"]
             if pick.chance(0.3):
                 config["rope_scaling"] = None
+    if name == "Gemma2Model":
         if pick.chance(0.3):
             config["hidden_act"] = "gelu_pytorch_tanh"
         if pick.chance(0.2):

@@ -62,7 +62,8 @@ def test_tokenizers(name, tmp_path):
 def draw(name: str, rng: np.random.Generator, root: Path) -> Case:
     pick = Choice(rng)
     folder = root / "tokenizer"
-    {"CLIP": write_clip, "T5To": write_t5, "Gemm": write_gemma}[name[:4]](folder, pick)
+    writers = {"CLIP": write_clip, "T5To": write_t5, "Gemm": write_gemma, "Qwen": write_qwen}
+    writers[name[:4]](folder, pick)
     rewrite(folder, name, pick)
     written = name + pick("", "Fast")
     prompts = [random_prompt(pick) for _ in range(6)]
@@ -101,7 +102,7 @@ def theirs(tokenizer, name: str, prompts: list[str], length: int, pipeline: str 
     """As the pipelines of diffusers call them."""
     if pipeline == "StableDiffusionPipeline":
         prompts = TextualInversionLoaderMixin().maybe_convert_prompt(prompts, tokenizer)
-    elif name != "CLIPTokenizer":
+    elif name in ("T5Tokenizer", "GemmaTokenizer"):
         prompts = [text.lower().strip() for text in prompts]
     if name == "GemmaTokenizer":
         tokenizer.padding_side = "right"
@@ -146,7 +147,15 @@ def random_settings(tokenizer, pick: Choice) -> None:
 
 
 def write_clip(folder: Path, pick: Choice) -> None:
-    tokenizer = families.clip_tokenizer(pick("<|endoftext|>", "!"))
+    write_pairs(families.clip_tokenizer(pick("<|endoftext|>", "!")), folder, pick)
+
+
+def write_qwen(folder: Path, pick: Choice) -> None:
+    write_pairs(families.qwen2_tokenizer(), folder, pick)
+
+
+def write_pairs(tokenizer, folder: Path, pick: Choice) -> None:
+    """A byte pair encoding, in one file or in two."""
     vocab, merges = tokenizer.get_vocab(), merges_of(tokenizer)
     random_settings(tokenizer, pick)
     tokenizer.save_pretrained(folder)

@@ -18,7 +18,7 @@ import pytest
 from several import run_on_devices
 
 from gadjax.diffusion import geometry
-from gadjax.models import flux, layers, mmdit, pixart, sana, unet
+from gadjax.models import flux, layers, lumina2, mmdit, pixart, sana, unet, zimage
 from gadjax.models.module import functional
 from gadjax.models.params import flatten
 from gadjax.parallel.placement import Placement, current_placement
@@ -104,6 +104,35 @@ FAMILIES = {
             "sample_size": SIDE,
             "caption_channels": TEXT,
             "norm_type": "ada_norm_single",
+        },
+    ),
+    "lumina2": (
+        lumina2.FAMILY,
+        {
+            "in_channels": 4,
+            "hidden_size": 24,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "multiple_of": 16,
+            "cap_feat_dim": TEXT,
+            "axes_dim_rope": [2, 2, 2],
+            "axes_lens": [40, 16, 16],
+        },
+    ),
+    "zimage": (
+        zimage.FAMILY,
+        {
+            "in_channels": 4,
+            "dim": 24,
+            "n_heads": 4,
+            "n_kv_heads": 4,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "cap_feat_dim": TEXT,
+            "axes_dims": [2, 2, 2],
+            "axes_lens": [40, 16, 16],
         },
     ),
 }

@@ -1,7 +1,7 @@
 """Tokenizers: load those of a diffusers folder, or build one from a list of words.
 
 They are transformers' tokenizers (which need no torch), as in diffusers' pipelines. T5's is a
-unigram model (Kudo, arXiv:1804.10959), CLIP's and Gemma's are byte pair encodings.
+unigram model (Kudo, arXiv:1804.10959), CLIP's, Gemma's and Qwen's are byte pair encodings.
 """
 
 import logging
@@ -28,6 +28,7 @@ FILES = {
     "T5Tokenizer": ("tokenizer.json", "spiece.model"),
     "CLIPTokenizer": ("tokenizer.json", "vocab.json"),
     "GemmaTokenizer": ("tokenizer.json", "tokenizer.model"),
+    "Qwen2Tokenizer": ("tokenizer.json", "vocab.json"),
 }
 KNOWN_FILES = {name for names in FILES.values() for name in names} | {"merges.txt"}
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2: T5Tokenizer takes id 2 as the unknown one
@@ -135,6 +136,9 @@ def load_tokenizer(
     # Without them transformers would invent a vocabulary of special tokens.
     if not any((folder / name).is_file() for name in FILES[kind]):
         raise InputError(f"{folder}: found no tokenizer file; {expected}")
+    merges = (folder / "tokenizer.json").is_file() or (folder / "merges.txt").is_file()
+    if kind == "Qwen2Tokenizer" and not merges:  # it would spell all words in bytes
+        raise InputError(f"{folder}: found no merges.txt; expected it beside vocab.json")
 
     import transformers
 
