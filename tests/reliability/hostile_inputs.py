@@ -20,6 +20,7 @@ from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings  # 
 from gadjax.data.images import open_images  # noqa: E402
 from gadjax.data.prompts import read_prompts  # noqa: E402
 from gadjax.errors import InputError  # noqa: E402
+from gadjax.evaluation.compare import comparison, read_reports  # noqa: E402
 from gadjax.formats.model_card import read_license, read_report, report_lines  # noqa: E402
 from gadjax.io.image_grid import wrap_text  # noqa: E402
 from gadjax.io.manifest import COMMIT_MARKER  # noqa: E402
@@ -209,6 +210,11 @@ def read_for_card(folder: Path) -> None:
     assert all(line.isprintable() and line.startswith("|") for line in lines)
 
 
+def read_to_compare(folder: Path) -> None:
+    text = comparison(read_reports([folder, folder / "report.json"]))
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
 TARGETS = [
     *(
         Target(f"prompts-{suffix}", partial(make_prompts, suffix), partial(read_and_show, suffix))
@@ -224,4 +230,5 @@ TARGETS = [
     Target("meta", make_meta, read_meta),
     Target("checkpoints", make_checkpoints, read_trained),
     Target("report", make_report, read_for_card),
+    Target("compare", make_report, read_to_compare),
 ]

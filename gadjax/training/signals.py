@@ -1,0 +1,79 @@
+"""Signals of collapse, from the latents and pictures that a preview has drawn anyway.
+
+Losses are blind to collapse and to saturation; these numbers are not, each read beside the
+teacher's from the same prompts and noises. P prompts at S noises each.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from gadjax.io.image_grid import to_uint8
+
+CELLS = 4  # side of the grid to which latents are pooled
+DARK, BRIGHT = 2, 253  # levels of 255 outside of which a value counts as clipped
+
+
+class Drawn(NamedTuple):
+    """Clean latents and pictures in [-1, 1] of one network, [P S, H, W, C], prompt by prompt."""
+
+    x0_NHWC: np.ndarray
+    images_NHWC: np.ndarray
+
+
+def measure(drawn: Drawn, seeds: int) -> dict[str, float]:
+    """Signals of one network's pictures, by name.
+
+    seed_similarity: cosine between the latents of a prompt's different noises, pooled to
+      CELLS x CELLS and less each latent's own spatial mean, mean over pairs; none for one noise.
+    x0_rms: root mean square of the latents.
+    low_band: share of the latents' variance over space that is left after pooling.
+    saturation: mean over pixels of the largest less the smallest colour value, of 1.
+    contrast: standard deviation of the grey value over a picture, of 1.
+    clipped: share of colour values below DARK or above BRIGHT.
+
+    Args:
+      drawn: latents and pictures.
+      seeds: noises S of each prompt.
+    """
+    x = np.asarray(drawn.x0_NHWC, np.float64)
+    pixels = to_uint8(drawn.images_NHWC)
+    colours = pixels / 255
+    pooled = _centred(_pooled(x))
+    signals = {
+        "x0_rms": np.sqrt(np.square(x).mean()),
+        "low_band": np.square(pooled).mean() / _positive(np.square(_centred(x)).mean()),
+        "saturation": (colours.max(-1) - colours.min(-1)).mean(),
+        "contrast": colours.mean(-1).std((1, 2)).mean(),
+        "clipped": np.mean((pixels < DARK) | (pixels > BRIGHT)),
+    }
+    if seeds > 1:
+        unit = pooled.reshape(-1, seeds, pooled[0].size)
+        unit = unit / _positive(np.linalg.norm(unit, axis=-1, keepdims=True))
+        cosines = unit @ unit.swapaxes(1, 2)
+        pairs = cosines.sum((1, 2)) - np.einsum("pss->p", cosines)
+        signals["seed_similarity"] = (pairs / (seeds * (seeds - 1))).mean()
+    return {name: float(value) for name, value in signals.items()}
+
+
+def same_seed(student: Drawn, teacher: Drawn) -> float:
+    """Cosine between the latents of student and teacher from the same noise, less their own
+    spatial means, mean over noises: 1 = the same layout."""
+    a, b = (_centred(np.asarray(x.x0_NHWC, np.float64)) for x in (student, teacher))
+    sizes = (np.sqrt(np.square(x).sum((1, 2, 3))) for x in (a, b))
+    return float(((a * b).sum((1, 2, 3)) / _positive(np.prod([*sizes], axis=0))).mean())
+
+
+def _pooled(x_NHWC: np.ndarray) -> np.ndarray:
+    for axis in (1, 2):
+        parts = np.array_split(x_NHWC, min(CELLS, x_NHWC.shape[axis]), axis)
+        x_NHWC = np.concatenate([part.mean(axis, keepdims=True) for part in parts], axis)
+    return x_NHWC
+
+
+def _centred(x_NHWC: np.ndarray) -> np.ndarray:
+    return x_NHWC - x_NHWC.mean((1, 2), keepdims=True)
+
+
+def _positive(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, np.finfo(np.float64).tiny)
