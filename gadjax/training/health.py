@@ -67,7 +67,7 @@ class Health:
         self.alarms: list[str] = []
         for row in _rows(workdir / HEALTH):
             if row["step"] < done:
-                self._judge(row)
+                self.alarms = judge(row, self.best)
 
     def __call__(self, step: int, student: Drawn) -> dict[str, Any]:
         """Row of a preview: the step, the student's and the teacher's values (None where one is not
@@ -77,22 +77,29 @@ class Health:
             values["same_seed"] = same_seed(student, self.teacher)
         values |= {f"{name}{OF_TEACHER}": value for name, value in self.reference.items()}
         row = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        self._judge(row)
+        self.alarms = judge(row, self.best)
         return {"step": step} | row | {"alarms": self.alarms}
 
-    def _judge(self, row: Mapping[str, Any]) -> None:
-        """Set the alarms of a row, and take it into the best distances."""
-        self.alarms = []
-        for name, band in BANDS.items():
-            if row.get(name + OF_TEACHER) is None:
-                continue
-            distance = math.inf
-            if row.get(name) is not None:
-                distance = band.distance(row[name], row[name + OF_TEACHER])
-            best = self.best.get(name, distance)
-            if distance == math.inf or distance > best + 1:
-                self.alarms.append(name)
-            self.best[name] = min(best, distance)
+
+def judge(row: Mapping[str, Any], best: dict[str, float]) -> list[str]:
+    """Alarms of a row.
+
+    Args:
+      row: values of student and teacher by name, None where one is not finite.
+      best: least distance from the teacher so far, by name; the row is taken into it.
+    """
+    alarms = []
+    for name, band in BANDS.items():
+        if row.get(name + OF_TEACHER) is None:
+            continue
+        distance = math.inf
+        if row.get(name) is not None:
+            distance = band.distance(row[name], row[name + OF_TEACHER])
+        least = best.get(name, distance)
+        if distance == math.inf or distance > least + 1:
+            alarms.append(name)
+        best[name] = min(least, distance)
+    return alarms
 
 
 def report_alarms(

@@ -21,6 +21,8 @@ from gadjax.training.setup import Run
 from gadjax.training.signals import Drawn
 from gadjax.training.state import TrainState
 
+MAX_COLUMNS = 8  # of a sheet, where it has no more prompts
+
 
 class Preview:
     """Preview grids (PNG) and health.jsonl: fixed prompts and noises, sampled by teacher and
@@ -47,13 +49,13 @@ class Preview:
             self.folder.mkdir(exist_ok=True)
         pipeline, step_spec = run.pipeline, run.step_spec
         needs, seeds = step_spec.objective.needs, loop_spec.preview_seeds
-        count = loop_spec.preview_prompts * seeds
-        raw = run.source.batch(0, loop_spec.preview_prompts)
-        raw = {k: v.repeat(seeds, 0) for k, v in raw.items() if k not in ("image", "x0")}
-        noise = initial_noise(run.seed, count, pipeline.latent)
+        count = loop_spec.preview_prompts
+        raw = run.source.batch(0, count)
+        raw = {name: value for name, value in raw.items() if name not in ("image", "x0")}
+        noises = initial_noise(run.seed, count * seeds, pipeline.latent)
 
         @partial(jax.jit, static_argnums=1, out_shardings=replicated(run.mesh))
-        def latent(params, sampling, frozen, raw):
+        def latent(params, sampling, frozen, raw, noise):
             cond = encode_raw(pipeline, frozen, raw)
             null = encode_raw(pipeline, frozen, frozen["null"])
             null = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), null)
@@ -64,8 +66,13 @@ class Preview:
         decode = jax.jit(pipeline.decode, out_shardings=replicated(run.mesh))
 
         def draw(params, sampling):
-            x0 = latent(params, sampling, frozen, raw)
-            return Drawn(np.asarray(x0), np.asarray(decode(frozen["vae"], x0)))
+            # Noise by noise: memory holds one picture of each prompt at a time.
+            parts = []
+            for seed in range(seeds):
+                x0 = latent(params, sampling, frozen, raw, noises[seed::seeds])
+                parts.append((np.asarray(x0), np.asarray(decode(frozen["vae"], x0))))
+            arrays = (np.stack(part, 1) for part in zip(*parts, strict=True))
+            return Drawn(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
 
         many_step = SamplingConfig(guidance=step_spec.guidance)
         times = step_spec.times[:-1]
@@ -76,6 +83,8 @@ class Preview:
         self.teacher = None
         if pipeline.backbone in frozen:
             self.teacher = draw(frozen[pipeline.backbone], many_step)
+        each = max(1, MAX_COLUMNS // count)  # noises of a prompt on the sheet
+        self.shown = [n for n in range(count * seeds) if n % seeds < each]
         self.health = Health(workdir, done, self.teacher, seeds)
 
     def is_due(self, step: int) -> bool:
@@ -87,9 +96,9 @@ class Preview:
         Raises: RunStopped for an alarm of a signal in preview.stop_when.
         """
         student = self.draw(state.ema)
-        rows = [("student", student.images_NHWC)]
+        rows = [("student", student.images_NHWC[self.shown])]
         if self.teacher is not None:
-            rows.insert(0, ("teacher", self.teacher.images_NHWC))
+            rows.insert(0, ("teacher", self.teacher.images_NHWC[self.shown]))
         sheet = grid(rows, None, self.scale)
         if jax.process_index() == 0:
             with warn_on_write_error(self.folder, self.tolerate_errors):

@@ -30,22 +30,19 @@ def measure(drawn: Drawn, seeds: int) -> dict[str, float]:
     low_band: share of the latents' variance over space that is left after pooling.
     saturation: mean over pixels of the largest less the smallest colour value, of 1.
     contrast: standard deviation of the grey value over a picture, of 1.
-    clipped: share of colour values below DARK or above BRIGHT.
+    clipped: share of colour values below DARK or above BRIGHT (0, 1, 254, 255).
 
     Args:
       drawn: latents and pictures.
       seeds: noises S of each prompt.
     """
     x = np.asarray(drawn.x0_NHWC, np.float64)
-    pixels = to_uint8(drawn.images_NHWC)
-    colours = pixels / 255
+    colours = np.array([_colours(to_uint8(image)) for image in drawn.images_NHWC]).mean(0)
     pooled = _centred(_pooled(x))
     signals = {
         "x0_rms": np.sqrt(np.square(x).mean()),
         "low_band": np.square(pooled).mean() / _positive(np.square(_centred(x)).mean()),
-        "saturation": (colours.max(-1) - colours.min(-1)).mean(),
-        "contrast": colours.mean(-1).std((1, 2)).mean(),
-        "clipped": np.mean((pixels < DARK) | (pixels > BRIGHT)),
+        **dict(zip(("saturation", "contrast", "clipped"), colours, strict=True)),
     }
     if seeds > 1:
         unit = pooled.reshape(-1, seeds, pooled[0].size)
@@ -62,6 +59,13 @@ def same_seed(student: Drawn, teacher: Drawn) -> float:
     a, b = (_centred(np.asarray(x.x0_NHWC, np.float64)) for x in (student, teacher))
     sizes = (np.sqrt(np.square(x).sum((1, 2, 3))) for x in (a, b))
     return float(((a * b).sum((1, 2, 3)) / _positive(np.prod([*sizes], axis=0))).mean())
+
+
+def _colours(image_HWC: np.ndarray) -> tuple[float, float, float]:
+    """Saturation, contrast and clipped share of one uint8 picture."""
+    clipped = np.mean((image_HWC < DARK) | (image_HWC > BRIGHT))
+    colours_HWC = image_HWC / 255
+    return np.mean(np.ptp(colours_HWC, axis=-1)), colours_HWC.mean(-1).std(), clipped
 
 
 def _pooled(x_NHWC: np.ndarray) -> np.ndarray:

@@ -63,7 +63,8 @@ function options(select, texts) {
 // The same noise through every model.
 const picture = { prompt: 0, seed: 0, sort: 0 };
 const seeds = {
-  table: byId("seeds"), large: byId("large-seed"), names: data.seeds, side: 64,
+  table: byId("seeds"), large: byId("large-seed"), names: data.seeds,
+  side: data.tile.pixels ? 64 : 96,
   head(name, column, checked) {
     const input = element("input", { type: "radio", name: "seed", value: column });
     input.checked = checked;
