@@ -24,7 +24,9 @@ MAX_SEEDS = 16  # noises of a prompt that are shown
 BAR = 160  # width of an interval's drawing, in its own units
 STEP_NAMES = {
     "path": [f"{n / (POINTS - 1):.0%}" for n in range(POINTS)],
-    "direction": [f"{a:+.0f}°" for a in np.linspace(-REACH_DEGREES, REACH_DEGREES, POINTS)],
+    "direction": [
+        f"{a:+.0f}°" if a else "0°" for a in np.linspace(-REACH_DEGREES, REACH_DEGREES, POINTS)
+    ],
 }
 
 

@@ -202,7 +202,7 @@ def test_the_slider_moves_every_model(opened):
     assert page.evaluate(position) != first
     page.evaluate("document.querySelector('#way input:checked').focus()")
     page.press("ArrowRight")
-    assert page.evaluate("document.getElementById('step-name').textContent") == "+0°"
+    assert page.evaluate("document.getElementById('step-name').textContent") == "0°"
     assert page.evaluate("document.querySelectorAll('#large-step .tile').length") == 4
     assert page.faults() == []
 

@@ -36,7 +36,8 @@ function show(view, sheet, chosen) {
   const body = element("tbody");
   const large = [];
   data.labels.forEach((label, row) => {
-    const line = element("tr", null, element("th", { scope: "row" }, label));
+    const line = element("tr", { class: "model-" + (row % 8) });
+    line.append(element("th", { scope: "row" }, label));
     for (let column = 0; column < columns; column++) {
       const place = { row, column, rows, columns };
       const text = label + ", " + view.names[column];
