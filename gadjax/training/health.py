@@ -151,7 +151,7 @@ def check_previews(preview: ConfigDict) -> None:
 def _rows(path: Path) -> list[dict[str, Any]]:
     """Rows of health.jsonl; what is no row of it is left out."""
     rows = []
-    for line in path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else ():
+    for line in path.read_bytes().decode("utf-8", "replace").splitlines() if path.is_file() else ():
         row = parse_health(line)
         if row is not None:
             rows.append(row)

@@ -26,8 +26,9 @@ from gadjax.io.image_grid import wrap_text  # noqa: E402
 from gadjax.io.manifest import COMMIT_MARKER  # noqa: E402
 from gadjax.io.untrusted import read_json  # noqa: E402
 from gadjax.runtime.goodput import GoodputClock  # noqa: E402
-from gadjax.runtime.status import read_status, table  # noqa: E402
+from gadjax.runtime.status import HEALTH, read_status, table  # noqa: E402
 from gadjax.training.config import as_json, default_config  # noqa: E402
+from gadjax.training.health import BANDS, Health  # noqa: E402
 from gadjax.training.resume import check_inputs, check_resume  # noqa: E402
 from gadjax.training.workdir import parse_run_metadata, read_trained  # noqa: E402
 
@@ -148,6 +149,9 @@ def make_run(folder: Path) -> None:
     row = {"step": 2, "time": NOW - 9, "images_per_second": 2.5, "goodput": 0.8, "loss/gad": None}
     rows = [row | {"step": step, "loss/dmd": step / 7} for step in range(10, 50, 10)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = {"x0_rms": 1.2, "x0_rms_teacher": 1.0, "same_seed": None, "same_seed_teacher": 1.0}
+    rows = [{"step": step} | row | {"alarms": ["same_seed"]} for step in (0, 20)]
+    (folder / HEALTH).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "previews").mkdir()
     Image.new("RGB", (4, 4)).save(folder / "previews" / "0000020.png")
 
@@ -162,6 +166,7 @@ def read_to_resume(folder: Path) -> None:
     clock = GoodputClock()
     clock.resume(folder, 30)
     assert 0 <= clock.share() <= 1
+    assert set(Health(folder, 30, None, 1).alarms) <= set(BANDS)
     check_resume(read_json(folder / "config.json"), config(), folder)
     check_inputs(folder, config(), INPUTS)
 
