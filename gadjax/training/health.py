@@ -15,32 +15,30 @@ from gadjax.training.signals import Drawn, measure, same_seed
 class Band(NamedTuple):
     """Width of the band around the teacher's value, and on which sides of it.
 
-    as_ratio: of the logarithm of the ratio to the teacher's value, else of the difference from it.
+    least: None for a width that is a difference; else it is a share of the teacher's value, which
+      counts as this much where it is smaller.
     sides: 1 = above alone, -1 = below alone, 0 = both.
     """
 
     width: float
-    as_ratio: bool
+    least: float | None = None
     sides: int = 0
 
     def distance(self, value: float, teacher: float) -> float:
         """Distance from the teacher's value in widths of the band; 1 is its edge."""
-        if self.as_ratio:
-            tiny = 1e-9
-            apart = math.log(max(value, tiny) / max(teacher, tiny))
-        else:
-            apart = value - teacher
-        return max(apart * self.sides, 0) / self.width if self.sides else abs(apart) / self.width
+        scale = 1.0 if self.least is None else max(teacher, self.least)
+        apart = (value - teacher) / (scale * self.width)
+        return max(apart * self.sides, 0) if self.sides else abs(apart)
 
 
 BANDS = {
-    "seed_similarity": Band(0.1, as_ratio=False, sides=1),
-    "same_seed": Band(0.1, as_ratio=False, sides=-1),
-    "x0_rms": Band(0.14, as_ratio=True),
-    "low_band": Band(0.1, as_ratio=True),
-    "saturation": Band(0.2, as_ratio=True),
-    "contrast": Band(0.2, as_ratio=True),
-    "clipped": Band(0.05, as_ratio=False, sides=1),
+    "seed_similarity": Band(0.1, sides=1),
+    "same_seed": Band(0.2, sides=-1),
+    "x0_rms": Band(0.15, least=1e-3),
+    "low_band": Band(0.25, least=1e-3),
+    "saturation": Band(0.2, least=0.1),
+    "contrast": Band(0.2, least=0.1),
+    "clipped": Band(0.05, sides=1),
 }
 
 
@@ -62,7 +60,7 @@ class Health:
           seeds: noises of each prompt.
         """
         self.teacher, self.seeds = teacher, seeds
-        self.reference = {} if teacher is None else measure(teacher, seeds) | {"same_seed": 1.0}
+        self.reference = {} if teacher is None else self._measure(teacher)
         self.best: dict[str, float] = {}
         self.alarms: list[str] = []
         for row in _rows(workdir / HEALTH):
@@ -72,13 +70,17 @@ class Health:
     def __call__(self, step: int, student: Drawn) -> dict[str, Any]:
         """Row of a preview: the step, the student's and the teacher's values (None where one is not
         finite), and the alarms."""
-        values = measure(student, self.seeds)
-        if self.teacher is not None:
-            values["same_seed"] = same_seed(student, self.teacher)
+        values = self._measure(student)
         values |= {f"{name}{OF_TEACHER}": value for name, value in self.reference.items()}
         row = {name: x if math.isfinite(x) else None for name, x in values.items()}
         self.alarms = judge(row, self.best)
         return {"step": step} | row | {"alarms": self.alarms}
+
+    def _measure(self, drawn: Drawn) -> dict[str, float]:
+        signals = measure(drawn, self.seeds)
+        if self.teacher is not None and self.seeds > 1:
+            signals["same_seed"] = same_seed(drawn, self.teacher, self.seeds)
+        return signals
 
 
 def judge(row: Mapping[str, Any], best: dict[str, float]) -> list[str]:
@@ -141,10 +143,12 @@ def check_previews(preview: ConfigDict) -> None:
         raise InputError(
             "preview.stop_when: found signals without previews; expected preview.every"
         )
-    if "seed_similarity" in preview.stop_when and preview.seeds < 2:
+    between = {"seed_similarity", "same_seed"} & set(preview.stop_when)
+    if between and preview.seeds < 2:
+        names = " and ".join(sorted(between))
         raise InputError(
-            f"preview.seeds: found {preview.seeds}; expected 2 or more for stop_when's "
-            "seed_similarity"
+            f"preview.seeds: found {preview.seeds}; expected 2 or more for {names} in "
+            "preview.stop_when"
         )
 
 

@@ -53,12 +53,28 @@ def measure(drawn: Drawn, seeds: int) -> dict[str, float]:
     return {name: float(value) for name, value in signals.items()}
 
 
-def same_seed(student: Drawn, teacher: Drawn) -> float:
-    """Cosine between the latents of student and teacher from the same noise, less their own
-    spatial means, mean over noises: 1 = the same layout."""
-    a, b = (_centred(np.asarray(x.x0_NHWC, np.float64)) for x in (student, teacher))
-    sizes = (np.sqrt(np.square(x).sum((1, 2, 3))) for x in (a, b))
-    return float(((a * b).sum((1, 2, 3)) / _positive(np.prod([*sizes], axis=0))).mean())
+def same_seed(student: Drawn, teacher: Drawn, seeds: int) -> float:
+    """Share of the seed that student and teacher have in common: (a - b) / (1 - b).
+
+    a is the cosine between their latents from the same noise, b that between their latents from
+    different noises of a prompt, each latent less its own spatial mean; means over noises and
+    pairs. 1 = the teacher's layouts, 0 = no more like them than those of other noises.
+
+    Args:
+      student, teacher: latents of the same prompts and noises.
+      seeds: noises S >= 2 of each prompt.
+    """
+    units = []
+    for drawn in (student, teacher):
+        x = _centred(np.asarray(drawn.x0_NHWC, np.float64)).reshape(
+            -1, seeds, drawn.x0_NHWC[0].size
+        )
+        units.append(x / _positive(np.linalg.norm(x, axis=-1, keepdims=True)))
+    cosines_PSS = units[0] @ units[1].swapaxes(1, 2)
+    same = np.einsum("pss->", cosines_PSS)
+    other = (cosines_PSS.sum() - same) / (len(cosines_PSS) * seeds * (seeds - 1))
+    same = same / (len(cosines_PSS) * seeds)
+    return float((same - other) / _positive(1 - other))
 
 
 def _colours(image_HWC: np.ndarray) -> tuple[float, float, float]:

@@ -49,6 +49,25 @@ def test_signals():
     assert found["clipped"] == pytest.approx(np.mean((levels <= 1) | (levels >= 254)))
 
 
+def test_same_seed_pair_by_pair():
+    """Latents that share half of each noise's part with the teacher's."""
+    rng = np.random.default_rng(3)
+    prompt = rng.normal(size=(PROMPTS, 1, 8, 12, 5))
+    x, y = (rng.normal(size=(PROMPTS, SEEDS, 8, 12, 5)) for _ in range(2))
+    teacher, student = (prompt + z for z in (x, (x + y) / 2**0.5))
+    flat = [z.reshape(PROMPTS * SEEDS, 8, 12, 5) for z in (student, teacher)]
+    same, other = [], []
+    for i, a in enumerate(flat[0]):
+        for j, b in enumerate(flat[1]):
+            a, b = (z - z.mean((0, 1)) for z in (a, b))
+            if i // SEEDS == j // SEEDS:
+                cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+                (same if i == j else other).append(cosine)
+    expected = (np.mean(same) - np.mean(other)) / (1 - np.mean(other))
+    found = same_seed(*(Drawn(z, np.zeros((1, 1, 1, 3))) for z in flat), SEEDS)
+    assert found == pytest.approx(expected) and 0.6 < found < 0.8
+
+
 def test_extremes():
     given = drawn(1)
     alike = given.x0_NHWC.reshape(PROMPTS, SEEDS, 8, 12, 5)[:, :1].repeat(SEEDS, 1)
@@ -59,19 +78,21 @@ def test_extremes():
     found = measure(Drawn(alike, grey), SEEDS)
     assert found["seed_similarity"] == pytest.approx(1)
     assert (found["saturation"], found["contrast"], found["clipped"]) == (0, 0, 1)
-    assert same_seed(given, Drawn(2 * given.x0_NHWC + 5, grey)) == pytest.approx(1)
-    assert abs(same_seed(given, drawn(2))) < 0.1
+    assert same_seed(given, Drawn(2 * given.x0_NHWC + 5, grey), SEEDS) == pytest.approx(1)
+    assert abs(same_seed(given, drawn(2), SEEDS)) < 0.1
+    # One picture for all noises of a prompt: no more like the teacher's of one than of another.
+    assert same_seed(Drawn(alike, grey), given, SEEDS) == pytest.approx(0, abs=1e-9)
     assert "seed_similarity" not in measure(given, 1)
     still = Drawn(np.zeros_like(given.x0_NHWC), grey)  # no division by zero
     assert all(np.isfinite(value) for value in measure(still, SEEDS).values())
 
 
 def test_bands():
-    ratio, above = Band(0.2, as_ratio=True), Band(0.1, as_ratio=False, sides=1)
-    for apart in (0.4, -0.4):
-        assert ratio.distance(np.exp(apart), 1) == pytest.approx(2)
+    share, above = Band(0.2, least=0.1), Band(0.1, sides=1)
+    for value, teacher, expected in ((2.8, 2, 2), (1.2, 2, 2), (0.09, 0.05, 2), (0.01, 0.05, 2)):
+        assert share.distance(value, teacher) == pytest.approx(expected)
     assert above.distance(0.7, 0.5) == pytest.approx(2) and above.distance(0.1, 0.5) == 0
-    assert BANDS["same_seed"].distance(0.8, 1) == pytest.approx(2)
+    assert BANDS["same_seed"].distance(0.6, 1) == pytest.approx(2)
 
 
 def rms_of(scales, workdir, done=0, first=0):
@@ -87,7 +108,7 @@ def rms_of(scales, workdir, done=0, first=0):
 def test_an_alarm_is_a_band_beyond_the_best(tmp_path):
     """In widths of the band: 3 (outside from the start), 2, 1, 1.9, 2.1, 0, 1.1."""
     widths = np.array([3, 2, 1, 1.9, 2.1, 0, 1.1])
-    found = rms_of(np.exp(widths * BANDS["x0_rms"].width), tmp_path)
+    found = rms_of(1 + widths * BANDS["x0_rms"].width, tmp_path)
     alarms = [alarms for _, alarms in found]
     assert alarms == [[], [], [], [], ["x0_rms"], [], ["x0_rms"]]
 
