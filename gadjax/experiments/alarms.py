@@ -103,22 +103,22 @@ def write_table(runs: Path, out: Path) -> None:
         case: [read_run(path) for path in sorted(runs.glob(f"{case}-[0-9]*")) if is_done(path)]
         for case in CASES
     }
-    finished = {case: found for case, found in finished.items() if found}
+    finished = {case: case_runs for case, case_runs in finished.items() if case_runs}
     losses = list(dict.fromkeys(k for f in finished.values() for run in f for k in run["rises"]))
     lines = ["", "## First alarm", "", _line(["", "seeds", *BANDS, *losses])]
     lines.append("|---" * (len(BANDS) + len(losses) + 2) + "|")
-    for case, found in finished.items():
-        cells = [" ".join(str(run["alarms"].get(n, "-")) for run in found) for n in BANDS]
-        cells += [" ".join(str(run["rises"].get(n, "-")) for run in found) for n in losses]
-        lines.append(_line([case, str(len(found)), *cells]))
+    for case, case_runs in finished.items():
+        cells = [" ".join(str(run["alarms"].get(n, "-")) for run in case_runs) for n in BANDS]
+        cells += [" ".join(str(run["rises"].get(n, "-")) for run in case_runs) for n in losses]
+        lines.append(_line([case, str(len(case_runs)), *cells]))
     lines += ["", "## Values, mean over seeds", ""]
     lines += [_line(["", "step", *BANDS]), "|---" * (len(BANDS) + 2) + "|"]
-    for case, found in finished.items():
-        last = [run["rows"][-1] for run in found]
+    for case, case_runs in finished.items():
+        last = [run["rows"][-1] for run in case_runs]
         cells = [_mean([row[name + OF_TEACHER] for row in last]) for name in BANDS]
         lines.append(_line([f"{case}: teacher", "", *cells]))
-        for number in (0, len(found[0]["rows"]) // 2, -1):
-            rows = [run["rows"][number] for run in found]
+        for number in (0, len(case_runs[0]["rows"]) // 2, -1):
+            rows = [run["rows"][number] for run in case_runs]
             cells = [_mean([row.get(name) for row in rows]) for name in BANDS]
             lines.append(_line([case, str(rows[0]["step"]), *cells]))
     facts = {"steps": STEPS, "every": EVERY, "window": WINDOW, "rise": RISE}

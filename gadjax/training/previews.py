@@ -83,8 +83,8 @@ class Preview:
         self.teacher = None
         if pipeline.backbone in frozen:
             self.teacher = draw(frozen[pipeline.backbone], many_step)
-        each = max(1, MAX_COLUMNS // count)  # noises of a prompt on the sheet
-        self.shown = [n for n in range(count * seeds) if n % seeds < each]
+        per_prompt = max(1, MAX_COLUMNS // count)  # noises of a prompt on the sheet
+        self.shown = [n for n in range(count * seeds) if n % seeds < per_prompt]
         self.health = Health(workdir, done, self.teacher, seeds)
 
     def is_due(self, step: int) -> bool:
