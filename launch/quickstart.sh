@@ -30,4 +30,4 @@ else
         --library 32 --moves 0 --out "$run/report"
 fi
 echo "images: $run/report/samples.png"
-echo "report: $run/report/report.md"
+echo "report: $run/report/report.html (numbers: report.md)"

@@ -71,6 +71,7 @@ def test_the_wheel_has_configs_and_assets_and_no_experiments(wheel):
     assert configs == {path.stem for path in (ROOT / "configs").glob("*.py")} - IN_CLONE_ALONE
     assets = {path.relative_to(ROOT) for path in (ROOT / "gadjax" / "assets").rglob("*.*")}
     assert {path for path in assets if "__pycache__" not in path.parts} <= files
+    assert Path("gadjax/evaluation/templates/report.html") in files
     assert not [path for path in files if "experiments" in path.parts]
     assert {path.parts[0] for path in files} == {
         "gadjax",

@@ -1,4 +1,4 @@
-"""Compare a student with its teacher: report.json, report.md and images."""
+"""Compare students with their teacher: report.html, report.json, report.md and images."""
 
 import argparse
 import json
@@ -9,17 +9,55 @@ from pathlib import Path
 from typing import Any
 
 MARKER = "report.json"
+FLAGS = {"student_teacher": "teacher", "student_preset": "student_preset", "lora": "lora"}
+
+
+class OfStudent(argparse.Action):
+    """Flag of one student: `--student` begins the next one, other flags are of the last one.
+
+    Flags before the first `--student` are of that one. The list of students is `args.student`:
+    options of `gadjax.load`, with its name.
+    """
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if namespace.student == []:
+            namespace.student = [{}]
+        elif self.dest == "student" and "name" in namespace.student[-1]:
+            namespace.student.append({})
+        student = namespace.student[-1]
+        if self.dest == "student":
+            student["name"] = values
+        elif self.dest == "lora":
+            student.setdefault("lora", []).append(values)
+        else:
+            student[FLAGS[self.dest]] = values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from gadjax.cli.output import add_lora_argument
 
     parser.add_argument("--teacher", required=True, help="pipeline folder, or asset:NAME")
-    parser.add_argument("--student", required=True, help="pipeline folder, workdir, or asset:NAME")
     parser.add_argument(
-        "--student-teacher", help="of a student that is a workdir, if it has moved since its run"
+        "--student",
+        action=OfStudent,
+        default=[],
+        required=True,
+        help="pipeline folder, workdir, or asset:NAME; may be repeated, each followed by its own "
+        "--student-teacher, --student-preset and --lora",
     )
-    add_lora_argument(parser, "student")
+    parser.add_argument(
+        "--student-teacher",
+        action=OfStudent,
+        default=[],
+        help="of a student that is a workdir, if it has moved since its run",
+    )
+    parser.add_argument(
+        "--student-preset",
+        action=OfStudent,
+        default=[],
+        help="sampling settings of a published student, if the folder has none (gadjax sample)",
+    )
+    add_lora_argument(parser, "student", OfStudent)
     parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--seeds", type=int, default=8, help="images per prompt")
@@ -59,20 +97,23 @@ def run(args: argparse.Namespace) -> int:
     check_target(args.out, overwrite=args.overwrite, marker=MARKER)
     prompts = read_prompts(resolve(args.prompts))
     name, world = _oracle(args.world, resolve(args.teacher))
-    from_run = {"teacher": args.student_teacher, "lora": args.lora}
-    student = _load_model("--student", args.student, args.dtype, {}, **from_run)
-    distilled_at = _distillation_guidance(student, args.student)
+    students = {
+        label: _load_model("--student", dtype=args.dtype, changes={}, **options)
+        for label, options in _labelled(args.student).items()
+    }
+    distilled_at = _distillation_guidance(students, args)
     guidance = distilled_at if args.teacher_guidance is None else args.teacher_guidance
     changes = {"steps": args.teacher_steps, "guidance": guidance}
     teacher = _load_model("--teacher", args.teacher, args.dtype, changes)
     plan = EvaluationConfig(args.seeds, args.tangents, args.batch, args.library, args.moves)
-    evaluation = evaluate(teacher, student, prompts, world, plan)
+    one = next(iter(students.values())) if len(students) == 1 else None
+    evaluation = evaluate(teacher, one or students, prompts, world, plan)
     guidance_text = _describe_guidance(teacher.sampling.guidance, distilled_at)
     if distilled_at not in (None, teacher.sampling.guidance):
         print(f"gadjax: the teacher is evaluated at guidance {guidance_text}", file=sys.stderr)
     settings = {
         "teacher": args.teacher,
-        "student": " ".join([args.student, *(f"--lora {lora}" for lora in args.lora)]),
+        **_describe_students(args.student),
         "teacher's guidance": guidance_text,
         "prompts": f"{args.prompts} ({len(prompts)})",
         "seeds": plan.seeds,
@@ -81,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
         "moves": plan.moves,
         "world": name,
         "dtype": args.dtype,
-        **_provenance(teacher, student),
+        **_provenance(teacher, students),
+        "command": args.command_line,
     }
     with atomic_folder(args.out, overwrite=args.overwrite, marker=MARKER) as folder:
         write_report(folder, evaluation, prompts, settings)
@@ -92,15 +134,63 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _distillation_guidance(student, name: str) -> float | None:
-    """Teacher's guidance in the student's training; None if it is unknown."""
+def _labelled(students: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Options of the students by label: "student", or of several their folder's names and LoRAs'.
+
+    Labels that are alike are numbered.
+    """
+    from gadjax.formats.lora_file import parse_lora_flag
+
+    if len(students) == 1:
+        return {"student": students[0]}
+    labelled = {}
+    for options in students:
+        parts = [Path(options["name"].removeprefix("asset:")).name]
+        for file, weight in map(parse_lora_flag, options.get("lora", ())):
+            parts.append(file.stem if weight == 1 else f"{file.stem}:{weight:g}")
+        name = " + ".join(parts)
+        label, number = name, 2
+        while label in labelled:
+            label, number = f"{name} ({number})", number + 1
+        labelled[label] = options
+    return labelled
+
+
+def _describe_students(students: list[dict[str, Any]]) -> dict[str, str]:
+    """Students with their flags, by the key of their row."""
+    texts = {}
+    for number, options in enumerate(students, 1):
+        words = [options["name"], *(f"--lora {lora}" for lora in options.get("lora", ()))]
+        if "student_preset" in options:
+            words.append(f"--student-preset {options['student_preset']}")
+        texts["student" if number == 1 else f"student_{number}"] = " ".join(words)
+    return texts
+
+
+def _distillation_guidance(students: dict[str, Any], args: argparse.Namespace) -> float | None:
+    """Teacher's guidance in the students' training; None if it is unknown.
+
+    Raises: InputError for students of different ones, unless the flag chooses.
+    """
     from gadjax.assets import resolve
+    from gadjax.errors import InputError
     from gadjax.formats.sampling_config import read_teacher_guidance
     from gadjax.io.storage import is_remote
 
-    if student.trained:
-        return student.trained.teacher_guidance
-    return None if is_remote(name) else read_teacher_guidance(resolve(name))
+    known = {}
+    for options, student in zip(args.student, students.values(), strict=True):
+        name = options["name"]
+        if student.trained:
+            known[student.trained.teacher_guidance] = name
+        elif not is_remote(name):
+            known[read_teacher_guidance(resolve(name))] = name
+    known.pop(None, None)
+    if len(known) > 1 and args.teacher_guidance is None:
+        texts = (f"{guidance:g} ({name})" for guidance, name in known.items())
+        raise InputError(
+            f"--teacher-guidance: found students distilled at {', '.join(texts)}; expected the flag"
+        )
+    return next(iter(known), None)
 
 
 def _describe_guidance(guidance: float, distilled_at: float | None) -> str:
@@ -143,11 +233,13 @@ def _load_model(flag: str, name: str, dtype: str, changes: dict[str, Any], **opt
     return replace(model, name=f"{flag} {name}", sampling=sampling)
 
 
-def _provenance(teacher, student) -> dict[str, Any]:
+def _provenance(teacher, students: dict[str, Any]) -> dict[str, Any]:
     """Provenance of the report: fingerprints of the weights, versions, device."""
     import jax
 
-    models = {"teacher": teacher, "student": student}
+    models = {"teacher": teacher}
+    for number, student in enumerate(students.values(), 1):
+        models["student" if number == 1 else f"student_{number}"] = student
     fingerprints = {f"{name}'s {m.pipeline.backbone}": m.fingerprint for name, m in models.items()}
     device = jax.devices()[0].device_kind
     return {**fingerprints, "gadjax": version("gadjax"), "jax": jax.__version__, "device": device}

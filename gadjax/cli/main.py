@@ -5,6 +5,7 @@ import errno
 import importlib
 import io
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ COMMANDS = {
     "launch": "start and supervise a run's processes",
     "status": "status of a run",
     "sample": "sample images from a pipeline folder or a workdir",
-    "evaluate": "compare a student with its teacher",
+    "evaluate": "compare students with their teacher",
+    "compare": "the numbers of several reports side by side",
     "repair": "a LoRA that brings back what a distilled student lost",
     "convert": "diffusers pipeline folder -> gadjax's own folder, and back",
     "export": "a workdir's student as a diffusers pipeline folder",
@@ -98,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest += given[cut:]
         if rest and command not in FORWARDS_ARGUMENTS:
             raise InputError(f"gadjax {command}: found {rest[0]!r}; expected only known flags")
+        args.command_line = shlex.join(["gadjax", *arguments])  # for reports
         code = module.run(args, rest) if command in FORWARDS_ARGUMENTS else module.run(args)
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -28,11 +28,21 @@ def parse_dtype(name: str | None):
     return name and jnp.dtype(name)
 
 
-def add_lora_argument(parser: argparse.ArgumentParser, of: str = "model") -> None:
-    """Add `--lora`, which may be repeated. of: the model that it adapts, for the help text."""
+def add_lora_argument(
+    parser: argparse.ArgumentParser,
+    of: str = "model",
+    action: str | type[argparse.Action] = "append",
+) -> None:
+    """Add `--lora`, which may be repeated.
+
+    Args:
+        parser: of the command.
+        of: the model that it adapts, for the help text.
+        action: of argparse.
+    """
     parser.add_argument(
         "--lora",
-        action="append",
+        action=action,
         default=[],
         metavar="FILE[:WEIGHT]",
         help=f"LoRA that is merged into the {of}: a safetensors file, or a folder of gadjax export "

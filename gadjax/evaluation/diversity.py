@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from gadjax.io.image_grid import from_uint8
+
 
 def vendi(features_PSD: np.ndarray) -> np.ndarray:
     """Vendi score of each prompt [P], from 1 (all alike) to S (all different).
@@ -17,11 +19,13 @@ def vendi(features_PSD: np.ndarray) -> np.ndarray:
 
 
 def squared_distances(a_PSD: np.ndarray, b_PSD: np.ndarray) -> np.ndarray:
-    """Mean squared difference between every picture of a and every picture of b: [P, S, S]."""
+    """Mean squared difference between every picture of a and every picture of b: [P, S, S]; of
+    uint8 as values in [-1, 1]."""
     # Prompt by prompt, so that large pictures are not all converted at once; differences rather
     # than |a|^2 - 2ab + |b|^2, which is never exactly zero between equal pictures.
     out = np.empty((len(a_PSD), a_PSD.shape[1], b_PSD.shape[1]))
-    for p, (a_SD, b_SD) in enumerate(zip(a_PSD, b_PSD, strict=True)):
+    for p, pair in enumerate(zip(a_PSD, b_PSD, strict=True)):
+        a_SD, b_SD = map(from_uint8, pair)
         for s, a_D in enumerate(a_SD):
             out[p, s] = np.square(b_SD - a_D).mean(-1)
     return out
@@ -42,6 +46,15 @@ def seed_alignment(student_PSD: np.ndarray, teacher_PSD: np.ndarray) -> np.ndarr
     nearest = distances == distances.min(-1, keepdims=True)
     same_seed = np.einsum("pss->ps", nearest)
     return (same_seed / nearest.sum(-1)).mean(-1)
+
+
+def relative_difference(student_PSD: np.ndarray, teacher_PSD: np.ndarray) -> np.ndarray:
+    """Difference between student and teacher at the same noise: root mean square, mean over seeds,
+    over the teacher's `pairwise_distance`, mean over prompts: [P]. 0 = the same pictures, 1 = as
+    unlike as the teacher's pictures from two noises."""
+    same_seed = np.einsum("pss->ps", squared_distances(student_PSD, teacher_PSD))
+    scale = pairwise_distance(teacher_PSD).mean()
+    return np.sqrt(same_seed).mean(-1) / (scale if scale > 0 else 1.0)
 
 
 def coverage(words_PSA: np.ndarray, open_PA: np.ndarray) -> np.ndarray:

@@ -1,15 +1,15 @@
-"""Evaluation of a student against its teacher: sample both and take every metric."""
+"""Evaluation of students against their teacher: sample all and take every metric."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
 
 from gadjax.errors import InputError
-from gadjax.evaluation.draw import draw_sets
+from gadjax.evaluation.draw import draw_sets, map_pictures
 from gadjax.evaluation.metric_catalogue import NEAR, NEAR_SHARE, Metric, catalogue
-from gadjax.evaluation.metrics import ModelOutputs, absent_metrics, merge_leading_axes, row_metrics
+from gadjax.evaluation.metrics import ModelOutputs, absent_metrics, differences, row_metrics
 from gadjax.evaluation.noise_control import (
     MOVE_COST,
     ControlResults,
@@ -22,12 +22,13 @@ from gadjax.evaluation.noise_control_metrics import absent_control, control_metr
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.sensitivity import map_tangents
 from gadjax.evaluation.statistics import Estimate
+from gadjax.evaluation.strips import as_strips, strip_prompts, strip_set
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.sampling import BATCH, initial_noise, sampler_and_times
 from gadjax.runtime.settings import pinned_jax_config
 
-MINIMUMS = {"seeds": 2, "tangents": 0, "batch": 1, "library": 0, "moves": 0}
+MINIMUMS = {"seeds": 2, "tangents": 0, "batch": 1, "library": 0, "moves": 0, "strips": 0}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class EvaluationConfig:
     batch: pictures at a time.
     library: noises for the noise-control tasks, where the world has them; 0 omits these.
     moves: layout targets (a shape moved by its noise), at most one for each noise of the library.
+    strips: prompts that are also drawn along a path between two noises and along a direction.
     """
 
     seeds: int = 8
@@ -47,12 +49,18 @@ class EvaluationConfig:
     batch: int = BATCH
     library: int = 64
     moves: int = 32
+    strips: int = 4
 
 
 @dataclass(frozen=True)
 class Row:
-    """Pictures and metrics of one model. images_PSHWC: seed s of prompt p has the same noise in
-    every row. evaluations: network evaluations for one picture."""
+    """Pictures (uint8) and metrics of one model.
+
+    images_PSHWC: seed s of prompt p has the same noise in every row.
+    evaluations: network evaluations for one picture.
+    differences_P: difference from the teacher for each prompt (`relative_difference`).
+    strips_KMNHWC: pictures of the K prompts in `Evaluation.strips` (`gadjax.evaluation.strips`).
+    """
 
     key: str
     label: str
@@ -60,50 +68,55 @@ class Row:
     evaluations: int
     images_PSHWC: np.ndarray
     metrics: dict[str, Estimate]
+    differences_P: np.ndarray | None = None
+    strips_KMNHWC: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Result of an evaluation: rows, metrics and noise-control pictures.
 
+    rows: the teacher, the teacher in the students' numbers of steps, the students.
     catalogue: every metric of the world, in the order of the report.
     absent: metric that could not be taken -> reason.
     control: None where the world has no noise-control tasks or none were asked for.
+    strips: indices of the prompts that have strips.
     """
 
     rows: list[Row]
     catalogue: dict[str, Metric]
     absent: dict[str, str]
     control: ControlResults | None = None
+    strips: Sequence[int] = ()
 
 
 @pinned_jax_config()
 def evaluate(
     teacher: Model,
-    student: Model,
+    students: Model | Mapping[str, Model],
     prompts: Sequence[str],
     world: World,
     config: EvaluationConfig,
     cache: dict[str, tuple] | None = None,
 ) -> Evaluation:
-    """Sample P prompts from S noises each with teacher and student, and compare.
+    """Sample P prompts from S noises each with teacher and students, and compare.
 
-    The rows are the teacher, the teacher in as few steps as the student, and the student. Prompt p
-    of seed s starts from initial_noise(s, P)[p]. A bar on a terminal counts network evaluations.
+    The rows are the teacher, the teacher in as few steps as the students, and the students. Prompt
+    p of seed s starts from initial_noise(s, P)[p]. A bar on a terminal counts network evaluations.
 
     Args:
       teacher: the reference model, in its own number of steps.
-      student: the evaluated model.
+      students: the evaluated model, or several by their labels.
       prompts: P prompts, which the world's oracle can parse.
       world: oracle, feature extractor and layout task; any may be absent.
       config: numbers of seeds, tangents, noises and layout targets.
       cache: filled with the teacher's rows, which a later call takes from it. That call may differ
-        in the student alone, which has as many steps.
+        in the students alone, which have as many steps.
     Raises: InputError, before anything is sampled, for a config, prompts or pipelines that do not
       go together; and for pictures that are not finite.
     """
-    few = replace(teacher.sampling, steps=student.sampling.steps, timesteps=None)
-    models = {"teacher": teacher, "teacher_few": replace(teacher, sampling=few), "student": student}
+    labelled = _rows(teacher, students)
+    models = {key: model for key, (_, model) in labelled.items()}
     _check(models, prompts, world, config)
 
     library, moves, targets = None, 0, None
@@ -117,13 +130,12 @@ def evaluate(
     sets |= library.sets() if library else {}
     sets = {key: sets | more if key == "teacher" and world.extractor else sets for key in models}
     cache = {} if cache is None else cache
-    work = 0
-    for key, model in models.items():
-        if key in cache:
-            continue
-        pictures = sum(len(texts) for texts, _ in sets[key].values()) + MOVE_COST * moves
-        work += (pictures + 2 * config.tangents * len(prompts)) * model.evaluations
-
+    extra = MOVE_COST * moves + 2 * config.tangents * len(prompts)
+    work = sum(
+        (sum(len(texts) for texts, _ in sets[key].values()) + extra) * model.evaluations
+        for key, model in models.items()
+        if key not in cache
+    )
     outputs, others, controlled = {}, None, {}
     with tqdm(total=work, unit="evaluation", unit_scale=True, disable=None) as bar:
         for key, model in models.items():
@@ -131,9 +143,8 @@ def evaluate(
                 outputs[key], others, controlled[key], targets = cache[key]
                 continue
             images = draw_sets(model, sets[key], config.batch, bar)
-            outputs[key] = _measure(
-                images, _tangents(model, prompts, config, bar), config.seeds, world
-            )
+            tangents = _tangents(model, prompts, config, bar)
+            outputs[key] = _measure(images, tangents, config.seeds, world)
             if "others" in images:
                 others = _features(world, _by_prompt(images["others"], config.seeds))
             if library:
@@ -145,32 +156,54 @@ def evaluate(
                     model, library, targets, controlled[key], config.batch, bar
                 )
                 controlled[key] = replace(controlled[key], layout_result=layout_result)
-            if key != "student":
+            if key.startswith("teacher"):
                 cache[key] = outputs[key], others, controlled.get(key), targets
     control = ControlResults(library, targets, controlled) if library else None
-    return _evaluation(models, outputs, others, prompts, world, control)
+    evaluation = _evaluation(labelled, outputs, others, control, prompts, world)
+    shown = strip_prompts(len(prompts), config.strips) if config.strips else ()
+    return replace(evaluation, strips=shown)
 
 
 def _evaluation(
-    models: dict[str, Model],
+    labelled: dict[str, tuple[str, Model]],
     outputs: dict[str, ModelOutputs],
     others: np.ndarray | None,
+    control: ControlResults | None,
     prompts: Sequence[str],
     world: World,
-    control: ControlResults | None,
 ) -> Evaluation:
-    listed, rows = catalogue(world), []
-    for key, model in models.items():
-        taken = row_metrics(outputs[key], outputs["teacher"], others, prompts, world)
+    listed, first, rows = catalogue(world), outputs["teacher"], []
+    for key, (label, model) in labelled.items():
+        row = outputs[key]
+        taken = row_metrics(row, first, others, prompts, world)
         taken |= control_metrics(control, key) if control else {}
         metrics = {name: taken[name] for name in listed if name in taken}
-        label = f"{key.split('_')[0]}, {model.sampling.steps} steps"
-        images = outputs[key].images_PSHWC
-        rows.append(Row(key, label, model.sampling, model.evaluations, images, metrics))
+        facts = label, model.sampling, model.evaluations, row.images_PSHWC, metrics
+        apart = None if row is first else differences(row, first)
+        rows.append(Row(key, *facts, apart, row.strips_KMNHWC))
     names = {name for row in rows for name in row.metrics}
-    absent = absent_metrics(outputs["teacher"], prompts, world)
-    absent |= absent_control(control, names, world)
+    absent = absent_metrics(first, prompts, world) | absent_control(control, names, world)
     return Evaluation(rows, listed, absent, control)
+
+
+def _rows(teacher: Model, students: Model | Mapping[str, Model]) -> dict[str, tuple[str, Model]]:
+    """Labels and models of the rows by key.
+
+    Keys: "teacher"; "teacher_few" for the first student's number of steps, "teacher_few_N" for
+    another N; "student", "student_2" and so on.
+    """
+    students = {"student": students} if isinstance(students, Model) else students
+    rows = {"teacher": ("teacher", teacher)}
+    for steps in dict.fromkeys(model.sampling.steps for model in students.values()):
+        key = "teacher_few" if len(rows) == 1 else f"teacher_few_{steps}"
+        few = replace(teacher.sampling, steps=steps, timesteps=None)
+        rows[key] = "teacher", replace(teacher, sampling=few)
+    for number, (label, model) in enumerate(students.items(), 1):
+        rows["student" if number == 1 else f"student_{number}"] = label, model
+    return {
+        key: (f"{label}, {model.sampling.steps} steps", model)
+        for key, (label, model) in rows.items()
+    }
 
 
 def _check(
@@ -211,7 +244,8 @@ def _sets(
     """Prompts and noises to sample, seed by seed, by name.
 
     "own": every prompt at the evaluated seeds. "others": every prompt at as many later seeds.
-    "near": the first prompts at perturbed seeds, z -> sqrt(1 - r^2) z + r n.
+    "near": the first prompts at perturbed seeds, z -> sqrt(1 - r^2) z + r n. "strips": some prompts
+    along ways between and from their noises.
 
     Args:
       prompts: P prompts.
@@ -229,23 +263,25 @@ def _sets(
     new = noises(2 * config.seeds + config.tangents, len(first))
     near = (1 - NEAR_SHARE**2) ** 0.5 * noises(0, len(first)) + NEAR_SHARE * new
     prompts_by_seed = [*prompts] * config.seeds
-    return {
+    sets = {
         "own": (prompts_by_seed, noises(0, count)),
         "others": (prompts_by_seed, noises(config.seeds, count)),
         "near": (first * config.seeds, near),
     }
+    if config.strips:
+        shown = strip_prompts(count, config.strips)
+        sets["strips"] = strip_set(prompts, shown, latent, 2 * config.seeds)
+    return sets
 
 
 def _measure(
     images: dict[str, np.ndarray], tangents: np.ndarray | None, seeds: int, world: World
 ) -> ModelOutputs:
     images_PSHWC, near = (_by_prompt(images[name], seeds) for name in ("own", "near"))
-    words = world.oracle and world.oracle.classify(merge_leading_axes(images_PSHWC)).reshape(
-        *images_PSHWC.shape[:2], -1
-    )
-    return ModelOutputs(
-        images_PSHWC, _features(world, images_PSHWC), tangents, words, near, _features(world, near)
-    )
+    words = world.oracle and map_pictures(world.oracle.classify, images_PSHWC)
+    features, near_features = _features(world, images_PSHWC), _features(world, near)
+    strips = as_strips(images["strips"]) if "strips" in images else None
+    return ModelOutputs(images_PSHWC, features, tangents, words, near, near_features, strips)
 
 
 def _by_prompt(images: np.ndarray, seeds: int) -> np.ndarray:
@@ -254,9 +290,7 @@ def _by_prompt(images: np.ndarray, seeds: int) -> np.ndarray:
 
 
 def _features(world: World, images_PSHWC: np.ndarray) -> np.ndarray | None:
-    if world.extractor is None:
-        return None
-    return world.extractor(merge_leading_axes(images_PSHWC)).reshape(*images_PSHWC.shape[:2], -1)
+    return world.extractor and map_pictures(world.extractor, images_PSHWC)
 
 
 def _tangents(

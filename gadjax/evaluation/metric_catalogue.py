@@ -17,7 +17,10 @@ class Metric(NamedTuple):
 
 # Heading of the section, and the unit that was resampled for the intervals.
 GROUPS = {
-    "prompts": ("Prompt adherence and fidelity", "of adherence over pictures (Wilson)"),
+    "prompts": (
+        "Prompt adherence and fidelity",
+        "of adherence over pictures (Wilson), those of a prompt taken as a cluster",
+    ),
     "diversity": ("Diversity among the seeds of a prompt", "over prompts"),
     "seeds": ("Seed consistency", "over prompts"),
     "sensitivity": ("Noise sensitivity", "over prompts"),

@@ -5,11 +5,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gadjax.evaluation.diversity import coverage, pairwise_distance, seed_alignment, vendi
+from gadjax.evaluation.diversity import (
+    coverage,
+    pairwise_distance,
+    relative_difference,
+    seed_alignment,
+    vendi,
+)
 from gadjax.evaluation.frechet import frechet
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.sensitivity import compare_tangents
-from gadjax.evaluation.statistics import Estimate, geometric_mean, mean, ratio, wilson
+from gadjax.evaluation.statistics import (
+    Estimate,
+    clustered_wilson,
+    geometric_mean,
+    mean,
+    ratio,
+)
 
 FROM_FEATURES = (
     "frechet",
@@ -24,11 +36,13 @@ FROM_FEATURES = (
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """Pictures of one model for P prompts at S seeds, their features, and T tangents a prompt.
+    """Pictures (uint8) of one model for P prompts at S seeds, their features, and T tangents a
+    prompt.
 
     words_PSA: words that the world's oracle assigns to the pictures.
     near_QSHWC, near_features_QSD: pictures and features of the first Q prompts from perturbed
       noise.
+    strips_KMNHWC: pictures of K prompts along the M ways of `gadjax.evaluation.strips`.
     """
 
     images_PSHWC: np.ndarray
@@ -37,6 +51,7 @@ class ModelOutputs:
     words_PSA: np.ndarray | None
     near_QSHWC: np.ndarray
     near_features_QSD: np.ndarray | None
+    strips_KMNHWC: np.ndarray | None = None
 
 
 def row_metrics(
@@ -59,7 +74,7 @@ def row_metrics(
     if world.oracle:
         captions = [prompt for prompt in prompts for _ in range(row.words_PSA.shape[1])]
         hits = world.oracle.adheres(merge_leading_axes(row.words_PSA), captions)
-        metrics["adherence"] = wilson(int(np.sum(hits)), len(hits))
+        metrics["adherence"] = clustered_wilson(hits.reshape(row.words_PSA.shape[:2]))
         open_PA = world.oracle.left_open(prompts)
         if open_PA.any():
             counts = coverage(row.words_PSA, open_PA)
@@ -89,6 +104,14 @@ def row_metrics(
         logs = np.log(np.maximum(size, np.finfo(np.float64).tiny)).reshape(directions, count)
         metrics["tangent_norm_ratio"] = geometric_mean(np.exp(logs.mean(0)))
     return metrics
+
+
+def differences(row: ModelOutputs, teacher: ModelOutputs) -> np.ndarray:
+    """Difference of a row from the teacher at the same noises, for each prompt [P]: by features,
+    by colour values where there are none (`relative_difference`)."""
+    if row.features_PSD is None:
+        return relative_difference(_pixels(row.images_PSHWC), _pixels(teacher.images_PSHWC))
+    return relative_difference(row.features_PSD, teacher.features_PSD)
 
 
 def absent_metrics(teacher: ModelOutputs, prompts: Sequence[str], world: World) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from gadjax.evaluation.draw import check_finite
+from gadjax.evaluation.draw import check_finite, map_pictures
 from gadjax.evaluation.interpolation import slerp
 from gadjax.evaluation.layout_control import (
     GRADIENT_EVALUATIONS,
@@ -20,6 +20,7 @@ from gadjax.evaluation.layout_control import (
 )
 from gadjax.evaluation.metrics import merge_leading_axes
 from gadjax.evaluation.oracles import World
+from gadjax.io.image_grid import to_uint8
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.sampling import initial_noise
 
@@ -106,8 +107,8 @@ def choose_targets(library: Library, teacher_CLA: np.ndarray, count: int) -> Lay
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """Pictures after each of R = len(SNAPSHOT_STEPS) numbers of steps, whether each reached its
-    target, and the angle in degrees between the noises before and after."""
+    """Pictures (uint8) after each of R = len(SNAPSHOT_STEPS) numbers of steps, whether each reached
+    its target, and the angle in degrees between the noises before and after."""
 
     images_RNHWC: np.ndarray
     reached_RN: np.ndarray
@@ -116,7 +117,7 @@ class LayoutResult:
 
 @dataclass(frozen=True)
 class NoiseControl:
-    """Noise-control pictures of one model: the library, the paths, and the moved shapes."""
+    """Noise-control pictures of one model, uint8: the library, the paths, and the moved shapes."""
 
     images_CLHWC: np.ndarray
     words_CLA: np.ndarray
@@ -139,9 +140,9 @@ def classify_library(library: Library, images: dict[str, np.ndarray]) -> NoiseCo
     classify = library.world.oracle.classify
     shape = len(library.captions), len(library.noise_LHWC)
     images_CL = images["library"].reshape(*shape, *images["library"].shape[1:])
-    words_CL = classify(images["library"]).reshape(*shape, -1)
+    words_CL = map_pictures(classify, images_CL)
     paths = _with_endpoints(library, images_CL, images["paths"])
-    words = _with_endpoints(library, words_CL, classify(images["paths"]))
+    words = _with_endpoints(library, words_CL, map_pictures(classify, images["paths"]))
     return NoiseControl(images_CL, words_CL, paths, words)
 
 
@@ -188,11 +189,9 @@ def optimize_noise(
         progress=lambda done: bar.update(done * MOVE_COST * model.evaluations),
     )
     check_finite(model, images)
-    images_RN = images.swapaxes(0, 1)
+    images_RN = to_uint8(images.swapaxes(0, 1))
     # Before the first step, the pictures are those of the library.
-    words = world.oracle.classify(merge_leading_axes(images_RN[1:])).reshape(
-        len(SNAPSHOT_STEPS) - 1, len(prompts), -1
-    )
+    words = map_pictures(world.oracle.classify, images_RN[1:])
     first = start.words_CLA[targets.captions, np.arange(len(prompts))]
     words_RNA = np.concatenate([first[None], words])
     column = world.oracle.attributes.index(world.layout.attribute)

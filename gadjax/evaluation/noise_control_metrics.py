@@ -1,9 +1,11 @@
 """Metrics of the noise-control tasks, and the reasons for those that are absent."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
+from gadjax.evaluation.draw import map_pictures
 from gadjax.evaluation.interpolation import largest_jump, path_steps
 from gadjax.evaluation.layout_control import SNAPSHOT_STEPS
 from gadjax.evaluation.metric_catalogue import catalogue
@@ -11,6 +13,7 @@ from gadjax.evaluation.noise_control import ControlResults, NoiseControl
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.retrieval import retrieval
 from gadjax.evaluation.statistics import Estimate, mean, ratio
+from gadjax.io.image_grid import from_uint8
 
 
 def control_metrics(control: ControlResults, key: str) -> dict[str, Estimate]:
@@ -84,9 +87,5 @@ def _open_along(control: ControlResults) -> np.ndarray:
 def _path_spaces(world: World) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Distance spaces by name: functions from path pictures [M, K, H, W, 3] to values [M, K, D]."""
 
-    def features(images_MKHWC):
-        flat = images_MKHWC.reshape(-1, *images_MKHWC.shape[2:])
-        return world.extractor(flat).reshape(*images_MKHWC.shape[:2], -1)
-
-    spaces = {"features": features} if world.extractor else {}
-    return spaces | {"pixels": lambda images: images.reshape(*images.shape[:2], -1)}
+    spaces = {"features": partial(map_pictures, world.extractor)} if world.extractor else {}
+    return spaces | {"pixels": lambda images: from_uint8(images).reshape(*images.shape[:2], -1)}

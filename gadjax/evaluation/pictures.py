@@ -13,7 +13,7 @@ SHEET = 4096  # largest width of a grid, in pixels
 SHOWN = 4, 4  # prompts, seeds of each prompt
 MOVES, PATHS = 6, 4  # shown
 ENLARGED = 96  # side, in pixels, to which small pictures are enlarged
-MARK = (1.0, 0.1, -1.0)  # orange, which stands out from most pictures
+MARK = (255, 140, 0)  # orange, which stands out from most pictures
 
 
 def samples(evaluation: Evaluation, prompts: Sequence[str]) -> Image.Image:
@@ -53,7 +53,7 @@ def _mark(images_NHWC: np.ndarray, place: Sequence[float], reach: int) -> None:
     """Draw the corners of a square around a place into the pictures, in place.
 
     Args:
-      images_NHWC: pictures in [-1, 1], changed in place.
+      images_NHWC: uint8 pictures, changed in place.
       place: (x, y) in pixels.
       reach: half the side of the square, in pixels.
     """

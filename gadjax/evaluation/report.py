@@ -1,4 +1,4 @@
-"""Reports of an evaluation: report.json, report.md and pictures."""
+"""Reports of an evaluation: report.html, report.json, report.md and pictures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 from gadjax.evaluation import pictures
 from gadjax.evaluation.evaluate import Evaluation, Row
 from gadjax.evaluation.metric_catalogue import GROUPS, SUMMARY, Metric
+from gadjax.evaluation.page import page_title, render_page
 from gadjax.evaluation.statistics import Estimate
 from gadjax.io.image_grid import save_png
 from gadjax.io.markdown import escape_markdown
@@ -44,7 +45,7 @@ def as_markdown(evaluation: Evaluation, settings: dict[str, Any]) -> str:
         "network evaluations": [str(row.evaluations) for row in rows],
         "guidance": [f"{row.sampling.guidance:g}" for row in rows],
     }
-    lines = ["# Student compared with its teacher", ""]
+    lines = [f"# {page_title(evaluation)}", ""]
     lines += _table(evaluation, [n for n in SUMMARY if n in taken], sampling)
     lines += [
         "",
@@ -116,7 +117,7 @@ def _picture_groups(evaluation: Evaluation) -> list[str]:
 def write_report(
     folder: Path, evaluation: Evaluation, prompts: Sequence[str], settings: dict[str, Any]
 ) -> None:
-    """Write report.json, report.md and the pictures.
+    """Write report.html, report.json, report.md and the pictures.
 
     Args:
       folder: an existing folder.
@@ -127,6 +128,8 @@ def write_report(
     text = json.dumps(as_dict(evaluation, settings), indent=2, allow_nan=False) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
     (folder / "report.md").write_text(as_markdown(evaluation, settings), encoding="utf-8")
+    page = render_page(evaluation, prompts, settings)
+    (folder / "report.html").write_text(page, encoding="utf-8")
     save_png(pictures.samples(evaluation, prompts), folder / "samples.png")
     labels = {row.key: row.label for row in evaluation.rows}
     for group in _picture_groups(evaluation):

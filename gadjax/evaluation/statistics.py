@@ -18,12 +18,27 @@ class Estimate(NamedTuple):
     high: float | None = None
 
 
-def wilson(hits: int, total: int) -> Estimate:
+def wilson(hits: float, total: float) -> Estimate:
     """Rate with the score interval of Wilson (1927), which stays within [0, 1]."""
     rate, z2 = hits / total, Z * Z
     middle = (rate + z2 / (2 * total)) / (1 + z2 / total)
     reach = Z / (1 + z2 / total) * math.sqrt(rate * (1 - rate) / total + z2 / (4 * total**2))
     return Estimate(rate, max(0.0, middle - reach), min(1.0, middle + reach))
+
+
+def clustered_wilson(hits_PS: np.ndarray) -> Estimate:
+    """Rate of hits with Wilson's interval for the effective number of independent pictures.
+
+    The S pictures of a prompt are a cluster: their number is divided by the design effect (Kish
+    1965), the variance of the prompts' means over that of as many independent pictures, where it is
+    above 1.
+    """
+    count, seeds = hits_PS.shape
+    rate, total = float(hits_PS.mean()), hits_PS.size
+    independent = rate * (1 - rate) / seeds
+    effect = hits_PS.mean(1).var(ddof=1) / independent if independent and count > 1 else 1.0
+    effective = total / max(effect, 1.0)
+    return wilson(rate * effective, effective)._replace(value=rate)
 
 
 def bootstrap(

@@ -21,7 +21,7 @@ def grid(
     """Image grid on white: one labelled row of images per (label, x_NHWC in [-1, 1]).
 
     Args:
-      rows: labels and images, all of one shape [N, H, W, 3].
+      rows: labels and images, all of one shape [N, H, W, 3]; also uint8.
       captions: N texts above the columns, wrapped.
       scale: integer magnification; images of at most 64 pixels are enlarged without interpolation.
 
@@ -65,9 +65,16 @@ def grid(
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
-    """Convert [-1, 1] to 0 .. 255: values outside are clipped, NaN is black."""
+    """Convert [-1, 1] to 0 .. 255: values outside are clipped, NaN is black; uint8 is kept."""
+    if x.dtype == np.uint8:
+        return x
     x = np.nan_to_num(np.asarray(x, np.float32), nan=-1.0, posinf=1.0, neginf=-1.0)
     return np.rint(np.clip(x * 127.5 + 127.5, 0, 255)).astype(np.uint8)
+
+
+def from_uint8(x: np.ndarray) -> np.ndarray:
+    """Convert 0 .. 255 to [-1, 1], float32; what is not uint8 is kept."""
+    return np.float32(x) / np.float32(127.5) - 1 if x.dtype == np.uint8 else x
 
 
 def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -42,12 +42,11 @@ def compare(
 
     Returns: one evaluation, for its catalogue, and the rows by label.
     """
-    cache, rows = {}, {}
-    for label, student in students.items():
-        evaluation = evaluate(teacher, student, prompts, world, config, cache)
-        by_key = {row.key: row for row in evaluation.rows}
-        rows |= {by_key[key].label: by_key[key] for key in ("teacher", "teacher_few")}
-        rows[label] = replace(by_key["student"], label=label)
+    evaluation = evaluate(teacher, students, prompts, world, config)
+    teachers = [row for row in evaluation.rows if row.key.startswith("teacher")]
+    rows = {row.label: row for row in teachers}
+    for label, row in zip(students, evaluation.rows[len(teachers) :], strict=True):
+        rows[label] = replace(row, label=label)
     return evaluation, rows
 
 

@@ -18,6 +18,7 @@ from gadjax.errors import RunStopped
 from gadjax.io.append_file import AppendFile
 from gadjax.io.storage import is_remote, warn_on_write_error, write_atomic
 from gadjax.runtime.goodput import GOODPUT, GoodputClock
+from gadjax.runtime.status import HEALTH
 from gadjax.runtime.trackers import Trackers
 from gadjax.types import Params
 
@@ -74,6 +75,7 @@ class Progress:
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             _drop_rows_after(self.workdir / "metrics.jsonl", start)
+            _drop_rows_after(self.workdir / HEALTH, start - 1)  # the preview is drawn again
             for file in ("train.log", "metrics.jsonl"):
                 self.files[file] = AppendFile(self.workdir / file)
         except OSError as error:
@@ -108,6 +110,18 @@ class Progress:
         if self.enabled:
             array = np.asarray(array)
             self.trackers.write_images(step, {name: array if array.ndim == 4 else array[None]})
+
+    def health(self, row: dict[str, Any]) -> None:
+        """Write a row of health.jsonl, and send its numbers to the trackers as health/NAME."""
+        if not self.enabled:
+            return
+        if HEALTH not in self.files:
+            with warn_on_write_error(self.workdir / HEALTH, self.tolerate_write_errors):
+                self.files[HEALTH] = AppendFile(self.workdir / HEALTH)
+        if HEALTH in self.files:
+            self._write(HEALTH, json.dumps(row))
+        numbers = {f"health/{k}": v for k, v in row.items() if isinstance(v, float)}
+        self.trackers.write_scalars(row["step"], numbers)
 
     def note(self, text: str) -> None:
         """Print lines above the progress bar and add them to train.log."""

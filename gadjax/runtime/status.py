@@ -18,10 +18,12 @@ from gadjax.io.storage import as_path, check_access, is_remote
 from gadjax.io.untrusted import is_count, is_number, is_text, read_json
 from gadjax.runtime.goodput import GOODPUT, KINDS, shares
 
-TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl
+TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl and health.jsonl
 # A run gets a warning this many steps after its next row of metrics was due, and this many seconds;
 # STARTUP_SECONDS while it loads and compiles.
 LATE_STEPS, LATE_SECONDS, STARTUP_SECONDS = 10, 60, 1800
+HEALTH = "health.jsonl"  # signals of the previews, a row each
+OF_TEACHER = "_teacher"  # ends the names of the teacher's
 # Columns of metrics.jsonl that the run adds to the objective's metrics.
 PROGRESS_COLUMNS = ("step", "time", "images_per_second", "goodput")
 
@@ -95,6 +97,7 @@ def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]
         "checkpoint": _checkpoint(workdir / "checkpoints", now),
         "preview": _newest(workdir / "previews", "*.png"),
         "profile": _newest(workdir / "profile", "plugins/profile/*"),
+        "health": _health(workdir / HEALTH),
         "warning": None,
     }
     if len(run) == len(RUN_FIELDS):
@@ -109,6 +112,21 @@ def read_status(workdir: str | Path, now: float | None = None) -> dict[str, Any]
             f"no news for {_duration(age)}: it has probably died; the same command resumes it"
         )
     return status
+
+
+def parse_health(line: str) -> dict[str, Any] | None:
+    """Row of health.jsonl: its step, numbers by name (None where one is not finite), and the names
+    of its alarms; None for a line that is no row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not is_count(row.get("step")):
+        return None
+    alarms = row.get("alarms")
+    numbers = {k: v for k, v in row.items() if k != "step" and (v is None or _is_finite(v))}
+    alarms = [name for name in alarms if is_text(name)] if isinstance(alarms, list) else []
+    return numbers | {"step": row["step"], "alarms": alarms}
 
 
 def _late_seconds(
@@ -152,11 +170,13 @@ def table(status: dict[str, Any]) -> str:
             lines.append(("utilisation", f"{status['utilisation']:.1%} of the bfloat16 peak"))
         elif speed:
             lines.append(("utilisation", "unknown hardware"))
-    values = [
-        f"{k} {'not finite' if v is None else f'{v:.4g}'}" for k, v in status["metrics"].items()
+    lines += _columns("metrics", [f"{k} {_number(v)}" for k, v in status["metrics"].items()])
+    health = status["health"] or {"signals": {}, "alarms": []}
+    signals = [
+        f"{k} {_number(v)}" + ("" if of_teacher is None else f" (teacher {_number(of_teacher)})")
+        for k, (v, of_teacher) in health["signals"].items()
     ]
-    for begin in range(0, len(values), 4):
-        lines.append(("" if begin else "metrics", "  ".join(values[begin : begin + 4])))
+    lines += _columns("health", signals, 2)
     if status["goodput"]:
         parts = "  ".join(f"{kind} {status['goodput'][kind]:.1%}" for kind in KINDS)
         starts = f"  ({status['starts']} starts)" if status["starts"] > 1 else ""
@@ -168,7 +188,20 @@ def table(status: dict[str, Any]) -> str:
     head = f"{status['workdir']}: {status['text']}"
     block = [f"  {name:<12}{text}" for name, text in lines]
     warning = [f"  WARNING: {status['warning']}"] if status["warning"] else []
+    if health["alarms"]:
+        names = ", ".join(health["alarms"])
+        warning.append(f"  ALARM at step {health['step']}: {names} (docs/monitoring.md)")
     return "\n".join(map(escape_nonprintable, [head, *block, *warning]))
+
+
+def _columns(name: str, values: list[str], count: int = 4) -> list[tuple[str, str]]:
+    """Lines of `count` values each, the first of them with the name."""
+    begins = range(0, len(values), count)
+    return [("" if begin else name, "  ".join(values[begin : begin + count])) for begin in begins]
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -195,18 +228,8 @@ def _goodput_record(path: Path) -> dict[str, Any]:
 
 def _row(workdir: Path) -> dict[str, Any]:
     """Last complete row of metrics.jsonl, with the last known images_per_second."""
-    path = workdir / "metrics.jsonl"
-    try:
-        if not path.is_file():  # reading a pipe would hang
-            return {}
-        with path.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(file.tell() - TAIL_BYTES, 0))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return {}
     rows = []
-    for line in lines:
+    for line in _tail(workdir / "metrics.jsonl"):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -220,6 +243,30 @@ def _row(workdir: Path) -> dict[str, Any]:
             rows.append(_fields(row, ROW_FIELDS) | more)
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
     return rows[-1] | {"images_per_second": speeds[-1] if speeds else None} if rows else {}
+
+
+def _health(path: Path) -> dict[str, Any] | None:
+    """Newest row of health.jsonl: its step, (student, teacher) by signal, and alarms."""
+    rows = [row for row in map(parse_health, _tail(path)) if row]
+    if not rows:
+        return None
+    row = rows[-1]
+    names = [k for k in row if k not in ("step", "alarms") and not k.endswith(OF_TEACHER)]
+    signals = {name: [row[name], row.get(name + OF_TEACHER)] for name in names}
+    return {"step": row["step"], "signals": signals, "alarms": row["alarms"]}
+
+
+def _tail(path: Path) -> list[str]:
+    """Last lines of a file; none where it cannot be read."""
+    try:
+        if not path.is_file():  # reading a pipe would hang
+            return []
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(file.tell() - TAIL_BYTES, 0))
+            return file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return []
 
 
 def _checkpoint(folder: Path, now: float) -> dict[str, Any] | None:

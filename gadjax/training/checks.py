@@ -29,6 +29,7 @@ from gadjax.seeds import check_seed
 from gadjax.training.batch import encode_raw
 from gadjax.training.config import INITS
 from gadjax.training.data import WITH_PICTURES
+from gadjax.training.health import check_previews
 from gadjax.training.lora import base_source, loras
 from gadjax.training.steps import CRITICS
 from gadjax.training.workdir import sampling_from_config
@@ -109,6 +110,7 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     check_schedule("optim", config.optim)
     check_critic(config, objective.needs)
     check_follow(config)
+    check_previews(config.preview)
     remat = REMAT[config.remat]
     return Settings(times, objective, mesh, microbatches, dtype, remat, kernels, images)
 

@@ -116,7 +116,9 @@ def default_config() -> ConfigDict:
             "checkpoint": {"every": 500, "keep": 3, "failures": 0},
             # trackers: some of wandb, trackio; TensorBoard is written if tensorflow is installed
             "log": {"every": 10, "trackers": (), "project": "gadjax"},
-            "preview": {"every": 500, "prompts": 8, "scale": 3},
+            # seeds: noises of each prompt. stop_when: signals whose alarm stops the run
+            # (docs/monitoring.md)
+            "preview": {"every": 500, "prompts": 4, "seeds": 4, "scale": 3, "stop_when": ()},
             "stop_after_bad": 3,  # non-finite updates in a row
         }
     )

@@ -150,9 +150,10 @@ def _loop(
         saves = SavePolicy(checkpoints, loop_spec.failures, progress.note)
         log_start(run, done, state, progress.note)
         with compiling(run, steps, state, frozen) if done < loop_spec.steps else nullcontext():
-            preview = Preview(run, frozen, workdir) if loop_spec.preview_every else None
+            previews = loop_spec.preview_every
+            preview = Preview(run, frozen, workdir, done, progress) if previews else None
             if preview and preview.is_due(done):  # a killed run may have saved it without a preview
-                progress.image(done, "preview", preview(state, done))
+                preview.show(state, done)
         batches = host_batches(run, steps, done, loop_spec.steps)
         profile = Profile(profiling.profile, workdir, progress.note)
         preempted = False
@@ -182,7 +183,7 @@ def _loop(
                 lock.write_status("running", done)
             if preview and preview.is_due(done):
                 with clock("preview"):
-                    progress.image(done, "preview", preview(state, done))
+                    preview.show(state, done)
         check_nonfinite(previous, done, loop_spec.stop_after_bad, progress.note)
         profile.close(done, state)
         with clock("checkpoint"):

@@ -14,29 +14,48 @@ from gadjax.io.storage import warn_on_write_error
 from gadjax.models.params import merge_params
 from gadjax.parallel.sharding import replicated
 from gadjax.pipelines.sampling import clean_latent, initial_noise
+from gadjax.runtime.progress import Progress
 from gadjax.training.batch import encode_raw
+from gadjax.training.health import Health, report_alarms
 from gadjax.training.setup import Run
+from gadjax.training.signals import Drawn
 from gadjax.training.state import TrainState
+
+MAX_COLUMNS = 8  # of a sheet, where it has no more prompts
 
 
 class Preview:
-    """Preview grids (PNG): fixed prompts and noises, sampled by teacher and student EMA."""
+    """Preview grids (PNG) and health.jsonl: fixed prompts and noises, sampled by teacher and
+    student EMA."""
 
-    def __init__(self, run: Run, frozen: dict[str, Any], workdir: Path):
+    def __init__(
+        self, run: Run, frozen: dict[str, Any], workdir: Path, done: int, progress: Progress
+    ):
+        """Draw the teacher's pictures.
+
+        Args:
+          run: the prepared run.
+          frozen: its frozen parameters, on the mesh.
+          workdir: gets the folder of previews.
+          done: steps that are done.
+          progress: receives pictures, signals and alarms.
+        """
         loop_spec = run.loop_spec
+        self.progress, self.stop_when = progress, loop_spec.stop_when
         self.folder, self.scale = workdir / "previews", loop_spec.preview_scale
         self.every, self.last = loop_spec.preview_every, loop_spec.steps
         self.tolerate_errors = loop_spec.failures > 0
         with warn_on_write_error(self.folder, self.tolerate_errors):
             self.folder.mkdir(exist_ok=True)
         pipeline, step_spec = run.pipeline, run.step_spec
-        needs, count = step_spec.objective.needs, loop_spec.preview_prompts
+        needs, seeds = step_spec.objective.needs, loop_spec.preview_seeds
+        count = loop_spec.preview_prompts
         raw = run.source.batch(0, count)
         raw = {name: value for name, value in raw.items() if name not in ("image", "x0")}
-        noise = initial_noise(run.seed, count, pipeline.latent)
+        noises = initial_noise(run.seed, count * seeds, pipeline.latent)
 
         @partial(jax.jit, static_argnums=1, out_shardings=replicated(run.mesh))
-        def latent(params, sampling, frozen, raw):
+        def latent(params, sampling, frozen, raw, noise):
             cond = encode_raw(pipeline, frozen, raw)
             null = encode_raw(pipeline, frozen, frozen["null"])
             null = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), null)
@@ -47,7 +66,13 @@ class Preview:
         decode = jax.jit(pipeline.decode, out_shardings=replicated(run.mesh))
 
         def draw(params, sampling):
-            return np.asarray(decode(frozen["vae"], latent(params, sampling, frozen, raw)))
+            # Noise by noise: memory holds one picture of each prompt at a time.
+            parts = []
+            for seed in range(seeds):
+                x0 = latent(params, sampling, frozen, raw, noises[seed::seeds])
+                parts.append((np.asarray(x0), np.asarray(decode(frozen["vae"], x0))))
+            arrays = (np.stack(part, 1) for part in zip(*parts, strict=True))
+            return Drawn(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
 
         many_step = SamplingConfig(guidance=step_spec.guidance)
         times = step_spec.times[:-1]
@@ -58,17 +83,27 @@ class Preview:
         self.teacher = None
         if pipeline.backbone in frozen:
             self.teacher = draw(frozen[pipeline.backbone], many_step)
+        per_prompt = max(1, MAX_COLUMNS // count)  # noises of a prompt on the sheet
+        self.shown = [n for n in range(count * seeds) if n % seeds < per_prompt]
+        self.health = Health(workdir, done, self.teacher, seeds)
 
     def is_due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.last
 
-    def __call__(self, state: TrainState, step: int) -> np.ndarray:
-        """Write the preview of one step and return it: uint8 [H, W, 3]."""
-        rows = [("student", self.draw(state.ema))]
+    def show(self, state: TrainState, step: int) -> None:
+        """Write the preview of one step and its signals, and log their alarms.
+
+        Raises: RunStopped for an alarm of a signal in preview.stop_when.
+        """
+        student = self.draw(state.ema)
+        rows = [("student", student.images_NHWC[self.shown])]
         if self.teacher is not None:
-            rows.insert(0, ("teacher", self.teacher))
+            rows.insert(0, ("teacher", self.teacher.images_NHWC[self.shown]))
         sheet = grid(rows, None, self.scale)
         if jax.process_index() == 0:
             with warn_on_write_error(self.folder, self.tolerate_errors):
                 save_png(sheet, self.folder / f"{step:07d}.png")
-        return np.asarray(sheet)
+        self.progress.image(step, "preview", np.asarray(sheet))
+        before, row = self.health.alarms, self.health(step, student)
+        self.progress.health(row)
+        report_alarms(row, before, self.stop_when, self.progress.note)

@@ -52,7 +52,9 @@ class LoopSpec:
       stop_after_bad: non-finite updates in a row that stop the run.
       preview_every: steps between previews; 0 for none.
       preview_prompts: prompts of a preview.
+      preview_seeds: noises of each of them.
       preview_scale: enlargement of a preview's images.
+      stop_when: signals whose alarm stops the run.
     """
 
     steps: int
@@ -62,7 +64,9 @@ class LoopSpec:
     stop_after_bad: int
     preview_every: int
     preview_prompts: int
+    preview_seeds: int
     preview_scale: int
+    stop_when: tuple[str, ...]
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "LoopSpec":
@@ -75,7 +79,9 @@ class LoopSpec:
             stop_after_bad=config.stop_after_bad,
             preview_every=preview.every,
             preview_prompts=preview.prompts,
+            preview_seeds=preview.seeds,
             preview_scale=preview.scale,
+            stop_when=tuple(preview.stop_when),
         )
 
 

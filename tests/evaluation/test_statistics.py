@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from gadjax.evaluation.statistics import bootstrap, geometric_mean, mean, ratio, wilson
+from gadjax.evaluation.statistics import (
+    bootstrap,
+    clustered_wilson,
+    geometric_mean,
+    mean,
+    ratio,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,3 +58,21 @@ def test_a_ratio_with_zeros_in_the_denominator_is_finite():
 def test_geometric_mean():
     assert geometric_mean(np.array([0.5, 2.0, 1.0])).value == pytest.approx(1)
     assert geometric_mean(np.array([0.0, 1.0])).value < 1e-100
+
+
+def test_wilson_of_clusters():
+    """Independent pictures count each; pictures that are alike within a prompt count once."""
+    rng = np.random.default_rng(0)
+    alike = np.repeat(rng.random((40, 1)) < 0.7, 8, axis=1)
+    found, once = clustered_wilson(alike), wilson(int(alike[:, 0].sum()), 40)
+    assert found.value == once.value
+    # The variance between prompts is the unbiased one: 39 in place of 40 prompts.
+    rate = alike.mean()
+    np.testing.assert_allclose(found, wilson(rate * 39, 39), rtol=1e-12)
+    free = rng.random((4000, 8)) < 0.7
+    np.testing.assert_allclose(
+        clustered_wilson(free), wilson(int(free.sum()), free.size), atol=1e-3
+    )
+    for rate in (0.0, 1.0):
+        assert clustered_wilson(np.full((4, 3), rate)) == wilson(12 * rate, 12)
+    assert clustered_wilson(np.array([[1, 0, 0]])) == wilson(1, 3)

@@ -20,13 +20,15 @@ from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings  # 
 from gadjax.data.images import open_images  # noqa: E402
 from gadjax.data.prompts import read_prompts  # noqa: E402
 from gadjax.errors import InputError  # noqa: E402
+from gadjax.evaluation.compare import comparison, read_reports  # noqa: E402
 from gadjax.formats.model_card import read_license, read_report, report_lines  # noqa: E402
 from gadjax.io.image_grid import wrap_text  # noqa: E402
 from gadjax.io.manifest import COMMIT_MARKER  # noqa: E402
 from gadjax.io.untrusted import read_json  # noqa: E402
 from gadjax.runtime.goodput import GoodputClock  # noqa: E402
-from gadjax.runtime.status import read_status, table  # noqa: E402
+from gadjax.runtime.status import HEALTH, read_status, table  # noqa: E402
 from gadjax.training.config import as_json, default_config  # noqa: E402
+from gadjax.training.health import BANDS, Health  # noqa: E402
 from gadjax.training.resume import check_inputs, check_resume  # noqa: E402
 from gadjax.training.workdir import parse_run_metadata, read_trained  # noqa: E402
 
@@ -147,6 +149,9 @@ def make_run(folder: Path) -> None:
     row = {"step": 2, "time": NOW - 9, "images_per_second": 2.5, "goodput": 0.8, "loss/gad": None}
     rows = [row | {"step": step, "loss/dmd": step / 7} for step in range(10, 50, 10)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = {"x0_rms": 1.2, "x0_rms_teacher": 1.0, "same_seed": None, "same_seed_teacher": 1.0}
+    rows = [{"step": step} | row | {"alarms": ["same_seed"]} for step in (0, 20)]
+    (folder / HEALTH).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "previews").mkdir()
     Image.new("RGB", (4, 4)).save(folder / "previews" / "0000020.png")
 
@@ -161,6 +166,7 @@ def read_to_resume(folder: Path) -> None:
     clock = GoodputClock()
     clock.resume(folder, 30)
     assert 0 <= clock.share() <= 1
+    assert set(Health(folder, 30, None, 1).alarms) <= set(BANDS)
     check_resume(read_json(folder / "config.json"), config(), folder)
     check_inputs(folder, config(), INPUTS)
 
@@ -209,6 +215,11 @@ def read_for_card(folder: Path) -> None:
     assert all(line.isprintable() and line.startswith("|") for line in lines)
 
 
+def read_to_compare(folder: Path) -> None:
+    text = comparison(read_reports([folder, folder / "report.json"]))
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
 TARGETS = [
     *(
         Target(f"prompts-{suffix}", partial(make_prompts, suffix), partial(read_and_show, suffix))
@@ -224,4 +235,5 @@ TARGETS = [
     Target("meta", make_meta, read_meta),
     Target("checkpoints", make_checkpoints, read_trained),
     Target("report", make_report, read_for_card),
+    Target("compare", make_report, read_to_compare),
 ]

@@ -42,6 +42,12 @@ from gadjax.training.workdir import parse_run_metadata
         ("metrics.jsonl", "step", 2.5),
         ("metrics.jsonl", "loss/\x1b[2J", 1.0),
         ("metrics.jsonl", "loss/dmd", [1]),
+        ("health.jsonl", "step", "x"),
+        ("health.jsonl", "alarms", {"a": 1}),
+        ("health.jsonl", "alarms", ["\x1b[2J", 3]),
+        ("health.jsonl", "x0_rms", 10**400),
+        ("health.jsonl", "x0_rms_teacher", [1]),
+        ("health.jsonl", "\u2028", 1.0),
     ],
 )
 def test_a_value_that_makes_no_sense_is_unknown(tmp_path, name, key, value):

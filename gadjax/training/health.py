@@ -1,0 +1,162 @@
+"""Health of a run: the signals of its previews beside the teacher's, and alarms."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from gadjax.errors import InputError, RunStopped, check_choice
+from gadjax.runtime.status import HEALTH, OF_TEACHER, parse_health
+from gadjax.training.signals import Drawn, measure, same_seed
+
+
+class Band(NamedTuple):
+    """Width of the band around the teacher's value, and on which sides of it.
+
+    least: None for a width that is a difference; else it is a share of the teacher's value, which
+      counts as this much where it is smaller.
+    sides: 1 = above alone, -1 = below alone, 0 = both.
+    """
+
+    width: float
+    least: float | None = None
+    sides: int = 0
+
+    def distance(self, value: float, teacher: float) -> float:
+        """Distance from the teacher's value in widths of the band; 1 is its edge."""
+        scale = 1.0 if self.least is None else max(teacher, self.least)
+        apart = (value - teacher) / (scale * self.width)
+        return max(apart * self.sides, 0) if self.sides else abs(apart)
+
+
+BANDS = {
+    "seed_similarity": Band(0.1, sides=1),
+    "same_seed": Band(0.2, sides=-1),
+    "x0_rms": Band(0.15, least=1e-3),
+    "low_band": Band(0.25, least=1e-3),
+    "saturation": Band(0.2, least=0.1),
+    "contrast": Band(0.2, least=0.1),
+    "clipped": Band(0.05, sides=1),
+}
+
+
+class Health:
+    """Signals of every preview, as rows of health.jsonl, and their alarms.
+
+    A student of few steps begins outside the teacher's band and comes closer. A signal's alarm is
+    therefore a preview that is a width of its band further from the teacher than the best one
+    before it. Its state is the rows: a resumed run reads those before its step.
+    """
+
+    def __init__(self, workdir: Path, done: int, teacher: Drawn | None, seeds: int):
+        """Read the rows of earlier previews, and take the teacher's signals.
+
+        Args:
+          workdir: of the run.
+          done: steps that are done; later rows are those of a start that was killed.
+          teacher: what it has drawn; None where a run has no teacher: no alarms.
+          seeds: noises of each prompt.
+        """
+        self.teacher, self.seeds = teacher, seeds
+        self.reference = {} if teacher is None else self._measure(teacher)
+        self.best: dict[str, float] = {}
+        self.alarms: list[str] = []
+        for row in _rows(workdir / HEALTH):
+            if row["step"] < done:
+                self.alarms = judge(row, self.best)
+
+    def __call__(self, step: int, student: Drawn) -> dict[str, Any]:
+        """Row of a preview: the step, the student's and the teacher's values (None where one is not
+        finite), and the alarms."""
+        values = self._measure(student)
+        values |= {f"{name}{OF_TEACHER}": value for name, value in self.reference.items()}
+        row = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        self.alarms = judge(row, self.best)
+        return {"step": step} | row | {"alarms": self.alarms}
+
+    def _measure(self, drawn: Drawn) -> dict[str, float]:
+        signals = measure(drawn, self.seeds)
+        if self.teacher is not None and self.seeds > 1:
+            signals["same_seed"] = same_seed(drawn, self.teacher, self.seeds)
+        return signals
+
+
+def judge(row: Mapping[str, Any], best: dict[str, float]) -> list[str]:
+    """Alarms of a row.
+
+    Args:
+      row: values of student and teacher by name, None where one is not finite.
+      best: least distance from the teacher so far, by name; the row is taken into it.
+    """
+    alarms = []
+    for name, band in BANDS.items():
+        if row.get(name + OF_TEACHER) is None:
+            continue
+        distance = math.inf
+        if row.get(name) is not None:
+            distance = band.distance(row[name], row[name + OF_TEACHER])
+        least = best.get(name, distance)
+        if distance == math.inf or distance > least + 1:
+            alarms.append(name)
+        best[name] = min(least, distance)
+    return alarms
+
+
+def report_alarms(
+    row: Mapping[str, Any],
+    before: Sequence[str],
+    stop_when: Sequence[str],
+    note: Callable[[str], None],
+) -> None:
+    """Log the alarms of a row that the preview before it did not have.
+
+    Args:
+      row: of `Health`.
+      before: alarms of the preview before it.
+      stop_when: signals whose alarm stops the run.
+      note: receives one line for each.
+
+    Raises: RunStopped for an alarm of one of `stop_when`.
+    """
+    for name in row["alarms"]:
+        value = "not finite" if row[name] is None else f"{row[name]:.3g}"
+        text = f"step {row['step']}: {name} is {value}, the teacher's {row[name + OF_TEACHER]:.3g}"
+        if name not in before:
+            note(f"{text}: ALARM (docs/monitoring.md)")
+        if name in stop_when:
+            raise RunStopped(f"{text}; expected it in the teacher's band (preview.stop_when)")
+
+
+def check_previews(preview: ConfigDict) -> None:
+    """Check a config's `preview`: numbers of pictures, and signals whose alarm stops the run.
+
+    Raises: InputError.
+    """
+    for name in ("prompts", "seeds") if preview.every else ():
+        if preview[name] < 1:
+            raise InputError(f"preview.{name}: found {preview[name]}; expected 1 or more")
+    for name in preview.stop_when:
+        check_choice("preview.stop_when", name, BANDS)
+    if preview.stop_when and not preview.every:
+        raise InputError(
+            "preview.stop_when: found signals without previews; expected preview.every"
+        )
+    between = {"seed_similarity", "same_seed"} & set(preview.stop_when)
+    if between and preview.seeds < 2:
+        names = " and ".join(sorted(between))
+        raise InputError(
+            f"preview.seeds: found {preview.seeds}; expected 2 or more for {names} in "
+            "preview.stop_when"
+        )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of health.jsonl; what is no row of it is left out."""
+    rows = []
+    for line in path.read_bytes().decode("utf-8", "replace").splitlines() if path.is_file() else ():
+        row = parse_health(line)
+        if row is not None:
+            rows.append(row)
+    return rows

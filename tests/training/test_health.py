@@ -1,0 +1,204 @@
+"""Signals of previews and their alarms: values rewritten, bands, state of a resumed run."""
+
+import json
+
+import numpy as np
+import pytest
+from train_runs import train
+
+from gadjax.cli.main import main
+from gadjax.errors import InputError, RunStopped
+from gadjax.runtime.status import HEALTH, OF_TEACHER, parse_health
+from gadjax.training.config import default_config
+from gadjax.training.health import BANDS, Band, Health, check_previews, report_alarms
+from gadjax.training.signals import Drawn, measure, same_seed
+
+PROMPTS, SEEDS = 3, 4
+
+
+def drawn(seed: int, scale: float = 1.0) -> Drawn:
+    rng = np.random.default_rng(seed)
+    x0 = scale * rng.normal(0.3, 1, (PROMPTS * SEEDS, 8, 12, 5)).astype(np.float32)
+    return Drawn(x0, rng.uniform(-1, 1, (PROMPTS * SEEDS, 16, 24, 3)).astype(np.float32))
+
+
+def test_signals():
+    """The definitions, written out picture by picture."""
+    given = drawn(0)
+    found = measure(given, SEEDS)
+    x, pooled = given.x0_NHWC.astype(np.float64), []
+    for one in x:
+        cells = one.reshape(4, 2, 4, 3, 5).mean((1, 3))
+        pooled.append(cells - cells.mean((0, 1)))
+    assert found["x0_rms"] == pytest.approx(np.sqrt((x**2).mean()))
+    whole = sum(((one - one.mean((0, 1))) ** 2).mean() for one in x)
+    share = sum((cells**2).mean() for cells in pooled) / whole
+    assert found["low_band"] == pytest.approx(share) and 0.05 < share < 0.3
+    cosines = []
+    for p in range(PROMPTS):
+        group = pooled[p * SEEDS : (p + 1) * SEEDS]
+        for i in range(SEEDS):
+            for j in range(i):
+                a, b = group[i].ravel(), group[j].ravel()
+                cosines.append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    assert found["seed_similarity"] == pytest.approx(np.mean(cosines))
+    levels = np.rint((given.images_NHWC + 1) * 127.5)
+    colours = levels / 255
+    assert found["saturation"] == pytest.approx(np.mean(colours.max(3) - colours.min(3)))
+    assert found["contrast"] == pytest.approx(np.mean([c.mean(2).std() for c in colours]))
+    assert found["clipped"] == pytest.approx(np.mean((levels <= 1) | (levels >= 254)))
+
+
+def test_same_seed_pair_by_pair():
+    """Latents that share half of each noise's part with the teacher's."""
+    rng = np.random.default_rng(3)
+    prompt = rng.normal(size=(PROMPTS, 1, 8, 12, 5))
+    x, y = (rng.normal(size=(PROMPTS, SEEDS, 8, 12, 5)) for _ in range(2))
+    teacher, student = (prompt + z for z in (x, (x + y) / 2**0.5))
+    flat = [z.reshape(PROMPTS * SEEDS, 8, 12, 5) for z in (student, teacher)]
+    same, other = [], []
+    for i, a in enumerate(flat[0]):
+        for j, b in enumerate(flat[1]):
+            a, b = (z - z.mean((0, 1)) for z in (a, b))
+            if i // SEEDS == j // SEEDS:
+                cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+                (same if i == j else other).append(cosine)
+    expected = (np.mean(same) - np.mean(other)) / (1 - np.mean(other))
+    found = same_seed(*(Drawn(z, np.zeros((1, 1, 1, 3))) for z in flat), SEEDS)
+    assert found == pytest.approx(expected) and 0.6 < found < 0.8
+
+
+def test_extremes():
+    given = drawn(1)
+    alike = given.x0_NHWC.reshape(PROMPTS, SEEDS, 8, 12, 5)[:, :1].repeat(SEEDS, 1)
+    # Alike but for a colour and a scale of their own: the layout is the same.
+    factors = np.arange(1, SEEDS + 1).reshape(1, SEEDS, 1, 1, 1)
+    alike = (factors * alike + factors).reshape(given.x0_NHWC.shape)
+    grey = np.full_like(given.images_NHWC, 1.0)
+    found = measure(Drawn(alike, grey), SEEDS)
+    assert found["seed_similarity"] == pytest.approx(1)
+    assert (found["saturation"], found["contrast"], found["clipped"]) == (0, 0, 1)
+    assert same_seed(given, Drawn(2 * given.x0_NHWC + 5, grey), SEEDS) == pytest.approx(1)
+    assert abs(same_seed(given, drawn(2), SEEDS)) < 0.1
+    # One picture for all noises of a prompt: no more like the teacher's of one than of another.
+    assert same_seed(Drawn(alike, grey), given, SEEDS) == pytest.approx(0, abs=1e-9)
+    assert "seed_similarity" not in measure(given, 1)
+    still = Drawn(np.zeros_like(given.x0_NHWC), grey)  # no division by zero
+    assert all(np.isfinite(value) for value in measure(still, SEEDS).values())
+
+
+def test_bands():
+    share, above = Band(0.2, least=0.1), Band(0.1, sides=1)
+    for value, teacher, expected in ((2.8, 2, 2), (1.2, 2, 2), (0.09, 0.05, 2), (0.01, 0.05, 2)):
+        assert share.distance(value, teacher) == pytest.approx(expected)
+    assert above.distance(0.7, 0.5) == pytest.approx(2) and above.distance(0.1, 0.5) == 0
+    assert BANDS["same_seed"].distance(0.6, 1) == pytest.approx(2)
+
+
+def rms_of(scales, workdir, done=0, first=0):
+    """Rows and alarms of previews whose latents are the teacher's, scaled."""
+    health = Health(workdir, done, drawn(0), SEEDS)
+    out = []
+    for number, scale in enumerate(scales, first):
+        row = health(number, drawn(0, scale))
+        out.append((row["x0_rms"] / row["x0_rms" + OF_TEACHER], row["alarms"]))
+    return out
+
+
+def test_an_alarm_is_a_band_beyond_the_best(tmp_path):
+    """In widths of the band: 3 (outside from the start), 2, 1, 1.9, 2.1, 0, 1.1."""
+    widths = np.array([3, 2, 1, 1.9, 2.1, 0, 1.1])
+    found = rms_of(1 + widths * BANDS["x0_rms"].width, tmp_path)
+    alarms = [alarms for _, alarms in found]
+    assert alarms == [[], [], [], [], ["x0_rms"], [], ["x0_rms"]]
+
+
+def test_state_is_the_rows_of_before(tmp_path):
+    scales = [1.0, 1.0, 1.3]
+    whole = rms_of(scales, tmp_path)
+    assert whole[-1][1] == ["x0_rms"]
+    health = Health(tmp_path, 0, drawn(0), SEEDS)
+    rows = [json.dumps(health(number, drawn(0, scale))) for number, scale in enumerate(scales)]
+    noise = ["not JSON", "[]", '{"step": "x"}', '{"step": 0, "x0_rms": "NaN", "alarms": 3}']
+    (tmp_path / HEALTH).write_text("\n".join([*noise, *rows]) + "\n")
+    assert rms_of(scales[2:], tmp_path, done=2, first=2) == whole[2:]
+    # Without the rows before it, the third preview is the first one.
+    assert rms_of(scales[2:], tmp_path, done=0, first=2)[0][1] == []
+    assert parse_health(noise[-1]) == {"step": 0, "alarms": []}
+
+
+def test_not_finite_pictures_are_an_alarm(tmp_path):
+    health = Health(tmp_path, 0, drawn(0), SEEDS)
+    broken = drawn(0)
+    broken.x0_NHWC[3] = np.nan
+    row = health(0, broken)
+    assert row["x0_rms"] is None and {"x0_rms", "same_seed", "low_band"} <= set(row["alarms"])
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    notes = []
+    report_alarms(row, ["low_band"], (), notes.append)
+    assert any(n.startswith("step 0: x0_rms is not finite, the teacher's 1.0") for n in notes)
+    assert len(notes) == len(row["alarms"]) - 1
+    with pytest.raises(RunStopped, match="x0_rms is not finite.*preview.stop_when"):
+        report_alarms(row, row["alarms"], ("x0_rms",), notes.append)
+    # Without a teacher there are values and no alarms.
+    row = Health(tmp_path, 0, None, SEEDS)(0, broken)
+    assert row["alarms"] == [] and "same_seed" not in row
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 0}, "preview.seeds: found 0"),
+        ({"prompts": 0}, "preview.prompts: found 0"),
+        ({"stop_when": ("x",)}, "preview.stop_when: found 'x'; expected one of seed_similarity"),
+        ({"stop_when": ("x0_rms",), "every": 0}, "found signals without previews"),
+        ({"stop_when": ("seed_similarity",), "seeds": 1}, "preview.seeds: found 1"),
+    ],
+)
+def test_bad_configs(changes, message):
+    preview = default_config().preview
+    check_previews(preview)
+    preview.update(changes)
+    with pytest.raises(InputError, match=message):
+        check_previews(preview)
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / HEALTH).read_text().splitlines()]
+
+
+FLAGS = ("--config.preview.every=1", "--config.preview.prompts=2", "--config.preview.seeds=2")
+
+
+def test_a_run_and_its_resumption(config, tmp_path, capsys):
+    """Rows of a resumed run are those of one that was not interrupted; the status shows them."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    variant = f"{config}:regression"
+    assert train(variant, whole, *FLAGS) == 0
+    rows = rows_of(whole)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert {f"{name}{OF_TEACHER}" for name in BANDS} <= set(rows[0])
+    assert train(variant, parts, *FLAGS, "--config.steps=2") == 0
+    assert train(variant, parts, *FLAGS) == 0
+    assert rows_of(parts) == rows
+    capsys.readouterr()
+    assert main(["status", str(whole)]) == 0
+    text = capsys.readouterr().out
+    value, of_teacher = (rows[-1][f"x0_rms{end}"] for end in ("", OF_TEACHER))
+    assert f"x0_rms {value:.4g} (teacher {of_teacher:.4g})" in text and "ALARM" not in text
+
+
+def test_an_alarm_stops_the_run_where_it_was_asked_for(config, tmp_path, capsys):
+    """A learning rate that destroys the student at once."""
+    broken = ("--config.optim.lr=3.0", "--config.ema=0.0", "--config.checkpoint.every=1")
+    flags = (f"{config}:regression", tmp_path / "run", *FLAGS, *broken)
+    assert train(*flags) == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    alarms = [line for line in log.splitlines() if "ALARM" in line]
+    assert alarms and "same_seed is " in log
+    assert len(alarms) == len({line.split(": ")[1].split(" is ")[0] for line in alarms})
+    flags = (flags[0], tmp_path / "stopped", *flags[2:])
+    assert train(*flags, "--config.preview.stop_when=('same_seed',)") == 3
+    status = json.loads((tmp_path / "stopped" / "status.json").read_text())
+    assert status["status"] == "stopped" and "same_seed is" in status["reason"]
+    assert rows_of(tmp_path / "stopped")[-1]["alarms"]
