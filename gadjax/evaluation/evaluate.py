@@ -7,7 +7,9 @@ import numpy as np
 from tqdm import tqdm
 
 from gadjax.errors import InputError
-from gadjax.evaluation.draw import draw_sets
+from gadjax.evaluation.draw import draw_sets, reduction
+from gadjax.evaluation.learned import Observer
+from gadjax.evaluation.learned_metrics import absent_learned, learned_catalogue, learned_metrics
 from gadjax.evaluation.metric_catalogue import NEAR, NEAR_SHARE, Metric, catalogue
 from gadjax.evaluation.metrics import ModelOutputs, absent_metrics, merge_leading_axes, row_metrics
 from gadjax.evaluation.noise_control import (
@@ -40,6 +42,8 @@ class EvaluationConfig:
     batch: pictures at a time.
     library: noises for the noise-control tasks, where the world has them; 0 omits these.
     moves: layout targets (a shape moved by its noise), at most one for each noise of the library.
+    shared_noise: let all prompts start from the same noise of a seed, the first one's, for the
+      seed probe of named extractors.
     """
 
     seeds: int = 8
@@ -47,6 +51,7 @@ class EvaluationConfig:
     batch: int = BATCH
     library: int = 64
     moves: int = 32
+    shared_noise: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,8 @@ def evaluate(
     # taken; last, so that the shared pictures have the same positions in their batches.
     more = {"others": sets.pop("others")}
     sets |= library.sets() if library else {}
-    sets = {key: sets | more if key == "teacher" and world.extractor else sets for key in models}
+    refers = world.extractor or world.features
+    sets = {key: sets | more if key == "teacher" and refers else sets for key in models}
     cache = {} if cache is None else cache
     work = 0
     for key, model in models.items():
@@ -130,9 +136,12 @@ def evaluate(
             if key in cache:
                 outputs[key], others, controlled[key], targets = cache[key]
                 continue
-            images = draw_sets(model, sets[key], config.batch, bar)
-            outputs[key] = _measure(
-                images, _tangents(model, prompts, config, bar), config.seeds, world
+            observer = Observer(world, sets[key], config.seeds, config.shared_noise)
+            factor = _reduction(models, len(prompts) * config.seeds, world)
+            images = draw_sets(model, sets[key], config.batch, bar, observer, factor)
+            outputs[key] = replace(
+                _measure(images, _tangents(model, prompts, config, bar), config.seeds, world),
+                learned=observer.outputs(),
             )
             if "others" in images:
                 others = _features(world, _by_prompt(images["others"], config.seeds))
@@ -148,7 +157,7 @@ def evaluate(
             if key != "student":
                 cache[key] = outputs[key], others, controlled.get(key), targets
     control = ControlResults(library, targets, controlled) if library else None
-    return _evaluation(models, outputs, others, prompts, world, control)
+    return _evaluation(models, outputs, others, prompts, world, control, config)
 
 
 def _evaluation(
@@ -158,11 +167,15 @@ def _evaluation(
     prompts: Sequence[str],
     world: World,
     control: ControlResults | None,
+    config: EvaluationConfig,
 ) -> Evaluation:
-    listed, rows = catalogue(world), []
+    shared = config.shared_noise
+    named = learned_catalogue(world, config.seeds, shared)
+    listed, rows = catalogue(world) | named, []
     for key, model in models.items():
         taken = row_metrics(outputs[key], outputs["teacher"], others, prompts, world)
         taken |= control_metrics(control, key) if control else {}
+        taken |= learned_metrics(outputs[key].learned, outputs["teacher"].learned, world)
         metrics = {name: taken[name] for name in listed if name in taken}
         label = f"{key.split('_')[0]}, {model.sampling.steps} steps"
         images = outputs[key].images_PSHWC
@@ -170,6 +183,7 @@ def _evaluation(
     names = {name for row in rows for name in row.metrics}
     absent = absent_metrics(outputs["teacher"], prompts, world)
     absent |= absent_control(control, names, world)
+    absent |= absent_learned(named, names, outputs["teacher"].learned)
     return Evaluation(rows, listed, absent, control)
 
 
@@ -221,8 +235,12 @@ def _sets(
     first, count = list(prompts[:NEAR]), len(prompts)
 
     def noises(start, count):
+        drawn = 1 if config.shared_noise else count
         return np.concatenate(
-            [initial_noise(start + s, count, latent) for s in range(config.seeds)]
+            [
+                np.broadcast_to(initial_noise(start + s, drawn, latent), (count, *latent))
+                for s in range(config.seeds)
+            ]
         )
 
     # New noise of seeds that are neither drawn from nor directions of tangents.
@@ -246,6 +264,13 @@ def _measure(
     return ModelOutputs(
         images_PSHWC, _features(world, images_PSHWC), tangents, words, near, _features(world, near)
     )
+
+
+def _reduction(models: dict[str, Model], count: int, world: World) -> int:
+    """Factor by which pictures are reduced that stay in memory; 1 where an oracle reads them."""
+    pipeline = models["teacher"].pipeline
+    height, width = (pipeline.upscale * side for side in pipeline.latent[:2])
+    return 1 if world.size else reduction(count * len(models), height, width)
 
 
 def _by_prompt(images: np.ndarray, seeds: int) -> np.ndarray:

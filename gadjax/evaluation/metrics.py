@@ -7,6 +7,7 @@ import numpy as np
 
 from gadjax.evaluation.diversity import coverage, pairwise_distance, seed_alignment, vendi
 from gadjax.evaluation.frechet import frechet
+from gadjax.evaluation.learned import LearnedOutputs
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.sensitivity import compare_tangents
 from gadjax.evaluation.statistics import Estimate, geometric_mean, mean, ratio, wilson
@@ -29,6 +30,7 @@ class ModelOutputs:
     words_PSA: words that the world's oracle assigns to the pictures.
     near_QSHWC, near_features_QSD: pictures and features of the first Q prompts from perturbed
       noise.
+    learned: features and scores by the world's named extractors and scorers.
     """
 
     images_PSHWC: np.ndarray
@@ -37,6 +39,7 @@ class ModelOutputs:
     words_PSA: np.ndarray | None
     near_QSHWC: np.ndarray
     near_features_QSD: np.ndarray | None
+    learned: LearnedOutputs | None = None
 
 
 def row_metrics(
