@@ -157,7 +157,7 @@ def evaluate(
             if key != "student":
                 cache[key] = outputs[key], others, controlled.get(key), targets
     control = ControlResults(library, targets, controlled) if library else None
-    return _evaluation(models, outputs, others, prompts, world, control, config)
+    return _evaluation(models, outputs, others, prompts, world, control)
 
 
 def _evaluation(
@@ -167,10 +167,10 @@ def _evaluation(
     prompts: Sequence[str],
     world: World,
     control: ControlResults | None,
-    config: EvaluationConfig,
 ) -> Evaluation:
-    shared = config.shared_noise
-    named = learned_catalogue(world, config.seeds, shared)
+    first = outputs["teacher"]
+    shared = first.learned.low_pass_PSD is not None
+    named = learned_catalogue(world, first.images_PSHWC.shape[1], shared)
     listed, rows = catalogue(world) | named, []
     for key, model in models.items():
         taken = row_metrics(outputs[key], outputs["teacher"], others, prompts, world)

@@ -73,9 +73,9 @@ def _check(result: Any, prompts: int) -> None:
     ends = [result[key] for key in ("low", "high") if key in result]
     if ends and not (len(ends) == 2 and all(map(is_number, ends)) and ends[0] <= ends[1]):
         raise InputError(f"low, high: found {short_repr(ends)}; expected both ends of an interval")
-    each = result.get("per_prompt")
-    if each is not None and not (
-        isinstance(each, list) and len(each) == prompts and all(map(is_number, each))
+    values = result.get("per_prompt")
+    if values is not None and not (
+        isinstance(values, list) and len(values) == prompts and all(map(is_number, values))
     ):
         raise InputError(f"per_prompt: found another list; expected {prompts} numbers, in order")
 

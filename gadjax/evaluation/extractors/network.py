@@ -161,7 +161,7 @@ def load_params(folder: Path, network: Functional, keymap: KeyMap) -> tuple[Para
 
 
 def params_of_weights(weights: Weights, network: Functional, keymap: KeyMap) -> tuple[Params, str]:
-    """As `load_params`, of opened weight files."""
+    """Parameters and fingerprint of opened weight files, as `load_params`."""
     where = str(weights.folder)
     tensor_map = check_keys(weights.shapes, network.abstract, keymap, where)
     check_dtypes(weights.dtypes, tensor_map, where)

@@ -17,7 +17,8 @@ from gadjax.models.config import (
 )
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new", "silu")
-MAX_OPTION = 1 << 16  # far above what is published, and below what would take minutes to trace
+# Far above what is published, and below what would take minutes to trace.
+MAX_OPTION, MAX_LAYERS = 1 << 16, 256
 
 # model_type -> kind of the network, and the defaults of its configuration class in transformers.
 _TOWER = {
@@ -244,7 +245,8 @@ def _options(cfg: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         else:
             if key in ("image_size", "patch_size") and _is_square(value):
                 options[key] = value = value[0]
-            valid, expected = is_positive(value, int) and value <= MAX_OPTION, POSITIVE_INTEGER
+            most = MAX_LAYERS if key == "num_hidden_layers" else MAX_OPTION
+            valid, expected = is_positive(value, int) and value <= most, POSITIVE_INTEGER
         if not valid:
             refuse(key, value, expected)
     if options["patch_size"] > options["image_size"]:
