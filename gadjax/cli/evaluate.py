@@ -83,8 +83,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--world",
         help="oracle of the metrics: shapes, or none; by default that of the teacher's gadjax.json",
     )
+    add_network_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier report")
     parser.add_argument("--json", action="store_true", help="print report.json, not report.md")
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for extractors, scorers, protocols and the numbers of outside scripts."""
+    parser.add_argument(
+        "--features",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="feature network for distances and diversity: the folder of a CLIP, SigLIP, DINOv2 or "
+        "DINOv3, or a safetensors file of FID's Inception; ,vector=... and ,recipe=... behind it "
+        "choose a vector and a preprocessing; may be repeated",
+    )
+    parser.add_argument(
+        "--scores",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="score of a picture for its prompt: clipscore, pickscore or aesthetic, and the folder "
+        "of its CLIPModel; may be repeated",
+    )
+    parser.add_argument(
+        "--feature-cache", type=Path, help="folder in which features are kept by picture and model"
+    )
+    parser.add_argument(
+        "--protocol",
+        help="settings of a published table, dpdmd or gad, in place of --seeds, --tangents, "
+        "--library and --moves",
+    )
+    parser.add_argument(
+        "--import",
+        dest="imported",
+        type=Path,
+        help="JSON file with numbers of outside scripts, for the report",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,7 +143,8 @@ def run(args: argparse.Namespace) -> int:
     teacher = _load_model("--teacher", args.teacher, args.dtype, changes)
     plan = EvaluationConfig(args.seeds, args.tangents, args.batch, args.library, args.moves)
     one = next(iter(students.values())) if len(students) == 1 else None
-    evaluation = evaluate(teacher, one or students, prompts, world, plan)
+    plan, world, finish = _with_networks(args, plan, world, len(prompts))
+    evaluation, networks = finish(evaluate(teacher, one or students, prompts, world, plan))
     guidance_text = _describe_guidance(teacher.sampling.guidance, distilled_at)
     if distilled_at not in (None, teacher.sampling.guidance):
         print(f"gadjax: the teacher is evaluated at guidance {guidance_text}", file=sys.stderr)
@@ -122,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
         "moves": plan.moves,
         "world": name,
         "dtype": args.dtype,
+        **networks,
         **_provenance(teacher, students),
         "command": args.command_line,
     }
@@ -191,6 +229,48 @@ def _distillation_guidance(students: dict[str, Any], args: argparse.Namespace) -
             f"--teacher-guidance: found students distilled at {', '.join(texts)}; expected the flag"
         )
     return next(iter(known), None)
+
+
+def _with_networks(args: argparse.Namespace, config, world, prompts: int):
+    """Evaluation with the networks, protocol and imported numbers of the flags.
+
+    Files are read, and refused, before anything is sampled.
+
+    Args:
+        args: of `add_network_arguments`.
+        config: of the evaluation.
+        world: of the evaluation.
+        prompts: number of prompts.
+
+    Returns:
+        (config, world, finish); finish(evaluation) writes the cache, and returns the evaluation
+        with the imported numbers and lines for the report's settings.
+    """
+    from gadjax.errors import check_choice
+    from gadjax.evaluation.external import read_external, with_external
+    from gadjax.evaluation.extractors.flags import load_named, write_caches
+    from gadjax.evaluation.learned_metrics import describe_learned
+    from gadjax.evaluation.protocols import PROTOCOLS
+
+    imported = read_external(args.imported, prompts) if args.imported else []
+    features, scores = load_named(args.features, args.scores, args.feature_cache)
+    lines = {}
+    if args.protocol is not None:
+        check_choice("--protocol", args.protocol, PROTOCOLS)
+        protocol = PROTOCOLS[args.protocol]
+        missing = protocol.missing(features, scores)
+        config = protocol.apply(config)
+        lines = {"protocol": f"{args.protocol}: {protocol.source}"}
+        if missing:
+            lines["protocol, not measured"] = "; ".join(missing)
+    if features or scores:
+        world = replace(world, features=features, scores=scores)
+
+    def finish(evaluation):
+        write_caches(features, scores)
+        return with_external(evaluation, imported), lines | describe_learned(world)
+
+    return config, world, finish
 
 
 def _describe_guidance(guidance: float, distilled_at: float | None) -> str:

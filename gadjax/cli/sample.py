@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from gadjax.api import Model, load, with_sampling
 from gadjax.assets import resolve
 from gadjax.cli.output import add_lora_argument, check_at_least, stop_on_write_error
-from gadjax.data.prompts import check_prompt, read_prompts
+from gadjax.data.prompts import check_prompt
 from gadjax.errors import InputError, RunStopped, check_choice
+from gadjax.evaluation.layouts import LAYOUTS, open_layout
 from gadjax.io.atomic import atomic_folder, check_no_overlap, check_target
 from gadjax.io.image_grid import grid, save_png, to_uint8
 from gadjax.pipelines.known_students import PUBLISHED_STUDENTS
@@ -67,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=BATCH, help="images per batch")
     parser.add_argument("--dtype", default="float32", help="of the networks: float32 or bfloat16")
     parser.add_argument("--variant", help="variant of the weight files, such as fp16")
+    parser.add_argument(
+        "--layout",
+        default="plain",
+        help=f"names and folders of the images, as outside scripts take them: {', '.join(LAYOUTS)}",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier images")
 
 
@@ -79,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         check_at_least(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
     check_seed(args.seed, "--seed", args.per_prompt)
     check_prompt(args.negative or "", "--negative")
-    prompts = read_prompts(resolve(args.prompts))
+    layout = open_layout(args.layout, resolve(args.prompts), args.per_prompt)
+    prompts = layout.prompts
     if args.student_preset is not None:
         check_choice("--student-preset", args.student_preset, PUBLISHED_STUDENTS)
     size = _size(args.size)
@@ -95,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         model = with_sampling(model, args.steps, args.guidance, args.negative, size, args.nasa)
     except InputError as error:
         raise InputError(f"--{error}") from error
+    layout.check_size(*model.pipeline.latent[:2])
     sampler_and_times(model.pipeline, model.sampling)  # refuses unsupported steps before any work
 
     # (index of the prompt, index of the image)
@@ -107,12 +114,12 @@ def run(args: argparse.Namespace) -> int:
         with tqdm(total=len(jobs), unit="image", disable=None) as bar:
             images = _draw(model, prompts, jobs, args, bar.update)
             for (p, n), image in zip(jobs, images, strict=True):
-                name = f"{p:05d}-{n}.png"
-                save_png(Image.fromarray(to_uint8(image)), out / name)
+                name = layout.save(out, p, n, to_uint8(image))
                 line = {"file": name, "prompt": prompts[p], "seed": args.seed + n, "noise": p}
                 lines.append(json.dumps(line) + "\n")
                 if p < GRID_LIMIT and n < GRID_LIMIT:
                     shown.setdefault(f"seed {args.seed + n}", []).append(image)
+        layout.save_files(out)
         (out / INDEX).write_text("".join(lines), encoding="utf-8")
         rows = [(label, np.stack(images)) for label, images in shown.items()]
         scale = max(1, GRID_SIDE // rows[0][1].shape[1])

@@ -66,3 +66,32 @@ def coverage(words_PSA: np.ndarray, open_PA: np.ndarray) -> np.ndarray:
     )
     has_open = open_PA.any(1)
     return (counts * open_PA).sum(1)[has_open] / open_PA.sum(1)[has_open]
+
+
+def cosine_diversity(features_PSD: np.ndarray) -> np.ndarray:
+    """1 - mean cosine over pairs of different seeds: [P]. Its mean does not depend on S.
+
+    DP-DMD's measure (Wu et al. 2026, arXiv:2602.03139): features raw, not centred.
+    """
+    return 1 - _between_seeds(_cosines(features_PSD))
+
+
+def effective_number(features_PSD: np.ndarray) -> np.ndarray:
+    """Effective number of different pictures 1 / mean cosine^2 over pairs of different seeds: [P].
+
+    The population's value of the Vendi score of order 2 (RKE, Jalali et al. 2023), which the score
+    itself, with the diagonal, stays below at few seeds.
+    """
+    return 1 / np.maximum(_between_seeds(_cosines(features_PSD) ** 2), 1e-12)
+
+
+def _cosines(features_PSD: np.ndarray) -> np.ndarray:
+    x = np.asarray(features_PSD, np.float64)
+    x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return x @ x.swapaxes(1, 2)
+
+
+def _between_seeds(values_PSS: np.ndarray) -> np.ndarray:
+    """Mean of [P, S, S] without the diagonal: [P]."""
+    seeds = values_PSS.shape[1]
+    return (values_PSS.sum((1, 2)) - np.einsum("pss->p", values_PSS)) / (seeds * (seeds - 1))

@@ -8,13 +8,20 @@ from tqdm import tqdm
 from gadjax.errors import InputError
 from gadjax.io.image_grid import from_uint8, to_uint8
 from gadjax.pipelines.model import Model
-from gadjax.pipelines.sampling import draw
+from gadjax.pipelines.sampling import draw_batches
+
+KEPT_BYTES = 2 << 30  # of one model's pictures that stay in memory
 
 PART = 256  # pictures that are held as floats at a time
 
 
 def draw_sets(
-    model: Model, sets: Mapping[str, tuple[Sequence[str], np.ndarray]], batch: int, bar: tqdm
+    model: Model,
+    sets: Mapping[str, tuple[Sequence[str], np.ndarray]],
+    batch: int,
+    bar: tqdm,
+    observe: Callable[[int, np.ndarray], None] | None = None,
+    factor: int = 1,
 ) -> dict[str, np.ndarray]:
     """Pictures, uint8 [N, H, W, 3], of every set of N prompts and noises; the program is compiled
     once.
@@ -24,19 +31,28 @@ def draw_sets(
       sets: prompts and noises [N, H, W, C] by name.
       batch: pictures at a time.
       bar: progress in network evaluations.
+      observe: called with the number of the first picture of a batch, counted over all sets, and
+        the batch at its full size.
+      factor: of the reduction of the pictures that are kept; see `reduction`.
     Raises: InputError for pictures that are not finite.
     """
     prompts = [prompt for prompts, _ in sets.values() for prompt in prompts]
-    images = draw(
+    noise = np.concatenate([noise for _, noise in sets.values()])
+    parts, start = [], 0
+    for images in draw_batches(
         model,
         prompts,
-        np.concatenate([noise for _, noise in sets.values()]),
+        noise,
         batch=batch,
         progress=lambda done: bar.update(done * model.evaluations),
-    )
-    check_finite(model, images)
+    ):
+        check_finite(model, images)
+        if observe is not None:
+            observe(start, images)
+        parts.append(to_uint8(reduce_pictures(images, factor)))
+        start += len(images)
     ends = np.cumsum([len(prompts) for prompts, _ in sets.values()])
-    return dict(zip(sets, np.split(to_uint8(images), ends[:-1]), strict=True))
+    return dict(zip(sets, np.split(np.concatenate(parts), ends[:-1]), strict=True))
 
 
 def map_pictures(f: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
@@ -51,6 +67,30 @@ def map_pictures(f: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> n
     parts = [f(from_uint8(flat[i : i + PART])) for i in range(0, len(flat), PART)]
     out = np.concatenate(parts)
     return out.reshape(*images.shape[:-3], *out.shape[1:])
+
+
+def reduction(count: int, height: int, width: int) -> int:
+    """Factor by which so many uint8 pictures are reduced to fit KEPT_BYTES: a power of two.
+
+    It divides both sides, so that a reduced pixel is the mean of whole ones.
+    """
+    factor = 1
+    while (
+        count * height * width * 3 > KEPT_BYTES * factor**2
+        and height % (2 * factor) == 0
+        and width % (2 * factor) == 0
+    ):
+        factor *= 2
+    return factor
+
+
+def reduce_pictures(images_NHWC: np.ndarray, factor: int) -> np.ndarray:
+    """Mean of every `factor` x `factor` pixels."""
+    if factor == 1:
+        return images_NHWC
+    n, h, w, c = images_NHWC.shape
+    blocks = images_NHWC.reshape(n, h // factor, factor, w // factor, factor, c)
+    return blocks.mean((2, 4), dtype=np.float32)
 
 
 def check_finite(model: Model, images: np.ndarray) -> None:

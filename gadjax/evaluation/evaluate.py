@@ -7,7 +7,9 @@ import numpy as np
 from tqdm import tqdm
 
 from gadjax.errors import InputError
-from gadjax.evaluation.draw import draw_sets, map_pictures
+from gadjax.evaluation.draw import draw_sets, map_pictures, reduction
+from gadjax.evaluation.learned import LearnedOutputs, Observer
+from gadjax.evaluation.learned_metrics import absent_learned, learned_catalogue, learned_metrics
 from gadjax.evaluation.metric_catalogue import NEAR, NEAR_SHARE, Metric, catalogue
 from gadjax.evaluation.metrics import ModelOutputs, absent_metrics, differences, row_metrics
 from gadjax.evaluation.noise_control import (
@@ -42,6 +44,8 @@ class EvaluationConfig:
     library: noises for the noise-control tasks, where the world has them; 0 omits these.
     moves: layout targets (a shape moved by its noise), at most one for each noise of the library.
     strips: prompts that are also drawn along a path between two noises and along a direction.
+    shared_noise: let all prompts start from the same noise of a seed, the first one's, for the
+      seed probe of named extractors.
     """
 
     seeds: int = 8
@@ -50,6 +54,7 @@ class EvaluationConfig:
     library: int = 64
     moves: int = 32
     strips: int = 4
+    shared_noise: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ def evaluate(
     # taken; last, so that the shared pictures have the same positions in their batches.
     more = {"others": sets.pop("others")}
     sets |= library.sets() if library else {}
-    sets = {key: sets | more if key == "teacher" and world.extractor else sets for key in models}
+    refers = world.extractor or world.features
+    sets = {key: sets | more if key == "teacher" and refers else sets for key in models}
     cache = {} if cache is None else cache
     extra = MOVE_COST * moves + 2 * config.tangents * len(prompts)
     work = sum(
@@ -142,9 +148,11 @@ def evaluate(
             if key in cache:
                 outputs[key], others, controlled[key], targets = cache[key]
                 continue
-            images = draw_sets(model, sets[key], config.batch, bar)
+            observer = Observer(world, sets[key], config.seeds, config.shared_noise)
+            factor = _reduction(models, len(prompts) * config.seeds, world)
+            images = draw_sets(model, sets[key], config.batch, bar, observer, factor)
             tangents = _tangents(model, prompts, config, bar)
-            outputs[key] = _measure(images, tangents, config.seeds, world)
+            outputs[key] = _measure(images, tangents, config.seeds, world, observer.outputs())
             if "others" in images:
                 others = _features(world, _by_prompt(images["others"], config.seeds))
             if library:
@@ -172,17 +180,21 @@ def _evaluation(
     prompts: Sequence[str],
     world: World,
 ) -> Evaluation:
-    listed, first, rows = catalogue(world), outputs["teacher"], []
+    first, learned = outputs["teacher"], outputs["teacher"].learned
+    named = learned_catalogue(world, first.images_PSHWC.shape[1], learned.low_pass_PSD is not None)
+    listed, rows = catalogue(world) | named, []
     for key, (label, model) in labelled.items():
         row = outputs[key]
         taken = row_metrics(row, first, others, prompts, world)
         taken |= control_metrics(control, key) if control else {}
+        taken |= learned_metrics(row.learned, learned, world)
         metrics = {name: taken[name] for name in listed if name in taken}
         facts = label, model.sampling, model.evaluations, row.images_PSHWC, metrics
         apart = None if row is first else differences(row, first)
         rows.append(Row(key, *facts, apart, row.strips_KMNHWC))
     names = {name for row in rows for name in row.metrics}
     absent = absent_metrics(first, prompts, world) | absent_control(control, names, world)
+    absent |= absent_learned(named, names, learned)
     return Evaluation(rows, listed, absent, control)
 
 
@@ -255,8 +267,12 @@ def _sets(
     first, count = list(prompts[:NEAR]), len(prompts)
 
     def noises(start, count):
+        drawn = 1 if config.shared_noise else count
         return np.concatenate(
-            [initial_noise(start + s, count, latent) for s in range(config.seeds)]
+            [
+                np.broadcast_to(initial_noise(start + s, drawn, latent), (count, *latent))
+                for s in range(config.seeds)
+            ]
         )
 
     # New noise of seeds that are neither drawn from nor directions of tangents.
@@ -275,13 +291,25 @@ def _sets(
 
 
 def _measure(
-    images: dict[str, np.ndarray], tangents: np.ndarray | None, seeds: int, world: World
+    images: dict[str, np.ndarray],
+    tangents: np.ndarray | None,
+    seeds: int,
+    world: World,
+    learned: LearnedOutputs,
 ) -> ModelOutputs:
     images_PSHWC, near = (_by_prompt(images[name], seeds) for name in ("own", "near"))
     words = world.oracle and map_pictures(world.oracle.classify, images_PSHWC)
     features, near_features = _features(world, images_PSHWC), _features(world, near)
     strips = as_strips(images["strips"]) if "strips" in images else None
-    return ModelOutputs(images_PSHWC, features, tangents, words, near, near_features, strips)
+    of_near = near, near_features, strips
+    return ModelOutputs(images_PSHWC, features, tangents, words, *of_near, learned)
+
+
+def _reduction(models: dict[str, Model], count: int, world: World) -> int:
+    """Factor by which pictures are reduced that stay in memory; 1 where an oracle reads them."""
+    pipeline = models["teacher"].pipeline
+    height, width = (pipeline.upscale * side for side in pipeline.latent[:2])
+    return 1 if world.size else reduction(count * len(models), height, width)
 
 
 def _by_prompt(images: np.ndarray, seeds: int) -> np.ndarray:

@@ -27,6 +27,11 @@ GROUPS = {
     "retrieval": ("Noise retrieval", "over the library's noises, which all captions share"),
     "control": ("Layout control", "over moves, each from a noise of its own"),
     "path": ("Interpolation between noises", "over paths, each between two noises of its own"),
+    "learned": (
+        "Named extractors and scorers",
+        "over prompts; distances between sets have none, as resampled pictures repeat themselves",
+    ),
+    "external": ("Outside scripts", "as their files give them, else over prompts"),
 }
 NEAR, NEAR_SHARE = 16, 0.1  # prompts also drawn from perturbed noise; share of new noise
 # Metrics of the summary table.

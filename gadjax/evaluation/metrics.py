@@ -13,6 +13,7 @@ from gadjax.evaluation.diversity import (
     vendi,
 )
 from gadjax.evaluation.frechet import frechet
+from gadjax.evaluation.learned import LearnedOutputs
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.sensitivity import compare_tangents
 from gadjax.evaluation.statistics import (
@@ -43,6 +44,7 @@ class ModelOutputs:
     near_QSHWC, near_features_QSD: pictures and features of the first Q prompts from perturbed
       noise.
     strips_KMNHWC: pictures of K prompts along the M ways of `gadjax.evaluation.strips`.
+    learned: features and scores by the world's named extractors and scorers.
     """
 
     images_PSHWC: np.ndarray
@@ -52,6 +54,7 @@ class ModelOutputs:
     near_QSHWC: np.ndarray
     near_features_QSD: np.ndarray | None
     strips_KMNHWC: np.ndarray | None = None
+    learned: LearnedOutputs | None = None
 
 
 def row_metrics(

@@ -3,8 +3,8 @@
 All are plain callables; `evaluate` takes any. WORLDS are those that the command line can name.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
 
@@ -12,6 +12,8 @@ import jax
 import numpy as np
 
 from gadjax import assets
+from gadjax.evaluation.extractors.network import FolderExtractor
+from gadjax.evaluation.extractors.scorers import Scorer
 from gadjax.evaluation.features import load_features
 from gadjax.worlds import layout, oracle, shapes
 
@@ -69,6 +71,7 @@ class World:
 
     size: side of the pictures that oracle and extractor take, in pixels.
     captions: under-specified captions, which leave attributes to the noise, for noise control.
+    features, scores: extractors and scorers of any pictures, by the user's names.
     """
 
     oracle: Oracle | None = None
@@ -76,6 +79,8 @@ class World:
     size: int | None = None
     captions: tuple[str, ...] = ()
     layout: Layout | None = None
+    features: Mapping[str, FolderExtractor] = field(default_factory=dict)
+    scores: Mapping[str, Scorer] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=1)

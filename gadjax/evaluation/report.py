@@ -7,6 +7,7 @@ from typing import Any
 
 from gadjax.evaluation import pictures
 from gadjax.evaluation.evaluate import Evaluation, Row
+from gadjax.evaluation.learned_metrics import SUMMARY_ENDINGS
 from gadjax.evaluation.metric_catalogue import GROUPS, SUMMARY, Metric
 from gadjax.evaluation.page import page_title, render_page
 from gadjax.evaluation.statistics import Estimate
@@ -46,7 +47,9 @@ def as_markdown(evaluation: Evaluation, settings: dict[str, Any]) -> str:
         "guidance": [f"{row.sampling.guidance:g}" for row in rows],
     }
     lines = [f"# {page_title(evaluation)}", ""]
-    lines += _table(evaluation, [n for n in SUMMARY if n in taken], sampling)
+    summary = [n for n in SUMMARY if n in taken]
+    summary += [n for n in taken if n.endswith(SUMMARY_ENDINGS)]
+    lines += _table(evaluation, summary, sampling)
     lines += [
         "",
         "In brackets: 95 % intervals, by bootstrap unless stated otherwise. The metrics are",

@@ -1,6 +1,6 @@
 """Sample images with a pipeline: prompts and initial noise to arrays."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -138,14 +138,27 @@ def draw(
 
     Returns: images, float32 [N, H, W, 3] in [-1, 1].
     """
+    return np.concatenate(
+        list(draw_batches(model, prompts, noise_NHWC, batch=batch, progress=progress))
+    )
 
+
+def draw_batches(
+    model: Model,
+    prompts: Sequence[str],
+    noise_NHWC: np.ndarray,
+    *,
+    batch: int = BATCH,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Iterator[np.ndarray]:
+    """Yield the images of `draw` batch by batch, so that a caller need not hold them all."""
     pipeline = model.pipeline
 
     def images(params, z, cond, null):
         x0 = clean_latent(pipeline, params[pipeline.backbone], model.sampling, z, cond, null)
         return pipeline.decode(params["vae"], x0)
 
-    return map_prompts(images, model, prompts, (noise_NHWC,), batch=batch, progress=progress)
+    return stream_prompts(images, model, prompts, (noise_NHWC,), batch=batch, progress=progress)
 
 
 def map_prompts(
@@ -169,6 +182,21 @@ def map_prompts(
 
     Returns: the outputs, concatenated to [N, ...].
     """
+    return np.concatenate(
+        list(stream_prompts(f, model, prompts, arrays, batch=batch, progress=progress))
+    )
+
+
+def stream_prompts(
+    f: Callable[..., jax.Array],
+    model: Model,
+    prompts: Sequence[str],
+    arrays: tuple[np.ndarray, ...],
+    *,
+    batch: int = BATCH,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Iterator[np.ndarray]:
+    """Yield the outputs of `map_prompts` batch by batch."""
     pipeline, sampling = model.pipeline, model.sampling
     count = len(prompts)
     batch = min(batch, count)
@@ -183,11 +211,9 @@ def map_prompts(
         null = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), null)
         return f(params, *arrays, pipeline.encode_text(params, ids, mask), null)
 
-    parts = []
     for start in range(0, count, batch):
         indices = np.minimum(np.arange(start, start + batch), count - 1)
         part = run(params, tuple(x[indices] for x in inputs), negative_tokens)
         done = min(batch, count - start)
-        parts.append(np.asarray(part)[:done])
+        yield np.asarray(part)[:done]
         progress(done)
-    return np.concatenate(parts)

@@ -8,7 +8,7 @@ with little memory to spare and little time. Anything but a result, InputError o
 finding, and so is a file that is written and a text of more than one line. Inputs that reach new
 lines of gadjax are kept and changed further.
 
-Targets are found in hostile_folders.TARGETS and hostile_inputs.TARGETS.
+Targets are found in TARGETS of hostile_folders, hostile_inputs and hostile_networks.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from figures import write_figures
 from mutate import Tree, mutate, read_tree, write_tree
 from one_input import SECONDS, Lines, Outcome, Target, emptied, read_once
 
-LISTS = ("hostile_folders", "hostile_inputs")
+LISTS = ("hostile_folders", "hostile_inputs", "hostile_networks")
 SPARE = 2 << 30  # bytes of address space beyond what a valid input took
 CORPUS, DEEP = 200, 0.6
 

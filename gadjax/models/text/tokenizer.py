@@ -31,6 +31,7 @@ FILES = {
     "Qwen2Tokenizer": ("tokenizer.json", "vocab.json"),
 }
 KNOWN_FILES = {name for names in FILES.values() for name in names} | {"merges.txt"}
+WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack")  # of a model whose tokenizer is beside it
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2: T5Tokenizer takes id 2 as the unknown one
 SPACE = "▁"
 MAX_EXTRA_IDS = 1000  # of T5; published ones have 100
@@ -186,6 +187,8 @@ def _check_files(folder: Path) -> None:
     """
     check_no_escape(folder, folder.parent)
     for path in folder.iterdir():
+        if path.suffix in WEIGHTS:
+            continue
         if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
             raise InputError(
                 f"{path}: found more than {MAX_FILE_BYTES} bytes; expected a tokenizer's file"
