@@ -54,14 +54,11 @@ class Needs:
       full_map: the student's full few-step map from z, with gradient through every step.
       tangent: directions of the tangents of `student`, `full_map` and of maps.
       maps: teacher map -> whether its tangents are needed too.
-      teacher: the term evaluates the teacher itself.
-      jvp: the term takes forward derivatives of a network itself.
+      teacher, jvp: the term evaluates the teacher, or takes a network's derivatives, itself.
       endpoint: end of the student's rollout from z, detached after the first step if
         `detach_first_step`.
-      critic: the term evaluates the critic, which must then be trained.
-      discriminator: the term evaluates the discriminator, which must then be trained.
-      detach_first_step: the first step belongs to another term: no gradient of a base objective may
-        pass it.
+      critic, discriminator: the term evaluates that network, which must then be trained.
+      detach_first_step: the first step is another term's: a base objective's gradient stops there.
       images, pixels: clean latents from the data; the autoencoder's decoder, `Context.pixels`.
       override: option of `data` that makes `Batch.override`: "forget" or "styles".
       ema: the term evaluates the average of the student's parameters.
