@@ -64,7 +64,8 @@ def _ddim(family: str, steps: int, guidance: float, files: str) -> PublishedStud
     """
     if 1000 % steps:
         return PublishedStudent(family, steps, trailing(steps), guidance, files=files)
-    changes = {"timestep_spacing": "trailing"}
+    # The configs of both releases have the second; DDIM's own default is true.
+    changes = {"timestep_spacing": "trailing", "clip_sample": False}
     return PublishedStudent(
         family, steps, guidance=guidance, scheduler=DDIM, changes=changes, files=files
     )

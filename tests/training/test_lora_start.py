@@ -137,7 +137,7 @@ def test_another_file_at_the_start_is_refused(config, lora, tmp_path, capsys):
     flags = f"{config}:regression", run, *LORA, f"--config.student.init={path}"
     assert train(*flags, "--config.steps=1") == 0
     tensors = load_file(path)
-    save_file({key: 2 * x for key, x in tensors.items()}, path)
+    save_file({key: np.asarray(2 * x) for key, x in tensors.items()}, path)
     assert train(*flags, "--config.steps=2") == 2
     assert f"student.init {path}: found other contents (fingerprint" in capsys.readouterr().err
 
