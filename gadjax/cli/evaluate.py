@@ -156,6 +156,7 @@ def _with_networks(args: argparse.Namespace, config, world, prompts: int):
         (config, world, finish); finish(evaluation) writes the cache, and returns the evaluation
         with the imported numbers and lines for the report's settings.
     """
+    from gadjax.cli.output import stop_on_write_error
     from gadjax.errors import check_choice
     from gadjax.evaluation.external import read_external, with_external
     from gadjax.evaluation.extractors.flags import load_named, write_caches
@@ -177,7 +178,8 @@ def _with_networks(args: argparse.Namespace, config, world, prompts: int):
         world = replace(world, features=features, scores=scores)
 
     def finish(evaluation):
-        write_caches(features, scores)
+        with stop_on_write_error(args.feature_cache):
+            write_caches(features, scores)
         return with_external(evaluation, imported), lines | describe_learned(world)
 
     return config, world, finish

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,7 +218,7 @@ def test_a_second_run_reads_the_cache(clip, teacher, tmp_path, monkeypatch):
 def test_flags():
     assert parse_named("--features", "a.1=/x=y,vector=raw,recipe=dgm") == (
         "a.1",
-        __import__("pathlib").Path("/x=y"),
+        Path("/x=y"),
         {"vector": "raw", "recipe": "dgm"},
     )
     for text in ("a", "=x", "a=", "a b=x", "a|b=x", "a/b=x", "<b>=x", "a=,vector=raw"):
@@ -225,11 +226,14 @@ def test_flags():
             parse_named("--features", text)
 
 
-def test_names_are_given_once(clip):
+def test_names_are_given_once(clip, tmp_path):
     with pytest.raises(InputError, match="--features: found the name a twice"):
         load_named([f"a={clip}", f"a={clip}"], [])
     with pytest.raises(InputError, match="--scores: found the name clipscore twice"):
         load_named([f"clipscore={clip}"], [f"clipscore={clip}"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--feature-cache: found the file"):
+        load_named([f"a={clip}"], [], tmp_path / "file")
     with pytest.raises(InputError, match="--scores clipscore: found a vector"):
         load_named([], [f"clipscore={clip},vector=raw"])
 
