@@ -119,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
         "world": name,
         "dtype": args.dtype,
         **networks,
+        **reduced_size(evaluation, teacher),
         **_provenance(teacher, student),
     }
     with atomic_folder(args.out, overwrite=args.overwrite, marker=MARKER) as folder:
@@ -183,6 +184,16 @@ def _with_networks(args: argparse.Namespace, config, world, prompts: int):
         return with_external(evaluation, imported), lines | describe_learned(world)
 
     return config, world, finish
+
+
+def reduced_size(evaluation, teacher) -> dict[str, str]:
+    """Line for the report's settings where the pictures that it kept are reduced; else none."""
+    height, width = (teacher.pipeline.upscale * side for side in teacher.pipeline.latent[:2])
+    kept = evaluation.rows[0].images_PSHWC.shape[2:4]
+    if kept == (height, width):
+        return {}
+    text = f"of means of {height // kept[0]} x {width // kept[1]} pixels, to fit in memory"
+    return {"pixel metrics and pictures": text}
 
 
 def _describe_guidance(guidance: float, distilled_at: float | None) -> str:

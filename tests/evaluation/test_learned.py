@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_extractors import make_folder
 
+from gadjax.cli.evaluate import reduced_size
 from gadjax.cli.main import main
 from gadjax.errors import InputError
 from gadjax.evaluation import draw
@@ -191,9 +192,14 @@ def test_pictures_that_are_kept_are_reduced(monkeypatch):
 def test_large_pictures_are_seen_at_their_size(teacher, world, monkeypatch):
     """Features of the full pictures, while reduced ones stay in memory."""
     config = EvaluationConfig(2, 0, 8, 0, 0)
-    first = evaluate(teacher, teacher, PROMPTS, world, config).rows[0]
+    evaluation = evaluate(teacher, teacher, PROMPTS, world, config)
+    assert reduced_size(evaluation, teacher) == {}
+    first = evaluation.rows[0]
     monkeypatch.setattr(draw, "KEPT_BYTES", 2 * 3 * 3 * 8 * 8 * 12)
-    again = evaluate(teacher, teacher, PROMPTS, world, config).rows[0]
+    evaluation = evaluate(teacher, teacher, PROMPTS, world, config)
+    (text,) = reduced_size(evaluation, teacher).values()
+    assert text.startswith("of means of 2 x 2 pixels")
+    again = evaluation.rows[0]
     assert again.images_PSHWC.shape == (3, 2, 8, 8, 3)
     for name, metric in first.metrics.items():
         if "/" in name:
