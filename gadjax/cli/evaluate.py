@@ -160,6 +160,7 @@ def run(args: argparse.Namespace) -> int:
         "world": name,
         "dtype": args.dtype,
         **networks,
+        **reduced_size(evaluation, teacher),
         **_provenance(teacher, students),
         "command": args.command_line,
     }
@@ -246,6 +247,7 @@ def _with_networks(args: argparse.Namespace, config, world, prompts: int):
         (config, world, finish); finish(evaluation) writes the cache, and returns the evaluation
         with the imported numbers and lines for the report's settings.
     """
+    from gadjax.cli.output import stop_on_write_error
     from gadjax.errors import check_choice
     from gadjax.evaluation.external import read_external, with_external
     from gadjax.evaluation.extractors.flags import load_named, write_caches
@@ -267,10 +269,21 @@ def _with_networks(args: argparse.Namespace, config, world, prompts: int):
         world = replace(world, features=features, scores=scores)
 
     def finish(evaluation):
-        write_caches(features, scores)
+        with stop_on_write_error(args.feature_cache):
+            write_caches(features, scores)
         return with_external(evaluation, imported), lines | describe_learned(world)
 
     return config, world, finish
+
+
+def reduced_size(evaluation, teacher) -> dict[str, str]:
+    """Line for the report's settings where the pictures that it kept are reduced; else none."""
+    height, width = (teacher.pipeline.upscale * side for side in teacher.pipeline.latent[:2])
+    kept = evaluation.rows[0].images_PSHWC.shape[2:4]
+    if kept == (height, width):
+        return {}
+    text = f"of means of {height // kept[0]} x {width // kept[1]} pixels, to fit in memory"
+    return {"pixel metrics and pictures": text}
 
 
 def _describe_guidance(guidance: float, distilled_at: float | None) -> str:

@@ -306,10 +306,11 @@ def _measure(
 
 
 def _reduction(models: dict[str, Model], count: int, world: World) -> int:
-    """Factor by which pictures are reduced that stay in memory; 1 where an oracle reads them."""
+    """Factor by which pictures are reduced that stay in memory; 1 where the world reads them."""
     pipeline = models["teacher"].pipeline
     height, width = (pipeline.upscale * side for side in pipeline.latent[:2])
-    return 1 if world.size else reduction(count * len(models), height, width)
+    reads = world.oracle or world.extractor
+    return 1 if reads else reduction(count * len(models), height, width)
 
 
 def _by_prompt(images: np.ndarray, seeds: int) -> np.ndarray:

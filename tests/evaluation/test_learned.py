@@ -3,11 +3,13 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_extractors import make_folder
 
+from gadjax.cli.evaluate import reduced_size
 from gadjax.cli.main import main
 from gadjax.errors import InputError
 from gadjax.evaluation import draw
@@ -190,9 +192,14 @@ def test_pictures_that_are_kept_are_reduced(monkeypatch):
 def test_large_pictures_are_seen_at_their_size(teacher, world, monkeypatch):
     """Features of the full pictures, while reduced ones stay in memory."""
     config = EvaluationConfig(2, 0, 8, 0, 0)
-    first = evaluate(teacher, teacher, PROMPTS, world, config).rows[0]
+    evaluation = evaluate(teacher, teacher, PROMPTS, world, config)
+    assert reduced_size(evaluation, teacher) == {}
+    first = evaluation.rows[0]
     monkeypatch.setattr(draw, "KEPT_BYTES", 2 * 3 * 3 * 8 * 8 * 12)
-    again = evaluate(teacher, teacher, PROMPTS, world, config).rows[0]
+    evaluation = evaluate(teacher, teacher, PROMPTS, world, config)
+    (text,) = reduced_size(evaluation, teacher).values()
+    assert text.startswith("of means of 2 x 2 pixels")
+    again = evaluation.rows[0]
     assert again.images_PSHWC.shape == (3, 2, 8, 8, 3)
     for name, metric in first.metrics.items():
         if "/" in name:
@@ -217,7 +224,7 @@ def test_a_second_run_reads_the_cache(clip, teacher, tmp_path, monkeypatch):
 def test_flags():
     assert parse_named("--features", "a.1=/x=y,vector=raw,recipe=dgm") == (
         "a.1",
-        __import__("pathlib").Path("/x=y"),
+        Path("/x=y"),
         {"vector": "raw", "recipe": "dgm"},
     )
     for text in ("a", "=x", "a=", "a b=x", "a|b=x", "a/b=x", "<b>=x", "a=,vector=raw"):
@@ -225,11 +232,14 @@ def test_flags():
             parse_named("--features", text)
 
 
-def test_names_are_given_once(clip):
+def test_names_are_given_once(clip, tmp_path):
     with pytest.raises(InputError, match="--features: found the name a twice"):
         load_named([f"a={clip}", f"a={clip}"], [])
     with pytest.raises(InputError, match="--scores: found the name clipscore twice"):
         load_named([f"clipscore={clip}"], [f"clipscore={clip}"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--feature-cache: found the file"):
+        load_named([f"a={clip}"], [], tmp_path / "file")
     with pytest.raises(InputError, match="--scores clipscore: found a vector"):
         load_named([], [f"clipscore={clip},vector=raw"])
 

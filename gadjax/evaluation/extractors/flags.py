@@ -44,6 +44,8 @@ def load_named(
       cache: folder of cached features; None for none.
     Raises: InputError for a flag, or for files that are missing or unsupported.
     """
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise InputError(f"--feature-cache: found the file {cache}; expected a folder")
     extractors: dict[str, FolderExtractor] = {}
     scorers: dict[str, Scorer] = {}
     caches: dict[str, FeatureCache] = {}
