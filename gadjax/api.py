@@ -249,6 +249,8 @@ def distill(
     config.teacher, config.steps, config.guidance = str(source), updates, sampling.guidance
     config.objective = as_config(objective, TERMS)
     config.student.update(steps=len(timesteps), timesteps=tuple(timesteps))
+    if pipeline.denoiser.guidance_embedded:
+        config.student.guidance = sampling.guidance
     config.data.length = sampling.length
     with _run_folder(workdir) as run:
         if workdir is None:  # only the last checkpoint is read

@@ -51,7 +51,8 @@ class Preview:
 
         many_step = SamplingConfig(guidance=step_spec.guidance)
         times = step_spec.times[:-1]
-        few_step = SamplingConfig(len(times), times, guidance=1, rollout=step_spec.rollout)
+        embedded = step_spec.denoiser.default_guidance
+        few_step = SamplingConfig(len(times), times, embedded, rollout=step_spec.rollout)
         # A network trained by plain denoising is sampled like a teacher.
         student_sampling = few_step if needs.is_few_step else many_step
         self.draw = lambda params: draw(params, student_sampling)
