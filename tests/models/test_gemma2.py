@@ -188,3 +188,19 @@ def test_longer_than_the_window_is_named():
     ids = jnp.zeros((1, 17), jnp.int32)
     with pytest.raises(InputError, match="ids: found 17 tokens; expected at most 16, the sliding"):
         jax.eval_shape(net.apply, net.abstract, ids, ids)
+
+
+def test_hidden_state_before_the_last_block_is_that_of_transformers():
+    """Without a norm; what Lumina 2 reads."""
+    model, params = (
+        torch_reference(CASE, "large"),
+        CASE.params(torch_reference(CASE, "large"), LARGE),
+    )
+    ((ids, mask),) = CASE.inputs(TextSize(LARGE, (31, 12, 1), 31))
+    network = CASE.network(LARGE)
+    (state,) = jax.jit(lambda p: network.apply(p, ids, mask, (2,)))(params)
+    with torch.no_grad():
+        out = model(
+            torch.from_numpy(ids).long(), torch.from_numpy(mask), output_hidden_states=True
+        ).hidden_states
+    assert len(out) == 4 and relative(state, out[-2].numpy()) <= 1e-5

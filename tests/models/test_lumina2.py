@@ -132,7 +132,7 @@ def test_too_long_prompts_are_refused():
 def test_guidance_keeps_the_norms_of_the_conditional_output():
     """Of each channel's rows over the width, as Lumina2Pipeline's axis of NCHW has it."""
     r = np.random.default_rng(0)
-    cond, null = r.standard_normal((2, 2, 4, 6, 3))
+    cond, null = r.standard_normal((2, 2, 4, 6, 3), np.float32)
 
     def apply(params, x, t, text):
         return text

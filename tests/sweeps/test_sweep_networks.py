@@ -64,6 +64,8 @@ def draw(name: str, rng: np.random.Generator, root: Path) -> Case:
         root / part, local_files_only=True, dtype=torch.float32, variant=variant
     )
     loaded.eval()
+    if name == "Qwen3Model":  # its default gives padding on the left states that nothing reads
+        loaded.set_attn_implementation("eager")
     compare = {"text_encoder": text_inputs, "vae": vae_inputs}.get(part, denoiser_inputs)
     inputs = compare(loaded, pick)
 
