@@ -299,7 +299,7 @@ def test_complete_run(server, workdir, config, tmp_path):
     assert "resumed at step 2" in done.stderr, done.stderr
     actual = {name.split("/")[0] for name in list_objects(workdir)}
     expected = {"config.json", "status.json", "run.json", "goodput.json", "metrics.jsonl"}
-    assert actual == expected | {"train.log", "checkpoints", "previews", "profile"}
+    assert actual == expected | {"train.log", "health.jsonl", "checkpoints", "previews", "profile"}
     assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4]
     done = run("status", workdir)
     assert "done" in done.stdout and "step 4, " in done.stdout, done.stderr

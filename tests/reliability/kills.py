@@ -31,7 +31,7 @@ from real_runs import (
 )
 
 from gadjax.errors import InputError, RunStopped
-from gadjax.runtime.status import read_status
+from gadjax.runtime.status import HEALTH, read_status
 
 STEPS, EVERY = 160, 10
 PREVIEW = 30
@@ -237,6 +237,8 @@ def compare(reference: Reference, workdir: Path) -> None:
     for path in (reference.workdir / "previews").iterdir():
         if (workdir / "previews" / path.name).read_bytes() != path.read_bytes():
             raise Failure(f"previews/{path.name} differs")
+    if (workdir / HEALTH).read_bytes() != (reference.workdir / HEALTH).read_bytes():
+        raise Failure(f"{HEALTH} differs")
 
 
 def _losses(workdir: Path) -> list[dict]:

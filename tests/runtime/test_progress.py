@@ -13,6 +13,7 @@ from train_runs import rows
 from gadjax.errors import RunStopped
 from gadjax.runtime.goodput import GoodputClock
 from gadjax.runtime.progress import Progress, parameter_table
+from gadjax.runtime.status import HEALTH
 from gadjax.training.config import default_config
 
 
@@ -133,6 +134,27 @@ def test_bar_on_a_terminal(tmp_path, monkeypatch):
     assert "4/4" in text and "loss 0.125" in text
     assert "a preview was written\n" in text
     assert "step 2/4" not in text and "step 2/4" in (tmp_path / "train.log").read_text()
+
+
+def test_rows_of_previews_go_to_a_file_and_to_the_trackers(tmp_path, monkeypatch):
+    """A resumed run draws the preview of its first step again: its row is not kept."""
+    sent = []
+    monkeypatch.setattr(
+        "gadjax.runtime.progress.Trackers.write_scalars", lambda _, step, row: sent.append(row)
+    )
+    made = [{"step": n, "x0_rms": n / 2, "low_band": None, "alarms": []} for n in (0, 2, 4)]
+    with report(tmp_path, 4) as progress:
+        for row in made[:2]:
+            progress.health(row)
+    with report(tmp_path, 4, start=2) as progress:
+        for row in made[1:]:
+            progress.health(row)
+    lines = (tmp_path / HEALTH).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == made
+    assert sent == [{"health/x0_rms": n / 2} for n in (0, 2, 2, 4)]
+    with report(tmp_path / "other", 4, enabled=False) as progress:
+        progress.health(made[0])
+    assert not (tmp_path / "other").exists()
 
 
 def test_other_processes_report_nothing(tmp_path, capsys):

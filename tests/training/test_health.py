@@ -1,6 +1,7 @@
 """Signals of previews and their alarms: values rewritten, bands, state of a resumed run."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ from train_runs import train
 
 from gadjax.cli.main import main
 from gadjax.errors import InputError, RunStopped
-from gadjax.runtime.status import HEALTH, OF_TEACHER, parse_health
+from gadjax.runtime.progress import Progress
+from gadjax.runtime.status import HEALTH, OF_TEACHER, parse_health, read_status, table
 from gadjax.training.config import default_config
 from gadjax.training.health import BANDS, Band, Health, check_previews, report_alarms
+from gadjax.training.previews import Preview
 from gadjax.training.signals import Drawn, measure, same_seed
 
 PROMPTS, SEEDS = 3, 4
@@ -161,6 +164,34 @@ def test_bad_configs(changes, message):
     preview.update(changes)
     with pytest.raises(InputError, match=message):
         check_previews(preview)
+
+
+def test_a_preview_is_shown_measured_and_judged(tmp_path, capsys):
+    """Sheet, row, alarm and stop of previews whose pictures are given."""
+    config = default_config()
+    preview = Preview.__new__(Preview)
+    preview.teacher, preview.shown, preview.scale = drawn(0), [0, 1, SEEDS], 1
+    preview.folder, preview.tolerate_errors, preview.stop_when = tmp_path, False, ()
+    preview.draw = lambda scale: drawn(0, scale)
+    preview.health = Health(tmp_path, 0, preview.teacher, SEEDS)
+    with Progress(tmp_path, config) as preview.progress:
+        for step, scale in enumerate((1.0, 1.3, 1.3)):
+            preview.show(SimpleNamespace(ema=scale), step)
+        preview.stop_when = ("x0_rms",)
+        with pytest.raises(RunStopped, match="step 3: x0_rms is"):
+            preview.show(SimpleNamespace(ema=1.3), 3)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        f"000000{n}.png" for n in range(4)
+    ]
+    assert [row["alarms"] for row in rows_of(tmp_path)] == [[], *[["x0_rms"]] * 3]
+    log = (tmp_path / "train.log").read_text()
+    assert log.count("ALARM") == 1 and "step 1: x0_rms is 1.3" in log
+    assert table(read_status_of(tmp_path)).count("ALARM at step 3: x0_rms") == 1
+
+
+def read_status_of(workdir):
+    (workdir / "config.json").write_text(json.dumps({"steps": 4, "batch": 1}))
+    return read_status(workdir)
 
 
 def rows_of(workdir):
