@@ -11,7 +11,7 @@ from typing import Any
 
 from gadjax.diffusion.schedules import Flow
 from gadjax.formats.diffusers_folder import PipelineFolder
-from gadjax.formats.pipeline_classes import PIPELINES, SANA, SD, SD3, SDXL, SPRINT
+from gadjax.formats.pipeline_classes import PIXART, SD, SD3, SDXL, SIGMA
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import parameterization_from_config, schedule_from_config
 
@@ -20,6 +20,8 @@ PROMPT = "a lighthouse at dawn, oil on canvas"
 # Files of the user's own, by their place.
 BASE, TEXT, AUTOENCODER = "BASE.safetensors", "TEXT_ENCODER.safetensors", "VAE.safetensors"
 SIGMA_SCALE = 0.13025  # of the latents of PixArt-Sigma and SDXL
+# Pipelines whose loaders and conditions are written here; the others need nodes of their own.
+WRITTEN = SD, SDXL, PIXART, SIGMA, SD3
 
 Workflow = dict[str, dict[str, Any]]
 
@@ -55,10 +57,10 @@ def workflow(
       diffusion_model: file of the backbone in diffusers' names, without a checkpoint.
       lora: file of a LoRA on the other two, or on a checkpoint of the user's own.
 
-    Returns: the nodes; None for SANA, which ComfyUI does not have, and without timesteps.
+    Returns: the nodes; None for pipelines that are not in WRITTEN, and without timesteps.
     """
     kind = folder.model_index["_class_name"]
-    if kind in (SANA, SPRINT) or kind not in PIPELINES or sampling.timesteps is None:
+    if kind not in WRITTEN or sampling.timesteps is None:
         return None
     nodes = _loaders(folder, checkpoint, diffusion_model)
     model = ["model", 0]
