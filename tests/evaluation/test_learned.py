@@ -69,7 +69,7 @@ def test_every_metric_is_that_of_the_pictures(evaluated, teacher, world):
     clip = world.features["clip"]
     first, _, student = evaluated.rows
     x, reference = (
-        clip(to_uint8(row.images_PSHWC).reshape(-1, 16, 16, 3)).reshape(3, 4, -1)
+        clip(row.images_PSHWC.reshape(-1, 16, 16, 3)).reshape(3, 4, -1)
         for row in (student, first)
     )
     latent = teacher.pipeline.latent
@@ -139,7 +139,8 @@ def test_noise_of_the_seed_probe_is_shared(evaluated, teacher, world):
     """And without it there is no probe, since noises of prompts differ."""
     latent = teacher.pipeline.latent
     alone = draw_pictures(teacher, ["blue square"], initial_noise(2, 1, latent))
-    np.testing.assert_allclose(evaluated.rows[0].images_PSHWC[1, 2], alone[0], atol=1e-5)
+    shared = evaluated.rows[0].images_PSHWC[1, 2]
+    np.testing.assert_allclose(shared.astype(int), to_uint8(alone[0]), atol=1)
     observer = Observer(world, {"own": (PROMPTS * 2, None)}, 2)
     images = np.random.default_rng(0).uniform(-1, 1, (6, 16, 16, 3)).astype(np.float32)
     observer(0, images)
@@ -181,7 +182,7 @@ def test_enough_pictures_have_a_frechet_distance(world):
 
 def test_pictures_that_are_kept_are_reduced(monkeypatch):
     assert reduction(1536, 32, 32) == 1
-    assert reduction(1536, 1024, 1024) == 4
+    assert reduction(1536, 1024, 1024) == 2
     assert reduction(10**9, 24, 40) == 8  # as far as both sides allow
     x = np.arange(2 * 4 * 8 * 3, dtype=np.float32).reshape(2, 4, 8, 3)
     blocks = x.reshape(2, 2, 2, 4, 2, 3).mean((2, 4))
@@ -195,7 +196,7 @@ def test_large_pictures_are_seen_at_their_size(teacher, world, monkeypatch):
     evaluation = evaluate(teacher, teacher, PROMPTS, world, config)
     assert reduced_size(evaluation, teacher) == {}
     first = evaluation.rows[0]
-    monkeypatch.setattr(draw, "KEPT_BYTES", 2 * 3 * 3 * 8 * 8 * 12)
+    monkeypatch.setattr(draw, "KEPT_BYTES", 2 * 3 * 3 * 8 * 8 * 3)
     evaluation = evaluate(teacher, teacher, PROMPTS, world, config)
     (text,) = reduced_size(evaluation, teacher).values()
     assert text.startswith("of means of 2 x 2 pixels")
