@@ -12,7 +12,12 @@ from train_runs import train
 from gadjax import load, sample
 from gadjax.cli.main import main
 from gadjax.formats.fingerprints import text_fingerprint
-from gadjax.formats.sampling_config import GADJAX_JSON
+from gadjax.formats.lora_extract import Difference, LayerError
+from gadjax.formats.lora_writer import Pair
+from gadjax.formats.orbax_folder import open_folder
+from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
+from gadjax.pipelines.extract_lora import Extract, lora_export
+from gadjax.pipelines.pipeline import make_pipeline
 
 LORA = (
     *("--config.student.lora.rank=4", "--config.student.lora.alpha=32.0"),
@@ -124,7 +129,9 @@ def test_an_extract_of_a_few_step_student_is_called_as_its_pipeline(family, fold
     the pipeline's own grid."""
     folder, scale = open_folder(folders(family)), 3.5 if family == "flux_dev" else 1.0
     pipeline, sampling = make_pipeline(folder), SamplingConfig(4, None, scale, 12)
-    made = lora_export(Extract(folder, folder, Difference({}, (), 0.0, {}, 1), sampling), "x")
+    pair, error = Pair(np.ones((1, 2)), np.ones((2, 1))), LayerError("a", 1.0, 0.5, 0.0)
+    difference = Difference({"a": pair}, [error], {})
+    made = lora_export(Extract(folder, folder, difference, sampling), "x")
     height, width, channels = pipeline.latent
     assert made.description.latent == (height, width, channels)
     arguments = made.description.arguments
