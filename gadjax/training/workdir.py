@@ -176,11 +176,12 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
         start = config["student"]["init"] if "base" in meta else ""
         sampling = sampling_from_config(config)
         loras(config)
-        texts = teacher, config["teacher"], config["data"]["world"], start
+        texts = teacher, config["teacher"], config["data"]["world"], start, sampling.rollout
+        layers = config["student"].get("layers", ())
         numbers = *(sampling.timesteps or ()), config["guidance"], sampling.guidance
         counts = sampling.length, sampling.steps, config["batch"]
         valid = all(map(is_text, texts)) and all(map(is_number, numbers))
-        valid &= all(is_count(n, 1, 2**31 - 1) for n in counts)
+        valid &= all(is_count(n, 1, 2**31 - 1) for n in counts) and all(map(is_count, layers))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
