@@ -85,8 +85,7 @@ def train(
       profile: (step, count): trace `count` steps after that step.
 
     Raises: InputError for a bad config, a workdir of another config or another run, processes that
-      differ in config or workdir; RunStopped if updates stay non-finite, a signal in
-      preview.stop_when raises an alarm, or nothing can be saved.
+      differ in config or workdir; RunStopped if updates stay non-finite or nothing can be saved.
     """
     profiling = Profiling(GoodputClock(), profile)
     if devices is not None:
