@@ -223,13 +223,20 @@ def published_loras(
 def published_student(name: str, pipeline: Pipeline) -> tuple[Pipeline, SamplingConfig]:
     """Pipeline with the scheduler of a published student, and its sampling settings.
 
-    Raises: InputError for an unknown name, or a pipeline of another family.
+    Raises: InputError for an unknown name, or a pipeline of another family or release.
     """
     check_choice("student_preset", name, PUBLISHED_STUDENTS)
     student, folder = PUBLISHED_STUDENTS[name], pipeline.folder
     family = folder.model_index.get("_class_name")
     if family != student.family:
         raise InputError(f"{folder.path}: found a {family}; expected a {student.family} for {name}")
+    embedded = pipeline.denoiser.guidance_embedded
+    if family == FLUX and embedded != (student.guidance > 1):
+        has = "with" if embedded else "without"
+        raise InputError(
+            f"{folder.path}: found a FLUX.1 {has} a scale as its input; expected the other one of "
+            f"-dev and -schnell for {name}"
+        )
     if student.scheduler is not None or student.changes:
         kind = student.scheduler or folder.scheduler["_class_name"]
         config = _scheduler(kind, folder.scheduler) | dict(student.changes)

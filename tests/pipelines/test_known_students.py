@@ -103,6 +103,15 @@ def test_their_steps(folders, name):
     assert sampling.guidance == GUIDANCE.get(name, 1)
 
 
+@pytest.mark.parametrize(
+    "family,name", [("flux_schnell", "hyper-flux-8"), ("flux_dev", "flux-schnell")]
+)
+def test_the_other_flux_is_refused(folders, family, name):
+    pipeline = make_pipeline(open_folder(folders(family), components=()))
+    with pytest.raises(InputError, match=f"found a FLUX.1 .* its input; expected .* for {name}"):
+        published_student(name, pipeline)
+
+
 def test_every_student_is_of_a_supported_pipeline():
     for name, student in PUBLISHED_STUDENTS.items():
         assert student.family in PIPELINES, name
