@@ -5,10 +5,10 @@ Reproduces: no published numbers. DP-DMD's form (arXiv 2602.03139) with GAD besi
 Command:  gadjax train --config configs/backbones.py:VARIANT --workdir DIR
               --config.teacher=PATH --config.data.prompts=PROMPTS.txt
 Variants: sd35_large (default; stable-diffusion-3.5-large, 1024 pixels), pixart_sigma
-          (PixArt-Sigma-XL-2-1024-MS), flux_dev (FLUX.1-dev; student and critic are told the
-          guidance that the teacher is), flux_schnell (FLUX.1-schnell, itself a few-step student),
+          (PixArt-Sigma-XL-2-1024-MS), flux_dev (FLUX.1-dev; student and critic have the
+          teacher's guidance as an input), flux_schnell (FLUX.1-schnell, itself a few-step student),
           z_image (Z-Image), lumina2 (Lumina-Image-2.0)
-Hardware: `gadjax plan` of the variant says what fits.
+Hardware: chosen by `gadjax plan`; no variant has run on any.
 Result:   not yet run.
 """
 

@@ -19,7 +19,7 @@ Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; p
           uni_instruct, f_distill, embedding, cd, ct, lcm, rcm, sprint, tscd, meanflow, pso,
           flash_dmd, gdd, twinflow and ppcl draw captions with pictures of the bundled world.
 Hardware: 2 CPU cores.
-Result:   not reported yet (of rcm: docs/methods.md).
+Result:   none reported; one run of rcm, whose pictures were not evaluated: docs/methods.md.
 """
 
 from gadjax.training.config import variant_config
@@ -99,7 +99,7 @@ def get_config(variant: str = "dmd"):
     if variant == "cdm":
         config.student.redraw = (0.25, 0.95)
         config.critic.follow = 1e-3
-    if variant == "rcm":  # at 2e-4 its student got worse at the first times (docs/methods.md)
+    if variant == "rcm":  # its rate: docs/methods.md
         config.student.redraw = (0.0, 1.0)
         config.optim.lr = 5e-5
     if variant == "sprint":  # the first of two drawn steps is SANA-Sprint's half at the last time

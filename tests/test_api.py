@@ -68,7 +68,9 @@ def test_a_distilled_student_is_that_of_the_command(student, tiny_pipeline, tmp_
     config, prompts = student.trained.config, tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     assert config["student"] == {
+        "guidance": 1.0,
         "init": "teacher",
+        "layers": [],
         "lora": {"rank": 0, "alpha": None, "targets": TARGETS},
         "latents": "student",
         "redraw": [],
@@ -177,6 +179,7 @@ def test_an_objective_is_a_config_and_back(objective, config):
     for stored in (config, json.loads(json.dumps(config))):
         assert build(stored, TERMS, (999, 499)) == Sum(()) + objective
     required = {"disback": {"path": ("x",)}, "uni_dad": {"target": "x"}}
+    required["dmm"] = {"teachers": ("x", "y")}
     for name, kind in TERMS.items():
         given = required.get(name, {})
         assert as_config(kind(**given), TERMS) == {name: given}

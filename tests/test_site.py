@@ -96,6 +96,16 @@ def test_the_api_is_that_of_the_docstrings(site):
         assert f'id="{term.__module__}.{term.__name__}"' in page
 
 
+def test_the_readme_names_every_term():
+    """And counts those of docs/methods.md, whose rows name three more, beside others."""
+    readme, methods = ((ROOT / name).read_text() for name in ("README.md", "docs/methods.md"))
+    assert not [name for name in objectives.TERMS if f"`{name}`" not in readme]
+    rows = [line.split("|")[1] for line in methods.splitlines() if line.startswith("| `")]
+    listed = objectives.TERMS.keys() & re.findall(r"`(\w+)`", " ".join(rows))
+    others = listed - {"dmd", "consistency", "denoising"}
+    assert f"{len(others)} terms of [other methods]" in readme
+
+
 def test_the_page_of_the_training_config_names_the_bundled_configs():
     text = (ROOT / "docs" / "api" / "training.md").read_text()
     for path in (ROOT / "configs").glob("*.py"):

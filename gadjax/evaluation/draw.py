@@ -10,7 +10,7 @@ from gadjax.io.image_grid import from_uint8, to_uint8
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.sampling import draw_batches
 
-KEPT_BYTES = 2 << 30  # of one model's pictures that stay in memory
+KEPT_BYTES = 2 << 30  # of the pictures of all rows that stay in memory
 
 PART = 256  # pictures that are held as floats at a time
 

@@ -11,17 +11,7 @@ from typing import Any
 
 from gadjax.diffusion.schedules import Flow
 from gadjax.formats.diffusers_folder import PipelineFolder
-from gadjax.formats.pipeline_classes import (
-    FLUX,
-    LUMINA,
-    PIPELINES,
-    SANA,
-    SD,
-    SD3,
-    SDXL,
-    SPRINT,
-    Z_IMAGE,
-)
+from gadjax.formats.pipeline_classes import FLUX, PIXART, SD, SD3, SDXL, SIGMA, Z_IMAGE
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import parameterization_from_config, schedule_from_config
 
@@ -30,9 +20,9 @@ PROMPT = "a lighthouse at dawn, oil on canvas"
 # Files of the user's own, by their place.
 BASE, TEXT, AUTOENCODER = "BASE.safetensors", "TEXT_ENCODER.safetensors", "VAE.safetensors"
 SIGMA_SCALE = 0.13025  # of the latents of PixArt-Sigma and SDXL
-# Pipelines without a workflow: ComfyUI does not have SANA, and of Lumina 2 is not known to read
-# diffusers' names.
-WITHOUT = SANA, SPRINT, LUMINA
+# Pipelines whose loaders and conditions are written here; the others need nodes of their own.
+# ComfyUI does not have SANA, and is not known to read Lumina 2 under diffusers' names.
+WRITTEN = SD, SDXL, PIXART, SIGMA, SD3, FLUX, Z_IMAGE
 WIDE = SD3, FLUX, Z_IMAGE  # latents of 16 channels
 # Pipeline -> type of its text encoders' loader; the others have "pixart".
 TEXT_TYPES = {SD: "stable_diffusion", SDXL: "sdxl", SD3: "sd3", FLUX: "flux", Z_IMAGE: "lumina2"}
@@ -71,11 +61,11 @@ def workflow(
       diffusion_model: file of the backbone in diffusers' names, without a checkpoint.
       lora: file of a LoRA on the other two, or on a checkpoint of the user's own.
 
-    Returns: the nodes; None for a pipeline in WITHOUT, without timesteps, and for classifier-free
-      guidance.
+    Returns: the nodes; None for pipelines that are not in WRITTEN, without timesteps, and for
+      classifier-free guidance.
     """
     kind = folder.model_index["_class_name"]
-    if kind in WITHOUT or kind not in PIPELINES or sampling.timesteps is None:
+    if kind not in WRITTEN or sampling.timesteps is None:
         return None
     embedded = folder.components[folder.backbone].spec.guidance_embeds
     if sampling.guidance > 1 and not embedded:

@@ -1,12 +1,14 @@
 """Workflows of ComfyUI for families that are not drawn in tests/training/test_export_single.py."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from gadjax.formats.comfyui import workflow
+from gadjax.formats.comfyui import WRITTEN, workflow
 from gadjax.formats.lora_writer import usage_hint
 from gadjax.formats.orbax_folder import open_folder
+from gadjax.formats.pipeline_classes import PIPELINES
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.single_file import modelspec
 
@@ -42,8 +44,7 @@ def test_the_nodes_of_a_family(folders, family):
     assert nodes["guidance"]["inputs"]["conditioning"] == ["prompt", 0]
 
 
-def test_there_is_none_for_lumina_and_for_classifier_free_guidance(folders):
-    assert made(folders, "lumina2", replace(STUDENT, guidance=1.0)) is None
+def test_there_is_none_for_classifier_free_guidance(folders):
     assert made(folders, "z_image", replace(STUDENT, guidance=4.5)) is None
 
 
@@ -56,3 +57,10 @@ def test_headers_name_the_model_and_an_embedded_guidance(folders):
         assert texts.get("modelspec.architecture") == (name and f"{name}/lora")
     assert usage_hint(told) == "2 steps from timesteps 1000, 500, guidance 3.5"
     assert "without guidance" in usage_hint(replace(STUDENT, guidance=1.0))
+
+
+@pytest.mark.parametrize("kind", sorted(set(PIPELINES) - set(WRITTEN)))
+def test_a_pipeline_whose_nodes_are_not_known_has_no_workflow(kind):
+    """Not one with the text encoders' loader of another family."""
+    folder = SimpleNamespace(model_index={"_class_name": kind})
+    assert workflow(folder, SamplingConfig(steps=2, timesteps=(1000.0, 500.0))) is None
