@@ -105,6 +105,11 @@ def load(
         raise InputError(f"teacher: found {teacher} for {name}, which is no workdir; expected none")
     folder = source
     if trained:
+        if trained.layers and loras:
+            raise InputError(
+                f"lora: found {loras[0][0]} for {name}, a student of {len(trained.layers)} layers; "
+                "expected none, as LoRAs name the teacher's layers"
+            )
         folder = trained.base if teacher is None else resolve(str(teacher))
         restore_replaced(folder)
         if not folder.is_dir():

@@ -106,7 +106,8 @@ class Denoiser:
           x_BHWC, t_B: noisy latents and their timesteps, [B] or a scalar.
           cond, null: conditioning of the prompts and of the negative prompt.
           scale: a float or [B]. The Python numbers 1 and 0 evaluate one half only. Where guidance
-            is embedded, the scale is a network input and `null` is not evaluated.
+            is embedded, the scale is a network input and `null` is not evaluated. None for no
+            guidance: 1, or where it is embedded the default scale.
         """
         return self._guide(params, cond, null, scale)(x_BHWC, t_B)
 
@@ -120,6 +121,8 @@ class Denoiser:
         return lambda x_BHWC, t_B: self.to_prediction(raw(x_BHWC, t_B), x_BHWC, t_B)
 
     def _guide(self, params, cond, null, scale, cache_text=lambda _, cond: cond):
+        if scale is None:
+            scale = self.default_guidance if self.guidance_embedded else 1
         one_half = isinstance(scale, int | float) and scale in (0, 1)
         if self.guidance_embedded or one_half:
             cached = cache_text(params, cond if self.guidance_embedded or scale else null)
@@ -175,7 +178,7 @@ class Denoiser:
         t_B,
         cond: Cond,
         null: Cond | None = None,
-        scale=1,
+        scale=None,
     ):
         """Denoising loss: mean squared error of the raw output at x_t = alpha x0 + sigma eps.
 
@@ -185,7 +188,7 @@ class Denoiser:
           t_B: timesteps.
           cond: conditioning.
           null, scale: conditioning of the negative prompt and guidance scale, where the network is
-            trained under guidance.
+            trained under guidance; None as for `guided_raw`.
 
         Returns: the loss per sample [B].
         """

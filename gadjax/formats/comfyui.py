@@ -11,7 +11,7 @@ from typing import Any
 
 from gadjax.diffusion.schedules import Flow
 from gadjax.formats.diffusers_folder import PipelineFolder
-from gadjax.formats.pipeline_classes import PIXART, SD, SD3, SDXL, SIGMA
+from gadjax.formats.pipeline_classes import FLUX, PIXART, SD, SD3, SDXL, SIGMA, Z_IMAGE
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import parameterization_from_config, schedule_from_config
 
@@ -21,7 +21,11 @@ PROMPT = "a lighthouse at dawn, oil on canvas"
 BASE, TEXT, AUTOENCODER = "BASE.safetensors", "TEXT_ENCODER.safetensors", "VAE.safetensors"
 SIGMA_SCALE = 0.13025  # of the latents of PixArt-Sigma and SDXL
 # Pipelines whose loaders and conditions are written here; the others need nodes of their own.
-WRITTEN = SD, SDXL, PIXART, SIGMA, SD3
+# ComfyUI does not have SANA, and is not known to read Lumina 2 under diffusers' names.
+WRITTEN = SD, SDXL, PIXART, SIGMA, SD3, FLUX, Z_IMAGE
+WIDE = SD3, FLUX, Z_IMAGE  # latents of 16 channels
+# Pipeline -> type of its text encoders' loader; the others have "pixart".
+TEXT_TYPES = {SD: "stable_diffusion", SDXL: "sdxl", SD3: "sd3", FLUX: "flux", Z_IMAGE: "lumina2"}
 
 Workflow = dict[str, dict[str, Any]]
 
@@ -57,10 +61,14 @@ def workflow(
       diffusion_model: file of the backbone in diffusers' names, without a checkpoint.
       lora: file of a LoRA on the other two, or on a checkpoint of the user's own.
 
-    Returns: the nodes; None for pipelines that are not in WRITTEN, and without timesteps.
+    Returns: the nodes; None for pipelines that are not in WRITTEN, without timesteps, and for
+      classifier-free guidance.
     """
     kind = folder.model_index["_class_name"]
     if kind not in WRITTEN or sampling.timesteps is None:
+        return None
+    embedded = folder.components[folder.backbone].spec.guidance_embeds
+    if sampling.guidance > 1 and not embedded:
         return None
     nodes = _loaders(folder, checkpoint, diffusion_model)
     model = ["model", 0]
@@ -74,14 +82,19 @@ def workflow(
         model = ["prediction", 0]
     height, width = 2 * (_side(folder),)
     nodes["prompt"] = _prompt(kind, nodes, height, width)
-    latent = "EmptySD3LatentImage" if kind == SD3 else "EmptyLatentImage"
+    conditioning = ["prompt", 0]
+    if embedded:
+        inputs = {"conditioning": conditioning, "guidance": sampling.guidance}
+        nodes["guidance"] = _node("FluxGuidance", **inputs)
+        conditioning = ["guidance", 0]
+    latent = "EmptySD3LatentImage" if kind in WIDE else "EmptyLatentImage"
     nodes["latent"] = _node(latent, width=width, height=height, batch_size=1)
     levels = ", ".join(f"{x:.8f}" for x in noise_levels(folder, sampling.timesteps))
     nodes["sigmas"] = _node("ManualSigmas", sigmas=levels)
     sampler = "lcm" if sampling.rollout == "fresh_noise" else "euler"
     nodes["sampler"] = _node("KSamplerSelect", sampler_name=sampler)
     nodes["noise"] = _node("RandomNoise", noise_seed=0)
-    nodes["guider"] = _node("BasicGuider", model=model, conditioning=["prompt", 0])
+    nodes["guider"] = _node("BasicGuider", model=model, conditioning=conditioning)
     names = {"noise": "noise", "guider": "guider", "sampler": "sampler", "sigmas": "sigmas"}
     links = {key: [name, 0] for key, name in (names | {"latent_image": "latent"}).items()}
     nodes["sample"] = _node("SamplerCustomAdvanced", **links)
@@ -102,7 +115,7 @@ def _loaders(folder: PipelineFolder, checkpoint: str, diffusion_model: str) -> W
     kind, count = folder.model_index["_class_name"], len(folder.text_encoders)
     if checkpoint or not diffusion_model and kind in (SD, SDXL, SD3):
         return {"model": _node("CheckpointLoaderSimple", ckpt_name=checkpoint or BASE)}
-    text = {SD: "stable_diffusion", SDXL: "sdxl", SD3: "sd3"}.get(kind, "pixart")
+    text = TEXT_TYPES.get(kind, "pixart")
     names = {f"clip_name{n + 1}": TEXT.replace("R.", f"R_{n + 1}.") for n in range(count)}
     clip = {
         1: lambda: _node("CLIPLoader", clip_name=TEXT, type=text),

@@ -28,10 +28,11 @@ TEXT = re.compile(r"(lora_te\d?_|text_encoder(_\d)?\.)")
 UNET = "U-Net"
 # Part of a module's name, with dots as underscores -> the family of the network.
 FAMILIES = (
-    (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX (not supported)"),
+    (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX"),
     (r"(img|txt)_(mlp|mod)", "Qwen-Image (not supported)"),
     (r"joint_blocks|add_[qkv]_proj|to_add_out", "Stable Diffusion 3"),
-    (r"(noise|context)_refiner|layers_\d+_(attention|feed_forward)", "Z-Image (not supported)"),
+    (r"(layers|refiner)_\d+_(attn_|feed_forward_linear)", "Lumina 2"),
+    (r"(noise|context)_refiner|layers_\d+_(attention|feed_forward)", "Z-Image"),
     (r"conv_(inverted|point)", "SANA"),
     (r"(down|up|mid|input|output|middle)_blocks?_", UNET),
     (r"cross_attn_(q|kv)_linear|adaln_single", "PixArt"),

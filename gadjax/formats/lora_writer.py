@@ -74,7 +74,9 @@ def usage_hint(sampling: SamplingConfig) -> str:
     if sampling.timesteps is None:
         return f"{sampling.steps} steps, guidance {sampling.guidance:g}"
     times = ", ".join(f"{t:g}" for t in sampling.timesteps)
-    return f"{sampling.steps} steps from timesteps {times}, without guidance (cfg 1)"
+    guided = sampling.guidance > 1
+    guidance = f"guidance {sampling.guidance:g}" if guided else "without guidance (cfg 1)"
+    return f"{sampling.steps} steps from timesteps {times}, {guidance}"
 
 
 def write_lora(

@@ -142,7 +142,10 @@ def _origin(export: Export) -> list[str]:
             origin = "Trained on pictures, with the text encoder and the autoencoder of"
         times = ", ".join(f"{time:g}" for time in export.times)
         plural = "s" if sampling.steps > 1 else ""
-        steps = f"{sampling.steps} step{plural}, from the time{plural} {times}, without guidance"
+        scale = "without guidance"
+        if sampling.guidance > 1:
+            scale = f"with guidance {sampling.guidance:g} as the network's input"
+        steps = f"{sampling.steps} step{plural}, from the time{plural} {times}, {scale}"
         if export.guidance is not None:
             guidance = [f"| guidance of the teacher | {export.guidance:g} |"]
     return [

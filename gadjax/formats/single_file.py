@@ -13,7 +13,7 @@ import numpy as np
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import Component, PipelineFolder
 from gadjax.formats.lora_writer import usage_hint
-from gadjax.formats.pipeline_classes import SD, SD3, SDXL
+from gadjax.formats.pipeline_classes import FLUX, SD, SD3, SDXL
 from gadjax.formats.safetensors_file import write_safetensors
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import parameterization_from_config
@@ -128,6 +128,8 @@ def architecture(folder: PipelineFolder) -> str | None:
     if kind == SD3:
         dual = "stable-diffusion-3.5-medium" if spec.dual_layers else None
         return dual or SD3_RELEASES.get(spec.num_layers, "stable-diffusion-3-medium")
+    if kind == FLUX:
+        return "flux-1-dev" if spec.guidance_embeds else "flux-1-schnell"
     if kind == SD and has_original_names(folder):
         return "stable-diffusion-v1"
     velocity = parameterization_from_config(folder.scheduler) == "v"

@@ -227,7 +227,7 @@ class Context(Draws, StepTimes):
       grid_NB: times [n + 1, B] of a grid that is drawn anew for every sample; None: `times`.
       guidance: the run's guidance scale.
       teacher, critic: (x_BHWC, t_B, scale) -> Prediction; without a scale, `guidance` for the
-        teacher and 1 for the critic. Gradients flow to x_BHWC.
+        teacher and none for the critic. Gradients flow to x_BHWC.
       teacher_params, critic_params, student_params, discriminator_params: parameters.
       ema_params: average of the student's parameters.
       networks: name -> parameters of the frozen networks that terms name.
@@ -276,13 +276,13 @@ class Context(Draws, StepTimes):
     share: jax.Array | float = 0.0
     stream: str = ""
 
-    def net(self, role: str, x_BHWC, t_B, scale=1, cond: Cond | None = None) -> Prediction:
+    def net(self, role: str, x_BHWC, t_B, scale=None, cond: Cond | None = None) -> Prediction:
         """Prediction of a network, under classifier-free guidance; gradients flow to x_BHWC.
 
         Args:
           role: "student", "ema", "teacher", "critic", or a name of `Needs.networks`.
           x_BHWC, t_B: noisy latents and their timesteps.
-          scale: guidance scale.
+          scale: guidance scale; None for none, as `Denoiser.guided_raw` takes it.
           cond: conditioning; None: the batch's prompts.
         """
         params = self.networks.get(role)

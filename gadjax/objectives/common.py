@@ -76,14 +76,14 @@ def mean_abs(x, floor: float = 1e-4):
     return jnp.maximum(sg(sample_mean(jnp.abs(x))), floor)
 
 
-def critic_denoising_loss(context: Context, x0, t_B, scale=1):
+def critic_denoising_loss(context: Context, x0, t_B, scale=None):
     """Denoising loss of the critic per sample [B] on the student's x0, which has no gradient.
 
     Args:
       context: of the critic's update.
       x0: the student's samples [B, H, W, C].
       t_B: timesteps.
-      scale: guidance with which the critic is trained.
+      scale: guidance with which the critic is trained; None for none.
     """
     batch, target = context.batch, Prediction(sg(x0), context.normal("eps"))
     return context.denoiser.denoising_loss(

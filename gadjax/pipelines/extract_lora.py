@@ -15,7 +15,7 @@ from gadjax.formats.lora_names import layers_of
 from gadjax.formats.model_card import Export, read_license
 from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling
-from gadjax.formats.scheduler_config import student_scheduler_config
+from gadjax.formats.scheduler_config import STOCHASTIC, student_scheduler_config
 from gadjax.formats.schedulers import sampler_from_config
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
@@ -84,9 +84,12 @@ def lora_export(extracted: Extract, name: str) -> LoraExport:
     few = few_step_settings(make_pipeline(extracted.after), sampling)
     if few is not None:
         times, rollout = few
+        used = replace(sampling, rollout=rollout)
+    # A scheduler whose steps add noise stays: none of a student's takes its place.
+    if few is not None and before.scheduler["_class_name"] not in STOCHASTIC:
         scheduler = student_scheduler_config(before.scheduler, times, kind, rollout)
-        used = replace(sampling, timesteps=times, steps=len(times), rollout=rollout)
-        takes = sampler_from_config(scheduler).takes_timesteps
+        used = replace(used, timesteps=times, steps=len(times))
+        takes = sampler_from_config(scheduler, kind).takes_timesteps
         sampling = used if takes else replace(used, timesteps=None)
     description = Export(
         name=name,
@@ -94,9 +97,9 @@ def lora_export(extracted: Extract, name: str) -> LoraExport:
         times=few and few[0],
         teacher=before.path.name,
         fingerprint=fingerprint(tensors_from_params(part.params, part.keymap)),
-        latent=(part.spec.sample_size, part.spec.sample_size, part.spec.in_channels),
+        latent=(part.spec.sample_size, part.spec.sample_size, part.spec.latent_channels),
         pipeline=kind,
-        arguments=parity.diffusers_arguments(kind, sampling),
+        arguments=parity.call_arguments(before, kind, sampling),
         license=read_license(extracted.after.path),
         origin=_origin(extracted),
     )

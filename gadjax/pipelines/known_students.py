@@ -105,6 +105,11 @@ def _loras() -> Iterator[tuple[str, PublishedStudent]]:
         file = rf"Hyper-SD3-{steps}steps-CFG-lora\.safetensors"
         student = PublishedStudent(SD3, steps, guidance=guidance, strength=0.125, files=file)
         yield f"hyper-sd3-{steps}-cfg", student
+    # The same card: the folder's own grid, the base's embedded guidance.
+    for steps in (8, 16):
+        file = rf"Hyper-FLUX\.1-dev-{steps}steps-lora\.safetensors"
+        student = PublishedStudent(FLUX, steps, guidance=3.5, strength=0.125, files=file)
+        yield f"hyper-flux-{steps}", student
     # Lin et al., arXiv:2402.13929; the card of ByteDance/SDXL-Lightning: Euler with trailing steps,
     # whose first latents are the noise at time 999 alone. U-Nets and LoRAs have the same steps.
     for steps in (2, 4, 8):
@@ -151,6 +156,10 @@ PUBLISHED_STUDENTS = {
     "z-image-turbo": PublishedStudent(Z_IMAGE, 8),
     # Sauer et al., arXiv:2403.12015; the card of FLUX.1-schnell: guidance 0, 256 tokens of T5.
     "flux-schnell": PublishedStudent(FLUX, 4, length=256),
+    # The card of alimama-creative/FLUX.1-Turbo-Alpha: a LoRA of 8 steps of the folder's own grid.
+    "flux-turbo-alpha": PublishedStudent(
+        FLUX, 8, guidance=3.5, length=512, files=r"FLUX\.1-Turbo-Alpha\b.*"
+    ),
     # Chen et al., arXiv:2503.09641.
     "sana-sprint": PublishedStudent(SPRINT, 2, guidance=4.5),
     # Whole U-Nets of one step, of the same cards as the LoRAs.
@@ -162,7 +171,7 @@ PUBLISHED_STUDENTS = {
 }
 # End of a LoRA's path -> why its student is not sampled here.
 REFUSED = {
-    r"swd[-_](medium|large|sdxl)\b.*": "an SwD student, whose latents grow between its steps",
+    r"swd[-_](medium|large|sdxl|flux)\b.*": "an SwD student, whose latents grow between its steps",
 }
 
 
@@ -214,13 +223,20 @@ def published_loras(
 def published_student(name: str, pipeline: Pipeline) -> tuple[Pipeline, SamplingConfig]:
     """Pipeline with the scheduler of a published student, and its sampling settings.
 
-    Raises: InputError for an unknown name, or a pipeline of another family.
+    Raises: InputError for an unknown name, or a pipeline of another family or release.
     """
     check_choice("student_preset", name, PUBLISHED_STUDENTS)
     student, folder = PUBLISHED_STUDENTS[name], pipeline.folder
     family = folder.model_index.get("_class_name")
     if family != student.family:
         raise InputError(f"{folder.path}: found a {family}; expected a {student.family} for {name}")
+    embedded = pipeline.denoiser.guidance_embedded
+    if family == FLUX and embedded != (student.guidance > 1):
+        has = "with" if embedded else "without"
+        raise InputError(
+            f"{folder.path}: found a FLUX.1 {has} a scale as its input; expected the other one of "
+            f"-dev and -schnell for {name}"
+        )
     if student.scheduler is not None or student.changes:
         kind = student.scheduler or folder.scheduler["_class_name"]
         config = _scheduler(kind, folder.scheduler) | dict(student.changes)

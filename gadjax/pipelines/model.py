@@ -27,7 +27,4 @@ class Model:
     @property
     def guided(self) -> bool:
         """True if images are sampled with classifier-free guidance."""
-        denoiser = self.pipeline.denoiser
-        return (
-            not denoiser.guidance_embedded and denoiser.guidance_scale(self.sampling.guidance) != 1
-        )
+        return self.pipeline.guided(self.sampling.guidance)

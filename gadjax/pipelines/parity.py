@@ -217,6 +217,24 @@ def diffusers_arguments(
     )
 
 
+def call_arguments(
+    folder: PipelineFolder, pipeline: str, sampling: SamplingConfig
+) -> dict[str, Any]:
+    """`diffusers_arguments` for a folder's networks, with the size where the class has another.
+
+    Args:
+      folder: pipeline whose network is drawn with.
+      pipeline: diffusers class.
+      sampling: the settings.
+    """
+    spec = folder.components[folder.backbone].spec
+    arguments = diffusers_arguments(pipeline, sampling, embedded=spec.guidance_embeds)
+    if pipeline in PASSES_SIGMAS:
+        side = spec.sample_size * folder.components["vae"].spec.upscale
+        arguments |= {"height": side, "width": side}
+    return arguments
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """Verify that diffusers and gadjax sample the same images with an exported folder.
 

@@ -63,6 +63,11 @@ class Pipeline:
         """Default sampling settings of the family's pipeline in diffusers."""
         return SamplingConfig(self.prompts.steps, None, self.prompts.guidance, self.prompts.length)
 
+    def guided(self, guidance: float) -> bool:
+        """True if a guidance is classifier-free guidance, which an embedded one is not."""
+        denoiser = self.denoiser
+        return not denoiser.guidance_embedded and denoiser.guidance_scale(guidance) != 1
+
     def encode_text(self, params: dict[str, Params], ids_BL, mask_BL) -> Cond:
         """Encode token ids to the denoiser's conditioning. params: by network."""
         return self.cond(*self.prompts.encode(params, ids_BL, mask_BL))

@@ -59,8 +59,7 @@ def few_step_settings(
     Returns: None for a model with classifier-free guidance, or of more than MAX_FEW_STEPS steps.
     Raises: InputError as `sampler_and_times`.
     """
-    guided = pipeline.denoiser.guidance_scale(sampling.guidance) != 1
-    if guided or sampling.steps > MAX_FEW_STEPS:
+    if pipeline.guided(sampling.guidance) or sampling.steps > MAX_FEW_STEPS:
         return None
     sampler, times = sampler_and_times(pipeline, sampling)
     rollout = "fresh_noise" if sampler.stochastic else sampling.rollout

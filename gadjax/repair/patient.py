@@ -27,6 +27,7 @@ class Patient:
       times: timesteps at which its steps start, noisiest first.
       rollout: "ode", or "fresh_noise" if its scheduler adds noise between steps.
       guidance: the teacher's guidance at which it was distilled; None if its folder does not say.
+      embedded: scale that is an input of its network; 1 where none is.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class Patient:
     times: tuple[float, ...]
     rollout: str
     guidance: float | None
+    embedded: float = 1.0
 
 
 def open_patient(student: str, teacher: Path, made: Path) -> Patient:
@@ -58,7 +60,7 @@ def open_patient(student: str, teacher: Path, made: Path) -> Patient:
         folder = _merge_lora(path, teacher, made)
     pipeline = make_pipeline(open_folder(folder, components=()))
     sampling = read_sampling(folder, pipeline.sampling)
-    if pipeline.denoiser.guidance_scale(sampling.guidance) != 1:
+    if pipeline.guided(sampling.guidance):
         raise InputError(
             f"--student: found {student}, which is sampled at guidance {sampling.guidance:g}; "
             "expected a distilled student, without guidance (set it in its gadjax.json)"
@@ -70,7 +72,8 @@ def open_patient(student: str, teacher: Path, made: Path) -> Patient:
             f"distilled student of at most {MAX_FEW_STEPS} (set steps in its gadjax.json)"
         )
     starts, rollout = settings
-    return Patient(folder, sampling, starts, rollout, read_teacher_guidance(folder))
+    embedded = sampling.guidance if pipeline.denoiser.guidance_embedded else 1.0
+    return Patient(folder, sampling, starts, rollout, read_teacher_guidance(folder), embedded)
 
 
 def _merge_lora(path: Path, teacher: Path, made: Path) -> Path:

@@ -127,6 +127,7 @@ def repair_config(request: Request, patient: Patient) -> ConfigDict:
         steps=len(patient.times),
         timesteps=patient.times,
         rollout=patient.rollout,
+        guidance=patient.embedded,
     )
     if request.updates is not None:
         config.steps = request.updates

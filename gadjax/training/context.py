@@ -155,7 +155,7 @@ def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batc
         scale = step_spec.guidance if scale is None else scale
         return denoiser.guided(roles.teacher, x, t, read, batch.null, scale)
 
-    def critic_at(x, t, scale=1):
+    def critic_at(x, t, scale=None):
         return denoiser.guided(roles.critic, x, t, batch.cond, batch.null, scale)
 
     context = Context(

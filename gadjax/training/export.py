@@ -13,7 +13,6 @@ from gadjax.formats.diffusers_folder import INDEX, PipelineFolder, check_pipelin
 from gadjax.formats.diffusers_writer import write_pipeline
 from gadjax.formats.model_card import CARD, Export, card, metadata_json, read_license, read_report
 from gadjax.formats.orbax_folder import as_diffusers_folder, open_folder
-from gadjax.formats.pipeline_classes import PASSES_SIGMAS
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig, read_world
 from gadjax.formats.scheduler_config import DPM, PIXART, student_scheduler_config
 from gadjax.formats.schedulers import sampler_from_config
@@ -139,10 +138,6 @@ def describe(
     pipeline = teacher.model_index.get("_class_name", "DiffusionPipeline")
     if scheduler and scheduler["_class_name"] == DPM and sampling.steps == 1:
         pipeline = ONE_DPM_STEP.get(pipeline, pipeline)
-    arguments = parity.diffusers_arguments(pipeline, sampling, embedded=spec.guidance_embeds)
-    if pipeline in PASSES_SIGMAS:  # whose default size is not the network's
-        side = spec.sample_size * teacher.components["vae"].spec.upscale
-        arguments |= {"height": side, "width": side}
     return Export(
         name=name,
         sampling=sampling,
@@ -155,7 +150,7 @@ def describe(
         fingerprint=trained.fingerprint,
         latent=(spec.sample_size, spec.sample_size, spec.latent_channels),
         pipeline=pipeline,
-        arguments=arguments,
+        arguments=parity.call_arguments(teacher, pipeline, sampling),
         license=read_license(teacher.path),
         world=world.rpartition(".")[2] if bundled else read_world(teacher.path),
         report=report,

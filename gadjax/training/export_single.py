@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gadjax.errors import InputError
 from gadjax.formats.comfyui import WORKFLOW, workflow, workflow_json
 from gadjax.formats.diffusers_folder import PipelineFolder, check_pipeline
 from gadjax.formats.lora_writer import write_scheduler
@@ -44,9 +45,15 @@ def export_single(
       overwrite: replace an existing folder.
 
     Returns: result of the first file's comparison with diffusers; None if it is not installed.
-    Raises: InputError for inputs that do not belong together; RunStopped if diffusers samples other
-      images with the file.
+    Raises: InputError for a student of fewer layers, or inputs that do not belong together;
+      RunStopped if diffusers samples other images with the file.
     """
+    if trained.layers:
+        raise InputError(
+            f"--single-file: found a student of {len(trained.layers)} layers in {trained.workdir}; "
+            "expected all of the teacher's, as a file does not tell its configuration (without the "
+            "flag it is exported as a pipeline)"
+        )
     check_target(out, overwrite=overwrite, marker=GADJAX_JSON)
     source, folder = open_teacher(trained, out, teacher)
     name, backbone = out.resolve().name, folder.backbone

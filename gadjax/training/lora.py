@@ -45,7 +45,7 @@ def base_source(config: Mapping[str, Any], role: str) -> str:
 
     Adapters that start at a LoRA of the teacher go on training it.
     """
-    init = config[role]["init"]
+    init = config[role].get("init")  # older workdirs have none of the critic
     on_teacher = init in ("teacher", None) or is_lora(assets.resolve(init))
     return "teacher" if on_teacher else init
 

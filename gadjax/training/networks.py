@@ -176,7 +176,7 @@ def base_keys(config: ConfigDict, inits: dict[str, str]) -> dict[str, str]:
     """
     on = {role: path for role, path in inits.items() if base_source(config, role) != "teacher"}
     keys = {path: "start" if role == "student" else f"{role}/start" for role, path in on.items()}
-    if "student" in on:
+    if "student" in on and not config.student.layers:  # with fewer layers the start is another
         keys[on["student"]] = "start"
     return {role: keys[path] for role, path in on.items() if role in loras(config)}
 

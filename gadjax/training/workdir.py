@@ -17,7 +17,7 @@ from gadjax.models.adapters import Lora, adapters_from_arrays, merged
 from gadjax.models.depth import COUNT, check_layers, keep_layers
 from gadjax.models.params import merge_params, split_frozen
 from gadjax.objectives import TERMS, Needs, build
-from gadjax.training.lora import loras
+from gadjax.training.lora import base_source, loras
 from gadjax.types import Params
 
 
@@ -28,7 +28,7 @@ class Trained:
     Attributes:
       workdir: the run's workdir.
       step: of the checkpoint.
-      part: "ema" or "student".
+      part: "ema", "student" or "critic".
       params: the trained parameters alone.
       config: the run's config, as JSON.
       fingerprint: of the backbone that `full_params` completes, when the run was started.
@@ -67,17 +67,22 @@ class Trained:
 
     @property
     def lora(self) -> Lora | None:
-        """Settings of the student's adapters; None if whole weights are trained."""
-        return loras(self.config).get("student")
+        """Settings of the adapters of this part; None if whole weights are trained."""
+        return loras(self.config).get(self._role)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The teacher's blocks that the student has; () for all."""
-        return tuple(self.config["student"].get("layers", ()))  # older workdirs do not have it
+        """The teacher's blocks that this part has; () for all, as a critic has."""
+        student = self.config["student"]  # of older workdirs without layers
+        return () if self._role == "critic" else tuple(student.get("layers", ()))
+
+    @property
+    def _role(self) -> str:
+        return "critic" if self.part == "critic" else "student"
 
     @property
     def adapters(self) -> Params:
-        """The student's adapters. Raises: InputError for parameters that are none."""
+        """The adapters of this part. Raises: InputError for parameters that are none."""
         return adapters_from_arrays(self.params, self.lora.scale)
 
     def full_params(self, base: Component) -> Params:
@@ -106,6 +111,12 @@ class Trained:
         """The trained parameters on those of the base; adapters are merged, in float32."""
         if self.lora is None:
             return merge_params(self.params, split_frozen(base.params, base.frozen)[1])
+        on = self.config["student"]["init"] if self.on_start else "teacher"
+        if self._role == "critic" and (source := base_source(self.config, "critic")) != on:
+            raise InputError(
+                f"{self.workdir}: found a critic whose adapters are on {source!r}; expected "
+                f"them on {on!r}, as the student's"
+            )
         try:
             return merged(base.params, self.adapters)
         except InputError as error:
@@ -140,7 +151,7 @@ def read_trained(workdir: Path, part: str = "ema", step: int | None = None) -> T
 
     Args:
       workdir: workdir of `gadjax train`.
-      part: "ema" or "student".
+      part: "ema", "student" or "critic".
       step: of the checkpoint; None: the newest valid one.
 
     Raises: InputError for a folder that is no workdir, or whose metadata no run can have written;
@@ -165,11 +176,12 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
         start = config["student"]["init"] if "base" in meta else ""
         sampling = sampling_from_config(config)
         loras(config)
-        texts = teacher, config["teacher"], config["data"]["world"], start
+        texts = teacher, config["teacher"], config["data"]["world"], start, sampling.rollout
+        layers = config["student"].get("layers", ())
         numbers = *(sampling.timesteps or ()), config["guidance"], sampling.guidance
         counts = sampling.length, sampling.steps, config["batch"]
         valid = all(map(is_text, texts)) and all(map(is_number, numbers))
-        valid &= all(is_count(n, 1, 2**31 - 1) for n in counts)
+        valid &= all(is_count(n, 1, 2**31 - 1) for n in counts) and all(map(is_count, layers))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):

@@ -12,7 +12,12 @@ from train_runs import train
 from gadjax import load, sample
 from gadjax.cli.main import main
 from gadjax.formats.fingerprints import text_fingerprint
-from gadjax.formats.sampling_config import GADJAX_JSON
+from gadjax.formats.lora_extract import Difference, LayerError
+from gadjax.formats.lora_writer import Pair
+from gadjax.formats.orbax_folder import open_folder
+from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
+from gadjax.pipelines.extract_lora import Extract, lora_export
+from gadjax.pipelines.pipeline import make_pipeline
 
 LORA = (
     *("--config.student.lora.rank=4", "--config.student.lora.alpha=32.0"),
@@ -118,6 +123,26 @@ def test_extract_refuses(flags, message, tiny_pipeline, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("family", ["flux_dev", "z_image"])
+def test_an_extract_of_a_few_step_student_is_called_as_its_pipeline(family, folders):
+    """With the size of its latents, and FLUX's scale as the network's input; its times are those of
+    the pipeline's own grid."""
+    folder, scale = open_folder(folders(family)), 3.5 if family == "flux_dev" else 1.0
+    pipeline, sampling = make_pipeline(folder), SamplingConfig(4, None, scale, 12)
+    pair, error = Pair(np.ones((1, 2)), np.ones((2, 1))), LayerError("a", 1.0, 0.5, 0.0)
+    difference = Difference({"a": pair}, [error], {})
+    made = lora_export(Extract(folder, folder, difference, sampling), "x")
+    height, width, channels = pipeline.latent
+    assert made.description.latent == (height, width, channels)
+    arguments = made.description.arguments
+    assert arguments["height"] == height * pipeline.upscale
+    assert "true_cfg_scale" not in arguments
+    assert arguments["guidance_scale"] == (3.5 if family == "flux_dev" else 0)
+    times = pipeline.sampler.times(4)[:-1]
+    np.testing.assert_allclose(made.sampling.timesteps, times, rtol=1e-6)
+    assert made.scheduler["shift"] == 1 and made.sampling.guidance == scale
+
+
 def test_other_networks_have_no_difference(tiny_pipeline, folders, tmp_path, capsys):
     out = "--out", str(tmp_path / "out")
     assert main(["lora", "extract", str(tiny_pipeline), str(folders("sana")), *out]) == 2
@@ -138,9 +163,12 @@ NAMES = {
     ),
     "lora_te1_text_model_encoder_layers_0_mlp_fc1": ("kohya, modules of diffusers", "text encoder"),
     "transformer.transformer_blocks.0.attn.add_q_proj": ("diffusers", "Stable Diffusion 3"),
-    "diffusion_model.double_blocks.0.img_attn.qkv": ("ComfyUI", "FLUX (not supported)"),
+    "diffusion_model.double_blocks.0.img_attn.qkv": ("ComfyUI", "FLUX"),
     "base_model.model.transformer_blocks.0.attn1.to_q": ("PEFT", "PixArt or SANA"),
-    "diffusion_model.layers.0.attention.to_q": ("ComfyUI", "Z-Image (not supported)"),
+    "diffusion_model.layers.0.attention.to_q": ("ComfyUI", "Z-Image"),
+    "transformer.layers.0.attn.to_q": ("diffusers", "Lumina 2"),
+    "transformer.noise_refiner.1.feed_forward.linear_1": ("diffusers", "Lumina 2"),
+    "transformer.transformer_blocks.0.img_mlp.net.2": ("diffusers", "Qwen-Image (not supported)"),
 }
 
 

@@ -167,5 +167,11 @@ def test_a_default_scale_is_embedded_where_none_is_named():
     named = Cond(None, None, {"guidance": np.full(2, 7.0)})
     assert np.all(denoiser.features({}, x, np.ones(2), named) == 7)
     assert np.all(denoiser.guided_raw({}, x, 1.0, cond, cond, 5.0) == 5)
+    assert np.all(denoiser.guided_raw({}, x, 1.0, cond, cond, None) == 3.5)
+    target = Prediction(x, x)
+    told = cond._replace(extras={"guidance": np.full(2, 3.5, np.float32)})
+    loss = denoiser.denoising_loss({}, target, 500.0, cond)
+    alone = Denoiser(reads, DDPM(), "eps").denoising_loss({}, target, 500.0, told)
+    np.testing.assert_allclose(loss, alone, rtol=1e-6)
     without = Denoiser(reads, DDPM(), "eps")
     assert without.with_default_guidance(3.5) is without

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 from closed_form import FLOW_WORLD, all_worlds
 from formula_terms import SAMPLES, make_batch, mixture_params
 
+from gadjax.diffusion.denoiser import Denoiser
 from gadjax.errors import InputError
 from gadjax.objectives import TERMS, Tether, build
 from gadjax.training.context import Roles, make_context
@@ -45,6 +48,28 @@ def test_losses_and_gradients_are_those_of_the_formula(world, end):
     assert same == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(none))
     for a, b in zip(jax.tree.leaves((value, slope)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_student_at_its_start_is_held_by_nothing_and_a_critic_is_used_as_it_is_trained():
+    """Where guidance is an input of the network: all three are told the student's."""
+
+    def reads(params, x, t, cond):
+        return params * x * cond.extras["guidance"][:, None, None, None]
+
+    denoiser = Denoiser(reads, FLOW_WORLD.schedule, "flow", guidance_embedded=True)
+    step_spec = replace(
+        FLOW_WORLD.step_spec(Tether()), denoiser=denoiser.with_default_guidance(0.4)
+    )
+    params = jnp.float32(0.7)
+    roles = Roles(params, params, params, networks={"start": params})
+    needs = replace(Tether().needs, critic=True)
+    context = make_context(step_spec, needs, roles, make_batch(SAMPLES))
+    loss, _ = Tether()(context)
+    np.testing.assert_array_equal(loss, 0)
+    x, t = context.x_BHWC, context.t_B
+    raw = denoiser.with_default_guidance(0.4)(params, x, t, context.batch.cond)
+    np.testing.assert_array_equal(context.critic(x, t).x0, raw.x0)
+    assert np.any(context.critic(x, t, 1).x0 != raw.x0)
 
 
 def test_the_start_is_a_network_of_the_run():

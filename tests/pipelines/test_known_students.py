@@ -25,7 +25,7 @@ from gadjax.pipelines.known_students import (
     recognised,
 )
 from gadjax.pipelines.model import Model
-from gadjax.pipelines.pipeline import load_pipeline, make_pipeline
+from gadjax.pipelines.pipeline import load_pipeline, make_pipeline, resized
 from gadjax.pipelines.sampling import draw, initial_noise, sampler_and_times
 from gadjax.training.lora_start import read_factors
 
@@ -37,6 +37,8 @@ NAMES = {
     "hyper-sdxl-8steps-cfg-lora.safetensors": "hyper-sdxl-8-cfg",
     "Hyper-SD15-12steps-CFG-lora.safetensors": "hyper-sd1.5-12-cfg",
     "Hyper-SD3-4steps-CFG-lora.safetensors": "hyper-sd3-4-cfg",
+    "Hyper-FLUX.1-dev-8steps-lora.safetensors": "hyper-flux-8",
+    "FLUX.1-Turbo-Alpha/diffusion_pytorch_model.safetensors": "flux-turbo-alpha",
     "sdxl_lightning_4step_lora.safetensors": "lightning-sdxl-4",
     "dmd2_sdxl_4step_lora_fp16.safetensors": "dmd2-sdxl",
     "sd15/pcm_sd15_smallcfg_2step_converted.safetensors": "pcm-sd1.5-2",
@@ -57,6 +59,8 @@ def test_files_are_recognised_by_their_names(name):
 def test_a_student_whose_latents_grow_is_refused():
     with pytest.raises(InputError, match="found an SwD student, whose latents grow"):
         recognised(Path("swd-medium-4-steps/adapter_model.safetensors"))
+    with pytest.raises(InputError, match="found an SwD student, whose latents grow"):
+        recognised(Path("swd-flux/adapter_model.safetensors"))
 
 
 def test_strengths_and_conflicts():
@@ -80,18 +84,32 @@ GRIDS = {
     "dmd2-sdxl": (999, 749, 499, 249),
     "tdm-sd3": (999.83, 947.17, 856.9, 666.37),
     "hyper-sd3-4-cfg": (1000, 857.69, 602.15, 8.93),
+    "hyper-flux-8": (1000, 956.72, 904.53, 840.35, 759.51, 654.57, 512.84, 310.9),
+    "flux-turbo-alpha": (1000, 956.72, 904.53, 840.35, 759.51, 654.57, 512.84, 310.9),
 }
-FAMILY = {"sd1.5": "sd15", "sdxl": "sdxl", "sd3": "sd3"}
+FAMILY = {"sd1.5": "sd15", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux_dev"}
+GUIDANCE = {"hyper-sd3-4-cfg": 3, "hyper-flux-8": 3.5, "flux-turbo-alpha": 3.5}
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_their_steps(folders, name):
     family = next(value for key, value in FAMILY.items() if key in name)
     pipeline = make_pipeline(open_folder(folders(family), components=()))
+    if family == "flux_dev":  # whose grid goes by the size: that of 1024 x 1024
+        pipeline = resized(pipeline, (128 * pipeline.upscale, 128 * pipeline.upscale))
     pipeline, sampling = published_student(name, pipeline)
     _, times = sampler_and_times(pipeline, sampling)
     np.testing.assert_allclose(times[:-1], GRIDS[name], atol=0.01)
-    assert sampling.guidance == (3 if "cfg" in name else 1)
+    assert sampling.guidance == GUIDANCE.get(name, 1)
+
+
+@pytest.mark.parametrize(
+    "family,name", [("flux_schnell", "hyper-flux-8"), ("flux_dev", "flux-schnell")]
+)
+def test_the_other_flux_is_refused(folders, family, name):
+    pipeline = make_pipeline(open_folder(folders(family), components=()))
+    with pytest.raises(InputError, match=f"found a FLUX.1 .* its input; expected .* for {name}"):
+        published_student(name, pipeline)
 
 
 def test_every_student_is_of_a_supported_pipeline():

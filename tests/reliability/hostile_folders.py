@@ -44,10 +44,14 @@ CLASSES = {  # class -> family and part that has it
     "PixArtTransformer2DModel": ("pixart", "transformer"),
     "SanaTransformer2DModel": ("sana_sprint", "transformer"),
     "SD3Transformer2DModel": ("sd35", "transformer"),
+    "FluxTransformer2DModel": ("flux_dev", "transformer"),
+    "ZImageTransformer2DModel": ("z_image", "transformer"),
+    "Lumina2Transformer2DModel": ("lumina2", "transformer"),
     "CLIPTextModel": ("sd15", "text_encoder"),
     "CLIPTextModelWithProjection": ("sd3", "text_encoder"),
     "T5EncoderModel": ("sd3", "text_encoder_3"),
     "Gemma2Model": ("sana", "text_encoder"),
+    "Qwen3Model": ("z_image", "text_encoder"),
     "AutoencoderKL": ("sd3", "vae"),
     "AutoencoderDC": ("sana", "vae"),
 }
@@ -288,17 +292,18 @@ TARGETS = [
             ("t5", "pixart", "tokenizer", "T5Tokenizer"),
             ("clip", "sd15", "tokenizer", "CLIPTokenizer"),
             ("gemma", "sana", "tokenizer", "GemmaTokenizer"),
+            ("qwen", "z_image", "tokenizer", "Qwen2Tokenizer"),
         )
     ),
     Target("tokenizer-vocabulary", make_vocabulary, partial(read_tokenizer, "CLIPTokenizer")),
     Target("tokenizer-sentencepiece", make_sentencepiece, partial(read_tokenizer, "T5Tokenizer")),
     *(
         Target(f"pipeline-{family}", partial(make_family, family), read_everything)
-        for family in ("pixart", "sdxl", "sana", "sd3")
+        for family in ("pixart", "sdxl", "sana", "sd3", "flux_dev", "z_image", "lumina2")
     ),
     *(
         Target(f"outline-{family}", partial(make_family, family), read_outline)
-        for family in ("pixart", "sd3")
+        for family in ("pixart", "sd3", "flux_dev")
     ),
     Target("own", make_gadjax_folder, read_everything),
 ]

@@ -130,6 +130,8 @@ BAD_LORAS = (
         *({"batch": x} for x in ("8", 0, True, 10**30)),
         *({"student": as_json(config())["student"] | {"lora": x}} for x in BAD_LORAS),
         *({"critic": as_json(config())["critic"] | {"lora": x}} for x in BAD_LORAS),
+        *({"student": as_json(config())["student"] | {"layers": x}} for x in (3, None, "a", [-1])),
+        *({"student": as_json(config())["student"] | {"rollout": x}} for x in (3, None, ["ode"])),
     ],
     ids=str,
 )

@@ -156,6 +156,19 @@ def test_patients_of_other_kinds(student, repaired, tiny_pipeline, tmp_path):
     assert all(same) and patient.times == TIMES
 
 
+def test_an_embedded_guidance_is_no_fault_and_is_trained_with(folders, prompts, tmp_path):
+    """FLUX.1-dev's students are told a scale; the config has it."""
+    flux = tmp_path / "flux"
+    shutil.copytree(folders("flux_dev"), flux)
+    (flux / GADJAX_JSON).write_text(json.dumps({"steps": 8, "guidance": 3.5}))
+    patient = open_patient(str(flux), flux, tmp_path / "unused")
+    assert patient.embedded == 3.5 and len(patient.times) == 8 and patient.times[0] == 1000
+    request = Request(str(flux), "s", str(prompts), tmp_path, 7, None, 4, EvaluationConfig(), ())
+    assert repair_config(request, patient).student.guidance == 3.5
+    plain = Patient(flux, patient.sampling, TIMES, "ode", None)
+    assert repair_config(request, plain).student.guidance == 1
+
+
 @pytest.mark.parametrize(
     "case,words",
     [

@@ -29,7 +29,9 @@ TIMES = {
     "sd35": (1000.0, 857.69, 602.15, 8.93),
     "sd2_v": (999.0, 500.0),
     "sana": (999.67, 749.62),
+    "flux_dev": (1000.0, 750.0),
 }
+EMBEDDED = {"flux_dev": 3.5}  # guidance
 FAST = "sd15", "sana"
 CASES = [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in TIMES]
 ORIGINAL = {"sd15", "sdxl", "sd3", "sd35"}
@@ -43,7 +45,8 @@ def exported(folders, tmp_path_factory):
     def get(family):
         if family not in made:
             folder, times = tmp_path_factory.mktemp(family), TIMES[family]
-            options = {"student": {"steps": len(times)}, "data": {"length": LENGTH.get(family, 77)}}
+            student = {"steps": len(times), "guidance": EMBEDDED.get(family, 1.0)}
+            options = {"student": student, "data": {"length": LENGTH.get(family, 77)}}
             make_workdir(folder / "run", folders(family), timesteps=times, **options)
             flags = "--workdir", str(folder / "run"), "--out", str(folder / "out"), "--single-file"
             assert main(["export", *flags]) == 0
@@ -126,10 +129,13 @@ def test_the_header(exported, family):
         "sd3": "stable-diffusion-3-medium",
         "sd35": "stable-diffusion-3.5-medium",
         "sd2_v": "stable-diffusion-v2-768-v",
+        "flux_dev": "flux-1-dev",
     }
     assert texts.get("modelspec.architecture") == architectures.get(family)
     assert texts["modelspec.title"] == "out" and texts["modelspec.sai_model_spec"] == "1.0.1"
     assert f"{len(TIMES[family])} steps from timesteps" in texts["modelspec.usage_hint"]
+    guidance = f"guidance {EMBEDDED[family]:g}" if family in EMBEDDED else "without guidance"
+    assert guidance in texts["modelspec.usage_hint"]
     prediction = {"sd15": "epsilon", "sdxl": "epsilon", "sd2_v": "v"}
     assert texts.get("modelspec.prediction_type") == prediction.get(family)
 

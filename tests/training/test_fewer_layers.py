@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -13,9 +14,13 @@ from gadjax.checkpoints.restore import read_params
 from gadjax.cli.main import main
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import read_pipeline
+from gadjax.formats.orbax_folder import open_folder
 from gadjax.models.params import flatten
+from gadjax.pipelines.pipeline import make_pipeline
 from gadjax.training.config import read_config
+from gadjax.training.networks import base_keys, read_network
 from gadjax.training.setup import prepare
+from gadjax.training.workdir import read_trained
 
 LAYERS = "--config.student.layers=(1,)"
 
@@ -84,6 +89,47 @@ def test_it_is_sampled_and_exported_with_its_own_depth(trained, tiny_pipeline, t
 def test_bad_options(config, flags, message):
     with pytest.raises(InputError, match=message):
         prepare(read_config([f"--config={config}", *flags]), abstract=True)
+
+
+def test_no_single_file_and_no_lora_of_it(trained, tmp_path, capsys):
+    """A file does not tell its depth, and LoRAs name the teacher's blocks."""
+    out = "--out", str(tmp_path / "out")
+    assert main(["export", "--workdir", str(trained), *out, "--single-file"]) == 2
+    assert "--single-file: found a student of 1 layers in" in capsys.readouterr().err
+    assert main(["export", "--workdir", str(trained), *out, "--lora"]) == 2
+    assert "found a student whose whole weights were trained" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="lora: found style .* a student of 1 layers; expected"):
+        load(str(trained), lora=["style"])
+
+
+def test_its_critic_is_whole(trained, tiny_pipeline):
+    """As a source; its adapters are its own too."""
+    critic = read_trained(trained, "critic")
+    student = read_trained(trained)
+    assert critic.layers == () and student.layers == (1,)
+    pipeline = make_pipeline(open_folder(tiny_pipeline, components=()))
+    params, _ = read_network(f"{trained}@critic", pipeline, "objective.disback.path")
+    assert all(np.array_equal(flatten(params)[k], v) for k, v in flatten(critic.params).items())
+    settings = {**critic.config["critic"], "lora": {"rank": 3, "alpha": 6.0, "targets": ".*"}}
+    adapted = replace(critic, config={**critic.config, "critic": settings})
+    assert adapted.lora.rank == 3 and replace(adapted, part="student").lora is None
+    settings = settings | {"init": str(tiny_pipeline)}
+    adapted = replace(critic, config={**critic.config, "critic": settings})
+    base = read_pipeline(tiny_pipeline).components["transformer"]
+    with pytest.raises(InputError, match="found a critic whose adapters are on .* on 'teacher'"):
+        adapted.full_params(base)
+
+
+def test_a_critic_of_the_same_start_keeps_the_teachers_depth(config, tiny_pipeline):
+    """Its adapters' base is not the student's start, which has fewer blocks."""
+    path = str(tiny_pipeline)
+    flags = f"--config.student.init={path}", f"--config.critic.init={path}"
+    changed = read_config([f"--config={config}", *flags, "--config.critic.lora.rank=2"])
+    inits = {"student": path, "critic": path}
+    assert base_keys(changed, inits) == {"critic": "start"}
+    changed.student.layers = (1,)
+    assert base_keys(changed, inits) == {"critic": "critic/start"}
 
 
 def test_a_network_of_a_term_is_of_the_teachers_depth(config, trained):
