@@ -69,8 +69,7 @@ def test_every_metric_is_that_of_the_pictures(evaluated, teacher, world):
     clip = world.features["clip"]
     first, _, student = evaluated.rows
     x, reference = (
-        clip(row.images_PSHWC.reshape(-1, 16, 16, 3)).reshape(3, 4, -1)
-        for row in (student, first)
+        clip(row.images_PSHWC.reshape(-1, 16, 16, 3)).reshape(3, 4, -1) for row in (student, first)
     )
     latent = teacher.pipeline.latent
     noise = np.concatenate(
