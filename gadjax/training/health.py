@@ -33,7 +33,7 @@ class Band(NamedTuple):
 
 BANDS = {
     "seed_similarity": Band(0.1, sides=1),
-    "same_seed": Band(0.2, sides=-1),
+    "same_seed": Band(0.4, sides=-1),
     "x0_rms": Band(0.15, least=1e-3),
     "low_band": Band(0.25, least=1e-3),
     "saturation": Band(0.2, least=0.1),

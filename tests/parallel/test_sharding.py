@@ -118,13 +118,14 @@ MESHES = {
 }
 
 
-def worker(out: Path) -> None:
-    """Run two student updates, then two of the critic, on every mesh."""
+def worker(out: Path, adapted: bool) -> None:
+    """Run two student updates, then two of the critic, on every mesh with adapters or without."""
     from gadjax.parallel.sharding import batch_sharding
     from gadjax.training.compile import compile_steps
 
     assert len(jax.devices()) == 8
-    for name, (microbatches, roles, offload) in MESHES.items():
+    for name in meshes(adapted):
+        microbatches, roles, offload = MESHES[name]
         sizes = name.removeprefix(LORA).split("x")
         sizes = dict(zip(AXES, map(int, sizes), strict=True))
         mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
@@ -155,21 +156,49 @@ def leaves(tree):
     return jax.tree_util.tree_leaves_with_path(tree)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Results of every mesh: state by path, metrics, PartitionSpecs, FLOPs per device."""
-    out = tmp_path_factory.mktemp("sharded")
-    run_on_devices(8, __file__, out)
+def meshes(adapted: bool) -> list[str]:
+    """Meshes of the runs with adapters, or of those without."""
+    return [name for name in MESHES if (LORA in name) == adapted]
+
+
+def results(out: Path, adapted: bool) -> dict[str, tuple]:
+    """Results of these meshes: state by path, metrics, PartitionSpecs, FLOPs per device."""
+    run_on_devices(8, __file__, out, *(["adapted"] if adapted else []))
     actual = {}
-    for name in MESHES:
+    for name in meshes(adapted):
         arrays = np.load(out / f"{name}.npz")
         state = {key.replace("|", "/"): arrays[key] for key in arrays.files}
         actual[name] = state, *json.loads((out / f"{name}.json").read_text())
     return actual
 
 
-@pytest.mark.parametrize("name", ["2x2x2x1", "8x1x1x1", "1x2x2x2", f"{LORA}2x2x2x1"])
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return results(tmp_path_factory.mktemp("sharded"), False)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    return results(tmp_path_factory.mktemp("adapted"), True)
+
+
+@pytest.mark.parametrize("name", ["2x2x2x1", "8x1x1x1", "1x2x2x2"])
 def test_eight_devices_equal_one(trained, name):
+    check_equals_one(trained, name)
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one_with_adapters(adapted):
+    name = f"{LORA}2x2x2x1"
+    check_equals_one(adapted, name)
+    specs, kernel = adapted[name][2], "blocks/attn1/to_q/kernel"
+    for state in ("params/student/", "params/critic/", "ema/", "opt/student/1/0/mu/"):
+        assert specs[f"{state}{kernel}/a"] == str(P(None, "fsdp", None))
+        assert specs[f"{state}{kernel}/b"] == str(P(None, None, "tensor"))
+    assert not any(path.endswith(("kernel", "bias")) for path in specs)
+
+
+def check_equals_one(trained, name):
     alone = f"{LORA}1x1x1x1" if LORA in name else "1x1x1x1"
     (one, metrics, *_), (eight, same, *_) = trained[alone], trained[name]
     net = functional(pixart.FAMILY.build(CONFIG, remat=False))
@@ -202,11 +231,6 @@ def test_state_keeps_its_shardings(trained):
     assert specs[f"params/student/{kernel}"] == str(P(None, "fsdp", "tensor"))
     assert specs[f"params/student/{kernel}"] == specs[f"ema/{kernel}"]
     assert sum("fsdp" in spec for spec in specs.values()) > 50
-    specs = trained[f"{LORA}2x2x2x1"][2]
-    for state in ("params/student/", "params/critic/", "ema/", "opt/student/1/0/mu/"):
-        assert specs[f"{state}{kernel}/a"] == str(P(None, "fsdp", None))
-        assert specs[f"{state}{kernel}/b"] == str(P(None, None, "tensor"))
-    assert not any(path.endswith(("kernel", "bias")) for path in specs)
 
 
 def test_offloaded_arrays_are_in_host_memory(trained):
@@ -336,7 +360,7 @@ def test_negative_prompt_embeddings_need_no_rule():
 
 
 if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
+    worker(Path(sys.argv[1]), "adapted" in sys.argv[2:])
 
 
 def test_slices_split_the_data_axis():

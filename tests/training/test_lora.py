@@ -60,6 +60,7 @@ def test_a_checkpoint_has_adapters_alone(trained, run, tiny_pipeline):
     assert numbers < 0.25 * sum(x.size for x in jax.tree.leaves(base.params))
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_that_of_the_teacher(config, trained, tmp_path):
     """As of a run that trains whole weights: nothing is changed yet, to the bit."""
     assert train(config, tmp_path / "whole", "--config.steps=1") == 0
@@ -104,6 +105,7 @@ def test_another_rank_or_base_is_refused(config, trained, tiny_pipeline, tmp_pat
     assert "found weights of fingerprint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_microbatches_are_the_batch(config, trained, tmp_path):
     assert train(config, tmp_path / "run", *LORA, "--config.microbatch=4", "--config.steps=2") == 0
     for step, loss in losses(tmp_path / "run").items():
