@@ -189,6 +189,7 @@ def test_pictures_that_are_kept_are_reduced(monkeypatch):
     assert reduce_pictures(x, 1) is x
 
 
+@pytest.mark.slow
 def test_large_pictures_are_seen_at_their_size(teacher, world, monkeypatch):
     """Features of the full pictures, while reduced ones stay in memory."""
     config = EvaluationConfig(2, 0, 8, 0, 0)
@@ -206,6 +207,7 @@ def test_large_pictures_are_seen_at_their_size(teacher, world, monkeypatch):
             assert again.metrics[name] == metric, name
 
 
+@pytest.mark.slow
 def test_a_second_run_reads_the_cache(clip, teacher, tmp_path, monkeypatch):
     config = EvaluationConfig(2, 0, 8, 0, 0)
     reports = []

@@ -345,6 +345,7 @@ def test_refusals(cfg, message):
         read_vision_config(cfg)
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_picture():
     """For training terms: against central differences in float64."""
     config = read_vision_config({"model_type": "dinov3_vit", **SMALL, "num_register_tokens": 2})

@@ -65,6 +65,7 @@ def test_losses_and_gradients_are_those_of_the_formula(world):
     compare(one_step(world), DMM(TEACHERS), formula(), networks=frozen, more=more)
 
 
+@pytest.mark.slow
 def test_features_are_compared_with_the_samples_own_teacher():
     with jax.enable_x64(True):
         frozen, more = networks(), versions()

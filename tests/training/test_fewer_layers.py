@@ -48,6 +48,7 @@ def test_the_student_starts_with_the_teachers_blocks_and_the_critic_whole(run, t
     assert run.step_spec.student_layers == (1,)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_bit(config, trained, tmp_path):
     again = tmp_path / "again"
     flags = config, again, LAYERS, "--config.checkpoint.every=2"

@@ -26,6 +26,7 @@ def trained(config, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_bit(config, trained, tmp_path):
     assert train(config, tmp_path / "run", *INT8, *LORA, "--config.steps=2") == 0
     assert train(config, tmp_path / "run", *INT8, *LORA) == 0

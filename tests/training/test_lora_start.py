@@ -107,6 +107,7 @@ def test_a_critic_starts_at_another_network(config, tiny_pipeline, tmp_path):
     assert run.bases == {"student": "start", "critic": "start"} and "critic/start" not in run.frozen
 
 
+@pytest.mark.slow
 def test_a_run_from_a_lora(config, lora, tiny_pipeline, tmp_path):
     """It resumes to the bit, and its export is a LoRA of the teacher, read back as its start."""
     flags = *LORA, *RATE, f"--config.student.init={lora}"
