@@ -89,7 +89,9 @@ def test_weights_are_those_of_the_divergences(divergence):
 
 
 @pytest.mark.parametrize(
-    "world,divergence", [(FLOW_WORLD, "js"), (DDPM_WORLD, "neyman")], ids=["flow", "ddpm"]
+    "world,divergence",
+    [pytest.param(FLOW_WORLD, "js", marks=pytest.mark.slow), (DDPM_WORLD, "neyman")],
+    ids=["flow", "ddpm"],
 )
 def test_losses_and_gradients_are_those_of_the_formula(world, divergence):
     term = UniInstruct(divergence, gan=0.3, hidden=6)

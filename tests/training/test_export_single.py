@@ -32,8 +32,7 @@ TIMES = {
     "flux_dev": (1000.0, 750.0),
 }
 EMBEDDED = {"flux_dev": 3.5}  # guidance
-FAST = "sd15", "sana"
-CASES = [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in TIMES]
+CASES = [f if f == "sana" else pytest.param(f, marks=pytest.mark.slow) for f in TIMES]
 ORIGINAL = {"sd15", "sdxl", "sd3", "sd35"}
 
 
@@ -165,7 +164,8 @@ def test_the_workflow(exported, family):
         np.testing.assert_allclose(sigmas[:-1], np.array(TIMES[family]) / 1000, atol=1e-7)
 
 
-@pytest.mark.parametrize("family", ["sd15", pytest.param("sd35", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "sd35"])
 def test_the_workflows_steps_are_the_students(exported, family):
     """ComfyUI's rules of the Euler sampler, written out, give gadjax's latent."""
     out, run = exported(family)

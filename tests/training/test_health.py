@@ -219,6 +219,7 @@ def test_a_run_and_its_resumption(config, tmp_path, capsys):
     assert f"x0_rms {value:.4g} (teacher {of_teacher:.4g})" in text and "ALARM" not in text
 
 
+@pytest.mark.slow
 def test_an_alarm_stops_the_run_where_it_was_asked_for(config, tmp_path, capsys):
     """A learning rate that destroys the student at once."""
     broken = ("--config.optim.lr=0.2", "--config.ema=0.0", "--config.checkpoint.every=1")

@@ -139,6 +139,7 @@ def test_sources_are_absolute_in_a_workdirs_config(tiny_pipeline, tmp_path, monk
     assert with_absolute_paths(absolute) == absolute
 
 
+@pytest.mark.slow
 def test_a_run_with_other_networks_resumes_to_the_bit(config, workdir, tmp_path, capsys):
     more = (
         f"--config.student.init={workdir}",
