@@ -53,7 +53,9 @@ def test_clip_ignores_padding_with_use_attention_mask(folder):
     refused(lambda: ours(folder), "use_attention_mask: found 'yes'; expected true or false")
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize(
+    "family", ["sd15", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sdxl", "sd3"))]
+)
 def test_length_is_the_tokenizers(folders, family, tmp_path):
     folder = shutil.copytree(folders(family), tmp_path / "copy")
     for path in folder.glob("tokenizer*/tokenizer_config.json"):

@@ -201,6 +201,7 @@ def rows_of(workdir):
 FLAGS = ("--config.preview.every=1", "--config.preview.prompts=2", "--config.preview.seeds=2")
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resumption(config, tmp_path, capsys):
     """Rows of a resumed run are those of one that was not interrupted; the status shows them."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
