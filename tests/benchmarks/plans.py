@@ -145,8 +145,8 @@ ROWS = {
     # Adapters of large backbones, on the smallest slice that trains them.
     "sigma-adapters": Row("PixArt-Sigma, 1024 px", ADAPTERS, "v5e:2x2", 1, 4),
     "sd35-large-adapters": Row("SD 3.5 large, 1024 px", ADAPTERS, "v5e:2x4", 1, 8),
-    "flux-dev-adapters": Row("FLUX.1-dev, 1024 px", ADAPTERS, "v5e:2x4", 1, 8),
-    "flux-schnell-adapters": Row("FLUX.1-schnell, 1024 px", ADAPTERS, "v5e:2x4", 1, 8),
+    "flux-dev-adapters": Row("FLUX.1-dev, 1024 px", ADAPTERS, "v5e:2x4", 1, 8, tight=True),
+    "flux-schnell-adapters": Row("FLUX.1-schnell, 1024 px", ADAPTERS, "v5e:2x4", 1, 8, tight=True),
     "z-image-adapters": Row("Z-Image, 1024 px", ADAPTERS, "v5e:2x4", 1, 8),
     "lumina2-adapters": Row("Lumina 2, 1024 px", ADAPTERS, "v5e:2x2", 1, 4),
 }
