@@ -49,7 +49,8 @@ TRAINS = {
     "DP-DMD": (DPDMD, 5),
     "both": (DPDMD | {"gad": GAD["gad"]}, 5),
 }
-ADAPTERS = "adapters"  # configs/backbones.py as it is
+# configs/backbones.py as it is, and with whole weights.
+ADAPTERS, WHOLE = "adapters", "whole weights"
 FLOWS = "sana_gad.py", "sd35_dpdmd.py"  # configs with an anchor on v
 # Name in a row -> repository, config, changes of its transformer.
 BACKBONES = {
@@ -100,6 +101,7 @@ class Row(NamedTuple):
 
 XL, LARGE = "PixArt-XL, 512 px", "a PixArt of 2.6 B, 1024 px"
 SD35 = "SD 3.5 medium, 1024 px"
+SD35_LARGE, FLUX = "SD 3.5 large, 1024 px", "FLUX.1-dev, 1024 px"
 ROWS = {
     # The aims of memory.
     "pixart-gad-8": Row(XL, "GAD", "v5e:4x4", 8, 16, most=3.5),
@@ -144,11 +146,17 @@ ROWS = {
     "sd35-both-h200": Row(SD35, "both", "h200:8", 4, 8),
     # Adapters of large backbones, on the smallest slice that trains them.
     "sigma-adapters": Row("PixArt-Sigma, 1024 px", ADAPTERS, "v5e:2x2", 1, 4),
-    "sd35-large-adapters": Row("SD 3.5 large, 1024 px", ADAPTERS, "v5e:2x4", 1, 8),
-    "flux-dev-adapters": Row("FLUX.1-dev, 1024 px", ADAPTERS, "v5e:2x4", 1, 8, tight=True),
-    "flux-schnell-adapters": Row("FLUX.1-schnell, 1024 px", ADAPTERS, "v5e:2x4", 1, 8, tight=True),
+    "sd35-large-adapters": Row(SD35_LARGE, ADAPTERS, "v5e:2x4", 1, 8),
+    "flux-dev-adapters-8": Row(FLUX, ADAPTERS, "v5e:2x4", 1, 8),
+    "flux-dev-adapters": Row(FLUX, ADAPTERS, "v5e:4x4", 1, 16),
+    "flux-schnell-adapters": Row("FLUX.1-schnell, 1024 px", ADAPTERS, "v5e:4x4", 1, 16),
     "z-image-adapters": Row("Z-Image, 1024 px", ADAPTERS, "v5e:2x4", 1, 8),
     "lumina2-adapters": Row("Lumina 2, 1024 px", ADAPTERS, "v5e:2x2", 1, 4),
+    # The same on one card, and with whole weights.
+    "sd35-large-adapters-h200": Row(SD35_LARGE, ADAPTERS, "h200:1", 1, 1),
+    "flux-dev-adapters-h200": Row(FLUX, ADAPTERS, "h200:1", 1, 1),
+    "sd35-large-whole": Row(SD35_LARGE, WHOLE, "v5e:4x8", 1, 32),
+    "flux-dev-whole": Row(FLUX, WHOLE, "v5e:8x8", 1, 64),
 }
 
 
@@ -158,7 +166,9 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
     teacher = write_folder(repository, folder, transformer=changes)
     config = read_config([f"--config={ROOT}/configs/{file}", f"--config.teacher={teacher}"])
     chips = row.fsdp * row.data
-    if row.trains != ADAPTERS:
+    if row.trains == WHOLE:
+        config.student.lora.rank = 0
+    elif row.trains != ADAPTERS:
         config.objective, config.critic.updates = TRAINS[row.trains]
         if "anchor" in config.objective and file in FLOWS:
             config.objective.anchor.target = "v"
