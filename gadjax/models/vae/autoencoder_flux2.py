@@ -58,8 +58,8 @@ class Config(kl.Config):
         """Read a config.json. Raises: InputError naming the key of an unsupported option."""
         given = {key: value for key, value in cfg.items() if value is not None}
         for key, value in FIXED.items():
-            if (found := given.pop(key, value)) != value:
-                refuse(key, found, repr(value))
+            if (option := given.pop(key, value)) != value:
+                refuse(key, option, repr(value))
         for key in given.keys() & {"scaling_factor", "shift_factor"}:
             refuse(key, given[key], "no such option")
         given = {key: given[key] for key in given if key not in IGNORED[CLASS_NAMES[0]]}
