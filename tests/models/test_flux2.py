@@ -87,6 +87,18 @@ class TestFlux2(BackboneSuite):
     case = CASE
     test_kv_cache_stands_for_the_prompt = None  # the text's stream changes from layer to layer
 
+    @pytest.mark.slow
+    def test_features_of_listed_blocks_are_their_tokens(self, size):
+        super().test_features_of_listed_blocks_are_their_tokens(size)
+
+    @pytest.mark.slow
+    def test_derivatives_are_those_of_central_differences(self):
+        super().test_derivatives_are_those_of_central_differences()
+
+    @pytest.mark.slow
+    def test_bfloat16_is_close(self):
+        super().test_bfloat16_is_close()
+
 
 def test_a_config_that_does_not_deny_its_guidance_has_it():
     """As the class in diffusers, whose default is FLUX.2-dev's."""
@@ -131,6 +143,7 @@ def test_the_text_is_three_states_and_its_padding_takes_part():
     assert np.asarray(embeds.mask).all() and embeds.pooled is None
 
 
+@pytest.mark.slow
 def test_too_shallow_a_text_encoder_is_refused(folders):
     """transformers' hidden_states[27] of 27 layers are behind the final norm."""
     from gadjax.models.flux2.prompts import prompts

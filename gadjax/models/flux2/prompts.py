@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from gadjax.errors import InputError
+from gadjax.models.config import refuse
 from gadjax.models.flux2.config import Config
 from gadjax.models.text import chat
 from gadjax.models.text.prompts import PromptEmbeds, TextComponents, check_width
@@ -39,6 +40,9 @@ def prompts(parts: TextComponents, config: Config) -> KleinPromptEncoder:
     width = len(BLOCKS) * spec.hidden_size
     check_width(parts.path, width, config.joint_attention_dim, "joint_attention_dim")
     chat.check_template(tokenizer, TEMPLATE, enable_thinking=False)
+    if (side := tokenizer.backend.padding_side) != "right":
+        # Padding in front attends to nothing: transformers' attentions differ in what it gets.
+        refuse("tokenizer, padding_side", side, "'right'")
     if spec.num_hidden_layers <= BLOCKS[-1]:
         # After the last of just so many, transformers has the final norm's output in its place.
         raise InputError(
