@@ -75,6 +75,7 @@ CASE = Case(
         ("num_single_layers", 0),
         ("num_layers", "5"),
         ("mlp_ratio", -3.0),
+        ("timestep_guidance_channels", 255),
         ("eps", 0),
         ("rope_theta", "2000"),
         ("qk_norm", "rms_norm"),

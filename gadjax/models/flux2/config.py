@@ -80,6 +80,10 @@ class Config(BackboneConfig):
                 f"axes_dims_rope: found {list(axes)}; expected {AXES} even numbers whose sum is "
                 f"{config.attention_head_dim}, the width of a head"
             )
+        if config.timestep_guidance_channels % 2:
+            refuse(
+                "timestep_guidance_channels", config.timestep_guidance_channels, "an even number"
+            )
         if cfg.get("out_channels") not in (None, config.in_channels):
             raise InputError(
                 f"out_channels: found {cfg['out_channels']}; expected {config.in_channels}, as "
