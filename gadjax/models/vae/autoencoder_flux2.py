@@ -107,8 +107,9 @@ class AutoencoderKLFlux2(nnx.Module):
         """
         mean_BHWC, logvar_BHWC = (_patches(a) for a in self.network.encode(image_BHWC))
         dtype, variance = mean_BHWC.dtype, self._variance(mean_BHWC.dtype)
-        mean_BHWC = (mean_BHWC - self.bn.running_mean[...]) / jnp.sqrt(variance)
-        return mean_BHWC.astype(dtype), (logvar_BHWC - jnp.log(variance)).astype(dtype)
+        centred = mean_BHWC.astype(variance.dtype) - self.bn.running_mean[...]
+        scaled = centred / jnp.sqrt(variance), logvar_BHWC - jnp.log(variance)
+        return tuple(array.astype(dtype) for array in scaled)
 
     def decode(self, latent_BHWC: jax.Array) -> jax.Array:
         """Decode latents [B, h, w, C]: image [B, H, W, out], not clipped."""
