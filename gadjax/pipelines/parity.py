@@ -20,7 +20,7 @@ from gadjax.diffusion.samplers import keys_from_noise, step_noise
 from gadjax.diffusion.schedules import Flow
 from gadjax.errors import InputError, RunStopped
 from gadjax.formats.diffusers_folder import INDEX, Component, PipelineFolder
-from gadjax.formats.pipeline_classes import FLUX, PACKED, PASSES_SIGMAS, SD3, Z_IMAGE
+from gadjax.formats.pipeline_classes import FLUX, KLEIN, PACKED, PASSES_SIGMAS, SD3, Z_IMAGE
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.io.untrusted import read_json
 from gadjax.models.module import functional
@@ -70,7 +70,7 @@ def compare_networks(ours: PipelineFolder, theirs: PipelineFolder, dtype=None) -
         with _diffusers_errors(), torch.no_grad(), _EXACT():
             network = _load(theirs, part)
             if dtype is not None:
-                for value in network.parameters():  # no buffers: they are in no file
+                for value in network.state_dict().values():  # what files have
                     value.copy_(value.to(getattr(torch, np.dtype(dtype).name)))
             apply = jax.jit(
                 functional(part.family.build(part.spec)).apply, static_argnames="method"
@@ -156,11 +156,12 @@ def _text_encoder(part: Component, apply, network) -> Iterator[tuple[str, Any, A
         yield f"{part.name} pooled", ours.pooled, pooled
         return
     mask = np.array([[1] * TOKENS, [1] * 5 + [0] * (TOKENS - 5)], np.int32)
-    theirs = network(ids_torch, attention_mask=torch.from_numpy(mask))
+    theirs = network.base_model(ids_torch, attention_mask=torch.from_numpy(mask))
     yield part.name, apply(part.params, ids, mask), theirs.last_hidden_state
 
 
 def _vae(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]:
+    network = part.family.torch_codec(network)
     latent, latent_torch = _normal(3, 1, 8, 12, part.spec.latent_channels)
     ours, theirs = apply(part.params, latent, method="decode"), network.decode(latent_torch).sample
     yield f"{part.name} decode", ours, _nhwc(theirs)
@@ -385,7 +386,8 @@ def _pictures(
     noise_BHWC = sampling.scale * noise_BHWC
     kind = type(pipeline)
     if kind.__name__ in PASSES_SIGMAS:  # whose default size is not the network's
-        height, width = (side * pipeline.vae_scale_factor for side in noise_BHWC.shape[1:3])
+        factor = pipeline.vae_scale_factor * (2 if kind.__name__ == KLEIN else 1)  # of patches
+        height, width = (side * factor for side in noise_BHWC.shape[1:3])
         arguments |= {"height": height, "width": width}
 
     def as_latents(x_BHWC):

@@ -69,6 +69,7 @@ BACKBONES = {
     "FLUX.1-dev, 1024 px": ("FLUX.1-dev", "backbones.py:flux_dev", {}),
     "FLUX.1-schnell, 1024 px": ("FLUX.1-schnell", "backbones.py:flux_schnell", {}),
     "Z-Image, 1024 px": ("Z-Image", "backbones.py:z_image", {}),
+    "FLUX.2-klein, 1024 px": ("FLUX.2-klein-base-4B", "backbones.py:flux2_klein", {}),
     "Lumina 2, 1024 px": ("Lumina-Image-2.0", "backbones.py:lumina2", {}),
 }
 
@@ -151,6 +152,7 @@ ROWS = {
     "flux-dev-adapters": Row(FLUX, ADAPTERS, "v5e:4x4", 1, 16),
     "flux-schnell-adapters": Row("FLUX.1-schnell, 1024 px", ADAPTERS, "v5e:4x4", 1, 16),
     "z-image-adapters": Row("Z-Image, 1024 px", ADAPTERS, "v5e:2x4", 1, 8),
+    "flux2-klein-adapters": Row("FLUX.2-klein, 1024 px", ADAPTERS, "v5e:2x2", 1, 4),
     "lumina2-adapters": Row("Lumina 2, 1024 px", ADAPTERS, "v5e:2x2", 1, 4),
     # The same on one card, and with whole weights.
     "sd35-large-adapters-h200": Row(SD35_LARGE, ADAPTERS, "h200:1", 1, 1),

@@ -44,6 +44,7 @@ TIMES = {
     "lumina2": (1000.0, 857.14),
     "flux_dev": (1000.0, 849.2, 652.5, 384.9),
     "flux_schnell": (1000.0, 500.0),
+    "flux2_klein": (1000.0, 958.1),
 }
 EMBEDDED = {"flux_dev": 3.5}  # scale that the student is told
 
