@@ -146,7 +146,8 @@ ROWS = {
     "pixart-both-h100": Row(XL, "both", "h100:8", 16, 8),
     "sd35-both-h200": Row(SD35, "both", "h200:8", 4, 8),
     # Adapters of large backbones, on the smallest slice that trains them.
-    "sigma-adapters": Row("PixArt-Sigma, 1024 px", ADAPTERS, "v5e:2x2", 1, 4),
+    # libtpu fails on it as on pixart-dpdmd.
+    "sigma-adapters": Row("PixArt-Sigma, 1024 px", ADAPTERS, "v5e:2x2", 1, 4, tight=True),
     "sd35-large-adapters": Row(SD35_LARGE, ADAPTERS, "v5e:2x4", 1, 8),
     "flux-dev-adapters-8": Row(FLUX, ADAPTERS, "v5e:2x4", 1, 8),
     "flux-dev-adapters": Row(FLUX, ADAPTERS, "v5e:4x4", 1, 16),
