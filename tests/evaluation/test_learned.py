@@ -15,13 +15,14 @@ from gadjax.errors import InputError
 from gadjax.evaluation import draw
 from gadjax.evaluation.diversity import cosine_diversity, vendi
 from gadjax.evaluation.draw import reduce_pictures, reduction
-from gadjax.evaluation.evaluate import EvaluationConfig, evaluate
+from gadjax.evaluation.evaluate import evaluate
 from gadjax.evaluation.extractors.flags import load_named, parse_named, write_caches
 from gadjax.evaluation.frechet import frechet
 from gadjax.evaluation.learned import LearnedOutputs, Observer
 from gadjax.evaluation.learned_metrics import describe_learned, learned_metrics
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.protocols import PROTOCOLS
+from gadjax.evaluation.results import EvaluationConfig
 from gadjax.evaluation.set_metrics import Support, cmmd, kid, support_overlap
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.io.image_grid import to_uint8
