@@ -43,9 +43,14 @@ def noise_rows(
     """
     different = {seed: number for number, seed in enumerate(dict.fromkeys(seeds_N))}
     keys_K = jnp.stack([make_key(seed) for seed in different])
-    keys_N = keys_K[np.array([different[seed] for seed in seeds_N])]
-    keys_N = jax.vmap(jax.random.fold_in)(keys_N, jnp.asarray(rows_N))
-    return np.asarray(jax.vmap(lambda k: jax.random.normal(k, latent, jnp.float32))(keys_N))
+    numbers_N = np.array([different[seed] for seed in seeds_N])
+    return np.asarray(_normal_rows(keys_K, numbers_N, np.asarray(rows_N), latent))
+
+
+@partial(jax.jit, static_argnums=3)
+def _normal_rows(keys_K, numbers_N, rows_N, latent: tuple[int, int, int]) -> jax.Array:
+    keys_N = jax.vmap(jax.random.fold_in)(keys_K[numbers_N], rows_N)
+    return jax.vmap(lambda key: jax.random.normal(key, latent, jnp.float32))(keys_N)
 
 
 class Noises(Protocol):
