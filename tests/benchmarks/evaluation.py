@@ -20,18 +20,18 @@ from gadjax.evaluation.oracles import WORLDS
 from gadjax.evaluation.results import EvaluationConfig
 from gadjax.evaluation.rows import label_rows
 
-STUDENTS, STEPS = 4, 4
+STEPS = 4  # of a student
 SAMPLERS = "draw_sets", "map_tangents", "optimize_noise"  # of evaluate: what runs the networks
 
 
-def evaluation(prompts: int, seeds: int, library: int, moves: int) -> Iterator[Figure]:
-    """An evaluation of four students of the bundled world, in a process that has compiled nothing:
-    with pictures alone, and with all tasks."""
+def evaluation(count: int, prompts: int, seeds: int, library: int, moves: int) -> Iterator[Figure]:
+    """An evaluation of `count` students of the bundled world, in a process that has compiled
+    nothing: with pictures alone, and with all tasks."""
     teacher = load("asset:shapes_teacher")
-    students = {str(n): student(teacher, n) for n in range(STUDENTS)}
+    students = {str(n): student(teacher, n) for n in range(count)}
     texts = read_prompts(resolve("asset:shapes_test_prompts.txt"))[:prompts]
     plain = EvaluationConfig(seeds, 0, library=0, moves=0)
-    note = f"{STUDENTS} students in {STEPS} steps, {prompts} prompts x {seeds} seeds"
+    note = f"{count} students in {STEPS} steps, {prompts} prompts x {seeds} seeds"
     begin = clock()()
     draw_all(teacher, students, texts, plain)
     drawing = clock()() - begin
