@@ -8,29 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gadjax.cli.students import (
+    OfStudent,
+    describe_students,
+    distillation_guidance,
+    label_students,
+)
+
 MARKER = "report.json"
-FLAGS = {"student_teacher": "teacher", "student_preset": "student_preset", "lora": "lora"}
-
-
-class OfStudent(argparse.Action):
-    """Flag of one student: `--student` begins the next one, other flags are of the last one.
-
-    Flags before the first `--student` are of that one. The list of students is `args.student`:
-    options of `gadjax.load`, with its name.
-    """
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if namespace.student == []:
-            namespace.student = [{}]
-        elif self.dest == "student" and "name" in namespace.student[-1]:
-            namespace.student.append({})
-        student = namespace.student[-1]
-        if self.dest == "student":
-            student["name"] = values
-        elif self.dest == "lora":
-            student.setdefault("lora", []).append(values)
-        else:
-            student[FLAGS[self.dest]] = values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,8 +89,8 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="score of a picture for its prompt: clipscore, pickscore or aesthetic, and the folder "
-        "of its CLIPModel; may be repeated",
+        help="score of a picture for its prompt: clipscore, pickscore, siglip or aesthetic, and "
+        "the folder of its CLIPModel or SiglipModel; may be repeated",
     )
     parser.add_argument(
         "--feature-cache", type=Path, help="folder in which features are kept by picture and model"
@@ -125,9 +110,12 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gadjax.assets import resolve
+    from gadjax.cli.output import stop_on_write_error
     from gadjax.data.prompts import read_prompts
-    from gadjax.evaluation.evaluate import EvaluationConfig, evaluate
+    from gadjax.evaluation.evaluate import evaluate
+    from gadjax.evaluation.networks import read_networks
     from gadjax.evaluation.report import as_dict, as_markdown, write_report
+    from gadjax.evaluation.results import EvaluationConfig
     from gadjax.io.atomic import atomic_folder, check_target
 
     check_target(args.out, overwrite=args.overwrite, marker=MARKER)
@@ -135,22 +123,28 @@ def run(args: argparse.Namespace) -> int:
     name, world = _oracle(args.world, resolve(args.teacher))
     students = {
         label: _load_model("--student", dtype=args.dtype, changes={}, **options)
-        for label, options in _labelled(args.student).items()
+        for label, options in label_students(args.student).items()
     }
-    distilled_at = _distillation_guidance(students, args)
+    distilled_at = distillation_guidance(args.student, students, args.teacher_guidance)
     guidance = distilled_at if args.teacher_guidance is None else args.teacher_guidance
     changes = {"steps": args.teacher_steps, "guidance": guidance}
     teacher = _load_model("--teacher", args.teacher, args.dtype, changes)
+    networks = read_networks(
+        *(args.features, args.scores, args.feature_cache, args.protocol, args.imported),
+        prompts=len(prompts),
+    )
     plan = EvaluationConfig(args.seeds, args.tangents, args.batch, args.library, args.moves)
+    plan, world = networks.configure(plan, world)
     one = next(iter(students.values())) if len(students) == 1 else None
-    plan, world, finish = _with_networks(args, plan, world, len(prompts))
-    evaluation, networks = finish(evaluate(teacher, one or students, prompts, world, plan))
+    evaluation = evaluate(teacher, one or students, prompts, world, plan)
+    with stop_on_write_error(args.feature_cache):
+        evaluation = networks.finish(evaluation)
     guidance_text = _describe_guidance(teacher.sampling.guidance, distilled_at)
     if distilled_at not in (None, teacher.sampling.guidance):
         print(f"gadjax: the teacher is evaluated at guidance {guidance_text}", file=sys.stderr)
     settings = {
         "teacher": args.teacher,
-        **_describe_students(args.student),
+        **describe_students(args.student),
         "teacher's guidance": guidance_text,
         "prompts": f"{args.prompts} ({len(prompts)})",
         "seeds": plan.seeds,
@@ -159,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
         "moves": plan.moves,
         "world": name,
         "dtype": args.dtype,
-        **networks,
+        **networks.describe(),
         **reduced_size(evaluation, teacher),
         **_provenance(teacher, students),
         "command": args.command_line,
@@ -171,109 +165,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(as_markdown(evaluation, settings), end="")
     return 0
-
-
-def _labelled(students: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Options of the students by label: "student", or of several their folder's names and LoRAs'.
-
-    Labels that are alike are numbered.
-    """
-    from gadjax.formats.lora_file import parse_lora_flag
-
-    if len(students) == 1:
-        return {"student": students[0]}
-    labelled = {}
-    for options in students:
-        parts = [Path(options["name"].removeprefix("asset:")).name]
-        for file, weight in map(parse_lora_flag, options.get("lora", ())):
-            parts.append(file.stem if weight == 1 else f"{file.stem}:{weight:g}")
-        name = " + ".join(parts)
-        label, number = name, 2
-        while label in labelled:
-            label, number = f"{name} ({number})", number + 1
-        labelled[label] = options
-    return labelled
-
-
-def _describe_students(students: list[dict[str, Any]]) -> dict[str, str]:
-    """Students with their flags, by the key of their row."""
-    texts = {}
-    for number, options in enumerate(students, 1):
-        words = [options["name"], *(f"--lora {lora}" for lora in options.get("lora", ()))]
-        if "student_preset" in options:
-            words.append(f"--student-preset {options['student_preset']}")
-        texts["student" if number == 1 else f"student_{number}"] = " ".join(words)
-    return texts
-
-
-def _distillation_guidance(students: dict[str, Any], args: argparse.Namespace) -> float | None:
-    """Teacher's guidance in the students' training; None if it is unknown.
-
-    Raises: InputError for students of different ones, unless the flag chooses.
-    """
-    from gadjax.assets import resolve
-    from gadjax.errors import InputError
-    from gadjax.formats.sampling_config import read_teacher_guidance
-    from gadjax.io.storage import is_remote
-
-    known = {}
-    for options, student in zip(args.student, students.values(), strict=True):
-        name = options["name"]
-        if student.trained:
-            known[student.trained.teacher_guidance] = name
-        elif not is_remote(name):
-            known[read_teacher_guidance(resolve(name))] = name
-    known.pop(None, None)
-    if len(known) > 1 and args.teacher_guidance is None:
-        texts = (f"{guidance:g} ({name})" for guidance, name in known.items())
-        raise InputError(
-            f"--teacher-guidance: found students distilled at {', '.join(texts)}; expected the flag"
-        )
-    return next(iter(known), None)
-
-
-def _with_networks(args: argparse.Namespace, config, world, prompts: int):
-    """Evaluation with the networks, protocol and imported numbers of the flags.
-
-    Files are read, and refused, before anything is sampled.
-
-    Args:
-        args: of `add_network_arguments`.
-        config: of the evaluation.
-        world: of the evaluation.
-        prompts: number of prompts.
-
-    Returns:
-        (config, world, finish); finish(evaluation) writes the cache, and returns the evaluation
-        with the imported numbers and lines for the report's settings.
-    """
-    from gadjax.cli.output import stop_on_write_error
-    from gadjax.errors import check_choice
-    from gadjax.evaluation.external import read_external, with_external
-    from gadjax.evaluation.extractors.flags import load_named, write_caches
-    from gadjax.evaluation.learned_metrics import describe_learned
-    from gadjax.evaluation.protocols import PROTOCOLS
-
-    imported = read_external(args.imported, prompts) if args.imported else []
-    features, scores = load_named(args.features, args.scores, args.feature_cache)
-    lines = {}
-    if args.protocol is not None:
-        check_choice("--protocol", args.protocol, PROTOCOLS)
-        protocol = PROTOCOLS[args.protocol]
-        missing = protocol.missing(features, scores)
-        config = protocol.apply(config)
-        lines = {"protocol": f"{args.protocol}: {protocol.source}"}
-        if missing:
-            lines["protocol, not measured"] = "; ".join(missing)
-    if features or scores:
-        world = replace(world, features=features, scores=scores)
-
-    def finish(evaluation):
-        with stop_on_write_error(args.feature_cache):
-            write_caches(features, scores)
-        return with_external(evaluation, imported), lines | describe_learned(world)
-
-    return config, world, finish
 
 
 def reduced_size(evaluation, teacher) -> dict[str, str]:

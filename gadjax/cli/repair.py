@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gadjax.cli.output import check_at_least
-    from gadjax.evaluation.evaluate import EvaluationConfig
+    from gadjax.evaluation.results import EvaluationConfig
     from gadjax.repair.repair import Request, is_done, repair
 
     for flag in ("updates", "count"):

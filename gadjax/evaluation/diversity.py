@@ -9,13 +9,26 @@ def vendi(features_PSD: np.ndarray) -> np.ndarray:
     """Vendi score of each prompt [P], from 1 (all alike) to S (all different).
 
     exp of the entropy of the eigenvalues of K / S, K the cosine similarity of the features
-    (Friedman and Dieng 2023, https://arxiv.org/abs/2210.02410).
+    (Friedman and Dieng 2023, https://arxiv.org/abs/2210.02410). The mean entropy rises with S to
+    that of infinitely many seeds, since entropy is concave: the score is a lower bound.
     """
     x = np.asarray(features_PSD, np.float64)
     x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
     values = np.linalg.eigvalsh(x @ x.swapaxes(1, 2) / x.shape[1])
     values = np.maximum(values, 1e-15)
     return np.exp(-(values * np.log(values)).sum(-1))
+
+
+def vendi_corrected(features_PSD: np.ndarray) -> np.ndarray:
+    """Vendi score with the bias of its entropy removed to first order in 1 / S: [P].
+
+    Jackknife (Quenouille 1956): S H - (S - 1) mean of H over the sets without one seed, for the
+    entropy H of `vendi`. Still below the limit where that is far above S, and of larger variance.
+    """
+    seeds = features_PSD.shape[1]
+    without = [np.log(vendi(np.delete(features_PSD, seed, axis=1))) for seed in range(seeds)]
+    entropy = seeds * np.log(vendi(features_PSD)) - (seeds - 1) * np.mean(without, axis=0)
+    return np.exp(entropy)
 
 
 def squared_distances(a_PSD: np.ndarray, b_PSD: np.ndarray) -> np.ndarray:

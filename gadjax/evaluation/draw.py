@@ -1,58 +1,87 @@
 """Sample many sets of pictures with one compiled program, and read them part by part."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from tqdm import tqdm
 
 from gadjax.errors import InputError
+from gadjax.evaluation.noises import ChainedNoises, Sets
 from gadjax.io.image_grid import from_uint8, to_uint8
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.sampling import draw_batches
 
 KEPT_BYTES = 2 << 30  # of the pictures of all rows that stay in memory
-
 PART = 256  # pictures that are held as floats at a time
 
 
 def draw_sets(
     model: Model,
-    sets: Mapping[str, tuple[Sequence[str], np.ndarray]],
+    sets: Sets,
     batch: int,
     bar: tqdm,
-    observe: Callable[[int, np.ndarray], None] | None = None,
-    factor: int = 1,
+    observe: Callable[[int, np.ndarray], None],
+    factors: Mapping[str, int],
 ) -> dict[str, np.ndarray]:
-    """Pictures, uint8 [N, H, W, 3], of every set of N prompts and noises; the program is compiled
-    once.
+    """Draw every set of N prompts and noises, batch by batch, with one compiled program.
+
+    Only one batch is in memory at its full size, beside the pictures that are kept.
 
     Args:
       model: pipeline, parameters and sampling settings.
-      sets: prompts and noises [N, H, W, C] by name.
+      sets: prompts and noises by name.
       batch: pictures at a time.
       bar: progress in network evaluations.
       observe: called with the number of the first picture of a batch, counted over all sets, and
         the batch at its full size.
-      factor: of the reduction of the pictures that are kept; see `reduction`.
+      factors: of the reduction of the pictures of a set that are kept, see `reduction`; the sets
+        that it lacks are only observed.
+    Returns: the kept pictures, uint8 [N, H, W, 3] by name.
     Raises: InputError for pictures that are not finite.
     """
     prompts = [prompt for prompts, _ in sets.values() for prompt in prompts]
-    noise = np.concatenate([noise for _, noise in sets.values()])
-    parts, start = [], 0
+    noises = ChainedNoises([noises for _, noises in sets.values()])
+    ranges, start = set_ranges(sets), 0
+    kept: dict[str, np.ndarray] = {}
     for images in draw_batches(
         model,
         prompts,
-        noise,
+        noises,
         batch=batch,
         progress=lambda done: bar.update(done * model.evaluations),
     ):
         check_finite(model, images)
-        if observe is not None:
-            observe(start, images)
-        parts.append(to_uint8(reduce_pictures(images, factor)))
+        observe(start, images)
+        for name, here, there in overlaps(ranges, start, len(images)):
+            if name in factors:
+                part = to_uint8(reduce_pictures(images[here], factors[name]))
+                if name not in kept:
+                    kept[name] = np.empty((len(sets[name][0]), *part.shape[1:]), np.uint8)
+                kept[name][there] = part
         start += len(images)
-    ends = np.cumsum([len(prompts) for prompts, _ in sets.values()])
-    return dict(zip(sets, np.split(np.concatenate(parts), ends[:-1]), strict=True))
+    return kept
+
+
+def set_ranges(sets: Sets) -> dict[str, tuple[int, int]]:
+    """Numbers of the first picture of each set and of the one behind its last, over all sets."""
+    ends = np.cumsum([len(prompts) for prompts, _ in sets.values()]).tolist()
+    return dict(zip(sets, zip([0, *ends], ends, strict=False), strict=True))
+
+
+def overlaps(
+    ranges: Mapping[str, tuple[int, int]], start: int, count: int
+) -> Iterator[tuple[str, slice, slice]]:
+    """Sets of which a batch has pictures: name, where they are in the batch, and in the set.
+
+    Args:
+      ranges: of `set_ranges`, or some of them.
+      start: number of the batch's first picture.
+      count: its pictures.
+    """
+    for name, (first, end) in ranges.items():
+        begin, stop = max(first, start), min(end, start + count)
+        if begin < stop:
+            yield name, slice(begin - start, stop - start), slice(begin - first, stop - first)
 
 
 def map_pictures(f: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:

@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from gadjax.errors import InputError
 from gadjax.evaluation.draw import draw_sets, map_pictures, reduction
 from gadjax.evaluation.learned import LearnedOutputs, Observer
 from gadjax.evaluation.learned_metrics import absent_learned, learned_catalogue, learned_metrics
-from gadjax.evaluation.metric_catalogue import NEAR, NEAR_SHARE, Metric, catalogue
+from gadjax.evaluation.metric_catalogue import catalogue
 from gadjax.evaluation.metrics import ModelOutputs, absent_metrics, differences, row_metrics
 from gadjax.evaluation.noise_control import (
     MOVE_COST,
@@ -21,78 +20,28 @@ from gadjax.evaluation.noise_control import (
     optimize_noise,
 )
 from gadjax.evaluation.noise_control_metrics import absent_control, control_metrics
+from gadjax.evaluation.noise_sets import evaluation_sets
+from gadjax.evaluation.noises import SeedNoises, Sets
 from gadjax.evaluation.oracles import World
+from gadjax.evaluation.results import Evaluation, EvaluationConfig, Row
+from gadjax.evaluation.rows import check_rows, label_rows
 from gadjax.evaluation.sensitivity import map_tangents
-from gadjax.evaluation.statistics import Estimate
-from gadjax.evaluation.strips import as_strips, strip_prompts, strip_set
-from gadjax.formats.sampling_config import SamplingConfig
+from gadjax.evaluation.strips import as_strips, strip_prompts
 from gadjax.pipelines.model import Model
-from gadjax.pipelines.sampling import BATCH, initial_noise, sampler_and_times
 from gadjax.runtime.settings import pinned_jax_config
 
-MINIMUMS = {"seeds": 2, "tangents": 0, "batch": 1, "library": 0, "moves": 0, "strips": 0}
-
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Sizes of an evaluation.
+class Plan:
+    """Parts of an evaluation that all rows share.
 
-    seeds: pictures of each prompt.
-    tangents: noise directions for each prompt, each at a seed of its own; 0 omits noise
-      sensitivity.
-    batch: pictures at a time.
-    library: noises for the noise-control tasks, where the world has them; 0 omits these.
-    moves: layout targets (a shape moved by its noise), at most one for each noise of the library.
-    strips: prompts that are also drawn along a path between two noises and along a direction.
-    shared_noise: let all prompts start from the same noise of a seed, the first one's, for the
-      seed probe of named extractors.
+    factors: see `draw_sets`.
     """
 
-    seeds: int = 8
-    tangents: int = 1
-    batch: int = BATCH
-    library: int = 64
-    moves: int = 32
-    strips: int = 4
-    shared_noise: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """Pictures (uint8) and metrics of one model.
-
-    images_PSHWC: seed s of prompt p has the same noise in every row.
-    evaluations: network evaluations for one picture.
-    differences_P: difference from the teacher for each prompt (`relative_difference`).
-    strips_KMNHWC: pictures of the K prompts in `Evaluation.strips` (`gadjax.evaluation.strips`).
-    """
-
-    key: str
-    label: str
-    sampling: SamplingConfig
-    evaluations: int
-    images_PSHWC: np.ndarray
-    metrics: dict[str, Estimate]
-    differences_P: np.ndarray | None = None
-    strips_KMNHWC: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Result of an evaluation: rows, metrics and noise-control pictures.
-
-    rows: the teacher, the teacher in the students' numbers of steps, the students.
-    catalogue: every metric of the world, in the order of the report.
-    absent: metric that could not be taken -> reason.
-    control: None where the world has no noise-control tasks or none were asked for.
-    strips: indices of the prompts that have strips.
-    """
-
-    rows: list[Row]
-    catalogue: dict[str, Metric]
-    absent: dict[str, str]
-    control: ControlResults | None = None
-    strips: Sequence[int] = ()
+    prompts: Sequence[str]
+    world: World
+    config: EvaluationConfig
+    factors: Mapping[str, int]
 
 
 @pinned_jax_config()
@@ -120,21 +69,22 @@ def evaluate(
     Raises: InputError, before anything is sampled, for a config, prompts or pipelines that do not
       go together; and for pictures that are not finite.
     """
-    labelled = _rows(teacher, students)
+    labelled = label_rows(teacher, students)
     models = {key: model for key, (_, model) in labelled.items()}
-    _check(models, prompts, world, config)
+    check_rows(models, prompts, world, config)
 
     library, moves, targets = None, 0, None
     if config.library and world.oracle and world.captions:
         library = make_library(world, config.library, teacher.pipeline.latent)
         moves = min(config.moves, config.library) if world.layout else 0
-    sets = _sets(prompts, teacher.pipeline.latent, config)
+    sets = dict(evaluation_sets(prompts, teacher.pipeline.latent, config))
     # The teacher also draws the seeds to which the Fréchet distance of every row, its own too, is
     # taken; last, so that the shared pictures have the same positions in their batches.
     more = {"others": sets.pop("others")}
     sets |= library.sets() if library else {}
     refers = world.extractor or world.features
     sets = {key: sets | more if key == "teacher" and refers else sets for key in models}
+    plan = Plan(prompts, world, config, _factors(models, sets, world))
     cache = {} if cache is None else cache
     extra = MOVE_COST * moves + 2 * config.tangents * len(prompts)
     work = sum(
@@ -148,11 +98,7 @@ def evaluate(
             if key in cache:
                 outputs[key], others, controlled[key], targets = cache[key]
                 continue
-            observer = Observer(world, sets[key], config.seeds, config.shared_noise)
-            factor = _reduction(models, len(prompts) * config.seeds, world)
-            images = draw_sets(model, sets[key], config.batch, bar, observer, factor)
-            tangents = _tangents(model, prompts, config, bar)
-            outputs[key] = _measure(images, tangents, config.seeds, world, observer.outputs())
+            outputs[key], images = _draw_row(model, sets[key], plan, bar)
             if "others" in images:
                 others = _features(world, _by_prompt(images["others"], config.seeds))
             if library:
@@ -167,9 +113,20 @@ def evaluate(
             if key.startswith("teacher"):
                 cache[key] = outputs[key], others, controlled.get(key), targets
     control = ControlResults(library, targets, controlled) if library else None
-    evaluation = _evaluation(labelled, outputs, others, control, prompts, world)
+    evaluation = _evaluation(labelled, outputs, others, control, plan)
     shown = strip_prompts(len(prompts), config.strips) if config.strips else ()
     return replace(evaluation, strips=shown)
+
+
+def _draw_row(
+    model: Model, sets: Sets, plan: Plan, bar: tqdm
+) -> tuple[ModelOutputs, dict[str, np.ndarray]]:
+    """Outputs of a model, and the pictures of all its sets that are kept."""
+    world, config = plan.world, plan.config
+    observer = Observer(world, sets, config.seeds, config.shared_noise)
+    images = draw_sets(model, sets, config.batch, bar, observer, plan.factors)
+    tangents = _tangents(model, plan.prompts, config, bar)
+    return _measure(images, tangents, config.seeds, world, observer.outputs()), images
 
 
 def _evaluation(
@@ -177,9 +134,9 @@ def _evaluation(
     outputs: dict[str, ModelOutputs],
     others: np.ndarray | None,
     control: ControlResults | None,
-    prompts: Sequence[str],
-    world: World,
+    plan: Plan,
 ) -> Evaluation:
+    world, prompts = plan.world, plan.prompts
     first, learned = outputs["teacher"], outputs["teacher"].learned
     named = learned_catalogue(world, first.images_PSHWC.shape[1], learned.low_pass_PSD is not None)
     listed, rows = catalogue(world) | named, []
@@ -198,98 +155,6 @@ def _evaluation(
     return Evaluation(rows, listed, absent, control)
 
 
-def _rows(teacher: Model, students: Model | Mapping[str, Model]) -> dict[str, tuple[str, Model]]:
-    """Labels and models of the rows by key.
-
-    Keys: "teacher"; "teacher_few" for the first student's number of steps, "teacher_few_N" for
-    another N; "student", "student_2" and so on.
-    """
-    students = {"student": students} if isinstance(students, Model) else students
-    rows = {"teacher": ("teacher", teacher)}
-    for steps in dict.fromkeys(model.sampling.steps for model in students.values()):
-        key = "teacher_few" if len(rows) == 1 else f"teacher_few_{steps}"
-        few = replace(teacher.sampling, steps=steps, timesteps=None)
-        rows[key] = "teacher", replace(teacher, sampling=few)
-    for number, (label, model) in enumerate(students.items(), 1):
-        rows["student" if number == 1 else f"student_{number}"] = label, model
-    return {
-        key: (f"{label}, {model.sampling.steps} steps", model)
-        for key, (label, model) in rows.items()
-    }
-
-
-def _check(
-    models: dict[str, Model], prompts: Sequence[str], world: World, config: EvaluationConfig
-) -> None:
-    for name, minimum in MINIMUMS.items():
-        if getattr(config, name) < minimum:
-            raise InputError(f"{name}: found {getattr(config, name)}; expected {minimum} or more")
-    if config.library == 1:
-        raise InputError("library: found 1 noise; expected 2 or more, or 0 for none")
-    latent = models["teacher"].pipeline.latent
-    for model in models.values():
-        try:
-            sampler_and_times(model.pipeline, model.sampling)
-        except InputError as error:
-            raise InputError(f"{model.name}: {error}") from None
-        if model.pipeline.latent != latent:
-            raise InputError(
-                f"{model.name}: found latents {model.pipeline.latent}; expected {latent}, "
-                "the teacher's"
-            )
-    side = latent[0] * models["teacher"].pipeline.upscale
-    if world.size not in (None, side):
-        raise InputError(
-            f"world: found one of {world.size} x {world.size} pictures; expected {side} x {side}, "
-            "as the teacher draws (or world none)"
-        )
-    for prompt in prompts if world.oracle else ():
-        try:
-            world.oracle.parse(prompt)
-        except InputError as error:
-            raise InputError(f"prompts: {error} (or world none)") from None
-
-
-def _sets(
-    prompts: Sequence[str], latent: tuple[int, int, int], config: EvaluationConfig
-) -> dict[str, tuple[list[str], np.ndarray]]:
-    """Prompts and noises to sample, seed by seed, by name.
-
-    "own": every prompt at the evaluated seeds. "others": every prompt at as many later seeds.
-    "near": the first prompts at perturbed seeds, z -> sqrt(1 - r^2) z + r n. "strips": some prompts
-    along ways between and from their noises.
-
-    Args:
-      prompts: P prompts.
-      latent: shape (H, W, C) of a noise.
-      config: numbers of seeds and tangents.
-    """
-    first, count = list(prompts[:NEAR]), len(prompts)
-
-    def noises(start, count):
-        drawn = 1 if config.shared_noise else count
-        return np.concatenate(
-            [
-                np.broadcast_to(initial_noise(start + s, drawn, latent), (count, *latent))
-                for s in range(config.seeds)
-            ]
-        )
-
-    # New noise of seeds that are neither drawn from nor directions of tangents.
-    new = noises(2 * config.seeds + config.tangents, len(first))
-    near = (1 - NEAR_SHARE**2) ** 0.5 * noises(0, len(first)) + NEAR_SHARE * new
-    prompts_by_seed = [*prompts] * config.seeds
-    sets = {
-        "own": (prompts_by_seed, noises(0, count)),
-        "others": (prompts_by_seed, noises(config.seeds, count)),
-        "near": (first * config.seeds, near),
-    }
-    if config.strips:
-        shown = strip_prompts(count, config.strips)
-        sets["strips"] = strip_set(prompts, shown, latent, 2 * config.seeds)
-    return sets
-
-
 def _measure(
     images: dict[str, np.ndarray],
     tangents: np.ndarray | None,
@@ -305,12 +170,17 @@ def _measure(
     return ModelOutputs(images_PSHWC, features, tangents, words, *of_near, learned)
 
 
-def _reduction(models: dict[str, Model], count: int, world: World) -> int:
-    """Factor by which pictures are reduced that stay in memory; 1 where the world reads them."""
+def _factors(models: Mapping[str, Model], sets: Mapping[str, Sets], world: World) -> dict[str, int]:
+    """Factor by which the pictures of each set are reduced that stay in memory; 1 where the world
+    reads them. Of "others" the named extractors read all that they need as they are drawn."""
+    names = {name for row in sets.values() for name in row}
+    if not world.extractor:
+        names.discard("others")
     pipeline = models["teacher"].pipeline
     height, width = (pipeline.upscale * side for side in pipeline.latent[:2])
+    count = sum(len(row[name][0]) for row in sets.values() for name in names & row.keys())
     reads = world.oracle or world.extractor
-    return 1 if reads else reduction(count * len(models), height, width)
+    return dict.fromkeys(names, 1 if reads else reduction(count, height, width))
 
 
 def _by_prompt(images: np.ndarray, seeds: int) -> np.ndarray:
@@ -337,11 +207,7 @@ def _tangents(
         return None
     count, latent = len(prompts), model.pipeline.latent
     # Directions are noise too, of seeds from which no picture is drawn.
-    first = 2 * config.seeds
-    z, v = (
-        np.concatenate([initial_noise(start + i, count, latent) for i in range(config.tangents)])
-        for start in (0, first)
-    )
+    z, v = (SeedNoises(first, config.tangents, count, latent) for first in (0, 2 * config.seeds))
     tangents = map_tangents(
         model,
         [*prompts] * config.tangents,

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from gadjax.errors import InputError, short_repr
-from gadjax.evaluation.evaluate import Evaluation
 from gadjax.evaluation.metric_catalogue import Metric
+from gadjax.evaluation.results import Evaluation
 from gadjax.evaluation.statistics import Estimate, mean
 from gadjax.io.untrusted import is_count, is_number, read_json
 

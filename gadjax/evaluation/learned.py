@@ -3,12 +3,14 @@
 P prompts, S seeds, D features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from gadjax.evaluation.draw import overlaps, set_ranges
 from gadjax.evaluation.extractors.network import FolderExtractor
+from gadjax.evaluation.noises import Sets
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.seed_probe import low_pass
 from gadjax.io.image_grid import to_uint8
@@ -45,27 +47,22 @@ class Observer:
     def __init__(
         self,
         world: World,
-        sets: Mapping[str, tuple[Sequence[str], np.ndarray]],
+        sets: Sets,
         seeds: int,
         shared_noise: bool = False,
     ):
         self.extractors, self.scorers, self.seeds = world.features, world.scores, seeds
         self.shared_noise = shared_noise
-        self.ranges, self.prompts, start = {}, {}, 0
-        for name, (prompts, _) in sets.items():
-            if name in ("own", "others"):
-                self.ranges[name] = start, start + len(prompts)
-                self.prompts[name] = prompts
-            start += len(prompts)
+        measured = [name for name in ("own", "others") if name in sets]
+        ranges = set_ranges(sets)
+        self.ranges = {name: ranges[name] for name in measured}
+        self.prompts = {name: sets[name][0] for name in measured}
         self.parts: dict[tuple[str, str], list[np.ndarray]] = {}
 
     def __call__(self, start: int, images_NHWC: np.ndarray) -> None:
         """Take a batch of pictures in [-1, 1], numbered from `start` over all sets."""
-        for name, (first, end) in self.ranges.items():
-            begin, stop = max(first, start), min(end, start + len(images_NHWC))
-            if begin < stop:
-                prompts = self.prompts[name][begin - first : stop - first]
-                self._take(name, images_NHWC[begin - start : stop - start], prompts)
+        for name, here, there in overlaps(self.ranges, start, len(images_NHWC)):
+            self._take(name, images_NHWC[here], self.prompts[name][there])
 
     def _take(self, name: str, images_NHWC: np.ndarray, prompts: Sequence[str]) -> None:
         images, computed = to_uint8(images_NHWC), {}

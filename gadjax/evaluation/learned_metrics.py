@@ -12,11 +12,13 @@ from gadjax.evaluation.diversity import (
     effective_number,
     seed_alignment,
     vendi,
+    vendi_corrected,
 )
 from gadjax.evaluation.extractors.scorers import MEANINGS
-from gadjax.evaluation.frechet import frechet
+from gadjax.evaluation.frechet import frechet, frechet_limit
 from gadjax.evaluation.learned import PIXELS, LearnedOutputs
-from gadjax.evaluation.metric_catalogue import Metric
+from gadjax.evaluation.metric_catalogue import FRECHET_LIMIT, VENDI_CORRECTED, Metric
+from gadjax.evaluation.metrics import absent_distances
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.seed_probe import seed_probe
 from gadjax.evaluation.set_metrics import NEIGHBOURS, cmmd, kid, support_overlap
@@ -74,14 +76,18 @@ def _diversity(x_PSD: np.ndarray, teacher_PSD: np.ndarray) -> dict[str, Estimate
         metrics[key] = mean(values)
         if reference.any():
             metrics[f"{key}_ratio"] = ratio(values, reference)
+    metrics[f"vendi@{seeds}_corrected"] = mean(vendi_corrected(x_PSD))
     return metrics
 
 
 def _set_distances(x_PSD: np.ndarray, others_PSD: np.ndarray, kind: str) -> dict[str, float]:
     x, others = (a.reshape(-1, a.shape[-1]) for a in (x_PSD, others_PSD))
     values = {"kid": kid(x, others)}
-    if len(x) > x.shape[1]:
+    missing = absent_distances(x_PSD)
+    if "frechet" not in missing:
         values["frechet"] = frechet(x, others)
+    if "frechet_limit" not in missing:
+        values["frechet_limit"] = frechet_limit(x_PSD, others_PSD)
     if kind == CMMD_KIND:
         values["cmmd"], values["cmmd_v"] = cmmd(x, others), cmmd(x, others, unbiased=False)
     if len(x) > NEIGHBOURS:
@@ -156,9 +162,9 @@ def absent_learned(
             continue
         extractor, key = name.rsplit("/", 1)
         features = teacher.features.get(extractor)
-        count, width = (0, 0) if features is None else (features[..., 0].size, features.shape[-1])
-        if key == "frechet":
-            absent[name] = f"{count} pictures; takes more than the {width} features"
+        count = 0 if features is None else features[..., 0].size
+        if key.startswith("frechet"):
+            absent[name] = absent_distances(features)[key]
         elif key in ("precision", "recall", "density", "coverage"):
             absent[name] = f"{count} pictures; takes more than {NEIGHBOURS}"
         elif key.endswith("_ratio"):
@@ -200,6 +206,7 @@ _MEANINGS = {
         "of the seeds of a prompt, mean over prompts; it grows with the number of seeds, which "
         "stands behind the @, and is compared at equal numbers only",
     ),
+    "vendi@S_corrected": ("Vendi@S, corrected", VENDI_CORRECTED),
     "vendi@S_ratio": ("Vendi@S / teacher's", "1 = as diverse as the teacher"),
     "alignment": (
         "seed alignment",
@@ -208,6 +215,7 @@ _MEANINGS = {
     ),
     "cosine": ("cosine to the teacher's", "of the picture from the same noise, mean"),
     "frechet": ("Fréchet distance", _FLOOR),
+    "frechet_limit": ("Fréchet distance, extrapolated", FRECHET_LIMIT),
     "kid": ("kernel distance", f"cubic kernel, unbiased (KID; KD on DINOv2), {_FLOOR}"),
     "cmmd": ("CMMD", f"without the diagonal, unbiased, {_FLOOR}; blind to spread"),
     "cmmd_v": ("CMMD, V", "with the diagonal, as published: larger by about 10 / pictures"),

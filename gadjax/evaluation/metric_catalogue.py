@@ -45,6 +45,14 @@ SUMMARY = (
     "control",
     "path_agreement",
 )
+FRECHET_LIMIT = (
+    "of infinitely many seeds, by the values of all seeds and of half of them: the bias falls as "
+    "1 / pictures; the teacher's own is 0 up to chance, and may be negative"
+)
+VENDI_CORRECTED = (
+    "the bias at this number of seeds removed to first order, by leaving out one seed at a time "
+    "(jackknife); the uncorrected score is a lower bound of that of many seeds"
+)
 
 _BEFORE = {
     "adherence": Metric(
@@ -55,15 +63,19 @@ _BEFORE = {
     "frechet": Metric(
         "Fréchet distance",
         "between the features of these pictures and of the teacher's at other seeds of the same "
-        "prompts; the teacher's own value is the floor for this many pictures",
+        "prompts; the teacher's own value is the floor for this many pictures, by about which the "
+        "others are too large as well",
         "prompts",
     ),
+    "frechet_limit": Metric("Fréchet distance, extrapolated", FRECHET_LIMIT, "prompts"),
     "vendi": Metric(
         "Vendi score",
         "effective number of different pictures among the seeds of a prompt (cosine of features), "
-        "mean over prompts: 1 = all alike, number of seeds = all different",
+        "mean over prompts: 1 = all alike, number of seeds = all different; more seeds give more, "
+        "so it is compared at equal numbers only",
         "diversity",
     ),
+    "vendi_corrected": Metric("Vendi score, corrected", VENDI_CORRECTED, "diversity"),
     "vendi_ratio": Metric("Vendi score / teacher's", "1 = as diverse as the teacher", "diversity"),
     "distance_features": Metric(
         "distance between seeds, features",

@@ -11,8 +11,9 @@ from gadjax.evaluation.diversity import (
     relative_difference,
     seed_alignment,
     vendi,
+    vendi_corrected,
 )
-from gadjax.evaluation.frechet import frechet
+from gadjax.evaluation.frechet import frechet, frechet_limit
 from gadjax.evaluation.learned import LearnedOutputs
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.sensitivity import compare_tangents
@@ -26,7 +27,9 @@ from gadjax.evaluation.statistics import (
 
 FROM_FEATURES = (
     "frechet",
+    "frechet_limit",
     "vendi",
+    "vendi_corrected",
     "vendi_ratio",
     "distance_features",
     "distance_features_ratio",
@@ -90,8 +93,11 @@ def row_metrics(
             metrics["frechet"] = Estimate(
                 frechet(merge_leading_axes(row.features_PSD), merge_leading_axes(others_PSD))
             )
+        if others_PSD is not None and _enough(_half(others_PSD)):
+            metrics["frechet_limit"] = Estimate(frechet_limit(row.features_PSD, others_PSD))
         scores = vendi(row.features_PSD)
         metrics["vendi"] = mean(scores)
+        metrics["vendi_corrected"] = mean(vendi_corrected(row.features_PSD))
         if row is not teacher:
             metrics["vendi_ratio"] = ratio(scores, vendi(teacher.features_PSD))
         sets = row.features_PSD, teacher.features_PSD, row.near_features_QSD
@@ -129,9 +135,8 @@ def absent_metrics(teacher: ModelOutputs, prompts: Sequence[str], world: World) 
         absent["coverage_ratio"] = "the teacher draws no picture of the world"
     if world.extractor is None:
         absent |= dict.fromkeys(FROM_FEATURES, "no feature extractor")
-    elif not _enough(teacher.features_PSD):
-        prompts, seeds, width = teacher.features_PSD.shape
-        absent["frechet"] = f"{prompts * seeds} pictures; takes more than the {width} features"
+    else:
+        absent |= absent_distances(teacher.features_PSD)
     pixels_PSD = _pixels(teacher.images_PSHWC)
     for kind, x_PSD in (("features", teacher.features_PSD), ("pixels", pixels_PSD)):
         if x_PSD is not None and not _varies(x_PSD):
@@ -139,6 +144,19 @@ def absent_metrics(teacher: ModelOutputs, prompts: Sequence[str], world: World) 
     if teacher.tangents_TPHWC is None:
         names = ("tangent_cosine", "tangent_norm_ratio")
         absent |= dict.fromkeys(names, "no tangents asked for")
+    return absent
+
+
+def absent_distances(features_PSD: np.ndarray) -> dict[str, str]:
+    """Reasons why so many pictures have no Fréchet distance, or no extrapolated one."""
+    absent = {}
+    for key, x_PSD, what in (
+        ("frechet", features_PSD, ""),
+        ("frechet_limit", _half(features_PSD), " of half the seeds"),
+    ):
+        if not _enough(x_PSD):
+            count, width = x_PSD[..., 0].size, x_PSD.shape[-1]
+            absent[key] = f"{count} pictures{what}; takes more than the {width} features"
     return absent
 
 
@@ -168,6 +186,10 @@ def merge_leading_axes(x: np.ndarray) -> np.ndarray:
 def _enough(features_PSD: np.ndarray) -> bool:
     prompts, seeds, width = features_PSD.shape
     return prompts * seeds > width
+
+
+def _half(features_PSD: np.ndarray) -> np.ndarray:
+    return features_PSD[:, : features_PSD.shape[1] // 2]
 
 
 def _varies(x_PSD: np.ndarray) -> bool:

@@ -13,13 +13,14 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gadjax.errors import escape_nonprintable
-from gadjax.evaluation.evaluate import Evaluation, Row
 from gadjax.evaluation.metric_catalogue import GROUPS, SUMMARY, Metric
-from gadjax.evaluation.sheets import is_small, sheet, sheet_size
+from gadjax.evaluation.results import Evaluation, Row
+from gadjax.evaluation.sheets import SIDES, is_small, sheet, sheet_size
 from gadjax.evaluation.statistics import Estimate
 from gadjax.evaluation.strips import POINTS, REACH_DEGREES, WAYS
 
 BUDGET = 3_600_000  # bytes of pictures in the file, so that it stays below 5 MB
+LEAST_SHOWN = 8  # prompts that should get a sheet, whatever the number of models
 MAX_SEEDS = 16  # noises of a prompt that are shown
 BAR = 160  # width of an interval's drawing, in its own units
 STEP_NAMES = {
@@ -90,19 +91,24 @@ def page_data(evaluation: Evaluation, prompts: Sequence[str]) -> dict[str, Any]:
     """
     rows = evaluation.rows
     seeds = min(rows[0].images_PSHWC.shape[1], MAX_SEEDS)
-    left, strips, shown = BUDGET, [], []
-    for k, p in enumerate(evaluation.strips):
-        if all(row.strips_KMNHWC is not None for row in rows):
-            ways = {
-                name: sheet(np.stack([row.strips_KMNHWC[k, m] for row in rows]))
-                for m, name in enumerate(WAYS)
-            }
-            left -= sum(map(len, ways.values()))
-            strips.append({"text": _text(prompts[p]), "sheets": ways})
+
+    def draw(p: int) -> str:
+        return sheet(np.stack([row.images_PSHWC[p, :seeds] for row in rows]), largest)
+
+    order, shown = picture_order(rows), []
+    for largest in SIDES:  # noqa: B007 - of many models the pictures are smaller
+        strips = _strips(evaluation, prompts, largest)
+        left = BUDGET - _length(strips)
+        fits = min(LEAST_SHOWN, len(order)) * len(draw(order[0])) <= left
+        if fits and left >= BUDGET / 2:
+            break
+    while strips and left < BUDGET / 2:
+        strips.pop()
+        left = BUDGET - _length(strips)
     students = [i for i, row in enumerate(rows) if row.differences_P is not None]
     apart = {i: rows[i].differences_P for i in students}
-    for p in picture_order(rows):
-        image = sheet(np.stack([row.images_PSHWC[p, :seeds] for row in rows]))
+    for p in order:
+        image = draw(p)
         if len(image) > left:
             break
         left -= len(image)
@@ -110,7 +116,7 @@ def page_data(evaluation: Evaluation, prompts: Sequence[str]) -> dict[str, Any]:
         shown.append(
             {"index": int(p), "text": _text(prompts[p]), "apart": differences, "sheet": image}
         )
-    height, width = sheet_size(rows[0].images_PSHWC)
+    height, width = sheet_size(rows[0].images_PSHWC, largest)
     return {
         "labels": [_text(row.label) for row in rows],
         "students": [i for i in students if not rows[i].key.startswith("teacher")] or students,
@@ -121,6 +127,27 @@ def page_data(evaluation: Evaluation, prompts: Sequence[str]) -> dict[str, Any]:
         "steps": STEP_NAMES,
         "tile": {"height": height, "width": width, "pixels": is_small(rows[0].images_PSHWC)},
     }
+
+
+def _strips(evaluation: Evaluation, prompts: Sequence[str], largest: int) -> list[dict[str, Any]]:
+    """Prompts with their ways between noises, each a sheet of all rows."""
+    rows = evaluation.rows
+    if any(row.strips_KMNHWC is None for row in rows):
+        return []
+    return [
+        {
+            "text": _text(prompts[p]),
+            "sheets": {
+                name: sheet(np.stack([row.strips_KMNHWC[k, m] for row in rows]), largest)
+                for m, name in enumerate(WAYS)
+            },
+        }
+        for k, p in enumerate(evaluation.strips)
+    ]
+
+
+def _length(strips: Sequence[dict[str, Any]]) -> int:
+    return sum(len(image) for strip in strips for image in strip["sheets"].values())
 
 
 def picture_order(rows: Sequence[Row]) -> list[int]:

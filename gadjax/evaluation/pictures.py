@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from gadjax.evaluation.evaluate import Evaluation
 from gadjax.evaluation.noise_control import ControlResults
+from gadjax.evaluation.results import Evaluation
 from gadjax.io.image_grid import grid
 
 SHEET = 4096  # largest width of a grid, in pixels

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.evaluation import pictures
-from gadjax.evaluation.evaluate import Evaluation, Row
 from gadjax.evaluation.learned_metrics import SUMMARY_ENDINGS
 from gadjax.evaluation.metric_catalogue import GROUPS, SUMMARY, Metric
 from gadjax.evaluation.page import page_title, render_page
+from gadjax.evaluation.results import Evaluation, Row
 from gadjax.evaluation.statistics import Estimate
 from gadjax.io.image_grid import save_png
 from gadjax.io.markdown import escape_markdown

@@ -6,14 +6,14 @@ import numpy as np
 
 from gadjax.diffusion.geometry import tangent
 from gadjax.pipelines.model import Model
-from gadjax.pipelines.sampling import clean_latent, map_prompts
+from gadjax.pipelines.sampling import Noises, clean_latent, map_prompts
 
 
 def map_tangents(
     model: Model,
     prompts: Sequence[str],
-    noise_NHWC: np.ndarray,
-    directions_NHWC: np.ndarray,
+    noise_NHWC: Noises,
+    directions_NHWC: Noises,
     *,
     batch: int,
     progress: Callable[[int], object] = lambda count: None,

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from gadjax.api import Model, load, with_sampling
 from gadjax.assets import resolve
 from gadjax.data.prompts import read_prompts
-from gadjax.evaluation.evaluate import EvaluationConfig, evaluate
+from gadjax.evaluation.evaluate import evaluate
 from gadjax.evaluation.oracles import WORLDS
+from gadjax.evaluation.results import EvaluationConfig
 from gadjax.models.adapters import merged
 from gadjax.ops.flops import flops
 from gadjax.seeds import make_key

@@ -1,6 +1,8 @@
 """Sample images with a pipeline: prompts and initial noise to arrays."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import PIXART, student_scheduler_config
 from gadjax.formats.schedulers import sampler_from_config
 from gadjax.models.layers import mask_bias
+from gadjax.parallel.sharding import batch_sharding, make_mesh, replicated
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import Pipeline
 from gadjax.runtime.settings import pinned_jax_config
@@ -22,12 +25,40 @@ BATCH = 64
 MAX_FEW_STEPS = 16  # of a distilled student
 
 
-@pinned_jax_config()
 def initial_noise(seed: int, count: int, latent: tuple[int, int, int]) -> np.ndarray:
     """Initial noise [count, H, W, C], standard normal; row i depends on (seed, i), not on count."""
-    key = make_key(seed)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-    return np.asarray(jax.vmap(lambda k: jax.random.normal(k, latent, jnp.float32))(keys))
+    return noise_rows([seed] * count, np.arange(count), latent)
+
+
+@pinned_jax_config()
+def noise_rows(
+    seeds_N: Sequence[int], rows_N: np.ndarray, latent: tuple[int, int, int]
+) -> np.ndarray:
+    """Rows of `initial_noise` [N, H, W, C]: number rows_N[n] of seed seeds_N[n].
+
+    Args:
+      seeds_N: seeds.
+      rows_N: numbers of rows.
+      latent: shape (H, W, C) of a noise.
+    """
+    different = {seed: number for number, seed in enumerate(dict.fromkeys(seeds_N))}
+    keys_K = jnp.stack([make_key(seed) for seed in different])
+    numbers_N = np.array([different[seed] for seed in seeds_N])
+    return np.asarray(_normal_rows(keys_K, numbers_N, np.asarray(rows_N), latent))
+
+
+@partial(jax.jit, static_argnums=3)
+def _normal_rows(keys_K, numbers_N, rows_N, latent: tuple[int, int, int]) -> jax.Array:
+    keys_N = jax.vmap(jax.random.fold_in)(keys_K[numbers_N], rows_N)
+    return jax.vmap(lambda key: jax.random.normal(key, latent, jnp.float32))(keys_N)
+
+
+class Noises(Protocol):
+    """Noises [N, H, W, C]: an array, or what makes rows of one when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray: ...
 
 
 def sampler_and_times(pipeline: Pipeline, sampling: SamplingConfig) -> tuple[Sampler, np.ndarray]:
@@ -145,7 +176,7 @@ def draw(
 def draw_batches(
     model: Model,
     prompts: Sequence[str],
-    noise_NHWC: np.ndarray,
+    noise_NHWC: Noises,
     *,
     batch: int = BATCH,
     progress: Callable[[int], object] = lambda count: None,
@@ -164,7 +195,7 @@ def map_prompts(
     f: Callable[..., jax.Array],
     model: Model,
     prompts: Sequence[str],
-    arrays: tuple[np.ndarray, ...],
+    arrays: tuple[Noises, ...],
     *,
     batch: int = BATCH,
     progress: Callable[[int], object] = lambda count: None,
@@ -190,20 +221,27 @@ def stream_prompts(
     f: Callable[..., jax.Array],
     model: Model,
     prompts: Sequence[str],
-    arrays: tuple[np.ndarray, ...],
+    arrays: tuple[Noises, ...],
     *,
     batch: int = BATCH,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Iterator[np.ndarray]:
-    """Yield the outputs of `map_prompts` batch by batch."""
+    """Yield the outputs of `map_prompts` batch by batch.
+
+    A batch is split over this process's devices, the parameters are on every one of them.
+    """
     pipeline, sampling = model.pipeline, model.sampling
     count = len(prompts)
     batch = min(batch, count)
+    # One sample is not worth the parameters on every device.
+    mesh = make_mesh({"data": -1}, jax.local_devices()[: None if batch > 1 else 1])
+    batch = -(-batch // mesh.size) * mesh.size
     inputs = (*arrays, *pipeline.tokens(prompts, sampling.length))
+    everywhere, split = replicated(mesh), batch_sharding(mesh)
     negative_tokens = pipeline.prompts.negative_tokens(sampling.negative, sampling.length)
-    params = jax.device_put(model.params)
+    params, negative_tokens = jax.device_put((model.params, negative_tokens), everywhere)
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=split)
     def run(params, inputs, negative_tokens):
         *arrays, ids, mask = inputs
         null = pipeline.encode_text(params, *negative_tokens)
@@ -212,7 +250,8 @@ def stream_prompts(
 
     for start in range(0, count, batch):
         indices = np.minimum(np.arange(start, start + batch), count - 1)
-        part = run(params, tuple(x[indices] for x in inputs), negative_tokens)
+        rows = jax.device_put(tuple(x[indices] for x in inputs), split)
+        part = run(params, rows, negative_tokens)
         done = min(batch, count - start)
         yield np.asarray(part)[:done]
         progress(done)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from gadjax.evaluation.evaluate import Evaluation, EvaluationConfig, Row, evaluate
+from gadjax.evaluation.evaluate import evaluate
 from gadjax.evaluation.metric_catalogue import SUMMARY
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.report import cell
+from gadjax.evaluation.results import Evaluation, EvaluationConfig, Row
 from gadjax.io.image_grid import grid, save_png
 from gadjax.io.storage import write_atomic
 from gadjax.pipelines.model import Model

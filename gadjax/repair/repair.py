@@ -10,8 +10,8 @@ from gadjax import assets
 from gadjax.api import load
 from gadjax.data.prompts import read_prompts
 from gadjax.errors import InputError
-from gadjax.evaluation.evaluate import EvaluationConfig
 from gadjax.evaluation.oracles import WORLDS
+from gadjax.evaluation.results import EvaluationConfig
 from gadjax.formats.model_card import CARD
 from gadjax.formats.sampling_config import read_world
 from gadjax.io.atomic import check_no_overlap

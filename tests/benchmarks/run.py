@@ -36,6 +36,7 @@ import jax.numpy as jnp  # noqa: E402
 from benchmarks import (  # noqa: E402
     accuracy,
     attention,
+    evaluation,
     host,
     kernels,
     reference,
@@ -85,6 +86,9 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
             partial(step.iterations, few if tiny else many, 3),
         ),
         "host": partial(host.host, 4, 4, 1) if tiny else partial(host.host, 16, 40, 2),
+        "evaluation": partial(
+            evaluation.evaluation, *((1, 2, 2, 2, 0) if tiny else (4, 64, 8, 64, 32))
+        ),
         "reference": partial(
             reference.reference,
             TINY if tiny else Size(4, 4, 48, 32, batch=2),

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from gadjax.evaluation.evaluate import Evaluation, Row
 from gadjax.evaluation.metric_catalogue import catalogue
 from gadjax.evaluation.oracles import WORLDS
+from gadjax.evaluation.results import Evaluation, Row
 from gadjax.evaluation.statistics import Estimate
 from gadjax.evaluation.strips import POINTS, WAYS
 from gadjax.formats.sampling_config import SamplingConfig

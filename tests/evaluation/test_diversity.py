@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from gadjax.evaluation.diversity import coverage, pairwise_distance, seed_alignment, vendi
+from gadjax.evaluation.diversity import (
+    coverage,
+    pairwise_distance,
+    seed_alignment,
+    vendi,
+    vendi_corrected,
+)
 
 
 @pytest.fixture
@@ -31,6 +37,25 @@ def test_vendi_by_hand():
 def test_vendi_does_not_depend_on_order_or_size(x):
     np.testing.assert_allclose(vendi(3 * x[:, ::-1]), vendi(x), rtol=1e-6)
     assert np.all((vendi(x) > 1) & (vendi(x) < 8))
+
+
+def test_corrected_vendi_is_nearer_to_that_of_many_seeds():
+    """Four orthogonal pictures, equally likely: 4; of eight seeds the score itself is less."""
+    rng = np.random.default_rng(0)
+    few = np.eye(4)[rng.integers(0, 4, (500, 8))]
+    plain, corrected = (np.log(f(few)).mean() for f in (vendi, vendi_corrected))
+    assert np.log(4) - plain > 0.15
+    assert abs(np.log(4) - corrected) < 0.25 * (np.log(4) - plain)
+    # Of all seeds alike nothing is to be corrected.
+    np.testing.assert_allclose(vendi_corrected(few[:, :1].repeat(8, axis=1)), 1, atol=1e-6)
+
+
+def test_vendi_rises_with_the_seeds(x):
+    """The entropy of all seeds is no less than the mean of those without one: a lower bound."""
+    without = [np.log(vendi(np.delete(x, s, axis=1))) for s in range(8)]
+    assert (np.log(vendi(x)) >= np.mean(without, axis=0)).all()
+    expected = np.exp(8 * np.log(vendi(x)) - 7 * np.mean(without, axis=0))
+    np.testing.assert_allclose(vendi_corrected(x), expected)
 
 
 def test_pairwise_distance(x):

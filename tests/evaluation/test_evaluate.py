@@ -11,12 +11,14 @@ from PIL import Image
 from gadjax.assets import resolve
 from gadjax.cli import evaluate as cli
 from gadjax.cli.main import main
+from gadjax.cli.students import label_students
 from gadjax.errors import InputError
-from gadjax.evaluation.evaluate import Evaluation, EvaluationConfig, Row, evaluate
-from gadjax.evaluation.evaluate import _rows as label_rows
+from gadjax.evaluation.evaluate import evaluate
 from gadjax.evaluation.metric_catalogue import GROUPS, catalogue
 from gadjax.evaluation.oracles import WORLDS, Layout, Oracle, World
 from gadjax.evaluation.report import write_report
+from gadjax.evaluation.results import Evaluation, EvaluationConfig, Row
+from gadjax.evaluation.rows import label_rows
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.io.image_grid import from_uint8
 from gadjax.pipelines.model import Model
@@ -168,7 +170,7 @@ def test_several_students(folders, tmp_path, monkeypatch):
 
 def test_labels_that_are_alike_are_numbered():
     given = [{"name": "a/b"}, {"name": "asset:b"}, {"name": "b", "lora": ["x/l.safetensors:2"]}]
-    assert list(cli._labelled(given)) == ["b", "b (2)", "b + l:2"]
+    assert list(label_students(given)) == ["b", "b (2)", "b + l:2"]
 
 
 def test_students_of_different_guidances_need_the_flag(folders, tmp_path, capsys, monkeypatch):
@@ -248,7 +250,7 @@ def teacher(folders):
 
 
 def colours(images_NHWC):
-    return images_NHWC.mean((1, 2)) - 0.1
+    return images_NHWC.mean((1, 2))[:, :2] - 0.1
 
 
 def classify(images_NHWC):

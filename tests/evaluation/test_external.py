@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gadjax.errors import InputError
-from gadjax.evaluation.evaluate import Evaluation, Row
 from gadjax.evaluation.external import read_external, with_external
 from gadjax.evaluation.report import as_dict, as_markdown
+from gadjax.evaluation.results import Evaluation, Row
 from gadjax.formats.sampling_config import SamplingConfig
 
 RESULT = {"metric": "GenEval", "version": "commit 16f1681", "row": "student", "value": 0.65, "n": 8}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gadjax.errors import InputError
-from gadjax.evaluation.frechet import frechet
+from gadjax.evaluation.frechet import frechet, frechet_limit
 
 
 def gaussian(mean, cov, count=200, seed=0):
@@ -39,3 +39,41 @@ def test_covariances_that_do_not_commute():
 def test_more_pictures_than_features():
     with pytest.raises(InputError, match="found 8 pictures of 8 features"):
         frechet(np.zeros((9, 8)), np.zeros((8, 8)))
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (1.0, 1.3)])
+def test_the_limit_is_the_distance_of_the_laws(shift, scale):
+    """Of 16 Gaussian features, prompts at means of their own: values of all seeds are far above it,
+    half of the seeds are few for them."""
+    rng, wide, found = np.random.default_rng(0), 16, []
+    for _ in range(60):
+        means = 2 * rng.standard_normal((8, 1, wide))
+        a, b = (means + rng.standard_normal((8, 7, wide)) for _ in range(2))
+        a = scale * (a - means) + means + shift / wide**0.5
+        whole = frechet(a.reshape(-1, wide), b.reshape(-1, wide))
+        found.append((whole, frechet_limit(a, b)))
+        # The law is a mixture, whose covariance is that of the means and of the seeds.
+        spread = np.cov((means - means.mean(0))[:, 0], rowvar=False, ddof=0)
+        limit = np.eye(wide) * scale**2 + spread, np.eye(wide) + spread
+        found[-1] += (shift**2 + bures(*limit),)
+    whole, limits, expected = np.transpose(found)
+    error = (limits - expected).std() / len(found) ** 0.5
+    bias = (whole - expected).mean()
+    assert bias > 20 * error
+    assert abs((limits - expected).mean()) < max(3 * error, 0.1 * bias)
+
+
+def bures(a, b):
+    """tr(A + B - 2 (A B)^(1/2)), by the eigenvalues of A B."""
+    return np.trace(a + b) - 2 * np.sqrt(np.maximum(np.linalg.eigvals(a @ b).real, 0)).sum()
+
+
+def test_the_limit_by_hand():
+    """A line through the values of all five seeds and of halves of two, at 1 / seeds = 0."""
+    a, b = np.random.default_rng(0).standard_normal((2, 6, 5, 3))
+    flat = [x.reshape(-1, 3) for x in (a, b)]
+    halves = [frechet(a[:, s].reshape(-1, 3), b[:, s].reshape(-1, 3)) for s in ([0, 1], [2, 3])]
+    slope, limit = np.polyfit([1 / 5, 1 / 2], [frechet(*flat), np.mean(halves)], 1)
+    assert slope > 0 and frechet_limit(a, b) == pytest.approx(limit)
+    with pytest.raises(InputError, match="found 2 pictures of 3 features"):
+        frechet_limit(a[:1], b[:1])

@@ -15,13 +15,14 @@ from gadjax.errors import InputError
 from gadjax.evaluation import draw
 from gadjax.evaluation.diversity import cosine_diversity, vendi
 from gadjax.evaluation.draw import reduce_pictures, reduction
-from gadjax.evaluation.evaluate import EvaluationConfig, evaluate
+from gadjax.evaluation.evaluate import evaluate
 from gadjax.evaluation.extractors.flags import load_named, parse_named, write_caches
 from gadjax.evaluation.frechet import frechet
 from gadjax.evaluation.learned import LearnedOutputs, Observer
 from gadjax.evaluation.learned_metrics import describe_learned, learned_metrics
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.protocols import PROTOCOLS
+from gadjax.evaluation.results import EvaluationConfig
 from gadjax.evaluation.set_metrics import Support, cmmd, kid, support_overlap
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.io.image_grid import to_uint8
@@ -192,11 +193,12 @@ def test_pictures_that_are_kept_are_reduced(monkeypatch):
 @pytest.mark.slow
 def test_large_pictures_are_seen_at_their_size(teacher, world, monkeypatch):
     """Features of the full pictures, while reduced ones stay in memory."""
-    config = EvaluationConfig(2, 0, 8, 0, 0)
+    config = EvaluationConfig(2, 0, 8, 0, 0, strips=0)
     evaluation = evaluate(teacher, teacher, PROMPTS, world, config)
     assert reduced_size(evaluation, teacher) == {}
     first = evaluation.rows[0]
-    monkeypatch.setattr(draw, "KEPT_BYTES", 2 * 3 * 3 * 8 * 8 * 3)
+    # Of three rows, at two seeds and as many perturbed ones.
+    monkeypatch.setattr(draw, "KEPT_BYTES", 3 * 2 * 2 * 3 * 8 * 8 * 3)
     evaluation = evaluate(teacher, teacher, PROMPTS, world, config)
     (text,) = reduced_size(evaluation, teacher).values()
     assert text.startswith("of means of 2 x 2 pixels")

@@ -39,7 +39,7 @@ def drawn(seed, width=4, tangents=2, oracle=True):
 
 @pytest.mark.parametrize(
     ("world", "width", "tangents", "count"),
-    [(BOTH, 4, 2, 0), (BOTH, 4, 0, 2), (BOTH, 15, 2, 1), (ORACLE, 0, 2, 7), (World(), 0, 0, 12)],
+    [(BOTH, 4, 2, 0), (BOTH, 4, 0, 2), (BOTH, 15, 2, 2), (ORACLE, 0, 2, 9), (World(), 0, 0, 14)],
 )
 def test_every_metric_is_taken_or_absent_for_a_reason(world, width, tangents, count):
     teacher, student = (drawn(i, width, tangents, world.oracle) for i in range(2))
@@ -54,7 +54,8 @@ def test_a_teacher_is_not_compared_with_itself():
     teacher = drawn(0)
     found = row_metrics(teacher, teacher, drawn(2).features_PSD, PROMPTS, BOTH)
     assert set(found) == {
-        *("adherence", "coverage", "frechet", "vendi", "distance_features", "distance_pixels"),
+        *("adherence", "coverage", "distance_features", "distance_pixels"),
+        *("frechet", "frechet_limit", "vendi", "vendi_corrected"),
         *("identity_features", "identity_pixels"),
     }
 
@@ -107,8 +108,10 @@ def test_seed_identity_of_perturbed_noises():
 
 def test_reason_for_an_absent_frechet_distance():
     assert absent_metrics(drawn(0, 15), PROMPTS, BOTH) == {
-        "frechet": "15 pictures; takes more than the 15 features"
+        "frechet": "15 pictures; takes more than the 15 features",
+        "frechet_limit": "6 pictures of half the seeds; takes more than the 15 features",
     }
+    assert list(absent_metrics(drawn(0, 6), PROMPTS, BOTH)) == ["frechet_limit"]
 
 
 def test_a_teacher_that_draws_every_seed_alike():

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -106,22 +107,39 @@ def test_not_a_number_is_refused():
 
 
 def test_the_worst_prompts_have_pictures_first(monkeypatch):
-    evaluation = made_up(("a", "b"))
+    evaluation = replace(made_up(("a", "b")), strips=())
     order = picture_order(evaluation.rows)
     assert sorted(order) == list(range(PROMPTS))
     # By any student: the first is the last prompt of the one, then the first of the other.
     assert set(order[:3]) == {0, PROMPTS - 1, 8} and order[0] in (0, PROMPTS - 1)
     one = len(page_data(evaluation, texts())["prompts"][0]["sheet"])
-    strips = sum(
-        len(s) for way in page_data(evaluation, texts())["strips"] for s in way["sheets"].values()
-    )
-    monkeypatch.setattr(pages, "BUDGET", strips + 4 * one)
+    monkeypatch.setattr(pages, "BUDGET", 4 * one)
     data = page_data(evaluation, texts())
     shown = [prompt["index"] for prompt in data["prompts"]]
     assert (
         3 <= len(shown) <= 4 and shown == sorted(order[: len(shown)]) and data["total"] == PROMPTS
     )
     assert sum(len(prompt["sheet"]) for prompt in data["prompts"]) <= 4 * one
+
+
+def test_a_file_of_many_models_is_at_most_5_mb():
+    """Of noise, which cannot be compressed: pictures are shown smaller, at least eight prompts and
+    the strips are there."""
+    labels = tuple(f"student {n}" for n in range(6))
+    text = render_page(made_up(labels, prompts=9, side=170), texts(9), SETTINGS)
+    data = read_data(text)
+    assert 2_000_000 < len(text) <= 5_000_000 and data["tile"]["width"] == 80
+    assert len(data["prompts"]) >= pages.LEAST_SHOWN and len(data["strips"]) == 2
+
+
+def test_strips_take_half_of_the_file(monkeypatch):
+    """Those that do not fit are left out, so that prompts are shown."""
+    evaluation = made_up()
+    strips = page_data(evaluation, texts())["strips"]
+    one = sum(map(len, strips[0]["sheets"].values()))
+    monkeypatch.setattr(pages, "BUDGET", 3 * one)
+    data = page_data(evaluation, texts())
+    assert data["strips"] == strips[:1] and len(data["prompts"]) >= PROMPTS - 2
 
 
 def test_a_sheet_has_every_picture_in_its_place():

@@ -21,10 +21,10 @@ from gadjax.cli.main import main
 from gadjax.data.embeddings import Origin, open_embeddings, write_embeddings
 from gadjax.data.prompts import MAX_PROMPT, check_prompt, read_prompts
 from gadjax.errors import InputError, escape_nonprintable, short_repr
-from gadjax.evaluation.evaluate import Evaluation, Row
 from gadjax.evaluation.metric_catalogue import catalogue
 from gadjax.evaluation.oracles import WORLDS
 from gadjax.evaluation.report import as_markdown
+from gadjax.evaluation.results import Evaluation, Row
 from gadjax.formats.model_card import Export, card
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.io.image_grid import grid, wrap_text

@@ -11,9 +11,9 @@ from workdirs import make_workdir
 from gadjax import load
 from gadjax.cli.main import main
 from gadjax.errors import InputError
-from gadjax.evaluation.evaluate import EvaluationConfig
 from gadjax.evaluation.metric_catalogue import catalogue
 from gadjax.evaluation.oracles import WORLDS
+from gadjax.evaluation.results import EvaluationConfig
 from gadjax.formats.diffusers_folder import INDEX
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
 from gadjax.pipelines.adapted import adapted_model

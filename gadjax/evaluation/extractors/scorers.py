@@ -1,4 +1,4 @@
-"""Scorers of a picture for its prompt: CLIPScore, PickScore, and LAION's aesthetic head.
+"""Scorers of a picture for its prompt: CLIPScore, PickScore, SigLIP, LAION's aesthetic head.
 
 A score is of an extractor's features, which are those of `--features` of the same folder.
 """
@@ -8,24 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from gadjax.errors import InputError
-from gadjax.evaluation.extractors.network import (
-    FolderExtractor,
-    compiled,
-    load_extractor,
-    load_params,
-    read_config,
-)
+from gadjax.evaluation.extractors.network import FolderExtractor, load_extractor
+from gadjax.evaluation.extractors.texts import load_text_encoder
 from gadjax.formats.safetensors_file import read_header
 from gadjax.formats.weights import open_weights
-from gadjax.models.keymap import KeyMap
-from gadjax.models.module import functional
-from gadjax.models.text import clip
-from gadjax.models.text.tokenizer import Tokenizer, load_tokenizer
-from gadjax.models.vision.config import tower
 
 HEAD = "aesthetic.safetensors"  # sac+logos+ava1-l14-linearMSE.pth, converted
 HEAD_LAYERS = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
@@ -33,8 +22,10 @@ HEAD_WIDTHS = (768, 1024, 128, 64, 16, 1)
 MEANINGS = {
     "clipscore": "cosine of the picture's and the prompt's vectors, without a factor or a floor",
     "pickscore": "exp(logit_scale) times the cosine (Kirstain et al. 2023)",
+    "siglip": "cosine of SigLIP's vectors of the picture and the prompt, without scale and bias",
     "aesthetic": "LAION's aesthetic predictor v2; it rises with saturation",
 }
+VECTORS = {"CLIPModel": ("clip", "projected"), "SiglipModel": ("siglip", "pooled")}
 OUTSIDE = "score a folder of `gadjax sample --layout` with its own script, and pass --import"
 # Scores whose files are pickles or whose networks are not ported, with the reason.
 REFUSED = {
@@ -85,11 +76,11 @@ class Scorer:
 
 
 def load_scorer(name: str, folder: Path, recipe: str | None = None) -> Scorer:
-    """Load a scorer from the folder of a CLIPModel, with its tokenizer.
+    """Load a scorer from the folder of a CLIPModel or a SiglipModel, with its tokenizer.
 
     Args:
-      name: clipscore, pickscore or aesthetic, and more behind a hyphen (clipscore-h14). The last
-        takes the head's file in the folder too, as aesthetic.safetensors.
+      name: clipscore, pickscore, siglip or aesthetic, and more behind a hyphen (clipscore-h14). The
+        last takes the head's file in the folder too, as aesthetic.safetensors.
       folder: config.json, model.safetensors, preprocessor_config.json and the tokenizer's files.
       recipe: named preprocessing in place of the folder's.
 
@@ -103,15 +94,16 @@ def load_scorer(name: str, folder: Path, recipe: str | None = None) -> Scorer:
             f"--scores: found {name!r}; expected {', '.join(MEANINGS)}, and more behind a hyphen"
         )
     extractor = load_extractor(name, folder, recipe=recipe)
-    if extractor.vector != "projected":
-        raise InputError(f"{folder}: found a {extractor.kind}; expected the folder of a CLIPModel")
+    expected = "SiglipModel" if kind == "siglip" else "CLIPModel"
+    if (extractor.kind, extractor.vector) != VECTORS[expected]:
+        raise InputError(f"{folder}: found a {extractor.kind}; expected the folder of a {expected}")
     if kind == "aesthetic":
         return Scorer(name, kind, extractor, head=_read_head(folder / HEAD, extractor.width))
     scale = 1.0
     if kind == "pickscore":
         scale = _logit_scale(folder)
     truncated: set[str] = set()
-    encode = _text_encoder(folder, truncated)
+    encode = load_text_encoder(folder, truncated)
     return Scorer(name, kind, extractor, scale, encode, None, truncated)
 
 
@@ -124,45 +116,6 @@ def _logit_scale(folder: Path) -> float:
     if not abs(value) < 20:
         raise InputError(f"{folder}: found a logit_scale of {value}; expected about 4.6")
     return math.exp(value)
-
-
-def _text_encoder(folder: Path, truncated: set[str]) -> Callable[[Sequence[str]], np.ndarray]:
-    """Function from prompts to projected text vectors [N, P]."""
-    cfg = read_config(folder)
-    options = tower(cfg, "text") | {
-        "architectures": ["CLIPTextModelWithProjection"],
-        "model_type": "clip_text_model",
-        "projection_dim": cfg.get("projection_dim", 512),
-    }
-    if cfg.get("model_type") != "clip":
-        raise InputError(f"{folder}: found no text tower; expected the folder of a CLIPModel")
-    try:
-        config = clip.Config.from_dict(options)
-    except InputError as error:
-        raise InputError(f"{folder / 'config.json'}, text_config: {error}") from None
-    keymap = KeyMap(
-        renames=clip.FAMILY.keymap.renames,
-        ignored=(*clip.FAMILY.keymap.ignored, r"^vision_model\.", r"^visual_", r"^logit_scale$"),
-    )
-    network = functional(clip.build(config, remat=False))
-    params, _ = load_params(folder, network, keymap)
-    tokenizer = load_tokenizer(folder, "CLIPTokenizer", clean=False, vocab_size=config.vocab_size)
-    run = compiled(lambda params, ids: network.apply(params, ids).pooled)
-
-    def encode(prompts: Sequence[str]) -> np.ndarray:
-        length = config.max_position_embeddings
-        truncated.update(_too_long(tokenizer, prompts, length))
-        ids_BL, _ = tokenizer(prompts, length)
-        # One by one in a fixed shape: texts are few beside pictures.
-        on_device = jax.device_put(params)
-        return np.concatenate([np.asarray(run(on_device, ids[None])) for ids in ids_BL])
-
-    return encode
-
-
-def _too_long(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> list[str]:
-    ids = tokenizer.backend(list(prompts), truncation=False)["input_ids"]
-    return [prompt for prompt, tokens in zip(prompts, ids, strict=True) if len(tokens) > length]
 
 
 def _read_head(path: Path, width: int) -> tuple[np.ndarray, float]:

@@ -49,6 +49,10 @@ class Config:
     use_attention_mask: bool = False  # of diffusers: StableDiffusionPipeline masks padding
     projected: bool = False  # CLIPTextModelWithProjection; `architectures` in the file
 
+    @property
+    def activation(self) -> Callable[[jax.Array], jax.Array]:
+        return ACTIVATIONS[self.hidden_act]
+
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any]) -> "Config":
         """Read a config.json. Raises: InputError naming the key that is absent or unsupported."""
@@ -116,7 +120,8 @@ class Embeddings(nnx.Module):
         return self.token_embedding(ids_BL) + self.position_embedding(jnp.arange(ids_BL.shape[1]))
 
 
-def _norm(c: Config, dtype, rngs: Keys) -> nnx.LayerNorm:
+def layer_norm(c: Config, dtype, rngs: Keys) -> nnx.LayerNorm:
+    """Layer norm of the tokens."""
     # Statistics are in float32 at least; the fast variance would lose digits.
     return nnx.LayerNorm(
         c.hidden_size, epsilon=c.layer_norm_eps, use_fast_variance=False, dtype=dtype, rngs=rngs
@@ -149,7 +154,7 @@ class FeedForward(nnx.Module):
     def __init__(self, c: Config, dtype, rngs: Keys):
         self.fc1 = layers.Linear(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
         self.fc2 = layers.Linear(c.intermediate_size, c.hidden_size, dtype=dtype, rngs=rngs)
-        self.activation = ACTIVATIONS[c.hidden_act]
+        self.activation = c.activation
 
     def __call__(self, x_BLD):
         return self.fc2(self.activation(self.fc1(x_BLD)))
@@ -159,9 +164,9 @@ class Block(nnx.Module):
     """Pre-norm block: self-attention and MLP, with residuals."""
 
     def __init__(self, c: Config, dtype, rngs: Keys):
-        self.layer_norm1 = _norm(c, dtype, rngs)
+        self.layer_norm1 = layer_norm(c, dtype, rngs)
         self.self_attn = Attention(c, dtype, rngs)
-        self.layer_norm2 = _norm(c, dtype, rngs)
+        self.layer_norm2 = layer_norm(c, dtype, rngs)
         self.mlp = FeedForward(c, dtype, rngs)
 
     def __call__(self, x_BLD, bias, has_keys_BL1):
@@ -183,7 +188,7 @@ class TextModel(nnx.Module):
         self.config, self.remat = config, remat
         self.embeddings = Embeddings(c, dtype, rngs)
         self.blocks = stack(lambda r: Block(c, dtype, r), c.num_hidden_layers, rngs)
-        self.final_layer_norm = _norm(c, dtype, rngs)
+        self.final_layer_norm = layer_norm(c, dtype, rngs)
         if c.projected:
             self.text_projection = layers.Linear(
                 c.hidden_size, c.projection_dim, use_bias=False, dtype=dtype, rngs=rngs

@@ -1,7 +1,8 @@
 """Tokenizers: load those of a diffusers folder, or build one from a list of words.
 
-They are transformers' tokenizers (which need no torch), as in diffusers' pipelines. T5's is a
-unigram model (Kudo, arXiv:1804.10959), CLIP's, Gemma's and Qwen's are byte pair encodings.
+They are transformers' tokenizers (which need no torch), as in diffusers' pipelines. T5's and
+SigLIP's are unigram models (Kudo, arXiv:1804.10959), CLIP's, Gemma's and Qwen's are byte pair
+encodings.
 """
 
 import logging
@@ -29,6 +30,7 @@ FILES = {
     "CLIPTokenizer": ("tokenizer.json", "vocab.json"),
     "GemmaTokenizer": ("tokenizer.json", "tokenizer.model"),
     "Qwen2Tokenizer": ("tokenizer.json", "vocab.json"),
+    "SiglipTokenizer": ("spiece.model",),
 }
 KNOWN_FILES = {name for names in FILES.values() for name in names} | {"merges.txt"}
 WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack")  # of a model whose tokenizer is beside it
@@ -102,7 +104,14 @@ class Tokenizer:
                 "%d): they were truncated",
                 *(len(long), len(texts), length, max(long)),
             )
-        out = self.backend(texts, truncation=True, padding="max_length", max_length=length)
+        # SigLIP's files leave the mask out.
+        out = self.backend(
+            texts,
+            truncation=True,
+            padding="max_length",
+            max_length=length,
+            return_attention_mask=True,
+        )
         ids_BL = np.asarray(out["input_ids"], np.int32)
         if self.vocab_size is not None and ids_BL.max(initial=0) >= self.vocab_size:
             raise InputError(

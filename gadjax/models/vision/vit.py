@@ -15,13 +15,12 @@ from flax import nnx
 from gadjax.errors import InputError
 from gadjax.models import layers
 from gadjax.models.module import Keys, scan_blocks, stack
-from gadjax.models.text.clip import ACTIVATIONS as CLIP_ACTIVATIONS
+from gadjax.models.text.siglip import ACTIVATIONS as TEXT_ACTIVATIONS
 from gadjax.models.vision.config import VisionConfig
 from gadjax.models.vision.resize import resize_axes
 from gadjax.ops.attention import attention
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = CLIP_ACTIVATIONS | {
-    "gelu_pytorch_tanh": layers.gelu_tanh,
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = TEXT_ACTIVATIONS | {
     "gelu_new": layers.gelu_tanh,
     "silu": jax.nn.silu,
 }
