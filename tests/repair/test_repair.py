@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -113,6 +114,44 @@ def test_a_finished_repair_is_left_as_it_is(repaired, student, prompts, tiny_pip
 
 
 @pytest.mark.slow
+def test_a_student_that_adds_noise_is_repaired_as_it_draws(tiny_pipeline, prompts, tmp_path):
+    """It is trained and drawn with new noise after each step, before and after; diffusers draws the
+    LoRA on it with LCM's scheduler and that noise."""
+    settings = {"steps": 2, "rollout": "fresh_noise"}
+    run = make_workdir(tmp_path / "run", tiny_pipeline, timesteps=TIMES, student=settings)
+    student, out = tmp_path / "student", tmp_path / "out"
+    export(read_trained(run), student)
+    assert repair(tiny_pipeline, student, prompts, out, "--config.optim.lr=0.03") == 0
+    trained = read_trained(out / "train")
+    assert trained.config["student"]["rollout"] == trained.sampling.rollout == "fresh_noise"
+    assert trained.base == student and trained.sampling.timesteps == TIMES
+    assert {"regression", "tether"} < trained.config["objective"].keys()
+    scheduler = json.loads((out / "lora" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "LCMScheduler"
+    verified = json.loads((out / "lora" / GADJAX_JSON).read_text())["verified"]
+    assert verified["max_difference"] <= 1e-4
+    at = {s: pictures(adapted_model(student, [(out / "lora", s)])) for s in (0.0, 1.0)}
+    np.testing.assert_allclose(at[1.0], pictures(load(str(out / "train"))), atol=1e-4)
+    np.testing.assert_allclose(at[0.0], pictures(load(str(student))), atol=1e-5)
+    assert np.abs(at[1.0] - at[0.0]).max() > 1e-3
+    report = json.loads((out / "repair.json").read_text())
+    assert {"student before", "student after"} < report["rows"].keys()
+
+
+def test_tcds_steps_are_refused(tiny_pipeline, student, tmp_path):
+    folder = tmp_path / "student"
+    shutil.copytree(student, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    betas = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
+    path.write_text(json.dumps(betas | {"_class_name": "TCDScheduler"}))
+    index = json.loads((folder / INDEX).read_text()) | {"scheduler": ["diffusers", "TCDScheduler"]}
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match="found TCDScheduler; expected LCMScheduler or one of"):
+        open_patient(str(folder), tiny_pipeline, tmp_path / "unused")
+
+
+@pytest.mark.slow
 def test_a_repair_without_its_report_only_measures_again(
     repaired, student, prompts, tiny_pipeline, tmp_path
 ):
@@ -165,8 +204,27 @@ def test_an_embedded_guidance_is_no_fault_and_is_trained_with(folders, prompts, 
     assert patient.embedded == 3.5 and len(patient.times) == 8 and patient.times[0] == 1000
     request = Request(str(flux), "s", str(prompts), tmp_path, 7, None, 4, EvaluationConfig(), ())
     assert repair_config(request, patient).student.guidance == 3.5
-    plain = Patient(flux, patient.sampling, TIMES, "ode", None)
+    plain = Patient(flux, patient.sampling, TIMES, "ode", 3.5)
     assert repair_config(request, plain).student.guidance == 1
+
+
+@pytest.mark.parametrize("family,guidance", [("flux_dev", 3.5), ("z_image", 6.0)])
+def test_a_student_that_does_not_tell_is_repaired_at_its_teachers_guidance(
+    folders, prompts, tmp_path, family, guidance
+):
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    shutil.copytree(folders(family), teacher)
+    shutil.copytree(folders(family), student)
+    (student / GADJAX_JSON).write_text(json.dumps({"steps": 4, "guidance": 1.0}))
+    for expected in (guidance, 2.5):
+        patient = open_patient(str(student), teacher, tmp_path / "unused")
+        more = "--config.guidance=7.0"
+        request = Request(
+            str(teacher), "s", str(prompts), tmp_path, 7, None, 4, EvaluationConfig(), ()
+        )
+        assert repair_config(request, patient).guidance == patient.guidance == expected
+        assert repair_config(replace(request, changes=(more,)), patient).guidance == 7
+        (teacher / GADJAX_JSON).write_text(json.dumps({"guidance": 2.5}))
 
 
 @pytest.mark.parametrize(
