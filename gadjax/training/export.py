@@ -20,6 +20,7 @@ from gadjax.formats.weights import fingerprint, open_weights
 from gadjax.io.atomic import atomic_folder, check_no_overlap, check_target, restore_replaced
 from gadjax.io.untrusted import read_json
 from gadjax.pipelines import parity
+from gadjax.pipelines.diffusers_calls import call_arguments
 from gadjax.training.workdir import Trained, shallow
 
 # For a single step PixArtAlphaPipeline takes the second output of `scheduler.step`, and DPM-Solver
@@ -150,7 +151,7 @@ def describe(
         fingerprint=trained.fingerprint,
         latent=(spec.sample_size, spec.sample_size, spec.latent_channels),
         pipeline=pipeline,
-        arguments=parity.call_arguments(teacher, pipeline, sampling),
+        arguments=call_arguments(teacher, pipeline, sampling),
         license=read_license(teacher.path),
         world=world.rpartition(".")[2] if bundled else read_world(teacher.path),
         report=report,

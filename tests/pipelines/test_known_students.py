@@ -18,6 +18,7 @@ from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
 from gadjax.io.untrusted import read_json
 from gadjax.models.params import flatten
 from gadjax.pipelines import parity
+from gadjax.pipelines.diffusers_calls import Variant, draw_in_diffusers
 from gadjax.pipelines.known_students import (
     PUBLISHED_STUDENTS,
     published_loras,
@@ -137,9 +138,9 @@ def test_lightning_is_eulers_trailing_steps_in_diffusers(folders, name):
             pipe.scheduler.config, timestep_spacing="trailing", **changes
         )
 
-    variant = parity.Variant("StableDiffusionXLPipeline", prepare)
+    variant = Variant("StableDiffusionXLPipeline", prepare)
     plain = SamplingConfig(sampling.steps, None, 1.0, 77)
-    theirs = parity._pictures(folder, plain, prompts, noise, variant)
+    theirs = draw_in_diffusers(folder, plain, prompts, noise, variant)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
