@@ -75,11 +75,11 @@ def open_patient(student: str, teacher: Path, made: Path) -> Patient:
     starts, rollout = settings
     embedded = sampling.guidance if pipeline.denoiser.guidance_embedded else 1.0
     guidance = read_teacher_guidance(folder)
-    guidance = _own_guidance(teacher) if guidance is None else guidance
+    guidance = _sampling_guidance(teacher) if guidance is None else guidance
     return Patient(folder, sampling, starts, rollout, float(guidance), embedded)
 
 
-def _own_guidance(teacher: Path) -> float:
+def _sampling_guidance(teacher: Path) -> float:
     """Guidance with which a teacher's folder is sampled."""
     pipeline = make_pipeline(open_folder(teacher, components=()))
     return read_sampling(teacher, pipeline.sampling).guidance

@@ -104,6 +104,17 @@ def test_their_steps(folders, name):
     assert sampling.guidance == GUIDANCE.get(name, 1)
 
 
+def test_hypers_lora_of_one_step_takes_more(folders):
+    """The grids of its card; each step has TCD's whole share of new noise."""
+    pipeline = make_pipeline(open_folder(folders("sd15"), components=()))
+    pipeline, sampling = published_student("hyper-sd1.5-1", pipeline)
+    grids = {4: [999, 759, 499, 259], 8: [999, 879, 759, 639, 499, 379, 259, 139]}
+    for steps, grid in grids.items():
+        sampler, times = sampler_and_times(pipeline, replace(sampling, steps=steps))
+        assert times[:-1].tolist() == grid
+        assert sampler.sample_fn.keywords == {"eta": 1.0} and sampler.stochastic
+
+
 @pytest.mark.parametrize(
     "family,name", [("flux_schnell", "hyper-flux-8"), ("flux_dev", "flux-schnell")]
 )
