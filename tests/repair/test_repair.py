@@ -16,15 +16,17 @@ from gadjax.evaluation.evaluate import EvaluationConfig
 from gadjax.evaluation.metric_catalogue import catalogue
 from gadjax.evaluation.oracles import WORLDS
 from gadjax.formats.diffusers_folder import INDEX
+from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
+from gadjax.formats.scheduler_config import student_scheduler_config
 from gadjax.pipelines.adapted import adapted_model
 from gadjax.pipelines.sampling import draw, initial_noise
 from gadjax.repair.comparison import MEASURED
 from gadjax.repair.patient import Patient, open_patient
 from gadjax.repair.repair import Request, repair_config
 from gadjax.training.checks import validate
-from gadjax.training.export import export
-from gadjax.training.workdir import read_trained
+from gadjax.training.export import export, scheduler_and_sampling
+from gadjax.training.workdir import Trained, read_trained
 
 TIMES = (899.0, 449.0)
 SMALL = "--count=2", "--seeds=2", "--tangents=1", "--library=0", "--updates=2"
@@ -115,8 +117,8 @@ def test_a_finished_repair_is_left_as_it_is(repaired, student, prompts, tiny_pip
 
 @pytest.mark.slow
 def test_a_student_that_adds_noise_is_repaired_as_it_draws(tiny_pipeline, prompts, tmp_path):
-    """It is trained and drawn with new noise after each step, before and after; diffusers draws the
-    LoRA on it with LCM's scheduler and that noise."""
+    """With new noise after each step, before and after; diffusers draws the LoRA on it with that
+    noise and the scheduler that it has."""
     settings = {"steps": 2, "rollout": "fresh_noise"}
     run = make_workdir(tmp_path / "run", tiny_pipeline, timesteps=TIMES, student=settings)
     student, out = tmp_path / "student", tmp_path / "out"
@@ -127,16 +129,35 @@ def test_a_student_that_adds_noise_is_repaired_as_it_draws(tiny_pipeline, prompt
     assert trained.config["student"]["rollout"] == trained.sampling.rollout == "fresh_noise"
     assert trained.base == student and trained.sampling.timesteps == TIMES
     assert {"regression", "tether"} < trained.config["objective"].keys()
-    scheduler = json.loads((out / "lora" / "scheduler" / "scheduler_config.json").read_text())
-    assert scheduler["_class_name"] == "LCMScheduler"
-    verified = json.loads((out / "lora" / GADJAX_JSON).read_text())["verified"]
-    assert verified["max_difference"] <= 1e-4
+    index = json.loads((student / INDEX).read_text())
+    assert index["scheduler"][1] == "LCMScheduler" and not (out / "lora" / "scheduler").exists()
+    export(trained, tmp_path / "merged")
+    for folder in (out / "lora", tmp_path / "merged"):
+        verified = json.loads((folder / GADJAX_JSON).read_text())["verified"]
+        assert verified["max_difference"] <= 1e-4
     at = {s: pictures(adapted_model(student, [(out / "lora", s)])) for s in (0.0, 1.0)}
     np.testing.assert_allclose(at[1.0], pictures(load(str(out / "train"))), atol=1e-4)
     np.testing.assert_allclose(at[0.0], pictures(load(str(student))), atol=1e-5)
     assert np.abs(at[1.0] - at[0.0]).max() > 1e-3
     report = json.loads((out / "repair.json").read_text())
     assert {"student before", "student after"} < report["rows"].keys()
+
+
+def test_a_start_that_adds_noise_keeps_its_scheduler(tiny_pipeline):
+    """In an export; the teacher's, which adds none, is replaced."""
+    plain = open_folder(tiny_pipeline, components=())
+    lcm = student_scheduler_config(plain.scheduler, TIMES, rollout="fresh_noise")
+    noisy = replace(plain, scheduler=lcm)
+    sampling = SamplingConfig(2, TIMES, 1.0, 8, rollout="fresh_noise")
+    trained = Trained(tiny_pipeline, 1, "ema", {}, {}, "", sampling, on_start=True)
+    assert scheduler_and_sampling(trained, noisy) == (None, sampling)
+    assert scheduler_and_sampling(trained, plain) == (lcm, sampling)
+    for other in (
+        replace(trained, on_start=False),
+        replace(trained, sampling=replace(sampling, rollout="ode")),
+    ):
+        with pytest.raises(InputError, match="found 'LCMScheduler'; expected one with determin"):
+            scheduler_and_sampling(other, noisy)
 
 
 def test_tcds_steps_are_refused(tiny_pipeline, student, tmp_path):
