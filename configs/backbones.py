@@ -7,7 +7,7 @@ Command:  gadjax train --config configs/backbones.py:VARIANT --workdir DIR
 Variants: sd35_large (default; stable-diffusion-3.5-large, 1024 pixels), pixart_sigma
           (PixArt-Sigma-XL-2-1024-MS), flux_dev (FLUX.1-dev; student and critic have the
           teacher's guidance as an input), flux_schnell (FLUX.1-schnell, itself a few-step student),
-          z_image (Z-Image), lumina2 (Lumina-Image-2.0)
+          z_image (Z-Image), lumina2 (Lumina-Image-2.0), flux2_klein (FLUX.2-klein-base-4B)
 Hardware: chosen by `gadjax plan`; no variant has run on any.
 Result:   not yet run.
 """
@@ -26,7 +26,7 @@ DDPM = {
     "anchor": {"weight": 0.05, "target": "x0", "steps": 4},
 }
 VARIANTS = {"sd35_large": FLOW, "pixart_sigma": DDPM, "flux_dev": FLOW, "flux_schnell": FLOW}
-VARIANTS |= {"z_image": FLOW, "lumina2": FLOW}
+VARIANTS |= {"z_image": FLOW, "lumina2": FLOW, "flux2_klein": FLOW}
 # Variant -> the teacher's guidance, the student's times, prompt length.
 SAMPLING = {
     "sd35_large": (3.5, (1000.0, 857.69, 602.15, 8.93), 256),
@@ -36,6 +36,7 @@ SAMPLING = {
     # Guidance 5 in diffusers, whose form is cond + s (cond - null).
     "z_image": (6.0, (1000.0, 947.37, 857.14, 666.67), 512),
     "lumina2": (4.0, (1000.0, 947.37, 857.14, 666.67), 256),
+    "flux2_klein": (4.0, (1000.0, 967.38, 908.14, 767.2), 512),  # its grid of 4 at 1024 pixels
 }
 
 

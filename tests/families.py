@@ -134,15 +134,15 @@ def qwen2_tokenizer():
     return tokenizer
 
 
-def qwen3(width: int):
-    from transformers import Qwen3Config, Qwen3Model
+def qwen3(width: int, layers: int = 4, causal: bool = False):
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
     tokenizer = qwen2_tokenizer()
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=40,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=10,
@@ -150,7 +150,7 @@ def qwen3(width: int):
         tie_word_embeddings=True,
         attn_implementation="eager",
     )
-    return tokenizer, Qwen3Model(config)
+    return tokenizer, (Qwen3ForCausalLM if causal else Qwen3Model)(config)
 
 
 def vae_kl(channels: int = 4, **more):
@@ -476,14 +476,56 @@ def flux_dev():
     return flux_schnell(dynamic=True, guidance_embeds=True)
 
 
+def vae_flux2():
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 12),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    with torch.no_grad():
+        vae.bn.running_mean += torch.randn(16)
+        vae.bn.running_var += torch.rand(16)
+    return vae
+
+
+def flux2_klein():
+    import diffusers
+
+    tokenizer, encoder = qwen3(20, layers=28, causal=True)  # 27 of which are read
+    net = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=60,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    return diffusers.Flux2KleinPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae_flux2(),
+        transformer=net,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
 # Prompt lengths that are not the defaults, where they are free.
 LENGTH = {"sana": 20, "sana_sprint": 20, "sd3": 12, "sd35": 12, "sd35_large": 12}
 LENGTH |= {"pixart_sigma": 140, "flux_dev": 12, "flux_schnell": 12}  # PixArt-alpha's are 120
-LENGTH |= {"z_image": 40, "lumina2": 220}  # with a chat, or a system prompt
+LENGTH |= {"z_image": 40, "flux2_klein": 44, "lumina2": 220}  # with a chat or system prompt
 ALL = (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd35, sd35_large, pixart_sigma)
-ALL += (flux_dev, flux_schnell, z_image, lumina2)
+ALL += (flux_dev, flux_schnell, z_image, lumina2, flux2_klein)
 # Side of latents, where no option of the class says it.
-SIDE = {"flux_dev": 8, "flux_schnell": 8, "z_image": 8}
+SIDE = {"flux_dev": 8, "flux_schnell": 8, "z_image": 8, "flux2_klein": 4}
 MAKERS = {f.__name__: f for f in ALL}
 LOADERS = [name for name in MAKERS if name != "pixart_sigma"]  # whose pipelines load a LoRA
 

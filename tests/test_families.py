@@ -6,6 +6,7 @@ import shutil
 import diffusers
 import families
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -49,6 +50,17 @@ def test_network_outputs_are_those_of_diffusers(folders, family):
     assert max(found.values()) <= 1e-5, found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd3", "flux2_klein"])
+def test_networks_of_another_dtype_are_compared_in_it(folders, family):
+    """With the buffers that files hold: a table of positions, a batch norm's statistics."""
+    ours, theirs = (
+        read_pipeline(folders(family), dtype=jnp.bfloat16),
+        read_pipeline(folders(family)),
+    )
+    assert max(parity.compare_networks(ours, theirs, jnp.bfloat16).values()) <= 1e-5
+
+
 SPRINT = {"guidance": 4.5, "steps": 2}
 
 
@@ -66,7 +78,7 @@ def test_images_are_those_of_diffusers(folders, family, tmp_path):
 
 # Sprint embeds the number itself.
 UP_TO_ONE = {"sd3": 0.0, "sdxl": 0.5, "sd15": -1.0, "sana": 1.0, "sana_sprint": 0.5}
-UP_TO_ONE |= {"z_image": 0.5, "lumina2": 1.0}
+UP_TO_ONE |= {"z_image": 0.5, "lumina2": 1.0, "flux2_klein": 1.0}
 
 
 @pytest.mark.parametrize("family", some(UP_TO_ONE, ("sd3",)))
@@ -92,6 +104,7 @@ STORED = {
     "lumina2": {"variant": "fp16", "dtype": "float16"},
     "flux_dev": {"dtype": "bfloat16", "max_shard_size": "150KB"},
     "flux_schnell": {"variant": "fp16", "dtype": "float16"},
+    "flux2_klein": {"dtype": "bfloat16", "max_shard_size": "150KB"},
 }
 
 
@@ -112,11 +125,28 @@ def test_weights_survive_the_round_trip(folders, family, tmp_path):
         before, after = state(folder, name), state(back, name)
         if name.startswith("text_encoder"):  # both spellings are read, one is written
             after = {key: after[prefixed(key, after)] for key in before}
+        before.pop("bn.num_batches_tracked", None)  # which diffusers sets to 0
         assert same(before, after), name
 
 
 def prefixed(key, tensors):
-    return key if key in tensors else f"text_model.{key}"
+    spellings = key, f"text_model.{key}", key.removeprefix("model.")
+    return next(name for name in spellings if name in tensors)
+
+
+@pytest.mark.slow
+def test_a_folder_that_went_both_ways_is_drawn_alike(folders, tmp_path):
+    """Qwen3ForCausalLM's tensors are written without their prefix, a batch norm without its count,
+    and transformers and diffusers load them."""
+    folder, own, back = folders("flux2_klein"), tmp_path / "own", tmp_path / "back"
+    assert main(["convert", str(folder), str(own)]) == 0
+    assert main(["convert", str(own), str(back)]) == 0
+    (back / GADJAX_JSON).write_text(json.dumps({"steps": 2, "guidance": 3.0, "length": 44}))
+    assert parity.compare_pictures(back, PROMPTS) <= 1e-4
+    theirs = [diffusers.DiffusionPipeline.from_pretrained(path) for path in (folder, back)]
+    for part in ("text_encoder", "vae", "transformer"):
+        one, other = (getattr(pipeline, part).state_dict() for pipeline in theirs)
+        assert same(one, other), part
 
 
 @pytest.mark.slow
@@ -151,6 +181,7 @@ STUDENTS = {
     "lumina2": (1000.0, 857.14),
     "flux_dev": (1000.0, 849.2, 652.5, 384.9),
     "flux_schnell": (1000.0, 500.0),
+    "flux2_klein": (1000.0, 958.1, 884.0, 717.5),
 }
 
 
@@ -177,6 +208,7 @@ RECIPES = {
     "dmd2-sdxl-one-step": "sdxl",
     "sid-sd": "sd2_v",
     "flux-schnell": "flux_schnell",
+    "flux2-klein": "flux2_klein",
     "sana-sprint": "sana_sprint",
     "lcm-sd1.5": "sd15",
     "hyper-sd1.5-1": "sd15",
@@ -312,6 +344,28 @@ def test_flux_s_grid_follows_the_size(folders):
     assert ours.shape == (2, 24, 40, 3)
     assert np.abs(ours - draw_in_diffusers(folder, sampling, PROMPTS, noise)).max() <= 1e-4
     with pytest.raises(InputError, match="size: found 26x40 pixels; latents: found 13 x 20"):
+        resized(pipeline, (26, 40))
+
+
+@pytest.mark.slow
+def test_flux2_s_grid_follows_the_size_and_the_number_of_steps(folders):
+    """A tall picture, whose latents are patches, at two numbers of steps."""
+    folder = folders("flux2_klein")
+    pipeline, params = load_pipeline(folder)
+    tall = resized(pipeline, (28, 12))
+    assert tall.latent == (7, 3, 16)
+    shifts = {n: tall.sampler.times(n)[1] / tall.sampler.times(n)[0] for n in (2, 5)}
+    for steps, second in shifts.items():
+        odds = (1 - 1 / steps) / (1 / steps)  # of an even grid's second sigma
+        mu = np.log(second / (1 - second) / odds)
+        at_200, at_10 = 1.6927e-4 * 21 + 0.45666666, 8.73809524e-5 * 21 + 1.89833333
+        assert mu == pytest.approx(at_200 + (steps - 200) * (at_200 - at_10) / 190, rel=1e-5)
+        sampling = pipeline.sampling.__class__(steps, None, 4.0, LENGTH["flux2_klein"])
+        noise = initial_noise(0, len(PROMPTS), tall.latent)
+        ours = draw(Model("klein", tall, params, sampling), PROMPTS, noise) / 2 + 0.5
+        assert ours.shape == (2, 28, 12, 3)
+        assert np.abs(ours - draw_in_diffusers(folder, sampling, PROMPTS, noise)).max() <= 1e-4
+    with pytest.raises(InputError, match="size: found 26x40; expected multiples of 4 pixels"):
         resized(pipeline, (26, 40))
 
 

@@ -37,6 +37,11 @@ Z_IMAGE = {
     "vae": KL16,
 }
 FLUX = {"text_encoder": CLIP_L, "text_encoder_2": T5, "vae": KL16}
+KLEIN = {
+    "transformer": (169, 3_875_544_576),
+    "text_encoder": (398, 4_022_468_096),
+    "vae": (250, 84_046_115 + 2 * 128),  # with the statistics of its batch norm
+}
 INVENTORY = {
     "stable-diffusion-v1-5": {"unet": (686, 859_520_964), "text_encoder": CLIP_L, "vae": KL4},
     "stable-diffusion-2-base": SD2,
@@ -71,6 +76,8 @@ INVENTORY = {
     "stable-diffusion-3.5-large": SD3 | {"transformer": (1227, 8_056_627_520 + 192**2 * 2432)},
     "FLUX.1-dev": FLUX | {"transformer": (1160, 11_901_408_320)},
     "FLUX.1-schnell": FLUX | {"transformer": (1156, 11_891_178_560)},
+    "FLUX.2-klein-base-4B": KLEIN,
+    "FLUX.2-klein-4B": KLEIN,
 }
 
 
@@ -144,6 +151,7 @@ CONFIGS = {
     "backbones.py:lumina2": "Lumina-Image-2.0",
     "backbones.py:flux_dev": "FLUX.1-dev",
     "backbones.py:flux_schnell": "FLUX.1-schnell",
+    "backbones.py:flux2_klein": "FLUX.2-klein-base-4B",
     "sdxl.py": "stable-diffusion-xl-base-1.0",
     "sdxl.py:dmd2": "stable-diffusion-xl-base-1.0",
 }
@@ -175,7 +183,7 @@ def traced(repositories, tmp_path):
 
 SLOW = ("sd2_gad.py:one_gad", "sana_gad.py:both", "sdxl.py", "backbones.py:sd35_large")
 SLOW += ("backbones.py:z_image", "backbones.py:lumina2")
-SLOW += ("backbones.py:flux_dev", "backbones.py:flux_schnell")
+SLOW += ("backbones.py:flux_dev", "backbones.py:flux_schnell", "backbones.py:flux2_klein")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from gadjax.errors import InputError, check_choice
 from gadjax.io.storage import write_atomic
 from gadjax.runtime.status import HEALTH, OF_TEACHER, parse_health
 from gadjax.training.config import changed_config, read_config
-from gadjax.training.health import BANDS, judge
+from gadjax.training.health import BANDS, GUIDANCE, judge
 from gadjax.training.loop import train
 
 STEPS, EVERY = 80, 10
@@ -105,10 +105,12 @@ def write_table(runs: Path, out: Path) -> None:
     }
     finished = {case: case_runs for case, case_runs in finished.items() if case_runs}
     losses = list(dict.fromkeys(k for f in finished.values() for run in f for k in run["rises"]))
-    lines = ["", "## First alarm", "", _line(["", "seeds", *BANDS, *losses])]
-    lines.append("|---" * (len(BANDS) + len(losses) + 2) + "|")
+    raised = {name for f in finished.values() for run in f for name in run["alarms"]}
+    names = [*BANDS, *sorted(name for name in raised if name.startswith(GUIDANCE))]
+    lines = ["", "## First alarm", "", _line(["", "seeds", *names, *losses])]
+    lines.append("|---" * (len(names) + len(losses) + 2) + "|")
     for case, case_runs in finished.items():
-        cells = [" ".join(str(run["alarms"].get(n, "-")) for run in case_runs) for n in BANDS]
+        cells = [" ".join(str(run["alarms"].get(n, "-")) for run in case_runs) for n in names]
         cells += [" ".join(str(run["rises"].get(n, "-")) for run in case_runs) for n in losses]
         lines.append(_line([case, str(len(case_runs)), *cells]))
     lines += ["", "## Values, mean over seeds", ""]

@@ -11,11 +11,13 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -24,8 +26,9 @@ from gadjax.experiments.study_runs import Evaluator, evaluations, train_seeds
 from gadjax.experiments.study_tables import row_path, write_tables
 from gadjax.io.image_grid import grid, save_png
 from gadjax.io.storage import write_atomic
+from gadjax.models.adapters import TARGETS
 from gadjax.runtime.settings import pinned_jax_config
-from gadjax.training.config import as_json, default_config
+from gadjax.training.config import as_json, changed_config, default_config
 from gadjax.training.setup import prepare
 
 BASES = {"regression": {"steps": 4}, "dmd": {}, "tdm": {}, "sid": {}}
@@ -72,16 +75,23 @@ LONGER = {"dmd_long": ("dmd_none", 1.92), "dmd_reg_long": ("dmd_reg", 1.4)}
 
 @dataclass(frozen=True)
 class Family:
-    """Teacher with the guidance of its distillation and evaluation, and the student's timesteps."""
+    """Teacher with the guidance of its distillation and evaluation, and the student's timesteps.
+
+    map_steps: of the teacher in one of the student's steps.
+    changes: of the config beside these.
+    """
 
     teacher: str
     guidance: float
     times: tuple[float, ...]
-    map_steps: int = 4  # of the teacher in one of the student's steps
+    map_steps: int = 4
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 FLOW, EPS = "asset:shapes_flow_teacher", "asset:shapes_teacher"
 FLOW_4, EPS_4 = (999, 749.25, 499.5, 249.75), (899, 674, 449, 224)
+# Student and critic as adapters; the student's rate is that of a repair's.
+ADAPTERS = {"student": {"lora": {"rank": 16}}, "optim": {"lr": 1e-3}, "critic": {"lr": 2e-3}}
 FAMILIES = {
     "flow": Family(FLOW, 4.0, FLOW_4),
     "flow_2_steps": Family(FLOW, 4.0, (999, 499.5)),
@@ -89,6 +99,8 @@ FAMILIES = {
     "eps": Family(EPS, 4.0, EPS_4),
     "flow_guidance_2": Family(FLOW, 2.0, FLOW_4),
     "flow_guidance_7": Family(FLOW, 7.0, FLOW_4),
+    "flow_adapters": Family(FLOW, 4.0, FLOW_4, changes=ADAPTERS),
+    "flow_adapters_int8": Family(FLOW, 4.0, FLOW_4, changes=ADAPTERS | {"int8": TARGETS}),
 }
 
 
@@ -127,6 +139,8 @@ def cells() -> list[str]:
         "eps": ["regression_none", "regression_polar_anchor", *dmd],
         "flow_guidance_2": some,
         "flow_guidance_7": some,
+        "flow_adapters": some,
+        "flow_adapters_int8": ["dmd_polar_anchor", "regression_none"],
     }
     variants["flow"] += ["script", "script_half"]
     return [f"{family}/{name}" for family in FAMILIES for name in variants[family]]
@@ -161,7 +175,7 @@ def config_of(cell: str):
     config.checkpoint.update(every=200, keep=1)
     config.log.every = 20
     config.preview.every = 400
-    return config
+    return changed_config(config, family.changes)
 
 
 @pinned_jax_config()

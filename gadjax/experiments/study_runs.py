@@ -14,6 +14,7 @@ from gadjax.assets import resolve
 from gadjax.data.prompts import read_prompts
 from gadjax.evaluation.evaluate import EvaluationConfig, evaluate
 from gadjax.evaluation.oracles import WORLDS
+from gadjax.models.adapters import merged
 from gadjax.ops.flops import flops
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
@@ -94,9 +95,15 @@ class Evaluator:
         self.prompts = read_prompts(resolve(PROMPTS))
 
     def __call__(self, config: ConfigDict, student: Any) -> dict[str, Any]:
-        """Label and metrics of a student, and its pictures of the first prompts' first noise."""
+        """Label and metrics of a student, and its pictures of the first prompts' first noise.
+
+        student: parameters, or adapters, which are merged with the teacher's.
+        """
         teacher = with_sampling(load(config.teacher), guidance=config.guidance)
-        params = teacher.params | {teacher.pipeline.backbone: student}
+        name = teacher.pipeline.backbone
+        if config.student.lora.rank:
+            student = merged(jax.device_get(teacher.params[name]), student)
+        params = teacher.params | {name: student}
         model = Model("student", teacher.pipeline, params, sampling_from_config(config))
         cache = self.cache.setdefault(key_of(config), {})
         evaluation = evaluate(

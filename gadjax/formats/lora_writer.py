@@ -28,6 +28,7 @@ LORA_LOADERS = (
     "Lumina2Pipeline",
     "ZImagePipeline",
     "FluxPipeline",
+    "Flux2KleinPipeline",
     "SanaPipeline",
     "SanaSprintPipeline",
 )

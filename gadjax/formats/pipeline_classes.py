@@ -25,6 +25,7 @@ SHIFTED = (SD3, FLUX, LUMINA, Z_IMAGE)  # they add the shift_factor of an autoen
 
 _CLIP, _PROJECTED = ("CLIPTextModel",), ("CLIPTextModelWithProjection",)
 _KL, _UNET = {"vae": ("AutoencoderKL",)}, {"unet": ("UNet2DConditionModel",)}
+_QWEN3 = {"text_encoder": ("Qwen3Model", "Qwen3ForCausalLM")}
 _PIXART = _KL | {
     "transformer": ("PixArtTransformer2DModel", "Transformer2DModel"),
     "text_encoder": ("T5EncoderModel",),
@@ -51,11 +52,8 @@ PIPELINES: dict[str, dict[str, tuple[str, ...]]] = {
         "text_encoder_3": ("T5EncoderModel",),
     },
     LUMINA: _KL | {"transformer": ("Lumina2Transformer2DModel",), "text_encoder": ("Gemma2Model",)},
-    Z_IMAGE: _KL
-    | {
-        "transformer": ("ZImageTransformer2DModel",),
-        "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
-    },
+    Z_IMAGE: _KL | _QWEN3 | {"transformer": ("ZImageTransformer2DModel",)},
+    KLEIN: _QWEN3 | {"transformer": ("Flux2Transformer2DModel",), "vae": ("AutoencoderKLFlux2",)},
     FLUX: _KL
     | {
         "transformer": ("FluxTransformer2DModel",),

@@ -58,10 +58,12 @@ class Autoencoder(Family):
     Attributes:
       scale: (raw latents, config) -> latents of the denoiser.
       unscale: the inverse of `scale`.
+      torch_codec: network of diffusers -> the same with the port's latents, where it has others.
     """
 
     scale: Callable[[jax.Array, Any], jax.Array]
     unscale: Callable[[jax.Array, Any], jax.Array]
+    torch_codec: Callable[[Any], Any] = lambda network: network
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

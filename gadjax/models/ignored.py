@@ -102,6 +102,7 @@ IGNORED: dict[str, dict[str, str]] = {
     "ZImageTransformer2DModel": {},
     "Lumina2Transformer2DModel": {"scaling_factor": "the class does not use it"},
     "FluxTransformer2DModel": {},
+    "Flux2Transformer2DModel": {},
     "CLIPTextModel": _CLIP,
     "CLIPTextModelWithProjection": _CLIP,
     "T5EncoderModel": _T5,
@@ -113,6 +114,7 @@ IGNORED: dict[str, dict[str, str]] = {
         "force_upcast": "of float16, in which gadjax does not compute",
     },
     "AutoencoderDC": {},
+    "AutoencoderKLFlux2": {"sample_size": "of tiling", "batch_norm_momentum": _TRAINING},
     "DPMSolverMultistepScheduler": _THRESHOLDS
     | {
         "lower_order_final": "the last step is of order 1 in any case, as it ends at sigma 0",
@@ -148,6 +150,7 @@ IGNORED_TENSORS: dict[str, dict[str, str]] = {
         r"^(text_model\.)?embeddings\.position_ids$": "the integers 0, 1, ... in older files"
     },
     "Qwen3ForCausalLM": {r"^lm_head\.weight$": _NO_HEAD},
+    "AutoencoderKLFlux2": {r"^bn\.num_batches_tracked$": "a count of training's batches"},
 }
 
 

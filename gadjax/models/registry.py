@@ -26,6 +26,7 @@ COMPONENTS = {
     "ZImageTransformer2DModel": "gadjax.models.zimage",
     "Lumina2Transformer2DModel": "gadjax.models.lumina2",
     "FluxTransformer2DModel": "gadjax.models.flux",
+    "Flux2Transformer2DModel": "gadjax.models.flux2",
     "CLIPTextModel": "gadjax.models.text.clip",
     "CLIPTextModelWithProjection": "gadjax.models.text.clip",
     "T5EncoderModel": "gadjax.models.text.t5",
@@ -34,6 +35,7 @@ COMPONENTS = {
     "Qwen3ForCausalLM": "gadjax.models.text.qwen3",
     "AutoencoderKL": "gadjax.models.vae.autoencoder_kl",
     "AutoencoderDC": "gadjax.models.vae.autoencoder_dc",
+    "AutoencoderKLFlux2": "gadjax.models.vae.autoencoder_flux2",
 }
 
 # Word in an option's name -> its largest number and the most items of a list: far above what is

@@ -89,8 +89,9 @@ def shardings(tree: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh)
     """Shardings of all leaves by rules: the first regex that matches the leaf's path decides.
 
     Optimizer moments and averages end in the same path as their parameter, so one set of rules
-    covers them. A leaf of MIN_SHARDED_SIZE elements or more that its rule replicates, such as the
-    stacked biases of many layers, is sharded over fsdp along the last axis that fsdp divides.
+    covers them. A leaf of MIN_SHARDED_SIZE elements or more that its rule leaves whole on this
+    mesh, such as the stacked biases of many layers, or an adapter's half whose axis is that of
+    "tensor" where the mesh has none, is sharded over fsdp along the last axis that fsdp divides.
 
     Args:
       tree: arrays or their shapes.
@@ -113,7 +114,8 @@ def shardings(tree: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh)
             if math.prod(leaf.shape) >= MIN_SHARDED_SIZE:
                 raise InputError(f"sharding: found no rule for {name} {tuple(leaf.shape)}")
             spec = PartitionSpec()
-        if math.prod(leaf.shape) >= MIN_SHARDED_SIZE and not any(spec):
+        splits = any(mesh.shape.get(axis, 1) > 1 for axis in spec)
+        if math.prod(leaf.shape) >= MIN_SHARDED_SIZE and not splits:
             spec = shard_last_axis(leaf.shape, mesh)
         spec = PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in spec))
         sides = [(a, n) for n, a in zip(leaf.shape, spec, strict=False) if a is not None]

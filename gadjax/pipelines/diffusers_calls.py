@@ -17,7 +17,7 @@ from gadjax.diffusion.samplers import keys_from_noise, step_noise
 from gadjax.diffusion.schedules import Flow
 from gadjax.errors import RunStopped
 from gadjax.formats.diffusers_folder import INDEX, PipelineFolder
-from gadjax.formats.pipeline_classes import FLUX, PACKED, PASSES_SIGMAS, SD3, Z_IMAGE
+from gadjax.formats.pipeline_classes import FLUX, KLEIN, PACKED, PASSES_SIGMAS, SD3, Z_IMAGE
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.io.untrusted import read_json
 
@@ -130,7 +130,8 @@ def draw_in_diffusers(
     noise_BHWC = sampling.scale * noise_BHWC
     kind = type(pipeline)
     if kind.__name__ in PASSES_SIGMAS:  # whose default size is not the network's
-        height, width = (side * pipeline.vae_scale_factor for side in noise_BHWC.shape[1:3])
+        factor = pipeline.vae_scale_factor * (2 if kind.__name__ == KLEIN else 1)  # of patches
+        height, width = (side * factor for side in noise_BHWC.shape[1:3])
         arguments |= {"height": height, "width": width}
 
     def as_latents(x_BHWC):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gadjax.errors import InputError, check_choice
-from gadjax.formats.pipeline_classes import FLUX, PIXART, SD, SD3, SDXL, SPRINT, Z_IMAGE
+from gadjax.formats.pipeline_classes import FLUX, KLEIN, PIXART, SD, SD3, SDXL, SPRINT, Z_IMAGE
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.scheduler_config import DDIM, DPM, LCM, TCD, schedule_from_config
 from gadjax.pipelines.pipeline import Pipeline, with_scheduler
@@ -162,6 +162,7 @@ PUBLISHED_STUDENTS = {
     "flux-turbo-alpha": PublishedStudent(
         FLUX, 8, guidance=3.5, length=512, files=r"FLUX\.1-Turbo-Alpha\b.*"
     ),
+    "flux2-klein": PublishedStudent(KLEIN, 4),  # the card of FLUX.2-klein-4B: guidance 1
     # Chen et al., arXiv:2503.09641.
     "sana-sprint": PublishedStudent(SPRINT, 2, guidance=4.5),
     # Whole U-Nets of one step, of the same cards as the LoRAs.

@@ -71,7 +71,7 @@ def compare_networks(ours: PipelineFolder, theirs: PipelineFolder, dtype=None) -
         with diffusers_errors(), torch.no_grad(), _EXACT():
             network = _load(theirs, part)
             if dtype is not None:
-                for value in network.parameters():  # no buffers: they are in no file
+                for value in network.state_dict().values():  # what files have
                     value.copy_(value.to(getattr(torch, np.dtype(dtype).name)))
             apply = jax.jit(
                 functional(part.family.build(part.spec)).apply, static_argnames="method"
@@ -146,11 +146,12 @@ def _text_encoder(part: Component, apply, network) -> Iterator[tuple[str, Any, A
         yield f"{part.name} pooled", ours.pooled, pooled
         return
     mask = np.array([[1] * TOKENS, [1] * 5 + [0] * (TOKENS - 5)], np.int32)
-    theirs = network(ids_torch, attention_mask=torch.from_numpy(mask))
+    theirs = network.base_model(ids_torch, attention_mask=torch.from_numpy(mask))
     yield part.name, apply(part.params, ids, mask), theirs.last_hidden_state
 
 
 def _vae(part: Component, apply, network) -> Iterator[tuple[str, Any, Any]]:
+    network = part.family.torch_codec(network)
     latent, latent_torch = _normal(3, 1, 8, 12, part.spec.latent_channels)
     ours, theirs = apply(part.params, latent, method="decode"), network.decode(latent_torch).sample
     yield f"{part.name} decode", ours, _nhwc(theirs)

@@ -18,7 +18,7 @@ from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import INDEX, PipelineFolder
 from gadjax.formats.orbax_folder import abstract_folder, open_folder
 from gadjax.formats.pipeline_classes import check_classes
-from gadjax.formats.sampling_config import SamplingConfig
+from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.formats.scheduler_config import (
     floors_timesteps,
     parameterization_from_config,
@@ -62,6 +62,11 @@ class Pipeline:
     def sampling(self) -> SamplingConfig:
         """Default sampling settings of the family's pipeline in diffusers."""
         return SamplingConfig(self.prompts.steps, None, self.prompts.guidance, self.prompts.length)
+
+    @property
+    def folder_guidance(self) -> float:
+        """Guidance scale of the folder, else of the family's pipeline, as the denoiser takes it."""
+        return self.denoiser.guidance_scale(read_sampling(self.folder.path, self.sampling).guidance)
 
     def guided(self, guidance: float) -> bool:
         """True if a guidance is classifier-free guidance, which an embedded one is not."""

@@ -31,13 +31,14 @@ class Band(NamedTuple):
         return max(apart * self.sides, 0) if self.sides else abs(apart)
 
 
+GUIDANCE = "guidance/"  # before the name: of the teacher at the run's guidance, beside its own
 BANDS = {
     "seed_similarity": Band(0.1, sides=1),
     "same_seed": Band(0.4, sides=-1),
     "x0_rms": Band(0.15, least=1e-3),
     "low_band": Band(0.25, least=1e-3),
     "saturation": Band(0.2, least=0.1),
-    "contrast": Band(0.2, least=0.1),
+    "contrast": Band(0.4, least=0.1),
     "clipped": Band(0.05, sides=1),
 }
 
@@ -50,7 +51,14 @@ class Health:
     before it. Its state is the rows: a resumed run reads those before its step.
     """
 
-    def __init__(self, workdir: Path, done: int, teacher: Drawn | None, seeds: int):
+    def __init__(
+        self,
+        workdir: Path,
+        done: int,
+        teacher: Drawn | None,
+        seeds: int,
+        weaker: Drawn | None = None,
+    ):
         """Read the rows of earlier previews, and take the teacher's signals.
 
         Args:
@@ -58,9 +66,16 @@ class Health:
           done: steps that are done; later rows are those of a start that was killed.
           teacher: what it has drawn; None where a run has no teacher: no alarms.
           seeds: noises of each prompt.
+          weaker: what the teacher has drawn at its folder's own, weaker guidance; None where the
+            run's is not stronger.
         """
         self.teacher, self.seeds = teacher, seeds
         self.reference = {} if teacher is None else self._measure(teacher)
+        self.of_guidance = {}
+        if weaker is not None:
+            for name, value in measure(weaker, seeds).items():
+                self.of_guidance[GUIDANCE + name] = self.reference[name]
+                self.of_guidance[GUIDANCE + name + OF_TEACHER] = value
         self.best: dict[str, float] = {}
         self.alarms: list[str] = []
         for row in _rows(workdir / HEALTH):
@@ -72,6 +87,7 @@ class Health:
         finite), and the alarms."""
         values = self._measure(student)
         values |= {f"{name}{OF_TEACHER}": value for name, value in self.reference.items()}
+        values |= self.of_guidance
         row = {name: x if math.isfinite(x) else None for name, x in values.items()}
         self.alarms = judge(row, self.best)
         return {"step": step} | row | {"alarms": self.alarms}
@@ -92,6 +108,9 @@ def judge(row: Mapping[str, Any], best: dict[str, float]) -> list[str]:
     """
     alarms = []
     for name, band in BANDS.items():
+        strong, weak = (row.get(f"{GUIDANCE}{name}{end}") for end in ("", OF_TEACHER))
+        if None not in (strong, weak) and band.distance(strong, weak) > 1:
+            alarms.append(GUIDANCE + name)
         if row.get(name + OF_TEACHER) is None:
             continue
         distance = math.inf

@@ -16,7 +16,6 @@ from gadjax.checkpoints.replicas import check_replicas
 from gadjax.checkpoints.save_policy import SavePolicy
 from gadjax.data.source import prefetch
 from gadjax.errors import InputError, RunStopped, escape_nonprintable
-from gadjax.formats.sampling_config import read_sampling
 from gadjax.io.storage import write_atomic
 from gadjax.io.untrusted import read_json
 from gadjax.models.adapters import adapter_rules
@@ -204,10 +203,8 @@ def log_start(run: Run, done: int, state: TrainState, note: Callable[[str], None
         f"resumed at step {done}" if done else parameter_table(nested_dict(state.params["student"]))
     )
     if run.step_spec.objective.needs.uses_teacher:
-        stored = read_sampling(run.pipeline.folder.path, run.pipeline.sampling).guidance
-        stored = run.pipeline.denoiser.guidance_scale(stored)
         note(f"teacher: {escape_nonprintable(run.teacher)}")
-        note(guidance_note(run.step_spec.guidance, stored))
+        note(guidance_note(run.step_spec.guidance, run.pipeline.folder_guidance))
 
 
 def guidance_note(guidance: float, stored: float) -> str:

@@ -22,6 +22,7 @@ from gadjax.training.signals import Drawn
 from gadjax.training.state import TrainState
 
 MAX_COLUMNS = 8  # of a sheet, where it has no more prompts
+STRONG = 1.25  # times the guidance of the teacher's folder: its pictures are compared with those
 
 
 class Preview:
@@ -81,12 +82,15 @@ class Preview:
         # A network trained by plain denoising is sampled like a teacher.
         student_sampling = few_step if needs.is_few_step else many_step
         self.draw = lambda params: draw(params, student_sampling)
-        self.teacher = None
+        self.teacher = weaker = None
         if pipeline.backbone in frozen:
             self.teacher = draw(frozen[pipeline.backbone], many_step)
+            if step_spec.guidance > STRONG * pipeline.folder_guidance:
+                weaker_sampling = SamplingConfig(guidance=pipeline.folder_guidance)
+                weaker = draw(frozen[pipeline.backbone], weaker_sampling)
         per_prompt = max(1, MAX_COLUMNS // count)  # noises of a prompt on the sheet
         self.shown = [n for n in range(count * seeds) if n % seeds < per_prompt]
-        self.health = Health(workdir, done, self.teacher, seeds)
+        self.health = Health(workdir, done, self.teacher, seeds, weaker)
 
     def is_due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.last

@@ -49,6 +49,8 @@ TRAINS = {
     "DP-DMD": (DPDMD, 5),
     "both": (DPDMD | {"gad": GAD["gad"]}, 5),
 }
+# configs/backbones.py as it is, and with whole weights.
+ADAPTERS, WHOLE = "adapters", "whole weights"
 FLOWS = "sana_gad.py", "sd35_dpdmd.py"  # configs with an anchor on v
 # Name in a row -> repository, config, changes of its transformer.
 BACKBONES = {
@@ -62,6 +64,13 @@ BACKBONES = {
         "pixart_gad.py",
         {"num_layers": 30, "num_attention_heads": 32, "cross_attention_dim": 2304},
     ),
+    "SD 3.5 large, 1024 px": ("stable-diffusion-3.5-large", "backbones.py:sd35_large", {}),
+    "PixArt-Sigma, 1024 px": ("PixArt-Sigma-XL-2-1024-MS", "backbones.py:pixart_sigma", {}),
+    "FLUX.1-dev, 1024 px": ("FLUX.1-dev", "backbones.py:flux_dev", {}),
+    "FLUX.1-schnell, 1024 px": ("FLUX.1-schnell", "backbones.py:flux_schnell", {}),
+    "Z-Image, 1024 px": ("Z-Image", "backbones.py:z_image", {}),
+    "FLUX.2-klein, 1024 px": ("FLUX.2-klein-base-4B", "backbones.py:flux2_klein", {}),
+    "Lumina 2, 1024 px": ("Lumina-Image-2.0", "backbones.py:lumina2", {}),
 }
 
 
@@ -93,6 +102,7 @@ class Row(NamedTuple):
 
 XL, LARGE = "PixArt-XL, 512 px", "a PixArt of 2.6 B, 1024 px"
 SD35 = "SD 3.5 medium, 1024 px"
+SD35_LARGE, FLUX = "SD 3.5 large, 1024 px", "FLUX.1-dev, 1024 px"
 ROWS = {
     # The aims of memory.
     "pixart-gad-8": Row(XL, "GAD", "v5e:4x4", 8, 16, most=3.5),
@@ -135,6 +145,21 @@ ROWS = {
     # Eight cards, compiled for where JAX has its CUDA plugin.
     "pixart-both-h100": Row(XL, "both", "h100:8", 16, 8),
     "sd35-both-h200": Row(SD35, "both", "h200:8", 4, 8),
+    # Adapters of large backbones, on the smallest slice that trains them.
+    # libtpu fails on it as on pixart-dpdmd.
+    "sigma-adapters": Row("PixArt-Sigma, 1024 px", ADAPTERS, "v5e:2x2", 1, 4, tight=True),
+    "sd35-large-adapters": Row(SD35_LARGE, ADAPTERS, "v5e:2x4", 1, 8),
+    "flux-dev-adapters-8": Row(FLUX, ADAPTERS, "v5e:2x4", 1, 8),
+    "flux-dev-adapters": Row(FLUX, ADAPTERS, "v5e:4x4", 1, 16),
+    "flux-schnell-adapters": Row("FLUX.1-schnell, 1024 px", ADAPTERS, "v5e:4x4", 1, 16),
+    "z-image-adapters": Row("Z-Image, 1024 px", ADAPTERS, "v5e:2x4", 1, 8),
+    "flux2-klein-adapters": Row("FLUX.2-klein, 1024 px", ADAPTERS, "v5e:2x2", 1, 4),
+    "lumina2-adapters": Row("Lumina 2, 1024 px", ADAPTERS, "v5e:2x2", 1, 4),
+    # The same on one card, and with whole weights.
+    "sd35-large-adapters-h200": Row(SD35_LARGE, ADAPTERS, "h200:1", 1, 1),
+    "flux-dev-adapters-h200": Row(FLUX, ADAPTERS, "h200:1", 1, 1),
+    "sd35-large-whole": Row(SD35_LARGE, WHOLE, "v5e:4x8", 1, 32),
+    "flux-dev-whole": Row(FLUX, WHOLE, "v5e:8x8", 1, 64),
 }
 
 
@@ -143,12 +168,13 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
     repository, file, changes = BACKBONES[row.backbone]
     teacher = write_folder(repository, folder, transformer=changes)
     config = read_config([f"--config={ROOT}/configs/{file}", f"--config.teacher={teacher}"])
-    objective, updates = TRAINS[row.trains]
     chips = row.fsdp * row.data
-    config.objective = objective
-    if "anchor" in objective and file in FLOWS:
-        config.objective.anchor.target = "v"
-    config.critic.updates = updates
+    if row.trains == WHOLE:
+        config.student.lora.rank = 0
+    elif row.trains != ADAPTERS:
+        config.objective, config.critic.updates = TRAINS[row.trains]
+        if "anchor" in config.objective and file in FLOWS:
+            config.objective.anchor.target = "v"
     config.mesh.update(data=row.data, fsdp=row.fsdp)
     config.batch, config.microbatch, config.offload = row.batch * chips, 0, row.offload
     config.remat = row.remat
@@ -286,11 +312,12 @@ Compiled before attention changed its layouts and norms and GELU were recomputed
 Results of `gadjax plan` for the papers' backbones (bfloat16, Pallas attention where the network has
 one, prompts encoded in the step, float32 masters with moments and an EMA; each row's .json is
 beside this page). GAD is TDM + GAD along a map of 4 steps with one critic update; DP-DMD is DMD
-through the whole rollout + the anchor of 10 teacher steps with five; both is DP-DMD + GAD. A chip
-has all of its samples at once. "of it held" is the memory in use between updates; "lean" is the
-peak without text encoder and EMA, which the step of the aims did not have. "tight": XLA's scheduler
-is limited to a tenth of the chip's memory for overlap (it takes up to 95 % otherwise, so that a
-program is not as small as it can be);
+through the whole rollout + the anchor of 10 teacher steps with five; both is DP-DMD + GAD; adapters
+is configs/backbones.py (DMD + GAD + anchor, LoRA of rank 64 for student and critic on one bfloat16
+base). A chip has all of its samples at once. "of it held" is the memory in use between updates;
+"lean" is the peak without text encoder and EMA, which the step of the aims did not have. "tight":
+XLA's scheduler is limited to a tenth of the chip's memory for overlap (it takes up to 95 %
+otherwise, so that a program is not as small as it can be);
 `LIBTPU_INIT_ARGS=--xla_tpu_scheduler_percent_shared_memory_limit=10` limits a run's. "offload":
 teacher, moments and EMA are offloaded to the host's memory. "results kept": `remat = "results"`.
 The images are a ceiling at 40 % of the peak. Seconds, on two slow cores beside other work, are

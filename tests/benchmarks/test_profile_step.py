@@ -67,6 +67,7 @@ def run_alone(script: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_kernels_of_a_trace_are_the_programs(tmp_path):
     """The product dominates a program of one product, and no kernel is counted twice."""
     rows, elapsed = json.loads(run_alone(Path(__file__), str(tmp_path)))

@@ -186,6 +186,7 @@ def test_a_flipped_bit_in_any_replica_is_detected():
     run_on_devices(8, __file__)
 
 
+@pytest.mark.slow
 def test_every_process_detects_it():
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     port = free_port()

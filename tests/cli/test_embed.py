@@ -2,6 +2,8 @@
 
 import shutil
 
+import families
+import jax
 import numpy as np
 import pytest
 from checkpoints import edit, refused
@@ -13,6 +15,8 @@ from gadjax.data.embeddings import open_embeddings
 from gadjax.data.images import open_images
 from gadjax.formats.fingerprints import text_fingerprint
 from gadjax.pipelines.pipeline import load_pipeline
+from gadjax.seeds import make_key
+from gadjax.training.batch import make_batch
 from gadjax.training.config import default_config
 from gadjax.training.data import open_data
 
@@ -173,3 +177,28 @@ def test_a_lora_without_text_encoders_is_refused(folders, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["embed", "--model", str(folders("sd15")), *flags, "--out", str(out)]) == 2
     assert "found no adapters of a text encoder" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families.MAKERS)
+def test_a_run_has_the_batches_that_its_encoders_would_make(folders, family, tmp_path):
+    folder, prompts = folders(family), tmp_path / "prompts.txt"
+    prompts.write_text("red circle\na blue square above a circle\ngreen\n")
+    length = families.LENGTH.get(family, 77)  # as CLIP takes them
+    flags = ("--length", str(length), "--batch", "2")
+    command = ["embed", "--model", str(folder), "--prompts", str(prompts), *flags]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    pipeline, params = load_pipeline(folder)
+    config = default_config()
+    config.teacher, config.data.length = str(folder), length
+    batches = []
+    for data in ({"prompts": str(prompts)}, {"embeddings": str(tmp_path / "out")}):
+        config.data.update({"prompts": "", "embeddings": ""} | data)
+        source, null = open_data(config, pipeline)
+        networks = params | {"null": null}
+        batches.append(make_batch(pipeline, networks, source.batch(0, 3), make_key(3), 0))
+    ours, ahead = ([jax.device_get(part) for part in (b.cond, b.null)] for b in batches)
+    for a, b in zip(*map(jax.tree.leaves, (ours, ahead)), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(a).max(), 1e-3))
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(ours)) > 1e-2

@@ -35,6 +35,7 @@ def student(workdir, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_weights_are_the_average(student, tiny_pipeline):
     expected = jax.tree.map(lambda x: jnp.asarray(x) * (1 - 0.02 * 2), transformer(tiny_pipeline))
     jax.tree.map(np.testing.assert_array_equal, transformer(student), expected)
@@ -58,6 +59,7 @@ def test_gadjax_json_and_model_card(student, tiny_pipeline):
     assert str(tiny_pipeline.parent) not in card.content
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_by_the_line_in_the_card(student):
     pipe = PixArtAlphaPipeline.from_pretrained(student, dtype=torch.float32)
     assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler)
@@ -130,6 +132,7 @@ def test_nothing_is_written_if_images_differ_from_diffusers(workdir, tmp_path, f
     fails(["export", "--workdir", workdir, "--out", out], 3, "diffusers: ValueError", out=out)
 
 
+@pytest.mark.slow
 def test_verified_later(workdir, tmp_path, gadjax, fails, monkeypatch):
     out = tmp_path / "student"
     with monkeypatch.context() as patch:

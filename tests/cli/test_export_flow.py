@@ -95,6 +95,7 @@ def short_run(folder, teacher, prompts, timesteps, objective):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("eps", marks=pytest.mark.slow), "flow"])
 def test_a_student_of_one_step_from_training_to_diffusers(
     tiny_pipeline, flow_pipeline, prompts, tmp_path, gadjax, kind

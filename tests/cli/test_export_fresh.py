@@ -16,7 +16,7 @@ SCHEDULERS = {
     "flux_schnell": ("FlowMatchLCMScheduler", (1000, 750.5, 400)),
     "sdxl": ("LCMScheduler", (999, 749, 499, 249)),
 }
-SLOW = ("sd3", "sana", "sdxl", "flux_schnell")
+FAMILIES = ("sd3", "sana", "sdxl", "flux_schnell")
 OBJECTIVE = {"dmd": {}, "gad": {"end": "clean", "steps": 1}, "anchor": {"steps": 1}}
 
 
@@ -32,9 +32,8 @@ def write(path, teacher, prompts, times, **changes):
     return config_file(path, **settings | {"steps": 2, "batch": 2, "remat": "none"} | changes)
 
 
-@pytest.mark.parametrize(
-    "family", ["tiny", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["tiny", *FAMILIES])
 def test_from_training_to_diffusers(family, request, folders, prompts, tmp_path, gadjax):
     teacher = request.getfixturevalue("tiny_pipeline") if family == "tiny" else folders(family)
     scheduler, times = SCHEDULERS[family]

@@ -53,6 +53,7 @@ def test_files_of_an_exported_lora(exported, tiny_pipeline):
     assert "gadjax sample --model tiny --lora lora --prompts" in card
 
 
+@pytest.mark.slow
 def test_a_lora_is_sampled_as_the_run_it_is_of(
     gadjax, trained, exported, tiny_pipeline, prompts, tmp_path
 ):
@@ -70,6 +71,7 @@ def test_a_lora_is_sampled_as_the_run_it_is_of(
     assert model.sampling == merged.sampling
 
 
+@pytest.mark.slow
 def test_a_converted_folder_has_it_merged(gadjax, exported, tiny_pipeline, tmp_path):
     own, back = tmp_path / "own", tmp_path / "back"
     gadjax("convert", tiny_pipeline, own, "--lora", f"{exported}:0.5")

@@ -1,7 +1,30 @@
 """Everything but the checks runs where neither torch nor diffusers can be imported."""
 
+import pytest
 from programs import run_python
 from tiny_run import config_file
+
+IMPORTS = """
+import importlib, pkgutil, sys
+
+
+class Refusal:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("torch", "diffusers"):
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, Refusal())
+
+import gadjax
+
+names = [m.name for m in pkgutil.walk_packages(gadjax.__path__, "gadjax.")]
+# Modules of programs begin them when they are imported; configs are of users.
+for name in names:
+    if not name.endswith("__main__") and not name.startswith(("gadjax.configs", "gadjax.assets")):
+        importlib.import_module(name)
+print(len(names))
+"""
 
 SCRIPT = """
 import sys
@@ -29,6 +52,12 @@ assert not {name.split(".")[0] for name, m in sys.modules.items() if m} & {"torc
 """
 
 
+def test_every_module_is_imported_without_torch():
+    done = run_python("-c", IMPORTS)
+    assert int(done.stdout) > 200
+
+
+@pytest.mark.slow
 def test_without_torch(tiny_pipeline, workdir, prompts, tmp_path):
     out = tmp_path / "out"
     config = config_file(

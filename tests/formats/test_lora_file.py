@@ -239,6 +239,18 @@ ORIGINAL = {
         ("final_layer.adaLN_modulation.1", ("all_final_layer.2-1.adaLN_modulation.1",), False),
         ("t_embedder.mlp.2", ("t_embedder.mlp.2",), False),
     ],
+    "flux2_klein": [
+        (
+            "double_blocks.1.txt_attn.qkv",
+            tuple(f"transformer_blocks.1.attn.add_{x}_proj" for x in "qkv"),
+            False,
+        ),
+        ("double_blocks.0.img_mlp.0", ("transformer_blocks.0.ff.linear_in",), False),
+        ("single_blocks.1.linear1", ("single_transformer_blocks.1.attn.to_qkv_mlp_proj",), False),
+        ("single_blocks.0.linear2", ("single_transformer_blocks.0.attn.to_out",), False),
+        ("single_stream_modulation.lin", ("single_stream_modulation.linear",), False),
+        ("final_layer.adaLN_modulation.1", ("norm_out.linear",), True),
+    ],
     "flux_dev": [
         (
             "double_blocks.1.img_attn.qkv",

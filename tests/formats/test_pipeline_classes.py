@@ -148,6 +148,7 @@ FAMILIES = (
     "z_image",
     "lumina2",
     "flux_dev",
+    "flux2_klein",
     "PixArtAlphaPipeline",
     "SIGMA",
 )

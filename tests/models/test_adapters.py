@@ -103,6 +103,20 @@ def test_they_are_split_as_their_kernels(abstract, name):
     assert split > 5
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_half_is_whole_on_every_chip_where_fsdp_is_the_only_axis(abstract, name):
+    """Half of them lie along the axis of a mesh's "tensor", which then splits nothing."""
+    family, net = NETWORKS[name][0], abstract(name)
+    adapters = abstract_adapters(net, Lora(64, targets=""))
+    mesh = AbstractMesh((1, 8, 1, 1), AXES)
+    placed = flatten(shardings({"params": adapters}, adapter_rules(family.rules), mesh)["params"])
+    sizes = flatten(adapters)
+    for path, place in placed.items():
+        for half in ("a", "b"):
+            large = getattr(sizes[path], half).size >= 2**16
+            assert not large or "fsdp" in getattr(place, half).spec, (path, half)
+
+
 def test_a_is_uniform_and_b_zero():
     net = {
         "x": {"kernel": jax.ShapeDtypeStruct((3, 400, 5), jnp.float32)},

@@ -22,6 +22,7 @@ BASES = {
     "SanaTransformer2DModel": ("Sana_600M_512px", "transformer"),
     "SD3Transformer2DModel": ("stable-diffusion-3.5-medium", "transformer"),
     "FluxTransformer2DModel": ("FLUX.1-dev", "transformer"),
+    "Flux2Transformer2DModel": ("FLUX.2-klein-base-4B", "transformer"),
     "CLIPTextModel": ("stable-diffusion-xl-base-1.0", "text_encoder"),
     "CLIPTextModelWithProjection": ("stable-diffusion-xl-base-1.0", "text_encoder_2"),
     "T5EncoderModel": ("PixArt-XL-2-512x512", "text_encoder"),
@@ -32,6 +33,7 @@ BASES = {
     "Qwen3ForCausalLM": ("Z-Image", "text_encoder"),
     "AutoencoderKL": ("stable-diffusion-xl-base-1.0", "vae"),
     "AutoencoderDC": ("Sana_600M_512px", "vae"),
+    "AutoencoderKLFlux2": ("FLUX.2-klein-base-4B", "vae"),
 }
 
 

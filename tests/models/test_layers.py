@@ -62,6 +62,7 @@ def in_chunks(f, args, elements, monkeypatch):
         return jax.jit(lambda *args: f(*args))(*args), flops(lambda *args: f(*args), *args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [pytest.param(f, marks=[pytest.mark.slow] * (f is mmdit.FAMILY)) for f in CONFIGS],

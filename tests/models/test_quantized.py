@@ -32,10 +32,8 @@ def test_which_kernels(tiny_pipeline, pattern):
             assert result[path] is leaf
 
 
-@pytest.mark.parametrize(
-    "family", ["sana", pytest.param("sd15", marks=pytest.mark.slow),
-               pytest.param("sd35", marks=pytest.mark.slow)]
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sana", "sd15", "sd35"])
 def test_a_network_is_the_dequantised_one(folders, family):
     """Outputs, tangents in the noise and gradients through both, in float64."""
     pipeline = make_pipeline(read_pipeline(folders(family)), dtype=jnp.float64)

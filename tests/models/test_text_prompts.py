@@ -53,7 +53,9 @@ def test_clip_ignores_padding_with_use_attention_mask(folder):
     refused(lambda: ours(folder), "use_attention_mask: found 'yes'; expected true or false")
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize(
+    "family", ["sd15", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sdxl", "sd3"))]
+)
 def test_length_is_the_tokenizers(folders, family, tmp_path):
     folder = shutil.copytree(folders(family), tmp_path / "copy")
     for path in folder.glob("tokenizer*/tokenizer_config.json"):
@@ -111,6 +113,25 @@ def test_z_image_reads_a_chat_before_qwens_last_block(folders, side, tmp_path):
     np.testing.assert_array_equal(cond.mask, mask)
     for row, embeds in zip(np.asarray(cond.text), expected, strict=True):
         agree(row[: len(embeds)], embeds.numpy())
+
+
+@pytest.mark.slow
+def test_klein_reads_three_states_of_a_chat_and_their_padding(folders, tmp_path):
+    folder = shutil.copytree(folders("flux2_klein"), tmp_path / "copy")
+    prompts = ["a red circle above the blue square", "", " {Above} \n  a circle, " * 3]
+    pipeline, params = load_pipeline(folder)
+    ids, mask = pipeline.tokens([*prompts[:1], None, *prompts[2:]], 44)
+    assert mask[0].sum() < mask[2].sum() == 44
+    cond = pipeline.encode_text(params, ids, mask)
+    reference = diffusers.DiffusionPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        expected, _ = reference.encode_prompt(prompts, device="cpu", max_sequence_length=44)
+    agree(np.asarray(cond.text), expected.numpy())
+    assert np.asarray(cond.mask).all()
+    last = np.asarray(cond.text)[:, -1]  # padding of the first two
+    assert np.abs(last[0] - last[1]).max() > 1e-3 * np.abs(last).max()
+    edit(folder / "tokenizer" / "tokenizer_config.json", padding_side="left")
+    refused(lambda: load_pipeline(folder), "padding_side: found 'left'; expected 'right'")
 
 
 def test_a_chat_template_of_another_text_is_refused(folders, tmp_path):

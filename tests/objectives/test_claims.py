@@ -277,6 +277,7 @@ def linear_world():
     return world, student, law(student["step0"]["matrix"])
 
 
+@pytest.mark.slow
 def test_g_the_score_form_has_no_gradient_on_average():
     """E[(J_F - J_T)(x_t) v . d x_t / d A], v independent of the rest, is 0.
 
@@ -329,6 +330,7 @@ def test_g_the_score_form_has_no_gradient_on_average():
     assert min(size["DMD"]) > 20 and min(size["h = 0.5"]) > 2 and cosine > 0.8
 
 
+@pytest.mark.slow
 def test_gauge_distribution_terms_do_not_turn_the_noise_and_gad_does(monkeypatch):
     """Component of d L / d A along A W, W skew, by which a student rotates its noise: A e^W.
 

@@ -138,6 +138,7 @@ def test_step_compiles_for_four_tpus(count, axis):
     assert text.count('custom_call_target="tpu_custom_call"') >= 3
 
 
+@pytest.mark.slow
 def test_gpu_kernels_are_validated(monkeypatch, caplog):
     def dual(*operands, tangent=1.0):
         o, to, *rows = pallas_gpu.dual(*operands, interpret=True)

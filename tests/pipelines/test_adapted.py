@@ -51,13 +51,8 @@ def theirs(folder, sampling, noise, prepare):
     return draw_in_diffusers(folder, sampling, PROMPTS, noise, Variant(kind, prepare))
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        n if n in ("sd15", "sana") else pytest.param(n, marks=pytest.mark.slow)
-        for n in families.LOADERS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families.LOADERS)
 def test_a_lora_draws_the_same_in_both(folders, family, tmp_path):
     """Fused and not, at a weight of .7."""
     folder = folders(family)

@@ -33,7 +33,9 @@ def inputs(pipeline):
     return x, jnp.asarray([300.0, 700.0])
 
 
-@pytest.mark.parametrize("family", ["pixart", pytest.param("sana", marks=pytest.mark.slow), "sd15"])
+@pytest.mark.parametrize(
+    "family", ["pixart", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sana", "sd15"))]
+)
 def test_the_prompt_minus_itself_is_a_smaller_projection(folders, tiny_pipeline, family):
     """Z - s Z = (1 - s) Z: that of a network whose cross-attention's output kernel is as much
     smaller; a scale of 0 changes nothing."""
@@ -135,6 +137,7 @@ def test_it_needs_a_negative_prompt_no_guidance_and_cross_attention(tiny_pipelin
     assert with_sampling(plain, nasa=0.5, negative="x").sampling.nasa == 0.5
 
 
+@pytest.mark.slow
 def test_the_command_samples_other_images(tiny_pipeline, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red circle\n")

@@ -54,6 +54,7 @@ def run():
     return prepare(shapes_config(fsdp=1), abstract=True, devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_memory_held_by_a_chip(made, run):
     held = made[0]["memory"]["held"]
     numbers = sum(leaf.size for leaf in jax.tree.leaves(run.initial_params["student"]))

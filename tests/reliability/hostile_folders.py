@@ -45,6 +45,7 @@ CLASSES = {  # class -> family and part that has it
     "SanaTransformer2DModel": ("sana_sprint", "transformer"),
     "SD3Transformer2DModel": ("sd35", "transformer"),
     "FluxTransformer2DModel": ("flux_dev", "transformer"),
+    "Flux2Transformer2DModel": ("flux2_klein", "transformer"),
     "ZImageTransformer2DModel": ("z_image", "transformer"),
     "Lumina2Transformer2DModel": ("lumina2", "transformer"),
     "CLIPTextModel": ("sd15", "text_encoder"),
@@ -54,6 +55,7 @@ CLASSES = {  # class -> family and part that has it
     "Qwen3Model": ("z_image", "text_encoder"),
     "AutoencoderKL": ("sd3", "vae"),
     "AutoencoderDC": ("sana", "vae"),
+    "AutoencoderKLFlux2": ("flux2_klein", "vae"),
 }
 SCHEDULERS = ("sd15", "sd2_v", "sdxl", "sana", "sana_sprint", "sd3", "pixart")
 
@@ -304,7 +306,10 @@ TARGETS = [
     Target("tokenizer-sentencepiece", make_sentencepiece, partial(read_tokenizer, "T5Tokenizer")),
     *(
         Target(f"pipeline-{family}", partial(make_family, family), read_everything)
-        for family in ("pixart", "sdxl", "sana", "sd3", "flux_dev", "z_image", "lumina2")
+        for family in (
+            *("pixart", "sdxl", "sana", "sd3", "flux_dev", "z_image", "lumina2"),
+            "flux2_klein",
+        )
     ),
     *(
         Target(f"outline-{family}", partial(make_family, family), read_outline)

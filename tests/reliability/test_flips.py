@@ -28,6 +28,7 @@ def steps(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_damage_is_detected_and_the_previous_step_restored(steps):
     done, failures = damage_many(steps, 60)
     assert failures == [] and set(done.values()) == {20}

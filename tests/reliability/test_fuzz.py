@@ -94,10 +94,12 @@ def test_outcomes(read, kind, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_one_that_takes_too_long_is_ended(tmp_path):
     assert fuzz(Target("slow", make, slow), 1, 0, tmp_path).kinds == {"slow": 1}
 
 
+@pytest.mark.slow
 def test_little_memory_and_a_death_are_detected(tmp_path):
     tally = fuzz(Target("hungry", make, hungry), 12, 0, tmp_path)
     assert tally.kinds["raised"] > 5 and "MemoryError" in "".join(tally.findings)

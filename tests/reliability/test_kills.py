@@ -18,6 +18,7 @@ def train(config: Path, workdir: Path, *more: str) -> int:
     return main(["train", "--config", f"{config}:tdm", "--workdir", str(workdir), *more])
 
 
+@pytest.mark.slow
 def test_a_step_is_in_the_metrics_before_it_is_saved(config, tmp_path, monkeypatch):
     """A run that is killed right after a save does not do that step again."""
     save, present = Checkpoints.save, {}

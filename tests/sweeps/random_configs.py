@@ -538,6 +538,38 @@ def flux(pick: Choice) -> tuple[Options, Options, Options]:
     return fixed, usual, odd
 
 
+def flux2(pick: Choice) -> tuple[Options, Options, Options]:
+    axes = [2 * pick(1, 2), 2 * pick(1, 2, 3), 2 * pick(1, 2), 2 * pick(1, 2)]
+    channels = pick(3, 8, 16)
+    fixed = dict(
+        in_channels=channels,
+        num_layers=pick(1, 2),
+        num_single_layers=pick(1, 2, 3),
+        attention_head_dim=sum(axes),
+        num_attention_heads=pick(1, 2, 3),
+        joint_attention_dim=pick(8, 20),
+        axes_dims_rope=axes,
+        guidance_embeds=False,
+    )
+    usual = dict(
+        patch_size=1,
+        out_channels=pick(None, channels),
+        timestep_guidance_channels=pick(16, 64),
+        mlp_ratio=pick(3.0, 4, 2.3),
+        rope_theta=pick(2000, 10_000, 300.0),
+        eps=pick(1e-6, 1e-4),
+    )
+    odd = dict(
+        patch_size=2,
+        out_channels=2 * channels,
+        guidance_embeds=True,
+        timestep_guidance_channels=31,
+        mlp_ratio=0,
+        axes_dims_rope=pick(axes[:3], [sum(axes)], [1, 1, 2, sum(axes) - 4]),
+    )
+    return fixed, usual, odd
+
+
 MAKERS = {
     "CLIPTextModel": clip,
     "CLIPTextModelWithProjection": clip,
@@ -550,6 +582,7 @@ MAKERS = {
     "SanaTransformer2DModel": sana,
     "SD3Transformer2DModel": sd3,
     "FluxTransformer2DModel": flux,
+    "Flux2Transformer2DModel": flux2,
     "AutoencoderKL": kl,
     "AutoencoderDC": dc,
 }

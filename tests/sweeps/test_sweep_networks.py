@@ -15,7 +15,7 @@ from random_folders import age, randomise, save
 from sweeping import Case, Choice, Outputs, sweep
 
 from gadjax.formats.diffusers_folder import INDEX, Component, read_pipeline
-from gadjax.models import flux
+from gadjax.models import flux, flux2
 from gadjax.models.module import functional
 from gadjax.types import Cond
 
@@ -25,6 +25,7 @@ for library in (diffusers, transformers):
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 
+FLUX = {"FluxTransformer2DModel": flux, "Flux2Transformer2DModel": flux2}  # called on tokens
 # The words by which what is no key of the case's own is refused.
 WORDS = {"latents", "picture", "ids", "architectures", "model_type", "rope_theta", "rope_scaling"}
 WORDS |= {"_class_name", "dense_act_fn", "is_gated_act", "hidden_act"}
@@ -211,9 +212,9 @@ def denoiser_inputs(model, pick: Choice) -> Outputs:
 
 def run_denoiser(model, given) -> Outputs:
     kind, config = type(model).__name__, model.config
-    if kind == "FluxTransformer2DModel":
-        cond = Cond(given["text"], None, given["extras"])
-        return {"out": flux.FAMILY.call_torch(model, None, given["x"], given["t"], cond)}
+    if kind in FLUX:
+        cond = Cond(given["text"], None, given.get("extras"))
+        return {"out": FLUX[kind].FAMILY.call_torch(model, None, given["x"], given["t"], cond)}
     x = given["x"].permute(0, 3, 1, 2).contiguous()
     t, extras = given["t"], given.get("extras", {})
     arguments = {"encoder_hidden_states": given["text"]}

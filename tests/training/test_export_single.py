@@ -32,7 +32,6 @@ TIMES = {
     "flux_dev": (1000.0, 750.0),
 }
 EMBEDDED = {"flux_dev": 3.5}  # guidance
-CASES = [f if f == "sana" else pytest.param(f, marks=pytest.mark.slow) for f in TIMES]
 ORIGINAL = {"sd15", "sdxl", "sd3", "sd35"}
 
 
@@ -60,7 +59,8 @@ def states(pipe):
     return {name: network.state_dict() for name, network in networks.items()}
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TIMES)
 def test_the_backbone_in_diffusers_names(exported, folders, family):
     """The export's check has drawn with it; its keys and values are those of the merged folder."""
     out, run = exported(family)
@@ -83,7 +83,8 @@ def test_the_backbone_in_diffusers_names(exported, folders, family):
     assert has_original_names(folder) == (family in ORIGINAL)
 
 
-@pytest.mark.parametrize("family", [x for x in CASES if getattr(x, "values", [x])[0] in ORIGINAL])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(ORIGINAL))
 def test_the_checkpoint_in_the_original_names(exported, folders, family):
     """Every network as diffusers' single-file loader reads it: those of the folder, to the bit."""
     out, _ = exported(family)
@@ -117,7 +118,8 @@ def test_the_checkpoint_in_the_original_names(exported, folders, family):
         np.testing.assert_array_equal(*images)
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TIMES)
 def test_the_header(exported, family):
     out, _ = exported(family)
     with safe_open(out / "out.safetensors", "pt") as file:
@@ -143,7 +145,8 @@ def links(nodes):
     return [x for n in nodes.values() for x in n["inputs"].values() if isinstance(x, list)]
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TIMES)
 def test_the_workflow(exported, family):
     out, _ = exported(family)
     if family == "sana":  # ComfyUI has none

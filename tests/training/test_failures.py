@@ -83,6 +83,7 @@ def test_a_full_disk_stops_a_run_which_resumes_when_there_is_room(
     assert same_as(undisturbed, workdir)
 
 
+@pytest.mark.slow
 def test_saves_that_may_fail_stop_nothing(config, undisturbed, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     saves_that_fail(monkeypatch, 2, 4)
@@ -119,6 +120,7 @@ def test_a_damaged_config_is_one_line(config, undisturbed, tmp_path, capsys):
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
 
 
+@pytest.mark.slow
 def test_a_start_on_a_full_disk_is_one_line(config, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     monkeypatch.setattr("gadjax.training.loop.write_json", full)

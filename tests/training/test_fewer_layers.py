@@ -59,6 +59,7 @@ def test_a_run_resumes_to_the_bit(config, trained, tmp_path):
     assert np.array_equal(read_vector(again, "ema"), read_vector(trained, "ema"))
 
 
+@pytest.mark.slow
 def test_it_is_sampled_and_exported_with_its_own_depth(trained, tiny_pipeline, tmp_path, capsys):
     out = tmp_path / "student"
     assert main(["export", "--workdir", str(trained), "--out", str(out)]) == 0

@@ -44,6 +44,7 @@ def test_a_drawn_step_starts_at_the_last_x0_with_the_first_noise(world, samples)
     np.testing.assert_allclose(sampled, x0, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_its_workdir_is_sampled_so_and_not_exported(tiny_pipeline, tmp_path, capsys):
     student = {"rollout": "fixed_noise"}
     workdir = make_workdir(tmp_path / "run", tiny_pipeline, student=student)

@@ -12,7 +12,7 @@ from gadjax.errors import InputError, RunStopped
 from gadjax.runtime.progress import Progress
 from gadjax.runtime.status import HEALTH, OF_TEACHER, parse_health, read_status, table
 from gadjax.training.config import default_config
-from gadjax.training.health import BANDS, Band, Health, check_previews, report_alarms
+from gadjax.training.health import BANDS, Band, Health, check_previews, judge, report_alarms
 from gadjax.training.previews import Preview
 from gadjax.training.signals import Drawn, measure, same_seed
 
@@ -116,6 +116,20 @@ def test_an_alarm_is_a_band_beyond_the_best(tmp_path):
     assert alarms == [[], [], [], [], ["x0_rms"], [], ["x0_rms"]]
 
 
+def test_stronger_guidance_is_judged_beside_the_teachers_own(tmp_path):
+    """At every preview, for the run keeps its guidance: outside of the band alone."""
+    width = BANDS["x0_rms"].width
+    for stretch, alarms in ((1 + 0.9 * width, []), (1 + 1.1 * width, ["guidance/x0_rms"])):
+        health = Health(tmp_path, 0, drawn(0, stretch), SEEDS, drawn(0))
+        for step in range(2):
+            row = health(step, drawn(0, stretch))
+            assert row["alarms"] == alarms == judge(row, {})
+        assert row["guidance/x0_rms"] == pytest.approx(stretch * row["guidance/x0_rms_teacher"])
+    notes = []
+    report_alarms(row, [], (), notes.append)
+    assert len(notes) == 1 and notes[0].startswith("step 1: guidance/x0_rms is ")
+
+
 def test_state_is_the_rows_of_before(tmp_path):
     scales = [1.0, 1.0, 1.3]
     whole = rms_of(scales, tmp_path)
@@ -201,6 +215,7 @@ def rows_of(workdir):
 FLAGS = ("--config.preview.every=1", "--config.preview.prompts=2", "--config.preview.seeds=2")
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resumption(config, tmp_path, capsys):
     """Rows of a resumed run are those of one that was not interrupted; the status shows them."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -39,11 +39,13 @@ def test_a_run_resumes_to_the_bit(config, trained, tmp_path):
     assert losses(tmp_path / "run") == losses(trained)
 
 
+@pytest.mark.slow
 def test_another_base_is_another_run(config, trained, capsys):
     assert train(config, trained, *LORA, "--config.steps=5") == 2
     assert "int8: found '/(attn|ff)', asked for ''" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_card_names_the_base(trained, tmp_path):
     out = tmp_path / "out"
     assert main(["export", "--lora", "--workdir", str(trained), "--out", str(out)]) == 0
@@ -76,6 +78,7 @@ def test_what_is_held(config):
     assert held[0] - held[1] == saved > 0.3 * held[0]
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_near_the_float_teachers(config, trained, tmp_path):
     assert train(config, tmp_path / "run", *LORA, "--config.steps=1") == 0
     one, other = rows(tmp_path / "run")[0], rows(trained)[0]

@@ -75,6 +75,7 @@ def test_the_first_loss_is_that_of_the_teacher(config, trained, tmp_path):
     assert losses(trained)[4] != losses(trained)[1]
 
 
+@pytest.mark.slow
 def test_it_resumes_to_the_bit(config, trained, tmp_path):
     assert train(config, tmp_path / "run", *LORA, "--config.steps=2") == 0
     assert train(config, tmp_path / "run", *LORA) == 0

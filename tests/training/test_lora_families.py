@@ -44,6 +44,7 @@ TIMES = {
     "lumina2": (1000.0, 857.14),
     "flux_dev": (1000.0, 849.2, 652.5, 384.9),
     "flux_schnell": (1000.0, 500.0),
+    "flux2_klein": (1000.0, 958.1),
 }
 EMBEDDED = {"flux_dev": 3.5}  # scale that the student is told
 
@@ -73,16 +74,8 @@ def trained(folders, tmp_path_factory):
     return get
 
 
-def case(family, *values):
-    """A family's case: slow but for one family."""
-    marks = () if family == "sana" else pytest.mark.slow
-    return pytest.param(family, *values, marks=marks)
-
-
-FAMILIES = [case(family) for family in TIMES]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TIMES)
 def test_a_lora_student_trains(trained, family):
     workdir = trained(family)
     for row in rows(workdir):
@@ -98,10 +91,11 @@ def test_a_lora_student_trains(trained, family):
 
 
 # diffusers reads kohya's names of U-Nets alone.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family,keys",
-    [case(family, "diffusers") for family in TIMES]
-    + [case(family, "kohya") for family in ("sd15", "sd2_v", "sdxl")],
+    [(family, "diffusers") for family in TIMES]
+    + [(family, "kohya") for family in ("sd15", "sd2_v", "sdxl")],
 )
 def test_its_lora_is_loaded_by_diffusers(folders, trained, family, keys, tmp_path):
     """The export's check loads it by `load_lora_weights`; it is read here from the same folder."""
@@ -120,7 +114,8 @@ def test_its_lora_is_loaded_by_diffusers(folders, trained, family, keys, tmp_pat
     assert np.abs(ours - same).max() <= 1 and np.abs(ours - other).max() > 3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TIMES)
 def test_its_merged_weights_are_a_pipeline_of_diffusers(trained, family, tmp_path):
     out = tmp_path / "out"
     assert main(["export", "--workdir", str(trained(family)), "--out", str(out)]) == 0

@@ -58,6 +58,7 @@ COLLECTIVE = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_only_keys_and_values_leave_a_share_of_positions(tmp_path):
     """Besides sums over positions: gradients of parameters and of the conditioning."""
     out = tmp_path / "program.hlo"

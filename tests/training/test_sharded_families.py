@@ -18,7 +18,7 @@ import pytest
 from several import run_on_devices
 
 from gadjax.diffusion import geometry
-from gadjax.models import flux, layers, lumina2, mmdit, pixart, sana, unet, zimage
+from gadjax.models import flux, flux2, layers, lumina2, mmdit, pixart, sana, unet, zimage
 from gadjax.models.module import functional
 from gadjax.models.params import flatten
 from gadjax.parallel.placement import Placement, current_placement
@@ -92,6 +92,20 @@ FAMILIES = {
             "axes_dims_rope": [2, 2, 2],
             "joint_attention_dim": TEXT,
             "pooled_projection_dim": 10,
+        },
+    ),
+    "flux2": (
+        flux2.FAMILY,
+        {
+            "in_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "axes_dims_rope": [2, 2, 2, 2],
+            "joint_attention_dim": TEXT,
+            "timestep_guidance_channels": 16,
+            "guidance_embeds": False,
         },
     ),
     "pixart": (
