@@ -85,7 +85,8 @@ def load(
         dtype: compute dtype of the networks.
         variant: variant of the weight files, such as fp16.
         student_preset: sampling settings of a published student, by its name in
-            gadjax.pipelines.known_students.PUBLISHED_STUDENTS, if the folder has none.
+            gadjax.pipelines.known_students.PUBLISHED_STUDENTS, if the folder has none; refused
+            for a student's workdir, which has its own.
         teacher: teacher folder of a workdir's run, if it has moved since.
         lora: LoRA files, or folders of `gadjax export --lora`, of diffusers or of PEFT; FILE:WEIGHT
             multiplies one. They are merged in float32. A few-step student's brings its timesteps;
@@ -101,6 +102,11 @@ def load(
     compute, remote = compute_dtype(dtype), is_remote(name)
     source = as_path(name, "model") if remote else resolve(str(name))
     trained = read_trained(source) if remote or is_workdir(source) else None
+    if student_preset is not None and trained and trained.is_few_step:
+        raise InputError(
+            f"student_preset: found {student_preset} for {name}, a workdir whose student has steps "
+            "of its own; expected none, and no LoRA of a published student"
+        )
     if teacher is not None and trained is None:
         raise InputError(f"teacher: found {teacher} for {name}, which is no workdir; expected none")
     folder = source

@@ -163,6 +163,21 @@ def test_a_workdir_is_read_as_the_command_reads_it(tiny_pipeline, tmp_path):
     assert model.trained.step == 2 and model.sampling.timesteps == (899, 674, 449, 224)
 
 
+def test_a_workdirs_student_has_steps_of_its_own(tiny_pipeline, tmp_path):
+    """A preset is refused for it, and taken for a network that was trained by plain denoising."""
+    student = make_workdir(tmp_path / "student", tiny_pipeline)
+    refused(
+        lambda: gadjax.load(student, student_preset="tdm-pixart"),
+        f"student_preset: found tdm-pixart for {student}, a workdir whose student has steps",
+    )
+    data = {"world": "gadjax.worlds.shapes", "length": 8}
+    teacher = make_workdir(
+        tmp_path / "teacher", tiny_pipeline, objective={"denoising": {}}, data=data
+    )
+    model = gadjax.load(teacher, student_preset="tdm-pixart")
+    assert model.sampling.timesteps == (899, 674, 449, 224) and model.sampling.guidance == 1
+
+
 @pytest.mark.parametrize(
     ("objective", "config"),
     [

@@ -21,6 +21,7 @@ from gadjax.formats.diffusers_folder import read_pipeline
 from gadjax.formats.sampling_config import GADJAX_JSON
 from gadjax.objectives import DMD, GAD, Anchor, Regression
 from gadjax.pipelines import parity
+from gadjax.pipelines.diffusers_calls import diffusers_arguments, draw_in_diffusers
 from gadjax.pipelines.known_students import PUBLISHED_STUDENTS, published_student
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import abstract_pipeline, load_pipeline, make_pipeline, resized
@@ -210,6 +211,7 @@ RECIPES = {
     "flux2-klein": "flux2_klein",
     "sana-sprint": "sana_sprint",
     "lcm-sd1.5": "sd15",
+    "hyper-sd1.5-1": "sd15",
     "hyper-sdxl-2": "sdxl",
     "hyper-sd1.5-8-cfg": "sd15",
     "tdm-sd3": "sd3",
@@ -221,10 +223,8 @@ def test_published_students_are_sampled_as_by_their_authors(folders, recipe, tmp
     """With the scheduler and arguments that their authors give diffusers."""
     folder = folders(RECIPES[recipe])
     pipeline, sampling = published_student(recipe, load_pipeline(folder)[0])
-    written = {"steps": sampling.steps, "guidance": sampling.guidance, "scale": sampling.scale}
-    if sampling.timesteps:
-        written["timesteps"] = list(sampling.timesteps)
-    path = with_sampling_config(folder, tmp_path, length=LENGTH.get(RECIPES[recipe], 77), **written)
+    written = sampling.to_dict() | {"length": LENGTH.get(RECIPES[recipe], 77)}
+    path = with_sampling_config(folder, tmp_path, **written)
     if PUBLISHED_STUDENTS[recipe].scheduler:
         theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
         changes = PUBLISHED_STUDENTS[recipe].changes
@@ -327,7 +327,7 @@ def test_a_negative_prompt_and_another_size(folders, family, tmp_path):
         width=size[1],
         latents=torch.from_numpy(noise),
         output_type="np",
-        **parity.diffusers_arguments(type(theirs).__name__, sampling),
+        **diffusers_arguments(type(theirs).__name__, sampling),
     ).images[0]
     assert np.abs(ours - image).max() <= 1 / 255
 
@@ -342,7 +342,7 @@ def test_flux_s_grid_follows_the_size(folders):
     noise = initial_noise(0, len(PROMPTS), wide.latent)
     ours = draw(Model("flux", wide, params, sampling), PROMPTS, noise) / 2 + 0.5
     assert ours.shape == (2, 24, 40, 3)
-    assert np.abs(ours - parity._pictures(folder, sampling, PROMPTS, noise)).max() <= 1e-4
+    assert np.abs(ours - draw_in_diffusers(folder, sampling, PROMPTS, noise)).max() <= 1e-4
     with pytest.raises(InputError, match="size: found 26x40 pixels; latents: found 13 x 20"):
         resized(pipeline, (26, 40))
 
@@ -364,7 +364,7 @@ def test_flux2_s_grid_follows_the_size_and_the_number_of_steps(folders):
         noise = initial_noise(0, len(PROMPTS), tall.latent)
         ours = draw(Model("klein", tall, params, sampling), PROMPTS, noise) / 2 + 0.5
         assert ours.shape == (2, 28, 12, 3)
-        assert np.abs(ours - parity._pictures(folder, sampling, PROMPTS, noise)).max() <= 1e-4
+        assert np.abs(ours - draw_in_diffusers(folder, sampling, PROMPTS, noise)).max() <= 1e-4
     with pytest.raises(InputError, match="size: found 26x40; expected multiples of 4 pixels"):
         resized(pipeline, (26, 40))
 

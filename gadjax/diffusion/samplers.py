@@ -1,7 +1,8 @@
 """Samplers: a scheduler's timesteps and the method that integrates over them.
 
 Most samplers are linear ODE steps (gadjax.diffusion.rollout). The others of diffusers' schedulers
-are here: PNDM, a multistep method, and consistency sampling, which adds fresh noise.
+are here: PNDM, a multistep method, consistency sampling, which adds fresh noise, and TCD, which
+adds a share of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -190,6 +191,41 @@ def consistency(
 
     x0_of = bounded if scaling else predict
     return rollout(x0_of, schedule, x_BHWC, times, solver=fresh_noise(x_BHWC)).end
+
+
+def tcd(
+    predict: Predict, schedule: DDPM, x_BHWC: jax.Array, times, *, eta: float = 0.0
+) -> jax.Array:
+    """Strategic stochastic sampling of TCD (Zheng et al., arXiv:2402.19159, algorithm 2).
+
+    The step from t to t' predicts the latent at s = floor((1 - eta) t') and adds fresh noise from
+    there to t'. The last one ends at time 0, whose noise is left, without fresh noise. The noise of
+    a sample is that of `consistency`. eta, which the paper calls gamma: 0 is DDIM's step, 1 starts
+    from time 0.
+
+    Args:
+      predict, schedule: as for gadjax.diffusion.rollout.rollout.
+      x_BHWC: noise at times[0].
+      times: [n + 1].
+      eta: share of fresh noise, from 0 to 1.
+
+    Returns: latents at time 0.
+    """
+    ends = np.append(np.asarray(times)[1:-1], 0)
+    between = np.floor(np.float32(1 - eta) * np.float32(ends))  # in float32, as in torch
+    (alpha, sigma), (alpha_end, _) = map(schedule.alpha_sigma, (between, ends))
+    ratio = alpha_end / alpha
+    spread = np.sqrt(np.maximum(1 - ratio**2, 0))
+    keys = keys_from_noise(x_BHWC)
+
+    def step(x, inputs):
+        k, t, of_x0, of_eps, of_noise = inputs
+        prediction = predict(x, t)
+        x = of_x0 * prediction.x0 + of_eps * prediction.eps
+        return x + of_noise * step_noise(keys, k, x), None
+
+    rows = (np.asarray(v, x_BHWC.dtype) for v in (times[:-1], alpha_end, ratio * sigma, spread))
+    return jax.lax.scan(step, x_BHWC, (jnp.arange(len(ends)), *map(jnp.asarray, rows)))[0]
 
 
 def fresh_noise(z_BHWC: jax.Array) -> FreshNoise:

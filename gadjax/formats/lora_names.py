@@ -68,8 +68,10 @@ def places(folder: PipelineFolder, layers: Mapping[str, Mapping[str, Layer]]) ->
     if isinstance(family, Backbone) and family.original:
         for name, entry in family.original(layers[folder.backbone].keys(), part.spec).items():
             place = Place(folder.backbone, entry)
-            for spelling in (f"diffusion_model.{name}", f"lora_unet_{name.replace('.', '_')}"):
-                spelt.setdefault(spelling, place)
+            flat = name.replace(".", "_")
+            for prefix in ("diffusion_model.", "base_model.model.", ""):
+                spelt.setdefault(f"{prefix}{name}", place)
+            spelt.setdefault(f"lora_unet_{flat}", place)
     return spelt
 
 

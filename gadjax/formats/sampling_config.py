@@ -35,6 +35,7 @@ class SamplingConfig:
         "fresh_noise" or "fixed_noise", the initial one, added to each predicted x0.
       nasa: factor of the negative prompt's cross-attention, which is subtracted from the prompt's,
         in the place of guidance; 0 for none.
+      eta: share of fresh noise in the steps of TCDScheduler.
     """
 
     steps: int = 20
@@ -45,12 +46,15 @@ class SamplingConfig:
     scale: float = 1.0
     rollout: str = "ode"
     nasa: float = 0.0
+    eta: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Entries of gadjax.json that `read_sampling` reads."""
         entries = {"steps": self.steps, "guidance": self.guidance, "length": self.length}
         if self.scale != 1:
             entries["scale"] = self.scale
+        if self.eta:
+            entries["eta"] = self.eta
         return entries if self.timesteps is None else {**entries, "timesteps": list(self.timesteps)}
 
 
@@ -85,17 +89,17 @@ def parse_sampling(path: Path, cfg: Mapping[str, Any], default: SamplingConfig) 
     if timesteps:
         expected = f"{len(timesteps)}, one for each of timesteps"
         _check(steps == len(timesteps), path, "steps", steps, expected)
-    guidance, scale, length = (
-        cfg.get(key, getattr(default, key)) for key in ("guidance", "scale", "length")
+    guidance, scale, length, eta = (
+        cfg.get(key, getattr(default, key)) for key in ("guidance", "scale", "length", "eta")
     )
     _check(is_number(guidance), path, "guidance", guidance, "a number")
     _check(is_number(scale) and scale > 0, path, "scale", scale, "a positive number")
     _check(is_count(length, 1, MAX_COUNT), path, "length", length, COUNT)
+    _check(is_number(eta) and 0 <= eta <= 1, path, "eta", eta, "a number from 0 to 1")
     rollout = cfg.get("rollout", "ode")
     _check(rollout in ROLLOUTS, path, "rollout", rollout, f"one of {', '.join(ROLLOUTS)}")
-    return SamplingConfig(
-        steps, timesteps, float(guidance), length, scale=float(scale), rollout=rollout
-    )
+    options = {"scale": float(scale), "rollout": rollout, "eta": float(eta)}
+    return SamplingConfig(steps, timesteps, float(guidance), length, **options)
 
 
 def read_world(folder: Path) -> str | None:

@@ -16,8 +16,9 @@ FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
 FLOW_LCM = "FlowMatchLCMScheduler"
 PNDM = "PNDMScheduler"
 LCM = "LCMScheduler"
+TCD = "TCDScheduler"
 SCM = "SCMScheduler"
-STOCHASTIC = LCM, FLOW_LCM, SCM  # their steps add noise
+STOCHASTIC = LCM, FLOW_LCM, SCM, TCD  # their steps add noise
 PIXART = "PixArtAlphaPipeline"
 MAX_TRAIN_TIMESTEPS = 100_000
 
@@ -43,18 +44,19 @@ def schedule_from_config(cfg: dict) -> NoiseSchedule:
         return Flow(steps)
     if name == SCM:
         return TrigFlow()
-    if name not in (DPM, DDIM, EULER, PNDM, LCM) and "beta_schedule" not in cfg:
+    if name not in (DPM, DDIM, EULER, PNDM, LCM, TCD) and "beta_schedule" not in cfg:
         raise config_error(
             cfg, "_class_name", name, "a scheduler with a beta_schedule, or of a flow"
         )
     check_disabled(cfg, "trained_betas", "rescale_betas_zero_snr")
+    latent = name in (LCM, TCD)  # their defaults are Stable Diffusion's
     return DDPM(
-        beta_start=_beta(cfg, "beta_start", 0.00085 if name == LCM else 1e-4),
-        beta_end=_beta(cfg, "beta_end", 0.012 if name == LCM else 0.02),
+        beta_start=_beta(cfg, "beta_start", 0.00085 if latent else 1e-4),
+        beta_end=_beta(cfg, "beta_end", 0.012 if latent else 0.02),
         beta_schedule=read_choice(
             cfg,
             "beta_schedule",
-            "scaled_linear" if name == LCM else "linear",
+            "scaled_linear" if latent else "linear",
             *("linear", "scaled_linear"),
         ),
         steps=steps,
@@ -150,7 +152,7 @@ def student_scheduler_config(
 def is_flow(cfg: dict) -> bool:
     """True for a flow's schedule."""
     name = cfg.get("_class_name")
-    if name in (DDIM, EULER, PNDM, LCM, SCM):  # they have no use_flow_sigmas
+    if name in (DDIM, EULER, PNDM, LCM, TCD, SCM):  # they have no use_flow_sigmas
         return False
     return name in (FLOW_EULER, FLOW_LCM) or bool(cfg.get("use_flow_sigmas"))
 

@@ -1,15 +1,16 @@
 """Samplers from a diffusers scheduler_config.json.
 
 Supported: DPM-Solver++ of order 1 and 2 (Lu et al. 2022), DDIM (Song et al. 2021), Euler, Euler in
-a flow, PNDM, LCM and SCM, on the timestep grids of diffusers 0.42. A key that asks for another
+a flow, PNDM, LCM, TCD and SCM, on the timestep grids of diffusers 0.42. A key that asks for another
 sampler is refused, never ignored.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from gadjax.diffusion.samplers import Sampler, consistency, plms
+from gadjax.diffusion.samplers import Sampler, consistency, plms, tcd
 from gadjax.diffusion.schedules import DDPM, Flow, NoiseSchedule, TrigFlow
 from gadjax.errors import InputError
 from gadjax.formats.flow_grids import flow_grid
@@ -22,6 +23,7 @@ from gadjax.formats.scheduler_config import (
     LCM,
     PNDM,
     SCM,
+    TCD,
     check_disabled,
     parameterization_from_config,
     read_choice,
@@ -48,7 +50,7 @@ def sampler_from_config(
     """
     flow = {"pipeline": pipeline, "tokens": tokens}
     readers = {DPM: _dpm, DDIM: _ddim, EULER: _euler, FLOW_EULER: partial(_flow_euler, **flow)}
-    readers |= {PNDM: _pndm, LCM: _lcm, FLOW_LCM: partial(_flow_lcm, **flow), SCM: _scm}
+    readers |= {PNDM: _pndm, LCM: _lcm, TCD: _tcd, FLOW_LCM: partial(_flow_lcm, **flow), SCM: _scm}
     name = read_choice(cfg, "_class_name", None, *readers)
     parameterization_from_config(cfg)
     return readers[name](cfg, schedule_from_config(cfg))
@@ -165,6 +167,26 @@ def _lcm_grid(total: int, original: int, n: int) -> np.ndarray:
     origin = (np.arange(1, original + 1) * (total // original) - 1)[::-1]
     indices = np.floor(np.linspace(0, original, n, endpoint=False)).astype(int)
     return np.append(origin[indices], DDPM.clean)
+
+
+def _tcd(cfg: dict, schedule: NoiseSchedule) -> Sampler:
+    """TCD with eta 0, diffusers' default in a pipeline's call; `with_eta` sets another."""
+    check_disabled(cfg, "thresholding", "clip_sample")
+    original = int(read_number(cfg, "original_inference_steps", 50))
+    grid = partial(_lcm_grid, schedule.steps, original)
+    return Sampler(schedule, grid, sample_fn=tcd, stochastic=True)
+
+
+def with_eta(sampler: Sampler, eta: float) -> Sampler:
+    """Sampler with a share of fresh noise in its steps, 0 for its own.
+
+    Raises: InputError for a share of another sampler than TCD's.
+    """
+    if not eta:
+        return sampler
+    if sampler.sample_fn is not tcd:
+        raise InputError(f"eta: found {eta:g}; expected 0, as {TCD} alone has a share of noise")
+    return replace(sampler, sample_fn=partial(tcd, eta=eta))
 
 
 def _flow_lcm(cfg: dict, schedule: NoiseSchedule, *, pipeline, tokens) -> Sampler:

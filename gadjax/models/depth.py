@@ -51,7 +51,7 @@ def check_layers(layers: Sequence[int], spec: Any, abstract: Params) -> None:
     if sizes != {count}:
         raise InputError(
             f"student.layers: found {short_repr(tuple(layers))} for a backbone whose blocks are "
-            "not all alike; expected () or a PixArt or SANA"
+            "not one stack of equal ones; expected () or a PixArt or SANA"
         )
     numbers = all(type(layer) is int and 0 <= layer < count for layer in layers)
     if not numbers or list(layers) != sorted(set(layers)) or len(layers) == count:

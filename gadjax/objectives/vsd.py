@@ -20,7 +20,8 @@ class VSD(Addable):
     The gradient of DMD in eps, with a weight of t alone and no normaliser, so that its size follows
     the distance of the two networks (SwiftBrush, arXiv 2312.05239, section 3; VSD is
     ProlificDreamer's, arXiv 2305.16213). Both networks are evaluated at the run's guidance, as in
-    SwiftBrush's code. t is uniform between `low` and `high` of the schedule's span; the student's
+    SwiftBrush's code; where guidance is embedded, the critic at the scale of its training, the
+    student's. t is uniform between `low` and `high` of the schedule's span; the student's
     x0 is its drawn step's on its own latents, where SwiftBrush's student has one step. eps_T, eps_F
     and x_t inside them are stop-gradiented.
     The critic minimises alpha^2 |eps_F(x_t) - eps|^2 with t over the full span, without the prompt
@@ -46,7 +47,8 @@ class VSD(Addable):
         x0 = context.student[0].x0
         t_B = uniform_timesteps(context, self.low, self.high)
         x_t = sg(add_noise(context.schedule, x0, context.normal("eps"), t_B))
-        fake = context.critic(x_t, t_B, context.guidance).eps
+        embedded = context.denoiser.guidance_embedded
+        fake = context.critic(x_t, t_B, None if embedded else context.guidance).eps
         real = context.teacher(x_t, t_B).eps
         _, sigma = context.schedule.alpha_sigma(t_B)
         loss_B = pseudo_loss(x0, sg(expand(sigma**2, x0) * (real - fake)), 1.0)

@@ -19,7 +19,7 @@ from gadjax.formats.scheduler_config import STOCHASTIC, student_scheduler_config
 from gadjax.formats.schedulers import sampler_from_config
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
-from gadjax.pipelines import parity
+from gadjax.pipelines.diffusers_calls import call_arguments
 from gadjax.pipelines.lora_folder import LoraExport
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import make_pipeline
@@ -99,7 +99,7 @@ def lora_export(extracted: Extract, name: str) -> LoraExport:
         fingerprint=fingerprint(tensors_from_params(part.params, part.keymap)),
         latent=(part.spec.sample_size, part.spec.sample_size, part.spec.latent_channels),
         pipeline=kind,
-        arguments=parity.call_arguments(before, kind, sampling),
+        arguments=call_arguments(before, kind, sampling),
         license=read_license(extracted.after.path),
         origin=_origin(extracted),
     )

@@ -18,7 +18,7 @@ import numpy as np
 from gadjax.errors import InputError, check_choice
 from gadjax.formats.pipeline_classes import FLUX, KLEIN, PIXART, SD, SD3, SDXL, SPRINT, Z_IMAGE
 from gadjax.formats.sampling_config import SamplingConfig
-from gadjax.formats.scheduler_config import DDIM, DPM, LCM, schedule_from_config
+from gadjax.formats.scheduler_config import DDIM, DPM, LCM, TCD, schedule_from_config
 from gadjax.pipelines.pipeline import Pipeline, with_scheduler
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class PublishedStudent:
       length: prompt length in tokens; None: the pipeline's.
       start: time whose sigma scales the initial latents; None for standard normal latents.
       changes: values of the scheduler's config.
+      eta: share of fresh noise in TCD's steps.
       strength: factor of the published LoRA.
       files: regex of the end of the LoRA's path, by which it is recognised; "" for none.
     """
@@ -47,6 +48,7 @@ class PublishedStudent:
     length: int | None = None
     start: float | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
+    eta: float = 0.0
     strength: float = 1.0
     files: str = ""
 
@@ -80,12 +82,12 @@ def _loras() -> Iterator[tuple[str, PublishedStudent]]:
             f"lcm-{name}",
             PublishedStudent(family, 4, scheduler=LCM, files=rf"lcm-lora-{version}\b.*"),
         )
-        # Ren et al., arXiv:2404.13686; the card of ByteDance/Hyper-SD. The LoRA of one step has
-        # TCD's steps with eta 1: LCM's, but for the noise of time 0 that is left in x0.
+        # Ren et al., arXiv:2404.13686; the card of ByteDance/Hyper-SD. The LoRA of one step, which
+        # takes more too, has TCD's steps.
         file = rf"Hyper-{label}-%s-lora\.safetensors"
         yield (
             f"hyper-{name}-1",
-            PublishedStudent(family, 1, (999,), scheduler=LCM, files=file % "1step"),
+            PublishedStudent(family, 1, scheduler=TCD, eta=1.0, files=file % "1step"),
         )
         for steps in (2, 4, 8):
             yield f"hyper-{name}-{steps}", _ddim(family, steps, 1.0, file % f"{steps}steps")
@@ -248,6 +250,7 @@ def published_student(name: str, pipeline: Pipeline) -> tuple[Pipeline, Sampling
         timesteps=student.timesteps,
         guidance=student.guidance,
         length=student.length or pipeline.sampling.length,
+        eta=student.eta,
     )
     if student.start is not None:
         _, sigma = schedule_from_config(folder.scheduler).alpha_sigma(student.start)

@@ -56,8 +56,8 @@ def write_lora_folder(
     options = {"keys": keys, "dtype": dtype, "metadata": texts}
     with atomic_folder(out, overwrite=overwrite, marker=GADJAX_JSON) as new:
         write_lora(new, folder, lora.pairs, scheduler=lora.scheduler, **options)
-        nodes = workflow(folder, lora.sampling, lora=DIFFUSERS_WEIGHTS)
-        if keys == COMFYUI and nodes:
+        nodes = keys == COMFYUI and workflow(folder, lora.sampling, lora=DIFFUSERS_WEIGHTS)
+        if nodes:
             (new / WORKFLOW).write_text(workflow_json(nodes), encoding="utf-8")
         (new / GADJAX_JSON).write_text(metadata_json(description, None), encoding="utf-8")
         verified = None

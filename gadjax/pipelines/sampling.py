@@ -10,9 +10,10 @@ import numpy as np
 
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.samplers import Sampler, same_noise, sample
+from gadjax.errors import InputError
 from gadjax.formats.sampling_config import SamplingConfig
-from gadjax.formats.scheduler_config import PIXART, student_scheduler_config
-from gadjax.formats.schedulers import sampler_from_config
+from gadjax.formats.scheduler_config import PIXART, TCD, student_scheduler_config
+from gadjax.formats.schedulers import sampler_from_config, with_eta
 from gadjax.models.layers import mask_bias
 from gadjax.parallel.sharding import batch_sharding, make_mesh, replicated
 from gadjax.pipelines.model import Model
@@ -64,9 +65,9 @@ class Noises(Protocol):
 def sampler_and_times(pipeline: Pipeline, sampling: SamplingConfig) -> tuple[Sampler, np.ndarray]:
     """Sampler and its times [steps + 1] for sampling settings.
 
-    Raises: InputError for steps or timesteps that the folder's scheduler does not support.
+    Raises: InputError for steps, timesteps or an eta that the folder's scheduler does not support.
     """
-    sampler = pipeline.sampler
+    sampler = with_eta(pipeline.sampler, sampling.eta)
     if sampling.timesteps is None:
         times = sampler.times(sampling.steps)
         if sampling.steps == 1 and pipeline.folder.pipeline == PIXART:
@@ -88,10 +89,15 @@ def few_step_settings(
     """Times at which a few-step student's steps start, noisiest first, and its rollout.
 
     Returns: None for a model with classifier-free guidance, or of more than MAX_FEW_STEPS steps.
-    Raises: InputError as `sampler_and_times`.
+    Raises: InputError as `sampler_and_times`, and for TCD's steps, which are no student's rollout.
     """
     if pipeline.guided(sampling.guidance) or sampling.steps > MAX_FEW_STEPS:
         return None
+    if pipeline.folder.scheduler["_class_name"] == TCD:
+        raise InputError(
+            f"{pipeline.folder.path}: found {TCD}; expected LCMScheduler or one of deterministic "
+            "steps for a student, which ends at x0"
+        )
     sampler, times = sampler_and_times(pipeline, sampling)
     rollout = "fresh_noise" if sampler.stochastic else sampling.rollout
     return tuple(float(t) for t in np.asarray(times)[:-1]), rollout

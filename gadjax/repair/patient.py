@@ -26,7 +26,8 @@ class Patient:
       sampling: its sampling settings.
       times: timesteps at which its steps start, noisiest first.
       rollout: "ode", or "fresh_noise" if its scheduler adds noise between steps.
-      guidance: the teacher's guidance at which it was distilled; None if its folder does not say.
+      guidance: the teacher's guidance at which it was distilled, or that of the teacher's own
+        sampling if the student's folder does not say.
       embedded: scale that is an input of its network; 1 where none is.
     """
 
@@ -34,7 +35,7 @@ class Patient:
     sampling: SamplingConfig
     times: tuple[float, ...]
     rollout: str
-    guidance: float | None
+    guidance: float
     embedded: float = 1.0
 
 
@@ -73,7 +74,15 @@ def open_patient(student: str, teacher: Path, made: Path) -> Patient:
         )
     starts, rollout = settings
     embedded = sampling.guidance if pipeline.denoiser.guidance_embedded else 1.0
-    return Patient(folder, sampling, starts, rollout, read_teacher_guidance(folder), embedded)
+    guidance = read_teacher_guidance(folder)
+    guidance = _sampling_guidance(teacher) if guidance is None else guidance
+    return Patient(folder, sampling, starts, rollout, float(guidance), embedded)
+
+
+def _sampling_guidance(teacher: Path) -> float:
+    """Guidance with which a teacher's folder is sampled."""
+    pipeline = make_pipeline(open_folder(teacher, components=()))
+    return read_sampling(teacher, pipeline.sampling).guidance
 
 
 def _merge_lora(path: Path, teacher: Path, made: Path) -> Path:

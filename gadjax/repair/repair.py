@@ -135,8 +135,8 @@ def repair_config(request: Request, patient: Patient) -> ConfigDict:
         config.optim.decay = config.steps
     if "optim.warmup" not in changed:
         config.optim.warmup = min(config.optim.warmup, config.steps // 10)
-    if patient.guidance is not None and "guidance" not in changed:
-        config.guidance = float(patient.guidance)
+    if "guidance" not in changed:
+        config.guidance = patient.guidance
     return config
 
 

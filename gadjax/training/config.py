@@ -40,13 +40,16 @@ def default_config() -> ConfigDict:
             # -1: the remaining devices. sequence: devices that share the positions of a sample
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1},
             "dtype": "float32",  # compute dtype of networks; parameters are float32
-            # Regex of the frozen teacher's kernels that are held in 8 bits, as "/(attn|ff)"
+            # Regex of the kernels of the frozen teacher, and of the start that adapters are on,
+            # that are held in 8 bits, as "/(attn|ff)"
             "int8": "",
             "remat": "block",  # recomputed in reverse: none, results (all but results), block
             "attention": "auto",  # auto: Pallas (on GPUs if validated there); jnp; pallas
             "offload": (),  # some of teacher, optimizer, ema: in host memory between uses
             "teacher": "",  # diffusers pipeline folder, or asset:NAME
-            "guidance": 4.5,  # the teacher's classifier-free guidance scale
+            # The teacher's classifier-free guidance scale. 4.5 whatever the teacher: set it for
+            # yours (docs/models.md has what its pipeline draws with)
+            "guidance": 4.5,
             "student": {
                 "init": "teacher",  # or "random", or a diffusers folder, LoRA or workdir
                 "layers": (),  # numbers of the teacher's blocks that it has; (): all

@@ -14,12 +14,13 @@ from gadjax.formats.diffusers_writer import write_pipeline
 from gadjax.formats.model_card import CARD, Export, card, metadata_json, read_license, read_report
 from gadjax.formats.orbax_folder import as_diffusers_folder, open_folder
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig, read_world
-from gadjax.formats.scheduler_config import DPM, PIXART, student_scheduler_config
+from gadjax.formats.scheduler_config import DPM, PIXART, STOCHASTIC, student_scheduler_config
 from gadjax.formats.schedulers import sampler_from_config
 from gadjax.formats.weights import fingerprint, open_weights
 from gadjax.io.atomic import atomic_folder, check_no_overlap, check_target, restore_replaced
 from gadjax.io.untrusted import read_json
 from gadjax.pipelines import parity
+from gadjax.pipelines.diffusers_calls import call_arguments
 from gadjax.training.workdir import Trained, shallow
 
 # For a single step PixArtAlphaPipeline takes the second output of `scheduler.step`, and DPM-Solver
@@ -98,19 +99,28 @@ def open_teacher(trained: Trained, out: Path, teacher: Path | None) -> tuple[Pat
 
 
 def scheduler_and_sampling(
-    trained: Trained, teacher: PipelineFolder
+    trained: Trained, base: PipelineFolder
 ) -> tuple[dict[str, Any] | None, SamplingConfig]:
-    """Scheduler config that replaces the teacher's (None: keep it), and the sampling config.
+    """Scheduler config that replaces the folder's (None: keep it), and the sampling config.
+
+    Args:
+      trained: trained weights of a run.
+      base: folder that they complete or adapt. A student that adds noise, and whose adapters are on
+        one that did already, keeps its scheduler.
 
     Raises: InputError for timesteps that diffusers does not accept.
     """
     sampling = trained.sampling
     if not trained.is_few_step:
         return None, sampling
-    scheduler = student_scheduler_config(
-        teacher.scheduler, sampling.timesteps, teacher.pipeline, sampling.rollout
-    )
-    sampler = sampler_from_config(scheduler, teacher.pipeline)
+    adds_noise = base.scheduler["_class_name"] in STOCHASTIC
+    if trained.on_start and adds_noise and sampling.rollout == "fresh_noise":
+        scheduler = None
+    else:
+        scheduler = student_scheduler_config(
+            base.scheduler, sampling.timesteps, base.pipeline, sampling.rollout
+        )
+    sampler = sampler_from_config(scheduler or base.scheduler, base.pipeline)
     sampler.times(timesteps=sampling.timesteps)
     return scheduler, sampling if sampler.takes_timesteps else replace(sampling, timesteps=None)
 
@@ -150,7 +160,7 @@ def describe(
         fingerprint=trained.fingerprint,
         latent=(spec.sample_size, spec.sample_size, spec.latent_channels),
         pipeline=pipeline,
-        arguments=parity.call_arguments(teacher, pipeline, sampling),
+        arguments=call_arguments(teacher, pipeline, sampling),
         license=read_license(teacher.path),
         world=world.rpartition(".")[2] if bundled else read_world(teacher.path),
         report=report,

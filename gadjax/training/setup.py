@@ -22,17 +22,11 @@ from gadjax.objectives.base import Term
 from gadjax.parallel.placement import batch_shards
 from gadjax.pipelines.pipeline import Pipeline, abstract_pipeline, load_pipeline
 from gadjax.seeds import make_key
-from gadjax.training.checks import (
-    Settings,
-    check_pipeline,
-    check_tangents,
-    critic_optim,
-    feature_width,
-    validate,
-)
+from gadjax.training.checks import Settings, critic_optim, validate
 from gadjax.training.data import input_fingerprints, open_data
 from gadjax.training.lora import base_source, loras
 from gadjax.training.networks import load_networks
+from gadjax.training.pipeline_checks import check_pipeline, check_tangents, feature_width
 from gadjax.training.state import StepSpec, TrainState, create_state, make_optimizer
 from gadjax.training.steps import CRITICS
 from gadjax.types import Params
@@ -171,7 +165,7 @@ def prepare(
     for name, tree in networks.frozen.items():
         base = quantized(tree, config.int8) if name in networks.bases.values() else tree
         frozen[name] = cast(base, settings.dtype)
-    adapted = loras(config).keys()
+    adapted = loras(config).keys() & step_spec.optimizers.keys()
     without_adapters = step_spec.optimizers.keys() - {"discriminator"} - adapted
     bases = dict.fromkeys(adapted, pipeline.backbone) | networks.bases
     if untrained and without_adapters:
@@ -237,10 +231,12 @@ def frozen_networks(
 ) -> dict[str, Params]:
     """Parameters, in the compute dtype, of the networks that a run reads and does not train.
 
-    Raises: InputError as `quantized`, and for 8-bit kernels of a teacher that is not read.
+    Raises: InputError as `quantized`, and for 8-bit kernels in a run without a frozen base.
     """
     needs, data = settings.objective.needs, config.data
-    on_teacher = any(base_source(config, role) == "teacher" for role in loras(config))
+    trained = {"student", *(role for role in CRITICS if getattr(needs, role))}
+    adapted = loras(config).keys() & trained
+    on_teacher = any(base_source(config, role) == "teacher" for role in adapted)
     encodes_text = not (data.embeddings or data.latents)
     # The student's start is the teacher itself, held once, unless `student.init` is another or the
     # student has fewer layers.
@@ -255,9 +251,9 @@ def frozen_networks(
     if is_needed[pipeline.backbone]:
         backbone = quantized(params[pipeline.backbone], config.int8)
         params = params | {pipeline.backbone: backbone}
-    elif config.int8:
+    elif config.int8 and not adapted:  # adapters on another start: 8 bits of that
         raise InputError(
-            f"int8: found {config.int8!r} in a run without a frozen teacher; expected none"
+            f"int8: found {config.int8!r} in a run without a frozen teacher or start; expected none"
         )
     return {name: cast(params[name], settings.dtype) for name, yes in is_needed.items() if yes}
 

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/int8.py [--teacher asset:shapes_flow_teacher] [--seeds 3] [--count 32]
 
-Prints seconds of the processor for the student's update of the bundled config with adapters of rank
-16, and, for kernels of attention and feed-forward and for all, the share of the float32 network's
-bytes that is left, and root mean square errors relative to the float32 network: of the guided
-output and of its tangent in a random direction of the noise, at three times; and of pictures, in
-their values of 0 to 1.
+Prints seconds of the processor for the student's update of the bundled config, of whole weights and
+with adapters of rank 16, and, for kernels of attention and feed-forward and for all, the share of
+the float32 network's bytes that is left, and root mean square errors relative to the float32
+network: of the guided output and of its tangent in a random direction of the noise, at three times;
+and of pictures, in their values of 0 to 1.
 """
 
 import argparse
@@ -87,7 +87,11 @@ def update_seconds(count: int, *flags: str) -> list[float]:
 
 def print_seconds() -> None:
     """Medians of rounds that take turns."""
-    kinds = {"float32": (), "8 bits": (f"--config.int8={TARGETS}",)}
+    kinds = {
+        "whole weights": ("--config.student.lora.rank=0",),
+        "adapters on float32": (),
+        "on 8 bits": (f"--config.int8={TARGETS}",),
+    }
     taken = {kind: [] for kind in kinds}
     for _ in range(2):
         for kind, flags in kinds.items():

@@ -128,7 +128,7 @@ def test_nothing_is_written_if_images_differ_from_diffusers(workdir, tmp_path, f
     def broken(*arguments):
         raise ValueError("no such\nlayer")
 
-    monkeypatch.setattr(parity, "_pictures", broken)
+    monkeypatch.setattr(parity, "draw_in_diffusers", broken)
     fails(["export", "--workdir", workdir, "--out", out], 3, "diffusers: ValueError", out=out)
 
 

@@ -11,8 +11,8 @@ from workdirs import LENGTH, make_workdir
 
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.pipelines import parity
+from gadjax.pipelines.diffusers_calls import diffusers_arguments
 from gadjax.pipelines.model import Model
-from gadjax.pipelines.parity import diffusers_arguments
 from gadjax.pipelines.pipeline import load_pipeline
 from gadjax.pipelines.sampling import draw, initial_noise
 

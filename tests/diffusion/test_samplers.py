@@ -1,4 +1,4 @@
-"""PNDM, LCM, FlowMatchLCM and SCM against diffusers' implementations, with the same fresh noise."""
+"""Multistep and stochastic samplers against diffusers', with the same fresh noise."""
 
 import sys
 
@@ -12,15 +12,16 @@ from fixed_network import NOISE, SHAPE, assert_close, network
 
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.rollout import rollout
-from gadjax.diffusion.samplers import fresh_noise, keys_from_noise, sample, step_noise
+from gadjax.diffusion.samplers import fresh_noise, keys_from_noise, sample, step_noise, tcd
+from gadjax.diffusion.schedules import DDPM
 from gadjax.errors import InputError
 from gadjax.formats.scheduler_config import (
     parameterization_from_config,
     schedule_from_config,
     student_scheduler_config,
 )
-from gadjax.formats.schedulers import sampler_from_config
-from gadjax.types import Cond
+from gadjax.formats.schedulers import sampler_from_config, with_eta
+from gadjax.types import Cond, Prediction
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 PNDM = dict(_class_name="PNDMScheduler", skip_prk_steps=True, **SD)
 LCM = dict(_class_name="LCMScheduler")
+TCD = dict(_class_name="TCDScheduler")
 FLOW_LCM = dict(_class_name="FlowMatchLCMScheduler")
 SCM = dict(_class_name="SCMScheduler", sigma_data=0.5, prediction_type="trigflow")
 CONFIGS = {
@@ -40,8 +42,8 @@ CONFIGS = {
 }
 
 
-def ours(config, times):
-    sampler = sampler_from_config(config)
+def ours(config, times, eta=0.0):
+    sampler = with_eta(sampler_from_config(config), eta)
 
     def apply(params, x, t, cond):
         return network(jnp, x, t[:, None, None, None])
@@ -65,7 +67,7 @@ class Noises:
         return torch.tensor(np.array(drawn))
 
 
-def theirs(config, monkeypatch, scale=1.0, **arguments):
+def theirs(config, monkeypatch, scale=1.0, options=(), **arguments):
     kind = getattr(diffusers, config["_class_name"])
     module = sys.modules[kind.__module__]
     noises = Noises(monkeypatch, module) if hasattr(module, "randn_tensor") else None
@@ -74,7 +76,7 @@ def theirs(config, monkeypatch, scale=1.0, **arguments):
     x = torch.tensor(NOISE) * scale
     for t in scheduler.timesteps[: None if scale == 1 else -1]:
         output = scale * torch.tensor(network(np, np.asarray(x) / scale, np.float32(t)))
-        result = scheduler.step(output, t, x)
+        result = scheduler.step(output, t, x, **dict(options))
         x = result.prev_sample
     return np.asarray(x) / scale, scheduler.timesteps.numpy(), noises
 
@@ -102,6 +104,49 @@ def test_lcm_takes_times_of_published_students(timesteps, monkeypatch):
     np.testing.assert_array_equal(timesteps_used, timesteps)
     times = sampler_from_config(config).times(timesteps=timesteps)
     assert_close(ours(config, times), end)
+
+
+TCD_STEPS = [1, 3, 4, [999, 749, 499, 249], [999, 20, 3], [625]]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_tcd_equals_diffusers(eta, prediction, monkeypatch):
+    """On its own grid and on explicit timesteps."""
+    config = dict(TCD, **(SD if prediction == "epsilon" else {}), prediction_type=prediction)
+    sampler = sampler_from_config(config)
+    for steps in TCD_STEPS:
+        named = "timesteps" if isinstance(steps, list) else "num_inference_steps"
+        end, starts, noises = theirs(config, monkeypatch, options={"eta": eta}, **{named: steps})
+        times = sampler.times(**{"timesteps" if named == "timesteps" else "steps": steps})
+        np.testing.assert_array_equal(times[:-1], starts)
+        assert noises.step == (len(starts) - 1 if eta else 0)
+        assert_close(ours(config, times, eta), end)
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.3, 0.7, 0.9])
+def test_tcds_times_between_are_rounded_as_torch_does(eta):
+    """(1 - eta) t' in float32: 0.7 of 10 is 7 there, and below it in float64."""
+    times, seen = np.arange(1000)[::-1], []
+
+    class Schedule(DDPM):
+        def alpha_sigma(self, t):
+            seen.append(np.asarray(t))
+            return super().alpha_sigma(t)
+
+    def predict(x, t):
+        return Prediction(x, x)
+
+    x = jnp.zeros((1, 1, 1, 1))
+    jax.eval_shape(lambda x: tcd(predict, Schedule(), x, times, eta=eta), x)
+    between = torch.floor((1 - eta) * torch.tensor(times.copy())).numpy()
+    np.testing.assert_array_equal(seen[0], [*between[1:-1], 0])
+
+
+def test_another_sampler_has_no_share_of_noise():
+    assert with_eta(sampler_from_config(LCM), 0.0).stochastic
+    with pytest.raises(InputError, match="eta: found 0.3; expected 0, as TCDScheduler alone"):
+        with_eta(sampler_from_config(LCM), 0.3)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
@@ -175,6 +220,7 @@ def test_stochastic_sampler_is_a_function_of_its_noise():
         (dict(PNDM, prediction_type="v_prediction"), "prediction_type"),
         (dict(PNDM, timestep_spacing="linspace"), "timestep_spacing"),
         (dict(LCM, clip_sample=True), "clip_sample"),
+        (dict(TCD, thresholding=True), "thresholding"),
         (dict(SCM, prediction_type="epsilon"), "prediction_type"),
         (dict(FLOW_LCM, use_dynamic_shifting=True), "use_dynamic_shifting"),
         (dict(FLOW_LCM, scale_factors=[1.0, 2.0]), "scale_factors"),
@@ -191,7 +237,7 @@ def test_invalid_times_are_refused():
         sampler_from_config(CONFIGS["pndm-sd"]).times(timesteps=[899, 449])
     with pytest.raises(InputError, match="steps: found 51; expected at most 50"):
         sampler_from_config(LCM).times(51)
-    for config in (SCM, LCM, FLOW_LCM):
+    for config in (SCM, LCM, FLOW_LCM, TCD):
         assert sampler_from_config(config).stochastic
         with pytest.raises(InputError, match="deterministic steps"):
             student_scheduler_config(config, [999])

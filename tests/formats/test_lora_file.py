@@ -295,6 +295,8 @@ def test_names_of_the_original_releases(pipelines, family, tmp_path):
         rows = np.split(whole, np.cumsum([s[0] for s in shapes])[:-1])
         for down, up, prefix, flat in (
             ("lora_A", "lora_B", "diffusion_model.", False),
+            ("lora_A.default", "lora_B.default", "base_model.model.", False),
+            ("lora_A", "lora_B", "", False),
             ("lora_down", "lora_up", "lora_unet_", True),
         ):
             stem = prefix + (name.replace(".", "_") if flat else name)

@@ -21,7 +21,10 @@ def test_defaults_without_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     "sampling",
-    [SamplingConfig(4, (899.0, 674.0, 449.0, 224.0), 1.0, 16), SamplingConfig(12, None, 3.0, 300)],
+    [
+        SamplingConfig(4, (899.0, 674.0, 449.0, 224.0), 1.0, 16),
+        SamplingConfig(12, None, 3.0, 300, eta=0.3),
+    ],
 )
 def test_round_trip(tmp_path, sampling):
     (tmp_path / GADJAX_JSON).write_text(
@@ -41,6 +44,8 @@ def test_timesteps_determine_the_number_of_steps(tmp_path):
     [
         ('{"steps": 0}', "steps: found 0"),
         ('{"steps": 2.5}', "steps: found 2.5"),
+        ('{"eta": 1.5}', "eta: found 1.5; expected a number from 0 to 1"),
+        ('{"eta": "0"}', "eta: found '0'"),
         ('{"steps": true}', "steps: found True"),
         ('{"length": "16"}', "length: found '16'"),
         ('{"guidance": null}', "guidance: found None"),

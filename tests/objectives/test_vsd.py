@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +7,10 @@ import pytest
 from closed_form import FLOW_WORLD, GUIDANCE, all_worlds, law, make_batch, one_step
 from formula_terms import compare, descent, networks_gradients, recorded
 
+from gadjax.diffusion.denoiser import Denoiser
 from gadjax.errors import InputError
 from gadjax.objectives import VSD
+from gadjax.training.context import Roles, make_context
 
 sg = jax.lax.stop_gradient
 
@@ -69,6 +73,25 @@ def test_its_size_follows_the_distance_of_the_networks():
         return jax.grad(loss)(student)["step0"]["bias"]
 
     np.testing.assert_allclose(slope(0.2), 2 * slope(0.1), rtol=1e-3)
+
+
+def test_an_embedded_scale_of_the_critic_is_that_of_its_training():
+    """A critic that is the teacher at the run's guidance, at its own scale, leaves no gap."""
+
+    def reads(params, x, t, cond):
+        return params * x * cond.extras["guidance"][:, None, None, None]
+
+    denoiser = Denoiser(reads, FLOW_WORLD.schedule, "flow", guidance_embedded=True)
+    step_spec = replace(FLOW_WORLD.step_spec(VSD()), denoiser=denoiser.with_default_guidance(0.5))
+    critic = jnp.float32(0.6)
+    roles = Roles(critic, critic * 0.5 / step_spec.guidance, critic)
+    context = make_context(step_spec, VSD().needs, roles, make_batch(4))
+    _, metrics = VSD()(context)
+    np.testing.assert_allclose(metrics["gap"], 0, atol=1e-6)
+    x_t = context.batch.noise
+    told = context.batch.cond._replace(extras={"guidance": jnp.full(len(x_t), 0.5)})
+    trained = context.denoiser(context.critic_params, x_t, 300.0, context.batch.cond)
+    np.testing.assert_array_equal(trained.eps, denoiser(critic, x_t, 300.0, told).eps)
 
 
 @pytest.mark.parametrize(

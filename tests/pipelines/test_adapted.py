@@ -10,8 +10,8 @@ from families import LENGTH
 from gadjax import load
 from gadjax.errors import InputError
 from gadjax.formats.sampling_config import SamplingConfig
-from gadjax.pipelines import parity
 from gadjax.pipelines.adapted import adapted_model
+from gadjax.pipelines.diffusers_calls import Variant, draw_in_diffusers
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.sampling import draw, initial_noise
 
@@ -48,7 +48,7 @@ def save_adapters(folder, path, seed, text=True):
 
 def theirs(folder, sampling, noise, prepare):
     kind = type(DiffusionPipeline.from_pretrained(folder)).__name__
-    return parity._pictures(folder, sampling, PROMPTS, noise, parity.Variant(kind, prepare))
+    return draw_in_diffusers(folder, sampling, PROMPTS, noise, Variant(kind, prepare))
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
 from gadjax.io.untrusted import read_json
 from gadjax.models.params import flatten
 from gadjax.pipelines import parity
+from gadjax.pipelines.diffusers_calls import Variant, draw_in_diffusers
 from gadjax.pipelines.known_students import (
     PUBLISHED_STUDENTS,
     published_loras,
@@ -103,6 +104,17 @@ def test_their_steps(folders, name):
     assert sampling.guidance == GUIDANCE.get(name, 1)
 
 
+def test_hypers_lora_of_one_step_takes_more(folders):
+    """The grids of its card; each step has TCD's whole share of new noise."""
+    pipeline = make_pipeline(open_folder(folders("sd15"), components=()))
+    pipeline, sampling = published_student("hyper-sd1.5-1", pipeline)
+    grids = {4: [999, 759, 499, 259], 8: [999, 879, 759, 639, 499, 379, 259, 139]}
+    for steps, grid in grids.items():
+        sampler, times = sampler_and_times(pipeline, replace(sampling, steps=steps))
+        assert times[:-1].tolist() == grid
+        assert sampler.sample_fn.keywords == {"eta": 1.0} and sampler.stochastic
+
+
 @pytest.mark.parametrize(
     "family,name", [("flux_schnell", "hyper-flux-8"), ("flux_dev", "flux-schnell")]
 )
@@ -137,9 +149,9 @@ def test_lightning_is_eulers_trailing_steps_in_diffusers(folders, name):
             pipe.scheduler.config, timestep_spacing="trailing", **changes
         )
 
-    variant = parity.Variant("StableDiffusionXLPipeline", prepare)
+    variant = Variant("StableDiffusionXLPipeline", prepare)
     plain = SamplingConfig(sampling.steps, None, 1.0, 77)
-    theirs = parity._pictures(folder, plain, prompts, noise, variant)
+    theirs = draw_in_diffusers(folder, plain, prompts, noise, variant)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 

@@ -216,10 +216,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "findings")
     parser.add_argument("--out", type=Path, help="folder for the figures")
+    parser.add_argument("--name", default="fuzz", help="of their file, with --count")
     args = parser.parse_args()
     lists = []
     if args.count:
-        lists.append(("fuzz", fuzz_all, targets(), args.count))
+        lists.append((args.name, fuzz_all, targets(), args.count))
     if args.commands:
         from hostile_commands import COMMANDS
 

@@ -220,7 +220,7 @@ def read_starts(folder: Path) -> None:
     """As `gadjax train --config.student.init=LORA` does."""
     config = default_config()
     config.student.lora.update(rank=2, targets="attn2|proj_in")
-    pipeline = make_pipeline(_sd15())
+    pipeline = _sd15_pipeline()
     for name in LORAS:
         config.student.init = str(folder / name)
         read_adapters(config, "student", pipeline, abstract=False)
@@ -231,9 +231,14 @@ def _sd15():
     return read_pipeline(_family("sd15"))
 
 
+@cache
+def _sd15_pipeline():
+    return make_pipeline(_sd15())
+
+
 def make_recipe(folder: Path) -> None:
     recipe = {"steps": 2, "timesteps": [900, 400], "guidance": 1.5, "length": 8, "world": "shapes"}
-    (folder / "gadjax.json").write_text(json.dumps(recipe | {"scale": 2.0}))
+    (folder / "gadjax.json").write_text(json.dumps(recipe | {"scale": 2.0, "eta": 0.3}))
 
 
 def read_recipe(folder: Path) -> None:

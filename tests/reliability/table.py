@@ -43,6 +43,12 @@ ROWS = {
         "{ok} read, {refused} refused in one line, {findings} anything else; the slowest "
         "{slowest_seconds} s, at most {peak_rss_mib} MiB",
     ),
+    "fuzz_lora": (
+        "hostile LoRA files: merged, printed, and as a student's start",
+        "{inputs} inputs",
+        "{ok} read, {refused} refused in one line, {findings} anything else; the slowest "
+        "{slowest_seconds} s, at most {peak_rss_mib} MiB",
+    ),
     "fuzz_commands": (
         "the same given to real commands",
         "{inputs} commands",

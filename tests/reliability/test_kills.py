@@ -58,7 +58,10 @@ def test_a_run_that_was_killed_as_it_began_can_begin_again(config, tmp_path, lef
     assert train(config, workdir, "--config.steps=1") == 0
 
 
-LORA = "--config.student.lora.rank=2", "--config.critic.lora.rank=4"
+LORA = (
+    *("--config.student.lora.rank=2", "--config.critic.lora.rank=4"),
+    "--config.int8=/(attn|ff)",
+)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -15,15 +16,17 @@ from gadjax.evaluation.metric_catalogue import catalogue
 from gadjax.evaluation.oracles import WORLDS
 from gadjax.evaluation.results import EvaluationConfig
 from gadjax.formats.diffusers_folder import INDEX
+from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
+from gadjax.formats.scheduler_config import student_scheduler_config
 from gadjax.pipelines.adapted import adapted_model
 from gadjax.pipelines.sampling import draw, initial_noise
 from gadjax.repair.comparison import MEASURED
 from gadjax.repair.patient import Patient, open_patient
 from gadjax.repair.repair import Request, repair_config
 from gadjax.training.checks import validate
-from gadjax.training.export import export
-from gadjax.training.workdir import read_trained
+from gadjax.training.export import export, scheduler_and_sampling
+from gadjax.training.workdir import Trained, read_trained
 
 TIMES = (899.0, 449.0)
 SMALL = "--count=2", "--seeds=2", "--tangents=1", "--library=0", "--updates=2"
@@ -52,9 +55,9 @@ def prompts(tmp_path_factory):
     return path
 
 
-def repair(teacher, student, prompts, out, *more):
+def repair(teacher, student, prompts, out, *more, cheap=CHEAP):
     flags = f"--teacher={teacher}", f"--student={student}", f"--prompts={prompts}", f"--out={out}"
-    return main(["repair", *flags, *SMALL, *CHEAP, *more])
+    return main(["repair", *flags, *SMALL, *cheap, *more])
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,64 @@ def test_a_finished_repair_is_left_as_it_is(repaired, student, prompts, tiny_pip
 
 
 @pytest.mark.slow
+def test_a_student_that_adds_noise_is_repaired_as_it_draws(tiny_pipeline, prompts, tmp_path):
+    """With new noise after each step, before and after; diffusers draws the LoRA on it with that
+    noise and the scheduler that it has."""
+    settings = {"steps": 2, "rollout": "fresh_noise"}
+    run = make_workdir(tmp_path / "run", tiny_pipeline, timesteps=TIMES, student=settings)
+    student, out = tmp_path / "student", tmp_path / "out"
+    export(read_trained(run), student)
+    cheap = [flag for flag in CHEAP if "anchor" not in flag]  # which such a student cannot have
+    assert repair(tiny_pipeline, student, prompts, out, "--config.optim.lr=0.03", cheap=cheap) == 0
+    trained = read_trained(out / "train")
+    assert trained.config["student"]["rollout"] == trained.sampling.rollout == "fresh_noise"
+    assert trained.base == student and trained.sampling.timesteps == TIMES
+    assert {"regression", "tether"} < trained.config["objective"].keys()
+    index = json.loads((student / INDEX).read_text())
+    assert index["scheduler"][1] == "LCMScheduler" and not (out / "lora" / "scheduler").exists()
+    export(trained, tmp_path / "merged")
+    for folder in (out / "lora", tmp_path / "merged"):
+        verified = json.loads((folder / GADJAX_JSON).read_text())["verified"]
+        assert verified["max_difference"] <= 1e-4
+    at = {s: pictures(adapted_model(student, [(out / "lora", s)])) for s in (0.0, 1.0)}
+    np.testing.assert_allclose(at[1.0], pictures(load(str(out / "train"))), atol=1e-4)
+    np.testing.assert_allclose(at[0.0], pictures(load(str(student))), atol=1e-5)
+    assert np.abs(at[1.0] - at[0.0]).max() > 1e-3
+    report = json.loads((out / "repair.json").read_text())
+    assert {"student before", "student after"} < report["rows"].keys()
+
+
+def test_a_start_that_adds_noise_keeps_its_scheduler(tiny_pipeline):
+    """In an export; the teacher's, which adds none, is replaced."""
+    plain = open_folder(tiny_pipeline, components=())
+    lcm = student_scheduler_config(plain.scheduler, TIMES, rollout="fresh_noise")
+    noisy = replace(plain, scheduler=lcm)
+    sampling = SamplingConfig(2, TIMES, 1.0, 8, rollout="fresh_noise")
+    trained = Trained(tiny_pipeline, 1, "ema", {}, {}, "", sampling, on_start=True)
+    assert scheduler_and_sampling(trained, noisy) == (None, sampling)
+    assert scheduler_and_sampling(trained, plain) == (lcm, sampling)
+    for other in (
+        replace(trained, on_start=False),
+        replace(trained, sampling=replace(sampling, rollout="ode")),
+    ):
+        with pytest.raises(InputError, match="found 'LCMScheduler'; expected one with determin"):
+            scheduler_and_sampling(other, noisy)
+
+
+def test_tcds_steps_are_refused(tiny_pipeline, student, tmp_path):
+    folder = tmp_path / "student"
+    shutil.copytree(student, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    betas = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
+    path.write_text(json.dumps(betas | {"_class_name": "TCDScheduler"}))
+    index = json.loads((folder / INDEX).read_text()) | {"scheduler": ["diffusers", "TCDScheduler"]}
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match="found TCDScheduler; expected LCMScheduler or one of"):
+        open_patient(str(folder), tiny_pipeline, tmp_path / "unused")
+
+
+@pytest.mark.slow
 def test_a_repair_without_its_report_only_measures_again(
     repaired, student, prompts, tiny_pipeline, tmp_path
 ):
@@ -165,8 +226,27 @@ def test_an_embedded_guidance_is_no_fault_and_is_trained_with(folders, prompts, 
     assert patient.embedded == 3.5 and len(patient.times) == 8 and patient.times[0] == 1000
     request = Request(str(flux), "s", str(prompts), tmp_path, 7, None, 4, EvaluationConfig(), ())
     assert repair_config(request, patient).student.guidance == 3.5
-    plain = Patient(flux, patient.sampling, TIMES, "ode", None)
+    plain = Patient(flux, patient.sampling, TIMES, "ode", 3.5)
     assert repair_config(request, plain).student.guidance == 1
+
+
+@pytest.mark.parametrize("family,guidance", [("flux_dev", 3.5), ("z_image", 6.0)])
+def test_a_student_that_does_not_tell_is_repaired_at_its_teachers_guidance(
+    folders, prompts, tmp_path, family, guidance
+):
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    shutil.copytree(folders(family), teacher)
+    shutil.copytree(folders(family), student)
+    (student / GADJAX_JSON).write_text(json.dumps({"steps": 4, "guidance": 1.0}))
+    for expected in (guidance, 2.5):
+        patient = open_patient(str(student), teacher, tmp_path / "unused")
+        more = "--config.guidance=7.0"
+        request = Request(
+            str(teacher), "s", str(prompts), tmp_path, 7, None, 4, EvaluationConfig(), ()
+        )
+        assert repair_config(request, patient).guidance == patient.guidance == expected
+        assert repair_config(replace(request, changes=(more,)), patient).guidance == 7
+        (teacher / GADJAX_JSON).write_text(json.dumps({"guidance": 2.5}))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from sweeping import Case, Choice, Outputs, sweep
 from gadjax.api import load, with_sampling
 from gadjax.formats.diffusers_folder import INDEX
 from gadjax.formats.sampling_config import GADJAX_JSON
-from gadjax.pipelines import parity
+from gadjax.pipelines.diffusers_calls import same_noise
 from gadjax.pipelines.sampling import draw as draw_pictures
 from gadjax.pipelines.sampling import initial_noise
 
@@ -122,6 +122,9 @@ def their_pictures(
     latent = (height // up, width // up, body.config.in_channels)
     noise = initial_noise(0, len(prompts), latent)
     noise = np.nextafter(noise, np.float32(np.inf)) if moved else noise
-    latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
-    with parity._same_noise(pipeline.scheduler, noise):
-        return pipeline(prompts, latents=latents, output_type="np", **arguments).images
+
+    def as_latents(x):
+        return torch.from_numpy(np.asarray(x).transpose(0, 3, 1, 2).copy())
+
+    with same_noise(pipeline.scheduler, noise, as_latents):
+        return pipeline(prompts, latents=as_latents(noise), output_type="np", **arguments).images

@@ -15,6 +15,7 @@ from gadjax.cli.main import main
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import read_pipeline
 from gadjax.formats.orbax_folder import open_folder
+from gadjax.models.depth import check_layers
 from gadjax.models.params import flatten
 from gadjax.pipelines.pipeline import make_pipeline
 from gadjax.training.config import read_config
@@ -91,6 +92,15 @@ def test_it_is_sampled_and_exported_with_its_own_depth(trained, tiny_pipeline, t
 def test_bad_options(config, flags, message):
     with pytest.raises(InputError, match=message):
         prepare(read_config([f"--config={config}", *flags]), abstract=True)
+
+
+@pytest.mark.parametrize("family", ["z_image", "lumina2"])
+def test_a_backbone_of_several_stacks_is_refused_as_what_it_is(folders, family):
+    folder = open_folder(folders(family), components=())
+    part = folder.components[folder.backbone]
+    message = "found \\(0,\\) for a backbone whose blocks are not one stack of equal ones; expected"
+    with pytest.raises(InputError, match=message):
+        check_layers((0,), part.spec, part.abstract)
 
 
 def test_no_single_file_and_no_lora_of_it(trained, tmp_path, capsys):

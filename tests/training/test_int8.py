@@ -1,5 +1,7 @@
 """Runs on a frozen teacher of 8-bit kernels: whole weights and adapters."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -85,10 +87,27 @@ def test_the_first_loss_is_near_the_float_teachers(config, trained, tmp_path):
         assert other[name] == pytest.approx(one[name], rel=0.1, abs=1e-3)
 
 
-def test_a_run_without_a_teacher_refuses_it(config):
+@pytest.fixture
+def on_pictures(config):
+    """Config of a run that evaluates no teacher."""
     flags = f"--config={config}", *INT8, "--config.data.prompts="
     given = read_config([*flags, "--config.data.world=gadjax.worlds.shapes"])
     given.objective, given.teacher, given.guidance = {"denoising": {}}, "asset:shapes_teacher", 4.0
     given.preview.every = 0
+    return given
+
+
+def test_a_start_alone_is_in_8_bits(on_pictures):
+    """Adapters on their own start, which is then the only frozen base."""
+    on_pictures.student.init = "asset:shapes_teacher"
+    on_pictures.student.lora.rank = 2
+    run = prepare(on_pictures)
+    assert run.bases == {"student": "start"} and "transformer" not in run.frozen
+    start = flatten(run.frozen["start"])
+    kernels = [path for path in start if re.search("/(attn|ff).*/kernel$", path)]
+    assert kernels and all(is_quantized(start[path]) for path in kernels)
+
+
+def test_a_run_without_a_teacher_refuses_it(on_pictures):
     with pytest.raises(InputError, match="int8: found '/.attn.ff.' in a run without a frozen"):
-        prepare(given)
+        prepare(on_pictures)

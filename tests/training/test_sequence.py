@@ -83,7 +83,7 @@ UNET = "mesh.sequence: found 2; expected 1 for a UNet2DConditionModel, whose con
 
 
 def test_a_unet_has_a_sample_on_one_device():
-    from gadjax.training.checks import check_sequence
+    from gadjax.training.pipeline_checks import check_sequence
 
     def pipeline(family):
         components = {"body": SimpleNamespace(family=family)}
