@@ -69,10 +69,9 @@ def prepare_with(source):
             latent=SHAPE,
             cond=lambda text, mask, pooled: Cond(text, mask),
             denoiser=step_spec.denoiser,
-            sampling=SamplingConfig(),
+            folder_guidance=SamplingConfig().guidance,
             folder=SimpleNamespace(
-                path=Path("formula"),
-                components={"formula": SimpleNamespace(family=SimpleNamespace(rules=()))},
+                components={"formula": SimpleNamespace(family=SimpleNamespace(rules=()))}
             ),
         )
         null = {"text": np.zeros((1, 1, D), np.float32), "mask": np.ones((1, 1), np.int32)}

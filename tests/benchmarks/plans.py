@@ -306,8 +306,9 @@ def aim(most: float, memory: dict[str, Any]) -> str:
 TEXT = """
 # Plans at full size
 
-Compiled before attention changed its layouts and norms and GELU were recomputed in reverse mode
-(2026-11-30); not compiled again since.
+Rows of configs/backbones.py ("adapters", "whole weights") are compiled with the code of 2026-11-30,
+19:00 UTC; the others before attention changed its layouts and norms and GELU were recomputed in
+reverse mode, and not again since.
 
 Results of `gadjax plan` for the papers' backbones (bfloat16, Pallas attention where the network has
 one, prompts encoded in the step, float32 masters with moments and an EMA; each row's .json is
