@@ -96,6 +96,10 @@ DDPM_WORLD = World(DDPM(), "eps", (899.0, 674.0, 449.0, 224.0, -1.0))
 FLOW_WORLD = World(Flow(), "flow", (1000.0, 900.0, 750.0, 500.0, 0.0))
 WORLDS = {"ddpm": DDPM_WORLD, "flow": FLOW_WORLD}
 all_worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+# For formulas of which one world shows nearly all: the other one is slow.
+flow_first = pytest.mark.parametrize(
+    "world", [FLOW_WORLD, pytest.param(DDPM_WORLD, marks=pytest.mark.slow)], ids=["flow", "ddpm"]
+)
 
 
 def one_step(world: World) -> World:

@@ -172,6 +172,7 @@ def test_pictures_and_a_discriminator_are_provided_on_request():
     assert np.linalg.norm(before) > 1 and np.linalg.norm(after) < 0.8 * np.linalg.norm(before)
 
 
+@pytest.mark.slow
 def test_every_update_has_new_noise():
     calls = []
 

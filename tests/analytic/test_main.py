@@ -1,6 +1,7 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from gadjax.analytic import Bench, Result
 from gadjax.analytic import __main__ as main
@@ -8,6 +9,7 @@ from gadjax.analytic import __main__ as main
 PERFECT = Result(1.0, 1.0, 0.0, 0.0, 0.0, 1.0, np.zeros((1, 2)), np.zeros((1, 2)), {})
 
 
+@pytest.mark.slow
 def test_the_report_has_a_row_for_every_objective_in_every_setting(monkeypatch):
     fits = []
 

@@ -69,6 +69,7 @@ def test_a_failed_part_leaves_its_figures_and_those_of_others(monkeypatch, tmp_p
     assert list(json.loads(path.read_text())["figures"]) == ["second"]
 
 
+@pytest.mark.slow
 def test_parts_are_processes_that_end_alone(monkeypatch, tmp_path, capsys):
     """One crashes, one hangs, one writes why it failed; the last one is run all the same."""
     program = """
@@ -131,6 +132,7 @@ def test_a_wrong_or_failing_tile_is_left_out():
     assert kernels.right_program(Tile(0), inputs, expected, 1e-4) is None
 
 
+@pytest.mark.slow
 def test_rows_of_the_study_are_read(tmp_path):
     shutil.copy(plans.OUT.parent / "study" / "flow-dmd_none.json", tmp_path)
     cells = "flow/dmd_none", "flow/dmd_reg"

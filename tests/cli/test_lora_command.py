@@ -71,6 +71,7 @@ def test_extract_gives_the_student_back(student, extracted, tiny_pipeline, capsy
     assert "Rank 4 of the difference of two networks" in card
 
 
+@pytest.mark.slow
 def test_extract_says_what_a_rank_leaves_out(student, tiny_pipeline, tmp_path, capsys):
     flags = "--energy", "0.9", "--prompt", "red circle", "--keys", "kohya", "--dtype", "bfloat16"
     arguments = str(tiny_pipeline), str(student / "merged"), "--out", str(tmp_path / "out")

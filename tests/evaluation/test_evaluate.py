@@ -281,6 +281,7 @@ def itself(teacher):
     return evaluate(teacher, teacher, PROMPTS, WORLD, EvaluationConfig(2, 2, 8, 4, 3, 2))
 
 
+@pytest.mark.slow
 def test_a_student_that_is_its_teacher(itself):
     first, few, same = itself.rows
     assert not itself.absent

@@ -65,6 +65,7 @@ def values(row):
     return {name: metric.value for name, metric in row.metrics.items()}
 
 
+@pytest.mark.slow
 def test_every_metric_is_that_of_the_pictures(evaluated, teacher, world):
     """From the pictures in the rows, which are small enough to be kept as they are."""
     clip = world.features["clip"]

@@ -73,6 +73,7 @@ def clip(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_by_pictures(teacher, clip):
     """From batch to batch, in arrays of the host and of JAX, by less than a tenth of the pictures
     and of their noises: features, scores and reduced pictures stay."""

@@ -45,6 +45,7 @@ def test_a_change_changes_one_term():
         assert sum(objectives[name][term] != base[term] for term in base) == 1 + together
 
 
+@pytest.mark.slow
 def test_a_longer_map_costs_more():
     costs = [cost_of(f"flow/{name}") for name in ("map_1", "map_2", "dmd_polar_anchor", "map_8")]
     assert costs == sorted(costs) and costs[0] < 0.8 * costs[2]
@@ -54,6 +55,7 @@ def cost_of(cell):
     return study_runs.evaluations(prepare(study.config_of(cell)))
 
 
+@pytest.mark.slow
 def test_longer_rows_take_the_evaluations_of_the_row_they_are_compared_with():
     cost = cost_of("flow/dmd_polar_anchor")
     for name, (of, share) in study.LONGER.items():

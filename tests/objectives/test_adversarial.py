@@ -243,6 +243,7 @@ REAL = FAKE[0] + 0.5, FAKE[1][::-1].copy()
 AT = 0.401  # sigma, and alpha is what is left
 
 
+@pytest.mark.slow
 def test_it_learns_the_optimal_discriminator_of_two_gaussians():
     """Its loss converges to that of the exact log-ratio of the densities at one t, the sigmoid of
     its logit to the probability of real; if the two are equal, its logits converge to zero."""

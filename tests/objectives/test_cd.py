@@ -10,7 +10,7 @@ from closed_form import (
     FLOW_WORLD,
     GUIDANCE,
     SHAPE,
-    all_worlds,
+    flow_first,
     gaussian_params,
     make_batch,
     mixture_params,
@@ -58,7 +58,7 @@ def by_hand(world, term, context, student, target, teacher):
 @pytest.mark.parametrize(
     "options", [{}, {"huber": 0.3, "target": "student", "points": 7}], ids=["ema", "student"]
 )
-@all_worlds
+@flow_first
 def test_loss_and_gradient_are_those_of_the_formula(world, options):
     term = ConsistencyDistillation(**options)
     with jax.enable_x64(True):

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, GUIDANCE, all_worlds
+from closed_form import FLOW_WORLD, GUIDANCE, flow_first
 from formula_terms import compare, descent, networks_gradients, recorded
 
 from gadjax.errors import InputError
@@ -60,11 +60,12 @@ def critic_loss(hand):
     return ((raw - target) ** 2).mean((1, 2, 3))
 
 
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     compare(world, CDM(floor=FLOOR), loss, critic_loss)
 
 
+@pytest.mark.slow
 def test_a_step_down_moves_the_student_towards_the_teacher():
     cosine, still = descent(FLOW_WORLD, CDM())
     assert cosine > 0.5 and still < 1e-4

@@ -4,14 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import (
-    FLOW_WORLD,
-    GUIDANCE,
-    all_worlds,
-    gaussian_params,
-    loss_of_x0,
-    make_batch,
-)
+from closed_form import FLOW_WORLD, GUIDANCE, flow_first, gaussian_params, loss_of_x0, make_batch
 from formula_terms import compare, descent, networks_gradients, recorded
 from test_sim import critic_loss
 
@@ -41,12 +34,12 @@ def loss(hand):
     return 0.5 * ((x0 - sg(x0 + step)) ** 2).mean((1, 2, 3))
 
 
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     compare(world, DecoupledDMD(floor=FLOOR), loss, critic_loss)
 
 
-@all_worlds
+@flow_first
 def test_a_step_down_moves_the_student_towards_the_teacher(world):
     cosine, still = descent(world, DecoupledDMD())
     assert cosine > 0.5 and still < 1e-4

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, GUIDANCE, all_worlds, gaussian_params, make_batch, one_step
+from closed_form import FLOW_WORLD, GUIDANCE, flow_first, gaussian_params, make_batch, one_step
 from formula_terms import SAMPLES, compare, with_features
 
 from gadjax.diffusion.rollout import interpolate_times, rollout
@@ -58,7 +58,7 @@ def formula(blocks=()):
     return loss
 
 
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     with jax.enable_x64(True):
         frozen, more = networks(), versions()

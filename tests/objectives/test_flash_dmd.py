@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, GUIDANCE, all_worlds, make_batch
+from closed_form import FLOW_WORLD, GUIDANCE, flow_first, make_batch
 from formula_pixels import autoencoder, decode, discriminator_params, logits_by_hand, with_pixels
 from formula_terms import SAMPLES, compare, pictures
 from test_sim import critic_loss
@@ -28,7 +28,7 @@ def student_loss(hand):
     return jnp.where(late, 0.3 * jnp.log1p(jnp.exp(-logits)).mean(0), matching)
 
 
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     head = discriminator_params(TERM, float)
     networks, x0 = autoencoder(float), pictures(float)

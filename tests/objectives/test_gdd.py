@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, all_worlds, make_batch
+from closed_form import FLOW_WORLD, flow_first, make_batch
 from formula_pixels import (
     autoencoder,
     decode,
@@ -31,7 +31,7 @@ def student_loss(hand):
     return -jnp.log(1 / (1 + jnp.exp(-logits))).mean(0)
 
 
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     head = discriminator_params(TERM, float)
     compare(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import DDPM_WORLD, FLOW_WORLD, all_worlds, make_batch, mixture_params
+from closed_form import DDPM_WORLD, FLOW_WORLD, all_worlds, flow_first, make_batch, mixture_params
 from formula_terms import (
     BLOCKS,
     CLOSE,
@@ -67,12 +67,13 @@ def heads_loss(hand):
     return total / 2
 
 
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     head, x0 = head_params(TERM, float), pictures(float)
     compare(with_features(world), TERM, student_loss, head=head, x0=x0)
 
 
+@pytest.mark.slow
 @all_worlds
 def test_the_heads_learn_and_nothing_else_does(world):
     """The heads' loss and gradients, in float64, are the formula's; the networks' are 0."""

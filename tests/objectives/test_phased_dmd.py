@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, GUIDANCE, all_worlds, gaussian_params, make_batch
+from closed_form import FLOW_WORLD, GUIDANCE, flow_first, gaussian_params, make_batch
 from formula_terms import compare, descent, networks_gradients, recorded
 
 from gadjax.errors import InputError
@@ -49,7 +49,7 @@ def critic_loss(hand):
     return weight * ((raw - target) ** 2).mean((1, 2, 3))
 
 
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     compare(world, PhasedDMD(), loss, critic_loss)
 

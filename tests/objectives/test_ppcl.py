@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, all_worlds, gaussian_params, one_step
+from closed_form import FLOW_WORLD, flow_first, gaussian_params, one_step
 from formula_terms import compare, pictures, with_features
 
 from gadjax.objectives import PPCL
@@ -39,7 +39,7 @@ def formula(images):
     return loss
 
 
-@all_worlds
+@flow_first
 @pytest.mark.parametrize("images", [True, False], ids=["pictures", "drawn steps"])
 def test_losses_and_gradients_are_those_of_the_formula(world, images):
     with jax.enable_x64(True):

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, all_worlds, gaussian_params, gaussian_walk, make_batch
+from closed_form import FLOW_WORLD, flow_first, gaussian_params, gaussian_walk, make_batch
 from formula_terms import pictures
 from tiny_run import config_file
 
@@ -44,7 +44,7 @@ def by_hand(world, context, student, reference, beta):
     return jnp.log1p(jnp.exp(-beta * ((w_r - w_s) - jax.lax.stop_gradient(l_r) + l_s)))
 
 
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     with jax.enable_x64(True):
         batch, term = make_batch(SAMPLES, dtype=float)._replace(x0=pictures(float)), PSO(0.7)

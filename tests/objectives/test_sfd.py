@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, GUIDANCE, all_worlds, gaussian_params, make_batch
+from closed_form import FLOW_WORLD, GUIDANCE, flow_first, gaussian_params, make_batch
 from formula_terms import SAMPLES, compare
 from test_sim import critic_loss
 
@@ -39,7 +39,7 @@ def student_loss(hand):
     return factor() * loss
 
 
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     with jax.enable_x64(True):
         more = versions()

@@ -134,6 +134,7 @@ def test_zero_with_no_gradient_where_critic_and_teacher_agree(world):
     assert max(np.abs(g).max() for g in jax.tree.leaves(grad)) < 1e-9
 
 
+@pytest.mark.slow
 def test_the_critic_is_trained_with_its_guidance():
     """Unconditional with "zero": the conditioning then has no effect."""
     world, batch = DDPM_WORLD, make_batch(B)

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, GUIDANCE, all_worlds, gaussian_params, make_batch
+from closed_form import FLOW_WORLD, GUIDANCE, flow_first, gaussian_params, make_batch
 from formula_terms import compare, descent, recorded
 
 from gadjax.errors import InputError
@@ -33,12 +33,12 @@ def critic_loss(hand):
     return ((raw - target) ** 2).mean((1, 2, 3))
 
 
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     compare(world, SIM(huber=0.3), loss, critic_loss)
 
 
-@all_worlds
+@flow_first
 def test_a_step_down_moves_the_student_towards_the_teacher(world):
     cosine, still = descent(world, SIM(huber=0.1), 512)
     assert cosine > 0.5 and still < 1e-4

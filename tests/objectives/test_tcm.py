@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, all_worlds, make_batch, one_step
+from closed_form import FLOW_WORLD, flow_first, make_batch, one_step
 from formula_terms import pictures
 from tiny_run import config_file
 
@@ -63,7 +63,7 @@ def by_hand(world, term, context, student, frozen):
     return weight * distance / (u - jnp.where(clean, 0, level(r))), kinds
 
 
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     """In float64, with samples at the boundary, and targets of both networks."""
     with jax.enable_x64(True):

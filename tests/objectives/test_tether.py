@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, all_worlds
+from closed_form import FLOW_WORLD, flow_first
 from formula_terms import SAMPLES, make_batch, mixture_params
 
 from gadjax.diffusion.denoiser import Denoiser
@@ -14,7 +14,7 @@ from gadjax.training.context import Roles, make_context
 
 
 @pytest.mark.parametrize("end", ["next", "clean"])
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world, end):
     """In float64: of both networks' steps from the student's own latent."""
     with jax.enable_x64(True):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import GUIDANCE, SHAPE, all_worlds, make_batch, mixture_params
+from closed_form import GUIDANCE, SHAPE, flow_first, make_batch, mixture_params
 
 from gadjax.analytic.bench import Bench
 from gadjax.analytic.teachers import Mixture
@@ -45,7 +45,7 @@ def by_hand(world, term, context, student, target, teacher, k):
 @pytest.mark.parametrize(
     "share,k,target", [(0.2, 4, "student"), (1.0, 1, "ema")], ids=["first", "last"]
 )
-@all_worlds
+@flow_first
 def test_loss_and_gradient_are_those_of_the_formula(world, share, k, target):
     term = TSCD((4, 2, 1), points=12, target=target)
     with jax.enable_x64(True):

@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from closed_form import DDPM_WORLD, FLOW_WORLD, GUIDANCE, gaussian_params
+from closed_form import FLOW_WORLD, GUIDANCE, flow_first, gaussian_params
 from formula_terms import by_head, compare, head_params, pictures, with_features
 from test_sim import critic_loss
 
@@ -29,7 +29,7 @@ def formula(target):
     return loss
 
 
-@pytest.mark.parametrize("world", [FLOW_WORLD, DDPM_WORLD], ids=["flow", "ddpm"])
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     term = UniDAD("a folder", share=SHARE, gan=GAN, hidden=6)
     with jax.enable_x64(True):

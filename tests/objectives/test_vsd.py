@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, GUIDANCE, all_worlds, law, make_batch, one_step
+from closed_form import FLOW_WORLD, GUIDANCE, flow_first, law, make_batch, one_step
 from formula_terms import compare, descent, networks_gradients, recorded
 
 from gadjax.diffusion.denoiser import Denoiser
@@ -37,12 +37,12 @@ def critic_loss(hand):
     return ((alpha * (jnp.where(dropped, null, cond) - eps)) ** 2).mean((1, 2, 3))
 
 
-@all_worlds
+@flow_first
 def test_losses_and_gradients_are_those_of_the_formula(world):
     compare(world, VSD(dropout=0.4), loss, critic_loss)
 
 
-@all_worlds
+@flow_first
 def test_a_step_down_moves_the_student_towards_the_teacher(world):
     cosine, still = descent(world, VSD())
     assert cosine > 0.5 and still < 1e-4

@@ -82,6 +82,7 @@ def test_offloaded_arrays_are_not_on_the_chip():
     assert memory["held"]["EMA"] == memory["held"]["optimizer moments"] == 0 and memory["fits"]
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_the_steps(made, run):
     state = jax.eval_shape(run.start, run.initial_params)
     raw = run.source.batch(0, 16)

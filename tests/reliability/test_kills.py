@@ -43,6 +43,7 @@ def test_a_preview_that_a_kill_prevented_is_drawn_by_the_next_start(config, tmp_
     assert first.read_bytes() == drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "left",
     [
@@ -114,6 +115,7 @@ def reference(config, tmp_path_factory):
     return Reference(config, workdir, workdir.parent, 4, 0, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_difference_is_detected(reference, tmp_path, change):
     other = tmp_path / "other"

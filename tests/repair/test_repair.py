@@ -71,6 +71,7 @@ def pictures(model):
     return draw(model, ["red circle"] * 2, initial_noise(3, 2, model.pipeline.latent))
 
 
+@pytest.mark.slow
 def test_what_a_repair_leaves(repaired, student, tiny_pipeline):
     names = {path.name for path in repaired.iterdir()}
     assert names == {"train", "lora", "repair.json", "repair.md", "before_after.png", "scales.png"}
@@ -83,6 +84,7 @@ def test_what_a_repair_leaves(repaired, student, tiny_pipeline):
     assert table in card and card.count("## Before and after") == 1
 
 
+@pytest.mark.slow
 def test_the_training_is_on_the_student_and_against_the_teacher(repaired, student, tiny_pipeline):
     """Whose own weights, steps and settings it has; only adapters are trained."""
     trained = read_trained(repaired / "train")
@@ -99,6 +101,7 @@ def test_the_tables_metrics_exist():
     assert len(set(MEASURED)) == len(MEASURED)
 
 
+@pytest.mark.slow
 def test_the_lora_on_the_student_draws_as_the_run(repaired, student):
     """At scale 1; at 0 as the student before."""
     before, run = load(str(student)), load(str(repaired / "train"))
@@ -108,6 +111,7 @@ def test_the_lora_on_the_student_draws_as_the_run(repaired, student):
     assert np.abs(pictures(run) - pictures(before)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_finished_repair_is_left_as_it_is(repaired, student, prompts, tiny_pipeline, capsys):
     stamps = {path: path.stat().st_mtime_ns for path in repaired.rglob("*")}
     assert repair(tiny_pipeline, student, prompts, repaired) == 0
@@ -185,6 +189,7 @@ def test_a_repair_without_its_report_only_measures_again(
     assert a == b
 
 
+@pytest.mark.slow
 def test_another_start_is_refused_at_the_export(repaired, student, tmp_path):
     """Adapters belong to the weights that they were trained on."""
     trained = read_trained(repaired / "train")
@@ -194,6 +199,7 @@ def test_another_start_is_refused_at_the_export(repaired, student, tmp_path):
         export(trained, tmp_path / "out", teacher=other)
 
 
+@pytest.mark.slow
 def test_the_merged_export_is_the_repaired_student(repaired, tmp_path):
     export(read_trained(repaired / "train"), tmp_path / "merged")
     model, run = load(str(tmp_path / "merged")), load(str(repaired / "train"))
@@ -201,6 +207,7 @@ def test_the_merged_export_is_the_repaired_student(repaired, tmp_path):
     assert model.sampling.steps == 2
 
 
+@pytest.mark.slow
 def test_patients_of_other_kinds(student, repaired, tiny_pipeline, tmp_path):
     """A workdir and a LoRA are written as a pipeline folder, once."""
     run = make_workdir(tmp_path / "run", tiny_pipeline, timesteps=TIMES, student={"steps": 2})

@@ -191,6 +191,7 @@ def test_a_hung_step_prints_its_stacks(commands, logs, workdir, capfd):
     assert "in step 5" in status(workdir)["reason"] and status(workdir)["status"] == "stopped"
 
 
+@pytest.mark.slow
 def test_a_start_has_a_longer_limit(commands, capfd):
     first = "time.sleep(0.6); beat(0); time.sleep(0.6)"  # loads, then compiles
     assert supervise(commands(first), Limits(hang=0.3, start=30)) == 0

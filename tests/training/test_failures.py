@@ -97,6 +97,7 @@ def test_saves_that_may_fail_stop_nothing(config, undisturbed, tmp_path, monkeyp
             assert text.count(f"{words}{number} of 2 tolerated)") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [(2, 4), pytest.param((6,), marks=pytest.mark.slow)])
 def test_one_too_many_and_the_last_stop_a_run(config, tmp_path, monkeypatch, capsys, bad):
     workdir = tmp_path / "run"

@@ -103,6 +103,7 @@ def test_a_backbone_of_several_stacks_is_refused_as_what_it_is(folders, family):
         check_layers((0,), part.spec, part.abstract)
 
 
+@pytest.mark.slow
 def test_no_single_file_and_no_lora_of_it(trained, tmp_path, capsys):
     """A file does not tell its depth, and LoRAs name the teacher's blocks."""
     out = "--out", str(tmp_path / "out")

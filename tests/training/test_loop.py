@@ -101,6 +101,7 @@ def test_resume_is_bit_identical(config, uninterrupted, tmp_path):
     assert_same(workdir, uninterrupted)
 
 
+@pytest.mark.slow
 def test_other_prompts_under_the_same_name_are_refused(config, tmp_path, capsys):
     """Also by --reproduce-step; a workdir that was begun without fingerprints goes on."""
     prompts, workdir = tmp_path / "prompts.txt", tmp_path / "run"

@@ -93,6 +93,7 @@ def test_whole_weights_start_at_a_lora(config, folder, lora):
         np.testing.assert_array_equal(value, plain[path])
 
 
+@pytest.mark.slow
 def test_a_critic_starts_at_another_network(config, tiny_pipeline, tmp_path):
     workdir = make_workdir(tmp_path / "run", tiny_pipeline)
     trained = read_trained(workdir).params
