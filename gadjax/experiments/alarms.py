@@ -87,7 +87,7 @@ _TEXT = """# Alarms
 Where the alarms of previews came ([monitoring](../../monitoring.md)), on runs that are sound and on
 runs that were made to fail. By
 
-    python -m gadjax.experiments.alarms RUNS
+    python -m gadjax.experiments.alarms RUNS [CASE ...] [--seeds N]
 
 {steps} steps of 8 samples of the bundled flow teacher, a preview of 4 prompts x 4 noises every
 {every}. good: the quickstart's config; rate: its learning rates times 17; guidance: 16 in place of
