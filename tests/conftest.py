@@ -14,7 +14,8 @@ pytest.register_assert_rewrite("conformance", "conformance_autoencoder", "confor
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/jax").absolute()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["XLA_FLAGS"] = hurried(os.environ.get("XLA_FLAGS", ""))
-ENOUGH = 3 << 29  # bytes of a worker
+ENOUGH = 1 << 31  # bytes of a worker
+GROWTH = 1 << 28  # bytes that are worth a look at what may go back
 
 
 @pytest.fixture(scope="session")
@@ -37,26 +38,39 @@ def config(tiny_pipeline, tmp_path_factory) -> Path:
     return write_config(tmp_path_factory.mktemp("config"), tiny_pipeline)
 
 
-def large() -> bool:
-    return psutil.Process().memory_info().rss > ENOUGH
+class Memory:
+    """Resident bytes of this worker, and how many stayed when the rest last went back."""
+
+    stayed = 0
+
+    def now(self) -> int:
+        return psutil.Process().memory_info().rss
+
+    def give_back(self) -> None:
+        """The C library keeps what compiling has freed: half of a worker."""
+        ctypes.CDLL(None).malloc_trim(0)
+        self.stayed = self.now()
+
+
+MEMORY = Memory()
 
 
 @pytest.fixture(autouse=True)
 def freed_memory_goes_back():
-    """The C library keeps what compiling has freed: half of a worker."""
+    """Where there is some: it takes longer than a small test."""
     yield
-    if large():
-        ctypes.CDLL(None).malloc_trim(0)
+    if MEMORY.now() > MEMORY.stayed + GROWTH:
+        MEMORY.give_back()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_finished_files_go():
     """Another file that needs one compiles or reads it again: hence only of large workers."""
     yield
-    if "jax" in sys.modules and large():
+    if "jax" in sys.modules and MEMORY.now() > ENOUGH:
         sys.modules["jax"].clear_caches()
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        MEMORY.give_back()
 
 
 @pytest.fixture(scope="session")
