@@ -218,6 +218,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", some(RECIPES, ("sid-sd",)))
 def test_published_students_are_sampled_as_by_their_authors(folders, recipe, tmp_path):
     """With the scheduler and arguments that their authors give diffusers."""
@@ -332,6 +333,7 @@ def test_a_negative_prompt_and_another_size(folders, family, tmp_path):
     assert np.abs(ours - image).max() <= 1 / 255
 
 
+@pytest.mark.slow
 def test_flux_s_grid_follows_the_size(folders):
     """A wide picture under the folder's own scheduler, whose shift depends on the tokens."""
     folder = folders("flux_dev")

@@ -36,6 +36,7 @@ def pictures(folder):
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))])
 
 
+@pytest.mark.slow
 def test_files_of_an_exported_lora(exported, tiny_pipeline):
     names = {path.name for path in exported.iterdir()}
     # PixArt's pipeline has no loader: PEFT's two files are for it, the first for others.

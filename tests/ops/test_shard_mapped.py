@@ -121,17 +121,20 @@ def results(tmp_path_factory):
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_several_devices_equal_one(results, name):
     assert results[name] <= 1e-12
 
 
+@pytest.mark.slow
 def test_kernels(results):
     assert max(results["kernels tangents"], results["kernels values"]) <= 1e-5
     # Called with a device's queries, and all keys.
     assert results["asked"] == [[N // 4, TEXT], [N // 4, N]]
 
 
+@pytest.mark.slow
 def test_indivisible_positions_are_not_split(results):
     assert results["odd"] is False
 

@@ -102,6 +102,7 @@ def test_operations_are_those_of_the_steps(made, run):
     assert made[0]["images_per_second"] == pytest.approx(4 * speed)
 
 
+@pytest.mark.slow
 def test_traffic_of_a_step(made, run):
     sent, numbers = (
         made[0]["traffic"],

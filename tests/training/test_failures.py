@@ -109,6 +109,7 @@ def test_one_too_many_and_the_last_stop_a_run(config, tmp_path, monkeypatch, cap
     assert steps(workdir)[: bad[-1]] == list(range(1, bad[-1] + 1))
 
 
+@pytest.mark.slow
 def test_a_damaged_config_is_one_line(config, undisturbed, tmp_path, capsys):
     workdir = tmp_path / "run"
     workdir.mkdir()

@@ -116,6 +116,7 @@ def test_no_single_file_and_no_lora_of_it(trained, tmp_path, capsys):
         load(str(trained), lora=["style"])
 
 
+@pytest.mark.slow
 def test_its_critic_is_whole(trained, tiny_pipeline):
     """As a source; its adapters are its own too."""
     critic = read_trained(trained, "critic")

@@ -114,6 +114,7 @@ def test_a_step_that_differs_is_reported(formula, done, tmp_path, capsys):
     assert f"(it was {row['loss/gad']})" in out
 
 
+@pytest.mark.slow
 def test_a_skipped_update_is_reproduced(formula, tmp_path, capsys, monkeypatch):
     """Prompt 4 is not a number from update 8 on: step 5's critic, the first that draws it."""
     for module in (loop, replay):
