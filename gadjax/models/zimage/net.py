@@ -153,8 +153,9 @@ class ZImage(nnx.Module):
 
     def _time(self, t_B: jax.Array) -> jax.Array:
         """Time embedding [B, 1, T]. It counts from noise: 0 at t = 1000, t_scale at t = 0."""
-        # In diffusers' order of operations: an ulp shows in the sinusoid.
-        scaled_B = (STEPS - t_B) / STEPS * self.config.t_scale
+        # In diffusers' order of operations: an ulp shows in the sinusoid. By a constant XLA would
+        # multiply, with its rounded reciprocal or its ratio to the scale, depending on the version.
+        scaled_B = (STEPS - t_B) / (STEPS + 0 * t_B) * self.config.t_scale
         return self.t_embedder(layers.timestep_sinusoid(scaled_B, TIME_CHANNELS))[:, None]
 
     def _caption(self, text_BLD, mask_BL, attended_BM):
