@@ -1,6 +1,7 @@
 """Names of FLUX.1's modules in the original release."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from gadjax.models.flux.config import Config
 from gadjax.models.keymap import Original
@@ -42,12 +43,30 @@ def original(names: Collection[str], config: Config) -> dict[str, Original]:
       names: of the modules in diffusers.
       config: the network's options.
     """
-    table = {theirs: Original((name,)) for theirs, name in OUTER.items()}
+    return original_modules(names, config, OUTER, DOUBLE, SINGLE)
+
+
+def original_modules(
+    names: Collection[str],
+    config: Any,
+    outer: Mapping[str, str],
+    double: Mapping[str, tuple[str, ...]],
+    single: Mapping[str, tuple[str, ...]],
+) -> dict[str, Original]:
+    """Original modules of a network of double and single blocks, those that it has.
+
+    Args:
+      names: of the modules in diffusers.
+      config: with the numbers of both kinds of blocks.
+      outer: module outside of blocks in the original -> in diffusers.
+      double, single: module of a block in the original -> its rows in diffusers.
+    """
+    table = {theirs: Original((name,)) for theirs, name in outer.items()}
     # Shift before scale there, after it in diffusers.
     table["final_layer.adaLN_modulation.1"] = Original(("norm_out.linear",), swapped=True)
     stacks = (
-        ("double_blocks", "transformer_blocks", config.num_layers, DOUBLE),
-        ("single_blocks", "single_transformer_blocks", config.num_single_layers, SINGLE),
+        ("double_blocks", "transformer_blocks", config.num_layers, double),
+        ("single_blocks", "single_transformer_blocks", config.num_single_layers, single),
     )
     for theirs, ours, count, parts in stacks:
         for number in range(count):

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from gadjax.models.flux.original import DOUBLE as FLUX1_DOUBLE
+from gadjax.models.flux.original import original_modules
 from gadjax.models.flux2.config import Config
 from gadjax.models.keymap import Original
 
@@ -32,16 +33,4 @@ def original(names: Collection[str], config: Config) -> dict[str, Original]:
       names: of the modules in diffusers.
       config: the network's options.
     """
-    table = {theirs: Original((name,)) for theirs, name in OUTER.items()}
-    # Shift before scale there, after it in diffusers.
-    table["final_layer.adaLN_modulation.1"] = Original(("norm_out.linear",), swapped=True)
-    stacks = (
-        ("double_blocks", "transformer_blocks", config.num_layers, DOUBLE),
-        ("single_blocks", "single_transformer_blocks", config.num_single_layers, SINGLE),
-    )
-    for theirs, ours, count, parts in stacks:
-        for number in range(count):
-            for name, modules in parts.items():
-                rows = tuple(f"{ours}.{number}.{module}" for module in modules)
-                table[f"{theirs}.{number}.{name}"] = Original(rows)
-    return {name: entry for name, entry in table.items() if names >= set(entry.modules)}
+    return original_modules(names, config, OUTER, DOUBLE, SINGLE)
