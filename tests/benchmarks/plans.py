@@ -308,8 +308,8 @@ TEXT = """
 
 Rows of configs/backbones.py ("adapters", "whole weights") are compiled with the code of 2026-11-30,
 19:00 UTC; the others before attention changed its layouts and norms and GELU were recomputed in
-reverse mode, and not again since (the sharding of large leaves changed later; none of these rows had
-one whole on every chip).
+reverse mode, and not again since (the sharding of large leaves changed later; none of these rows
+had one whole on every chip).
 
 Results of `gadjax plan` for the papers' backbones (bfloat16, Pallas attention where the network has
 one, prompts encoded in the step, float32 masters with moments and an EMA; each row's .json is
