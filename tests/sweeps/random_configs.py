@@ -570,6 +570,96 @@ def flux2(pick: Choice) -> tuple[Options, Options, Options]:
     return fixed, usual, odd
 
 
+def zimage(pick: Choice) -> tuple[Options, Options, Options]:
+    axes = [2 * pick(1, 2), 2 * pick(1, 2, 3), 2 * pick(1, 2)]
+    heads = pick(1, 2, 3)
+    fixed = dict(
+        in_channels=pick(3, 4, 16),
+        dim=heads * sum(axes),
+        n_layers=pick(1, 2, 3),
+        n_refiner_layers=pick(1, 2),
+        n_heads=heads,
+        n_kv_heads=heads,
+        cap_feat_dim=pick(8, 20),
+        axes_dims=axes,
+        axes_lens=[pick(70, 1536), pick(12, 512), pick(12, 512)],
+    )
+    usual = dict(
+        all_patch_size=[2],
+        all_f_patch_size=[1],
+        norm_eps=pick(1e-5, 1e-6, 1e-3),
+        qk_norm=True,
+        siglip_feat_dim=None,
+        rope_theta=pick(256.0, 256, 100.0),
+        t_scale=pick(1000.0, 1000, 500.0),
+    )
+    odd = dict(
+        all_patch_size=pick([4], [2, 4]),
+        all_f_patch_size=[2],
+        qk_norm=False,
+        n_kv_heads=heads + 1,
+        siglip_feat_dim=12,
+        norm_eps=1,
+        n_refiner_layers=0,
+    )
+    return fixed, usual, odd
+
+
+def lumina2(pick: Choice) -> tuple[Options, Options, Options]:
+    axes = [2 * pick(1, 2), 2 * pick(1, 2, 3), 2 * pick(1, 2)]
+    heads = pick(1, 2, 4, 6)
+    channels = pick(3, 4, 16)
+    fixed = dict(
+        in_channels=channels,
+        hidden_size=heads * sum(axes),
+        num_layers=pick(1, 2, 3),
+        num_refiner_layers=pick(1, 2),
+        num_attention_heads=heads,
+        num_kv_heads=pick(*(n for n in (1, 2, 3, 4, 6) if heads % n == 0)),
+        multiple_of=pick(1, 16, 24),
+        cap_feat_dim=pick(8, 20),
+        axes_dim_rope=axes,
+        axes_lens=[pick(30, 300), pick(12, 512), pick(12, 512)],
+    )
+    usual = dict(
+        sample_size=pick(128, 8, 16),
+        patch_size=2,
+        out_channels=pick(None, channels),
+        ffn_dim_multiplier=pick(None, 0.7, 2, 1.3),
+        norm_eps=pick(1e-5, 1e-6, 1e-3),
+        scaling_factor=pick(1.0, 0.5),
+    )
+    odd = dict(
+        patch_size=4,
+        out_channels=2 * channels,
+        axes_dim_rope=pick(axes[:2], [sum(axes)], [1, 1, sum(axes) - 2]),
+        num_kv_heads=heads + 1,
+        norm_eps=1,
+        num_refiner_layers=0,
+        sample_size=7,
+    )
+    return fixed, usual, odd
+
+
+def kl_flux2(pick: Choice) -> tuple[Options, Options, Options]:
+    fixed, usual, odd = kl(pick)
+    own = {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"}
+    usual = {key: value for key, value in usual.items() if key not in own}
+    usual |= dict(
+        decoder_block_out_channels=None,
+        batch_norm_eps=pick(1e-4, 1e-5, 0.3),
+        batch_norm_momentum=pick(0.1, 0.01),
+        patch_size=[2, 2],
+    )
+    odd = {key: value for key, value in odd.items() if key not in own}
+    odd |= dict(
+        decoder_block_out_channels=[8] * len(fixed["block_out_channels"]),
+        batch_norm_eps=1,
+        patch_size=[1, 1],
+    )
+    return fixed | {"latent_channels": pick(2, 4, 8)}, usual, odd
+
+
 MAKERS = {
     "CLIPTextModel": clip,
     "CLIPTextModelWithProjection": clip,
@@ -583,8 +673,11 @@ MAKERS = {
     "SD3Transformer2DModel": sd3,
     "FluxTransformer2DModel": flux,
     "Flux2Transformer2DModel": flux2,
+    "ZImageTransformer2DModel": zimage,
+    "Lumina2Transformer2DModel": lumina2,
     "AutoencoderKL": kl,
     "AutoencoderDC": dc,
+    "AutoencoderKLFlux2": kl_flux2,
 }
 ODD = 0.25  # share of cases with an unusual option
 
