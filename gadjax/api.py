@@ -194,7 +194,9 @@ def with_sampling(
             f"negative: found {negative!r}; expected none, because this model samples without "
             "classifier-free guidance"
         )
-    return model if size is None else replace(model, pipeline=resized(model.pipeline, size))
+    if size is None:
+        return model
+    return replace(model, pipeline=resized(model.pipeline, size, model.sampling.length))
 
 
 def check_nasa(model: Model, nasa: float, negative: str | None) -> None:

@@ -196,8 +196,13 @@ def _sampler(folder: PipelineFolder, latent: tuple[int, int, int]) -> Sampler:
     return sampler_from_config(folder.scheduler, folder.pipeline, tokens)
 
 
-def resized(pipeline: Pipeline, size: tuple[int, int]) -> Pipeline:
-    """The pipeline for another image size (height, width) in pixels.
+def resized(pipeline: Pipeline, size: tuple[int, int], length: int | None = None) -> Pipeline:
+    """The pipeline for another image size.
+
+    Args:
+      pipeline: not changed.
+      size: (height, width) in pixels.
+      length: of the prompts in tokens; None: the family's default.
 
     Raises: InputError for a size that the networks do not support.
     """
@@ -211,7 +216,7 @@ def resized(pipeline: Pipeline, size: tuple[int, int]) -> Pipeline:
     text = jax.eval_shape(
         pipeline.encode_text,
         {name: network.abstract for name, network in pipeline.networks.items()},
-        *pipeline.prompts.negative_tokens(None, pipeline.prompts.length),
+        *pipeline.prompts.negative_tokens(None, length or pipeline.prompts.length),
     )
     network = pipeline.networks[pipeline.backbone]
     try:

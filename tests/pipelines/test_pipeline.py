@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from checkpoints import edit
 
-from gadjax.pipelines.pipeline import floor_timesteps, load_pipeline
+from gadjax.errors import InputError
+from gadjax.pipelines.pipeline import (
+    abstract_pipeline,
+    floor_timesteps,
+    load_pipeline,
+    resized,
+)
 
 
 def test_floored_timesteps_keep_the_derivative_in_time():
@@ -39,3 +45,11 @@ def test_only_a_dpm_flow_floors_timesteps(tiny_pipeline, tmp_path, flow):
     # The schedule's sigma is that of the time itself.
     alpha, sigma = pipeline.denoiser.schedule.alpha_sigma(jnp.float32(749.25))
     assert not flow or (float(alpha), float(sigma)) == pytest.approx((0.25075, 0.74925))
+
+
+def test_a_size_is_checked_with_the_length_that_is_drawn(folders):
+    """Not with the family's 512 tokens, for which the tiny network has no positions."""
+    pipeline, _ = abstract_pipeline(folders("z_image"))
+    assert resized(pipeline, (24, 40), length=40).latent == (12, 20, 8)
+    with pytest.raises(InputError, match="size: found 24x40 pixels; length: found 512 tokens"):
+        resized(pipeline, (24, 40))

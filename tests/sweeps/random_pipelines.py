@@ -1,4 +1,4 @@
-"""Small pipelines of the seven classes, with random networks, schedulers and settings."""
+"""Small pipelines of every class, with random networks, schedulers and settings."""
 
 import json
 from collections.abc import Callable
@@ -22,11 +22,15 @@ SMALL = {
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
 }
+# Their classes count a shift by the picture's tokens.
+NEWER = ("FluxPipeline", "Flux2KleinPipeline", "ZImagePipeline", "Lumina2Pipeline")
 CONCEPTS = ("<cat>", "<cat>_1", "<dog>", "sks")
 
 
-def random_vae(pick: Choice, channels: int):
+def random_vae(pick: Choice, channels: int, shifted: bool = False):
+    """shifted: with a shift, as some classes cannot do without."""
     scale, shift = pick((0.18215, None), (0.13025, None), (1.5305, 0.0609), (1, 0.2))
+    shift = 0.1159 if shifted and shift is None else shift
     quant = pick(True, False)
     widths = pick((8,), (8,), (8, 12))
     return diffusers.AutoencoderKL(
@@ -192,6 +196,31 @@ def sd3(pick: Choice):
     )
 
 
+def of_family(make: Callable, pick: Choice, channels: int | None = None, **options):
+    """A family's tiny pipeline with another autoencoder of so many channels."""
+    pipeline = make(**options)
+    if channels:
+        pipeline.register_modules(vae=random_vae(pick, channels, shifted=True))
+    return pipeline
+
+
+def flux(pick: Choice):
+    embeds = pick(True, False)
+    return of_family(families.flux_schnell, pick, 4, guidance_embeds=embeds)
+
+
+def klein(pick: Choice):
+    return of_family(families.flux2_klein, pick)
+
+
+def z_image(pick: Choice):
+    return of_family(families.z_image, pick, 8)
+
+
+def lumina2(pick: Choice):
+    return of_family(families.lumina2, pick, 8)
+
+
 # Class -> how it is made, and the schedulers that it mostly has.
 PIPELINES: dict[str, tuple[Callable[[Choice], Any], tuple[str, ...]]] = {
     "StableDiffusionPipeline": (sd, (*DDPM, EULER)),
@@ -201,6 +230,10 @@ PIPELINES: dict[str, tuple[Callable[[Choice], Any], tuple[str, ...]]] = {
     "SanaPipeline": (sana, (DDPM[0], DDPM[0], FLOW)),
     "SanaSprintPipeline": (sprint, (SCM,)),
     "StableDiffusion3Pipeline": (sd3, (FLOW, FLOW, DDPM[0])),
+    "FluxPipeline": (flux, (FLOW,)),
+    "Flux2KleinPipeline": (klein, (FLOW,)),
+    "ZImagePipeline": (z_image, (FLOW,)),
+    "Lumina2Pipeline": (lumina2, (FLOW,)),
 }
 
 
@@ -224,6 +257,18 @@ def write_pipeline(name: str, folder: Path, pick: Choice) -> dict[str, Any]:
         and pick.chance(0.8)
     ):
         scheduler |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    if name in NEWER and kind == FLOW and pick.chance(0.1 if name[:3] == "Lum" else 0.6):
+        scheduler |= {
+            "use_dynamic_shifting": True,
+            "time_shift_type": pick("exponential", "linear"),
+        }
+        line = {
+            "base_image_seq_len": 2,
+            "max_image_seq_len": 1024,
+            "base_shift": 0.3,
+            "max_shift": 2,
+        }
+        scheduler |= pick({}, line)
     (folder / SCHEDULER).write_text(json.dumps(scheduler))
 
     def change_index(index: dict[str, Any]) -> None:
