@@ -8,10 +8,10 @@ import pytest
 
 from gadjax.assets import resolve
 from gadjax.errors import InputError
-from gadjax.evaluation.features import Config, load_features, network, save_features
 from gadjax.evaluation.frechet import frechet
 from gadjax.evaluation.oracles import WORLDS, shapes_features
 from gadjax.experiments.shapes_features import blur, standardise
+from gadjax.features.shapes import Config, load_features, network, save_features
 from gadjax.worlds import shapes
 
 SMALL = Config(size=8, widths=(4, 6), hidden=5, features=3)

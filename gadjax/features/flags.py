@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from gadjax.errors import InputError
-from gadjax.evaluation.extractors.cache import FeatureCache
-from gadjax.evaluation.extractors.inception import is_inception, load_inception
-from gadjax.evaluation.extractors.network import FolderExtractor, load_extractor
-from gadjax.evaluation.extractors.scorers import Scorer, load_scorer
+from gadjax.features.cache import FeatureCache
+from gadjax.features.inception import is_inception, load_inception
+from gadjax.features.network import FolderExtractor, load_extractor
+from gadjax.features.scorers import Scorer, load_scorer
 
 # Names stand in tables and in keys of report.json; a slash ends them there.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.@-]{0,39}")
