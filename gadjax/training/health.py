@@ -16,18 +16,20 @@ from gadjax.training.signals import Drawn, compare, measure
 class Band(NamedTuple):
     """Width of the band around the teacher's value, and on which sides of it.
 
-    least: None for a width that is a difference; else it is a share of the teacher's value, which
-      counts as this much where it is smaller.
+    least: None for a width that is a difference; else it is a share of the teacher's value, less
+      `floor`, which counts as this much where it is smaller.
     sides: 1 = above alone, -1 = below alone, 0 = both.
+    floor: value of a signal that says nothing.
     """
 
     width: float
     least: float | None = None
     sides: int = 0
+    floor: float = 0.0
 
     def distance(self, value: float, teacher: float) -> float:
         """Distance from the teacher's value in widths of the band; 1 is its edge."""
-        scale = 1.0 if self.least is None else max(teacher, self.least)
+        scale = 1.0 if self.least is None else max(teacher - self.floor, self.least)
         apart = (value - teacher) / (scale * self.width)
         return max(apart * self.sides, 0) if self.sides else abs(apart)
 
@@ -41,7 +43,7 @@ BANDS = {
     "saturation": Band(0.2, least=0.1),
     "contrast": Band(0.4, least=0.1),
     "clipped": Band(0.05, sides=1),
-    "vendi": Band(0.25, least=1.0, sides=-1),
+    "vendi": Band(0.4, least=0.1, sides=-1, floor=1.0),  # 1 = all alike
     "alignment": Band(0.4, sides=-1),
 }
 BETWEEN_SEEDS = "seed_similarity", "same_seed", "vendi", "alignment"  # of two noises or more

@@ -145,6 +145,7 @@ def test_bands():
         assert share.distance(value, teacher) == pytest.approx(expected)
     assert above.distance(0.7, 0.5) == pytest.approx(2) and above.distance(0.1, 0.5) == 0
     assert BANDS["same_seed"].distance(0.6, 1) == pytest.approx(1)
+    assert Band(0.2, least=0.1, sides=-1, floor=1.0).distance(2, 3) == pytest.approx(2.5)
 
 
 def rms_of(scales, workdir, done=0, first=0):
