@@ -44,7 +44,7 @@ def get_config(variant: str = "gad"):
     config.data.update(prompts="asset:shapes_prompts.txt", length=16)
     config.checkpoint.every = 500
     config.log.every = 20
-    config.preview.every = 500
+    config.preview.update(every=500, features="asset:shapes_features")
     if variant == "quickstart":
         config.steps = 200
         config.batch = 16

@@ -16,7 +16,7 @@ FLOORS = (
     "ops data runtime",
     "checkpoints diffusion models",
     "objectives formats",
-    "pipelines",
+    "pipelines features",
     "training evaluation",
     "api plan analytic",
     "experiments repair",

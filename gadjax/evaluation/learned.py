@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from gadjax.evaluation.draw import overlaps, set_ranges
-from gadjax.evaluation.extractors.network import FolderExtractor
 from gadjax.evaluation.noises import Sets
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.seed_probe import low_pass
+from gadjax.features.network import FolderExtractor
 from gadjax.io.image_grid import to_uint8
 
 PIXELS = "pixels_16"  # features of the seed probe beside the extractors': see `low_pass`

@@ -7,14 +7,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gadjax.evaluation.diversity import (
-    cosine_diversity,
-    effective_number,
-    seed_alignment,
-    vendi,
-    vendi_corrected,
-)
-from gadjax.evaluation.extractors.scorers import MEANINGS
 from gadjax.evaluation.frechet import frechet, frechet_limit
 from gadjax.evaluation.learned import PIXELS, LearnedOutputs
 from gadjax.evaluation.metric_catalogue import FRECHET_LIMIT, VENDI_CORRECTED, Metric
@@ -23,6 +15,14 @@ from gadjax.evaluation.oracles import World
 from gadjax.evaluation.seed_probe import seed_probe
 from gadjax.evaluation.set_metrics import NEIGHBOURS, cmmd, kid, support_overlap
 from gadjax.evaluation.statistics import Estimate, mean, ratio
+from gadjax.features.diversity import (
+    cosine_diversity,
+    effective_number,
+    seed_alignment,
+    vendi,
+    vendi_corrected,
+)
+from gadjax.features.scorers import MEANINGS
 
 GROUP = "learned"
 SUMMARY_ENDINGS = ("/diversity_ratio", "/score", "/win_rate")

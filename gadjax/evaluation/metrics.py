@@ -5,14 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gadjax.evaluation.diversity import (
-    coverage,
-    pairwise_distance,
-    relative_difference,
-    seed_alignment,
-    vendi,
-    vendi_corrected,
-)
 from gadjax.evaluation.frechet import frechet, frechet_limit
 from gadjax.evaluation.learned import LearnedOutputs
 from gadjax.evaluation.oracles import World
@@ -23,6 +15,14 @@ from gadjax.evaluation.statistics import (
     geometric_mean,
     mean,
     ratio,
+)
+from gadjax.features.diversity import (
+    coverage,
+    pairwise_distance,
+    relative_difference,
+    seed_alignment,
+    vendi,
+    vendi_corrected,
 )
 
 FROM_FEATURES = (

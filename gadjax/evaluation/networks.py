@@ -7,13 +7,13 @@ from typing import Any
 
 from gadjax.errors import check_choice
 from gadjax.evaluation.external import read_external, with_external
-from gadjax.evaluation.extractors.flags import load_named, write_caches
-from gadjax.evaluation.extractors.network import FolderExtractor
-from gadjax.evaluation.extractors.scorers import Scorer
 from gadjax.evaluation.learned_metrics import describe_learned
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.protocols import PROTOCOLS
 from gadjax.evaluation.results import Evaluation, EvaluationConfig
+from gadjax.features.flags import load_named, write_caches
+from gadjax.features.network import FolderExtractor
+from gadjax.features.scorers import Scorer
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from gadjax import assets
-from gadjax.evaluation.extractors.network import FolderExtractor
-from gadjax.evaluation.extractors.scorers import Scorer
-from gadjax.evaluation.features import load_features
+from gadjax.features.network import FolderExtractor
+from gadjax.features.scorers import Scorer
+from gadjax.features.shapes import load_features
 from gadjax.worlds import layout, oracle, shapes
 
 

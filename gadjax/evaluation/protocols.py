@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from gadjax.errors import InputError
-from gadjax.evaluation.extractors.network import FolderExtractor
-from gadjax.evaluation.extractors.scorers import Scorer
 from gadjax.evaluation.results import EvaluationConfig
+from gadjax.features.network import FolderExtractor
+from gadjax.features.scorers import Scorer
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rate": ("quickstart", FAST),
     "guidance": ("quickstart", {"guidance": 16.0}),
     "no_anchor": ("dmd", {}),
+    # DMD alone, and a critic that stays what it began as, the teacher without guidance: the
+    # student's loss then has nothing that holds its pictures apart.
+    "still_critic": ("dmd", {"critic": {"lr": 1e-7, "updates": 1}}),
 }
 SHORT = {
     "steps": STEPS,

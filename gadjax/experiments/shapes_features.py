@@ -16,8 +16,8 @@ import numpy as np
 import optax
 
 from gadjax.assets import resolve
-from gadjax.evaluation.features import Config, network, save_features
 from gadjax.experiments.fit import fit
+from gadjax.features.shapes import Config, network, save_features
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
 from gadjax.types import Params

@@ -1,5 +1,6 @@
 """Sample images with a pipeline: prompts and initial noise to arrays."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
@@ -24,6 +25,8 @@ from gadjax.types import Cond, NegativeKV, Params, TextKV
 
 BATCH = 64
 MAX_FEW_STEPS = 16  # of a distilled student
+PROGRAMS = 4  # kept: a model of an evaluation has three
+_programs: dict[bytes, jax.stages.Compiled] = {}
 
 
 def initial_noise(seed: int, count: int, latent: tuple[int, int, int]) -> np.ndarray:
@@ -254,10 +257,24 @@ def stream_prompts(
         null = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), null)
         return f(params, *arrays, pipeline.encode_text(params, ids, mask), null)
 
+    program = None
     for start in range(0, count, batch):
         indices = np.minimum(np.arange(start, start + batch), count - 1)
         rows = jax.device_put(tuple(x[indices] for x in inputs), split)
-        part = run(params, rows, negative_tokens)
+        program = program or compile_once(run.lower(params, rows, negative_tokens))
+        part = program(params, rows, negative_tokens)
         done = min(batch, count - start)
         yield np.asarray(part)[:done]
         progress(done)
+
+
+def compile_once(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compile a program, unless one of the last PROGRAMS was the same: a teacher and students of
+    one network differ in their parameters alone, which are inputs."""
+    text = f"{lowered.in_tree}{lowered.out_tree}{lowered.as_text()}"
+    key = hashlib.blake2b(text.encode()).digest()
+    program = _programs.pop(key, None) or lowered.compile()
+    _programs[key] = program  # the newest last
+    if len(_programs) > PROGRAMS:
+        del _programs[next(iter(_programs))]
+    return program

@@ -119,9 +119,15 @@ def default_config() -> ConfigDict:
             "checkpoint": {"every": 500, "keep": 3, "failures": 0},
             # trackers: some of wandb, trackio; TensorBoard is written if tensorflow is installed
             "log": {"every": 10, "trackers": (), "project": "gadjax"},
-            # seeds: noises of each prompt. stop_when: signals whose alarm stops the run
-            # (docs/monitoring.md)
-            "preview": {"every": 500, "prompts": 4, "seeds": 4, "scale": 3, "stop_when": ()},
+            "preview": {
+                "every": 500,
+                "prompts": 4,
+                "seeds": 4,  # noises of each prompt
+                "scale": 3,
+                # Folder of a feature network, for the signals vendi and alignment; None: without
+                "features": placeholder(str),
+                "stop_when": (),  # signals whose alarm stops the run (docs/monitoring.md)
+            },
             "stop_after_bad": 3,  # non-finite updates in a row
         }
     )
@@ -286,7 +292,7 @@ def as_json(config: ConfigDict) -> dict:
 
 
 def with_absolute_paths(config: ConfigDict) -> ConfigDict:
-    """Copy of a config whose teacher, student and networks of terms have absolute paths."""
+    """Copy of a config whose teacher, student and further networks have absolute paths."""
     from gadjax.objectives import TERMS  # here: `train --help` does without JAX
     from gadjax.objectives.compose import term_class
 
@@ -294,6 +300,7 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
     config.teacher = absolute_source(config.teacher)
     config.student.init = absolute_source(config.student.init)
     config.critic.init = absolute_source(config.critic.init)
+    config.preview.features = absolute_source(config.preview.features)
     for name, options in config.objective.items():
         for option in getattr(term_class(name, TERMS), "sources", ()):
             if value := options.get(option):

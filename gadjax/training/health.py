@@ -7,26 +7,29 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from gadjax import assets
 from gadjax.errors import InputError, RunStopped, check_choice
 from gadjax.runtime.status import HEALTH, OF_TEACHER, parse_health
-from gadjax.training.signals import Drawn, measure, same_seed
+from gadjax.training.signals import Drawn, compare, measure
 
 
 class Band(NamedTuple):
     """Width of the band around the teacher's value, and on which sides of it.
 
-    least: None for a width that is a difference; else it is a share of the teacher's value, which
-      counts as this much where it is smaller.
+    least: None for a width that is a difference; else it is a share of the teacher's value, less
+      `floor`, which counts as this much where it is smaller.
     sides: 1 = above alone, -1 = below alone, 0 = both.
+    floor: value of a signal that says nothing.
     """
 
     width: float
     least: float | None = None
     sides: int = 0
+    floor: float = 0.0
 
     def distance(self, value: float, teacher: float) -> float:
         """Distance from the teacher's value in widths of the band; 1 is its edge."""
-        scale = 1.0 if self.least is None else max(teacher, self.least)
+        scale = 1.0 if self.least is None else max(teacher - self.floor, self.least)
         apart = (value - teacher) / (scale * self.width)
         return max(apart * self.sides, 0) if self.sides else abs(apart)
 
@@ -40,7 +43,11 @@ BANDS = {
     "saturation": Band(0.2, least=0.1),
     "contrast": Band(0.4, least=0.1),
     "clipped": Band(0.05, sides=1),
+    "vendi": Band(0.4, least=0.1, sides=-1, floor=1.0),  # 1 = all alike
+    "alignment": Band(0.4, sides=-1),
 }
+BETWEEN_SEEDS = "seed_similarity", "same_seed", "vendi", "alignment"  # of two noises or more
+BY_FEATURES = "vendi", "alignment"
 
 
 class Health:
@@ -53,34 +60,29 @@ class Health:
 
     def __init__(
         self,
-        workdir: Path,
-        done: int,
-        teacher: Drawn | None,
-        seeds: int,
+        earlier: Sequence[Mapping[str, Any]],
+        teacher: Drawn | None = None,
         weaker: Drawn | None = None,
     ):
-        """Read the rows of earlier previews, and take the teacher's signals.
+        """Judge the rows of earlier previews, and take the teacher's signals.
 
         Args:
-          workdir: of the run.
-          done: steps that are done; later rows are those of a start that was killed.
+          earlier: rows of the previews before, as `earlier_rows` reads them.
           teacher: what it has drawn; None where a run has no teacher: no alarms.
-          seeds: noises of each prompt.
           weaker: what the teacher has drawn at its folder's own, weaker guidance; None where the
             run's is not stronger.
         """
-        self.teacher, self.seeds = teacher, seeds
+        self.teacher = teacher
         self.reference = {} if teacher is None else self._measure(teacher)
         self.of_guidance = {}
         if weaker is not None:
-            for name, value in measure(weaker, seeds).items():
+            for name, value in measure(weaker).items():
                 self.of_guidance[GUIDANCE + name] = self.reference[name]
                 self.of_guidance[GUIDANCE + name + OF_TEACHER] = value
         self.best: dict[str, float] = {}
         self.alarms: list[str] = []
-        for row in _rows(workdir / HEALTH):
-            if row["step"] < done:
-                self.alarms = judge(row, self.best)
+        for row in earlier:
+            self.alarms = judge(row, self.best)
 
     def __call__(self, step: int, student: Drawn) -> dict[str, Any]:
         """Row of a preview: the step, the student's and the teacher's values (None where one is not
@@ -93,10 +95,7 @@ class Health:
         return {"step": step} | row | {"alarms": self.alarms}
 
     def _measure(self, drawn: Drawn) -> dict[str, float]:
-        signals = measure(drawn, self.seeds)
-        if self.teacher is not None and self.seeds > 1:
-            signals["same_seed"] = same_seed(drawn, self.teacher, self.seeds)
-        return signals
+        return measure(drawn) | ({} if self.teacher is None else compare(drawn, self.teacher))
 
 
 def judge(row: Mapping[str, Any], best: dict[str, float]) -> list[str]:
@@ -149,33 +148,43 @@ def report_alarms(
 
 
 def check_previews(preview: ConfigDict) -> None:
-    """Check a config's `preview`: numbers of pictures, and signals whose alarm stops the run.
+    """Check a config's `preview`: numbers of pictures, the extractor's path, and signals whose
+    alarm stops the run.
 
     Raises: InputError.
     """
     for name in ("prompts", "seeds") if preview.every else ():
         if preview[name] < 1:
             raise InputError(f"preview.{name}: found {preview[name]}; expected 1 or more")
+    if preview.every and preview.features and not assets.resolve(preview.features).exists():
+        raise InputError(
+            f"preview.features: found {preview.features!r}, which is not there; expected the "
+            "folder of a feature network"
+        )
+    stop_when = set(preview.stop_when)
     for name in preview.stop_when:
         check_choice("preview.stop_when", name, BANDS)
-    if preview.stop_when and not preview.every:
+    if stop_when and not preview.every:
         raise InputError(
             "preview.stop_when: found signals without previews; expected preview.every"
         )
-    between = {"seed_similarity", "same_seed"} & set(preview.stop_when)
-    if between and preview.seeds < 2:
-        names = " and ".join(sorted(between))
+    if (names := sorted(stop_when & {*BETWEEN_SEEDS})) and preview.seeds < 2:
         raise InputError(
-            f"preview.seeds: found {preview.seeds}; expected 2 or more for {names} in "
-            "preview.stop_when"
+            f"preview.seeds: found {preview.seeds}; expected 2 or more for {' and '.join(names)} "
+            "in preview.stop_when"
+        )
+    if (names := sorted(stop_when & {*BY_FEATURES})) and not preview.features:
+        raise InputError(
+            f"preview.features: found nothing; expected the folder of a feature network for "
+            f"{' and '.join(names)} in preview.stop_when"
         )
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of health.jsonl; what is no row of it is left out."""
-    rows = []
-    for line in path.read_bytes().decode("utf-8", "replace").splitlines() if path.is_file() else ():
-        row = parse_health(line)
-        if row is not None:
-            rows.append(row)
-    return rows
+def earlier_rows(workdir: Path, done: int) -> list[dict[str, Any]]:
+    """Rows of health.jsonl of the steps before `done`; what is no row of it is left out.
+
+    Later rows are those of a start that was killed: their previews are drawn again.
+    """
+    path = workdir / HEALTH
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines() if path.is_file() else ()
+    return [row for row in map(parse_health, lines) if row and row["step"] < done]

@@ -43,7 +43,7 @@ from gadjax.runtime.workdir_lock import LOCK, WorkdirLock
 from gadjax.training.compile import Steps, compile_steps, compiling
 from gadjax.training.config import as_json, with_absolute_paths, write_json
 from gadjax.training.nonfinite import Update, check_nonfinite, merge_scalars
-from gadjax.training.previews import Preview
+from gadjax.training.previews import Preview, with_extractor
 from gadjax.training.resume import INPUTS, check_inputs, check_resume
 from gadjax.training.run_record import write_record
 from gadjax.training.setup import Run, prepare
@@ -93,7 +93,7 @@ def train(
     config = with_absolute_paths(config)
     run_on_all_processes(lambda: check_trackers(config.log.trackers))
     run_on_all_processes(lambda: _check_workdir(config, workdir))
-    run = run_on_all_processes(lambda: prepare(config))
+    run = run_on_all_processes(lambda: with_extractor(prepare(config)))
     run_on_all_processes(lambda: check_inputs(workdir, config, run.inputs))
     steps = compile_steps(run)
     with run_on_all_processes(lambda: _lock_workdir(run, workdir)) as lock:

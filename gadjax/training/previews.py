@@ -1,5 +1,6 @@
 """Preview images of a run, from the same prompts and noises every time."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gadjax import assets
+from gadjax.errors import InputError
+from gadjax.features.open import open_extractor
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.io.image_grid import grid, save_png
 from gadjax.io.storage import warn_on_write_error
@@ -16,9 +20,9 @@ from gadjax.parallel.sharding import replicated
 from gadjax.pipelines.sampling import clean_latent, initial_noise
 from gadjax.runtime.progress import Progress
 from gadjax.training.batch import encode_raw
-from gadjax.training.health import Health, report_alarms
+from gadjax.training.health import Health, earlier_rows, report_alarms
 from gadjax.training.setup import Run
-from gadjax.training.signals import Drawn
+from gadjax.training.signals import Drawn, extract
 from gadjax.training.state import TrainState
 
 MAX_COLUMNS = 8  # of a sheet, where it has no more prompts
@@ -48,6 +52,8 @@ class Preview:
         self.tolerate_errors = loop_spec.failures > 0
         with warn_on_write_error(self.folder, self.tolerate_errors):
             self.folder.mkdir(exist_ok=True)
+        if run.extractor:
+            progress.note(f"preview.features: {run.extractor}")
         pipeline, step_spec = run.pipeline, run.step_spec
         needs, seeds = step_spec.objective.needs, loop_spec.preview_seeds
         count = loop_spec.preview_prompts
@@ -72,8 +78,9 @@ class Preview:
             for seed in range(seeds):
                 x0 = latent(params, sampling, frozen, raw, noises[seed::seeds])
                 parts.append((np.asarray(x0), np.asarray(decode(frozen["vae"], x0))))
-            arrays = (np.stack(part, 1) for part in zip(*parts, strict=True))
-            return Drawn(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
+            x0_PSHWC, images_PSHWC = (np.stack(part, 1) for part in zip(*parts, strict=True))
+            features = run.extractor and extract(run.extractor, images_PSHWC)
+            return Drawn(x0_PSHWC, images_PSHWC, features)
 
         many_step = SamplingConfig(guidance=step_spec.guidance)
         times = step_spec.times[:-1]
@@ -88,9 +95,8 @@ class Preview:
             if step_spec.guidance > STRONG * pipeline.folder_guidance:
                 weaker_sampling = SamplingConfig(guidance=pipeline.folder_guidance)
                 weaker = draw(frozen[pipeline.backbone], weaker_sampling)
-        per_prompt = max(1, MAX_COLUMNS // count)  # noises of a prompt on the sheet
-        self.shown = [n for n in range(count * seeds) if n % seeds < per_prompt]
-        self.health = Health(workdir, done, self.teacher, seeds, weaker)
+        self.per_prompt = max(1, MAX_COLUMNS // count)  # noises of a prompt on the sheet
+        self.health = Health(earlier_rows(workdir, done), self.teacher, weaker)
 
     def is_due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.last
@@ -101,10 +107,10 @@ class Preview:
         Raises: RunStopped for an alarm of a signal in preview.stop_when.
         """
         student = self.draw(state.ema)
-        rows = [("student", student.images_NHWC[self.shown])]
+        rows = [("student", student)]
         if self.teacher is not None:
-            rows.insert(0, ("teacher", self.teacher.images_NHWC[self.shown]))
-        sheet = grid(rows, None, self.scale)
+            rows.insert(0, ("teacher", self.teacher))
+        sheet = grid([(label, self._shown(drawn)) for label, drawn in rows], None, self.scale)
         if jax.process_index() == 0:
             with warn_on_write_error(self.folder, self.tolerate_errors):
                 save_png(sheet, self.folder / f"{step:07d}.png")
@@ -112,3 +118,23 @@ class Preview:
         before, row = self.health.alarms, self.health(step, student)
         self.progress.health(row)
         report_alarms(row, before, self.stop_when, self.progress.note)
+
+    def _shown(self, drawn: Drawn) -> np.ndarray:
+        """Pictures [N, H, W, 3] of a sheet's row."""
+        images = drawn.images_PSHWC[:, : self.per_prompt]
+        return images.reshape(-1, *images.shape[2:])
+
+
+def with_extractor(run: Run) -> Run:
+    """The run with the feature network of its previews, `preview.features`, where it has one.
+
+    Raises: InputError for files that are missing or unsupported.
+    """
+    preview = run.config.preview
+    if not (preview.every and preview.features):
+        return run
+    try:
+        path = assets.resolve(preview.features)
+        return replace(run, extractor=open_extractor("preview.features", path))
+    except InputError as error:
+        raise InputError(f"preview.features: {error}") from None

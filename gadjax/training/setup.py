@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from gadjax import assets
 from gadjax.data.source import Source
 from gadjax.errors import InputError
+from gadjax.features.network import FolderExtractor
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
 from gadjax.models.adapters import abstract_adapters, init_adapters
@@ -104,6 +105,7 @@ class Run:
       inputs: fingerprints by key of the config, as `input_fingerprints` returns them.
       sources: name of a frozen network beside the teacher -> its key in `frozen`.
       bases: role -> key in `frozen` of the parameters that it does not train itself.
+      extractor: feature network of the previews; None for none.
     """
 
     config: ConfigDict
@@ -125,6 +127,7 @@ class Run:
     inputs: dict[str, str] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     bases: dict[str, str] = field(default_factory=dict)
+    extractor: FolderExtractor | None = None
 
     def networks(self, frozen: dict[str, Any]) -> dict[str, Params]:
         """Frozen networks of an update, as `student_step` takes them."""

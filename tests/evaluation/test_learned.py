@@ -7,16 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_extractors import make_folder
+from tiny_clip import write_clip
 
 from gadjax.cli.evaluate import reduced_size
 from gadjax.cli.main import main
 from gadjax.errors import InputError
 from gadjax.evaluation import draw
-from gadjax.evaluation.diversity import cosine_diversity, vendi
 from gadjax.evaluation.draw import reduce_pictures, reduction
 from gadjax.evaluation.evaluate import evaluate
-from gadjax.evaluation.extractors.flags import load_named, parse_named, write_caches
 from gadjax.evaluation.frechet import frechet
 from gadjax.evaluation.learned import LearnedOutputs, Observer
 from gadjax.evaluation.learned_metrics import describe_learned, learned_metrics
@@ -24,6 +22,8 @@ from gadjax.evaluation.oracles import World
 from gadjax.evaluation.protocols import PROTOCOLS
 from gadjax.evaluation.results import EvaluationConfig
 from gadjax.evaluation.set_metrics import Support, cmmd, kid, support_overlap
+from gadjax.features.diversity import cosine_diversity, vendi
+from gadjax.features.flags import load_named, parse_named, write_caches
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.io.image_grid import to_uint8
 from gadjax.pipelines.model import Model
@@ -38,7 +38,7 @@ TEACHER = {"steps": 4, "guidance": 2.0, "length": 6}
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    make_folder(folder)
+    write_clip(folder)
     return folder
 
 

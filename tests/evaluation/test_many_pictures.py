@@ -9,17 +9,17 @@ import jax
 import numpy as np
 import pytest
 from several import run_on_devices
-from test_extractors import make_folder
+from tiny_clip import write_clip
 from tqdm import tqdm
 
 from gadjax.evaluation.draw import draw_sets
-from gadjax.evaluation.extractors.flags import load_named
 from gadjax.evaluation.learned import Observer
 from gadjax.evaluation.noise_sets import evaluation_sets
 from gadjax.evaluation.noises import ChainedNoises, SeedNoises
 from gadjax.evaluation.oracles import World
 from gadjax.evaluation.results import EvaluationConfig
 from gadjax.evaluation.sensitivity import map_tangents
+from gadjax.features.flags import load_named
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import load_pipeline, resized
@@ -69,7 +69,7 @@ def teacher(tiny_pipeline):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    make_folder(folder)
+    write_clip(folder)
     return folder
 
 

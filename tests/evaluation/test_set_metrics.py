@@ -5,10 +5,10 @@ import pytest
 
 from gadjax.errors import InputError
 from gadjax.evaluation import set_metrics
-from gadjax.evaluation.diversity import cosine_diversity, effective_number, vendi
 from gadjax.evaluation.frechet import frechet
 from gadjax.evaluation.seed_probe import low_pass, seed_probe
 from gadjax.evaluation.set_metrics import cmmd, kid, mmd, support_overlap
+from gadjax.features.diversity import cosine_diversity, effective_number, vendi
 
 
 def normal(count, width, seed=0, mean=0.0, scale=1.0):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.numpy import save_file
 
 from gadjax.errors import InputError
-from gadjax.evaluation.extractors.inception import RECIPES, is_inception, load_inception
+from gadjax.features.inception import RECIPES, is_inception, load_inception
 from gadjax.formats.state_dict import expected_shapes, params_from_tensors
 from gadjax.models.module import functional
 from gadjax.models.vision import inception

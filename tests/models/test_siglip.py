@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from gadjax.errors import InputError
-from gadjax.evaluation.extractors.network import load_params
+from gadjax.features.network import load_params
 from gadjax.models.module import functional
 from gadjax.models.text import siglip
 

@@ -1,5 +1,9 @@
 """Sampling: images equal diffusers', for any batch size."""
 
+from dataclasses import replace
+from unittest.mock import patch
+
+import jax
 import numpy as np
 import pytest
 
@@ -7,7 +11,14 @@ from gadjax.errors import InputError
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.pipelines.model import Model
 from gadjax.pipelines.pipeline import load_pipeline
-from gadjax.pipelines.sampling import draw, initial_noise, sampler_and_times
+from gadjax.pipelines.sampling import (
+    PROGRAMS,
+    _programs,
+    compile_once,
+    draw,
+    initial_noise,
+    sampler_and_times,
+)
 
 PROMPTS = ["red circle", "a blue square above", "green"]
 LENGTH = 8
@@ -78,6 +89,30 @@ def test_batches_make_no_difference(loaded):
     assert np.abs(images).max() <= 1
     np.testing.assert_allclose(parts, images, atol=1e-5)
     assert done == [2, 1]
+
+
+def test_models_of_one_network_share_a_program(loaded, tiny_pipeline):
+    """Also where each was loaded by itself; pictures are those of a program of their own."""
+    sampling = SamplingConfig(1, None, 1.0, LENGTH)
+    pipeline, params = load_pipeline(tiny_pipeline)
+    params = params | {pipeline.backbone: jax.tree.map(lambda x: 1.1 * x, params["transformer"])}
+    first, second = Model("a", *loaded, sampling), Model("b", pipeline, params, sampling)
+    noise = initial_noise(5, 3, pipeline.latent)
+    _programs.clear()
+    with patch.object(
+        jax.stages.Lowered, "compile", autospec=True, side_effect=jax.stages.Lowered.compile
+    ) as compiled:
+        pictures = [draw(model, PROMPTS, noise) for model in (first, second)]
+        assert compiled.call_count == 1
+        draw(replace(first, sampling=replace(sampling, guidance=3.0)), PROMPTS, noise)
+        assert compiled.call_count == 2
+        _programs.clear()
+        np.testing.assert_array_equal(draw(second, PROMPTS, noise), pictures[1])
+        assert compiled.call_count == 3
+    assert np.abs(pictures[1] - pictures[0]).max() > 1e-3
+    for count in range(2 * PROGRAMS):
+        compile_once(jax.jit(lambda x, n=count: x + n).lower(0.0))
+    assert len(_programs) == PROGRAMS
 
 
 def test_noise_is_a_function_of_seed_and_index():

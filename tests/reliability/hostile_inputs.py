@@ -28,7 +28,7 @@ from gadjax.io.untrusted import read_json  # noqa: E402
 from gadjax.runtime.goodput import GoodputClock  # noqa: E402
 from gadjax.runtime.status import HEALTH, read_status, table  # noqa: E402
 from gadjax.training.config import as_json, default_config  # noqa: E402
-from gadjax.training.health import BANDS, Health  # noqa: E402
+from gadjax.training.health import BANDS, Health, earlier_rows  # noqa: E402
 from gadjax.training.resume import check_inputs, check_resume  # noqa: E402
 from gadjax.training.workdir import parse_run_metadata, read_trained  # noqa: E402
 
@@ -166,7 +166,7 @@ def read_to_resume(folder: Path) -> None:
     clock = GoodputClock()
     clock.resume(folder, 30)
     assert 0 <= clock.share() <= 1
-    assert set(Health(folder, 30, None, 1).alarms) <= set(BANDS)
+    assert set(Health(earlier_rows(folder, 30)).alarms) <= set(BANDS)
     check_resume(read_json(folder / "config.json"), config(), folder)
     check_inputs(folder, config(), INPUTS)
 

@@ -13,9 +13,9 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))  # for a script; pytest has it there
 
 from gadjax.evaluation.external import read_external  # noqa: E402
-from gadjax.evaluation.extractors.cache import FeatureCache  # noqa: E402
-from gadjax.evaluation.extractors.network import load_extractor  # noqa: E402
 from gadjax.evaluation.layouts import open_layout  # noqa: E402
+from gadjax.features.cache import FeatureCache  # noqa: E402
+from gadjax.features.network import load_extractor  # noqa: E402
 from gadjax.formats.safetensors_file import write_safetensors  # noqa: E402
 from gadjax.formats.state_dict import expected_shapes  # noqa: E402
 from gadjax.models.module import functional  # noqa: E402

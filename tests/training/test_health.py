@@ -2,34 +2,46 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
+from tiny_clip import write_clip
 from train_runs import train
 
 from gadjax.cli.main import main
 from gadjax.errors import InputError, RunStopped
+from gadjax.features.open import open_extractor
 from gadjax.runtime.progress import Progress
 from gadjax.runtime.status import HEALTH, OF_TEACHER, parse_health, read_status, table
 from gadjax.training.config import default_config
-from gadjax.training.health import BANDS, Band, Health, check_previews, judge, report_alarms
+from gadjax.training.health import (
+    BANDS,
+    Band,
+    Health,
+    check_previews,
+    earlier_rows,
+    judge,
+    report_alarms,
+)
 from gadjax.training.previews import Preview
-from gadjax.training.signals import Drawn, measure, same_seed
+from gadjax.training.signals import Drawn, compare, extract, measure, same_seed
 
 PROMPTS, SEEDS = 3, 4
 
 
 def drawn(seed: int, scale: float = 1.0) -> Drawn:
     rng = np.random.default_rng(seed)
-    x0 = scale * rng.normal(0.3, 1, (PROMPTS * SEEDS, 8, 12, 5)).astype(np.float32)
-    return Drawn(x0, rng.uniform(-1, 1, (PROMPTS * SEEDS, 16, 24, 3)).astype(np.float32))
+    x0 = scale * rng.normal(0.3, 1, (PROMPTS, SEEDS, 8, 12, 5)).astype(np.float32)
+    return Drawn(x0, rng.uniform(-1, 1, (PROMPTS, SEEDS, 16, 24, 3)).astype(np.float32))
 
 
 def test_signals():
     """The definitions, written out picture by picture."""
     given = drawn(0)
-    found = measure(given, SEEDS)
-    x, pooled = given.x0_NHWC.astype(np.float64), []
+    found = measure(given)
+    x, pooled = given.x0_PSHWC.astype(np.float64).reshape(-1, 8, 12, 5), []
     for one in x:
         cells = one.reshape(4, 2, 4, 3, 5).mean((1, 3))
         pooled.append(cells - cells.mean((0, 1)))
@@ -45,7 +57,7 @@ def test_signals():
                 a, b = group[i].ravel(), group[j].ravel()
                 cosines.append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
     assert found["seed_similarity"] == pytest.approx(np.mean(cosines))
-    levels = np.rint((given.images_NHWC + 1) * 127.5)
+    levels = np.rint((given.images_PSHWC.reshape(-1, 16, 24, 3) + 1) * 127.5)
     colours = levels / 255
     assert found["saturation"] == pytest.approx(np.mean(colours.max(3) - colours.min(3)))
     assert found["contrast"] == pytest.approx(np.mean([c.mean(2).std() for c in colours]))
@@ -67,27 +79,64 @@ def test_same_seed_pair_by_pair():
                 cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
                 (same if i == j else other).append(cosine)
     expected = (np.mean(same) - np.mean(other)) / (1 - np.mean(other))
-    found = same_seed(*(Drawn(z, np.zeros((1, 1, 1, 3))) for z in flat), SEEDS)
+    found = same_seed(*(Drawn(z, np.zeros(())) for z in (student, teacher)))
     assert found == pytest.approx(expected) and 0.6 < found < 0.8
 
 
 def test_extremes():
     given = drawn(1)
-    alike = given.x0_NHWC.reshape(PROMPTS, SEEDS, 8, 12, 5)[:, :1].repeat(SEEDS, 1)
+    alike = given.x0_PSHWC[:, :1].repeat(SEEDS, 1)
     # Alike but for a colour and a scale of their own: the layout is the same.
     factors = np.arange(1, SEEDS + 1).reshape(1, SEEDS, 1, 1, 1)
-    alike = (factors * alike + factors).reshape(given.x0_NHWC.shape)
-    grey = np.full_like(given.images_NHWC, 1.0)
-    found = measure(Drawn(alike, grey), SEEDS)
+    alike = factors * alike + factors
+    grey = np.full_like(given.images_PSHWC, 1.0)
+    found = measure(Drawn(alike, grey))
     assert found["seed_similarity"] == pytest.approx(1)
     assert (found["saturation"], found["contrast"], found["clipped"]) == (0, 0, 1)
-    assert same_seed(given, Drawn(2 * given.x0_NHWC + 5, grey), SEEDS) == pytest.approx(1)
-    assert abs(same_seed(given, drawn(2), SEEDS)) < 0.1
+    assert same_seed(given, Drawn(2 * given.x0_PSHWC + 5, grey)) == pytest.approx(1)
+    assert abs(same_seed(given, drawn(2))) < 0.1
     # One picture for all noises of a prompt: no more like the teacher's of one than of another.
-    assert same_seed(Drawn(alike, grey), given, SEEDS) == pytest.approx(0, abs=1e-9)
-    assert "seed_similarity" not in measure(given, 1)
-    still = Drawn(np.zeros_like(given.x0_NHWC), grey)  # no division by zero
-    assert all(np.isfinite(value) for value in measure(still, SEEDS).values())
+    assert same_seed(Drawn(alike, grey), given) == pytest.approx(0, abs=1e-9)
+    one = Drawn(*(x[:, :1] for x in given[:2]), np.ones((PROMPTS, 1, 2)))
+    assert not {"seed_similarity", "vendi"} & measure(one).keys() and compare(one, one) == {}
+    still = Drawn(np.zeros_like(given.x0_PSHWC), grey)  # no division by zero
+    assert all(np.isfinite(value) for value in measure(still).values())
+
+
+def test_signals_by_features():
+    """Of prompts whose noises give 1, 2 and 4 different pictures, all as the teacher's but two."""
+    given, axes = drawn(0), np.eye(4)
+    teacher = np.stack([axes, axes[[0, 0, 1, 1]], axes[[2] * 4]])
+    student = teacher.copy()
+    student[0, :2] = axes[[1, 0]]
+    by_name = measure(given._replace(features_PSD=teacher))
+    assert by_name["vendi"] == pytest.approx((4 + 2 + 1) / 3)
+    found = compare(*(given._replace(features_PSD=x) for x in (student, teacher)))
+    # Two of four; then all, of which each is as near to a second one, or to all four.
+    assert found["alignment"] == pytest.approx((2 / 4 + 1 / 2 + 1 / 4) / 3)
+    assert found["same_seed"] == pytest.approx(1)
+    assert not {"vendi", "alignment"} & {*measure(given), *compare(given, given)}
+    broken = given._replace(features_PSD=np.where(student == 1, np.nan, student))
+    assert np.isnan(measure(broken)["vendi"]) and np.isnan(compare(broken, broken)["alignment"])
+
+
+def test_features_are_those_of_the_pictures(tmp_path):
+    """A folder of CLIP that transformers wrote, by transformers; NaN for a broken picture alone."""
+    model, processor, _ = write_clip(tmp_path)
+    extractor = open_extractor("clip", tmp_path)
+    images = drawn(0).images_PSHWC
+    images[1, 2, 0, 0, 0] = np.nan
+    found = extract(extractor, images)
+    levels = np.rint((images.reshape(-1, 16, 24, 3) + 1) * 127.5)
+    inputs = dict(processor(list(np.nan_to_num(levels).astype(np.uint8)), return_tensors="pt"))
+    with torch.no_grad():
+        expected = model.visual_projection(model.vision_model(**inputs).pooler_output).numpy()
+    is_nan = np.isnan(found).all(-1)
+    assert np.argwhere(is_nan).tolist() == [[1, 2]] and np.isnan(found).sum() == found.shape[-1]
+    expected = expected.reshape(found.shape)
+    np.testing.assert_allclose(
+        found[~is_nan], expected[~is_nan], atol=1e-5 * np.abs(expected).max()
+    )
 
 
 def test_bands():
@@ -96,11 +145,12 @@ def test_bands():
         assert share.distance(value, teacher) == pytest.approx(expected)
     assert above.distance(0.7, 0.5) == pytest.approx(2) and above.distance(0.1, 0.5) == 0
     assert BANDS["same_seed"].distance(0.6, 1) == pytest.approx(1)
+    assert Band(0.2, least=0.1, sides=-1, floor=1.0).distance(2, 3) == pytest.approx(2.5)
 
 
 def rms_of(scales, workdir, done=0, first=0):
     """Rows and alarms of previews whose latents are the teacher's, scaled."""
-    health = Health(workdir, done, drawn(0), SEEDS)
+    health = Health(earlier_rows(workdir, done), drawn(0))
     out = []
     for number, scale in enumerate(scales, first):
         row = health(number, drawn(0, scale))
@@ -116,11 +166,11 @@ def test_an_alarm_is_a_band_beyond_the_best(tmp_path):
     assert alarms == [[], [], [], [], ["x0_rms"], [], ["x0_rms"]]
 
 
-def test_stronger_guidance_is_judged_beside_the_teachers_own(tmp_path):
+def test_stronger_guidance_is_judged_beside_the_teachers_own():
     """At every preview, for the run keeps its guidance: outside of the band alone."""
     width = BANDS["x0_rms"].width
     for stretch, alarms in ((1 + 0.9 * width, []), (1 + 1.1 * width, ["guidance/x0_rms"])):
-        health = Health(tmp_path, 0, drawn(0, stretch), SEEDS, drawn(0))
+        health = Health([], drawn(0, stretch), drawn(0))
         for step in range(2):
             row = health(step, drawn(0, stretch))
             assert row["alarms"] == alarms == judge(row, {})
@@ -134,7 +184,7 @@ def test_state_is_the_rows_of_before(tmp_path):
     scales = [1.0, 1.0, 1.3]
     whole = rms_of(scales, tmp_path)
     assert whole[-1][1] == ["x0_rms"]
-    health = Health(tmp_path, 0, drawn(0), SEEDS)
+    health = Health([], drawn(0))
     rows = [json.dumps(health(number, drawn(0, scale))) for number, scale in enumerate(scales)]
     noise = ["not JSON", "[]", '{"step": "x"}', '{"step": 0, "x0_rms": "NaN", "alarms": 3}']
     (tmp_path / HEALTH).write_text("\n".join([*noise, *rows]) + "\n")
@@ -144,10 +194,10 @@ def test_state_is_the_rows_of_before(tmp_path):
     assert parse_health(noise[-1]) == {"step": 0, "alarms": []}
 
 
-def test_not_finite_pictures_are_an_alarm(tmp_path):
-    health = Health(tmp_path, 0, drawn(0), SEEDS)
+def test_not_finite_pictures_are_an_alarm():
+    health = Health([], drawn(0))
     broken = drawn(0)
-    broken.x0_NHWC[3] = np.nan
+    broken.x0_PSHWC[0, 3] = np.nan
     row = health(0, broken)
     assert row["x0_rms"] is None and {"x0_rms", "same_seed", "low_band"} <= set(row["alarms"])
     assert json.loads(json.dumps(row, allow_nan=False)) == row
@@ -158,8 +208,23 @@ def test_not_finite_pictures_are_an_alarm(tmp_path):
     with pytest.raises(RunStopped, match="x0_rms is not finite.*preview.stop_when"):
         report_alarms(row, row["alarms"], ("x0_rms",), notes.append)
     # Without a teacher there are values and no alarms.
-    row = Health(tmp_path, 0, None, SEEDS)(0, broken)
+    row = Health([])(0, broken)
     assert row["alarms"] == [] and "same_seed" not in row
+
+
+def test_a_collapse_in_features_is_an_alarm():
+    """One picture for all noises of a prompt, by features alone."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(PROMPTS, SEEDS, 16))
+    teacher = drawn(0)._replace(features_PSD=features)
+    health = Health([], teacher)
+    assert health(0, teacher)["alarms"] == []
+    collapsed = teacher._replace(features_PSD=features[:, :1].repeat(SEEDS, 1))
+    row = health(1, collapsed)
+    assert row["alarms"] == ["vendi", "alignment"]
+    assert row["vendi"] == pytest.approx(1) and row["alignment_teacher"] == 1
+    row = health(2, teacher._replace(features_PSD=features * np.nan))
+    assert row["vendi"] is None and row["alarms"] == ["vendi", "alignment"]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +235,8 @@ def test_not_finite_pictures_are_an_alarm(tmp_path):
         ({"stop_when": ("x",)}, "preview.stop_when: found 'x'; expected one of seed_similarity"),
         ({"stop_when": ("x0_rms",), "every": 0}, "found signals without previews"),
         ({"stop_when": ("seed_similarity",), "seeds": 1}, "preview.seeds: found 1"),
+        ({"stop_when": ("vendi",)}, "preview.features: found nothing; expected .* for vendi"),
+        ({"features": "/nowhere"}, "preview.features: found '/nowhere', which is not there"),
     ],
 )
 def test_bad_configs(changes, message):
@@ -184,10 +251,10 @@ def test_a_preview_is_shown_measured_and_judged(tmp_path, capsys):
     """Sheet, row, alarm and stop of previews whose pictures are given."""
     config = default_config()
     preview = Preview.__new__(Preview)
-    preview.teacher, preview.shown, preview.scale = drawn(0), [0, 1, SEEDS], 1
+    preview.teacher, preview.per_prompt, preview.scale = drawn(0), 2, 1
     preview.folder, preview.tolerate_errors, preview.stop_when = tmp_path, False, ()
     preview.draw = lambda scale: drawn(0, scale)
-    preview.health = Health(tmp_path, 0, preview.teacher, SEEDS)
+    preview.health = Health([], preview.teacher)
     with Progress(tmp_path, config) as preview.progress:
         for step, scale in enumerate((1.0, 1.3, 1.3)):
             preview.show(SimpleNamespace(ema=scale), step)
@@ -218,20 +285,39 @@ FLAGS = ("--config.preview.every=1", "--config.preview.prompts=2", "--config.pre
 @pytest.mark.slow
 def test_a_run_and_its_resumption(config, tmp_path, capsys):
     """Rows of a resumed run are those of one that was not interrupted; the status shows them."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    variant = f"{config}:regression"
-    assert train(variant, whole, *FLAGS) == 0
+    whole, parts, clip = tmp_path / "whole", tmp_path / "parts", tmp_path / "clip"
+    write_clip(clip)
+    variant, flags = f"{config}:regression", (*FLAGS, f"--config.preview.features={clip}")
+    assert train(variant, whole, *flags) == 0
     rows = rows_of(whole)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert {f"{name}{OF_TEACHER}" for name in BANDS} <= set(rows[0])
-    assert train(variant, parts, *FLAGS, "--config.steps=2") == 0
-    assert train(variant, parts, *FLAGS) == 0
+    assert 1 < rows[0]["vendi"] <= 2 and rows[0]["alignment_teacher"] == 1
+    assert "preview.features: clip projected; CLIP" in (whole / "train.log").read_text()
+    assert train(variant, parts, *flags, "--config.steps=2") == 0
+    assert train(variant, parts, *flags) == 0
     assert rows_of(parts) == rows
     capsys.readouterr()
     assert main(["status", str(whole)]) == 0
     text = capsys.readouterr().out
-    value, of_teacher = (rows[-1][f"x0_rms{end}"] for end in ("", OF_TEACHER))
-    assert f"x0_rms {value:.4g} (teacher {of_teacher:.4g})" in text and "ALARM" not in text
+    for name in ("x0_rms", "vendi"):
+        value, of_teacher = (rows[-1][f"{name}{end}"] for end in ("", OF_TEACHER))
+        assert f"{name} {value:.4g} (teacher {of_teacher:.4g})" in text
+    assert "ALARM" not in text
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "bert"}'])
+def test_a_bad_extractor_ends_the_run_before_it_begins(config, tmp_path, capsys, content):
+    folder, workdir = tmp_path / "folder", tmp_path / "run"
+    if content is not None:
+        folder.mkdir()
+        (folder / "config.json").write_text(content)
+    flags = (*FLAGS, f"--config.preview.features={folder}")
+    with patch("gadjax.training.loop.compile_steps", side_effect=AssertionError):
+        assert train(f"{config}:regression", workdir, *flags) == 2
+    error = capsys.readouterr().err
+    assert "preview.features: " in error and str(folder) in error and error.count("\n") == 1
+    assert not workdir.exists()
 
 
 @pytest.mark.slow

@@ -8,59 +8,22 @@ import jax
 import numpy as np
 import pytest
 import torch
-from families import clip_tokenizer
 from safetensors.numpy import load_file, save_file
 from several import run_on_devices
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from tiny_clip import write_clip
 
 from gadjax.errors import InputError
-from gadjax.evaluation.extractors.cache import FeatureCache
-from gadjax.evaluation.extractors.network import load_extractor
-from gadjax.evaluation.extractors.scorers import HEAD, HEAD_WIDTHS, load_scorer
+from gadjax.features.cache import FeatureCache
+from gadjax.features.network import load_extractor
+from gadjax.features.scorers import HEAD, HEAD_WIDTHS, load_scorer
 
 PROMPTS = ["a red circle", "blue", "a photo of a small cat", "a red circle"]
-
-
-def make_folder(folder, projection=20):
-    """Tiny CLIPModel with every parameter random, its processor and its tokenizer."""
-    torch.manual_seed(0)
-    tokenizer = clip_tokenizer("<|endoftext|>")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        eos_token_id=2,
-        projection_dim=projection,
-        hidden_act="gelu",
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        image_size=24,
-        patch_size=8,
-        projection_dim=projection,
-        hidden_act="gelu",
-    )
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.4 * torch.randn(parameter.shape))
-        model.logit_scale.fill_(3.0)
-    processor = CLIPImageProcessorPil(size=24, crop_size=24)
-    for part in (model.eval(), processor, tokenizer):
-        part.save_pretrained(folder)
-    return model, processor, tokenizer
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    return folder, *make_folder(folder)
+    return folder, *write_clip(folder)
 
 
 def pictures(count=7, size=(40, 33)):
@@ -129,7 +92,7 @@ def test_a_long_prompt_keeps_its_end(clip):
 
 def test_the_aesthetic_head(tmp_path):
     """Layer by layer, as in the original; without its file, how to make one."""
-    make_folder(tmp_path, projection=768)
+    write_clip(tmp_path, projection=768)
     with pytest.raises(InputError, match="sac\\+logos"):
         load_scorer("aesthetic", tmp_path)
     rng, tensors = np.random.default_rng(0), {}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gadjax.evaluation.diversity import (
+from gadjax.features.diversity import (
     coverage,
     pairwise_distance,
     seed_alignment,

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gadjax.errors import InputError, check_choice
-from gadjax.evaluation.extractors.cache import FeatureCache
-from gadjax.evaluation.extractors.preprocessing import Recipe, read_recipe
+from gadjax.features.cache import FeatureCache
+from gadjax.features.preprocessing import Recipe, read_recipe
 from gadjax.formats.state_dict import check_dtypes, check_keys, place_tensors
 from gadjax.formats.weights import Weights, fingerprint, open_weights
 from gadjax.io.untrusted import check_files_no_escape, read_json

@@ -14,15 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gadjax.errors import InputError
+from gadjax.errors import InputError, check_choice, short_repr
+from gadjax.features.network import FolderExtractor, combine, compiled
+from gadjax.features.preprocessing import Recipe
 from gadjax.formats.safetensors_file import read_header, write_safetensors
 from gadjax.formats.state_dict import params_from_tensors, tensors_from_params
-from gadjax.io.untrusted import read_json
+from gadjax.formats.weights import fingerprint
+from gadjax.io.untrusted import is_count, read_json
 from gadjax.models.keymap import KeyMap
 from gadjax.models.module import Functional, Keys, functional
 from gadjax.types import Params
 
 KEYMAP = KeyMap()
+MAX_SIZE = 4096  # of a side or a width
 _BATCH = 256
 
 
@@ -89,15 +93,8 @@ def load_features(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
     Raises: InputError for a folder that `save_features` has not written; the extractor raises it
       for pictures of another size.
     """
-    cfg = read_json(folder / "config.json")
-    try:
-        config = Config(**{**cfg, "widths": tuple(cfg["widths"])})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'}: found {error}; expected {Config()}") from None
-    net = network(config)
-    path = folder / "model.safetensors"
-    tensors = {key: tensor.read() for key, tensor in read_header(path).items()}
-    params = jax.device_put(params_from_tensors(tensors, net.abstract, KEYMAP, str(path)))
+    config, net, params = _read(folder)
+    params = jax.device_put(params)
     apply = jax.jit(net.apply)
 
     def extract(images_NHWC: np.ndarray) -> np.ndarray:
@@ -115,3 +112,48 @@ def load_features(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
         return np.concatenate(parts)
 
     return extract
+
+
+def is_shapes(folder: Path) -> bool:
+    """True for a folder that `save_features` has written, by its config.json."""
+    path = folder / "config.json"
+    return path.is_file() and "widths" in read_json(path)
+
+
+def load_shapes(
+    name: str, folder: Path, vector: str | None = None, recipe: str | None = None
+) -> FolderExtractor:
+    """Load the network as an extractor like others, of uint8 pictures of any size.
+
+    Args:
+      name: for reports and messages.
+      folder: written by `save_features`.
+      vector: "features", the only one.
+      recipe: None, as the network has no other.
+
+    Raises: InputError for another folder, vector or recipe.
+    """
+    check_choice(f"{folder}: vector", vector or "features", ("features",))
+    if recipe is not None:
+        raise InputError(f"{folder}: found the recipe {recipe!r}; expected none")
+    config, net, params = _read(folder)
+    half = (127.5,) * 3  # to [-1, 1]
+    steps = Recipe("bundled", size=(config.size, config.size), scale=1.0, mean=half, std=half)
+    mark = combine(fingerprint(tensors_from_params(params, KEYMAP)), "shapes", str(steps))
+    apply = compiled(net.apply)
+    return FolderExtractor(name, "shapes", "features", steps, mark, config.features, apply, params)
+
+
+def _read(folder: Path) -> tuple[Config, Functional, Params]:
+    cfg = read_json(folder / "config.json")
+    try:
+        config = Config(**{**cfg, "widths": tuple(cfg["widths"])})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'}: found {error}; expected {Config()}") from None
+    sizes = (*config.widths, config.size, config.hidden, config.features)
+    if not all(is_count(size, 1, MAX_SIZE) for size in sizes):
+        raise InputError(f"{folder / 'config.json'}: found {short_repr(cfg)}; expected {Config()}")
+    net = network(config)
+    path = folder / "model.safetensors"
+    tensors = {key: tensor.read() for key, tensor in read_header(path).items()}
+    return config, net, params_from_tensors(tensors, net.abstract, KEYMAP, str(path))

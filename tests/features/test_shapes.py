@@ -8,10 +8,12 @@ import pytest
 
 from gadjax.assets import resolve
 from gadjax.errors import InputError
-from gadjax.evaluation.features import Config, load_features, network, save_features
 from gadjax.evaluation.frechet import frechet
 from gadjax.evaluation.oracles import WORLDS, shapes_features
 from gadjax.experiments.shapes_features import blur, standardise
+from gadjax.features.open import open_extractor
+from gadjax.features.shapes import Config, load_features, network, save_features
+from gadjax.io.image_grid import from_uint8, to_uint8
 from gadjax.worlds import shapes
 
 SMALL = Config(size=8, widths=(4, 6), hidden=5, features=3)
@@ -69,6 +71,22 @@ def test_saved_and_read_again(tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_an_extractor_like_others():
+    """Of uint8 pictures, also of another size; the same features as by the network itself."""
+    folder = resolve("asset:shapes_features")
+    extractor = open_extractor("bundled", folder)
+    images = to_uint8(shapes.sample_batch(4, range(3))[0])
+    expected = shapes_features(from_uint8(images))
+    np.testing.assert_allclose(extractor(images), expected, atol=1e-5)
+    larger = images.repeat(2, 1).repeat(2, 2)
+    assert np.abs(extractor(larger) - expected).max() < 1
+    assert str(extractor).startswith("shapes features; bundled; to 32 x 32, bicubic")
+    assert extractor.fingerprint == open_extractor("again", folder).fingerprint
+    for options in ({"vector": "raw"}, {"recipe": "dgm"}):
+        with pytest.raises(InputError, match="found .*(raw|dgm)"):
+            open_extractor("bundled", folder, **options)
+
+
 def test_standardise():
     net, images = network(SMALL), np.random.default_rng(0).uniform(-1, 1, (64, 8, 8, 3))
     params = net.init(jax.random.key(0))
@@ -87,6 +105,10 @@ def test_bad_folders_and_pictures(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(wider))
     with pytest.raises(InputError, match="linear_1"):
         load_features(tmp_path)
+    for changes in ({"size": 10**9}, {"hidden": "7"}, {"widths": [True]}):
+        (tmp_path / "config.json").write_text(json.dumps(wider | changes))
+        with pytest.raises(InputError, match=r"config.json: found .*expected Config"):
+            open_extractor("bundled", tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="widths"):
         load_features(tmp_path)

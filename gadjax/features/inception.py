@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 
 from gadjax.errors import InputError, check_choice
-from gadjax.evaluation.extractors.network import (
+from gadjax.features.network import (
     FolderExtractor,
     combine,
     compiled,
     params_of_weights,
 )
-from gadjax.evaluation.extractors.preprocessing import Recipe
+from gadjax.features.preprocessing import Recipe
 from gadjax.formats.safetensors_file import read_header
 from gadjax.formats.weights import Weights
 from gadjax.models.module import functional

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from gadjax.assets import resolve
 from gadjax.errors import InputError
-from gadjax.evaluation.extractors.cache import FeatureCache
-from gadjax.evaluation.extractors.inception import is_inception, load_inception
-from gadjax.evaluation.extractors.network import FolderExtractor, load_extractor
-from gadjax.evaluation.extractors.scorers import Scorer, load_scorer
+from gadjax.features.cache import FeatureCache
+from gadjax.features.network import FolderExtractor
+from gadjax.features.open import open_extractor
+from gadjax.features.scorers import Scorer, load_scorer
 
 # Names stand in tables and in keys of report.json; a slash ends them there.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.@-]{0,39}")
@@ -31,7 +32,7 @@ def parse_named(flag: str, text: str) -> tuple[str, Path, dict[str, str]]:
             f"{flag}: found {text!r}; expected NAME=FOLDER with a name of letters, digits, ., @ "
             "and -, and ,vector=VECTOR or ,recipe=RECIPE behind the folder"
         )
-    return name, Path(folder), options
+    return name, resolve(folder), options
 
 
 def load_named(
@@ -61,8 +62,7 @@ def load_named(
     for text in features:
         name, folder, options = parse_named("--features", text)
         _check_new("--features", name, extractors)
-        load = load_inception if is_inception(folder) else load_extractor
-        extractors[name] = cached(load(name, folder, **options))
+        extractors[name] = cached(open_extractor(name, folder, **options))
     for text in scores:
         name, folder, options = parse_named("--scores", text)
         _check_new("--scores", name, extractors | scorers)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from gadjax.errors import InputError, check_choice
-from gadjax.evaluation.extractors.network import compiled, load_params, read_config
+from gadjax.features.network import compiled, load_params, read_config
 from gadjax.io.untrusted import read_json
 from gadjax.models.config import refuse
 from gadjax.models.keymap import KeyMap

@@ -10,7 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from gadjax.errors import InputError
-from gadjax.evaluation.extractors.preprocessing import (
+from gadjax.features.preprocessing import (
     CLIP,
     IMAGENET,
     RECIPES,

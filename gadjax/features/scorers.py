@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from gadjax.errors import InputError
-from gadjax.evaluation.extractors.network import FolderExtractor, load_extractor
-from gadjax.evaluation.extractors.texts import load_text_encoder
+from gadjax.features.network import FolderExtractor, load_extractor
+from gadjax.features.texts import load_text_encoder
 from gadjax.formats.safetensors_file import read_header
 from gadjax.formats.weights import open_weights
 

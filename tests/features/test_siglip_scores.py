@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from gadjax.errors import InputError
-from gadjax.evaluation.extractors.scorers import load_scorer
+from gadjax.features.scorers import load_scorer
 
 PROMPTS = ["A red Circle", "blue, green!", "a small cat " * 5, "a red circle"]
 LENGTH = 16  # of the text tower, less than the third prompt has
