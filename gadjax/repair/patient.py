@@ -58,7 +58,7 @@ def open_patient(student: str, teacher: Path, made: Path, preset: str | None = N
         check_choice("--student-preset", preset, PUBLISHED_STUDENTS)
         if is_workdir(path):
             raise InputError(
-                f"--student-preset: found {preset} for {path}, a workdir; expected a folder or a LoRA"
+                f"--student-preset: found {preset} for {path}, a workdir; expected a folder or LoRA"
             )
     if is_folder and preset is None:
         folder = path
