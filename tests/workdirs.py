@@ -11,8 +11,10 @@ from gadjax.checkpoints.checkpoint import Checkpoints
 from gadjax.formats.diffusers_folder import read_pipeline
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
+from gadjax.models.adapters import abstract_adapters, init_adapters
 from gadjax.models.params import split_frozen
 from gadjax.training.config import as_json, default_config, write_json
+from gadjax.training.lora import loras
 from gadjax.training.state import create_state
 
 TIMESTEPS = (899, 674, 449, 224)
@@ -23,7 +25,10 @@ OBJECTIVE = {"dmd": {}, "gad": {"weight": 0.3, "steps": 4}}
 def make_workdir(
     folder: Path, teacher: Path, *, objective=OBJECTIVE, timesteps=TIMESTEPS, **changes
 ) -> Path:
-    """Steps 1 and 2 of a run: the student of each and its average all differ."""
+    """Steps 1 and 2 of a run: the student of each and its average all differ.
+
+    With a rank (`student={"lora": {"rank": 2}}`) they are adapters.
+    """
     config = default_config()
     config.teacher = str(teacher)
     config.objective = objective
@@ -38,6 +43,8 @@ def make_workdir(
     write_json(config, folder / "config.json")
     checkpoints = Checkpoints(folder / "checkpoints")
     first, _ = split_frozen(part.params, part.frozen)
+    if role := loras(config).get("student"):
+        first = init_adapters(jax.random.key(0), abstract_adapters(part.abstract, role))
     for step in (1, 2):
         state = create_state(
             {"student": jax.tree.map(lambda x, s=step: jnp.asarray(x) + 0.01 * s, first)},

@@ -10,6 +10,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--student", required=True, help="pipeline folder, workdir, or LoRA of the teacher"
     )
+    parser.add_argument(
+        "--student-preset",
+        metavar="NAME",
+        help="published student that it is, as of gadjax sample, where its folder does not say",
+    )
     parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument(
         "--out", type=Path, required=True, help="new folder, or an earlier repair's"
@@ -47,6 +52,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         args.count,
         plan,
         rest,
+        args.student_preset,
     )
     print(repair(request), end="")
     print(f"LoRA: {args.out / 'lora'}; pictures: {args.out / 'before_after.png'}")

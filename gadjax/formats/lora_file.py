@@ -73,12 +73,13 @@ def parse_lora_flag(text: str) -> tuple[Path, float]:
     return Path(name), value
 
 
-def read_lora(path: Path, folder: PipelineFolder) -> LoraFile:
+def read_lora(path: Path, folder: PipelineFolder, *, values: bool = True) -> LoraFile:
     """Read the adapters of a safetensors file, or of a folder of diffusers or PEFT.
 
     Args:
       path: the file or folder.
-      folder: the pipeline that is adapted.
+      folder: the pipeline that is adapted; its parameters may be shapes.
+      values: False: the header alone, zeros in place of numbers and a scale of 1.
 
     Raises: InputError for another kind of adapter, named; for a tensor that belongs to no module;
       and for one of another shape, that is not finite, or without its other half.
@@ -94,7 +95,8 @@ def read_lora(path: Path, folder: PipelineFolder) -> LoraFile:
     groups = _grouped(path, opened.tensors, places(folder, layers))
     factors: dict[str, dict[str, Factors]] = {}
     for stem, (place, parts) in groups.items():
-        adapter = _factors(path, stem, parts, opened.settings_of(place.component))
+        settings = opened.settings_of(place.component)
+        adapter = _factors(path, stem, parts, settings) if values else _zeros(path, stem, parts)
         known = factors.setdefault(place.component, {})
         for module, piece in _pieces(path, stem, place, layers[place.component], adapter):
             if module in known:
@@ -131,22 +133,12 @@ def _grouped(
 
 def _factors(path: Path, stem: str, parts: Mapping[str, Tensor], settings: Settings) -> Factors:
     """Read one adapter. stem: name of its module in the file."""
-    if not parts.keys() >= {"A", "B"}:
-        raise InputError(
-            f"{path}: found only {', '.join(sorted(parts))} of {stem}; expected both A and B"
-        )
-    arrays = {}
-    for part, tensor in parts.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise InputError(f"{path}: found {part} of {stem} of {tensor.dtype}; expected floats")
-        arrays[part] = tensor.read().astype(np.float32)
-        if not all_finite(arrays[part]):
+    _zeros(path, stem, parts)  # refuses what does not fit before it is read
+    arrays = {part: tensor.read().astype(np.float32) for part, tensor in parts.items()}
+    for part, array in arrays.items():
+        if not all_finite(array):
             raise InputError(f"{path}: found NaN or infinity in {part} of {stem}; expected none")
     a, b, alpha = arrays["A"], arrays["B"], arrays.get("alpha")
-    if a.ndim < 2 or b.ndim < 2 or not len(a) or b.shape[1] != len(a):
-        raise InputError(
-            f"{path}: found A {a.shape} and B {b.shape} of {stem}; expected [r, in] and [out, r]"
-        )
     if alpha is None:
         return Factors(a, b, settings.scale(stem, len(a)))
     if alpha.size != 1 or not is_number(value := float(alpha.reshape(()))) or value <= 0:
@@ -154,6 +146,21 @@ def _factors(path: Path, stem: str, parts: Mapping[str, Tensor], settings: Setti
             f"{path}: found alpha {short_repr(alpha.tolist())} of {stem}; expected a number above 0"
         )
     return Factors(a, b, value / len(a))
+
+
+def _zeros(path: Path, stem: str, parts: Mapping[str, Tensor]) -> Factors:
+    """Zeros, which take no memory, in the shapes of an adapter's matrices; arguments as above."""
+    if not parts.keys() >= {"A", "B"}:
+        raise InputError(
+            f"{path}: found only {', '.join(sorted(parts))} of {stem}; expected both A and B"
+        )
+    for part, tensor in parts.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise InputError(f"{path}: found {part} of {stem} of {tensor.dtype}; expected floats")
+    a, b = parts["A"].shape, parts["B"].shape
+    if min(len(a), len(b)) < 2 or 0 in (*a, *b) or b[1] != a[0]:
+        raise InputError(f"{path}: found A {a} and B {b} of {stem}; expected [r, in] and [out, r]")
+    return Factors(*(np.broadcast_to(np.float32(0), shape) for shape in (a, b)), 1.0)
 
 
 def _pieces(path: Path, stem: str, place: Place, layers: Mapping[str, Layer], adapter: Factors):

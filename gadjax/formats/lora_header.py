@@ -15,12 +15,13 @@ from gadjax.io.untrusted import is_number, parse_json, read_json
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SAMPLING = "gadjax"  # in the header's metadata: settings with which the adapted model is sampled
+XLABS = r"(?<=_lora[12])"  # of a double block: 1 for the picture's tokens, 2 for the prompt's
 # End of a key -> part of the adapter.
 ENDS = (
     (r"\.lora_A(?:\.\w+)?\.weight", "A"),
     (r"\.lora_B(?:\.\w+)?\.weight", "B"),
-    (r"\.lora_down\.weight|[._]lora(?:_linear_layer)?\.down\.weight", "A"),
-    (r"\.lora_up\.weight|[._]lora(?:_linear_layer)?\.up\.weight", "B"),
+    (rf"\.lora_down\.weight|[._]lora(?:_linear_layer)?\.down\.weight|{XLABS}\.down\.weight", "A"),
+    (rf"\.lora_up\.weight|[._]lora(?:_linear_layer)?\.up\.weight|{XLABS}\.up\.weight", "B"),
     (r"\.alpha", "alpha"),
 )
 # What a key contains -> the kind of adapter, which is refused by this name.

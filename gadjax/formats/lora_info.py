@@ -19,6 +19,7 @@ FORMS = (
     (r"lora_(unet|te\d?)_", "kohya, modules of diffusers"),
     (r"lora_transformer_", "OneTrainer"),
     (r"lycoris_", "SimpleTuner"),
+    (r"(diffusion_model\.)?(double|single)_blocks\.\d+\.processor\.", "x-labs"),
     (r"diffusion_model\.", "ComfyUI"),
     (r"base_model\.model\.", "PEFT"),
     (r"(unet|transformer|text_encoder(_\d)?)\.", "diffusers"),

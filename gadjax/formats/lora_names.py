@@ -10,6 +10,17 @@ from gadjax.models.adapters import adaptable
 from gadjax.models.family import Backbone
 from gadjax.models.keymap import Original
 
+# FLUX.1's module in the original release -> in a block's processor in the files of x-labs, whose
+# single blocks adapt q, k and v of `linear1` alone.
+XLABS = {
+    "img_attn.qkv": "qkv_lora1",
+    "img_attn.proj": "proj_lora1",
+    "txt_attn.qkv": "qkv_lora2",
+    "txt_attn.proj": "proj_lora2",
+    "linear1": "qkv",
+    "linear2": "proj",
+}
+
 
 class Layer(NamedTuple):
     """Kernel of a module: path of the parameter, index in a stack or None, torch's shape."""
@@ -51,11 +62,10 @@ def places(folder: PipelineFolder, layers: Mapping[str, Mapping[str, Layer]]) ->
     spelt: dict[str, Place] = {}
     texts = [name for name in layers if name != folder.backbone]
     for name in texts:
-        prefixes = _kohya_text(name, len(texts))
+        prefixes = tuple(_kohya_text(name, len(texts), folder.components[name]))
         for module in layers[name]:
             place = Place(name, Original((module,)))
-            short = module.removeprefix("text_model.")  # as transformers 5 names them
-            for spelling in (f"{name}.{module}", f"{name}.text_model.{short}", f"{name}.{short}"):
+            for spelling in _text_spellings(name, module):
                 spelt[spelling] = place
             for prefix in prefixes:
                 spelt[prefix + module.replace(".", "_")] = place
@@ -72,7 +82,21 @@ def places(folder: PipelineFolder, layers: Mapping[str, Mapping[str, Layer]]) ->
             for prefix in ("diffusion_model.", "base_model.model.", ""):
                 spelt.setdefault(f"{prefix}{name}", place)
             spelt.setdefault(f"lora_unet_{flat}", place)
+            *block, module = name.split(".", 2)
+            if "FluxTransformer2DModel" in family.class_names and module in XLABS:
+                place = Place(folder.backbone, Original(entry.modules[:3]))
+                for prefix in ("diffusion_model.", ""):
+                    spelt[f"{prefix}{'.'.join(block)}.processor.{XLABS[module]}"] = place
     return spelt
+
+
+def _text_spellings(name: str, module: str) -> Iterator[str]:
+    """Spellings of a module of a text encoder by diffusers' name of it."""
+    short = module.removeprefix("text_model.")  # as transformers 5 names them
+    # Older versions of diffusers gave its attention the names of a U-Net's.
+    older = re.sub(r"(self_attn\.)(q|k|v|out)_proj$", r"\1to_\2", short)
+    for spelling in dict.fromkeys((module, f"text_model.{short}", short, f"text_model.{older}")):
+        yield f"{name}.{spelling}"
 
 
 def _backbone_spellings(backbone: str, module: str) -> Iterator[str]:
@@ -89,11 +113,20 @@ def _backbone_spellings(backbone: str, module: str) -> Iterator[str]:
         yield prefix + flat
 
 
-def _kohya_text(name: str, count: int) -> tuple[str, ...]:
-    """Prefixes of a text encoder's modules in kohya's files. count: of text encoders."""
+def _kohya_text(name: str, count: int, part: Component) -> Iterator[str]:
+    """Prefixes of a text encoder's modules in kohya's files.
+
+    Args:
+      name: of the text encoder.
+      count: of text encoders.
+      part: the text encoder; T5 has the third's name in FLUX.1 too, where it is the second.
+    """
     number = name.removeprefix("text_encoder").removeprefix("_") or "1"
-    numbered = f"lora_te{number}_"
-    return (numbered, "lora_te_") if count == 1 else (numbered,)
+    yield f"lora_te{number}_"
+    if count == 1:
+        yield "lora_te_"
+    if "T5EncoderModel" in part.family.class_names:
+        yield "lora_te3_"
 
 
 def kohya_name(backbone_module: str) -> str:

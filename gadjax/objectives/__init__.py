@@ -8,6 +8,7 @@ from gadjax.objectives.cd import ConsistencyDistillation
 from gadjax.objectives.cdm import CDM
 from gadjax.objectives.comparisons.gad_lift import GADLift
 from gadjax.objectives.comparisons.gad_script import GADScript
+from gadjax.objectives.comparisons.seed_difference import SeedDifference
 from gadjax.objectives.compose import TERMS, Sum, as_config, build
 from gadjax.objectives.consistency import Consistency
 from gadjax.objectives.ct import CT
@@ -70,6 +71,7 @@ TERMS |= {
     "pso": PSO,
     "rcm": RCM,
     "regression": Regression,
+    "seed_difference": SeedDifference,
     "sfd": SFD,
     "sid": SiD,
     "sim": SIM,
@@ -116,6 +118,7 @@ __all__ = [
     "Regression",
     "SFD",
     "SIM",
+    "SeedDifference",
     "SiD",
     "Sum",
     "TBCM",

@@ -68,7 +68,13 @@ def merge_loras(
 
 
 def write_merged(
-    folder: Path, loras: Weighted, out: Path, *, dtype=None, overwrite: bool = False
+    folder: Path,
+    loras: Weighted,
+    out: Path,
+    *,
+    dtype=None,
+    overwrite: bool = False,
+    preset: str | None = None,
 ) -> Path:
     """Write a diffusers folder atomically: a pipeline with LoRA files merged into its networks.
 
@@ -80,14 +86,16 @@ def write_merged(
       out: folder to write.
       dtype: of the changed networks' files; None: that of the pipeline's.
       overwrite: replace an existing pipeline folder.
+      preset: published student that the first LoRA is, or without any the folder; None: as the
+        LoRAs' files are named.
 
     Returns: `out`.
-    Raises: InputError as `merge_loras`.
+    Raises: InputError as `merge_loras` and `published_student`.
     """
     check_target(out, overwrite=overwrite, marker=INDEX)
     check_no_overlap(out, folder, *(path for path, _ in loras))
     pipeline = open_folder(folder)
-    loras, preset = published_loras(loras)
+    loras, preset = published_loras(loras, preset)
     before = {name: part.params for name, part in pipeline.components.items()}
     after, sampling = merge_loras(pipeline, before, loras)
     changed = {

@@ -7,6 +7,7 @@ parameter is allocated and nothing is computed.
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from gadjax.errors import InputError
 from gadjax.ops.flops import flops
 from gadjax.parallel.hardware import GIB, Topology, find_topology
 from gadjax.parallel.sharding import BATCH_AXES, path_name
+from gadjax.plan.lora import start_at_lora
 from gadjax.plan.programs import (
     BATCHES_ON_CHIP,
     Compiled,
@@ -40,6 +42,7 @@ def plan(
     config: ConfigDict,
     topology: str,
     *,
+    lora: Path | None = None,
     utilisation: float = 0.4,
     largest: bool = False,
     log: Log = lambda text: None,
@@ -49,6 +52,7 @@ def plan(
     Args:
       config: of the run; a config without data is planned with bundled prompts.
       topology: name of the chips, such as "v5e:4x4" or "h100:8".
+      lora: at which the student starts, as `start_at_lora` takes it.
       utilisation: share of the chip's peak FLOP/s that the ceiling on images/s assumes.
       largest: search for the largest batch that fits.
       log: called with a line of text at each compilation.
@@ -63,7 +67,10 @@ def plan(
     config = ConfigDict(config)
     if not any(config.data[name] for name in SOURCES):
         config.data.prompts = "asset:shapes_demo_prompts.txt"  # tokens of any prompts are alike
-    run = prepare(config, abstract=True, devices=target.devices())
+    devices = target.devices()  # for absent cards before JAX starts
+    if lora is not None:
+        config = start_at_lora(config, lora, log)
+    run = prepare(config, abstract=True, devices=devices)
     programs = build_programs(run, target)
     batch = run.batch
     held = _held(programs, batch)

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from gadjax import assets
-from gadjax.errors import InputError
+from gadjax.errors import InputError, check_choice
 from gadjax.formats.diffusers_folder import INDEX
 from gadjax.formats.orbax_folder import open_folder
 from gadjax.formats.sampling_config import SamplingConfig, read_sampling, read_teacher_guidance
 from gadjax.pipelines.adapted import write_merged
+from gadjax.pipelines.known_students import PUBLISHED_STUDENTS
 from gadjax.pipelines.pipeline import make_pipeline
 from gadjax.pipelines.sampling import MAX_FEW_STEPS, few_step_settings
 from gadjax.training.export import export
@@ -39,26 +40,37 @@ class Patient:
     embedded: float = 1.0
 
 
-def open_patient(student: str, teacher: Path, made: Path) -> Patient:
-    """Open the student of a repair; one that is no pipeline folder is written as one.
+def open_patient(student: str, teacher: Path, made: Path, preset: str | None = None) -> Patient:
+    """Open the student of a repair; one that is no pipeline folder is written as one, and so is a
+    folder that is sampled as a published student.
 
     Args:
       student: a pipeline folder, a workdir of `gadjax train`, or a LoRA of the teacher.
       teacher: the teacher's pipeline folder.
-      made: folder to write for a workdir or a LoRA; an earlier one is taken as it is.
+      made: folder to write for a workdir, LoRA or preset; an earlier one is taken as it is.
+      preset: published student that a folder or LoRA is.
 
     Raises: InputError for anything else, a student that is guided or has many steps.
     """
     path = assets.resolve(student)
-    if path.is_dir() and (path / INDEX).exists():
+    is_folder = path.is_dir() and (path / INDEX).exists()
+    if preset is not None:
+        check_choice("--student-preset", preset, PUBLISHED_STUDENTS)
+        if is_workdir(path):
+            raise InputError(
+                f"--student-preset: found {preset} for {path}, a workdir; expected a folder or LoRA"
+            )
+    if is_folder and preset is None:
         folder = path
     elif made.exists():
         folder = made
     elif is_workdir(path):
         export(read_trained(path), made)
         folder = made
+    elif is_folder:
+        folder = write_merged(path, [], made, preset=preset)
     else:
-        folder = _merge_lora(path, teacher, made)
+        folder = _merge_lora(path, teacher, made, preset)
     pipeline = make_pipeline(open_folder(folder, components=()))
     sampling = read_sampling(folder, pipeline.sampling)
     if pipeline.guided(sampling.guidance):
@@ -85,10 +97,10 @@ def _sampling_guidance(teacher: Path) -> float:
     return read_sampling(teacher, pipeline.sampling).guidance
 
 
-def _merge_lora(path: Path, teacher: Path, made: Path) -> Path:
+def _merge_lora(path: Path, teacher: Path, made: Path, preset: str | None) -> Path:
     """Pipeline folder of the teacher with a LoRA merged, and the LoRA's sampling settings."""
     if not path.exists():
         raise InputError(
             f"--student: found no {path}; expected a pipeline folder, a workdir or a LoRA"
         )
-    return write_merged(teacher, [(path, 1.0)], made, dtype=np.float32)
+    return write_merged(teacher, [(path, 1.0)], made, dtype=np.float32, preset=preset)

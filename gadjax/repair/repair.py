@@ -48,6 +48,7 @@ class Request:
       count: prompts of the comparison, at most.
       evaluation: sizes of the comparison.
       changes: flags --config.a.b=value.
+      student_preset: published student that `student` is, where its folder does not say.
     """
 
     teacher: str
@@ -59,6 +60,7 @@ class Request:
     count: int
     evaluation: EvaluationConfig
     changes: Sequence[str]
+    student_preset: str | None = None
 
 
 def repair(request: Request) -> str:
@@ -72,7 +74,7 @@ def repair(request: Request) -> str:
     if out.exists() and any(out.iterdir()) and not (out / "train").exists():
         raise InputError(f"{out}: found files; expected a new folder, or that of a repair")
     prompts = read_prompts(assets.resolve(request.test_prompts or request.prompts))
-    patient = open_patient(request.student, teacher, out / "student")
+    patient = open_patient(request.student, teacher, out / "student", request.student_preset)
     config = repair_config(request, patient)
     train(config, out / "train")
     trained = read_trained(out / "train")

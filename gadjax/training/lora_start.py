@@ -1,5 +1,6 @@
 """Starts of student and critic at a LoRA of the teacher: merged, or as their own adapters."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -20,17 +21,20 @@ from gadjax.training.lora import loras
 from gadjax.types import Params
 
 
-def read_factors(path: Path, pipeline: Pipeline, key: str) -> dict[str, Factors]:
+def read_factors(
+    path: Path, pipeline: Pipeline, key: str, *, values: bool = True
+) -> dict[str, Factors]:
     """Adapters of the backbone in a LoRA's file, at the strength at which it is published.
 
     Args:
       path: the file or folder.
       pipeline: the teacher's pipeline.
       key: of the config, for messages.
+      values: as `read_lora` takes it.
 
     Raises: InputError as `read_lora`, and for adapters of a text encoder.
     """
-    lora = read_lora(path, pipeline.folder)
+    lora = read_lora(path, pipeline.folder, values=values)
     if others := lora.factors.keys() - {pipeline.backbone}:
         raise InputError(
             f"{key}: found adapters of the {min(others)} in {path}; expected ones of the "
@@ -56,7 +60,7 @@ def read_adapters(config: ConfigDict, role: str, pipeline: Pipeline, abstract: b
       config: training config.
       role: "student" or "critic".
       pipeline: the teacher's pipeline.
-      abstract: read nothing; adapters are shapes.
+      abstract: read the file's header alone; adapters are shapes.
 
     Raises: InputError as `read_factors`, and for an adapter of a kernel that the role does not
       adapt, or of a higher rank.
@@ -64,23 +68,47 @@ def read_adapters(config: ConfigDict, role: str, pipeline: Pipeline, abstract: b
     lora, key = loras(config)[role], f"{role}.init"
     part = pipeline.folder.components[pipeline.backbone]
     shapes = abstract_adapters(part.abstract, lora)
+    path, layers = assets.resolve(config[role].init), layers_of(part)
+    read = read_factors(path, pipeline, key, values=not abstract)
+    _check_adapted(read, layers, flatten(shapes), config, role)
     if abstract:
         return shapes
-    path, layers = assets.resolve(config[role].init), layers_of(part)
     number = ("student", "critic").index(role)
     random = init_adapters(jax.random.fold_in(make_key(config.seed), number), shapes)
     flat = flatten(jax.tree.map(np.array, random))
-    for module, factors in read_factors(path, pipeline, key).items():
-        adapter, rank = flat.get(layers[module].path), len(factors.a)
-        if adapter is None or rank > lora.rank:
-            what = f"of rank {rank}" if adapter is not None else "that the run does not train"
+    for module, factors in read.items():
+        _fill(flat[layers[module].path], layers[module], factors, lora)
+    return unflatten(flat)
+
+
+def _check_adapted(
+    factors: Mapping[str, Factors],
+    layers: Mapping[str, Layer],
+    adapters: Mapping[str, Adapter],
+    config: ConfigDict,
+    role: str,
+) -> None:
+    """Check that a role adapts every module of a file, at its rank or a higher one.
+
+    Args:
+      factors: of the file, by module.
+      layers: modules of the network.
+      adapters: the role's, by path.
+      config: training config.
+      role: "student" or "critic".
+
+    Raises: InputError otherwise.
+    """
+    trained = loras(config)[role].rank
+    for module, (a, _, _) in factors.items():
+        is_trained = layers[module].path in adapters
+        if not is_trained or len(a) > trained:
+            what = f"of rank {len(a)}" if is_trained else "that the run does not train"
             raise InputError(
-                f"{key}: found an adapter of {module} {what} in {path}; expected "
-                f"{role}.lora.rank of at least that of the file, now {lora.rank}, and "
+                f"{role}.init: found an adapter of {module} {what} in {config[role].init}; "
+                f"expected {role}.lora.rank of at least that of the file, now {trained}, and "
                 f"{role}.lora.targets that match its modules"
             )
-        _fill(adapter, layers[module], factors, lora)
-    return unflatten(flat)
 
 
 def _fill(adapter: Adapter, layer: Layer, factors: Factors, lora: Lora) -> None:

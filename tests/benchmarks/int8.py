@@ -2,17 +2,14 @@
 
     python tests/benchmarks/int8.py [--teacher asset:shapes_flow_teacher] [--seeds 3] [--count 32]
 
-Prints seconds of the processor for the student's update of the bundled config, of whole weights and
-with adapters of rank 16, and, for kernels of attention and feed-forward and for all, the share of
-the float32 network's bytes that is left, and root mean square errors relative to the float32
-network: of the guided output and of its tangent in a random direction of the noise, at three times;
-and of pictures, in their values of 0 to 1.
+Prints, for kernels of attention and feed-forward and for all, the share of the float32 network's
+bytes that is left, and root mean square errors relative to the float32 network: of the guided
+output and of its tangent in a random direction of the noise, at three times; and of pictures, in
+their values of 0 to 1. Seconds: `python tests/benchmarks/run.py cpu --only adapters`.
 """
 
 import argparse
-import time
 from dataclasses import replace
-from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +19,7 @@ from gadjax.api import load
 from gadjax.diffusion.geometry import tangent
 from gadjax.models.adapters import TARGETS
 from gadjax.models.quantized import quantized
-from gadjax.parallel.sharding import put_on_mesh
 from gadjax.pipelines.sampling import draw, initial_noise, map_prompts
-from gadjax.training.compile import compile_steps
-from gadjax.training.config import read_config
-from gadjax.training.loop import host_batches, init_state
-from gadjax.training.setup import prepare
 
 PATTERNS = {"attention and feed-forward": TARGETS, "all": "kernel"}
 SHARES = 0.9, 0.6, 0.3  # of the schedule's last time
@@ -72,33 +64,6 @@ def measure(model, prompts, seed, pattern) -> dict[str, float]:
     }
 
 
-def update_seconds(count: int, *flags: str) -> list[float]:
-    """Seconds of the processor of `count` student updates, the first two left out."""
-    lora = "--config.student.lora.rank=16", "--config.preview.every=0"
-    run = prepare(read_config(["--config=configs/shapes_gad.py:quickstart", *lora, *flags]))
-    steps = compile_steps(run)
-    state, frozen, seconds = init_state(run, steps), put_on_mesh(run.frozen, steps.frozen), []
-    for number, raw in islice(host_batches(run, steps, 0, count + 2), count + 2):
-        begin = time.process_time()
-        state, _ = jax.block_until_ready(steps.student(state, frozen, raw, number))
-        seconds.append(time.process_time() - begin)
-    return seconds[2:]
-
-
-def print_seconds() -> None:
-    """Medians of rounds that take turns."""
-    kinds = {
-        "whole weights": ("--config.student.lora.rank=0",),
-        "adapters on float32": (),
-        "on 8 bits": (f"--config.int8={TARGETS}",),
-    }
-    taken = {kind: [] for kind in kinds}
-    for _ in range(2):
-        for kind, flags in kinds.items():
-            taken[kind] += update_seconds(6, *flags)
-    print(", ".join(f"{kind} {np.median(x):.3f} s" for kind, x in taken.items()), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", default="asset:shapes_flow_teacher")
@@ -108,7 +73,6 @@ def main() -> None:
     from gadjax.assets import resolve
     from gadjax.data.prompts import read_prompts
 
-    print_seconds()
     model = load(args.teacher)
     prompts = read_prompts(resolve("asset:shapes_test_prompts.txt"))[: args.count]
     backbone = model.params[model.pipeline.backbone]

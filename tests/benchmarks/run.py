@@ -35,6 +35,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from benchmarks import (  # noqa: E402
     accuracy,
+    adapted,
     attention,
     evaluation,
     host,
@@ -84,6 +85,9 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
             # Two samples, since neighbours share backward simulation.
             *(partial(step.evaluations, replace(size, batch=2)) for size in sizes),
             partial(step.iterations, few if tiny else many, 3),
+        ),
+        "adapters": partial(
+            adapted.adapted, TINY if tiny else Size(4, 6, 64, 16, batch=4), 1 if tiny else 5
         ),
         "host": partial(host.host, 4, 4, 1) if tiny else partial(host.host, 16, 40, 2),
         "evaluation": partial(

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import read_pipeline
 from gadjax.formats.lora_file import parse_lora_flag, read_lora
+from gadjax.formats.lora_info import lora_lines
 from gadjax.formats.lora_names import layers_of
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.pipelines.adapted import merge_loras
@@ -322,6 +323,91 @@ def test_pixarts_original_names(tiny_pipeline, tmp_path):
     whole = product(a, b)
     np.testing.assert_allclose(found["transformer_blocks.1.attn2.to_k"], whole[:24], atol=1e-5)
     np.testing.assert_allclose(found["transformer_blocks.1.attn2.to_v"], whole[24:], atol=1e-5)
+
+
+XLABS = {  # of a block -> what it stands for in diffusers
+    "double_blocks.1.processor.qkv_lora1": 3,
+    "double_blocks.1.processor.proj_lora1": 1,
+    "double_blocks.0.processor.qkv_lora2": 3,
+    "double_blocks.1.processor.proj_lora2": 1,
+    "single_blocks.1.processor.qkv_lora": 3,
+    "single_blocks.0.processor.proj_lora": None,  # of attention and MLP
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_names_of_xlabs(pipelines, folders, prefix, tmp_path):
+    """Weights as diffusers' own conversion and fusion of the file."""
+    folder = pipelines("flux_dev")
+    width = layers_of(folder.components["transformer"])["transformer_blocks.0.attn.to_q"].shape[0]
+    mlp = layers_of(folder.components["transformer"])["single_transformer_blocks.0.proj_mlp"]
+    torch.manual_seed(0)
+    tensors = {}
+    for i, (stem, thirds) in enumerate(XLABS.items()):
+        inputs = width if thirds else width + mlp.shape[0]
+        tensors[f"{prefix}{stem}.down.weight"] = torch.randn(2 + i % 2, inputs) / 8
+        tensors[f"{prefix}{stem}.up.weight"] = torch.randn((thirds or 1) * width, 2 + i % 2) / 8
+    path = write(tmp_path / "a.safetensors", tensors)
+    pipe = DiffusionPipeline.from_pretrained(folders("flux_dev"))
+    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    pipe.load_lora_weights(path)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    after = pipe.transformer.state_dict()
+    expected = {k: after[k] - v for k, v in before.items() if not torch.equal(after[k], v)}
+    found = differences(folder, path)
+    assert found.keys() == {key.removesuffix(".weight") for key in expected} and len(found) == 12
+    for module, change in found.items():
+        np.testing.assert_allclose(
+            change, expected[f"{module}.weight"], rtol=0, atol=1e-6, err_msg=module
+        )
+    assert f"keys: x-labs: {len(XLABS)}" in lora_lines(path)
+    assert f"networks: FLUX: {len(XLABS)}" in lora_lines(path)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ("double_blocks.0.processor.qkv_lora3", "found 2 of 4 tensors that belong to no module"),
+        ("double_blocks.7.processor.qkv_lora1", "found 2 of 4 tensors that belong to no module"),
+        ("double_blocks.1.img_attn.qkv.lora", "found two adapters of transformer_blocks.1.attn.to"),
+    ],
+)
+def test_tensors_of_xlabs_that_are_nowhere(pipelines, change, message, tmp_path):
+    folder, stem = pipelines("flux_dev"), "double_blocks.1.processor.qkv_lora1"
+    width = layers_of(folder.components["transformer"])["transformer_blocks.0.attn.to_q"].shape[0]
+    a, b = torch.randn(2, width), torch.randn(3 * width, 2)
+    tensors = {}
+    for name in (stem, change):
+        tensors |= {f"{name}.down.weight": a.clone(), f"{name}.up.weight": b.clone()}
+    with pytest.raises(InputError, match=message):
+        read_lora(write(tmp_path / "a.safetensors", tensors), folder)
+
+
+TEXTS = {  # spelling of a module of a text encoder -> family, network, module
+    "lora_te3_encoder_block_1_layer_0_SelfAttention_q": (
+        *("flux_dev", "text_encoder_2"),
+        "encoder.block.1.layer.0.SelfAttention.q",
+    ),
+    "text_encoder.text_model.encoder.layers.1.self_attn.to_out_lora": (
+        *("sd15", "text_encoder"),
+        "encoder.layers.1.self_attn.out_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", TEXTS)
+def test_spellings_of_text_encoders(pipelines, spelling, tmp_path):
+    family, network, module = TEXTS[spelling]
+    folder = pipelines(family)
+    layers = layers_of(folder.components[network])
+    full = module if module in layers else f"text_model.{module}"
+    down, up = ("down", "up") if spelling.endswith("_lora") else ("lora_down", "lora_up")
+    a, b = torch.randn(2, layers[full].shape[1]), torch.randn(layers[full].shape[0], 2)
+    tensors = {f"{spelling}.{down}.weight": a, f"{spelling}.{up}.weight": b}
+    found = read_lora(write(tmp_path / "a.safetensors", tensors), folder).factors
+    assert found.keys() == {network} and found[network].keys() == {full}
+    np.testing.assert_array_equal(found[network][full].b, b)
 
 
 KEYS = ("unet.mid_block.attentions.0.proj_in", "lora_unet_mid_block_attentions_0_proj_in")

@@ -79,7 +79,7 @@ def test_logs_take_the_names_of_the_config():
 def test_the_random_streams_of_the_terms_are_as_they_were():
     """Recorded runs can be repeated with them; the terms that came later have their own names."""
     later = {"cd", "decoupled_dmd", "f_distill", "flash_dmd", "phased_dmd"}
-    later |= {"uni_dad", "uni_instruct"}
+    later |= {"seed_difference", "uni_dad", "uni_instruct"}
     streams = {name: STREAMS.get(name, name) for name in TERMS.keys() - later}
     assert streams == {name: TERMS[name].__name__.lower() for name in streams}
 

@@ -61,6 +61,7 @@ class Tally:
 def make_jobs(folder: Path) -> list[Job]:
     tiny = write_pipeline(folder / "tiny")
     run = make_workdir(folder / "run", tiny)
+    adapted = make_workdir(folder / "adapted", tiny, student={"lora": {"rank": 2}})
     student, lora = folder / "student", folder / "lora"
     _undisturbed(["export", "--workdir", run, "--out", student], folder)
     _undisturbed(["lora", "extract", tiny, student, "--rank", 2, "--out", lora], folder)
@@ -78,6 +79,13 @@ def make_jobs(folder: Path) -> list[Job]:
         ),
         Job("export", lambda out, n: [*exported, out, parts[n]]),
         Job("single", lambda out, n: [*exported, out, parts[n], "--single-file"]),
+        Job(
+            "lora",
+            lambda out, n: [
+                *("export", "--workdir", adapted, "--lora", parts[n]),
+                *("--overwrite", "--out", out),
+            ],
+        ),
         Job(
             "extract",
             lambda out, n: [

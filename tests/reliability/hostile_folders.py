@@ -167,7 +167,7 @@ def make_gadjax_folder(folder: Path) -> None:
 
 def make_lora(folder: Path) -> None:
     """A file of kohya's names, one of diffusers' with metadata, and a folder of PEFT."""
-    pipeline, rng = _sd15(), np.random.default_rng(0)
+    pipeline, rng = _folder("sd15"), np.random.default_rng(0)
     layers = layers_of(pipeline.components["unet"])
     pairs = {}
     for name in [name for name in sorted(layers) if ".attn2." in name or "proj_in" in name][:6]:
@@ -198,42 +198,84 @@ def make_alphas(folder: Path, pairs: dict[str, Pair]) -> None:
     write_safetensors(folder / "alphas" / DIFFUSERS_WEIGHTS, tensors)
 
 
-LORAS = (*KEYS, "peft", "alphas")
+def make_xlabs(folder: Path) -> None:
+    """A file of x-labs' names for FLUX.1."""
+    layers = layers_of(_folder("flux_dev").components["transformer"])
+    width = layers["transformer_blocks.0.attn.to_q"].shape[0]
+    inputs = layers["single_transformer_blocks.0.proj_out"].shape[1]
+    rng, tensors = np.random.default_rng(0), {}
+    for stem, rows, columns in (
+        ("double_blocks.0.processor.qkv_lora1", 3 * width, width),
+        ("double_blocks.1.processor.proj_lora2", width, width),
+        ("single_blocks.0.processor.qkv_lora", 3 * width, width),
+        ("single_blocks.1.processor.proj_lora", width, inputs),
+    ):
+        tensors[f"{stem}.down.weight"] = rng.normal(size=(2, columns)).astype(np.float32)
+        tensors[f"{stem}.up.weight"] = rng.normal(size=(rows, 2)).astype(np.float32)
+    (folder / "xlabs").mkdir()
+    write_safetensors(folder / "xlabs" / DIFFUSERS_WEIGHTS, tensors)
+
+
+def make_loras(folder: Path) -> None:
+    make_lora(folder)
+    make_xlabs(folder)
+
+
+LORAS = {name: "sd15" for name in (*KEYS, "peft", "alphas")} | {"xlabs": "flux_dev"}
+
+
+def _changed(folder: Path) -> list[str]:
+    """Names of the LoRAs of which a file is not the valid one; of all where every file is."""
+    return [name for name in LORAS if _bytes(folder / name) != _valid_loras()[name]] or list(LORAS)
+
+
+def _bytes(folder: Path) -> dict[str, bytes | None]:
+    """Content of the files in a folder; None for what is no regular file."""
+    paths = list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+    regular = {path: path.is_file() and not path.is_symlink() for path in paths}
+    return {path.name: path.read_bytes() if yes else None for path, yes in regular.items()}
+
+
+@cache
+def _valid_loras() -> dict[str, dict[str, bytes | None]]:
+    with tempfile.TemporaryDirectory() as made:
+        make_loras(Path(made))
+        return {name: _bytes(Path(made, name)) for name in LORAS}
 
 
 def read_loras(folder: Path) -> None:
     """As `gadjax sample --lora` does."""
-    pipeline = _sd15()
-    params = {name: part.params for name, part in pipeline.components.items()}
-    for name in LORAS:
+    for name in _changed(folder):
+        pipeline = _folder(LORAS[name])
+        params = {name: part.params for name, part in pipeline.components.items()}
         merge_loras(pipeline, params, [(folder / name, 0.5)])
 
 
 def read_lora_lines(folder: Path) -> None:
     """As `gadjax lora info` does, of files whose pipeline is not there."""
-    for name in LORAS:
+    for name in _changed(folder):
         lines = lora_lines(folder / name)
         assert all(line.isprintable() for line in lines), lines
 
 
 def read_starts(folder: Path) -> None:
-    """As `gadjax train --config.student.init=LORA` does."""
+    """As `gadjax train --config.student.init=LORA` does, and as `gadjax plan` before it."""
     config = default_config()
-    config.student.lora.update(rank=2, targets="attn2|proj_in")
-    pipeline = _sd15_pipeline()
-    for name in LORAS:
+    config.student.lora.update(rank=2, targets="attn2|attn(_context)?/|proj_(in|out)")
+    for name in _changed(folder):
         config.student.init = str(folder / name)
-        read_adapters(config, "student", pipeline, abstract=False)
+        for abstract in (True, False):
+            read_adapters(config, "student", _pipeline(LORAS[name]), abstract)
 
 
 @cache
-def _sd15():
-    return read_pipeline(_family("sd15"))
+def _folder(family: str):
+    return read_pipeline(_family(family))
 
 
 @cache
-def _sd15_pipeline():
-    return make_pipeline(_sd15())
+def _pipeline(family: str):
+    return make_pipeline(_folder(family))
 
 
 def make_recipe(folder: Path) -> None:
@@ -270,9 +312,9 @@ TARGETS = [
     Target("shards", partial(make_weights, max_shard_bytes=150), read_weights),
     Target("pickle", make_pickle, partial(read_weights, allow_pickle=True)),
     Target("recipe", make_recipe, read_recipe),
-    Target("lora", make_lora, read_loras),
-    Target("lora-info", make_lora, read_lora_lines),
-    Target("lora-start", make_lora, read_starts),
+    Target("lora", make_loras, read_loras),
+    Target("lora-info", make_loras, read_lora_lines),
+    Target("lora-start", make_loras, read_starts),
     *(
         Target(
             f"config-{name}",

@@ -6,7 +6,7 @@ from atomic import kill_many, make_jobs, measure
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "names", [("convert", "back", "embed"), ("single", "extract", "merge")], ids="-".join
+    "names", [("convert", "back", "embed"), ("single", "lora", "extract", "merge")], ids="-".join
 )
 def test_six_kills_leave_the_old_or_the_new(tmp_path, names):
     jobs = [job for job in make_jobs(tmp_path) if job.name in names]

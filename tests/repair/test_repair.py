@@ -224,6 +224,20 @@ def test_patients_of_other_kinds(student, repaired, tiny_pipeline, tmp_path):
     assert all(same) and patient.times == TIMES
 
 
+def test_a_published_student_is_repaired_as_its_card_samples_it(tiny_pipeline, tmp_path):
+    """A folder that does not say its steps is written once more, with the preset's."""
+    given = str(tiny_pipeline), tiny_pipeline, tmp_path / "made"
+    patient = open_patient(*given, "tdm-pixart")
+    assert patient.folder == tmp_path / "made" and patient.rollout == "ode"
+    assert patient.times == (899, 674, 449, 224) and patient.sampling.guidance == 1
+    assert open_patient(*given, "tdm-pixart") == patient
+    assert load(str(patient.folder)).fingerprint == load(str(tiny_pipeline)).fingerprint
+    with pytest.raises(InputError, match="found a PixArtAlphaPipeline; expected a StableDiff"):
+        open_patient(*given[:2], tmp_path / "other", "sid-sd")
+    with pytest.raises(InputError, match="^--student-preset: found 'x'; expected one of"):
+        open_patient(*given, "x")
+
+
 def test_an_embedded_guidance_is_no_fault_and_is_trained_with(folders, prompts, tmp_path):
     """FLUX.1-dev's students are told a scale; the config has it."""
     flux = tmp_path / "flux"
@@ -265,6 +279,7 @@ def test_a_student_that_does_not_tell_is_repaired_at_its_teachers_guidance(
         ("files", "{tmp}/out: found files; expected a new folder, or that of a repair"),
         ("overlap", "found"),
         ("count", "--count: found 0; expected 1 or more"),
+        ("preset", "--student-preset: found 'x'; expected one of"),
         ("key", "found no key 'nothing' to change"),
     ],
 )
@@ -287,6 +302,8 @@ def test_bad_input_is_one_line_and_trains_nothing(
         out = student
     elif case == "count":
         more = ("--count=0",)
+    elif case == "preset":
+        more = ("--student-preset=x",)
     elif case == "key":
         more = ("--config.nothing=1",)
     assert repair(tiny_pipeline, patient, prompts, out, *more) == 2

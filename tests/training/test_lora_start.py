@@ -134,6 +134,22 @@ def test_a_run_from_a_lora(config, lora, tiny_pipeline, tmp_path):
         np.testing.assert_allclose(start[path] - plain[path], product, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_adapters_on_a_start_in_8_bits_resume_to_the_bit(config, tiny_pipeline, tmp_path):
+    """As a repair trains them: the base is the start's, and another one's run is refused."""
+    start = make_workdir(tmp_path / "start", tiny_pipeline)
+    flags = *LORA, *RATE, "--config.int8=/(attn|ff)", f"--config.student.init={start}"
+    assert train(config, tmp_path / "run", *flags) == 0
+    assert train(config, tmp_path / "half", *flags, "--config.steps=1") == 0
+    assert train(config, tmp_path / "half", *flags) == 0
+    for part in ("student", "critic", "ema"):
+        np.testing.assert_array_equal(
+            read_vector(tmp_path / "half", part), read_vector(tmp_path / "run", part)
+        )
+    assert losses(tmp_path / "half") == losses(tmp_path / "run")
+    assert train(config, tmp_path / "run", *flags[:-1], "--config.steps=3") == 2
+
+
 def test_another_file_at_the_start_is_refused(config, lora, tmp_path, capsys):
     path, run = shutil.copy(lora, tmp_path / "a.safetensors"), tmp_path / "run"
     flags = f"{config}:regression", run, *LORA, f"--config.student.init={path}"
