@@ -231,6 +231,7 @@ class Bench:
         total = objective if isinstance(objective, Sum) else Sum(((1.0, objective),))
         total.check(self.times[:-1], self.rollout)
         total.check_denoiser(self.denoiser)
+        total.check_grid(self.schedule, self.times[:-1])
         needs, networks = total.needs, dict(networks or {})
         known = "start", "teacher", *networks
         if others := set(needs.networks.values()) - set(known):
