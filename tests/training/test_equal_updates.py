@@ -6,68 +6,16 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from all_terms import OBJECTIVES
-from closed_form import FLOW_WORLD, D, World, gaussian_params, make_batch, one_step
-from formula_pixels import autoencoder, decode
-from formula_terms import WIDTH, pictures, with_features
+from all_terms import OBJECTIVES, objective_of, setting
 from several import run_on_devices
 
-from gadjax.objectives import TERMS, build
 from gadjax.parallel.placement import batch_shards
 from gadjax.parallel.sharding import batch_sharding, make_mesh
-from gadjax.training.state import create_state
 from gadjax.training.steps import critic_step, student_step
-from gadjax.types import Cond
 
-B, CLOSE = 16, 1e-10
-ONE = one_step(FLOW_WORLD)
-ONE_STEP = ("boot",)
-
-
-def world_of(name: str) -> World:
-    return with_features(ONE if name in ONE_STEP else FLOW_WORLD)
-
-
-def objective_of(name: str):
-    return build(OBJECTIVES[name], TERMS, world_of(name).times[:-1])
-
-
-def setting(name: str):
-    """Step specification, state, networks and batch of an update."""
-    objective, world, rng = objective_of(name), world_of(name), np.random.default_rng(3)
-    objective.check_denoiser(world.denoiser)
-    roles = {"student": world.student_params(bend=0.4, dtype=float)}
-    if objective.needs.critic:
-        roles["critic"] = gaussian_params(3, dtype=float)
-    if objective.needs.discriminator:
-        width = 3 if objective.trainer_needs(("discriminator",)).pixels else WIDTH
-        head = objective.init_discriminator(jax.random.key(0), width)
-        roles["discriminator"] = jax.tree.map(lambda p: 0.3 * rng.normal(size=p.shape), head)
-    optimizers = dict.fromkeys(roles, optax.sgd(1.0))  # a step is the gradient
-    spec = partial(
-        world.step_spec,
-        objective,
-        optimizers=optimizers,
-        steps=12,
-        decode=decode,
-        student_layers=(0, 2) if objective.needs.fewer_layers else (),
-    )
-    state = create_state(roles, optimizers, objective.init_memory())._replace(step=jnp.int32(3))
-    networks = {
-        n: gaussian_params(7 + i, dtype=float) for i, n in enumerate(objective.needs.networks)
-    }
-    networks |= {"teacher": gaussian_params(0, dtype=float)} | autoencoder(float)
-    text = 0.5 * rng.normal(size=(B, 1, D))
-    batch = make_batch(B, dtype=float)._replace(
-        x0=pictures(float, B),
-        override=Cond(jnp.asarray(text), jnp.ones((B, 1))) if objective.needs.override else None,
-        label=jnp.asarray(rng.integers(0, 2, B), jnp.int32),
-    )
-    return spec, state, networks, batch
+CLOSE = 1e-10
 
 
 def update(step_spec, state, networks, batch):
@@ -124,7 +72,9 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_updates_are_equal_in_microbatches_and_on_eight_devices(results, name):
     result, joint = results[name], objective_of(name).needs.joint
-    assert all(size > 0 for size in result["moved"].values())
+    # A hinge in its linear part has no gradient in the last bias.
+    still = {key for key, size in result["moved"].items() if not size > 0}
+    assert not still or name.startswith("ladd") and all("'bias'" in key for key in still), still
     assert len(result["microbatches"]) == (0 if joint else 2)
     for leaves in result["microbatches"] + result["devices"]:
         wrong = {key: size for key, size in leaves.items() if not size < CLOSE}
