@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def run_row(name: str, updates: int, seeds: int) -> dict[str, Any]:
     Returns: the row's record. A run whose updates are not finite ends it, and is its `problem`.
     """
     setting, label, row = all_rows()[name]
-    bench = replace(SETTINGS[setting].bench(), **row.bench)
+    bench = bench_of(setting, tuple(row.bench.items()))
     begun, runs, problem = time.perf_counter(), [], ""
     try:
         if row.objective is None:
@@ -90,6 +90,17 @@ def run_row(name: str, updates: int, seeds: int) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+@cache
+def bench_of(setting: str, changes: tuple[tuple[str, Any], ...]) -> Bench:
+    """A setting's bench, once: its rows share the exact map and compiled measurements.
+
+    Args:
+      setting: its name.
+      changes: fields that differ.
+    """
+    return replace(SETTINGS[setting].bench(), **dict(changes))
 
 
 def start_of(bench: Bench, setting: str) -> Params | None:
