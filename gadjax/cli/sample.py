@@ -128,9 +128,13 @@ def _load_models(
     Raises: InputError for settings that one of them does not have, and for latents of two sizes.
     """
     models, size = {}, _size(args.size)
-    own = {"student_preset": args.student_preset, "teacher": args.teacher, "lora": args.lora}
+    base_options = {
+        "student_preset": args.student_preset,
+        "teacher": args.teacher,
+        "lora": args.lora,
+    }
     for number in numbers:
-        name, options = (routes[number - 1].model, {}) if number else (args.model, own)
+        name, options = (routes[number - 1].model, {}) if number else (args.model, base_options)
         model = load(name, dtype=args.dtype, variant=args.variant, **options)
         try:
             model = with_sampling(model, args.steps, args.guidance, args.negative, size, args.nasa)
@@ -183,8 +187,8 @@ def _draw_routed(
       prompts, jobs, args, progress: as for `_draw`.
     """
     for number, model in models.items():
-        own = [job for job in jobs if route_P[job[0]] == number]
-        yield from zip(own, _draw(model, prompts, own, args, progress), strict=True)
+        model_jobs = [job for job in jobs if route_P[job[0]] == number]
+        yield from zip(model_jobs, _draw(model, prompts, model_jobs, args, progress), strict=True)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
