@@ -4,40 +4,51 @@ Reproduces: no published numbers; each variant is a method's objective in the se
           (docs/results/study): 800 updates of 16 samples, two critic updates for each.
           docs/methods.md has the papers, what each needs, and its cost.
 Command:  gadjax train --config configs/methods.py:VARIANT --workdir DIR
-Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; decoupled_dmd; pg_sb (SNOOPI:
-          guidance 2 to 5); uni_instruct; f_distill; embedding (dmd with it);
-          cdm (grids drawn anew, a critic that follows the student); phased_dmd;
-          cd (consistency distillation); tbcm (consistency on the teacher's own trajectory); ct
-          (consistency training on pictures, which ignores the guidance); lcm; rcm (with dmd, and
-          grids drawn anew); sprint (SANA-Sprint: sCM and LADD, two steps); tscd (Hyper-SD's
-          segments, to 4 of them); boot (one step); meanflow; pso (meant for a distilled student,
-          --config.student.init=WORKDIR; ignores the guidance); flash_dmd; gdd (one step; ignores
-          the guidance); sfd (a student that draws blue things for red ones); twinflow (with
-          meanflow); multi_student (dmd on the prompts of red things alone); ppcl (a smaller
-          teacher of 4 of the 6 layers)
-          Those from cd to sprint are of the eps teacher and sampled with fresh noise;
-          uni_instruct, f_distill, embedding, cd, ct, lcm, rcm, sprint, tscd, meanflow, pso,
-          flash_dmd, gdd, twinflow and ppcl draw captions with pictures of the bundled world.
+Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; sid_zero and sid_anti (few-step SiD
+          with zero-CFG and anti-CFG); sid_dit (SiD-DiT's law and weight); sid_gan (the same and a
+          discriminator); decoupled_dmd; pg_sb (SNOOPI: guidance 2 to 5); uni_instruct; f_distill;
+          embedding (dmd with it); disback and uni_dad (here the teacher is the path and the second
+          teacher: --config.objective.disback.path, --config.objective.uni_dad.target); cdm (grids
+          drawn anew, a critic that follows the student); phased_dmd; cd (consistency distillation);
+          tbcm (consistency on the teacher's own trajectory); ct (consistency training on pictures,
+          which ignores the guidance); tcm (one step; meant for a student of ct,
+          --config.student.init=WORKDIR); lcm; rcm (with dmd, and grids drawn anew); sprint
+          (SANA-Sprint: sCM and LADD, two steps); tscd (Hyper-SD's segments, to 4 of them); boot
+          (one step); meanflow; pso (meant for a distilled student, --config.student.init=WORKDIR;
+          ignores the guidance); flash_dmd; gdd (one step; ignores the guidance); sfd (a student
+          that draws blue things for red ones); twinflow (with meanflow); multi_student (dmd on the
+          prompts of red things alone); dmm (merges the teacher with itself:
+          --config.objective.dmm.teachers); ppcl (a smaller teacher of 4 of the 6 layers)
+          Those from cd to sprint are of the eps teacher and, but for tcm, sampled with fresh noise;
+          WITH_PICTURES draw captions with pictures of the bundled world.
 Hardware: 2 CPU cores.
 Result:   none reported; one run of rcm, whose pictures were not evaluated: docs/methods.md.
 """
 
 from gadjax.training.config import variant_config
 
+SID_DIT = {"times": "logit_normal", "low": 0.0, "high": 1.0, "weighting": "1 - sigma"}
 VARIANTS = {
     "dmd": {"dmd": {}},
     "vsd": {"vsd": {}},
     "sim": {"sim": {}},
+    "sid_zero": {"sid": {"guidance": "zero"}},
+    "sid_anti": {"sid": {"guidance": "anti"}},
+    "sid_dit": {"sid": SID_DIT},
+    "sid_gan": {"sid": {"weight": 0.5} | SID_DIT, "adversarial": {"weight": 0.5, "clamp": 10.0}},
     "decoupled_dmd": {"decoupled_dmd": {}},
     "pg_sb": {"dmd": {"guidance_range": (2.0, 5.0)}},
     "uni_instruct": {"uni_instruct": {}},
     "f_distill": {"f_distill": {}},
     "embedding": {"dmd": {}, "embedding": {"weight": 0.1}},
+    "disback": {"disback": {"path": ("teacher",)}},
+    "uni_dad": {"uni_dad": {"target": "teacher"}},
     "cdm": {"cdm": {}},
     "phased_dmd": {"phased_dmd": {}},
     "cd": {"cd": {"huber": 1e-3}},
     "tbcm": {"tbcm": {"points": 4}},
     "ct": {"ct": {}},
+    "tcm": {"tcm": {}},
     "lcm": {"lcm": {}},
     "rcm": {"rcm": {}, "dmd": {"weight": 2.0}},
     "sprint": {
@@ -53,14 +64,18 @@ VARIANTS = {
     "sfd": {"sfd": {}},
     "twinflow": {"twinflow": {}, "meanflow": {}},
     "multi_student": {"dmd": {}},
+    "dmm": {"dmm": {"teachers": ("teacher", "start")}},
     "ppcl": {"ppcl": {}, "denoising": {}},
 }
 WITH_PICTURES = (
+    "sid_gan",
     "uni_instruct",
+    "uni_dad",
     "f_distill",
     "embedding",
     "cd",
     "ct",
+    "tcm",
     "lcm",
     "rcm",
     "sprint",
@@ -106,10 +121,15 @@ def get_config(variant: str = "dmd"):
         config.student.update(steps=2, timesteps=(899, 449), latents="data", redraw=(0.0, 1.0))
     if variant in ("boot", "gdd"):
         config.student.update(steps=1, timesteps=(999,))
+    if variant == "tcm":
+        config.teacher = "asset:shapes_teacher"
+        config.student.update(steps=1, timesteps=(899,))
     if variant == "flash_dmd":
         config.critic.follow = 1e-3
     if variant == "sfd":
         config.data.update(forget="red", replacement="blue")
+    if variant == "dmm":
+        config.data.styles = ("", ", in ink")
     if variant == "multi_student":
         config.data.match = "red"
     if variant == "ppcl":

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax.sharding import AbstractMesh
+from PIL import Image
 from published import PUBLISHED, write_folder
 
 from gadjax.errors import InputError
@@ -138,12 +139,14 @@ def check_sharded(folder):
                     assert split >= sizes[1], (part.name, path_name(path), sizes)
 
 
-# Config file and variant -> the repository that it distils. Those with images need a folder.
+# Config file and variant -> the repository that it distils.
 CONFIGS = {
     "pixart_gad.py": "PixArt-XL-2-512x512",
     "sd2_gad.py": "stable-diffusion-2-base",
     "sd2_gad.py:one_gad": "stable-diffusion-2-base",
     "sana_gad.py:both": "Sana_600M_512px",
+    "sana_sprint.py": "Sana_1600M_1024px",
+    "sana_sprint.py:gad": "Sana_1600M_1024px",
     "sd35_dpdmd.py:gad": "stable-diffusion-3.5-medium",
     "backbones.py:sd35_large": "stable-diffusion-3.5-large",
     "backbones.py:pixart_sigma": "PixArt-Sigma-XL-2-1024-MS",
@@ -154,7 +157,9 @@ CONFIGS = {
     "backbones.py:flux2_klein": "FLUX.2-klein-base-4B",
     "sdxl.py": "stable-diffusion-xl-base-1.0",
     "sdxl.py:dmd2": "stable-diffusion-xl-base-1.0",
+    "sdxl.py:dmd2_gan": "stable-diffusion-xl-base-1.0",
 }
+WITH_PICTURES = "sana_sprint.py", "sana_sprint.py:gad", "sdxl.py:dmd2_gan"
 
 
 @pytest.fixture
@@ -164,13 +169,19 @@ def traced(repositories, tmp_path):
     def call(name):
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("a red circle\na blue square\n")
+        pictures = tmp_path / "pictures"
+        pictures.mkdir()
+        for number, caption in enumerate(prompts.read_text().splitlines()):
+            Image.new("RGB", (64, 64)).save(pictures / f"{number}.png")
+            (pictures / f"{number}.txt").write_text(caption)
+        data = f"images={pictures}" if name in WITH_PICTURES else f"prompts={prompts}"
         file, _, variant = name.partition(":")
         path = Path(__file__).parents[1] / "configs" / file
         config = read_config(
             [
                 f"--config={path}{':' + variant if variant else ''}",
                 f"--config.teacher={repositories(CONFIGS[name])}",
-                f"--config.data.prompts={prompts}",
+                f"--config.data.{data}",
                 "--config.batch=2",
                 "--config.microbatch=0",
             ]
@@ -182,6 +193,7 @@ def traced(repositories, tmp_path):
 
 
 SLOW = ("sd2_gad.py:one_gad", "sana_gad.py:both", "sdxl.py", "backbones.py:sd35_large")
+SLOW += WITH_PICTURES
 SLOW += ("backbones.py:z_image", "backbones.py:lumina2")
 SLOW += ("backbones.py:flux_dev", "backbones.py:flux_schnell", "backbones.py:flux2_klein")
 

@@ -1,7 +1,7 @@
 """Distillation from a closed-form teacher to an MLP, in seconds, with exact metrics."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import jax
@@ -13,9 +13,10 @@ from gadjax.analytic.result import Reference, Result, compare_maps
 from gadjax.analytic.teachers import Gaussian, Mixture, jacobians
 from gadjax.diffusion.denoiser import Denoiser
 from gadjax.diffusion.parameterization import from_prediction
-from gadjax.diffusion.rollout import rollout
+from gadjax.diffusion.rollout import FIRST_ORDER, rollout
+from gadjax.diffusion.samplers import fresh_noise
 from gadjax.diffusion.schedules import DDPM, Flow, NoiseSchedule
-from gadjax.errors import InputError, RunStopped
+from gadjax.errors import InputError, RunStopped, check_choice
 from gadjax.objectives import Sum, Term
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
@@ -45,6 +46,8 @@ class Bench:
     batch: samples of an update.
     lr: learning rate of the student; the critic's is twice that.
     critic_updates: updates of the critic for each of the student's.
+    rollout: of the student's steps, "ode" or "fresh_noise".
+    redraw, critic_follow: as in `StepSpec`.
     """
 
     teacher: Gaussian | Mixture
@@ -54,12 +57,16 @@ class Bench:
     batch: int = 256
     lr: float = 5e-3
     critic_updates: int = 2
+    rollout: str = "ode"
+    redraw: tuple[float, ...] = ()
+    critic_follow: float = 0.0
 
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise InputError(
                 f"bench: found family {self.family!r}; expected {' or '.join(FAMILIES)}"
             )
+        check_choice("bench.rollout", self.rollout, ("ode", "fresh_noise"))
         if self.steps < 1:
             raise InputError(f"bench: found {self.steps} steps; expected 1 or more")
 
@@ -178,7 +185,8 @@ class Bench:
         def predict(x, t):
             return self.denoiser(params, x, t, cond)
 
-        trajectory = rollout(predict, self.schedule, z, jnp.array(self.times))
+        solver = fresh_noise(z) if self.rollout == "fresh_noise" else FIRST_ORDER
+        trajectory = rollout(predict, self.schedule, z, jnp.array(self.times), solver=solver)
         return trajectory.end.reshape(z_ND.shape)
 
     @cached_property
@@ -201,7 +209,12 @@ class Bench:
 
     @pinned_jax_config()
     def fit(
-        self, objective: Term, updates: int = 500, seed: int = 0, start: Params | None = None
+        self,
+        objective: Term,
+        updates: int = 500,
+        seed: int = 0,
+        start: Params | None = None,
+        networks: Mapping[str, Params] | None = None,
     ) -> Result:
         """Train a student with the package's training steps, and measure its EMA.
 
@@ -210,17 +223,21 @@ class Bench:
           updates: student updates.
           seed: of the initial parameters, noises and samples.
           start: initial parameters; random ones by default.
+          networks: frozen networks that terms may name, beside "start" and "teacher".
+
         Raises: InputError for an objective that these steps cannot train; RunStopped where updates
           are not finite.
         """
         total = objective if isinstance(objective, Sum) else Sum(((1.0, objective),))
-        total.check(self.times[:-1])
+        total.check(self.times[:-1], self.rollout)
         total.check_denoiser(self.denoiser)
-        needs = total.needs
-        if others := set(needs.networks.values()) - {"start", "teacher"}:
+        total.check_grid(self.schedule, self.times[:-1])
+        needs, networks = total.needs, dict(networks or {})
+        known = "start", "teacher", *networks
+        if others := set(needs.networks.values()) - set(known):
             raise InputError(
-                f"bench: found a term that takes {', '.join(sorted(others))}; expected none that "
-                "names networks beside 'start' and 'teacher'"
+                f"bench: found a term that takes {', '.join(sorted(others))}; expected networks "
+                f"among {', '.join(known)}"
             )
         if needs.override or needs.fewer_layers:
             raise InputError(
@@ -229,11 +246,11 @@ class Bench:
             )
         first = make_key(seed)
         start = self.init(first) if start is None else start
-        params, bad = train(self, total, updates, start, first)
+        params, critic, bad = train(self, total, updates, start, first, networks)
         if any(int(count) for count in bad.values()):
             spelt = ", ".join(f"{int(count)} of the {role}" for role, count in bad.items())
             raise RunStopped(f"bench: found updates that were not finite ({spelt})")
-        return self.measure(self.draw, params)
+        return replace(self.measure(self.draw, params), critic=critic)
 
 
 def mlp(params: Params, x_BD, angle_B1):
@@ -270,8 +287,16 @@ def map_and_jacobians(f: Callable, few: int, params: Params | None, noise_ND):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
-    """Train a student; returns its EMA and the number of skipped, non-finite updates by role.
+def train(
+    bench: Bench,
+    objective: Sum,
+    updates: int,
+    start: Params,
+    key,
+    named: Mapping[str, Params],
+):
+    """Train a student; returns its EMA, the critic, if there is one, and the number of skipped,
+    non-finite updates by role.
 
     Args:
       bench: teacher, denoiser and training settings.
@@ -279,39 +304,15 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
       updates: student updates.
       start: initial parameters.
       key: of all random numbers.
+      named: frozen networks that terms may name.
     """
-    roles = ["student"] + [role for role in CRITICS if getattr(objective.needs, role)]
-    critic_updates = bench.critic_updates if len(roles) > 1 else 0
-    rate = optax.cosine_decay_schedule(bench.lr, updates, 0.05)
-    critic_rate = optax.cosine_decay_schedule(2 * bench.lr, updates * max(critic_updates, 1), 0.05)
-    optimizers = {
-        role: optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adam(rate if role == "student" else critic_rate, b1=0.5, b2=0.95),
-        )
-        for role in roles
-    }
-    params = {"student": start}
-    if "critic" in roles:
-        params["critic"] = bench.init(jax.random.fold_in(key, 1))
-    if "discriminator" in roles:
-        init_key = jax.random.fold_in(key, 2)
-        on_pixels = objective.trainer_needs(("discriminator",)).pixels
-        width = bench.dim if on_pixels else 2 * bench.dim
-        params["discriminator"] = objective.init_discriminator(init_key, width)
-    step_spec = StepSpec(
-        bench.denoiser,
-        objective,
-        bench.times,
-        1,
-        optimizers,
-        ema=0.98,
-        steps=updates,
-        decode=lambda _, x: x,  # samples are their own pictures
-    )
-    sources = {"teacher": {}, "start": start}
+    step_spec, critic_updates = make_step_spec(bench, objective, updates)
+    params = initial_params(bench, objective, start, key)
+    # Beside named networks the teacher is one like them, whose MLP is zero.
+    teacher = jax.tree.map(jnp.zeros_like, start) if objective.needs.networks else {}
+    sources = {**named, "teacher": teacher, "start": start}
     networks = {name: sources[source] for name, source in objective.needs.networks.items()}
-    networks |= {"teacher": {}, "vae": {}}
+    networks |= {"teacher": teacher, "vae": {}}
 
     def batch(number):
         return bench.make_batch(
@@ -327,8 +328,65 @@ def train(bench: Bench, objective: Sum, updates: int, start: Params, key):
         if critic_updates:
             state, _ = jax.lax.scan(critics, state, first + jnp.arange(critic_updates))
         state, _ = student_step(step_spec, state, networks, batch(first + critic_updates))
-        return state, {role: state.bad[role] > 0 for role in roles}
+        return state, {role: state.bad[role] > 0 for role in params}
 
-    first_state = create_state(params, optimizers, objective.init_memory())
+    first_state = create_state(params, step_spec.optimizers, objective.init_memory())
     state, bad = jax.lax.scan(update, first_state, jnp.arange(updates))
-    return state.ema, {role: jnp.sum(count) for role, count in bad.items()}
+    counts = {role: jnp.sum(count) for role, count in bad.items()}
+    return state.ema, state.params.get("critic"), counts
+
+
+def make_step_spec(bench: Bench, objective: Sum, updates: int) -> tuple[StepSpec, int]:
+    """Specification of a student's updates, and the critic's updates for each of them.
+
+    Args:
+      bench: teacher, denoiser and training settings.
+      objective: sum of terms.
+      updates: student updates.
+    """
+    needs = objective.needs
+    roles = ["student"] + [role for role in CRITICS if getattr(needs, role)]
+    critic_updates = bench.critic_updates if len(roles) > 1 else 0
+    rate = optax.cosine_decay_schedule(bench.lr, updates, 0.05)
+    critic_rate = optax.cosine_decay_schedule(2 * bench.lr, updates * max(critic_updates, 1), 0.05)
+    optimizers = {
+        role: optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adam(rate if role == "student" else critic_rate, b1=0.5, b2=0.95),
+        )
+        for role in roles
+    }
+    step_spec = StepSpec(
+        bench.denoiser,
+        objective,
+        bench.times,
+        1,
+        optimizers,
+        ema=0.98,
+        steps=updates,
+        rollout=bench.rollout,
+        redraw=bench.redraw,
+        critic_follow=bench.critic_follow if needs.critic else 0.0,
+        decode=lambda _, x: x,  # samples are their own pictures
+    )
+    return step_spec, critic_updates
+
+
+def initial_params(bench: Bench, objective: Sum, start: Params, key) -> dict[str, Params]:
+    """Initial parameters by role.
+
+    Args:
+      bench: teacher and student.
+      objective: sum of terms.
+      start: the student's.
+      key: of the others.
+    """
+    needs, params = objective.needs, {"student": start}
+    if needs.critic:
+        params["critic"] = bench.init(jax.random.fold_in(key, 1))
+    if needs.discriminator:
+        init_key = jax.random.fold_in(key, 2)
+        on_pixels = objective.trainer_needs(("discriminator",)).pixels
+        width = bench.dim if on_pixels else 2 * bench.dim
+        params["discriminator"] = objective.init_discriminator(init_key, width)
+    return params

@@ -40,7 +40,8 @@ class Result:
       teacher's own map, 2 for the right distribution from unrelated noise.
     jacobian_error: sqrt(E |J_G - J_Phi|_F^2 / E |J_Phi|_F^2).
     jacobian_cosine: E <J_G, J_Phi> / (|J_G| |J_Phi|).
-    noise, samples: the held-out noises [N, D] and G of them. params: the student's, if it has any.
+    noise, samples: the held-out noises [N, D] and G of them.
+    params, critic: parameters of the student and of the critic, where there are such.
     """
 
     modes_covered: float
@@ -52,6 +53,12 @@ class Result:
     noise: np.ndarray
     samples: np.ndarray
     params: Params | None = None
+    critic: Params | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Those of `COLUMNS`, by their names here."""
+        return {name: getattr(self, name) for name in COLUMNS.values()}
 
 
 def compare_maps(
@@ -114,12 +121,17 @@ COLUMNS = {
 
 def table(rows: Mapping[str, Sequence[Result]]) -> str:
     """Table in Markdown: the mean over each row's results and, of several, their range."""
+    return metrics_table({k: [r.metrics for r in results] for k, results in rows.items()})
+
+
+def metrics_table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """The same of `Result.metrics`; a row without any has none of the cells."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for label, results in rows.items():
+    for label, runs in rows.items():
         cells = []
         for name in COLUMNS.values():
-            values = [getattr(result, name) for result in results]
+            values = [run[name] for run in runs]
             several = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{several}")
+            cells.append(f"{np.mean(values):.3f}{several}" if values else "-")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from gadjax.api import Model, load, with_sampling
 from gadjax.assets import resolve
 from gadjax.cli.output import add_lora_argument, check_at_least, stop_on_write_error
+from gadjax.cli.route import Route, add_route_argument, parse_routes, route_prompts
 from gadjax.data.prompts import check_prompt
 from gadjax.errors import InputError, RunStopped, check_choice
 from gadjax.evaluation.layouts import LAYOUTS, open_layout
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="pipeline folder, workdir, or asset:NAME")
     parser.add_argument("--teacher", help="teacher of a workdir's run, if it has moved since")
     add_lora_argument(parser)
+    add_route_argument(parser)
     parser.add_argument("--prompts", required=True, help=".txt, .jsonl or .csv, or asset:NAME")
     parser.add_argument("--out", type=Path, required=True, help="folder for the images")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,9 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @pinned_jax_config()
 def run(args: argparse.Namespace) -> int:
-    source = resolve(args.model)
+    routes = parse_routes(args.route)
+    sources = [args.model, *(route.model for route in routes), args.prompts]
     check_target(args.out, overwrite=args.overwrite, marker=INDEX)
-    check_no_overlap(args.out, source, resolve(args.prompts))
+    check_no_overlap(args.out, *map(resolve, sources))
     for flag in ("steps", "per_prompt", "batch"):
         check_at_least(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
     check_seed(args.seed, "--seed", args.per_prompt)
@@ -88,44 +91,104 @@ def run(args: argparse.Namespace) -> int:
     prompts = layout.prompts
     if args.student_preset is not None:
         check_choice("--student-preset", args.student_preset, PUBLISHED_STUDENTS)
-    size = _size(args.size)
-    model = load(
-        args.model,
-        dtype=args.dtype,
-        variant=args.variant,
-        student_preset=args.student_preset,
-        teacher=args.teacher,
-        lora=args.lora,
-    )
-    try:
-        model = with_sampling(model, args.steps, args.guidance, args.negative, size, args.nasa)
-    except InputError as error:
-        raise InputError(f"--{error}") from error
-    layout.check_size(*model.pipeline.latent[:2])
-    sampler_and_times(model.pipeline, model.sampling)  # refuses unsupported steps before any work
+    route_P = route_prompts(routes, prompts)
+    models = _load_models(args, routes, sorted({0, *route_P}))
+    for model in models.values():
+        layout.check_size(*model.pipeline.latent[:2])
 
     # (index of the prompt, index of the image)
     jobs = [(p, n) for p in range(len(prompts)) for n in range(args.per_prompt)]
-    lines, shown = [], {}
+    lines, shown = {}, {}
     with (
         stop_on_write_error(args.out),
         atomic_folder(args.out, overwrite=args.overwrite, marker=INDEX) as out,
     ):
         with tqdm(total=len(jobs), unit="image", disable=None) as bar:
-            images = _draw(model, prompts, jobs, args, bar.update)
-            for (p, n), image in zip(jobs, images, strict=True):
+            for (p, n), image in _draw_routed(models, route_P, prompts, jobs, args, bar.update):
                 name = layout.save(out, p, n, to_uint8(image))
                 line = {"file": name, "prompt": prompts[p], "seed": args.seed + n, "noise": p}
-                lines.append(json.dumps(line) + "\n")
+                if routes:
+                    line["model"] = sources[route_P[p]]
+                lines[p, n] = json.dumps(line) + "\n"
                 if p < GRID_LIMIT and n < GRID_LIMIT:
-                    shown.setdefault(f"seed {args.seed + n}", []).append(image)
+                    shown[p, n] = image
         layout.save_files(out)
-        (out / INDEX).write_text("".join(lines), encoding="utf-8")
-        rows = [(label, np.stack(images)) for label, images in shown.items()]
-        scale = max(1, GRID_SIDE // rows[0][1].shape[1])
-        save_png(grid(rows, prompts[:GRID_LIMIT], scale), out / "grid.png")
-    print(f"{args.out}: {len(jobs)} images in {model.sampling.steps} steps each")
+        (out / INDEX).write_text("".join(lines[job] for job in jobs), encoding="utf-8")
+        _save_grid(shown, prompts, args.seed, out / "grid.png")
+    steps = " or ".join(dict.fromkeys(str(model.sampling.steps) for model in models.values()))
+    print(f"{args.out}: {len(jobs)} images in {steps} steps each")
     return 0
+
+
+def _load_models(
+    args: argparse.Namespace, routes: list[Route], numbers: list[int]
+) -> dict[int, Model]:
+    """Models by number, with the sampling settings of the flags; 0 is --model, others are routes.
+
+    Raises: InputError for settings that one of them does not have, and for latents of two sizes.
+    """
+    models, size = {}, _size(args.size)
+    base_options = {
+        "student_preset": args.student_preset,
+        "teacher": args.teacher,
+        "lora": args.lora,
+    }
+    for number in numbers:
+        name, options = (routes[number - 1].model, {}) if number else (args.model, base_options)
+        model = load(name, dtype=args.dtype, variant=args.variant, **options)
+        try:
+            model = with_sampling(model, args.steps, args.guidance, args.negative, size, args.nasa)
+        except InputError as error:
+            raise InputError(f"--{error}") from error
+        sampler_and_times(model.pipeline, model.sampling)  # refuses unsupported steps before work
+        models[number] = model
+    sizes = {(*model.pipeline.latent, model.pipeline.upscale) for model in models.values()}
+    if len(sizes) > 1:
+        raise InputError(
+            f"--route: found latents and scales {', '.join(map(str, sorted(sizes)))}; expected one "
+            "for all models"
+        )
+    return models
+
+
+def _save_grid(
+    shown: dict[tuple[int, int], np.ndarray], prompts: list[str], seed: int, path: Path
+) -> None:
+    """Write the contact sheet: a row for each seed.
+
+    Args:
+      shown: images by (index of the prompt, index of the image).
+      prompts: all prompts.
+      seed: of the first row.
+      path: of the file.
+    """
+    numbers = sorted({n for _, n in shown})
+    rows = [
+        (f"seed {seed + n}", np.stack([shown[p, m] for p, m in sorted(shown) if m == n]))
+        for n in numbers
+    ]
+    scale = max(1, GRID_SIDE // rows[0][1].shape[1])
+    save_png(grid(rows, prompts[:GRID_LIMIT], scale), path)
+
+
+def _draw_routed(
+    models: dict[int, Model],
+    route_P: list[int],
+    prompts: list[str],
+    jobs: list[tuple[int, int]],
+    args: argparse.Namespace,
+    progress: Callable[[int], object],
+) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+    """Sample the image of every job with its prompt's model; as `_draw`, model by model.
+
+    Args:
+      models: by number.
+      route_P: number of each prompt's model.
+      prompts, jobs, args, progress: as for `_draw`.
+    """
+    for number, model in models.items():
+        model_jobs = [job for job in jobs if route_P[job[0]] == number]
+        yield from zip(model_jobs, _draw(model, prompts, model_jobs, args, progress), strict=True)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -336,9 +336,10 @@ class Term(Protocol):
 
     A term may also have `check(times)`, which raises InputError if its options do not fit a student
     whose steps start at these times; `check_denoiser(denoiser)`, likewise for the teacher's
-    schedule and guidance; and `at_first_step = True` if its loss of drawn steps (need
-    `student`) counts at the first step even where that belongs to another term. Otherwise the sum
-    drops those samples and weighs the others accordingly (`Context.base_weight_B`).
+    schedule and guidance; `check_grid(schedule, times)`, for both together; and `at_first_step =
+    True` if its loss of drawn steps (need `student`) counts at the first step even where that
+    belongs to another term. Otherwise the sum drops those samples and weighs the others accordingly
+    (`Context.base_weight_B`).
 
     A term with a memory has `init_memory()`, a PyTree of small arrays (or None, for no memory),
     which `Context.memory` gives it without gradient; and `remember(memory, metrics)`, the memory

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from gadjax.diffusion.denoiser import Denoiser
-from gadjax.errors import InputError
+from gadjax.diffusion.schedules import NoiseSchedule
+from gadjax.errors import InputError, short_repr
 from gadjax.objectives.base import Context, Needs, Term
 from gadjax.types import Metrics, Params, PyTree
 
@@ -157,6 +158,19 @@ class Sum:
             if hasattr(term, "check_denoiser"):
                 term.check_denoiser(denoiser)
 
+    def check_grid(self, schedule: NoiseSchedule, times: Sequence[float]) -> None:
+        """Check that the terms fit the noise levels at which the student's steps start.
+
+        Args:
+          schedule: the teacher's.
+          times: of the steps, falling, without the clean end.
+
+        Raises: InputError.
+        """
+        for _, term in self.parts:
+            if hasattr(term, "check_grid"):
+                term.check_grid(schedule, times)
+
     def trainer_needs(self, roles: Iterable[str]) -> Needs:
         """Needs of the terms that train these networks, with the `detach_first_step` of the sum."""
         needs = (term.needs for role in roles for term in self._trainers(role))
@@ -244,9 +258,28 @@ def build(
                     f"objective.{name}.{option}: found {value!r}; expected {type_name}"
                 )
         parts.append((float(weight), kind(**options)))
+        check_values(name, parts[-1][1])
     total = Sum(tuple(parts), names=tuple(config))
     total.check(times, rollout)
     return total
+
+
+def check_values(name: str, term: Term) -> None:
+    """Check a term's numbers and names, beside what its class does.
+
+    Raises: InputError for a number that is not finite, and for sources that are no names.
+    """
+    for option in (option.name for option in fields(term)):
+        value = getattr(term, option)
+        entries = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(entry, float) and not math.isfinite(entry) for entry in entries):
+            raise InputError(
+                f"objective.{name}.{option}: found {short_repr(value)}; expected finite numbers"
+            )
+        if option in getattr(term, "sources", ()) and not all(isinstance(e, str) for e in entries):
+            raise InputError(
+                f"objective.{name}.{option}: found {short_repr(value)}; expected names of networks"
+            )
 
 
 def as_config(objective: Term | Mapping, terms: Mapping[str, type]) -> Mapping[str, Mapping]:

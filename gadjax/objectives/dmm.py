@@ -50,10 +50,11 @@ class DMM(Addable):
         check_count("dmm", "steps", self.steps, 1)
         if not 0 <= self.features < float("inf"):
             raise InputError(f"objective.dmm.features: found {self.features}; expected 0 or more")
-        if bool(self.features) != bool(self.blocks):
+        numbers = all(type(block) is int and block >= 0 for block in self.blocks)
+        if not numbers or bool(self.features) != bool(self.blocks):
             raise InputError(
                 f"objective.dmm.blocks: found {short_repr(self.blocks)} with features="
-                f"{self.features}; expected block numbers with a weight, or neither"
+                f"{self.features}; expected block numbers from 0 with a weight, or neither"
             )
 
     @property

@@ -1,11 +1,13 @@
 """Truncated consistency (TCM): consistency training from a transition time on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gadjax.diffusion.schedules import NoiseSchedule
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs
 from gadjax.objectives.ct import CT, noise_ratio
@@ -61,7 +63,6 @@ class TCM(CT):
         return Needs(images=True, few_step=True, networks=networks)
 
     def __call__(self, context: Context):
-        self.check_grid(context)
         at_boundary_B = context.uniform("boundary") < self.share
         ratio_B = jnp.where(at_boundary_B, self.transition, self.truncated_ratio(context))
         loss_B, size_B, _ = self.losses_at(context, times_at_ratio(context, ratio_B))
@@ -81,9 +82,9 @@ class TCM(CT):
         is_below_B = noise_ratio(context.schedule, r_B) < self.transition
         return jnp.where(expand(is_below_B, student), frozen, student)
 
-    def check_grid(self, context: Context) -> None:
+    def check_grid(self, schedule: NoiseSchedule, times: Sequence[float]) -> None:
         """Check that the student draws at u' or above. Raises: InputError."""
-        alpha, sigma = map(float, context.schedule.alpha_sigma(np.float64(context.times[-2])))
+        alpha, sigma = map(float, schedule.alpha_sigma(np.float64(times[-1])))
         if sigma < self.transition * alpha:
             raise InputError(
                 f"objective.tcm.transition: found {self.transition} and a step of the student from "

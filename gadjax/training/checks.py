@@ -78,6 +78,11 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     objective = build(config.objective, TERMS, times, config.student.rollout)
     mesh = make_mesh(config.mesh, devices)
     microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
+    if objective.needs.joint and config.batch < 2:
+        raise InputError(
+            f"batch: found {config.batch}; expected 2 or more, because this loss compares the "
+            "samples of a batch"
+        )
     if objective.needs.joint and microbatches > 1:
         raise InputError(
             f"microbatch: found {config.microbatch}; expected 0 or the batch's {config.batch}, "

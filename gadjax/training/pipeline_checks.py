@@ -58,6 +58,7 @@ def check_pipeline(config: ConfigDict, settings: Settings, pipeline: Pipeline) -
             *times, _ = sampler_and_times(pipeline, sampling)[1].tolist()
         except InputError as error:
             raise InputError(f"student.{error}") from error
+    settings.objective.check_grid(pipeline.denoiser.schedule, times)
     return (*times, pipeline.denoiser.schedule.clean)
 
 

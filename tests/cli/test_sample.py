@@ -139,3 +139,39 @@ def test_a_full_disk_leaves_nothing(tiny_pipeline, prompts, tmp_path, fails, mon
     arguments = ["sample", "--model", tiny_pipeline, "--prompts", prompts, "--out", out]
     arguments += ["--steps", 1, "--guidance", 1]
     fails(arguments, 3, f"stopped: {out}", "No space left on device", out=out)
+
+
+@pytest.mark.slow
+def test_routed_prompts_are_drawn_by_the_first_model_that_matches(
+    tiny_pipeline, workdir, prompts, tmp_path, gadjax, fails
+):
+    """Every picture is that of its model alone, with the noise of its place in the file."""
+    prompts.write_text("green square\na red circle\nblue square\na red square\n")
+    flags = ["--prompts", prompts, "--per-prompt", 2, "--seed", 3]
+    drawn = {"teacher": tiny_pipeline, "student": workdir}
+    for name, model in drawn.items():
+        gadjax("sample", "--model", model, *flags, "--out", tmp_path / name)
+    routes = ["--route", f"^a red={workdir}", "--route", f"red|^blue={tiny_pipeline}"]
+    out = tmp_path / "routed"
+    output = gadjax("sample", "--model", tiny_pipeline, *flags, *routes, "--out", out)
+    assert "8 images in 20 or 4 steps each" in output
+    lines = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines[::2]] == prompts.read_text().splitlines()
+    for line, by in zip(lines[::2], ("teacher", "student", "teacher", "student"), strict=True):
+        assert line["model"] == str(drawn[by])
+        for n in range(2):
+            name = line["file"].replace("-0", f"-{n}")
+            assert (out / name).read_bytes() == (tmp_path / by / name).read_bytes(), name
+
+
+def test_routes_that_are_none_are_refused(workdir, prompts, tmp_path, fails):
+    out = tmp_path / "out"
+    for route, words in (
+        ("red", "--route: found 'red'; expected REGEX=MODEL"),
+        ("(=x", "--route: found '(=x' (missing ), unterminated subpattern"),
+        (f"={workdir}", "expected REGEX=MODEL"),
+        ("green=nowhere", "nowhere"),
+        ("green=asset:shapes_teacher", "--route: found latents and scales"),
+    ):
+        flags = ["--prompts", prompts, "--route", route, "--out", out]
+        fails(["sample", "--model", workdir, *flags], 2, words, out=out)

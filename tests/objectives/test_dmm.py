@@ -8,6 +8,7 @@ from formula_terms import SAMPLES, compare, with_features
 from gadjax.diffusion.rollout import interpolate_times, rollout
 from gadjax.errors import InputError
 from gadjax.objectives import DMM, TERMS, build
+from gadjax.training.context import Roles, make_context
 
 sg = jax.lax.stop_gradient
 LABEL = np.array([0, 1, 1, 0, 2, 1, 0, 2])
@@ -98,3 +99,27 @@ def test_blocks_that_the_teacher_does_not_have_are_refused():
     term = DMM(TEACHERS, features=0.3, blocks=(0, 3))
     with pytest.raises(InputError, match="expected numbers from 0 to below 3"):
         term.check_denoiser(with_features(FLOW_WORLD).denoiser)
+
+
+def test_a_student_that_is_one_of_the_teachers_has_a_loss_on_the_others_samples_alone():
+    world, batch = one_step(FLOW_WORLD), make_batch(SAMPLES)
+    batch = batch._replace(override=batch.cond, label=jnp.asarray(LABEL, jnp.int32))
+    term, nets = DMM(TEACHERS), networks(jnp.float32)
+
+    @jax.jit
+    def run(student):
+        roles = Roles(student, networks=nets)
+
+        def loss(student):
+            now = make_context(
+                world.step_spec(term), term.needs, roles._replace(student=student), batch
+            )
+            return term(now)[0]
+
+        return loss(student), jax.jacrev(loss)(student)
+
+    loss_B, slopes = run(nets["dmm/1"])
+    own = LABEL == 1
+    assert np.abs(loss_B[own]).max() < 1e-9 < 1e-3 < loss_B[~own].min()
+    assert all(np.abs(leaf[own]).max() < 1e-4 for leaf in jax.tree.leaves(slopes))
+    assert all(np.abs(leaf[~own]).max() > 1e-3 for leaf in jax.tree.leaves(slopes))

@@ -156,8 +156,6 @@ def test_refusals():
     for name in ("networks", "width", "steps"):
         with pytest.raises(InputError, match=f"objective.embedding.{name}: found 0; expected 1 or"):
             Embedding(**{name: 0})
-    with pytest.raises(InputError, match="batch: found 1; expected 2 or more"):
-        unbiased_mmd(np.ones((1, 2)), np.ones((1, 2)), np.ones(1))
     config = default_config()
     config.objective = {"embedding": {}, "regression": {}}
     config.teacher, config.batch, config.microbatch = "asset:shapes_flow_teacher", 8, 4

@@ -2,11 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, flow_first, gaussian_params, one_step
+from closed_form import FLOW_WORLD, flow_first, gaussian_params, make_batch, one_step
 from formula_terms import compare, pictures, with_features
 
 from gadjax.objectives import PPCL
 from gadjax.objectives.ppcl import last_layers, unit
+from gadjax.training.context import Roles, make_context
 
 LAYERS = (0, 2)  # of three
 
@@ -63,3 +64,22 @@ def test_directions_alone_are_compared():
 def test_it_leaves_open_how_the_student_is_sampled():
     assert not PPCL().needs.uses_teacher and not PPCL().needs.is_few_step
     assert PPCL().needs.fewer_layers and FLOW_WORLD.step_spec(PPCL()).student_layers == ()
+
+
+def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient():
+    world, teacher = with_features(one_step(FLOW_WORLD)), gaussian_params(6)
+    batch, term = make_batch(8)._replace(x0=pictures()), PPCL()
+    step_spec = world.step_spec(term, student_layers=(0, 1, 2))
+
+    @jax.jit
+    def run(student):
+        def loss(student):
+            roles = Roles(student, networks={"ppcl/teacher": teacher})
+            return term(make_context(step_spec, term.needs, roles, batch))[0].mean()
+
+        return jax.value_and_grad(loss)(student)
+
+    value, slopes = run(teacher)
+    assert value < 1e-9 and max(np.abs(x).max() for x in jax.tree.leaves(slopes)) < 1e-5
+    value, slopes = run(gaussian_params(7))
+    assert value > 0.1 and max(np.abs(x).max() for x in jax.tree.leaves(slopes)) > 1e-2

@@ -2,7 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, GUIDANCE, flow_first, gaussian_params, make_batch
+from closed_form import (
+    FLOW_WORLD,
+    GUIDANCE,
+    flat,
+    flow_first,
+    gaussian_params,
+    loss_of_x0,
+    make_batch,
+)
 from formula_terms import SAMPLES, compare
 from test_sim import critic_loss
 
@@ -85,3 +93,19 @@ def test_maps_of_other_terms_are_of_the_replaced_prompts():
 def test_bad_options(options, message):
     with pytest.raises(InputError, match=message):
         build({"sfd": options}, TERMS, FLOW_WORLD.times[:-1])
+
+
+def test_a_step_down_moves_forgotten_prompts_towards_the_others_and_leaves_the_rest():
+    """Critic and teacher are one network, that of the student's law: only the prompts differ."""
+    world, net = FLOW_WORLD, gaussian_params(3)
+    batch = make_batch(SAMPLES)._replace(**versions(jnp.float32))
+    term = SFD()
+
+    @jax.jit
+    def slope():
+        context = world.context(term, batch, world.student_params(), net, net, guidance=1.0)
+        return jax.grad(loss_of_x0(term, context))(context.student[0].x0)
+
+    along = (flat(slope()) * flat(batch.override.text - batch.cond.text)).sum(1)
+    assert (along[LABEL] < -1e-6).all()
+    assert np.abs(flat(slope())[~LABEL]).max() < 1e-6 * np.abs(slope()).max()

@@ -141,16 +141,10 @@ def test_bad_options(options, message):
 
 
 def test_a_student_that_steps_from_below_the_transition_is_refused():
-    world, batch = FLOW_WORLD, make_batch(4)._replace(x0=pictures(samples=4))
-    student = world.student_params()
-
-    def trace(world):
-        term = TCM()
-        jax.eval_shape(lambda: term(context_of(world, term, student, student, batch))[0])
-
+    total, schedule = 1.0 * TCM(), FLOW_WORLD.schedule
     with pytest.raises(InputError, match="found 2.0 and a step of the student from sigma"):
-        trace(world)
-    trace(one_step(world))
+        total.check_grid(schedule, FLOW_WORLD.times[:-1])
+    total.check_grid(schedule, one_step(FLOW_WORLD).times[:-1])
 
 
 def test_stage_1_is_the_students_start_and_no_other_teacher_is_kept(tmp_path):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closed_form import DDPM_WORLD, FLOW_WORLD, GUIDANCE, World, make_batch, mixture_params
-from formula_terms import SAMPLES, compare
+from formula_terms import SAMPLES, compare, recorded
 
 from gadjax.errors import InputError
 from gadjax.objectives import TERMS, TwinFlow, build
@@ -109,3 +109,14 @@ def test_a_teacher_that_is_no_flow_is_refused():
 def test_bad_options():
     with pytest.raises(InputError, match="objective.twinflow.match: found -1.0; expected 0 or"):
         build({"twinflow": {"match": -1.0}}, TERMS, FLOW_WORLD.times[:-1])
+
+
+def test_the_teacher_is_asked_at_uniform_times_whatever_step_is_drawn():
+    calls, drawn = recorded(WORLD, TwinFlow())
+    (name, t_B, _), *others = calls
+    assert name == "teacher" and not others
+    assert t_B.min() >= 1 and t_B.max() <= 1000 and (t_B == np.round(t_B)).all()
+    for time in np.unique(drawn):
+        times = np.sort(t_B[drawn == time]) / 1000
+        even = np.linspace(0, 1, len(times))
+        assert np.abs(times - even).max() < 1.7 / np.sqrt(len(times))  # Kolmogorov-Smirnov, 0.6 %

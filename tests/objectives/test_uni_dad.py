@@ -1,12 +1,23 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from closed_form import FLOW_WORLD, GUIDANCE, flow_first, gaussian_params
-from formula_terms import by_head, compare, head_params, pictures, with_features
+from closed_form import (
+    FLOW_WORLD,
+    GUIDANCE,
+    D,
+    flat,
+    flow_first,
+    gaussian_params,
+    loss_of_x0,
+    make_batch,
+)
+from formula_terms import SAMPLES, by_head, compare, head_params, pictures, with_features
 from test_sim import critic_loss
 
 from gadjax.errors import InputError
 from gadjax.objectives import TERMS, UniDAD, build
+from gadjax.training.context import Roles, make_context
 
 sg = jax.lax.stop_gradient
 GAN, SHARE = 0.3, 0.7
@@ -59,3 +70,23 @@ def test_bad_options(options, message):
     with pytest.raises(InputError) as error:
         UniDAD(**options)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_step_down_moves_the_student_towards_the_share_of_both_teachers(share):
+    """Laws that differ in their means alone, so that their x0 differ by a positive map of those."""
+    world, batch = with_features(FLOW_WORLD), make_batch(SAMPLES, text_scale=0.0)
+    term = UniDAD("a folder", share=share, gan=0.0, hidden=6)
+    critic, shift = gaussian_params(3), np.random.default_rng(2).normal(size=(2, D))
+    teacher, target = (critic | {"mean": critic["mean"] + by} for by in shift)
+
+    @jax.jit
+    def slope(teacher, target):
+        networks = {"uni_dad/target": target}
+        roles = Roles(world.student_params(), teacher, critic, head_params(term), networks=networks)
+        context = make_context(world.step_spec(term), term.needs, roles, batch)
+        return jax.grad(loss_of_x0(term, context))(context.student[0].x0)
+
+    towards = (1 - share) * shift[0] + share * shift[1]
+    assert (flat(slope(teacher, target)) @ towards < 0).all()
+    assert np.abs(slope(critic, critic)).max() < 1e-6

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, sample_mean
-from gadjax.objectives.common import sg
+from gadjax.objectives.common import check_huber, sg
 from gadjax.objectives.compose import Addable
 from gadjax.objectives.tdm import TDM
 from gadjax.types import expand
@@ -38,6 +38,7 @@ class GADScript(Addable):
     def __post_init__(self):
         if not self.step > 0:
             raise InputError(f"objective.gad_script.step: found {self.step}; expected more than 0")
+        check_huber("gad_script", self.huber)
 
     def __call__(self, context: Context):
         value = context.student[0].x0
