@@ -1,6 +1,7 @@
 """Networks of random configurations, from random folders, against the classes themselves."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -91,12 +92,19 @@ def draw(name: str, rng: np.random.Generator, root: Path) -> Case:
         folder = read_pipeline(root, dtype=np.float32, variant=asked)
         return OURS[part](folder.components[part], inputs)
 
+    def wide() -> Outputs:
+        with jax.enable_x64(True):
+            component = read_pipeline(root, dtype=np.float32, variant=variant).components[part]
+            params = jax.tree.map(lambda x: x.astype(np.float64), component.params)
+            return our_denoiser(replace(component, params=params), inputs, np.float64)
+
     return Case(
         {"options": options, "config.json": written, "inputs": jax.tree.map(np.shape, inputs)},
         frozenset({*options, *written, *files, *WORDS}),
         lambda: theirs(loaded),
         ours,
         lambda: theirs(loaded.double(), torch.float64),
+        wide if part == "transformer" else None,
     )
 
 
@@ -264,8 +272,8 @@ def rounded_exp(x, exp=torch.exp):
     return exp(x.double()).to(x.dtype)
 
 
-def our_denoiser(part: Component, given) -> Outputs:
-    apply = functional(part.family.build(part.spec, remat=False)).apply
+def our_denoiser(part: Component, given, dtype=np.float32) -> Outputs:
+    apply = functional(part.family.build(part.spec, dtype=dtype, remat=False)).apply
     apply = jax.jit(apply, static_argnames="method")
     cond = Cond(given["text"], given.get("mask"), given.get("extras"))
     predict = part.family.predictor(apply, part.spec)
