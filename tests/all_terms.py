@@ -45,14 +45,15 @@ def world_of(name: str) -> World:
     return with_features(one_step(FLOW_WORLD) if name in ONE_STEP else FLOW_WORLD)
 
 
-def objective_of(name: str):
-    return build(OBJECTIVES[name], TERMS, world_of(name).times[:-1])
+def objective_of(name: str, more=None):
+    """The objective with a term; more: further terms, as a config has them."""
+    return build(OBJECTIVES[name] | (more or {}), TERMS, world_of(name).times[:-1])
 
 
-def setting(name: str):
+def setting(name: str, more=None):
     """Step specification, state, networks and batch of an update in float64, whose optimizers
-    subtract the gradient."""
-    objective, world, rng = objective_of(name), world_of(name), np.random.default_rng(3)
+    subtract the gradient. name, more: as for `objective_of`."""
+    objective, world, rng = objective_of(name, more), world_of(name), np.random.default_rng(3)
     objective.check_denoiser(world.denoiser)
     roles = {"student": world.student_params(bend=0.4, dtype=float)}
     if objective.needs.critic:

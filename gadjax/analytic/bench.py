@@ -7,8 +7,8 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from gadjax.analytic.fit import train
 from gadjax.analytic.result import Reference, Result, compare_maps
 from gadjax.analytic.teachers import Gaussian, Mixture, jacobians
 from gadjax.diffusion.denoiser import Denoiser
@@ -17,11 +17,9 @@ from gadjax.diffusion.rollout import FIRST_ORDER, rollout
 from gadjax.diffusion.samplers import fresh_noise
 from gadjax.diffusion.schedules import DDPM, Flow, NoiseSchedule
 from gadjax.errors import InputError, RunStopped, check_choice
-from gadjax.objectives import Sum, Term
+from gadjax.objectives import Needs, Sum, Term
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.seeds import make_key
-from gadjax.training.state import StepSpec, create_state
-from gadjax.training.steps import CRITICS, critic_step, student_step
 from gadjax.types import Batch, Cond, Params, Prediction
 
 FAMILIES = {"flow": (Flow(), "flow"), "ddpm": (DDPM(), "eps")}
@@ -48,6 +46,9 @@ class Bench:
     critic_updates: updates of the critic for each of the student's.
     rollout: of the student's steps, "ode" or "fresh_noise".
     redraw, critic_follow: as in `StepSpec`.
+    prompts: the teacher's law for each prompt, where it has several; () for a world without any.
+      The teacher of `sfd` reads prompt 1 in the place of prompt 0.
+    prompt: whose samples are measured, against `teacher`.
     """
 
     teacher: Gaussian | Mixture
@@ -60,6 +61,8 @@ class Bench:
     rollout: str = "ode"
     redraw: tuple[float, ...] = ()
     critic_follow: float = 0.0
+    prompts: tuple[Gaussian | Mixture, ...] = ()
+    prompt: int = 0
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -95,27 +98,44 @@ class Bench:
     def denoiser(self) -> Denoiser:
         return Denoiser(self.apply, *FAMILIES[self.family], self.features, feature_blocks=1)
 
-    def predict(self, params: Params, x_BHWC, t_B) -> Prediction:
+    def posterior(self, x_BD, alpha_B1, sigma_B1, prompt_B) -> Prediction:
+        """Posterior mean of the teacher, by each sample's prompt where there are several.
+
+        Args:
+          x_BD: noised samples.
+          alpha_B1, sigma_B1: of the noise schedule.
+          prompt_B: numbers of the prompts.
+        """
+        if not self.prompts:
+            return self.teacher.posterior(x_BD, alpha_B1, sigma_B1)
+        laws = [law.posterior(x_BD, alpha_B1, sigma_B1) for law in self.prompts]
+        return jax.tree.map(lambda *of: jnp.stack(of)[prompt_B, jnp.arange(len(x_BD))], *laws)
+
+    def predict(self, params: Params, x_BHWC, t_B, prompt_B=None) -> Prediction:
         """Prediction [B, D] of the teacher's formula, plus the MLP where there are parameters.
 
         Args:
           params: of the MLP; empty for the teacher.
           x_BHWC: noised samples.
           t_B: timesteps.
+          prompt_B: numbers of the prompts, where there are several.
         """
         x = x_BHWC.reshape(-1, self.dim)
         alpha, sigma = (v[:, None] for v in self.schedule.alpha_sigma(t_B))
-        prediction = self.teacher.posterior(x, alpha, sigma)
+        prediction = self.posterior(x, alpha, sigma, prompt_B)
         if not params:
             return prediction
         unit = jax.lax.rsqrt((alpha * self.scale) ** 2 + sigma**2)
-        r = self.scale * unit * mlp(params, x * unit, jnp.arctan2(sigma, alpha))
+        inputs = x * unit
+        if self.prompts:
+            inputs = jnp.concatenate([inputs, jax.nn.one_hot(prompt_B, len(self.prompts))], axis=1)
+        r = self.scale * unit * mlp(params, inputs, jnp.arctan2(sigma, alpha))
         return Prediction(prediction.x0 + sigma * r, prediction.eps - alpha * r)
 
     def apply(self, params: Params, x_BHWC, t_B, cond: Cond):
         """Raw output of teacher (no parameters), student or critic, as a backbone's."""
         alpha, sigma = (v[:, None] for v in self.schedule.alpha_sigma(t_B))
-        prediction = self.predict(params, x_BHWC, t_B)
+        prediction = self.predict(params, x_BHWC, t_B, prompts_of(cond))
         return from_prediction(FAMILIES[self.family][1], prediction, alpha, sigma).reshape(
             x_BHWC.shape
         )
@@ -123,12 +143,14 @@ class Bench:
     def features(self, params: Params, x_BHWC, t_B, cond: Cond, blocks: Sequence[int] = ()):
         """Features [B, 1, 2 D] for a discriminator: x0 and eps, for want of hidden layers; with
         `blocks`, which can be (0,) alone, a tuple of them."""
-        features = jnp.concatenate(self.predict(params, x_BHWC, t_B), axis=1)[:, None]
+        features = jnp.concatenate(self.predict(params, x_BHWC, t_B, prompts_of(cond)), axis=1)[
+            :, None
+        ]
         return (features,) if blocks else features
 
     def init(self, key) -> Params:
         """Parameters of a random MLP with a small output."""
-        inputs = self.dim + 2 * FREQUENCIES + 1
+        inputs = self.dim + len(self.prompts) + 2 * FREQUENCIES + 1
         sizes = (inputs, self.width), (self.width, self.width), (self.width + inputs, self.dim)
         keys = jax.random.split(key, 3)
         gains = (
@@ -163,24 +185,32 @@ class Bench:
         last[-1] = (offset - shift) / gain
         return params | {"layer2": jnp.asarray(last, jnp.float32)}
 
-    def cond(self, samples: int) -> Cond:
-        """Empty conditioning of a batch."""
-        return Cond(jnp.zeros((samples, 1, 1)), jnp.ones((samples, 1)))
+    def cond(self, prompt_B) -> Cond:
+        """Conditioning of a batch: the numbers of its prompts, where there are several."""
+        return Cond(jnp.asarray(prompt_B, jnp.float32)[:, None, None], jnp.ones((len(prompt_B), 1)))
 
-    def make_batch(self, key, images: bool) -> Batch:
-        """Noises and keys of one update, and clean samples where `images` asks for them."""
+    def make_batch(self, key, needs: Needs) -> Batch:
+        """Noises, keys and prompts of one update; clean samples and prompts in two versions where a
+        term needs them."""
         indices, shape = jnp.arange(self.batch, dtype=jnp.int32), (1, 1, self.dim)
         keys = jax.vmap(partial(jax.random.fold_in, key))(indices)
         noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
-        cond, x0 = self.cond(self.batch), None
-        if images:
-            x0 = self.teacher.sample(jax.random.fold_in(key, self.batch), self.batch)
-            x0 = x0.reshape(noise.shape)
-        return Batch(cond, cond, noise, keys, indices, x0)
+        prompt_B = indices % max(1, len(self.prompts))
+        cond = self.cond(prompt_B)
+        batch = Batch(cond, cond, noise, keys, indices)
+        if needs.images:
+            sample_key, laws = jax.random.fold_in(key, self.batch), self.prompts or (self.teacher,)
+            samples = jnp.stack([law.sample(sample_key, self.batch) for law in laws])
+            batch = batch._replace(x0=samples[prompt_B, indices].reshape(noise.shape))
+        if needs.override:
+            other = self.cond(jnp.where(prompt_B == 0, 1, prompt_B))
+            batch = batch._replace(override=other, label=(prompt_B == 0).astype(jnp.int32))
+        return batch
 
     def draw(self, params: Params, z_ND):
         """Map from noise to x0 of a student: its sampler."""
-        cond, z = self.cond(len(z_ND)), z_ND.reshape(-1, 1, 1, self.dim)
+        prompt_N = jnp.full(len(z_ND), self.prompt)
+        cond, z = self.cond(prompt_N), z_ND.reshape(-1, 1, 1, self.dim)
 
         def predict(x, t):
             return self.denoiser(params, x, t, cond)
@@ -239,10 +269,10 @@ class Bench:
                 f"bench: found a term that takes {', '.join(sorted(others))}; expected networks "
                 f"among {', '.join(known)}"
             )
-        if needs.override or needs.fewer_layers:
+        if needs.fewer_layers or needs.override and not self.prompts:
             raise InputError(
                 "bench: found a term for prompts of two versions or for a student of fewer layers; "
-                "expected another, because the bench has neither prompts nor layers"
+                "expected another, because the bench has no layers, and here no prompts"
             )
         first = make_key(seed)
         start = self.init(first) if start is None else start
@@ -251,6 +281,11 @@ class Bench:
             spelt = ", ".join(f"{int(count)} of the {role}" for role, count in bad.items())
             raise RunStopped(f"bench: found updates that were not finite ({spelt})")
         return replace(self.measure(self.draw, params), critic=critic)
+
+
+def prompts_of(cond: Cond | None):
+    """Numbers of the prompts [B] in a conditioning."""
+    return None if cond is None else cond.text[:, 0, 0].astype(jnp.int32)
 
 
 def mlp(params: Params, x_BD, angle_B1):
@@ -284,109 +319,3 @@ def map_and_jacobians(f: Callable, few: int, params: Params | None, noise_ND):
         return f(params, z)
 
     return apply(noise_ND), jacobians(apply, noise_ND[:few])[1]
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def train(
-    bench: Bench,
-    objective: Sum,
-    updates: int,
-    start: Params,
-    key,
-    named: Mapping[str, Params],
-):
-    """Train a student; returns its EMA, the critic, if there is one, and the number of skipped,
-    non-finite updates by role.
-
-    Args:
-      bench: teacher, denoiser and training settings.
-      objective: sum of terms.
-      updates: student updates.
-      start: initial parameters.
-      key: of all random numbers.
-      named: frozen networks that terms may name.
-    """
-    step_spec, critic_updates = make_step_spec(bench, objective, updates)
-    params = initial_params(bench, objective, start, key)
-    # Beside named networks the teacher is one like them, whose MLP is zero.
-    teacher = jax.tree.map(jnp.zeros_like, start) if objective.needs.networks else {}
-    sources = {**named, "teacher": teacher, "start": start}
-    networks = {name: sources[source] for name, source in objective.needs.networks.items()}
-    networks |= {"teacher": teacher, "vae": {}}
-
-    def batch(number):
-        return bench.make_batch(
-            jax.random.fold_in(jax.random.fold_in(key, 3), number), objective.needs.images
-        )
-
-    def critics(state, number):
-        state, _ = critic_step(step_spec, state, networks, batch(number))
-        return state, state.bad
-
-    def update(state, number):
-        first = number * (critic_updates + 1)
-        if critic_updates:
-            state, _ = jax.lax.scan(critics, state, first + jnp.arange(critic_updates))
-        state, _ = student_step(step_spec, state, networks, batch(first + critic_updates))
-        return state, {role: state.bad[role] > 0 for role in params}
-
-    first_state = create_state(params, step_spec.optimizers, objective.init_memory())
-    state, bad = jax.lax.scan(update, first_state, jnp.arange(updates))
-    counts = {role: jnp.sum(count) for role, count in bad.items()}
-    return state.ema, state.params.get("critic"), counts
-
-
-def make_step_spec(bench: Bench, objective: Sum, updates: int) -> tuple[StepSpec, int]:
-    """Specification of a student's updates, and the critic's updates for each of them.
-
-    Args:
-      bench: teacher, denoiser and training settings.
-      objective: sum of terms.
-      updates: student updates.
-    """
-    needs = objective.needs
-    roles = ["student"] + [role for role in CRITICS if getattr(needs, role)]
-    critic_updates = bench.critic_updates if len(roles) > 1 else 0
-    rate = optax.cosine_decay_schedule(bench.lr, updates, 0.05)
-    critic_rate = optax.cosine_decay_schedule(2 * bench.lr, updates * max(critic_updates, 1), 0.05)
-    optimizers = {
-        role: optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adam(rate if role == "student" else critic_rate, b1=0.5, b2=0.95),
-        )
-        for role in roles
-    }
-    step_spec = StepSpec(
-        bench.denoiser,
-        objective,
-        bench.times,
-        1,
-        optimizers,
-        ema=0.98,
-        steps=updates,
-        rollout=bench.rollout,
-        redraw=bench.redraw,
-        critic_follow=bench.critic_follow if needs.critic else 0.0,
-        decode=lambda _, x: x,  # samples are their own pictures
-    )
-    return step_spec, critic_updates
-
-
-def initial_params(bench: Bench, objective: Sum, start: Params, key) -> dict[str, Params]:
-    """Initial parameters by role.
-
-    Args:
-      bench: teacher and student.
-      objective: sum of terms.
-      start: the student's.
-      key: of the others.
-    """
-    needs, params = objective.needs, {"student": start}
-    if needs.critic:
-        params["critic"] = bench.init(jax.random.fold_in(key, 1))
-    if needs.discriminator:
-        init_key = jax.random.fold_in(key, 2)
-        on_pixels = objective.trainer_needs(("discriminator",)).pixels
-        width = bench.dim if on_pixels else 2 * bench.dim
-        params["discriminator"] = objective.init_discriminator(init_key, width)
-    return params

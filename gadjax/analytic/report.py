@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from gadjax.analytic.bench import Bench, train
+from gadjax.analytic.bench import Bench
+from gadjax.analytic.fit import train
 from gadjax.analytic.result import Result, metrics_table
 from gadjax.analytic.rows import (
     NOT_HERE,

@@ -21,6 +21,7 @@ from gadjax.objectives import (
     LCM,
     PSO,
     RCM,
+    SFD,
     SIM,
     TBCM,
     TCM,
@@ -111,11 +112,19 @@ def behind_rotation(bench: Bench) -> Params:
 
 
 RING = "A ring of 8 modes in 2 dimensions"
+HALVES = tuple(
+    replace(Mixture.ring(), means=means, variances=np.full(4, 0.25**2), weights=np.full(4, 0.25))
+    for means in np.split(Mixture.ring().means, 2)
+)
 SETTINGS = {
     "flow_1": Setting(f"{RING}: flow, 1 step", lambda: Bench(Mixture.ring(), "flow", 1)),
     "flow_4": Setting(f"{RING}: flow, 4 steps", lambda: Bench(Mixture.ring(), "flow", 4)),
     "ddpm_1": Setting(f"{RING}: ddpm, 1 step", lambda: Bench(Mixture.ring(), "ddpm", 1)),
     "ddpm_4": Setting(f"{RING}: ddpm, 4 steps", lambda: Bench(Mixture.ring(), "ddpm", 4)),
+    "prompts": Setting(
+        "Two prompts, for the halves of the ring; prompt 0 is to become prompt 1: flow, 1 step",
+        lambda: Bench(HALVES[1], prompts=HALVES),
+    ),
     "dim_16": Setting(
         "8 random modes in 16 dimensions: flow, 1 step",
         lambda: Bench(Mixture.random(8, 16), width=128),
@@ -202,6 +211,15 @@ ONE_STEP = {
     "MeanFlow(power=1)": MeanFlow(power=1.0),
     "MeanFlow + TwinFlow": MeanFlow() + TwinFlow(),
 }
+# The law of prompt 1 is that of `sfd`'s prompt 0 as well: both are measured against it.
+FORGOTTEN, KEPT = {"prompt": 0}, {"prompt": 1}
+TWO_PROMPTS = {
+    "SiD, prompt 0": Row(SiD(), bench=FORGOTTEN),
+    "SFD, prompt 0": Row(SFD(), bench=FORGOTTEN),
+    "SFD, prompt 1": Row(SFD(), bench=KEPT),
+    "DMD, prompt 1": Row(DMD(), bench=KEPT),
+    "DMD, a student of prompt 1 alone": Row(DMD(), bench={"prompts": ()}),  # of several students
+}
 STAGES = {
     "CT, then TCM": Row(TCM(mean=0.2, std=1.6), first=CONSISTENCY["CT"]),
     "DMD, then PSO": Row(PSO(), first=DMD()),
@@ -232,6 +250,7 @@ SECTIONS = (
     Section("flow_4", "other methods", with_and_without_gad(METHODS)),
     Section("flow_4", "steps of the ODE and second stages", with_and_without_gad(SEGMENTED)),
     Section("flow_4", "fresh noise between steps", with_and_without_gad(FRESH_NOISE, CLEAN)),
+    Section("prompts", "", with_and_without_gad(TWO_PROMPTS)),
     Section("ddpm_1", "", FIRST),
     Section("ddpm_4", "", FIRST | MORE_STEPS),
     Section("dim_16", "", FEW),
@@ -243,7 +262,6 @@ NOT_HERE = {
     "denoising": "trains a network of many steps, which is where students here start",
     "dmm": "merges teachers by the style in a prompt, into a network of many steps",
     "ppcl": "matches the layers of a transformer, which students here do not have",
-    "sfd": "replaces words of prompts; without prompts it is `sid`",
     "tether": "holds a distilled student that other terms repair",
 }
 

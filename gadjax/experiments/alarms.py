@@ -94,9 +94,10 @@ runs that were made to fail. By
 
 {steps} steps of 8 samples of the bundled flow teacher, a preview of 4 prompts x 4 noises every
 {every}. good: the quickstart's config; rate: its learning rates times 17; guidance: 16 in place of
-4; no_anchor: DMD alone. A cell is the step of the first alarm of each seed, "-" where none came. A
-loss has risen where its mean over {window} logged rows is {rise} times its least one so far.
-Measured {date} on a CPU.
+4; no_anchor: DMD alone; still_critic: DMD alone, with a critic that does not learn. A cell is the
+step of the first alarm of each seed, "-" where none came, "." where the signal was not measured (a
+run without preview.features). A loss has risen where its mean over {window} logged rows is {rise}
+times its least one so far. Measured {date} on a CPU.
 """
 
 
@@ -113,18 +114,18 @@ def write_table(runs: Path, out: Path) -> None:
     lines = ["", "## First alarm", "", _line(["", "seeds", *names, *losses])]
     lines.append("|---" * (len(names) + len(losses) + 2) + "|")
     for case, case_runs in finished.items():
-        cells = [" ".join(str(run["alarms"].get(n, "-")) for run in case_runs) for n in names]
+        cells = [" ".join(str(_first_alarm(run, n)) for run in case_runs) for n in names]
         cells += [" ".join(str(run["rises"].get(n, "-")) for run in case_runs) for n in losses]
         lines.append(_line([case, str(len(case_runs)), *cells]))
     lines += ["", "## Values, mean over seeds", ""]
     lines += [_line(["", "step", *BANDS]), "|---" * (len(BANDS) + 2) + "|"]
     for case, case_runs in finished.items():
         last = [run["rows"][-1] for run in case_runs]
-        cells = [_mean([row[name + OF_TEACHER] for row in last]) for name in BANDS]
+        cells = [_mean(last, name + OF_TEACHER) for name in BANDS]
         lines.append(_line([f"{case}: teacher", "", *cells]))
         for number in (0, len(case_runs[0]["rows"]) // 2, -1):
             rows = [run["rows"][number] for run in case_runs]
-            cells = [_mean([row.get(name) for row in rows]) for name in BANDS]
+            cells = [_mean(rows, name) for name in BANDS]
             lines.append(_line([case, str(rows[0]["step"]), *cells]))
     facts = {"steps": STEPS, "every": EVERY, "window": WINDOW, "rise": RISE}
     text = _TEXT.format(date=datetime.now(UTC).strftime("%Y-%m-%d"), **facts)
@@ -141,8 +142,18 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _mean(values: list[float | None]) -> str:
-    return "not finite" if None in values else f"{np.mean(values):.3f}"
+def _first_alarm(run: dict[str, Any], name: str) -> int | str:
+    """Step of a signal's first alarm, "-" where none came, "." where it was not measured."""
+    measured = name.startswith(GUIDANCE) or name in run["rows"][0]
+    return run["alarms"].get(name, "-" if measured else ".")
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> str:
+    """Mean of a signal over the rows that have it; "" for none."""
+    values = [row[name] for row in rows if name in row]
+    if None in values:
+        return "not finite"
+    return f"{np.mean(values):.3f}" if values else ""
 
 
 def main() -> int:

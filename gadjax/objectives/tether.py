@@ -36,4 +36,4 @@ class Tether(Addable):
             context, start, self.end
         )
         loss_B = sample_mean(difference**2)
-        return loss_B, {"distance": jnp.sqrt(jnp.mean(loss_B))}
+        return loss_B, {"distance": jnp.mean(jnp.sqrt(loss_B))}

@@ -43,8 +43,8 @@ BANDS = {
     "saturation": Band(0.2, least=0.1),
     "contrast": Band(0.4, least=0.1),
     "clipped": Band(0.05, sides=1),
-    "vendi": Band(0.4, least=0.1, sides=-1, floor=1.0),  # 1 = all alike
-    "alignment": Band(0.4, sides=-1),
+    "vendi": Band(0.4, least=0.25, sides=-1, floor=1.0),  # 1 = all alike
+    "alignment": Band(0.3, sides=-1),
 }
 BETWEEN_SEEDS = "seed_similarity", "same_seed", "vendi", "alignment"  # of two noises or more
 BY_FEATURES = "vendi", "alignment"

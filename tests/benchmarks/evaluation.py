@@ -14,36 +14,43 @@ from gadjax.assets import resolve
 from gadjax.data.prompts import read_prompts
 from gadjax.evaluation import evaluate as module
 from gadjax.evaluation.draw import draw_sets
+from gadjax.evaluation.noise_control import make_library
 from gadjax.evaluation.noise_sets import evaluation_sets
 from gadjax.evaluation.noises import Sets
 from gadjax.evaluation.oracles import WORLDS
 from gadjax.evaluation.results import EvaluationConfig
 from gadjax.evaluation.rows import label_rows
+from gadjax.pipelines.sampling import _programs
 
 STEPS = 4  # of a student
 SAMPLERS = "draw_sets", "map_tangents", "optimize_noise"  # of evaluate: what runs the networks
 
 
 def evaluation(count: int, prompts: int, seeds: int, library: int, moves: int) -> Iterator[Figure]:
-    """An evaluation of `count` students of the bundled world, in a process that has compiled
-    nothing: with pictures alone, and with all tasks."""
+    """An evaluation of `count` students of the bundled world beside the drawing of its pictures,
+    each in a process that has compiled nothing: with all tasks, and with pictures alone.
+
+    Drawing is that of every picture of which the report has a metric or which it shows, each once,
+    but those on the way of layout control, whose noises are its result.
+    """
     teacher = load("asset:shapes_teacher")
     students = {str(n): student(teacher, n) for n in range(count)}
     texts = read_prompts(resolve("asset:shapes_test_prompts.txt"))[:prompts]
-    plain = EvaluationConfig(seeds, 0, library=0, moves=0)
     note = f"{count} students in {STEPS} steps, {prompts} prompts x {seeds} seeds"
-    begin = clock()()
-    draw_all(teacher, students, texts, plain)
-    drawing = clock()() - begin
-    yield Figure("seconds of drawing alone", drawing, note=note)
-    own, drawn = network_evaluations(teacher, students, texts, plain)
-    note = "also the teacher's other seeds, perturbed noises, strips"
-    yield Figure("evaluations of drawing / of prompts x seeds of each row", drawn / own, note=note)
     for name, config in (
-        ("pictures alone", plain),
         ("all tasks", EvaluationConfig(seeds, library=library, moves=moves)),
+        ("pictures alone", EvaluationConfig(seeds, 0, library=0, moves=0)),
     ):
-        jax.clear_caches()
+        forget_programs()
+        begin = clock()()
+        draw_all(teacher, students, texts, config)
+        drawing = clock()() - begin
+        yield Figure(f"seconds of drawing, {name}", drawing, note=note)
+        own, drawn = network_evaluations(teacher, students, texts, config)
+        yield Figure(
+            f"evaluations of drawing / of prompts x seeds of each row, {name}", drawn / own
+        )
+        forget_programs()
         parts: dict[str, float] = {}
         begin = clock()()
         with ExitStack() as stack:
@@ -51,12 +58,20 @@ def evaluation(count: int, prompts: int, seeds: int, library: int, moves: int) -
                 stack.enter_context(timed(sampler, parts))
             module.evaluate(teacher, students, texts, WORLDS["shapes"], config)
         total = clock()() - begin
-        if config is plain:
-            yield Figure(f"evaluation / drawing alone, {name}", total / drawing, most=1.5)
         for sampler, seconds in parts.items():
             yield Figure(f"seconds of {sampler}, {name}", seconds)
         yield Figure(f"seconds of evaluation, {name}", total)
         yield Figure(f"evaluation / its samplers, {name}", total / sum(parts.values()), most=1.5)
+        yield Figure(f"evaluation / drawing, {name}", total / drawing, most=1.5)
+        if moves_seconds := parts.get("optimize_noise"):
+            rest = (total - moves_seconds) / drawing
+            yield Figure("evaluation / drawing, all tasks but layout control", rest, most=1.5)
+
+
+def forget_programs() -> None:
+    """Forget what this process has compiled."""
+    jax.clear_caches()
+    _programs.clear()
 
 
 def student(teacher: Model, number: int) -> Model:
@@ -87,8 +102,11 @@ def network_evaluations(
 def rows(
     teacher: Model, students: dict, texts: list[str], config: EvaluationConfig
 ) -> Iterator[tuple[Model, Sets]]:
-    """Models of an evaluation without noise control, and what each draws."""
-    sets = evaluation_sets(texts, teacher.pipeline.latent, config)
+    """Models of an evaluation, and what each draws."""
+    latent = teacher.pipeline.latent
+    sets = dict(evaluation_sets(texts, latent, config))
+    if config.library:
+        sets |= make_library(WORLDS["shapes"], config.library, latent).sets()
     for key, (_, model) in label_rows(teacher, students).items():
         yield model, {k: v for k, v in sets.items() if k != "others" or key == "teacher"}
 

@@ -87,7 +87,7 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
             partial(step.iterations, few if tiny else many, 3),
         ),
         "adapters": partial(
-            adapted.adapted, TINY if tiny else Size(4, 6, 64, 16, batch=4), 1 if tiny else 5
+            adapted.adapted, TINY if tiny else Size(4, 6, 64, 16, batch=4), 1 if tiny else 3
         ),
         "host": partial(host.host, 4, 4, 1) if tiny else partial(host.host, 16, 40, 2),
         "evaluation": partial(

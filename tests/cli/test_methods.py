@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from train_runs import read_vector, rows
 
@@ -60,6 +61,20 @@ def test_a_variant_trains_exports_and_samples(variant, prompts, tmp_path, gadjax
     for name in ("00000-0.png", "00001-0.png"):
         ours, theirs = ((tmp_path / by / name).read_bytes() for by in ("by_run", "by_folder"))
         assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variant", ["f_distill", "sprint", "flash_dmd", "cdm", "disback", "embedding", "tscd"]
+)
+def test_a_resumed_variant_is_the_same_run(variant, tmp_path, gadjax):
+    """Memories of terms, discriminators, critics that follow, stages by the clock."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    gadjax("train", *arguments(variant), "--workdir", whole)
+    for steps in (1, 2):
+        gadjax("train", *arguments(variant), f"--config.steps={steps}", "--workdir", parts)
+    for part in ("student", "ema"):
+        np.testing.assert_array_equal(read_vector(whole, part), read_vector(parts, part))
 
 
 @pytest.mark.slow

@@ -23,7 +23,10 @@ def test_configs():
     assert seeds == {0, 1}
     good, fast = config_of("good", 0), config_of("rate", 0)
     assert fast.optim.lr > 10 * good.optim.lr and fast.objective == good.objective
-    assert set(config_of("no_anchor", 0).objective) == {"dmd"}
+    still = config_of("still_critic", 0)
+    assert set(config_of("no_anchor", 0).objective) == set(still.objective) == {"dmd"}
+    assert still.critic.lr < 1e-3 * good.critic.lr and still.optim.lr == good.optim.lr
+    assert good.preview.features == "asset:shapes_features"
     with pytest.raises(InputError, match="case: found 'x'; expected one of good"):
         config_of("x", 0)
 
@@ -50,6 +53,8 @@ def test_the_table_of_finished_runs(tmp_path):
         for step in (0, 10, 20):
             row = {f"{name}{end}": 1.0 for name in BANDS for end in ("", OF_TEACHER)}
             row["x0_rms"] = float(1 + growth * BANDS["x0_rms"].width * step / 10)
+            if case == "rate":  # a run without features
+                row = {key: value for key, value in row.items() if not key.startswith("vendi")}
             rows.append({"step": step} | row | {"alarms": []})
         (workdir / HEALTH).write_text("".join(json.dumps(row) + "\n" for row in rows))
         logged = [{"step": n, "student/loss": 1.0, "dmd/gap": 1.0} for n in range(WINDOW)]
@@ -64,4 +69,6 @@ def test_the_table_of_finished_runs(tmp_path):
     cells = {line.split(" | ")[0]: line.split(" | ") for line in lines if line.startswith("| ")}
     first = [line.strip("| ").split(" | ") for line in lines if line.startswith("| rate | 1 |")]
     assert first[0][column] == "10" and "not finite" not in "\n".join(lines)
+    vendi = 2 + list(BANDS).index("vendi")
+    assert first[0][vendi] == "." and cells["| rate"][vendi] == "" != cells["| good"][vendi]
     assert {"| good", "| rate", "| rate: teacher"} <= set(cells) and len(first) == 1

@@ -162,3 +162,6 @@ def test_refusals():
     config.data.world = "gadjax.worlds.shapes"
     with pytest.raises(InputError, match="microbatch: found 4; expected 0 or the batch's 8"):
         validate(config)
+    config.batch, config.microbatch = 1, 0
+    with pytest.raises(InputError, match="batch: found 1; expected 2 or more, because this loss"):
+        validate(config)

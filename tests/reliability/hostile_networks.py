@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 from one_input import Target
 
@@ -14,8 +15,9 @@ sys.path.insert(0, str(TESTS))  # for a script; pytest has it there
 
 from gadjax.evaluation.external import read_external  # noqa: E402
 from gadjax.evaluation.layouts import open_layout  # noqa: E402
+from gadjax.features import shapes as bundled  # noqa: E402
 from gadjax.features.cache import FeatureCache  # noqa: E402
-from gadjax.features.network import load_extractor  # noqa: E402
+from gadjax.features.open import open_extractor  # noqa: E402
 from gadjax.formats.safetensors_file import write_safetensors  # noqa: E402
 from gadjax.formats.state_dict import expected_shapes  # noqa: E402
 from gadjax.models.module import functional  # noqa: E402
@@ -48,8 +50,13 @@ def make_network(kind: str, folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(recipe))
 
 
+def make_bundled(folder: Path) -> None:
+    config = bundled.Config(8, (2, 3), 4, 5)
+    bundled.save_features(folder, config, bundled.network(config).init(jax.random.key(0)))
+
+
 def read_network(folder: Path) -> None:
-    extractor = load_extractor("x", folder)
+    extractor = open_extractor("x", folder)
     prepared = extractor.recipe(np.zeros((12, 10, 3), np.uint8))
     assert prepared.dtype == np.float32 and prepared.shape[2] == 3
     assert str(extractor).isprintable()
@@ -103,6 +110,7 @@ def read_layout(name: str, folder: Path) -> None:
 
 TARGETS = [
     *(Target(f"vision-{kind}", partial(make_network, kind), read_network) for kind in CONFIGS),
+    Target("vision-bundled", make_bundled, read_network),
     Target("feature-cache", make_cache, read_cache),
     Target("external", make_external, read_numbers),
     *(

@@ -15,7 +15,7 @@ from gadjax.parallel.placement import batch_shards
 from gadjax.parallel.sharding import batch_sharding, make_mesh
 from gadjax.training.steps import critic_step, student_step
 
-CLOSE = 1e-10
+CLOSE = 1e-12
 
 
 def update(step_spec, state, networks, batch):
@@ -72,9 +72,9 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_updates_are_equal_in_microbatches_and_on_eight_devices(results, name):
     result, joint = results[name], objective_of(name).needs.joint
-    # A hinge in its linear part has no gradient in the last bias.
-    still = {key for key, size in result["moved"].items() if not size > 0}
-    assert not still or name.startswith("ladd") and all("'bias'" in key for key in still), still
+    # Of a student, the steps that are drawn at times of the loss's own law.
+    moved = {key.split("'")[1] for key, size in result["moved"].items() if size > 0}
+    assert moved == {key.split("'")[1] for key in result["moved"]}  # every network
     assert len(result["microbatches"]) == (0 if joint else 2)
     for leaves in result["microbatches"] + result["devices"]:
         wrong = {key: size for key, size in leaves.items() if not size < CLOSE}
