@@ -14,7 +14,15 @@ import numpy as np
 
 from gadjax.diffusion.schedules import Flow, shift_time
 from gadjax.errors import InputError
-from gadjax.formats.pipeline_classes import FLUX, KLEIN, PASSES_SIGMAS, QWEN, UNSCALED, Z_IMAGE
+from gadjax.formats.pipeline_classes import (
+    FLUX,
+    KLEIN,
+    LUMINA,
+    PASSES_SIGMAS,
+    QWEN,
+    UNSCALED,
+    Z_IMAGE,
+)
 from gadjax.formats.scheduler_config import (
     check_disabled,
     config_error,
@@ -45,6 +53,8 @@ def flow_grid(cfg: dict, total: int, pipeline: str | None, tokens: int | None) -
             f"scheduler_config.json, _class_name: found {cfg['_class_name']} of a {pipeline}; "
             f"expected one of {', '.join(UNSCALED)}, or another scheduler"
         )
+    if pipeline == LUMINA and total != Flow().steps:  # it divides times by total, its network not
+        raise config_error(cfg, "num_train_timesteps", total, f"{Flow().steps}, of a {LUMINA}")
     if pipeline not in PASSES_SIGMAS or tokens is None:
         check_disabled(cfg, "use_dynamic_shifting", "shift_terminal")
     if pipeline not in PASSES_SIGMAS:

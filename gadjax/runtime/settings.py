@@ -2,7 +2,8 @@
 
 64-bit numbers, another generator or unpartitioned threefry give other noise for the same seed, and
 a resumed run would diverge from itself. Strict promotion and guarded transfers are debugging aids:
-what they refuse is intended here.
+what they refuse is intended here. Without compilation nothing runs: programs place their arrays on
+the devices of a mesh, and are compiled ahead of time.
 """
 
 from collections.abc import Iterator
@@ -10,12 +11,21 @@ from contextlib import ExitStack, contextmanager
 
 import jax
 
+from gadjax.errors import InputError
 from gadjax.seeds import PRNG_IMPL
 
 
 @contextmanager
 def pinned_jax_config() -> Iterator[None]:
-    """Pin JAX's configuration in this thread; also a decorator, for every entry point."""
+    """Pin JAX's configuration in this thread; also a decorator, for every entry point.
+
+    Raises: InputError where compilation is disabled.
+    """
+    if jax.config.jax_disable_jit:
+        raise InputError(
+            "JAX_DISABLE_JIT: found it set; expected it unset, because programs are compiled ahead "
+            "of time"
+        )
     with ExitStack() as stack:
         for setting, value in (
             (jax.enable_x64, False),

@@ -66,11 +66,6 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     Raises: InputError.
     """
     check_seed(config.seed)
-    if jax.config.jax_disable_jit:
-        raise InputError(
-            "JAX_DISABLE_JIT: found it set; expected it unset, because only compiled "
-            "updates place a run's state on its devices"
-        )
     times = student_times(config)
     check_choice("student.rollout", config.student.rollout, ROLLOUTS)
     check_choice("student.latents", config.student.latents, LATENTS)

@@ -65,11 +65,11 @@ def test_student_and_images_depend_on_seeds_only(tiny_pipeline):
 
 
 def test_disabled_jit_is_refused(tiny_pipeline):
-    with (
-        configured(jax_disable_jit=True),
-        pytest.raises(InputError, match="JAX_DISABLE_JIT: found"),
-    ):
-        distilled(tiny_pipeline)
+    model = gadjax.load(tiny_pipeline)
+    with configured(jax_disable_jit=True):
+        for call in (distilled, gadjax.load, lambda _: gadjax.sample(model, ["red circle"])):
+            with pytest.raises(InputError, match="JAX_DISABLE_JIT: found"):
+                call(tiny_pipeline)
 
 
 def test_all_bits_of_a_seed_count():

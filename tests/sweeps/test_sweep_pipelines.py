@@ -29,6 +29,7 @@ for library in (diffusers, transformers):
 
 TOLERANCE = 1e-4  # of a picture from 0 to 1
 WORDS = {"scheduler", "steps", "size", "negative", "guidance", "length", "_class_name"}
+WORDS |= {"num_train_timesteps", "padding_side"}
 PROMPTS = (
     "a red circle above the blue square",
     "",
