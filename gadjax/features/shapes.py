@@ -151,7 +151,8 @@ def _read(folder: Path) -> tuple[Config, Functional, Params]:
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'}: found {error}; expected {Config()}") from None
     sizes = (*config.widths, config.size, config.hidden, config.features)
-    if not all(is_count(size, 1, MAX_SIZE) for size in sizes):
+    counts = all(is_count(size, 1, MAX_SIZE) for size in sizes)
+    if not counts or config.size % 2 ** len(config.widths):  # each convolution halves it
         raise InputError(f"{folder / 'config.json'}: found {short_repr(cfg)}; expected {Config()}")
     net = network(config)
     path = folder / "model.safetensors"

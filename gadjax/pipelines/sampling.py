@@ -276,5 +276,5 @@ def compile_once(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     program = _programs.pop(key, None) or lowered.compile()
     _programs[key] = program  # the newest last
     if len(_programs) > PROGRAMS:
-        del _programs[next(iter(_programs))]
+        _programs.pop(next(iter(_programs)), None)
     return program

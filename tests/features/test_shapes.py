@@ -105,7 +105,7 @@ def test_bad_folders_and_pictures(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(wider))
     with pytest.raises(InputError, match="linear_1"):
         load_features(tmp_path)
-    for changes in ({"size": 10**9}, {"hidden": "7"}, {"widths": [True]}):
+    for changes in ({"size": 10**9}, {"size": 6}, {"hidden": "7"}, {"widths": [True]}):
         (tmp_path / "config.json").write_text(json.dumps(wider | changes))
         with pytest.raises(InputError, match=r"config.json: found .*expected Config"):
             open_extractor("bundled", tmp_path)
