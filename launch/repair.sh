@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE=1
 teacher=gadjax/assets/shapes_flow_teacher
 mkdir -p "$run"
 
-if [ -f "$run/repaired/repair.md" ]; then
+if [ -f "$run/repaired/repair.json" ]; then
     echo "already done (remove $run to start over)"
 else
     echo "1/2 distil a student by distribution matching alone"

@@ -72,7 +72,8 @@ def write_comparison(
     prompts: Sequence[str],
     facts: dict[str, Any],
 ) -> None:
-    """Write repair.json, repair.md, and the picture of all rows under the same noises.
+    """Write the picture of all rows under the same noises, repair.md, and repair.json, which is
+    the sign of a finished repair, last.
 
     Args:
       folder: exists.
@@ -84,14 +85,12 @@ def write_comparison(
         label: {name: estimate._asdict() for name, estimate in row.metrics.items()}
         for label, row in rows.items()
     }
-    write_atomic(folder / REPORT, json.dumps(facts | {"rows": metrics}, indent=2) + "\n")
     lines = ["# Repair", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     lines += [table(evaluation, rows)]
     lines += [
         "In brackets: 95 % intervals over prompts of one run. The same noise is in each column:"
     ]
     lines += ["", f"![before and after]({PICTURE})", "", "The LoRA at scales 0 to 1:", ""]
-    write_atomic(folder / TABLE, "\n".join([*lines, f"![scales]({SLIDER})", ""]))
     some, seeds = SHOWN
     seeds = min(seeds, next(iter(rows.values())).images_PSHWC.shape[1])
     captions = [p if s == 0 else "" for p in prompts[:some] for s in range(seeds)]
@@ -100,6 +99,8 @@ def write_comparison(
         for row in rows.values()
     ]
     save_png(grid(shown, captions, _magnification(shown[0][1])), folder / PICTURE)
+    write_atomic(folder / TABLE, "\n".join([*lines, f"![scales]({SLIDER})", ""]))
+    write_atomic(folder / REPORT, json.dumps(facts | {"rows": metrics}, indent=2) + "\n")
 
 
 def write_scales(folder: Path, models: dict[float, Model], prompts: Sequence[str]) -> None:

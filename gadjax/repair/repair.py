@@ -99,13 +99,13 @@ def repair(request: Request) -> str:
         ),
         "prompts and seeds": f"{len(some)} x {request.evaluation.seeds}",
     }
-    write_comparison(out, evaluation, rows, some, facts)
     lora = out / "lora"
     models = {scale: adapted_model(patient.folder, [(lora, scale)]) for scale in SCALES}
     models = {k: replace(m, sampling=patient.sampling) for k, m in models.items()}
     write_scales(out, models, some)
     text = table(evaluation, rows)
     _add_to_card(lora / CARD, text)
+    write_comparison(out, evaluation, rows, some, facts)
     return text
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from gadjax.formats.sampling_config import GADJAX_JSON, SamplingConfig
 from gadjax.formats.scheduler_config import student_scheduler_config
 from gadjax.pipelines.adapted import adapted_model
 from gadjax.pipelines.sampling import draw, initial_noise
-from gadjax.repair.comparison import MEASURED
+from gadjax.repair.comparison import MEASURED, write_comparison
 from gadjax.repair.patient import Patient, open_patient
 from gadjax.repair.repair import Request, repair_config
 from gadjax.training.checks import validate
@@ -177,16 +178,42 @@ def test_tcds_steps_are_refused(tiny_pipeline, student, tmp_path):
         open_patient(str(folder), tiny_pipeline, tmp_path / "unused")
 
 
+def interrupted(*_):
+    raise RuntimeError("stopped")
+
+
+def test_the_report_is_written_last(tmp_path, monkeypatch):
+    row = SimpleNamespace(label="x", metrics={}, images_PSHWC=np.zeros((1, 1, 4, 4, 3), np.uint8))
+    given = tmp_path, SimpleNamespace(catalogue={}), {"x": row}, ["a"], {}
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr("gadjax.repair.comparison.save_png", interrupted)
+        write_comparison(*given)
+    assert not list(tmp_path.iterdir())
+    write_comparison(*given)
+    assert {p.name for p in tmp_path.iterdir()} == {"repair.json", "repair.md", "before_after.png"}
+
+
 @pytest.mark.slow
 def test_a_repair_without_its_report_only_measures_again(
-    repaired, student, prompts, tiny_pipeline, tmp_path
+    repaired, student, prompts, tiny_pipeline, tmp_path, monkeypatch
 ):
+    """The report is written last: without one of the other files there is none."""
     out = tmp_path / "out"
     shutil.copytree(repaired, out)
-    (out / "repair.json").unlink()
+    for name in ("repair.json", "repair.md", "before_after.png", "scales.png"):
+        (out / name).unlink()
+    card = (out / "lora" / "README.md").read_text()
+    (out / "lora" / "README.md").write_text(card.partition("## Before and after")[0])
+    for stage in ("gadjax.repair.repair.write_scales", "gadjax.repair.comparison.save_png"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(stage, interrupted)
+            repair(tiny_pipeline, student, prompts, out)
+        assert not (out / "repair.json").exists() and not (out / "repair.md").exists()
     assert repair(tiny_pipeline, student, prompts, out) == 0
-    a, b = ((folder / "repair.json").read_text() for folder in (repaired, out))
-    assert a == b
+    for name in ("repair.json", "repair.md", "lora/README.md"):
+        assert (out / name).read_text() == (repaired / name).read_text()
+    for name in ("before_after.png", "scales.png"):
+        assert (out / name).read_bytes() == (repaired / name).read_bytes()
 
 
 @pytest.mark.slow
