@@ -208,7 +208,7 @@ class StepTimes:
 
     def _times_at(self, index_B):
         if self.grid_NB is None:
-            return jnp.asarray(self.times, jnp.float32)[index_B]
+            return jnp.asarray(self.times, float)[index_B]  # float32 but for x64
         return self.grid_NB[index_B, jnp.arange(len(index_B))]
 
 

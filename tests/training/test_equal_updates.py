@@ -15,7 +15,7 @@ from gadjax.parallel.placement import batch_shards
 from gadjax.parallel.sharding import batch_sharding, make_mesh
 from gadjax.training.steps import critic_step, student_step
 
-CLOSE = 1e-12
+CLOSE = 1e-11
 
 
 def update(step_spec, state, networks, batch):
