@@ -27,7 +27,7 @@ else
         "$run/student" gadjax/assets/shapes_demo_prompts.txt "$run/samples_diffusers"
     echo "5/5 evaluate"
     gadjax evaluate --teacher "$teacher" --student "$run/student" --prompts "$prompts" \
-        --library 32 --moves 0 --out "$run/report"
+        --library 32 --out "$run/report"
 fi
 echo "images: $run/report/samples.png"
 echo "report: $run/report/report.html (numbers: report.md)"

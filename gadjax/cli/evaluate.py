@@ -53,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--moves",
         type=int,
-        default=32,
-        help="tasks of moving a shape by its noise, one per noise of the library",
+        default=0,
+        help="tasks of moving a shape by its noise, at most one per noise of the library: layout "
+        "control, which takes longer than all else together",
     )
     parser.add_argument("--teacher-steps", type=int, help="instead of those of its gadjax.json")
     parser.add_argument(

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if is_done(args.out):
         print(f"{args.out}: already done (remove it to start over)")
         return 0
-    plan = EvaluationConfig(args.seeds, args.tangents, library=args.library, moves=0)
+    plan = EvaluationConfig(args.seeds, args.tangents, library=args.library)
     request = Request(
         args.teacher,
         args.student,

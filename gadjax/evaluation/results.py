@@ -21,7 +21,8 @@ class EvaluationConfig:
       sensitivity.
     batch: pictures at a time.
     library: noises for the noise-control tasks, where the world has them; 0 omits these.
-    moves: layout targets (a shape moved by its noise), at most one for each noise of the library.
+    moves: layout targets (a shape moved by its noise), at most one for each noise of the library;
+      0 omits layout control, which costs more than all else.
     strips: prompts that are also drawn along a path between two noises and along a direction.
     shared_noise: let all prompts start from the same noise of a seed, the first one's, for the
       seed probe of named extractors.
@@ -31,7 +32,7 @@ class EvaluationConfig:
     tangents: int = 1
     batch: int = BATCH
     library: int = 64
-    moves: int = 32
+    moves: int = 0
     strips: int = 4
     shared_noise: bool = False
 

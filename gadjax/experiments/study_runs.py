@@ -88,7 +88,7 @@ def update_inputs(run: Run, seed: int, updates: int) -> dict[str, np.ndarray]:
 class Evaluator:
     """Evaluator of students, as `gadjax evaluate`; caches the teachers' pictures."""
 
-    evaluation_config = EvaluationConfig(tangents=4, library=128, moves=0)
+    evaluation_config = EvaluationConfig(tangents=4, library=128)
 
     def __init__(self):
         self.cache: dict[tuple, dict] = {}

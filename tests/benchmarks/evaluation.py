@@ -28,7 +28,8 @@ SAMPLERS = "draw_sets", "map_tangents", "optimize_noise"  # of evaluate: what ru
 
 def evaluation(count: int, prompts: int, seeds: int, library: int, moves: int) -> Iterator[Figure]:
     """An evaluation of `count` students of the bundled world beside the drawing of its pictures,
-    each in a process that has compiled nothing: with all tasks, and with pictures alone.
+    each in a process that has compiled nothing: by default, with layout control too, and with pictures
+    alone.
 
     Drawing is that of every picture of which the report has a metric or which it shows, each once,
     but those on the way of layout control, whose noises are its result.
@@ -38,8 +39,9 @@ def evaluation(count: int, prompts: int, seeds: int, library: int, moves: int) -
     texts = read_prompts(resolve("asset:shapes_test_prompts.txt"))[:prompts]
     note = f"{count} students in {STEPS} steps, {prompts} prompts x {seeds} seeds"
     for name, config in (
-        ("all tasks", EvaluationConfig(seeds, library=library, moves=moves)),
-        ("pictures alone", EvaluationConfig(seeds, 0, library=0, moves=0)),
+        ("default", EvaluationConfig(seeds, library=library)),
+        ("with layout control", EvaluationConfig(seeds, library=library, moves=moves)),
+        ("pictures alone", EvaluationConfig(seeds, 0, library=0)),
     ):
         forget_programs()
         begin = clock()()
@@ -62,10 +64,8 @@ def evaluation(count: int, prompts: int, seeds: int, library: int, moves: int) -
             yield Figure(f"seconds of {sampler}, {name}", seconds)
         yield Figure(f"seconds of evaluation, {name}", total)
         yield Figure(f"evaluation / its samplers, {name}", total / sum(parts.values()), most=1.5)
-        yield Figure(f"evaluation / drawing, {name}", total / drawing, most=1.5)
-        if moves_seconds := parts.get("optimize_noise"):
-            rest = (total - moves_seconds) / drawing
-            yield Figure("evaluation / drawing, all tasks but layout control", rest, most=1.5)
+        aim = None if name == "with layout control" else 1.5
+        yield Figure(f"evaluation / drawing, {name}", total / drawing, most=aim)
 
 
 def forget_programs() -> None:
