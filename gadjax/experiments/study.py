@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
+from gadjax.api import load
 from gadjax.errors import InputError
 from gadjax.experiments.study_runs import Evaluator, evaluations, train_seeds
 from gadjax.experiments.study_tables import row_path, write_tables
 from gadjax.io.image_grid import grid, save_png
 from gadjax.io.storage import write_atomic
-from gadjax.models.adapters import TARGETS
+from gadjax.models.adapters import TARGETS, merged
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.config import as_json, changed_config, default_config
 from gadjax.training.setup import prepare
@@ -192,7 +194,7 @@ def run_cell(cell: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
     run = prepare(config)
     students, curves = train_seeds(run, range(seeds))
     trained = time.perf_counter()
-    reports = [evaluate(config, student) for student in students]
+    reports = [evaluate(config, complete(config, student)) for student in students]
     rows = evaluate.teachers(config) | {"student": reports[0]}
     row = {
         "cell": cell,
@@ -210,6 +212,14 @@ def run_cell(cell: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
     picture = grid([(row["label"], row["images"]) for row in rows.values()], None, scale=1)
     save_png(picture, path.with_suffix(".png"))
     write_atomic(path, json.dumps(row) + "\n")
+
+
+def complete(config: ConfigDict, student: Any) -> Any:
+    """Parameters of a student, whose adapters are merged with the teacher's float32 weights."""
+    if not config.student.lora.rank:
+        return student
+    teacher = load(config.teacher)
+    return merged(jax.device_get(teacher.params[teacher.pipeline.backbone]), student)
 
 
 _evaluator: Evaluator | None = None  # of this process; caches the teachers' pictures

@@ -15,7 +15,6 @@ from gadjax.data.prompts import read_prompts
 from gadjax.evaluation.evaluate import evaluate
 from gadjax.evaluation.oracles import WORLDS
 from gadjax.evaluation.results import EvaluationConfig
-from gadjax.models.adapters import merged
 from gadjax.ops.flops import flops
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
@@ -98,12 +97,10 @@ class Evaluator:
     def __call__(self, config: ConfigDict, student: Any) -> dict[str, Any]:
         """Label and metrics of a student, and its pictures of the first prompts' first noise.
 
-        student: parameters, or adapters, which are merged with the teacher's.
+        student: all parameters of its network.
         """
         teacher = with_sampling(load(config.teacher), guidance=config.guidance)
         name = teacher.pipeline.backbone
-        if config.student.lora.rank:
-            student = merged(jax.device_get(teacher.params[name]), student)
         params = teacher.params | {name: student}
         model = Model("student", teacher.pipeline, params, sampling_from_config(config))
         cache = self.cache.setdefault(key_of(config), {})

@@ -28,7 +28,8 @@ SAMPLERS = "draw_sets", "map_tangents", "optimize_noise"  # of evaluate: what ru
 
 def evaluation(count: int, prompts: int, seeds: int, library: int, moves: int) -> Iterator[Figure]:
     """An evaluation of `count` students of the bundled world beside the drawing of its pictures,
-    each in a process that has compiled nothing: by default, with layout control, with pictures alone.
+    each in a process that has compiled nothing: by default, with layout control, and by pictures
+    alone.
 
     Drawing is that of every picture of which the report has a metric or which it shows, each once,
     but those on the way of layout control, whose noises are its result.

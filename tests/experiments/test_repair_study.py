@@ -3,8 +3,12 @@ import json
 import numpy as np
 import pytest
 
+from gadjax import assets
 from gadjax.errors import InputError
+from gadjax.evaluation.results import EvaluationConfig
+from gadjax.experiments import repair_study, study
 from gadjax.experiments.repair_study import VARIANTS, config_of, write_table
+from gadjax.experiments.study_runs import Evaluator
 from gadjax.experiments.study_tables import METRICS
 from gadjax.objectives import TERMS, build
 
@@ -43,3 +47,38 @@ def test_the_table_has_means_and_what_is_missing(tmp_path):
     assert f"| polar | 2 | 0.600 ± {reach:.3f} |" in text and "| 12.3 |" in text
     assert "| patient | 1 | 0.125 |" in text and "| teacher, 20 steps |  | 1.000 |" in text
     assert "Not run yet: regression, polar_anchor, " in text
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Evaluator of two pictures of two prompts; runs of two steps of two samples."""
+    for module in (repair_study, study):
+        full = module.config_of
+
+        def short(*of, full=full):
+            config = full(*of)
+            config.steps, config.batch = 2, 2
+            return config
+
+        monkeypatch.setattr(module, "config_of", short)
+    evaluate = Evaluator()
+    evaluate.prompts = evaluate.prompts[:2]
+    evaluate.evaluation_config = EvaluationConfig(2, 0, library=0, strips=0)
+    return evaluate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["regression_tether", "whole_weights"])
+def test_a_row_of_repairs(small, tmp_path, variant):
+    """Of adapters on the patient, whose base is not the teacher's, and of whole weights."""
+    patient = str(assets.resolve("asset:shapes_flow_teacher"))
+    repair_study.run_variant(variant, patient, 2, tmp_path, small)
+    row = json.loads((tmp_path / f"{variant}.json").read_text())
+    assert len(row["runs"]) == 2 and row["runs"][0]["adherence"] >= 0
+
+
+@pytest.mark.slow
+def test_a_cell_of_adapters(small, tmp_path):
+    study.run_cell("flow_adapters_int8/regression_none", 2, tmp_path, small)
+    (path,) = tmp_path.glob("*.json")
+    assert len(json.loads(path.read_text())["runs"]) == 2
