@@ -15,7 +15,7 @@ from gadjax.formats.orbax_folder import abstract_folder
 from gadjax.formats.state_dict import expected_shapes
 from gadjax.models.adapters import adapter_rules
 from gadjax.models.registry import read_network
-from gadjax.parallel.sharding import AXES, path_name, shardings
+from gadjax.parallel.sharding import AXES, DISCRIMINATOR_RULES, path_name, shardings
 from gadjax.pipelines.pipeline import abstract_pipeline
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
@@ -214,7 +214,7 @@ def test_a_paper_s_config_makes_a_state(traced, name):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(run.frozen[part.name])} == {"bfloat16"}
     mesh = AbstractMesh((8, 32, 1, 1), AXES)
     rules = part.family.rules
-    shardings(state, rules + adapter_rules(rules), mesh)
+    shardings(state, DISCRIMINATOR_RULES + rules + adapter_rules(rules), mesh)
 
 
 @pytest.mark.slow
