@@ -43,6 +43,7 @@ from gadjax.objectives import (
     MeanFlow,
     PhasedDMD,
     Regression,
+    SeedDifference,
     SiD,
     Term,
     TwinFlow,
@@ -173,6 +174,7 @@ MORE_STEPS = rows_of(
         "DMD + 0.05 Anchor": DMD() + 0.05 * Anchor(steps=FINE),
         "DMD + 0.05 Anchor + 0.3 GAD": DMD() + 0.05 * Anchor(steps=FINE) + 0.3 * TANGENTS,
         "TDM + GADScript": TDM() + GADScript(),
+        "DMD + 0.3 SeedDifference": DMD() + 0.3 * SeedDifference(steps=FINE),
     }
 )
 METHODS = {

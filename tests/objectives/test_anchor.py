@@ -304,7 +304,7 @@ def test_guidance_is_in_the_target():
     assert np.abs(actual[0] - actual[1]).min() > 1e-3
 
 
-@pytest.mark.parametrize("until", [1000.0, 1200, 0, -1.0, float("nan")])
+@pytest.mark.parametrize("until", [1000.0, 1200, 0, -1.0])
 def test_an_end_outside_the_students_trajectory(until):
     words = f"objective.anchor.until: found {until}; expected a time between 0 and 1000.0"
     with pytest.raises(InputError, match=words):
