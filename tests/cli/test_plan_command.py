@@ -54,6 +54,7 @@ def lora(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_lora_is_trained_on(capsys, monkeypatch, lora):
     """At its rank and on its modules, or at the config's; as the run with the same keys."""
     monkeypatch.setattr(hardware, "CUDA_PLUGINS", ("jax_plugins.none",))

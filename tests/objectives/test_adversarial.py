@@ -332,6 +332,7 @@ def test_a_student_learns_the_data_from_it_alone():
     assert after[0] < 0.1 * before[0] and after[1] < 0.25 * before[1]
 
 
+@pytest.mark.slow
 def test_it_combines_with_dmd_and_gad():
     total = DMD() + 0.01 * Adversarial(hidden=6) + 0.5 * GAD(steps=1)
     total.check(DDPM_WORLD.times[:-1])

@@ -146,6 +146,7 @@ def test_a_critic_of_the_same_start_keeps_the_teachers_depth(config, tiny_pipeli
     assert base_keys(changed, inits) == {"critic": "critic/start"}
 
 
+@pytest.mark.slow
 def test_a_network_of_a_term_is_of_the_teachers_depth(config, trained):
     source = f"--config.student.init={trained}"
     with pytest.raises(InputError, match="a student of 1 layers; expected a network of the"):
