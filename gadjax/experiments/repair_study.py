@@ -32,6 +32,7 @@ from gadjax.training.setup import Run, prepare
 TEACHER = "asset:shapes_flow_teacher"
 TIMES = (999.0, 749.25, 499.5, 249.75)
 REGRESSION = {"regression": {"steps": 2}}
+REGRESSION_4 = {"regression": {"steps": 4}}
 POLAR = {"gad": {"weight": 0.3, "steps": 2, "loss": "polar"}}
 ANCHOR = {"anchor": {"weight": 0.05, "steps": 2}}
 TETHER = {"tether": {"weight": 0.1}}
@@ -59,6 +60,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rank_64": (REGRESSION | POLAR | ANCHOR, {"rank": 64}),
     "updates_600": (REGRESSION | POLAR | ANCHOR, {"steps": 600}),
     "regression_600": (REGRESSION, {"steps": 600}),
+    "regression_4_tether": (REGRESSION_4 | TETHER, {}),
+    "regression_4_600": (REGRESSION_4, {"steps": 600}),
     "whole_weights": (REGRESSION | POLAR | ANCHOR, {"rank": 0, "lr": 2e-4}),
 }
 
