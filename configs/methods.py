@@ -4,14 +4,15 @@ Reproduces: no published numbers; each variant is a method's objective in the se
           (docs/results/study): 800 updates of 16 samples, two critic updates for each.
           docs/methods.md has the papers, what each needs, and its cost.
 Command:  gadjax train --config configs/methods.py:VARIANT --workdir DIR
-Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; sid_zero and sid_anti (few-step SiD
-          with zero-CFG and anti-CFG); sid_dit (SiD-DiT's law and weight); sid_gan (the same and a
-          discriminator); decoupled_dmd; pg_sb (SNOOPI: guidance 2 to 5); uni_instruct; f_distill;
-          embedding (dmd with it); disback and uni_dad (here the teacher is the path and the second
-          teacher: --config.objective.disback.path, --config.objective.uni_dad.target); cdm (grids
-          drawn anew, a critic that follows the student); phased_dmd; cd (consistency distillation);
-          tbcm (consistency on the teacher's own trajectory); ct (consistency training on pictures,
-          which ignores the guidance); tcm (one step; meant for a student of ct,
+Variants: dmd (default, for comparison); dmd_fresh (DMD2: noise is added between the steps); vsd
+          (SwiftBrush); sim; sid_zero and sid_anti (few-step SiD with zero-CFG and anti-CFG);
+          sid_dit (SiD-DiT's law and weight); sid_gan (the same and a discriminator); decoupled_dmd;
+          pg_sb (SNOOPI: guidance 2 to 5); uni_instruct; f_distill; embedding (dmd with it); disback
+          and uni_dad (here the teacher is the path and the second teacher:
+          --config.objective.disback.path, --config.objective.uni_dad.target); cdm (grids drawn
+          anew, a critic that follows the student); phased_dmd; cd (consistency distillation); tbcm
+          (consistency on the teacher's own trajectory); ct (consistency training on pictures, which
+          ignores the guidance); tcm (one step; meant for a student of ct,
           --config.student.init=WORKDIR); lcm; rcm (with dmd, and grids drawn anew); sprint
           (SANA-Sprint: sCM and LADD, two steps); tscd (Hyper-SD's segments, to 4 of them); boot
           (one step); meanflow; pso (meant for a distilled student, --config.student.init=WORKDIR;
@@ -19,8 +20,8 @@ Variants: dmd (default, for comparison); vsd (SwiftBrush); sim; sid_zero and sid
           that draws blue things for red ones); twinflow (with meanflow); multi_student (dmd on the
           prompts of red things alone); dmm (merges the teacher with itself:
           --config.objective.dmm.teachers); ppcl (a smaller teacher of 4 of the 6 layers)
-          Those from cd to sprint are of the eps teacher and, but for tcm, sampled with fresh noise;
-          WITH_PICTURES draw captions with pictures of the bundled world.
+          dmd_fresh and those from cd to sprint are of the eps teacher and, but for tcm, sampled
+          with fresh noise; WITH_PICTURES draw captions with pictures of the bundled world.
 Hardware: 2 CPU cores.
 Result:   none reported; one run of rcm, whose pictures were not evaluated: docs/methods.md.
 """
@@ -30,6 +31,7 @@ from gadjax.training.config import variant_config
 SID_DIT = {"times": "logit_normal", "low": 0.0, "high": 1.0, "weighting": "1 - sigma"}
 VARIANTS = {
     "dmd": {"dmd": {}},
+    "dmd_fresh": {"dmd": {}},
     "vsd": {"vsd": {}},
     "sim": {"sim": {}},
     "sid_zero": {"sid": {"guidance": "zero"}},
@@ -88,7 +90,7 @@ WITH_PICTURES = (
     "ppcl",
 )
 # Sampled with fresh noise, which the flow teacher's pipeline has no scheduler for.
-CONSISTENCY = "cd", "tbcm", "ct", "lcm", "rcm", "sprint"
+FRESH_NOISE = "dmd_fresh", "cd", "tbcm", "ct", "lcm", "rcm", "sprint"
 
 
 def get_config(variant: str = "dmd"):
@@ -108,7 +110,7 @@ def get_config(variant: str = "dmd"):
         config.data.update(world="gadjax.worlds.shapes", cache=4096, length=16)
     else:
         config.data.update(prompts="asset:shapes_prompts.txt", length=16)
-    if variant in CONSISTENCY:
+    if variant in FRESH_NOISE:
         config.teacher = "asset:shapes_teacher"
         config.student.update(timesteps=(899, 674, 449, 224), rollout="fresh_noise")
     if variant == "cdm":

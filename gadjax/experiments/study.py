@@ -3,12 +3,14 @@
     python -m gadjax.experiments.study [CELL ...] [--seeds 3] [--workers 1] [--budget SECONDS]
                                    [--out docs/results/study]
 
-A cell is FAMILY/VARIANT, such as flow/dmd_polar_anchor; without any, all of them are done in
-order. A cell with a row in --out is finished. All inputs are bundled; nothing is downloaded.
+A cell is FAMILY/VARIANT, such as flow/dmd_polar_anchor or methods/rcm; without any, all of them are
+done in order. A cell with a row in --out is finished. All inputs are bundled; nothing is
+downloaded.
 """
 
 import argparse
 import json
+import runpy
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -30,7 +33,14 @@ from gadjax.io.image_grid import grid, save_png
 from gadjax.io.storage import write_atomic
 from gadjax.models.adapters import TARGETS, merged
 from gadjax.runtime.settings import pinned_jax_config
-from gadjax.training.config import as_json, changed_config, default_config
+from gadjax.training.config import (
+    CONFIGS,
+    as_json,
+    changed_config,
+    default_config,
+    read_config,
+)
+from gadjax.training.loop import train
 from gadjax.training.setup import prepare
 
 BASES = {"regression": {"steps": 4}, "dmd": {}, "tdm": {}, "sid": {}}
@@ -71,6 +81,9 @@ CHANGES = {
     "anchor_late": {"anchor": ANCHOR | {"until": 499.5}},
     "anchor_weight_0.2": {"anchor": ANCHOR | {"weight": 0.2}},
 }
+# Cells of configs/methods.py: METHODS/NAME, and METHODS/NAME + WITH_TERMS with both terms.
+METHODS, WITH_TERMS = "methods", "_gad_anchor"
+STARTS = {"tcm": "ct", "pso": "dmd"}  # second stages, and whose student they start from
 # The same objective for as many network evaluations as dmd_polar_anchor takes.
 LONGER = {"dmd_long": ("dmd_none", 1.92), "dmd_reg_long": ("dmd_reg", 1.4)}
 
@@ -125,6 +138,36 @@ def objectives() -> dict[str, dict]:
     return variants | {name: variants[of] for name, (of, _) in LONGER.items()}
 
 
+def method_names() -> list[str]:
+    """Names of the variants of configs/methods.py: those of one teacher and grid together."""
+    names = runpy.run_path(str(CONFIGS / "methods.py"))["VARIANTS"]
+
+    def place(name: str) -> tuple:
+        config = method_config(name)
+        return config.teacher != FLOW, -config.student.steps
+
+    return sorted(names, key=place)
+
+
+def method_config(variant: str) -> ConfigDict:
+    """Config of a variant NAME of configs/methods.py, or of NAME_gad_anchor.
+
+    That has the polar GAD and the anchor beside it: to the clean end where noise is added between
+    the steps, and with the anchor on x0 for a teacher of eps. Where there is one step, no anchor.
+    """
+    name = variant.removesuffix(WITH_TERMS)
+    config = read_config([f"--config=methods:{name}"])
+    if name == variant:
+        return config
+    one, fresh = config.student.steps == 1, config.student.rollout != "ode"
+    steps = {"steps": 8 if one else 4}
+    added = {"gad": POLAR | steps | ({"end": "clean"} if fresh else {})}
+    if not one:
+        added["anchor"] = ANCHOR | steps | ({} if config.teacher == FLOW else {"target": "x0"})
+    config.objective = config.objective.to_dict() | added
+    return config
+
+
 def cells() -> list[str]:
     """Cells of the study, the most informative first."""
     grid = [f"{base}_{name}" for base in ("dmd", "tdm", "sid") for name in COMBINED]
@@ -145,16 +188,21 @@ def cells() -> list[str]:
         "flow_adapters_int8": ["dmd_polar_anchor", "regression_none"],
     }
     variants["flow"] += ["script", "script_half"]
-    return [f"{family}/{name}" for family in FAMILIES for name in variants[family]]
+    methods = [f"{METHODS}/{cell}" for name in method_names() for cell in (name, name + WITH_TERMS)]
+    for name in ("dmm", "ppcl"):  # have as many steps as the teacher
+        methods.remove(f"{METHODS}/{name}{WITH_TERMS}")
+    return [f"{family}/{name}" for family in FAMILIES for name in variants[family]] + methods
 
 
 def config_of(cell: str):
     """Config of a cell FAMILY/VARIANT. Raises: InputError for one that is not known."""
     known, (name, _, variant) = objectives(), cell.partition("/")
+    if name == METHODS:
+        return method_config(variant)
     if name not in FAMILIES or variant not in known:
         raise InputError(
             f"cell: found {cell!r}; expected FAMILY/VARIANT, of {', '.join(FAMILIES)} and "
-            f"{', '.join(known)}"
+            f"{', '.join(known)}; or {METHODS}/NAME of configs/methods.py"
         )
     family = FAMILIES[name]
     config = default_config()
@@ -191,18 +239,24 @@ def run_cell(cell: str, seeds: int, out: Path, evaluate: Evaluator) -> None:
       evaluate: of this process, which caches the teachers' pictures.
     """
     config, started = config_of(cell), time.perf_counter()
-    run = prepare(config)
-    students, curves = train_seeds(run, range(seeds))
+    with TemporaryDirectory() as folder:
+        family, _, name = cell.partition("/")
+        if family == METHODS and (start := STARTS.get(name.removesuffix(WITH_TERMS))):
+            train(config_of(f"{METHODS}/{start}"), Path(folder) / start)
+            config.student.init = str(Path(folder) / start)
+        run = prepare(config)
+        students, curves = train_seeds(run, range(seeds))
+        evaluated = evaluations(run)
     trained = time.perf_counter()
     reports = [evaluate(config, complete(config, student)) for student in students]
     rows = evaluate.teachers(config) | {"student": reports[0]}
     row = {
         "cell": cell,
-        "config": as_json(config),
+        "config": as_json(config_of(cell)),
         "seeds": list(range(seeds)),
         "teachers": {k: r["metrics"] for k, r in evaluate.teachers(config).items()},
         "runs": [report["metrics"] for report in reports],
-        "evaluations": evaluations(run),
+        "evaluations": evaluated,
         "curves": curves,
         "seconds": {"training": trained - started, "evaluation": time.perf_counter() - trained},
         "device": jax.devices()[0].device_kind,

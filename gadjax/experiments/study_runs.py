@@ -125,8 +125,8 @@ class Evaluator:
 
 
 def key_of(config: ConfigDict) -> tuple:
-    """Cache key of a config: its teacher, guidance and number of steps."""
-    return config.teacher, config.guidance, config.student.steps
+    """Cache key of a config: its teacher, guidance and number of the student's sampling steps."""
+    return config.teacher, config.guidance, sampling_from_config(config).steps
 
 
 def evaluations(run: Run) -> float:

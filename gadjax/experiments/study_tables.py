@@ -26,7 +26,8 @@ Effect of each term on each base objective on the bundled world, at practical gu
     python -m gadjax.experiments.study --seeds {seeds}
 
 Students of a bundled teacher from its own weights, 800 steps of 16 samples (more only in rows
-labelled long; "adapters": students and critics as LoRA of rank 16, int8: on 8-bit kernels of
+labelled long; methods are the variants of `configs/methods.py`, `gad anchor` there the polar GAD
+and the anchor; "adapters": students and critics as LoRA of rank 16, int8: on 8-bit kernels of
 attention and feed-forward, evaluated merged with the float32 weights), all else as in
 `gadjax/experiments/study.py`; evaluated on 64 prompts x 8 noises with 4 tangents each and a library
 of 128 noises, the same ones for every row. A cell is the mean over runs of different seeds, with
@@ -73,13 +74,18 @@ def _table(rows: Sequence[tuple[str, dict]]) -> list[str]:
         return []
     heads = ["", "runs", *METRICS.values(), "evaluations"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for key, label in LABELS.items():
-        taken = rows[0][1]["teachers"][key]
-        lines.append(f"| {' | '.join([label, '', *metric_cells([taken]), ''])} |")
     base = {row["cell"]: row["evaluations"] for _, row in rows}
+    setting = None
     for cell, row in rows:
+        config = row["config"]
+        if setting != (setting := (config["teacher"], config["student"]["steps"])):
+            lines += [
+                f"| {' | '.join([label, '', *metric_cells([row['teachers'][key]]), ''])} |"
+                for key, label in LABELS.items()
+            ]
         family, variant = cell.split("/")
         alone = base.get(f"{family}/{variant.split('_')[0]}_none")
+        alone = alone or base.get(cell.removesuffix("_gad_anchor"))
         cost = f"{row['evaluations']:.1f}"
         cost += f" (x {row['evaluations'] / alone:.2f})" if alone else ""
         name = variant.removesuffix("_none").replace("_", " ")

@@ -148,6 +148,7 @@ ROWS = {
     # Adapters of large backbones, on the smallest slice that trains them.
     # libtpu fails on it as on pixart-dpdmd.
     "sigma-adapters": Row("PixArt-Sigma, 1024 px", ADAPTERS, "v5e:2x2", 1, 4, tight=True),
+    "sd35-large-adapters-4": Row(SD35_LARGE, ADAPTERS, "v5e:2x2", 1, 4),
     "sd35-large-adapters": Row(SD35_LARGE, ADAPTERS, "v5e:2x4", 1, 8),
     "flux-dev-adapters-8": Row(FLUX, ADAPTERS, "v5e:2x4", 1, 8),
     "flux-dev-adapters": Row(FLUX, ADAPTERS, "v5e:4x4", 1, 16),
@@ -160,6 +161,7 @@ ROWS = {
     "flux-dev-adapters-h200": Row(FLUX, ADAPTERS, "h200:1", 1, 1),
     "sd35-large-whole": Row(SD35_LARGE, WHOLE, "v5e:4x8", 1, 32),
     "flux-dev-whole": Row(FLUX, WHOLE, "v5e:8x8", 1, 64),
+    "flux-dev-whole-128": Row(FLUX, WHOLE, "v5e:8x16", 1, 128),
 }
 
 

@@ -25,7 +25,10 @@ def test_every_base_has_its_rows():
     assert not any("anchor" in cell for cell in cells if cell.startswith("flow_1_step"))
 
 
-@pytest.mark.parametrize("cell", study.cells()[:: len(study.cells()) // 12])
+IN_FAMILIES = [cell for cell in study.cells() if not cell.startswith("methods/")]
+
+
+@pytest.mark.parametrize("cell", IN_FAMILIES[:: len(IN_FAMILIES) // 12])
 def test_a_cell_is_a_config(cell):
     config = study.config_of(cell)
     family = study.FAMILIES[cell.split("/")[0]]
@@ -34,6 +37,26 @@ def test_a_cell_is_a_config(cell):
     for term in {"regression", "anchor"} & set(config.objective):
         assert config.objective[term].steps == family.map_steps
     assert read_config([f"--config=configs/study.py:{cell}"]).to_dict() == config.to_dict()
+
+
+def test_a_method_is_a_variant_of_its_config_file():
+    cells = [cell for cell in study.cells() if cell.startswith("methods/")]
+    settings = []
+    for cell in cells:
+        name = cell.removeprefix("methods/")
+        config = study.config_of(cell)
+        settings.append((config.teacher, config.student.steps))
+        if not name.endswith(study.WITH_TERMS):
+            assert config.to_dict() == read_config([f"--config=methods:{name}"]).to_dict()
+            continue
+        added = {"gad"} | ({"anchor"} if config.student.steps > 1 else set())
+        alone = study.config_of(cell.removesuffix(study.WITH_TERMS))
+        assert set(config.objective) - set(alone.objective) == added
+        assert config.objective.gad.weight == study.GAD["weight"]
+    # A table's rows of one teacher and grid stand together.
+    changes = sum(a != b for a, b in zip(settings, settings[1:], strict=False))
+    assert changes == len(set(settings)) - 1 == 4
+    assert {"methods/dmd_fresh", "methods/rcm_gad_anchor", "methods/dmm"} <= set(cells)
 
 
 def test_a_change_changes_one_term():
@@ -96,6 +119,7 @@ def row(cell, values, cost):
     teachers = {"teacher": {"adherence": 0.9}, "teacher_few": {"adherence": 0.6}}
     return {
         "cell": cell,
+        "config": {"teacher": "asset:shapes_flow_teacher", "student": {"steps": 4}},
         "seeds": list(range(len(values))),
         "runs": runs,
         "teachers": teachers,
@@ -114,7 +138,7 @@ def test_the_table_has_finished_cells_and_names_the_rest(tmp_path):
         path.write_text(json.dumps(row(cell, values, cost)))
     study_tables.write_tables(tmp_path, study.cells())
     text = (tmp_path / "README.md").read_text()
-    assert text.count("\n## ") == len(study.FAMILIES) and "--seeds 3" in text
+    assert text.count("\n## ") == len(study.FAMILIES) + 1 and "--seeds 3" in text
     first = text.split("## flow\n")[1].split("## ")[0]
     lines = {line.split("|")[1].strip(): line for line in first.splitlines() if "|" in line}
     # Student's t with two degrees of freedom: 4.303 * 0.1 / sqrt(3).
