@@ -13,10 +13,10 @@ from gadjax.training.config import variant_config
 # Terms of weight 0 brought nothing on the bundled world; a weight puts one in.
 VARIANTS = {
     "ode": {
-        "regression": {"steps": 2},
+        "regression": {"steps": 4},
         "tether": {"weight": 0.1},
-        "gad": {"weight": 0.0, "steps": 2, "loss": "polar"},
-        "anchor": {"weight": 0.0, "steps": 2},
+        "gad": {"weight": 0.0, "steps": 4, "loss": "polar"},
+        "anchor": {"weight": 0.0, "steps": 4},
     },
     "fresh_noise": {
         "regression": {"end": "clean", "steps": 4},

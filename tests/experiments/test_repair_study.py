@@ -8,9 +8,11 @@ from gadjax.errors import InputError
 from gadjax.evaluation.results import EvaluationConfig
 from gadjax.experiments import repair_study, study
 from gadjax.experiments.repair_study import VARIANTS, config_of, write_table
-from gadjax.experiments.study_runs import Evaluator
+from gadjax.experiments.study_runs import Evaluator, evaluations
 from gadjax.experiments.study_tables import METRICS
 from gadjax.objectives import TERMS, build
+from gadjax.training.config import read_config
+from gadjax.training.setup import prepare
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -24,7 +26,7 @@ def test_every_variant_is_a_config(variant):
 
 
 def test_unknown_variants_are_named():
-    with pytest.raises(InputError, match="^variant: found 'other'; expected one of regression, "):
+    with pytest.raises(InputError, match="^variant: found 'other'; expected one of regression_"):
         config_of("other", "asset:shapes_flow_teacher")
 
 
@@ -46,7 +48,7 @@ def test_the_table_has_means_and_what_is_missing(tmp_path):
     reach = 12.706 * np.std([0.5, 0.7], ddof=1) / 2**0.5
     assert f"| polar | 2 | 0.600 ± {reach:.3f} |" in text and "| 12.3 |" in text
     assert "| patient | 1 | 0.125 |" in text and "| teacher, 20 steps |  | 1.000 |" in text
-    assert "Not run yet: regression, polar_anchor, " in text
+    assert "Not run yet: regression_tether, regression, " in text
 
 
 @pytest.fixture
@@ -82,3 +84,20 @@ def test_a_cell_of_adapters(small, tmp_path):
     study.run_cell("flow_adapters_int8/regression_none", 2, tmp_path, small)
     (path,) = tmp_path.glob("*.json")
     assert len(json.loads(path.read_text())["runs"]) == 2
+
+
+def test_the_default_is_that_of_the_command():
+    config, ours = read_config(["--config=repair"]), config_of("regression_tether", "student")
+    weighted = {k: v for k, v in config.objective.to_dict().items() if v.get("weight", 1.0)}
+    assert ours.objective.to_dict() == weighted
+
+
+@pytest.mark.slow
+def test_rows_of_equal_cost_take_the_default_s_evaluations():
+    def cost(variant):
+        config = config_of(variant, "asset:shapes_flow_teacher")
+        return config.steps * evaluations(prepare(config))
+
+    default = cost("regression_tether")
+    for name in ("seed_difference_tether_249", "seed_difference_4_tether_148"):
+        assert cost(name) == pytest.approx(default, rel=0.01)
