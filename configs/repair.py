@@ -29,9 +29,9 @@ VARIANTS = {
 def get_config(variant: str = "ode"):
     config = variant_config(VARIANTS, variant)
     config.student.lora.rank = 16
-    config.steps = 300
+    config.steps = 600
     config.batch = 16
-    config.optim.update(lr=1e-3, warmup=20, decay=300, b1=0.0, b2=0.95)
+    config.optim.update(lr=1e-3, warmup=20, decay=600, b1=0.0, b2=0.95)
     config.ema = 0.98
     config.checkpoint.update(every=100, keep=1)
     config.log.every = 20

@@ -30,6 +30,7 @@ from gadjax.training.config import as_json, read_config
 from gadjax.training.setup import Run, prepare
 
 TEACHER = "asset:shapes_flow_teacher"
+UPDATES = 300  # half of the command's default, which is the row updates_600
 TIMES = (999.0, 749.25, 499.5, 249.75)
 REGRESSION = {"regression": {"steps": 4}}
 POLAR = {"gad": {"weight": 0.3, "steps": 4, "loss": "polar"}}
@@ -76,7 +77,7 @@ def config_of(variant: str, student: str) -> ConfigDict:
     config.student.update(init=student, steps=len(TIMES), timesteps=TIMES)
     config.student.lora.rank = changes.get("rank", config.student.lora.rank)
     config.optim.lr = changes.get("lr", config.optim.lr)
-    config.steps = config.optim.decay = changes.get("steps", config.steps)
+    config.steps = config.optim.decay = changes.get("steps", UPDATES)
     config.data.update(prompts="asset:shapes_prompts.txt", length=16)
     config.remat, config.attention = "none", "jnp"  # 16 positions
     return config

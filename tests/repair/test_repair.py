@@ -360,4 +360,4 @@ def test_the_config_is_the_students(tiny_pipeline, student, prompts, tmp_path, r
     assert not settings.objective.needs.critic
     assert ("anchor" in config.objective) == (rollout == "ode")
     changed = made(None, "--config.guidance=2.0", "--config.optim.decay=11")
-    assert changed.guidance == 2.0 and changed.optim.decay == 11 and changed.steps == 300
+    assert changed.guidance == 2.0 and changed.optim.decay == 11 and changed.steps == 600
