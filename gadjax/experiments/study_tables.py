@@ -84,10 +84,11 @@ def _table(rows: Sequence[tuple[str, dict]]) -> list[str]:
                 for key, label in LABELS.items()
             ]
         family, variant = cell.split("/")
-        alone = base.get(f"{family}/{variant.split('_')[0]}_none")
-        alone = alone or base.get(cell.removesuffix("_gad_anchor"))
+        alone = f"{family}/{variant.split('_')[0]}_none"
+        if alone not in base and variant.endswith("_gad_anchor"):
+            alone = cell.removesuffix("_gad_anchor")
         cost = f"{row['evaluations']:.1f}"
-        cost += f" (x {row['evaluations'] / alone:.2f})" if alone else ""
+        cost += f" (x {row['evaluations'] / base[alone]:.2f})" if alone in base else ""
         name = variant.removesuffix("_none").replace("_", " ")
         lines.append(
             f"| {' | '.join([name, str(len(row['runs'])), *metric_cells(row['runs']), cost])} |"
