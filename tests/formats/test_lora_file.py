@@ -518,8 +518,9 @@ def test_what_diffusers_saves_and_loads(folders, pipelines, family, tmp_path):
     that they change, by as much."""
     pipe = DiffusionPipeline.from_pretrained(folders(family))
     name = backbone_of(pipe)
-    leaves = r"(to_[qkv]|to_out\.0|conv1|proj|net\.2|conv_point)"
-    targets = rf".*(attn\d?|ff|ff_context|resnets\.\d+)\..*{leaves}"
+    leaves = r"(to_[qkv]|to_out\.0|conv1|proj|net\.2|conv_point|w[123])"
+    blocks = r"(attn\d?|attention|ff|ff_context|feed_forward|resnets\.\d+)"
+    targets = rf".*{blocks}\..*{leaves}"
     torch.manual_seed(1)
     config = peft.LoraConfig(
         r=RANK, lora_alpha=5, target_modules=targets, init_lora_weights=False, use_rslora=True
