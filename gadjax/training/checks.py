@@ -107,12 +107,18 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
 def check_critic(config: ConfigDict, needs: Needs) -> None:
     """Check schedule and updates of the networks that the second update trains."""
     roles = [role for role in CRITICS if getattr(needs, role)]
-    if roles:
-        check_schedule("critic", critic_optim(config))
+    for role in roles:
+        check_schedule(role, critic_optim(config, role))
     if roles and config.critic.updates < 1:
         raise InputError(
             f"critic.updates: found {config.critic.updates}; expected 1 or more, because the "
             f"objective needs a {' and a '.join(roles)}"
+        )
+    own = {key: value for key, value in config.discriminator.items() if value is not None}
+    if own and not needs.discriminator:
+        key, value = next(iter(own.items()))
+        raise InputError(
+            f"discriminator.{key}: found {value}; expected none in a run without a discriminator"
         )
     init = config.critic.init
     if init is not None and not (needs.critic and _is_source(init)):
@@ -216,12 +222,17 @@ def _is_source(init: str) -> bool:
     return path is not None and (path.is_dir() or is_lora(path))
 
 
-def critic_optim(config: ConfigDict) -> ConfigDict:
-    """Optimizer settings of the critic; those that are None are the student's."""
-    settings = {key: value for key, value in config.critic.items() if value is not None}
-    return ConfigDict(
-        dict(config.optim) | {key: settings[key] for key in config.optim if key in settings}
-    )
+def critic_optim(config: ConfigDict, role: str) -> ConfigDict:
+    """Optimizer settings of the critic or the discriminator.
+
+    What is None for the discriminator is the critic's, and what is None for the critic the
+    student's.
+    """
+    sections = (config.critic, config.discriminator)[: 1 + CRITICS.index(role)]
+    settings = dict(config.optim)
+    for section in sections:
+        settings |= {k: v for k, v in section.items() if k in settings and v is not None}
+    return ConfigDict(settings)
 
 
 def check_schedule(name: str, optim: ConfigDict) -> None:

@@ -77,8 +77,8 @@ def default_config() -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip": 1.0,  # of the gradient's global norm; 0: none
             },
-            # Of critic and discriminator. None: as in optim. warmup and decay count steps of the
-            # run here too, however many updates a step has.
+            # None: as in optim. warmup and decay count steps of the run here and for the
+            # discriminator too, however many updates a step has.
             "critic": {
                 "updates": 1,  # per student update
                 # A diffusers folder, LoRA or workdir; None: the teacher, or the random student
@@ -95,6 +95,14 @@ def default_config() -> ConfigDict:
                     "alpha": placeholder(float),
                     "targets": placeholder(str),
                 },
+            },
+            "discriminator": {  # None: as the critic's, with which it is updated
+                "lr": placeholder(float),
+                "b1": placeholder(float),
+                "warmup": placeholder(int),
+                "decay": placeholder(int),
+                "weight_decay": placeholder(float),
+                "clip": placeholder(float),
             },
             "ema": 0.999,
             "data": {

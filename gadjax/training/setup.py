@@ -225,7 +225,7 @@ def make_optimizers(config: ConfigDict, objective: Term) -> dict[str, optax.Grad
     optimizers = {"student": make_optimizer(config.optim)}
     for role in CRITICS:
         if getattr(objective.needs, role):
-            optimizers[role] = make_optimizer(critic_optim(config), config.critic.updates)
+            optimizers[role] = make_optimizer(critic_optim(config, role), config.critic.updates)
     return optimizers
 
 
