@@ -52,6 +52,8 @@ def default_config() -> ConfigDict:
             "guidance": 4.5,
             "student": {
                 "init": "teacher",  # or "random", or a diffusers folder, LoRA or workdir
+                # Regex of the paths of the parameters that it trains, as "/attn2/"; "": all
+                "trained": "",
                 "layers": (),  # numbers of the teacher's blocks that it has; (): all
                 "timesteps": (899, 674, 449, 224),  # in the network's units
                 "steps": 4,
@@ -83,6 +85,7 @@ def default_config() -> ConfigDict:
                 "updates": 1,  # per student update
                 # A diffusers folder, LoRA or workdir; None: the teacher, or the random student
                 "init": placeholder(str),
+                "trained": placeholder(str),  # None: as the student's
                 "follow": 0.0,  # share of the student that it takes over at each student update
                 "lr": 1e-5,
                 "b1": 0.0,
