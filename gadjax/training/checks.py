@@ -117,9 +117,9 @@ def check_critic(config: ConfigDict, needs: Needs) -> None:
             f"critic.updates: found {config.critic.updates}; expected 1 or more, because the "
             f"objective needs a {' and a '.join(roles)}"
         )
-    own = {key: value for key, value in config.discriminator.items() if value is not None}
-    if own and not needs.discriminator:
-        key, value = next(iter(own.items()))
+    settings = {key: value for key, value in config.discriminator.items() if value is not None}
+    if settings and not needs.discriminator:
+        key, value = next(iter(settings.items()))
         raise InputError(
             f"discriminator.{key}: found {value}; expected none in a run without a discriminator"
         )

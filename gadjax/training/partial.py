@@ -24,7 +24,8 @@ def trained_patterns(config: Mapping[str, Any]) -> dict[str, str]:
     Raises: InputError for what is no regex, or a regex beside adapters, fewer layers or a random
       start.
     """
-    student, critic = config["student"].get("trained", ""), config["critic"].get("trained")
+    student = config["student"].get("trained", "")
+    critic = config.get("critic", {}).get("trained")
     adapted = loras(config).keys()
     for role, pattern in (("student", student), ("critic", critic)):
         if not pattern:
@@ -43,7 +44,7 @@ def trained_patterns(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_starts(config: Mapping[str, Any], patterns: Mapping[str, str]) -> None:
-    student, critics = config["student"], config["critic"].get("init")
+    student, critics = config["student"], config.get("critic", {}).get("init")
     if "student" in patterns and student["layers"]:
         raise InputError(
             f"student.trained: found {short_repr(patterns['student'])} with student.layers "
