@@ -70,6 +70,7 @@ def test_a_distilled_student_is_that_of_the_command(student, tiny_pipeline, tmp_
     assert config["student"] == {
         "guidance": 1.0,
         "init": "teacher",
+        "trained": "",
         "layers": [],
         "lora": {"rank": 0, "alpha": None, "targets": TARGETS},
         "latents": "student",

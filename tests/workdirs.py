@@ -27,7 +27,7 @@ def make_workdir(
 ) -> Path:
     """Steps 1 and 2 of a run: the student of each and its average all differ.
 
-    With a rank (`student={"lora": {"rank": 2}}`) they are adapters.
+    With a rank (`student={"lora": {"rank": 2}}`) they are adapters, with `trained` that part.
     """
     config = default_config()
     config.teacher = str(teacher)
@@ -42,7 +42,7 @@ def make_workdir(
     folder.mkdir(parents=True)
     write_json(config, folder / "config.json")
     checkpoints = Checkpoints(folder / "checkpoints")
-    first, _ = split_frozen(part.params, part.frozen)
+    first, _ = split_frozen(part.params, part.frozen, (config.student.trained,))
     if role := loras(config).get("student"):
         first = init_adapters(jax.random.key(0), abstract_adapters(part.abstract, role))
     for step in (1, 2):

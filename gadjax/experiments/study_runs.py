@@ -15,6 +15,7 @@ from gadjax.data.prompts import read_prompts
 from gadjax.evaluation.evaluate import evaluate
 from gadjax.evaluation.oracles import WORLDS
 from gadjax.evaluation.results import EvaluationConfig
+from gadjax.models.params import merge_params
 from gadjax.ops.flops import flops
 from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
@@ -139,7 +140,7 @@ def evaluations(run: Run) -> float:
     batch = jax.eval_shape(lambda f, r: make_batch(run.pipeline, f, r, make_key(0), 0), frozen, raw)
     state = jax.eval_shape(run.start, run.initial_params)
     networks = run.networks(frozen)
-    network = run.initial_params.get("student") or run.base("student", frozen)
+    network = merge_params(run.initial_params.get("student", {}), run.base("student", frozen))
     once = flops(lambda p, b: step_spec.denoiser.raw(p, b.noise, 0.0, b.cond), network, batch)
     total = flops(lambda s, t, b: student_step(step_spec, s, t, b), state, networks, batch)
     if len(step_spec.optimizers) > 1:

@@ -133,6 +133,7 @@ def _origin(export: Export) -> list[str]:
         return [f"# {escape_markdown(export.name)}", "", export.origin, ""]
     sampling, config = export.sampling, export.config
     guidance, base = [], config.get("int8", "")
+    part = "" if export.part == "critic" else config["student"].get("trained", "")
     if export.times is None:
         origin = "Trained with the text encoder and the autoencoder of"
         steps = f"the {sampling.steps} steps of its scheduler, with guidance {sampling.guidance:g}"
@@ -160,6 +161,7 @@ def _origin(export: Export) -> list[str]:
         f"| updates | {export.step}, of {config['batch']} samples each |",
         f"| weights | {'EMA' if export.part == 'ema' else 'as last updated'} |",
         *guidance,
+        *([f"| trained parameters | {escape_markdown(part)} |"] if part else []),
         *([f"| base in training | 8 bits in {escape_markdown(base)} |"] if base else []),
         f"| fingerprint of the teacher's backbone | {escape_markdown(export.fingerprint)} |",
         f"| prompt length | {sampling.length} tokens |",

@@ -1,7 +1,7 @@
 """Parameters as nested dicts: flatten, split and merge, cast."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -22,13 +22,25 @@ def unflatten(flat: dict[str, Any]) -> Params:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def split_frozen(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """Split parameters into (trained, untrained): those whose path matches one of the patterns.
+def split_frozen(
+    params: Params, patterns: Sequence[str], trained: Collection[str] = ()
+) -> tuple[Params, Params]:
+    """Split parameters into (trained, untrained).
 
     A pattern is a regex that matches anywhere in a path such as "blocks/attn/kernel".
+
+    Args:
+      params: of a network.
+      patterns: of untrained parameters: those whose path matches one.
+      trained: of trained ones: those whose path does not match all of these are untrained too.
     """
     flat = flatten(params)
-    untrained = {path for path in flat if any(re.search(pattern, path) for pattern in patterns)}
+    untrained = {
+        path
+        for path in flat
+        if any(re.search(pattern, path) for pattern in patterns)
+        or not all(re.search(pattern, path) for pattern in trained)
+    }
     halves = (
         {k: v for k, v in flat.items() if (k in untrained) == frozen} for frozen in (False, True)
     )

@@ -22,7 +22,9 @@ from gadjax.training.config import INITS
 from gadjax.training.data import WITH_PICTURES
 from gadjax.training.health import check_previews
 from gadjax.training.lora import base_source, loras
+from gadjax.training.partial import trained_patterns
 from gadjax.training.steps import CRITICS
+from gadjax.training.workdir import is_workdir
 
 OFFLOAD = "teacher", "optimizer", "ema"
 ATTENTION = "auto", "jnp", "pallas"
@@ -99,6 +101,7 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     check_schedule("optim", config.optim)
     check_critic(config, objective.needs)
     check_follow(config)
+    check_trained(config, objective.needs)
     check_previews(config.preview)
     remat = REMAT[config.remat]
     return Settings(times, objective, mesh, microbatches, dtype, remat, kernels, images)
@@ -107,12 +110,18 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
 def check_critic(config: ConfigDict, needs: Needs) -> None:
     """Check schedule and updates of the networks that the second update trains."""
     roles = [role for role in CRITICS if getattr(needs, role)]
-    if roles:
-        check_schedule("critic", critic_optim(config))
+    for role in roles:
+        check_schedule(role, critic_optim(config, role))
     if roles and config.critic.updates < 1:
         raise InputError(
             f"critic.updates: found {config.critic.updates}; expected 1 or more, because the "
             f"objective needs a {' and a '.join(roles)}"
+        )
+    settings = {key: value for key, value in config.discriminator.items() if value is not None}
+    if settings and not needs.discriminator:
+        key, value = next(iter(settings.items()))
+        raise InputError(
+            f"discriminator.{key}: found {value}; expected none in a run without a discriminator"
         )
     init = config.critic.init
     if init is not None and not (needs.critic and _is_source(init)):
@@ -125,18 +134,37 @@ def check_critic(config: ConfigDict, needs: Needs) -> None:
 
 
 def check_follow(config: ConfigDict) -> None:
-    """Check adapters, and that a critic can take over a share of a student's.
+    """Check adapters and trained parts, and that a critic can take over a share of a student's.
 
-    Raises: InputError as `loras`, and for a critic that follows adapters unlike its own.
+    Raises: InputError as `loras` and `trained_patterns`, and for a critic that follows adapters or
+      a part unlike its own.
     """
-    adapters = loras(config)
-    alike = adapters.get("student") == adapters.get("critic")
-    roles = [role for role in ("student", "critic") if role in adapters]
-    same_base = len({base_source(config, role) for role in roles}) < 2
+    adapters, patterns = loras(config), trained_patterns(config)
+    alike = all(of.get("student") == of.get("critic") for of in (adapters, patterns))
+    same_base = len({base_source(config, role) for role in {*adapters, *patterns}}) < 2
     if config.critic.follow and not (alike and same_base):
+        what = "adapters" if adapters else "trained parameters"
         raise InputError(
-            f"critic.follow: found {config.critic.follow} and adapters of the student that are not "
-            "the critic's; expected 0, or the same adapters on the teacher"
+            f"critic.follow: found {config.critic.follow} and {what} of the student that are not "
+            f"the critic's; expected 0, or the same {what} on the teacher"
+        )
+
+
+def check_trained(config: ConfigDict, needs: Needs) -> None:
+    """Check that the rest of a network trained in part can be found again by its readers.
+
+    Raises: InputError for a student's start that is no pipeline folder, or a part of no critic.
+    """
+    init, pattern = config.student.init, config.student.trained
+    path = assets.resolve(init)
+    if pattern and init not in INITS and (is_lora(path) or is_workdir(path)):
+        raise InputError(
+            f"student.trained: found {short_repr(pattern)} and student.init {init!r}; expected a "
+            "start at a pipeline folder (gadjax export writes one)"
+        )
+    if config.critic.trained and not needs.critic:
+        raise InputError(
+            f"critic.trained: found {short_repr(config.critic.trained)}; expected none: no critic"
         )
 
 
@@ -216,12 +244,17 @@ def _is_source(init: str) -> bool:
     return path is not None and (path.is_dir() or is_lora(path))
 
 
-def critic_optim(config: ConfigDict) -> ConfigDict:
-    """Optimizer settings of the critic; those that are None are the student's."""
-    settings = {key: value for key, value in config.critic.items() if value is not None}
-    return ConfigDict(
-        dict(config.optim) | {key: settings[key] for key in config.optim if key in settings}
-    )
+def critic_optim(config: ConfigDict, role: str) -> ConfigDict:
+    """Optimizer settings of the critic or the discriminator.
+
+    What is None for the discriminator is the critic's, and what is None for the critic the
+    student's.
+    """
+    sections = (config.critic, config.discriminator)[: 1 + CRITICS.index(role)]
+    settings = dict(config.optim)
+    for section in sections:
+        settings |= {k: v for k, v in section.items() if k in settings and v is not None}
+    return ConfigDict(settings)
 
 
 def check_schedule(name: str, optim: ConfigDict) -> None:

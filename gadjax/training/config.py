@@ -52,6 +52,8 @@ def default_config() -> ConfigDict:
             "guidance": 4.5,
             "student": {
                 "init": "teacher",  # or "random", or a diffusers folder, LoRA or workdir
+                # Regex of the paths of the parameters that it trains, as "/attn2/"; "": all
+                "trained": "",
                 "layers": (),  # numbers of the teacher's blocks that it has; (): all
                 "timesteps": (899, 674, 449, 224),  # in the network's units
                 "steps": 4,
@@ -77,12 +79,13 @@ def default_config() -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip": 1.0,  # of the gradient's global norm; 0: none
             },
-            # Of critic and discriminator. None: as in optim. warmup and decay count steps of the
-            # run here too, however many updates a step has.
+            # None: as in optim. warmup and decay count steps of the run here and for the
+            # discriminator too, however many updates a step has.
             "critic": {
                 "updates": 1,  # per student update
                 # A diffusers folder, LoRA or workdir; None: the teacher, or the random student
                 "init": placeholder(str),
+                "trained": placeholder(str),  # None: as the student's
                 "follow": 0.0,  # share of the student that it takes over at each student update
                 "lr": 1e-5,
                 "b1": 0.0,
@@ -95,6 +98,14 @@ def default_config() -> ConfigDict:
                     "alpha": placeholder(float),
                     "targets": placeholder(str),
                 },
+            },
+            "discriminator": {  # None: as the critic's, with which it is updated
+                "lr": placeholder(float),
+                "b1": placeholder(float),
+                "warmup": placeholder(int),
+                "decay": placeholder(int),
+                "weight_decay": placeholder(float),
+                "clip": placeholder(float),
             },
             "ema": 0.999,
             "data": {

@@ -41,12 +41,14 @@ def loras(config: Mapping[str, Any]) -> dict[str, Lora]:
 
 
 def base_source(config: Mapping[str, Any], role: str) -> str:
-    """Source of the weights that a role's adapters are on: "teacher", or a folder or workdir.
+    """Source of the weights that a role's adapters are on, or that it trains in part: "teacher", or
+    the path of its start.
 
     Adapters that start at a LoRA of the teacher go on training it.
     """
     init = config[role].get("init")  # older workdirs have none of the critic
-    on_teacher = init in ("teacher", None) or is_lora(assets.resolve(init))
+    adapted = role in loras(config)
+    on_teacher = init in ("teacher", None) or adapted and is_lora(assets.resolve(init))
     return "teacher" if on_teacher else init
 
 

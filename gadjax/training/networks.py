@@ -21,6 +21,7 @@ from gadjax.pipelines.pipeline import Pipeline, make_pipeline, random_params
 from gadjax.training.config import INITS, OF_RUN
 from gadjax.training.lora import base_source, loras
 from gadjax.training.lora_start import read_adapters, read_merged
+from gadjax.training.partial import trained_patterns, untrained_part
 from gadjax.training.workdir import is_workdir, read_trained
 from gadjax.types import Params
 
@@ -95,11 +96,11 @@ class Networks(NamedTuple):
     """Backbones of a run beside its teacher.
 
     Attributes:
-      initial: initial parameters by role: of whole weights, and of adapters that start at a LoRA's;
-        the critic's whole ones only if they are not the student's.
+      initial: initial parameters by role: those that it trains, or adapters that start at a
+        LoRA's; the critic's only if they are not the student's.
       frozen: key in `Run.frozen` -> parameters.
-      bases: role -> key in `Run.frozen` of the weights that its adapters are on, if those are not
-        the teacher's.
+      bases: role -> key in `Run.frozen` of the weights that its adapters are on, or of the rest of
+        a network trained in part, if those are not the teacher's.
       sources: name that a term uses -> key in `Run.frozen`.
       fingerprints: key of the config -> fingerprint of the networks that it names by their paths.
     """
@@ -155,6 +156,11 @@ def load_networks(
         for key in (*sources.values(), *bases.values())
         if key != pipeline.backbone
     }
+    patterns = trained_patterns(config)
+    for key in set(bases.values()) - set(sources.values()):
+        of_roles = [patterns.get(role) for role, base in bases.items() if base == key]
+        if all(of_roles):  # adapters are on the whole
+            frozen[key] = untrained_part(pipeline, frozen[key], of_roles)
     initial = _initial(config, objective, pipeline, starts)
     for role in loras(config).keys() & inits.keys() - bases.keys():
         initial[role] = read_adapters(config, role, pipeline, abstract)
@@ -178,18 +184,23 @@ def base_keys(config: ConfigDict, inits: dict[str, str]) -> dict[str, str]:
     keys = {path: "start" if role == "student" else f"{role}/start" for role, path in on.items()}
     if "student" in on and not config.student.layers:  # with fewer layers the start is another
         keys[on["student"]] = "start"
-    return {role: keys[path] for role, path in on.items() if role in loras(config)}
+    needing = loras(config).keys() | trained_patterns(config).keys()
+    return {role: keys[path] for role, path in on.items() if role in needing}
 
 
 def _initial(
     config: ConfigDict, objective: Sum, pipeline: Pipeline, starts: dict[str, Params]
 ) -> dict[str, Params]:
-    """Initial parameters of the roles that train whole weights. starts: of student and critic."""
-    patterns = pipeline.folder.components[pipeline.backbone].frozen
+    """Initial parameters of the roles without adapters. starts: of student and critic."""
+    frozen = pipeline.folder.components[pipeline.backbone].frozen
     roles = {"student", "critic"} if objective.needs.critic else {"student"}
-    trained = roles - loras(config).keys()
-    initial = {role: split_frozen(starts[role], patterns)[0] for role in sorted(trained)}
-    if trained == {"student", "critic"} and starts["critic"] is starts["student"]:
+    trained, patterns = roles - loras(config).keys(), trained_patterns(config)
+    initial = {
+        role: split_frozen(starts[role], frozen, (patterns.get(role, ""),))[0]
+        for role in sorted(trained)
+    }
+    alike = patterns.get("critic") == patterns.get("student")
+    if trained == {"student", "critic"} and starts["critic"] is starts["student"] and alike:
         del initial["critic"]
     return initial
 

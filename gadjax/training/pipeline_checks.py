@@ -19,6 +19,7 @@ from gadjax.pipelines.pipeline import Pipeline
 from gadjax.pipelines.sampling import sampler_and_times
 from gadjax.training.batch import encode_raw
 from gadjax.training.checks import Settings
+from gadjax.training.partial import check_matches
 from gadjax.training.workdir import sampling_from_config
 from gadjax.types import Params
 
@@ -33,12 +34,14 @@ def check_pipeline(config: ConfigDict, settings: Settings, pipeline: Pipeline) -
 
     Returns: the student's grid, with the clean end.
 
-    Raises: InputError for a network that does not fit the mesh, a term that does not fit its
-      schedule, steps that add noise, or times that the teacher's sampler does not have.
+    Raises: InputError for a network that does not fit the mesh, a regex of trained parameters that
+      matches none, a term that does not fit its schedule, steps that add noise, or times that the
+      teacher's sampler does not have.
     """
     check_sequence(pipeline, settings.mesh)
     part = pipeline.folder.components[pipeline.backbone]
     check_layers(tuple(config.student.layers), part.spec, part.abstract)
+    check_matches(config, pipeline)
     settings.objective.check_denoiser(pipeline.denoiser)
     times, sampling = settings.times, sampling_from_config(config)
     if pipeline.sampler.stochastic:

@@ -17,7 +17,7 @@ from gadjax.features.network import FolderExtractor
 from gadjax.formats.state_dict import tensors_from_params
 from gadjax.formats.weights import fingerprint
 from gadjax.models.adapters import abstract_adapters, init_adapters
-from gadjax.models.params import cast, split_frozen
+from gadjax.models.params import cast
 from gadjax.models.quantized import quantized
 from gadjax.objectives.base import Term
 from gadjax.parallel.placement import batch_shards
@@ -27,6 +27,7 @@ from gadjax.training.checks import Settings, critic_optim, validate
 from gadjax.training.data import input_fingerprints, open_data
 from gadjax.training.lora import base_source, loras
 from gadjax.training.networks import load_networks
+from gadjax.training.partial import bases_on_teacher
 from gadjax.training.pipeline_checks import check_pipeline, check_tangents, feature_width
 from gadjax.training.state import StepSpec, TrainState, create_state, make_optimizer
 from gadjax.training.steps import CRITICS
@@ -98,7 +99,8 @@ class Run:
       mesh: the run's devices.
       source: data source.
       frozen: parameters that no update changes, by network; the empty prompt under "null", and
-        parameters of the backbone that are never trained under "untrained".
+        parameters of the backbone that are not trained, where no other key has them, under
+        "untrained".
       initial_params: initial parameters by role, as `Networks.initial` has them.
       start: initial parameters -> initial training state.
       fingerprint: of the teacher's backbone.
@@ -163,17 +165,16 @@ def prepare(
     source, null = open_data(config, pipeline)
     frozen = {"null": null} | frozen_networks(config, settings, pipeline, params)
     part = pipeline.folder.components[pipeline.backbone]
-    _, untrained = split_frozen(params[pipeline.backbone], part.frozen)
     networks = load_networks(config, objective, pipeline, params[pipeline.backbone], abstract)
     for name, tree in networks.frozen.items():
-        base = quantized(tree, config.int8) if name in networks.bases.values() else tree
-        frozen[name] = cast(base, settings.dtype)
-    adapted = loras(config).keys() & step_spec.optimizers.keys()
-    without_adapters = step_spec.optimizers.keys() - {"discriminator"} - adapted
-    bases = dict.fromkeys(adapted, pipeline.backbone) | networks.bases
-    if untrained and without_adapters:
+        adapted = name in {networks.bases.get(role) for role in loras(config)}
+        frozen[name] = cast(quantized(tree, config.int8) if adapted else tree, settings.dtype)
+    roles = step_spec.optimizers.keys() - {"discriminator"} - networks.bases.keys()
+    bases, untrained = bases_on_teacher(
+        config, roles, pipeline, params[pipeline.backbone], frozen, settings.dtype
+    )
+    if untrained:
         frozen["untrained"] = untrained
-        bases |= dict.fromkeys(without_adapters, "untrained")
     if objective.needs.tangent or objective.needs.jvp:
         check_tangents(pipeline, frozen, params[pipeline.backbone])
     return Run(
@@ -195,7 +196,7 @@ def prepare(
         fingerprint="" if abstract else fingerprint(tensors_from_params(part.params, part.keymap)),
         inputs={} if abstract else input_fingerprints(config, source) | networks.fingerprints,
         sources=networks.sources,
-        bases=bases,
+        bases=bases | networks.bases,
     )
 
 
@@ -225,7 +226,7 @@ def make_optimizers(config: ConfigDict, objective: Term) -> dict[str, optax.Grad
     optimizers = {"student": make_optimizer(config.optim)}
     for role in CRITICS:
         if getattr(objective.needs, role):
-            optimizers[role] = make_optimizer(critic_optim(config), config.critic.updates)
+            optimizers[role] = make_optimizer(critic_optim(config, role), config.critic.updates)
     return optimizers
 
 

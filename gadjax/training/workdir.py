@@ -18,6 +18,7 @@ from gadjax.models.depth import COUNT, check_layers, keep_layers
 from gadjax.models.params import merge_params, split_frozen
 from gadjax.objectives import TERMS, Needs, build
 from gadjax.training.lora import base_source, loras
+from gadjax.training.partial import trained_patterns
 from gadjax.types import Params
 
 
@@ -33,7 +34,8 @@ class Trained:
       config: the run's config, as JSON.
       fingerprint: of the backbone that `full_params` completes, when the run was started.
       sampling: sampling config of these weights.
-      on_start: adapters are on the student's start, a folder or workdir, not on the teacher.
+      on_start: adapters, or the rest of a network trained in part, are on the student's start, a
+        folder or workdir, not on the teacher.
     """
 
     workdir: Path
@@ -109,18 +111,25 @@ class Trained:
 
     def _complete(self, base: Component) -> Params:
         """The trained parameters on those of the base; adapters are merged, in float32."""
+        pattern = trained_patterns(self.config).get(self._role, "")
+        if self.lora or pattern:
+            self._check_critics_base()
         if self.lora is None:
-            return merge_params(self.params, split_frozen(base.params, base.frozen)[1])
-        on = self.config["student"]["init"] if self.on_start else "teacher"
-        if self._role == "critic" and (source := base_source(self.config, "critic")) != on:
-            raise InputError(
-                f"{self.workdir}: found a critic whose adapters are on {source!r}; expected "
-                f"them on {on!r}, as the student's"
-            )
+            rest = split_frozen(base.params, base.frozen, (pattern,))[1]
+            return merge_params(self.params, rest)
         try:
             return merged(base.params, self.adapters)
         except InputError as error:
             raise InputError(f"{self.workdir}, step {self.step}: {error}") from None
+
+    def _check_critics_base(self) -> None:
+        on = self.config["student"]["init"] if self.on_start else "teacher"
+        if self._role == "critic" and (source := base_source(self.config, "critic")) != on:
+            what = "adapters are" if self.lora else "frozen rest is"
+            raise InputError(
+                f"{self.workdir}: found a critic whose {what} on {source!r}; expected it on "
+                f"{on!r}, as the student's"
+            )
 
 
 def shallow(base: Component, layers: tuple[int, ...]) -> Component:
@@ -175,7 +184,7 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
         config, teacher = meta["config"], meta.get("base", meta["teacher"])
         start = config["student"]["init"] if "base" in meta else ""
         sampling = sampling_from_config(config)
-        loras(config)
+        trained_patterns(config)  # and of adapters
         texts = teacher, config["teacher"], config["data"]["world"], start, sampling.rollout
         layers = config["student"].get("layers", ())
         numbers = *(sampling.timesteps or ()), config["guidance"], sampling.guidance

@@ -37,6 +37,7 @@ from benchmarks import (  # noqa: E402
     accuracy,
     adapted,
     attention,
+    costs,
     evaluation,
     host,
     kernels,
@@ -86,6 +87,7 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
             *(partial(step.evaluations, replace(size, batch=2)) for size in sizes),
             partial(step.iterations, few if tiny else many, 3),
         ),
+        "costs": partial(costs.costs, *(("regression",),) * tiny),
         "adapters": partial(
             adapted.adapted, TINY if tiny else Size(4, 6, 64, 16, batch=4), 1 if tiny else 3
         ),

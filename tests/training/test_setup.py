@@ -167,7 +167,7 @@ def test_critic_settings_override_the_students(config):
     config.objective = {"dmd": {}}
     config.optim.update(lr=2e-3, warmup=4, decay=24, clip=1.0)
     config.critic.update(updates=2, lr=5e-3, warmup=0, decay=0, b1=0.5, clip=7.0)
-    settings = checks.critic_optim(config)
+    settings = checks.critic_optim(config, "critic")
     assert (settings.lr, settings.warmup, settings.decay, settings.b1, settings.clip) == (
         5e-3,
         0,
