@@ -237,7 +237,12 @@ def test_a_model_card_stays_a_card(text):
     rows = {"a": {"label": text, "evaluations": 4, "metrics": {text: metric}}}
     export = Export(
         **{"name": text, "sampling": SamplingConfig(4), "times": (3.0,), "step": 1, "part": "ema"},
-        config={"guidance": 2.0, "batch": 8, "objective": {"dmd": {"kind": text}}},
+        config={
+            "guidance": 2.0,
+            "batch": 8,
+            "objective": {"dmd": {"kind": text}},
+            "student": {"trained": text},
+        },
         **{"teacher": text, "fingerprint": "a", "latent": (8, 8, 4), "pipeline": "P"},
         **{"arguments": {"a": text}, "license": text, "report": {"rows": rows}},
     )
