@@ -3,8 +3,8 @@
     python -m gadjax.experiments.repair_study STUDENT [VARIANT ...] [--seeds 3]
                                           [--out docs/results/repair]
 
-STUDENT is a workdir or pipeline folder of a student of the bundled flow teacher: the patient. A
-variant with a row in --out is finished; without any, all are done in order.
+STUDENT is a pipeline folder of a student of the bundled flow teacher: the patient. A variant with a
+row in --out is finished; without any, all are done in order.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from gadjax import assets
 from gadjax.errors import InputError
 from gadjax.experiments.study_runs import Evaluator, evaluations, train_seeds
 from gadjax.experiments.study_tables import LABELS, METRICS, metric_cells
+from gadjax.formats.sampling_config import SamplingConfig, read_sampling
 from gadjax.io.storage import write_atomic
 from gadjax.models.adapters import merged
 from gadjax.runtime.settings import pinned_jax_config
@@ -72,7 +73,8 @@ def config_of(variant: str, student: str) -> ConfigDict:
     config = read_config(["--config=repair"])
     config.objective = objective
     config.teacher, config.guidance = TEACHER, 4.0
-    config.student.update(init=student, steps=len(TIMES), timesteps=TIMES)
+    times = read_sampling(assets.resolve(student), SamplingConfig()).timesteps or TIMES
+    config.student.update(init=student, steps=len(times), timesteps=times)
     config.student.lora.rank = changes.get("rank", config.student.lora.rank)
     config.optim.lr = changes.get("lr", config.optim.lr)
     config.steps = config.optim.decay = changes.get("steps", UPDATES)
@@ -167,7 +169,7 @@ def write_table(out: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("student", help="workdir or pipeline folder")
+    parser.add_argument("student", help="pipeline folder")
     parser.add_argument("variants", nargs="*", help="all of them by default")
     parser.add_argument("--seeds", type=int, default=3, help="of every variant, trained together")
     parser.add_argument("--out", type=Path, default=Path("docs/results/repair"))

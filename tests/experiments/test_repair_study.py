@@ -25,6 +25,12 @@ def test_every_variant_is_a_config(variant):
     )
 
 
+def test_the_steps_are_the_patient_s(tmp_path):
+    (tmp_path / "gadjax.json").write_text('{"steps": 2, "timesteps": [999.0, 499.5]}')
+    student = config_of("all", str(tmp_path)).student
+    assert (student.steps, student.timesteps, student.init) == (2, (999.0, 499.5), str(tmp_path))
+
+
 def test_unknown_variants_are_named():
     with pytest.raises(InputError, match="^variant: found 'other'; expected one of regression_"):
         config_of("other", "asset:shapes_flow_teacher")
