@@ -23,16 +23,18 @@ from gadjax import assets
 from gadjax.errors import InputError
 from gadjax.experiments.study_runs import Evaluator, evaluations, train_seeds
 from gadjax.experiments.study_tables import LABELS, METRICS, metric_cells
-from gadjax.formats.sampling_config import SamplingConfig, read_sampling
+from gadjax.formats.orbax_folder import open_folder
+from gadjax.formats.sampling_config import read_sampling
 from gadjax.io.storage import write_atomic
 from gadjax.models.adapters import merged
+from gadjax.pipelines.pipeline import make_pipeline
+from gadjax.pipelines.sampling import few_step_settings
 from gadjax.runtime.settings import pinned_jax_config
 from gadjax.training.config import as_json, read_config
 from gadjax.training.setup import Run, prepare
 
 TEACHER = "asset:shapes_flow_teacher"
 UPDATES = 300  # half of the command's default, which is the row updates_600
-TIMES = (999.0, 749.25, 499.5, 249.75)
 REGRESSION = {"regression": {"steps": 4}}
 POLAR = {"gad": {"weight": 0.3, "steps": 4, "loss": "polar"}}
 ANCHOR = {"anchor": {"weight": 0.05, "steps": 4}}
@@ -66,14 +68,17 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def config_of(variant: str, student: str) -> ConfigDict:
-    """Training config of a variant. Raises: InputError for an unknown one."""
+    """Training config of a variant. Raises: InputError for an unknown one, or no few-step student.
+
+    student: folder of the patient.
+    """
     if variant not in VARIANTS:
         raise InputError(f"variant: found {variant!r}; expected one of {', '.join(VARIANTS)}")
     objective, changes = VARIANTS[variant]
     config = read_config(["--config=repair"])
     config.objective = objective
     config.teacher, config.guidance = TEACHER, 4.0
-    times = read_sampling(assets.resolve(student), SamplingConfig()).timesteps or TIMES
+    times = patient_times(assets.resolve(student))
     config.student.update(init=student, steps=len(times), timesteps=times)
     config.student.lora.rank = changes.get("rank", config.student.lora.rank)
     config.optim.lr = changes.get("lr", config.optim.lr)
@@ -81,6 +86,15 @@ def config_of(variant: str, student: str) -> ConfigDict:
     config.data.update(prompts="asset:shapes_prompts.txt", length=16)
     config.remat, config.attention = "none", "jnp"  # 16 positions
     return config
+
+
+def patient_times(folder: Path) -> tuple[float, ...]:
+    """Times of a student's steps. Raises: InputError for a folder that is no few-step student's."""
+    pipeline = make_pipeline(open_folder(folder, components=()))
+    settings = few_step_settings(pipeline, read_sampling(folder, pipeline.sampling))
+    if settings is None:
+        raise InputError(f"{folder}: found no few-step student; expected an export of one")
+    return settings[0]
 
 
 def complete(run: Run, student: Any) -> Any:

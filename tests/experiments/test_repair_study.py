@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,9 +16,21 @@ from gadjax.training.config import read_config
 from gadjax.training.setup import prepare
 
 
+def as_student(folder, steps):
+    """The bundled teacher as if it were a student of few steps."""
+    shutil.copytree(assets.resolve("asset:shapes_flow_teacher"), folder)
+    (folder / "gadjax.json").write_text(json.dumps({"steps": steps, "guidance": 1.0}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory):
+    return as_student(tmp_path_factory.mktemp("patient") / "student", 4)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_is_a_config(variant):
-    config = config_of(variant, "asset:shapes_flow_teacher")
+def test_every_variant_is_a_config(variant, patient):
+    config = config_of(variant, patient)
     total = build(config.objective, TERMS, config.student.timesteps)
     assert not total.needs.critic and config.optim.decay == config.steps
     assert config.student.lora.rank == {"rank_4": 4, "rank_64": 64, "whole_weights": 0}.get(
@@ -25,10 +38,14 @@ def test_every_variant_is_a_config(variant):
     )
 
 
-def test_the_steps_are_the_patient_s(tmp_path):
-    (tmp_path / "gadjax.json").write_text('{"steps": 2, "timesteps": [999.0, 499.5]}')
-    student = config_of("all", str(tmp_path)).student
-    assert (student.steps, student.timesteps, student.init) == (2, (999.0, 499.5), str(tmp_path))
+def test_the_steps_are_the_patient_s(patient, tmp_path):
+    """Those of its scheduler, where gadjax.json has their number alone."""
+    times = config_of("all", patient).student.timesteps
+    assert times == pytest.approx((999.0, 749.25, 499.5, 249.75))
+    student = config_of("all", as_student(tmp_path / "two", 2)).student
+    assert student.steps == 2 and student.timesteps == pytest.approx((999.0, 499.5))
+    with pytest.raises(InputError, match="found no few-step student"):
+        config_of("all", "asset:shapes_flow_teacher")
 
 
 def test_unknown_variants_are_named():
@@ -77,9 +94,8 @@ def small(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["regression_tether", "whole_weights"])
-def test_a_row_of_repairs(small, tmp_path, variant):
+def test_a_row_of_repairs(small, tmp_path, variant, patient):
     """Of adapters on the patient, whose base is not the teacher's, and of whole weights."""
-    patient = str(assets.resolve("asset:shapes_flow_teacher"))
     repair_study.run_variant(variant, patient, 2, tmp_path, small)
     row = json.loads((tmp_path / f"{variant}.json").read_text())
     assert len(row["runs"]) == 2 and row["runs"][0]["adherence"] >= 0
@@ -92,16 +108,16 @@ def test_a_cell_of_adapters(small, tmp_path):
     assert len(json.loads(path.read_text())["runs"]) == 2
 
 
-def test_the_default_is_that_of_the_command():
-    config, ours = read_config(["--config=repair"]), config_of("regression_tether", "student")
+def test_the_default_is_that_of_the_command(patient):
+    config, ours = read_config(["--config=repair"]), config_of("regression_tether", patient)
     weighted = {k: v for k, v in config.objective.to_dict().items() if v.get("weight", 1.0)}
     assert ours.objective.to_dict() == weighted
 
 
 @pytest.mark.slow
-def test_a_row_of_equal_cost_takes_the_default_s_evaluations():
+def test_a_row_of_equal_cost_takes_the_default_s_evaluations(patient):
     def cost(variant):
-        config = config_of(variant, "asset:shapes_flow_teacher")
+        config = config_of(variant, patient)
         return config.steps * evaluations(prepare(config))
 
     assert cost("seed_difference_4_tether_148") == pytest.approx(
