@@ -23,7 +23,7 @@ Variants: dmd (default, for comparison); dmd_fresh (DMD2: noise is added between
           dmd_fresh and those from cd to sprint are of the eps teacher and, but for tcm, sampled
           with fresh noise; WITH_PICTURES draw captions with pictures of the bundled world.
 Hardware: 2 CPU cores.
-Result:   none reported; one run of rcm, whose pictures were not evaluated: docs/methods.md.
+Result:   of eight variants: docs/results/study/README.md; of the others none yet.
 """
 
 from gadjax.training.config import variant_config
