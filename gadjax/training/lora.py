@@ -60,9 +60,14 @@ def _check(name: str, rank: int, alpha: float | None, targets: str) -> None:
         )
     if alpha is not None and not (is_number(alpha) and alpha > 0):
         raise InputError(f"{name}.alpha: found {short_repr(alpha)}; expected a number above 0")
+    check_regex(f"{name}.targets", targets)
+
+
+def check_regex(key: str, pattern: Any) -> None:
+    """Check that a value of the config is a regex. Raises: InputError naming its key."""
     try:
-        re.compile(targets)
+        re.compile(pattern)
     except (re.error, TypeError) as error:
         raise InputError(
-            f"{name}.targets: found {short_repr(targets)} ({error}); expected a regex"
+            f"{key}: found {short_repr(pattern)} ({error}); expected a regex"
         ) from None

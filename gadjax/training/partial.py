@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from gadjax.errors import InputError, short_repr
 from gadjax.models.params import cast, flatten, split_frozen
 from gadjax.pipelines.pipeline import Pipeline
-from gadjax.training.lora import loras
+from gadjax.training.lora import check_regex, loras
 from gadjax.types import Params
 
 
@@ -30,7 +30,7 @@ def trained_patterns(config: Mapping[str, Any]) -> dict[str, str]:
     for role, pattern in (("student", student), ("critic", critic)):
         if not pattern:
             continue
-        _check_regex(role, pattern)
+        check_regex(f"{role}.trained", pattern)
         if role in adapted:
             raise InputError(
                 f"{role}.trained: found {short_repr(pattern)} and adapters; expected '', as "
@@ -58,15 +58,6 @@ def _check_starts(config: Mapping[str, Any], patterns: Mapping[str, str]) -> Non
             f"{random[0]}.trained: found {short_repr(patterns[random[0]])} with student.init "
             "'random'; expected '', as the rest would stay random"
         )
-
-
-def _check_regex(role: str, pattern: Any) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise InputError(
-            f"{role}.trained: found {short_repr(pattern)} ({error}); expected a regex"
-        ) from None
 
 
 def check_matches(config: ConfigDict, pipeline: Pipeline) -> None:
