@@ -10,7 +10,9 @@ Variants: dmd (default, for comparison); dmd_fresh (DMD2: noise is added between
           pg_sb (SNOOPI: guidance 2 to 5); uni_instruct; f_distill; embedding (dmd with it); disback
           and uni_dad (here the teacher is the path and the second teacher:
           --config.objective.disback.path, --config.objective.uni_dad.target); cdm (grids drawn
-          anew, a critic that follows the student); phased_dmd; cd (consistency distillation); tbcm
+          anew, a critic that follows the student); phased_dmd; phased_dmd_first and
+          phased_dmd_second (an expert of two steps each, the second meant for
+          --config.student.earlier_expert=WORKDIR of the first); cd (consistency distillation); tbcm
           (consistency on the teacher's own trajectory); ct (consistency training on pictures, which
           ignores the guidance); tcm (one step; meant for a student of ct,
           --config.student.init=WORKDIR); lcm; rcm (with dmd, and grids drawn anew); sprint
@@ -47,6 +49,8 @@ VARIANTS = {
     "uni_dad": {"uni_dad": {"target": "teacher"}},
     "cdm": {"cdm": {}},
     "phased_dmd": {"phased_dmd": {}},
+    "phased_dmd_first": {"phased_dmd": {}},
+    "phased_dmd_second": {"phased_dmd": {}},
     "cd": {"cd": {"huber": 1e-3}},
     "tbcm": {"tbcm": {"points": 4}},
     "ct": {"ct": {}},
@@ -121,6 +125,8 @@ def get_config(variant: str = "dmd"):
         config.optim.lr = 5e-5
     if variant == "sprint":  # the first of two drawn steps is SANA-Sprint's half at the last time
         config.student.update(steps=2, timesteps=(899, 449), latents="data", redraw=(0.0, 1.0))
+    if variant.startswith("phased_dmd_"):
+        config.student.trained_steps = (0, 2) if variant.endswith("first") else (2, 4)
     if variant in ("boot", "gdd"):
         config.student.update(steps=1, timesteps=(999,))
     if variant == "tcm":

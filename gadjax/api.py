@@ -39,6 +39,7 @@ from gadjax.training.checks import compute_dtype
 from gadjax.training.config import changed_config, default_config
 from gadjax.training.export import export
 from gadjax.training.loop import train
+from gadjax.training.networks import with_earlier_expert
 from gadjax.training.workdir import Trained, is_workdir, read_trained
 from gadjax.types import Params
 
@@ -111,10 +112,11 @@ def load(
         raise InputError(f"teacher: found {teacher} for {name}, which is no workdir; expected none")
     folder = source
     if trained:
-        if trained.layers and loras:
+        if loras and (trained.layers or trained.earlier_expert):
+            what = f"a student of {len(trained.layers)} layers" if trained.layers else "experts"
             raise InputError(
-                f"lora: found {loras[0][0]} for {name}, a student of {len(trained.layers)} layers; "
-                "expected none, as LoRAs name the teacher's layers"
+                f"lora: found {loras[0][0]} for {name}, {what}; expected none, as LoRAs are of one "
+                "network of the teacher's layers"
             )
         folder = trained.base if teacher is None else resolve(str(teacher))
         restore_replaced(folder)
@@ -131,6 +133,8 @@ def load(
         sampling = read_sampling(source, pipeline.sampling)
     if student_preset is not None:
         pipeline, sampling = published_student(student_preset, pipeline)
+    backbone = pipeline.backbone
+    params[backbone], _ = with_earlier_expert(trained, params[backbone], pipeline)
     return Model(str(name), pipeline, cast(params, compute), sampling, trained, loras)
 
 

@@ -11,7 +11,7 @@ from gadjax.objectives import TERMS, build
 from gadjax.parallel.placement import batch_shards
 from gadjax.parallel.sharding import check_batch, make_mesh
 from gadjax.training.checks import select_kernels
-from gadjax.training.setup import LoopSpec, Run
+from gadjax.training.setup import LoopSpec, Run, update_order
 from gadjax.training.state import create_state, make_optimizer
 from gadjax.types import Cond
 
@@ -80,7 +80,7 @@ def prepare_with(source):
             teacher=config.teacher,
             seed=config.seed,
             batch=config.batch,
-            critic_updates=config.critic.updates,
+            order=update_order(config, objective),
             offload=tuple(config.offload),
             kernels=select_kernels(config.attention, mesh, config.dtype),
             pipeline=pipeline,

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gadjax.diffusion.experts import Experts, by_time
 from gadjax.diffusion.parameterization import from_prediction, to_prediction
 from gadjax.diffusion.schedules import NoiseSchedule
 from gadjax.types import Cond, Params, Prediction, expand
@@ -58,8 +59,11 @@ class Denoiser:
         return replace(self, default_guidance=scale, features=features if given else None)
 
     def cache_text(self, params: Params, cond: Cond) -> Cond:
-        """`cond` with its prompt embeddings replaced by their KV cache, for many evaluations."""
-        if self.text_kv is None:
+        """`cond` with its prompt embeddings replaced by their KV cache, for many evaluations.
+
+        As it is where a family has none, and for experts, each of which would have its own.
+        """
+        if self.text_kv is None or isinstance(params, Experts):
             return cond
         return cond._replace(text=self.text_kv(params, cond.text))
 
@@ -67,7 +71,7 @@ class Denoiser:
         """Raw network output in float32.
 
         Args:
-          params: of the network.
+          params: of the network, or `Experts`.
           x_BHWC: noisy latents.
           t_B: timesteps, [B] or a scalar, in the units of the schedule.
           cond: conditioning.
@@ -75,7 +79,7 @@ class Denoiser:
         t_B = jnp.broadcast_to(jnp.asarray(t_B, x_BHWC.dtype), x_BHWC.shape[:1])
         if self.guidance_embedded and "guidance" not in (cond.extras or {}):
             cond = self._embed_guidance(cond, self.default_guidance, t_B)
-        return self.apply(params, x_BHWC, t_B, cond).astype(x_BHWC.dtype)
+        return by_time(self.apply, params, x_BHWC, t_B, cond).astype(x_BHWC.dtype)
 
     def to_prediction(self, raw_BHWC, x_BHWC, t_B) -> Prediction:
         """Convert a raw output to x0 and eps.

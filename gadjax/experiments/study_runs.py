@@ -38,20 +38,20 @@ def train_seeds(run: Run, seeds: Sequence[int]) -> tuple[list[Any], dict[str, li
     """
     config = run.config
     step_spec = run.step_spec
-    critic_updates = config.critic.updates if len(step_spec.optimizers) > 1 else 0
+    updates = len(run.order)
 
     def train(key, raws, frozen, initial_params):
         def one_step(state, now):
             logged = {}
-            for i in range(critic_updates + 1):
+            for i, name in enumerate(run.order):
                 raw = jax.tree.map(lambda x, i=i: x[i], now["raw"])
                 batch = make_batch(run.pipeline, frozen, raw, key, now["number"] + i)
-                step = student_step if i == critic_updates else critic_step
+                step = student_step if name == "student" else critic_step
                 state, metrics = step(step_spec, state, run.networks(frozen), batch)
                 logged |= {k: metrics[k] for k in CURVES if k in metrics}
             return state, logged
 
-        numbers = (critic_updates + 1) * jnp.arange(config.steps, dtype=jnp.uint32)
+        numbers = updates * jnp.arange(config.steps, dtype=jnp.uint32)
         return jax.lax.scan(one_step, run.start(initial_params), {"number": numbers, "raw": raws})
 
     def averages(keys, raws, frozen, initial_params):
@@ -62,7 +62,7 @@ def train_seeds(run: Run, seeds: Sequence[int]) -> tuple[list[Any], dict[str, li
             lambda x: x.mean(0)[CURVE_INTERVAL - 1 :: CURVE_INTERVAL], logged
         )
 
-    raws = [update_inputs(run, seed, critic_updates + 1) for seed in seeds]
+    raws = [update_inputs(run, seed, updates) for seed in seeds]
     raws = jax.tree.map(lambda *of: np.stack(of), *raws)
     keys = jnp.stack([make_key(seed) for seed in seeds])
     ema, curves = jax.jit(averages)(keys, raws, run.frozen, run.initial_params)

@@ -64,8 +64,7 @@ class Needs:
       ema: the term evaluates the average of the student's parameters.
       fewer_layers: the student has fewer layers than the teacher (`student.layers`).
       networks: name -> source of a frozen network that the term evaluates (`Context.net`):
-        "teacher"; "start", the student's initial parameters; a diffusers folder, or a workdir of
-        `train`.
+        "teacher"; "start", the student's initial parameters; a diffusers folder; or a workdir.
       joint: a sample's loss depends on the others of the batch, which has to be one microbatch.
       few_step: the term trains a student of few steps although it may have no need of the teacher.
     """
@@ -228,11 +227,11 @@ class Context(Draws, StepTimes):
       guidance: the run's guidance scale.
       teacher, critic: (x_BHWC, t_B, scale) -> Prediction; without a scale, `guidance` for the
         teacher and none for the critic. Gradients flow to x_BHWC.
-      teacher_params, critic_params, student_params, discriminator_params: parameters.
-      ema_params: average of the student's parameters.
+      teacher_params, critic_params, student_params, ema_params, discriminator_params: parameters.
       networks: name -> parameters of the frozen networks that terms name.
       memory: the term's memory (`Term.init_memory`).
       pixels: latents [B, H, W, C] -> pictures, with gradient (`provide_pixels`).
+      trained_steps: first of the steps that are drawn, and the one after the last.
       step_B: index of the drawn step on the student's grid.
       x_BHWC: the student's latent at the drawn step, without gradient.
       direction_JBHWC: directions of the tangents.
@@ -262,6 +261,7 @@ class Context(Draws, StepTimes):
     memory: object = None
     pixels: Callable[[jax.Array], jax.Array] | None = None
     grid_NB: jax.Array | None = None
+    trained_steps: tuple[int, int] = (0, 0)
     step_B: jax.Array | None = None
     x_BHWC: jax.Array | None = None
     direction_JBHWC: jax.Array | None = None
@@ -302,12 +302,12 @@ class Context(Draws, StepTimes):
     def base_weight_B(self):
         """Sample weights [B] of a base objective.
 
-        1; if the first step belongs to another term, 0 at the first step and n / (n - 1) elsewhere,
-        so that the mean over B is the mean over the later steps.
+        1; if the first step belongs to another term, 0 at the first of n drawn steps and
+        n / (n - 1) elsewhere, so that the mean over B is the mean over the later steps.
         """
         if not self.detach_first_step:
             return jnp.ones(self.batch.noise.shape[0], jnp.float32)
-        n = len(self.times) - 1
+        n = self.trained_steps[1] - self.trained_steps[0]
         return (self.step_B > 0) * jnp.float32(n / (n - 1))
 
 
@@ -321,8 +321,9 @@ def map_end(context: Context, spec: TeacherMap):
 
 
 def first_step_weights(context: Context):
-    """Sample weights [B] of a first-step term: n at the first of n steps, 0 elsewhere."""
-    return (context.step_B == 0) * jnp.float32(len(context.times) - 1)
+    """Sample weights [B] of a first-step term: n at the first of n drawn steps, 0 elsewhere."""
+    first, end = context.trained_steps
+    return (context.step_B == 0) * jnp.float32(end - first)
 
 
 def stream_keys(keys_B, name: str):

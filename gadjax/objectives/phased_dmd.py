@@ -25,8 +25,9 @@ class PhasedDMD(Addable):
     prediction with eps* = sigma_t eps / rho and x0* = (x_t - sigma_t eps*) / alpha_t. For a flow
     that is the paper's velocity, (alpha_s^2 sigma_t + alpha_t sigma_s^2) eps / (alpha_s^2 rho) -
     x_s / alpha_s. The loss has the weight min(1 / rho^2, `max_weight`).
-    Not here: an expert network for each phase, trained one after the other; here one student has
-    all of them. The normaliser is ours, the paper's is not known to us.
+    The paper trains an expert for each phase, one after the other: runs with
+    `student.trained_steps` and `student.earlier_expert`, each with a critic of its own. Without
+    them one student has all phases. The normaliser is ours, the paper's is not known to us.
     Cost beside the student: 2 teacher evaluations and 1 of the critic.
     """
 

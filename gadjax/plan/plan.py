@@ -5,6 +5,7 @@ parameter is allocated and nothing is computed.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,7 +76,7 @@ def plan(
     batch = run.batch
     held = _held(programs, batch)
     _check_state(held, target, run)
-    count = {"critic": run.critic_updates, "student": 1}
+    count = Counter(run.order)
     count = {name: count[name] for name in programs.steps}
     work = {name: _operations(programs, name, batch) for name in programs.steps}
     with ThreadPoolExecutor() as pool:  # XLA works on each with little more than one core

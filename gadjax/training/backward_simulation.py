@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from gadjax.diffusion.experts import Experts
 from gadjax.diffusion.rollout import FreshNoise, rollout
 from gadjax.objectives.base import stream_keys
 from gadjax.training.state import StepSpec
@@ -14,6 +15,18 @@ def stratified_step_indices(stratum_B, n: int):
     turn_B, half = stratum_B // 2 % n, (n + 1) // 2
     step_B = jnp.where(turn_B < half, turn_B, n - 1 + half - turn_B)
     return jnp.where(stratum_B % 2, n - 1 - step_B, step_B)
+
+
+def trained_steps(step_spec: StepSpec) -> tuple[int, int]:
+    """First of the student's steps that is trained, and the one after the last."""
+    return step_spec.trained_steps or (0, len(step_spec.times) - 1)
+
+
+def draw_steps(step_spec: StepSpec, batch: Batch):
+    """Indices [B] of the drawn steps, spread evenly over those that are trained."""
+    first, end = trained_steps(step_spec)
+    step_B = stratified_step_indices(batch.stratum, end - first)
+    return step_B + first if first else step_B
 
 
 def select_step(states, step_B):
@@ -45,8 +58,9 @@ def backward_simulate(
 ):
     """Latents [B, H, W, C] from which each sample's drawn step starts, by rollout from z.
 
-    Neighbours 2j and 2j + 1 need k and n - 1 - k evaluations. Where both are on one device, they
-    share a rollout of n - 1 steps, one after the other: half the cost of a rollout for each.
+    Neighbours 2j and 2j + 1 need k and a + b - 1 - k evaluations, a to b being the steps that are
+    drawn. Where both are on one device, they share a rollout, one after the other: half the cost of
+    a rollout for each. Not of experts, each of which would be evaluated on both.
 
     Args:
       step_spec: grid, rollout, denoiser, and whether neighbours share a device (`can_pair`).
@@ -55,11 +69,11 @@ def backward_simulate(
       step_B: drawn step indices [B], as `stratified_step_indices` returns them.
       grid_NB: each sample's own grid, as `draw_grid` returns it; None: the student's.
     """
-    starts, schedule = jnp.asarray(step_spec.times[:-1]), step_spec.denoiser.schedule
+    first_drawn, end_drawn = trained_steps(step_spec)
+    starts, schedule = jnp.asarray(step_spec.times[:end_drawn]), step_spec.denoiser.schedule
     if grid_NB is not None:
-        starts = grid_NB[:-1]
-    n = len(starts)
-    if n == 1:
+        starts = grid_NB[:end_drawn]
+    if end_drawn == 1:
         return batch.noise
 
     def run_steps(x, times, cond, solver):
@@ -68,7 +82,7 @@ def backward_simulate(
 
         return rollout(predict, schedule, x, times, solver=solver)
 
-    if not step_spec.can_pair(len(step_B)):
+    if isinstance(student, Experts) or not step_spec.can_pair(len(step_B)):
         noise = batch.noise
         trajectory = run_steps(noise, starts, batch.cond, step_spec.solver(noise))
         return select_step(jnp.concatenate([trajectory.x, trajectory.end[None]]), step_B)
@@ -102,6 +116,7 @@ def backward_simulate(
         end = run_steps(x, times, first_cond.map(choose_member, second_cond), solver).end
         return (end, finished), None
 
-    carry, _ = jax.lax.scan(step, (first, first), jnp.arange(n - 1))
-    second_latent, first_latent = switch_member(*carry, n - 1)
+    evaluations = first_drawn + end_drawn - 1  # of both
+    carry, _ = jax.lax.scan(step, (first, first), jnp.arange(evaluations))
+    second_latent, first_latent = switch_member(*carry, evaluations)
     return jnp.stack([first_latent, second_latent], 1).reshape(batch.noise.shape)

@@ -72,6 +72,7 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     check_choice("student.rollout", config.student.rollout, ROLLOUTS)
     check_choice("student.latents", config.student.latents, LATENTS)
     check_redraw(config.student.redraw, times)
+    check_trained_steps(config, times)
     objective = build(config.objective, TERMS, times, config.student.rollout)
     mesh = make_mesh(config.mesh, devices)
     microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
@@ -91,6 +92,7 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
         raise InputError(f"{names}: found nothing; expected a source of pictures for this loss")
     if (option := objective.needs.override) and not config.data[option]:
         raise InputError(f"data.{option}: found nothing; expected it set for this loss")
+    check_drawn_steps(config, objective.needs)
     check_depth(config, objective.needs)
     if not config.teacher:
         raise InputError("teacher: found nothing; expected a diffusers pipeline folder")
@@ -207,6 +209,63 @@ def check_redraw(shares: Sequence[float], times: Sequence[float]) -> None:
         )
     if len(times) < 2:
         raise InputError("student.redraw: found one step; expected at least 2, or ()")
+
+
+def check_trained_steps(config: ConfigDict, times: Sequence[float]) -> None:
+    """Check which of its steps a student trains, and the expert of those before.
+
+    Args:
+      config: training config.
+      times: of the student's steps.
+
+    Raises: InputError for numbers that are not those of steps in order, and for an expert without
+      steps of its own, of another depth, or beside grids that are drawn anew.
+    """
+    steps, expert = tuple(config.student.trained_steps), config.student.earlier_expert
+    are_numbers = all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
+    in_order = are_numbers and len(steps) == 2 and 0 <= steps[0] < steps[1] <= len(times)
+    if steps and not in_order:
+        raise InputError(
+            f"student.trained_steps: found {short_repr(steps)}; expected the first step and the "
+            f"one after the last, in order from 0 to {len(times)}, or ()"
+        )
+    if not expert:
+        return
+    if not _is_source(expert):
+        raise InputError(
+            f"student.earlier_expert: found {expert!r}; expected a diffusers folder, a LoRA or a "
+            "workdir of gadjax train"
+        )
+    if not steps or steps[0] == 0:
+        raise InputError(
+            f"student.trained_steps: found {short_repr(steps)}; expected the steps after those of "
+            "student.earlier_expert, such as (2, 4)"
+        )
+    for key in ("layers", "redraw"):
+        if config.student[key]:
+            raise InputError(
+                f"student.{key}: found {short_repr(tuple(config.student[key]))} and an earlier "
+                "expert; expected ()"
+            )
+
+
+def check_drawn_steps(config: ConfigDict, needs: Needs) -> None:
+    """Check that an objective has drawn steps where a student does not train all its steps.
+
+    Raises: InputError.
+    """
+    steps = tuple(config.student.trained_steps)
+    if not steps:
+        return
+    where = f"student.trained_steps: found {steps}"
+    if needs.endpoint or needs.full_map or not (needs.student or needs.first_step):
+        raise InputError(
+            f"{where} and a loss of all steps, or of none; expected (), or a loss of drawn steps"
+        )
+    if needs.first_step and steps[0] > 0:
+        raise InputError(f"{where} and a loss of the first step; expected it among them")
+    if needs.detach_first_step and steps[1] - steps[0] < 2:
+        raise InputError(f"{where} and an anchor; expected another step for the base objective")
 
 
 def compute_dtype(name: str):

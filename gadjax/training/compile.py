@@ -27,6 +27,8 @@ from gadjax.training.setup import Run
 from gadjax.training.state import TrainState
 from gadjax.training.steps import critic_step, student_step
 
+UPDATES = {"critic": critic_step, "student": student_step}
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -35,7 +37,7 @@ class Steps:
     Attributes:
       student: the student's update.
       critic: the update of critic and discriminator; None where neither is trained.
-      order: updates of a training step in order: the critic's, then the student's.
+      order: updates of a training step in order, as `Run.order` names them.
       state: shardings of the training state between updates.
       frozen: shardings of the frozen networks between updates.
     """
@@ -109,10 +111,9 @@ def compile_steps(
         update.__name__ = step.__name__  # its name in profiles
         return jax.jit(update, **options)
 
-    critic = compile_update(critic_step) if len(run.step_spec.optimizers) > 1 else None
-    student = compile_update(student_step)
-    order = (critic,) * (run.critic_updates if critic else 0) + (student,)
-    return Steps(student, critic, order, state_sharding, frozen_sharding)
+    updates = {name: compile_update(UPDATES[name]) for name in dict.fromkeys(run.order)}
+    order = tuple(updates[name] for name in run.order)
+    return Steps(updates["student"], updates.get("critic"), order, state_sharding, frozen_sharding)
 
 
 def abstract_batch(run: Run, size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -64,6 +64,11 @@ def default_config() -> ConfigDict:
                 # Two shares of the span of times, as (0.0, 1.0): the inner times of the grid are
                 # drawn anew between them for every sample of an update. (): the timesteps above.
                 "redraw": (),
+                # Numbers, from 0 on, of the first of its steps that it trains and of the one after
+                # the last, as (2, 4); (): all
+                "trained_steps": (),
+                # A diffusers folder, LoRA or workdir: the frozen network of the steps before those
+                "earlier_expert": "",
                 "latents": "student",  # at drawn steps: of its own rollout; or "data", noised
                 # Low-rank adapters on the teacher's frozen weights. rank 0: whole weights are
                 # trained. alpha: their factor times the rank; None: the rank
@@ -83,6 +88,7 @@ def default_config() -> ConfigDict:
             # discriminator too, however many updates a step has.
             "critic": {
                 "updates": 1,  # per student update
+                "first": True,  # they come before the student's; False: after it, as in DMD2's code
                 # A diffusers folder, LoRA or workdir; None: the teacher, or the random student
                 "init": placeholder(str),
                 "trained": placeholder(str),  # None: as the student's
@@ -311,6 +317,7 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
     config.teacher = absolute_source(config.teacher)
     config.student.init = absolute_source(config.student.init)
     config.critic.init = absolute_source(config.critic.init)
+    config.student.earlier_expert = absolute_source(config.student.earlier_expert)
     config.preview.features = absolute_source(config.preview.features)
     for name, options in config.objective.items():
         for option in getattr(term_class(name, TERMS), "sources", ()):

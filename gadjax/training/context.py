@@ -22,8 +22,9 @@ from gadjax.objectives.base import (
 from gadjax.training.backward_simulation import (
     backward_simulate,
     draw_grid,
+    draw_steps,
     select_step,
-    stratified_step_indices,
+    trained_steps,
 )
 from gadjax.training.state import StepSpec
 from gadjax.types import Batch, Cond, Params, Prediction, PyTree
@@ -172,7 +173,8 @@ def start_workspace(step_spec: StepSpec, needs: Needs, roles: Roles, batch: Batc
         discriminator_params=roles.discriminator,
         networks=roles.networks,
         grid_NB=draw_grid(step_spec, batch),
-        step_B=stratified_step_indices(batch.stratum, len(step_spec.times) - 1),
+        step_B=draw_steps(step_spec, batch),
+        trained_steps=trained_steps(step_spec),
         detach_first_step=needs.detach_first_step,
     )
     return Workspace(step_spec, needs, roles, cond, context, batch.noise)

@@ -1,7 +1,8 @@
 """Frozen networks of a run beside its teacher, and the student's start, by their sources."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 
 from gadjax import assets
 from gadjax.checkpoints.restore import PARTS
+from gadjax.diffusion.experts import Experts
 from gadjax.errors import InputError
 from gadjax.formats.lora_header import is_lora
 from gadjax.formats.orbax_folder import open_folder
@@ -22,7 +24,8 @@ from gadjax.training.config import INITS, OF_RUN
 from gadjax.training.lora import base_source, loras
 from gadjax.training.lora_start import read_adapters, read_merged
 from gadjax.training.partial import trained_patterns, untrained_part
-from gadjax.training.workdir import is_workdir, read_trained
+from gadjax.training.steps import EARLIER
+from gadjax.training.workdir import Trained, is_workdir, read_trained
 from gadjax.types import Params
 
 
@@ -39,11 +42,17 @@ def read_network(source: str, pipeline: Pipeline, key: str) -> tuple[Params, str
     Raises: InputError for a path that is neither, or a network of another configuration, noise
       schedule or parameterization than the teacher's.
     """
+    params, identity, _ = _read(source, pipeline, key)
+    return params, identity
+
+
+def _read(source: str, pipeline: Pipeline, key: str) -> tuple[Params, str, Trained | None]:
+    """Parameters and fingerprint of a source, and the trained weights of a workdir."""
     path, part_name, step = _parse_source(source, key)
     if is_lora(path):
         params = read_merged(path, pipeline, key)
         part = pipeline.folder.components[pipeline.backbone]
-        return params, fingerprint(tensors_from_params(params, part.keymap))
+        return params, fingerprint(tensors_from_params(params, part.keymap)), None
     if not path.is_dir():
         raise InputError(
             f"{key}: found {source!r}; expected a diffusers folder, a LoRA or a workdir of gadjax "
@@ -60,7 +69,55 @@ def read_network(source: str, pipeline: Pipeline, key: str) -> tuple[Params, str
     backbone = folder.backbone
     part = open_folder(folder.path, components=(backbone,)).components[backbone]
     params = trained.full_params(part) if trained else part.params
-    return params, fingerprint(tensors_from_params(params, part.keymap))
+    return params, fingerprint(tensors_from_params(params, part.keymap)), trained
+
+
+def read_expert(
+    source: str, pipeline: Pipeline, key: str, times: Sequence[float], first: int
+) -> tuple[Experts, str]:
+    """Frozen network of a student's earlier steps, and its fingerprint.
+
+    Args:
+      source, pipeline, key: as for `read_network`; an expert's workdir brings the one before it.
+      times: of the student's steps.
+      first: number of its first own step.
+
+    Returns: experts without the late one, with all fingerprints.
+    Raises: InputError as `read_network`; for a workdir of a student of other times, or whose own
+      steps are not before `first`.
+    """
+    params, identity, trained = _read(source, pipeline, key)
+    if trained and trained.trained_steps:
+        theirs, steps = trained.sampling.timesteps or (), trained.trained_steps
+        if tuple(theirs[:first]) != tuple(times[:first]) or steps[0] >= first:
+            raise InputError(
+                f"{key}: found {source!r}, an expert of steps {steps} of timesteps {theirs}; "
+                f"expected one of the steps before {first} of {tuple(times)}"
+            )
+    early, before = with_earlier_expert(trained, params, pipeline)
+    boundary = (times[first - 1] + times[first]) / 2
+    return Experts(early, None, boundary), f"{before} {identity}".strip()
+
+
+def with_earlier_expert(
+    trained: Trained | None, params: Params, pipeline: Pipeline
+) -> tuple[Params | Experts, str]:
+    """Parameters of a run's student beside its earlier expert, if it has one, and the fingerprint
+    of that, else "".
+
+    Args:
+      trained: the run; None for none.
+      params: of its student.
+      pipeline: the teacher's pipeline.
+
+    Raises: InputError as `read_expert`.
+    """
+    if trained is None or not trained.earlier_expert:
+        return params, ""
+    key, first = f"{trained.workdir}: student.earlier_expert", trained.trained_steps[0]
+    times = trained.sampling.timesteps
+    experts, identity = read_expert(trained.earlier_expert, pipeline, key, times, first)
+    return replace(experts, late=params), identity
 
 
 def _parse_source(source: str, key: str) -> tuple[Path, str, int | None]:
@@ -98,7 +155,7 @@ class Networks(NamedTuple):
     Attributes:
       initial: initial parameters by role: those that it trains, or adapters that start at a
         LoRA's; the critic's only if they are not the student's.
-      frozen: key in `Run.frozen` -> parameters.
+      frozen: key in `Run.frozen` -> parameters, of the student's earlier expert among them.
       bases: role -> key in `Run.frozen` of the weights that its adapters are on, or of the rest of
         a network trained in part, if those are not the teacher's.
       sources: name that a term uses -> key in `Run.frozen`.
@@ -164,6 +221,12 @@ def load_networks(
     initial = _initial(config, objective, pipeline, starts)
     for role in loras(config).keys() & inits.keys() - bases.keys():
         initial[role] = read_adapters(config, role, pipeline, abstract)
+    if (expert := config.student.earlier_expert) and abstract:
+        frozen[EARLIER] = Experts(teacher, None, 0.0)
+    elif expert:
+        key, times = "student.earlier_expert", config.student.timesteps
+        first = config.student.trained_steps[0]
+        frozen[EARLIER], fingerprints[key] = read_expert(expert, pipeline, key, times, first)
     return Networks(initial, frozen, bases, sources, fingerprints)
 
 

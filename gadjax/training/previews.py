@@ -15,7 +15,6 @@ from gadjax.features.open import open_extractor
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.io.image_grid import grid, save_png
 from gadjax.io.storage import warn_on_write_error
-from gadjax.models.params import merge_params
 from gadjax.parallel.sharding import replicated
 from gadjax.pipelines.sampling import clean_latent, initial_noise
 from gadjax.runtime.progress import Progress
@@ -24,6 +23,7 @@ from gadjax.training.health import Health, earlier_rows, report_alarms
 from gadjax.training.setup import Run
 from gadjax.training.signals import Drawn, extract
 from gadjax.training.state import TrainState
+from gadjax.training.steps import complete_student
 
 MAX_COLUMNS = 8  # of a sheet, where it has no more prompts
 STRONG = 1.25  # times the guidance of the teacher's folder: its pictures are compared with those
@@ -61,22 +61,23 @@ class Preview:
         raw = {name: value for name, value in raw.items() if name not in ("image", "x0")}
         noises = initial_noise(run.seed, count * seeds, pipeline.latent)
 
-        @partial(jax.jit, static_argnums=1, out_shardings=replicated(run.mesh))
-        def latent(params, sampling, frozen, raw, noise):
+        @partial(jax.jit, static_argnums=(1, 2), out_shardings=replicated(run.mesh))
+        def latent(params, sampling, is_student, frozen, raw, noise):
             cond = encode_raw(pipeline, frozen, raw)
             null = encode_raw(pipeline, frozen, frozen["null"])
             null = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), null)
-            params = merge_params(params, run.base("student", frozen))
+            if is_student:
+                params = complete_student(params, run.networks(frozen))
             return clean_latent(pipeline, params, sampling, noise, cond, null)
 
         # One program for teacher and student, which are sampled by two.
         decode = jax.jit(pipeline.decode, out_shardings=replicated(run.mesh))
 
-        def draw(params, sampling):
+        def draw(params, sampling, is_student=False):
             # Noise by noise: memory holds one picture of each prompt at a time.
             parts = []
             for seed in range(seeds):
-                x0 = latent(params, sampling, frozen, raw, noises[seed::seeds])
+                x0 = latent(params, sampling, is_student, frozen, raw, noises[seed::seeds])
                 parts.append((np.asarray(x0), np.asarray(decode(frozen["vae"], x0))))
             x0_PSHWC, images_PSHWC = (np.stack(part, 1) for part in zip(*parts, strict=True))
             features = run.extractor and extract(run.extractor, images_PSHWC)
@@ -88,7 +89,7 @@ class Preview:
         few_step = SamplingConfig(len(times), times, embedded, rollout=step_spec.rollout)
         # A network trained by plain denoising is sampled like a teacher.
         student_sampling = few_step if needs.is_few_step else many_step
-        self.draw = lambda params: draw(params, student_sampling)
+        self.draw = lambda params: draw(params, student_sampling, is_student=True)
         self.teacher = weaker = None
         if pipeline.backbone in frozen:
             self.teacher = draw(frozen[pipeline.backbone], many_step)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,9 +31,7 @@ def write_record(run: Run, steps: Steps, workdir: Path, *arguments) -> None:
 
     Raises: RunStopped if it cannot be written, in a local workdir with `checkpoint.failures` 0.
     """
-    calls = {steps.student: 1}
-    if steps.critic:
-        calls[steps.critic] = run.critic_updates
+    calls = Counter(steps.order)
     flops = sum(n * jaxpr_flops(step.trace(*arguments).jaxpr.jaxpr) for step, n in calls.items())
     kind = jax.devices()[0].device_kind
     record = {

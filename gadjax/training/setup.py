@@ -19,6 +19,7 @@ from gadjax.formats.weights import fingerprint
 from gadjax.models.adapters import abstract_adapters, init_adapters
 from gadjax.models.params import cast
 from gadjax.models.quantized import quantized
+from gadjax.objectives import Sum
 from gadjax.objectives.base import Term
 from gadjax.parallel.placement import batch_shards
 from gadjax.pipelines.pipeline import Pipeline, abstract_pipeline, load_pipeline
@@ -30,7 +31,7 @@ from gadjax.training.networks import load_networks
 from gadjax.training.partial import bases_on_teacher
 from gadjax.training.pipeline_checks import check_pipeline, check_tangents, feature_width
 from gadjax.training.state import StepSpec, TrainState, create_state, make_optimizer
-from gadjax.training.steps import CRITICS
+from gadjax.training.steps import CRITICS, EARLIER
 from gadjax.types import Params
 
 CHANNELS = 3  # of pictures
@@ -90,7 +91,7 @@ class Run:
       teacher: the config's name of the teacher, for messages.
       seed: of data, noise and initial parameters.
       batch: samples of an update, on all devices together.
-      critic_updates: of critic and discriminator, per student update.
+      order: the updates of a training step, "critic" (and discriminator) or "student".
       offload: what is in host memory between uses: some of teacher, optimizer, ema.
       kernels: platform of the attention kernels, as `select_kernels` returns it.
       pipeline: the teacher's pipeline.
@@ -98,9 +99,9 @@ class Run:
       loop_spec: specification of the loop around them.
       mesh: the run's devices.
       source: data source.
-      frozen: parameters that no update changes, by network; the empty prompt under "null", and
+      frozen: parameters that no update changes, by network; the empty prompt under "null",
         parameters of the backbone that are not trained, where no other key has them, under
-        "untrained".
+        "untrained", and the expert of the student's earlier steps under EARLIER.
       initial_params: initial parameters by role, as `Networks.initial` has them.
       start: initial parameters -> initial training state.
       fingerprint: of the teacher's backbone.
@@ -114,7 +115,7 @@ class Run:
     teacher: str
     seed: int
     batch: int
-    critic_updates: int
+    order: tuple[str, ...]
     offload: tuple[str, ...]
     kernels: str
     pipeline: Pipeline
@@ -136,6 +137,8 @@ class Run:
         named = {name: frozen[key] for name, key in self.sources.items()}
         bases = {f"{role}/base": self.base(role, frozen) for role in self.bases}
         fixed = {"teacher": frozen.get(self.pipeline.backbone), "vae": frozen.get("vae")}
+        if EARLIER in frozen:
+            fixed[EARLIER] = frozen[EARLIER]
         return {**fixed, **named, **bases}
 
     def base(self, role: str, frozen: dict[str, Any]) -> Params | None:
@@ -182,7 +185,7 @@ def prepare(
         teacher=config.teacher,
         seed=config.seed,
         batch=config.batch,
-        critic_updates=config.critic.updates,
+        order=update_order(config, objective),
         offload=tuple(config.offload),
         kernels=settings.kernels,
         pipeline=pipeline,
@@ -216,9 +219,18 @@ def make_step_spec(config: ConfigDict, settings: Settings, pipeline: Pipeline) -
         latents=config.student.latents,
         critic_follow=config.critic.follow,
         steps=config.steps,
+        trained_steps=tuple(config.student.trained_steps),
         student_layers=tuple(config.student.layers),
         decode=pipeline.decode_unclipped,
     )
+
+
+def update_order(config: ConfigDict, objective: Sum) -> tuple[str, ...]:
+    """The updates of a training step: those of critic and discriminator together, if there are
+    any, before or after the student's one."""
+    needs = objective.needs
+    critics = ("critic",) * (config.critic.updates if needs.critic or needs.discriminator else 0)
+    return (*critics, "student") if config.critic.first else ("student", *critics)
 
 
 def make_optimizers(config: ConfigDict, objective: Term) -> dict[str, optax.GradientTransformation]:

@@ -96,9 +96,9 @@ class StepSpec:
       redraw: shares of the span between which the inner times of the grid are drawn anew for every
         sample of an update; () for the grid itself.
       latents: at the drawn steps: "student", from its own rollout, or "data", noised.
-      critic_follow: share of the student's parameters that the critic takes over after each of the
-        student's updates.
+      critic_follow: share of the student that the critic takes over after each of its updates.
       steps: student updates of the run.
+      trained_steps: first of the student's steps that is trained, and the one after the last; ().
       student_layers: the teacher's blocks that the student has; () for all.
       decode: (parameters of the autoencoder, latents) -> pictures, for terms that look at them.
     """
@@ -116,6 +116,7 @@ class StepSpec:
     latents: str = "student"
     critic_follow: float = 0.0
     steps: int = 1
+    trained_steps: tuple[int, ...] = ()
     student_layers: tuple[int, ...] = ()
     decode: Callable[[Params, jax.Array], jax.Array] | None = None
 

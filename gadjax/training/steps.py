@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from gadjax.diffusion.experts import Experts
 from gadjax.models.params import merge_params
 from gadjax.objectives.compose import Sum
 from gadjax.training.context import Roles, make_context
@@ -20,6 +21,7 @@ from gadjax.training.updates import (
 from gadjax.types import Batch, Metrics, Params
 
 CRITICS = "critic", "discriminator"  # networks of the second update
+EARLIER = "earlier"  # key of `Experts` without a late one, where the student has an earlier expert
 
 
 def student_step(
@@ -55,7 +57,8 @@ def student_step(
 def make_roles(
     trained: Mapping[str, Params], networks: Mapping[str, Params], ema: Params | None = None
 ) -> Roles:
-    """Networks of an update: the trained ones complete, adapters on their frozen kernels.
+    """Networks of an update: the trained ones complete, adapters on their frozen kernels, and the
+    student beside its earlier expert.
 
     Args:
       trained: parameters that each role trains; the student's with gradients.
@@ -63,17 +66,21 @@ def make_roles(
       ema: average of the student's parameters.
     """
 
-    def complete(role, params):
-        return params and merge_params(params, networks.get(f"{role}/base"))
-
+    critic = trained.get("critic")
     return Roles(
-        complete("student", trained["student"]),
+        complete_student(trained["student"], networks),
         networks.get("teacher"),
-        complete("critic", trained.get("critic")),
+        critic and merge_params(critic, networks.get("critic/base")),
         trained.get("discriminator"),
-        complete("student", ema),
+        ema and complete_student(ema, networks),
         networks,
     )
+
+
+def complete_student(trained: Params, networks: Mapping[str, Params]) -> Params | Experts:
+    """The student of what it trains, on its frozen base and beside its earlier expert."""
+    params, experts = merge_params(trained, networks.get("student/base")), networks.get(EARLIER)
+    return params if experts is None else replace(experts, late=params)
 
 
 def finish_step(step_spec: StepSpec, state: TrainState, metrics: Metrics) -> TrainState:

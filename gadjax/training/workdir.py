@@ -79,6 +79,16 @@ class Trained:
         return () if self._role == "critic" else tuple(student.get("layers", ()))
 
     @property
+    def earlier_expert(self) -> str:
+        """Source of the frozen network of the student's first steps; "" for none."""
+        return "" if self._role == "critic" else self.config["student"].get("earlier_expert", "")
+
+    @property
+    def trained_steps(self) -> tuple[int, ...]:
+        """First of the steps that this student trains, and the one after the last; () for all."""
+        return tuple(self.config["student"].get("trained_steps", ()))
+
+    @property
     def _role(self) -> str:
         return "critic" if self.part == "critic" else "student"
 
@@ -186,11 +196,15 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
         sampling = sampling_from_config(config)
         trained_patterns(config)  # and of adapters
         texts = teacher, config["teacher"], config["data"]["world"], start, sampling.rollout
-        layers = config["student"].get("layers", ())
+        expert = config["student"].get("earlier_expert", "")
+        steps = config["student"].get("trained_steps", ())
+        texts, layers = (*texts, expert), config["student"].get("layers", ())
         numbers = *(sampling.timesteps or ()), config["guidance"], sampling.guidance
         counts = sampling.length, sampling.steps, config["batch"]
         valid = all(map(is_text, texts)) and all(map(is_number, numbers))
-        valid &= all(is_count(n, 1, 2**31 - 1) for n in counts) and all(map(is_count, layers))
+        valid &= all(is_count(n, 1, 2**31 - 1) for n in counts)
+        valid &= all(map(is_count, (*layers, *steps)))
+        valid &= not expert or 0 < steps[0] < len(sampling.timesteps)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):

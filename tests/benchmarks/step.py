@@ -160,7 +160,7 @@ class Bench:
         self.run, self.steps = run, compile_steps(run)
         self.state = init_state(run, self.steps)
         self.frozen = jax.device_put(run.frozen, self.steps.frozen)
-        self.critics = run.critic_updates if self.steps.critic else 0
+        self.critics = run.order.count("critic")
         self.update = 0
         # Sharded as the loop's are: for other arguments a step is compiled again.
         self.raw = put_on_mesh(run.source.batch(0, run.batch), batch_sharding(run.mesh))

@@ -84,7 +84,7 @@ def tiny_run(mesh, microbatches, offload=(), rank=0):
     # The attributes of a Run that compile_steps reads.
     return SimpleNamespace(
         seed=3,
-        critic_updates=1,
+        order=("critic", "student"),
         offload=offload,
         kernels="",
         pipeline=pipeline,

@@ -1,6 +1,7 @@
 """Counts of steps, updates and samples in runs with several critic updates per step."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ from formula_run import Texts, prepare_with, write_config
 from train_runs import rows, train
 
 from gadjax.checkpoints.steps import committed_steps
+from gadjax.objectives import Denoising
 from gadjax.ops.flops import flops
 from gadjax.parallel.sharding import put_on_mesh
 from gadjax.seeds import make_key
@@ -24,6 +26,7 @@ from gadjax.training.loop import host_batches, restore_or_init
 from gadjax.training.nonfinite import Update, merge_scalars
 from gadjax.training.previews import Preview
 from gadjax.training.run_record import write_record
+from gadjax.training.setup import update_order
 
 B, UPDATES = 8, 3  # of the critic for one of the student
 
@@ -76,6 +79,28 @@ def test_a_step_is_the_critics_updates_and_one_of_the_student(two_steps):
     assert counts == first + [(1, 1, 4), (1, 1, 5), (1, 1, 6), (2, 2, 6)]
 
 
+def test_the_critic_may_follow(run):
+    """The student's update, then the critic's on what it has become; data as numbered."""
+    steps = compile_steps(replace(run, order=("student",) + ("critic",) * UPDATES))
+    assert steps.order == (steps.student, *[steps.critic] * UPDATES)
+    _, state = restore_or_init(run, steps, lambda shapes: None)
+    frozen = put_on_mesh(run.frozen, steps.frozen)
+    batches = list(host_batches(run, steps, 0, 1))
+    assert [int(number) for number, _ in batches] == [0, 1, 2, 3]
+    number, batch = batches[0]
+    state, metrics = steps.order[0](state, frozen, batch, number)
+    counts = {role: int(optax.tree.get(opt, "count")) for role, opt in state.opt.items()}
+    assert "student/loss" in metrics and counts == {"student": 1, "critic": 0}
+
+
+def test_the_order_of_updates(run, path):
+    assert run.order == ("critic",) * UPDATES + ("student",)
+    config = read_config([f"--config={path}", "--config.critic.updates=2"])
+    config.critic.first = False
+    assert update_order(config, run.step_spec.objective) == ("student", "critic", "critic")
+    assert update_order(config, 1.0 * Denoising()) == ("student",)
+
+
 def test_data_and_draws_are_numbered_by_update(run, two_steps):
     """No two updates share prompts or noises, and a resumed run continues where it was."""
     assert [int(number) for number, *_ in two_steps] == list(range(8))
@@ -120,7 +145,7 @@ def test_the_students_steps_are_drawn_evenly_over_its_updates(run):
 def test_the_operations_of_a_step_count_every_update(run, tmp_path):
     a, b = jnp.ones((4, 8)), jnp.ones((8, 16))
     student, critic = jax.jit(lambda a, b: a @ b), jax.jit(lambda a, b: (a @ b) @ b.T)
-    steps = SimpleNamespace(student=student, critic=critic)
+    steps = SimpleNamespace(order=(*[critic] * UPDATES, student))
     write_record(run, steps, tmp_path, a, b)
     result = json.loads((tmp_path / "run.json").read_text())
     per_network = flops(student, a, b), flops(critic, a, b)
