@@ -29,12 +29,12 @@ Students of a bundled teacher from its own weights, 800 steps of 16 samples (mor
 labelled long; methods are the variants of `configs/methods.py`, `gad anchor` there the polar GAD
 and the anchor; "adapters": students and critics as LoRA of rank 16, int8: on 8-bit kernels of
 attention and feed-forward, evaluated merged with the float32 weights), all else as in
-`gadjax/experiments/study.py`; evaluated on 64 prompts x 8 noises with 4 tangents each and a library
-of 128 noises, the same ones for every row. A cell is the mean over runs of different seeds, with
-the half width of its 95 % interval over runs (Student's t). `reg` is regression to the teacher's
-next latent beside the base, `gad` the square loss and `polar` the polar one. Evaluations are those
-of the network for a sample and a step, critic updates included. Numbers, config and curves of every
-cell are in the .json beside this page. Measured {dates} on {devices}.
+`gadjax/experiments/study_cells.py`; evaluated on 64 prompts x 8 noises with 4 tangents each and a
+library of 128 noises, the same ones for every row. A cell is the mean over runs of different seeds,
+with the half width of its 95 % interval over runs (Student's t). `reg` is regression to the
+teacher's next latent beside the base, `gad` the square loss and `polar` the polar one. Evaluations
+are those of the network for a sample and a step, critic updates included. Numbers, config and
+curves of every cell are in the .json beside this page. Measured {dates} on {devices}.
 """
 
 

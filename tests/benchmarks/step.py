@@ -9,7 +9,7 @@ from benchmarks.common import Figure, Size, make_batch, make_network, seconds
 from ml_collections import ConfigDict
 
 from gadjax.diffusion.geometry import tangent
-from gadjax.experiments import study
+from gadjax.experiments import study_cells
 from gadjax.experiments.study_runs import evaluations as evaluations_of
 from gadjax.models.params import cast
 from gadjax.objectives import GAD, TDM, Term
@@ -24,7 +24,7 @@ from gadjax.training.steps import critic_step, student_step
 GRID = (899.0, 674.0, 449.0, 224.0, -1.0)
 T = 500.0
 ADDED = "none", "gad", "anchor", "gad_anchor"
-VARIANTS = (*(f"{base}_{added}" for base in study.BASES for added in ADDED), "script")
+VARIANTS = (*(f"{base}_{added}" for base in study_cells.BASES for added in ADDED), "script")
 OPTIM = {"lr": 1e-5, "warmup": 0, "decay": 0, "b1": 0.0, "b2": 0.95, "weight_decay": 0, "clip": 1}
 
 
@@ -132,7 +132,7 @@ def parts(size: Size, params, batch, remat: bool | str):
 def iterations(variants: tuple[str, ...], rounds: int) -> Iterator[Figure]:
     """Cost of iterations of the study's objectives on the bundled eps teacher (batch 16, 4 steps of
     the student, 2 critic updates where there is a critic), beside the same base alone."""
-    configs = {name: study.config_of(f"eps/{name}") for name in variants}
+    configs = {name: study_cells.config_of(f"eps/{name}") for name in variants}
     cost = {name: evaluations_of(prepare(config)) for name, config in configs.items()}
     for name in variants:
         base = f"{'tdm' if name == 'script' else name.split('_')[0]}_none"

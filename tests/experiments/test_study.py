@@ -1,4 +1,4 @@
-"""The study: its cells, refusals, training, and the table of finished cells."""
+"""The study: training, evaluation, and the table of finished cells."""
 
 import json
 
@@ -6,66 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from gadjax.errors import InputError
-from gadjax.experiments import study, study_runs, study_tables
-from gadjax.training.checks import student_times
+from gadjax.experiments import study, study_cells, study_runs, study_tables
 from gadjax.training.config import read_config
 from gadjax.training.loop import train
 from gadjax.training.setup import prepare
 from gadjax.training.workdir import read_trained
-
-
-def test_every_base_has_its_rows():
-    cells = study.cells()
-    assert len(set(cells)) == len(cells)
-    for base in ("dmd", "sid", "tdm"):
-        for added in study.COMBINED:
-            assert f"flow/{base}_{added}" in cells
-    assert {"flow/regression_none", "flow/script_half", "flow/whole", "flow/dmd_long"} <= set(cells)
-    assert not any("anchor" in cell for cell in cells if cell.startswith("flow_1_step"))
-
-
-IN_FAMILIES = [cell for cell in study.cells() if not cell.startswith("methods/")]
-
-
-@pytest.mark.parametrize("cell", IN_FAMILIES[:: len(IN_FAMILIES) // 12])
-def test_a_cell_is_a_config(cell):
-    config = study.config_of(cell)
-    family = study.FAMILIES[cell.split("/")[0]]
-    assert config.guidance == family.guidance and config.optim.decay == config.steps
-    assert student_times(config) == family.times
-    for term in {"regression", "anchor"} & set(config.objective):
-        assert config.objective[term].steps == family.map_steps
-    assert read_config([f"--config=configs/study.py:{cell}"]).to_dict() == config.to_dict()
-
-
-def test_a_method_is_a_variant_of_its_config_file():
-    cells = [cell for cell in study.cells() if cell.startswith("methods/")]
-    settings = []
-    for cell in cells:
-        name = cell.removeprefix("methods/")
-        config = study.config_of(cell)
-        settings.append((config.teacher, config.student.steps))
-        if not name.endswith(study.WITH_TERMS):
-            assert config.to_dict() == read_config([f"--config=methods:{name}"]).to_dict()
-            continue
-        added = {"gad"} | ({"anchor"} if config.student.steps > 1 else set())
-        alone = study.config_of(cell.removesuffix(study.WITH_TERMS))
-        assert set(config.objective) - set(alone.objective) == added
-        assert config.objective.gad.weight == study.GAD["weight"]
-    # A table's rows of one teacher and grid stand together.
-    changes = sum(a != b for a, b in zip(settings, settings[1:], strict=False))
-    assert changes == len(set(settings)) - 1 == 4
-    assert {"methods/dmd_fresh", "methods/rcm_gad_anchor", "methods/dmm"} <= set(cells)
-
-
-def test_a_change_changes_one_term():
-    objectives = study.objectives()
-    base = objectives["dmd_polar_anchor"]
-    for name, changed in study.CHANGES.items():
-        assert {**base, **changed} == objectives[name]
-        together = name.startswith("map_")  # one walk of the teacher for both
-        assert sum(objectives[name][term] != base[term] for term in base) == 1 + together
 
 
 @pytest.mark.slow
@@ -75,22 +20,16 @@ def test_a_longer_map_costs_more():
 
 
 def cost_of(cell):
-    return study_runs.evaluations(prepare(study.config_of(cell)))
+    return study_runs.evaluations(prepare(study_cells.config_of(cell)))
 
 
 @pytest.mark.slow
 def test_longer_rows_take_the_evaluations_of_the_row_they_are_compared_with():
     cost = cost_of("flow/dmd_polar_anchor")
-    for name, (of, share) in study.LONGER.items():
+    for name, (of, share) in study_cells.LONGER.items():
         base = cost_of(f"flow/{of}")
         assert share == pytest.approx(cost / base, rel=0.05)
-        assert study.config_of(f"flow/{name}").steps == round(800 * share)
-
-
-@pytest.mark.parametrize("cell", ["flow", "flow/dmd_nothing", "river/dmd_none", "flow:dmd_none"])
-def test_another_cell_is_refused(cell):
-    with pytest.raises(InputError, match="cell: found .* expected FAMILY/VARIANT"):
-        study.config_of(cell)
+        assert study_cells.config_of(f"flow/{name}").steps == round(800 * share)
 
 
 def distance(a, b) -> float:
@@ -112,6 +51,19 @@ def test_seeds_together_are_the_runs_of_the_train_command(config, tmp_path):
     # the other seed is another run.
     assert distance(students[1], params) < 0.01 * distance(*students)
     assert "gad/cosine" in curves
+
+
+def test_a_student_is_evaluated_beside_its_earlier_expert():
+    config = study_cells.config_of("methods/phased_dmd_second")
+    config.student.earlier_expert = config.teacher
+    run = prepare(config)
+    student = jax.tree.map(lambda x: x + 1, run.initial_params["student"])
+    experts = study.complete(run, student)
+    assert experts.late is student and experts.boundary == (749.25 + 499.5) / 2
+    for a, b in zip(*map(jax.tree.leaves, (experts.early, student)), strict=True):
+        np.testing.assert_allclose(a + 1, b, rtol=1e-6)
+    alone = prepare(study_cells.config_of("methods/phased_dmd_first"))
+    assert study.complete(alone, student) is student
 
 
 def row(cell, values, cost):
@@ -136,9 +88,9 @@ def test_the_table_has_finished_cells_and_names_the_rest(tmp_path):
     ):
         path = study_tables.row_path(tmp_path, cell)
         path.write_text(json.dumps(row(cell, values, cost)))
-    study_tables.write_tables(tmp_path, study.cells())
+    study_tables.write_tables(tmp_path, study_cells.cells())
     text = (tmp_path / "README.md").read_text()
-    assert text.count("\n## ") == len(study.FAMILIES) + 1 and "--seeds 3" in text
+    assert text.count("\n## ") == len(study_cells.FAMILIES) + 1 and "--seeds 3" in text
     first = text.split("## flow\n")[1].split("## ")[0]
     lines = {line.split("|")[1].strip(): line for line in first.splitlines() if "|" in line}
     # Student's t with two degrees of freedom: 4.303 * 0.1 / sqrt(3).
