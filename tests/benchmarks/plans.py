@@ -26,10 +26,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
+from benchmarks import grey_world  # noqa: E402
 from benchmarks.common import Figure  # noqa: E402
 from benchmarks.placing import dump_to, placed  # noqa: E402
 from published import write_folder  # noqa: E402
 
+from gadjax.objectives import TERMS, build  # noqa: E402
 from gadjax.parallel.hardware import GIB  # noqa: E402
 from gadjax.plan.plan import plan  # noqa: E402
 from gadjax.plan.programs import FAST_COMPILE_OPTIONS, Compiled, Log, Programs  # noqa: E402
@@ -49,6 +51,13 @@ TRAINS = {
     "DP-DMD": (DPDMD, 5),
     "both": (DPDMD | {"gad": GAD["gad"]}, 5),
 }
+# Kind -> objective, critic updates, and changes of the student: methods of later papers.
+FRESH = {"rollout": "fresh_noise"}
+METHODS = {
+    "DMD2, fresh noise": ({"dmd": {}, "adversarial": {"weight": 0.005}}, 5, FRESH),
+    "f-distill": ({"f_distill": {}}, 5, FRESH),
+}
+SPRINT = "SANA-Sprint"  # configs/sana_sprint.py as it is
 # configs/backbones.py as it is, and with whole weights.
 ADAPTERS, WHOLE = "adapters", "whole weights"
 FLOWS = "sana_gad.py", "sd35_dpdmd.py"  # configs with an anchor on v
@@ -57,6 +66,7 @@ BACKBONES = {
     "PixArt-XL, 512 px": ("PixArt-XL-2-512x512", "pixart_gad.py", {}),
     "SD 2, 512 px": ("stable-diffusion-2-base", "sd2_gad.py", {}),
     "SANA 0.6B, 512 px": ("Sana_600M_512px", "sana_gad.py", {}),
+    "SANA 1.6B, 1024 px": ("Sana_1600M_1024px", "sana_sprint.py", {}),
     "SD 3.5 medium, 1024 px": ("stable-diffusion-3.5-medium", "sd35_dpdmd.py", {}),
     "SDXL, 1024 px": ("stable-diffusion-xl-base-1.0", "sdxl.py", {}),
     "a PixArt of 2.6 B, 1024 px": (
@@ -163,6 +173,19 @@ ROWS = {
     "flux-dev-whole": Row(FLUX, WHOLE, "v5e:8x8", 1, 64),
     "flux-dev-whole-128": Row(FLUX, WHOLE, "v5e:8x16", 1, 128),
 }
+# Methods of later papers and adapters of 8 and 12 B, on a slice of each kind and on cards.
+SLICES = {"v5e:4x4": 16, "v6e:4x4": 16, "v5p:4x4x4": 64, "h200:8": 8, "h200:1": 1}
+for topology, chips in SLICES.items():
+    place = topology.replace(":", "-")
+    ROWS |= {
+        f"dmd2-{place}": Row(XL, "DMD2, fresh noise", topology, 2, chips),
+        f"f-distill-{place}": Row(XL, "f-distill", topology, 2, chips),
+        f"sprint-{place}": Row("SANA 1.6B, 1024 px", SPRINT, topology, 2, chips),
+    }
+    for name, backbone in (("sd35-large", SD35_LARGE), ("flux-dev", FLUX)):
+        row = Row(backbone, ADAPTERS, topology, 1, chips)
+        if row not in ROWS.values():
+            ROWS[f"{name}-adapters-{place}"] = row
 
 
 def make_plan(row: Row, folder: Path) -> dict[str, Any]:
@@ -173,10 +196,16 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
     chips = row.fsdp * row.data
     if row.trains == WHOLE:
         config.student.lora.rank = 0
-    elif row.trains != ADAPTERS:
+    elif row.trains in METHODS:
+        config.objective, config.critic.updates, changes = METHODS[row.trains]
+        config.student.update(changes)
+    elif row.trains not in (ADAPTERS, SPRINT):
         config.objective, config.critic.updates = TRAINS[row.trains]
         if "anchor" in config.objective and file in FLOWS:
             config.objective.anchor.target = "v"
+    if build(config.objective, TERMS, tuple(config.student.timesteps)).needs.images:
+        grey_world.SIZE = int(row.backbone.split()[-2])
+        config.data.update(prompts="", world=grey_world.__name__, cache=1)
     config.mesh.update(data=row.data, fsdp=row.fsdp)
     config.batch, config.microbatch, config.offload = row.batch * chips, 0, row.offload
     config.remat = row.remat
@@ -317,7 +346,9 @@ had one whole on every chip).
 Results of `gadjax plan` for the papers' backbones (bfloat16, Pallas attention where the network has
 one, prompts encoded in the step, float32 masters with moments and an EMA; each row's .json is
 beside this page). GAD is TDM + GAD along a map of 4 steps with one critic update; DP-DMD is DMD
-through the whole rollout + the anchor of 10 teacher steps with five; both is DP-DMD + GAD; adapters
+through the whole rollout + the anchor of 10 teacher steps with five; both is DP-DMD + GAD; DMD2 is
+DMD + a discriminator, and f-distill, of students with fresh noise and five critic updates, on
+pictures encoded before; SANA-Sprint is configs/sana_sprint.py (sCM and LADD, no critic); adapters
 is configs/backbones.py (DMD + GAD + anchor, LoRA of rank 64 for student and critic on one bfloat16
 base). A chip has all of its samples at once. "of it held" is the memory in use between updates;
 "lean" is the peak without text encoder and EMA, which the step of the aims did not have. "tight":
