@@ -39,6 +39,7 @@ from benchmarks import (  # noqa: E402
     attention,
     costs,
     evaluation,
+    growth,
     host,
     kernels,
     reference,
@@ -90,6 +91,11 @@ def benchmarks(kind: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]
         "costs": partial(costs.costs, *(("regression",),) * tiny),
         "adapters": partial(
             adapted.adapted, TINY if tiny else Size(4, 6, 64, 16, batch=4), 1 if tiny else 3
+        ),
+        "growth": partial(
+            growth.growth,
+            TINY if tiny else Size(4, 4, 48, 32),
+            *((growth.TINY, 1) if tiny else (growth.AXES, 3)),
         ),
         "host": partial(host.host, 4, 4, 1) if tiny else partial(host.host, 16, 40, 2),
         "evaluation": partial(
