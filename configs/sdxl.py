@@ -2,7 +2,8 @@
 
 Reproduces: dmd2 and dmd2_gan: DMD2 (arXiv 2405.14867), 4 steps: times 999/749/499/249, guidance 8,
           rate 5e-7 for both, 5 critic updates for one of the student's, 128 samples, a
-          discriminator of weight 0.005, a student that adds noise between its steps.
+          discriminator of weight 0.005, a student that adds noise between its steps and is updated
+          before the critic is.
           dpdmd: DP-DMD's form for diffusion models (the anchor's target is x0). Its settings for
           SDXL are not public; weight and K (a third of the teacher's steps) are SD3.5's.
 Differs:  DMD2's discriminator is a tower of convolutions on the middle block of the critic; here
@@ -41,4 +42,5 @@ def get_config(variant: str = "dpdmd"):
     config.critic.update(updates=5, lr=5e-7, b1=0.9)
     if variant.startswith("dmd2"):
         config.student.rollout = "fresh_noise"
+        config.critic.first = False
     return config
