@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gadjax.assets import resolve
+from gadjax.diffusion.experts import Experts
 from gadjax.errors import InputError, RunStopped, check_choice
 from gadjax.formats.diffusers_folder import PipelineFolder
 from gadjax.formats.lora_file import parse_lora_flag
@@ -214,6 +215,8 @@ def check_nasa(model: Model, nasa: float, negative: str | None) -> None:
             f"nasa: found {nasa:g} and guidance {model.sampling.guidance:g}; expected a model that "
             "samples without classifier-free guidance (guidance 1)"
         )
+    if isinstance(model.params[model.pipeline.backbone], Experts):
+        raise InputError(f"nasa: found {nasa:g} for {model.name}, experts; expected one network")
     if model.pipeline.denoiser.text_kv is None:
         kind = model.pipeline.folder.components[model.pipeline.backbone].family.class_names[0]
         raise InputError(

@@ -162,7 +162,8 @@ def cells() -> list[str]:
     }
     variants["flow"] += ["script", "script_half"]
     methods = [f"{METHODS}/{cell}" for name in method_names() for cell in (name, name + WITH_TERMS)]
-    for name in ("dmm", "ppcl"):  # have as many steps as the teacher
+    # The first two have as many steps as the teacher, the last not the first step.
+    for name in ("dmm", "ppcl", "phased_dmd_second"):
         methods.remove(f"{METHODS}/{name}{WITH_TERMS}")
     return [f"{family}/{name}" for family in FAMILIES for name in variants[family]] + methods
 

@@ -65,7 +65,13 @@ def open_patient(student: str, teacher: Path, made: Path, preset: str | None = N
     elif made.exists():
         folder = made
     elif is_workdir(path):
-        export(read_trained(path), made)
+        trained = read_trained(path)
+        if trained.trained_steps:
+            raise InputError(
+                f"--student: found {student}, an expert of steps {trained.trained_steps}; expected "
+                "a student of all its steps"
+            )
+        export(trained, made)
         folder = made
     elif is_folder:
         folder = write_merged(path, [], made, preset=preset)

@@ -15,6 +15,7 @@ from train_runs import losses, read_vector, rows, train
 from workdirs import make_workdir
 
 from gadjax import load, sample
+from gadjax.api import with_sampling
 from gadjax.cli.main import main
 from gadjax.diffusion.experts import Experts
 from gadjax.diffusion.rollout import rollout
@@ -226,6 +227,20 @@ def test_an_expert_of_an_expert(config, tiny_pipeline, tmp_path):
     times = "--config.student.steps=3", "--config.student.timesteps=(900, 600, 300)"
     with pytest.raises(InputError, match="earlier_expert: found .* an expert of steps"):
         prepare(read_config([f"--config={config}:tdm", *times, *again]))
+
+
+@pytest.mark.slow
+def test_what_is_of_one_network_is_refused(first, trained, tiny_pipeline, tmp_path, capsys):
+    with pytest.raises(InputError, match="lora: found style .*, experts; expected none"):
+        load(trained, lora=["style"])
+    with pytest.raises(InputError, match="nasa: found 0.5 for .*, experts; expected one network"):
+        with_sampling(load(trained), negative="red", nasa=0.5)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red circle\n")
+    command = ["repair", "--teacher", tiny_pipeline, "--student", first, "--prompts", prompts]
+    assert main([*map(str, command), "--out", str(tmp_path / "out")]) == 2
+    assert "an expert of steps (0, 1); expected a student of all" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
