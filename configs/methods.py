@@ -42,7 +42,7 @@ VARIANTS = {
     "sid_gan": {"sid": {"weight": 0.5} | SID_DIT, "adversarial": {"weight": 0.5, "clamp": 10.0}},
     "decoupled_dmd": {"decoupled_dmd": {}},
     "pg_sb": {"dmd": {"guidance_range": (2.0, 5.0)}},
-    "uni_instruct": {"uni_instruct": {}},
+    "uni_instruct": {"uni_instruct": {"divergence": "rkl"}},  # "kl" breaks here: docs/methods.md
     "f_distill": {"f_distill": {}},
     "embedding": {"dmd": {}, "embedding": {"weight": 0.1}},
     "disback": {"disback": {"path": ("teacher",)}},

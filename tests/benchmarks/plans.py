@@ -338,8 +338,8 @@ TEXT = """
 # Plans at full size
 
 Rows of configs/backbones.py ("adapters", "whole weights") are compiled with the code of 2026-11-30,
-19:00 UTC, FLUX.1-schnell's, SD 3.5 large's on v5e:2x2, and those of a card or of whole weights on
-2026-12-01; the others before attention changed its layouts and norms and GELU were recomputed in
+19:00 UTC; FLUX.1-schnell's, SD 3.5 large's on v5e:2x2, those of a card or of whole weights, and
+from DMD2 on all on 2026-12-01; the others before attention changed its layouts and norms and GELU were recomputed in
 reverse mode, and not again since (the sharding of large leaves changed later; none of these rows
 had one whole on every chip).
 
