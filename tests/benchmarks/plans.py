@@ -339,9 +339,9 @@ TEXT = """
 
 Rows of configs/backbones.py ("adapters", "whole weights") are compiled with the code of 2026-11-30,
 19:00 UTC; FLUX.1-schnell's, SD 3.5 large's on v5e:2x2, those of a card or of whole weights, and
-from DMD2 on all on 2026-12-01; the others before attention changed its layouts and norms and GELU were recomputed in
-reverse mode, and not again since (the sharding of large leaves changed later; none of these rows
-had one whole on every chip).
+from DMD2 on all on 2026-12-01; the others before attention changed its layouts and norms and GELU
+were recomputed in reverse mode, and not again since (the sharding of large leaves changed later;
+none of these rows had one whole on every chip).
 
 Results of `gadjax plan` for the papers' backbones (bfloat16, Pallas attention where the network has
 one, prompts encoded in the step, float32 masters with moments and an EMA; each row's .json is
