@@ -204,7 +204,10 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
         valid = all(map(is_text, texts)) and all(map(is_number, numbers))
         valid &= all(is_count(n, 1, 2**31 - 1) for n in counts)
         valid &= all(map(is_count, (*layers, *steps)))
-        valid &= not expert or 0 < steps[0] < len(sampling.timesteps)
+        if steps:
+            first, end = steps
+            valid &= bool(expert) <= first < end <= len(sampling.timesteps)
+        valid &= bool(steps) or not expert
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):

@@ -1,5 +1,6 @@
 """Students that train some of their steps, with another network for the steps before."""
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -26,6 +27,7 @@ from gadjax.training.backward_simulation import backward_simulate, draw_steps, t
 from gadjax.training.config import read_config
 from gadjax.training.context import Roles, make_context
 from gadjax.training.setup import prepare
+from gadjax.training.workdir import parse_run_metadata
 
 FIRST_OF_TWO = {"steps": 2, "trained_steps": (0, 1)}
 FIRST = ("--config.student.trained_steps=(0, 1)",)
@@ -227,6 +229,27 @@ def test_an_expert_of_an_expert(config, tiny_pipeline, tmp_path):
     times = "--config.student.steps=3", "--config.student.timesteps=(900, 600, 300)"
     with pytest.raises(InputError, match="earlier_expert: found .* an expert of steps"):
         prepare(read_config([f"--config={config}:tdm", *times, *again]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trained_steps": (1,)},
+        {"trained_steps": (1, 0)},
+        {"trained_steps": (0, 3)},
+        {"trained_steps": (0.0, 1)},
+        {"trained_steps": 1},
+        {"earlier_expert": "runs/first"},
+        {"earlier_expert": "runs/first", "trained_steps": (0, 1)},
+        {"earlier_expert": 1, "trained_steps": (1, 2)},
+    ],
+)
+def test_metadata_that_no_run_writes_is_refused(first, changes):
+    config = json.loads((first / "config.json").read_text())
+    parse_run_metadata({"config": config, "teacher": "f"}, "here")
+    config["student"] |= changes
+    with pytest.raises(InputError, match="here: found another config"):
+        parse_run_metadata({"config": config, "teacher": "f"}, "here")
 
 
 @pytest.mark.slow
