@@ -71,6 +71,8 @@ def test_a_distilled_student_is_that_of_the_command(student, tiny_pipeline, tmp_
         "guidance": 1.0,
         "init": "teacher",
         "trained": "",
+        "earlier_expert": "",
+        "trained_steps": [],
         "layers": [],
         "lora": {"rank": 0, "alpha": None, "targets": TARGETS},
         "latents": "student",
