@@ -24,8 +24,7 @@ Variants: dmd (default, for comparison); dmd_fresh (DMD2: noise is added between
           --config.objective.dmm.teachers); ppcl (a smaller teacher of 4 of the 6 layers)
           dmd_fresh and those from cd to sprint are of the eps teacher and, but for tcm, sampled
           with fresh noise; WITH_PICTURES draw captions with pictures of the bundled world.
-Hardware: 2 CPU cores, 1 to 8 minutes a variant where nothing else runs; of gdd and flash_dmd 15 on
-          one core.
+Hardware: 2 CPU cores, 1 to 8 minutes a variant where nothing else runs.
 Result:   docs/results/study/README.md (methods), docs/results/README.md (Other methods).
 """
 
