@@ -24,7 +24,7 @@ Variants: dmd (default, for comparison); dmd_fresh (DMD2: noise is added between
           --config.objective.dmm.teachers); ppcl (a smaller teacher of 4 of the 6 layers)
           dmd_fresh and those from cd to sprint are of the eps teacher and, but for tcm, sampled
           with fresh noise; WITH_PICTURES draw captions with pictures of the bundled world.
-Hardware: 2 CPU cores, 1 to 8 minutes a variant where nothing else runs.
+Hardware: 2 CPU cores, up to 8 minutes a variant (the slowest, gdd, by its first 81 updates).
 Result:   docs/results/study/README.md (methods), docs/results/README.md (Other methods).
 """
 
@@ -42,7 +42,7 @@ VARIANTS = {
     "sid_gan": {"sid": {"weight": 0.5} | SID_DIT, "adversarial": {"weight": 0.5, "clamp": 10.0}},
     "decoupled_dmd": {"decoupled_dmd": {}},
     "pg_sb": {"dmd": {"guidance_range": (2.0, 5.0)}},
-    "uni_instruct": {"uni_instruct": {"divergence": "rkl"}},  # "kl" breaks here: docs/methods.md
+    "uni_instruct": {"uni_instruct": {"divergence": "rkl"}},  # "kl" breaks: docs/results
     "f_distill": {"f_distill": {}},
     "embedding": {"dmd": {}, "embedding": {"weight": 0.1}},
     "disback": {"disback": {"path": ("teacher",)}},

@@ -162,7 +162,7 @@ def _origin(export: Export) -> list[str]:
         f"| weights | {'EMA' if export.part == 'ema' else 'as last updated'} |",
         *guidance,
         *([f"| trained parameters | {escape_markdown(part)} |"] if part else []),
-        *_experts(config["student"], len(export.times or ())),
+        *_experts(export),
         *([f"| base in training | 8 bits in {escape_markdown(base)} |"] if base else []),
         f"| fingerprint of the teacher's backbone | {escape_markdown(export.fingerprint)} |",
         f"| prompt length | {sampling.length} tokens |",
@@ -170,14 +170,16 @@ def _origin(export: Export) -> list[str]:
     ]
 
 
-def _experts(student: Mapping[str, Any], count: int) -> list[str]:
-    """Row of a network that is for some of the steps alone."""
+def _experts(export: Export) -> list[str]:
+    """Row of a student that is for some of the steps alone."""
+    student = {} if export.part == "critic" else export.config["student"]
     if not (steps := student.get("trained_steps")):
         return []
     expert = escape_markdown(Path(student.get("earlier_expert", "")).name)
-    earlier = f"; the steps before are those of {expert}, which is not in this folder"
-    first, end = steps
-    return [f"| trained for | steps {first + 1} to {end} of {count}{earlier if expert else ''} |"]
+    text = f"steps {steps[0] + 1} to {steps[1]} of {len(export.times)}"
+    if expert:
+        text += f"; the steps before are those of {expert}, which is not in this folder"
+    return [f"| trained for | {text} |"]
 
 
 def _use(export: Export) -> list[str]:

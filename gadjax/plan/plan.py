@@ -33,7 +33,7 @@ from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
 from gadjax.training.data import SOURCES
 from gadjax.training.setup import Run, prepare
-from gadjax.training.steps import critic_step, student_step
+from gadjax.training.steps import UPDATES
 
 MAX_TRIES = 4  # programs compiled in search of the largest batch
 
@@ -112,7 +112,7 @@ def plan(
 def _operations(programs: Programs, name: str, batch: int) -> float:
     """FLOPs of an update of the whole batch. Traced without a mesh: a kernel placed on one shows a
     chip's part, and arrays in the host's memory cannot be computed with there."""
-    run, step = programs.run, {"critic": critic_step, "student": student_step}[name]
+    run, step = programs.run, UPDATES[name]
 
     def update(state, frozen, raw):
         made = make_batch(run.pipeline, frozen, raw, make_key(0), 0)

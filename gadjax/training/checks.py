@@ -24,7 +24,8 @@ from gadjax.training.health import check_previews
 from gadjax.training.lora import base_source, loras
 from gadjax.training.partial import trained_patterns
 from gadjax.training.steps import CRITICS
-from gadjax.training.workdir import is_workdir
+from gadjax.training.trained_steps import check_drawn_steps, check_trained_steps
+from gadjax.training.workdir import is_source, is_workdir
 
 OFFLOAD = "teacher", "optimizer", "ema"
 ATTENTION = "auto", "jnp", "pallas"
@@ -126,7 +127,7 @@ def check_critic(config: ConfigDict, needs: Needs) -> None:
             f"discriminator.{key}: found {value}; expected none in a run without a discriminator"
         )
     init = config.critic.init
-    if init is not None and not (needs.critic and _is_source(init)):
+    if init is not None and not (needs.critic and is_source(init)):
         expected = "a diffusers folder, a LoRA or a workdir" if needs.critic else "none: no critic"
         raise InputError(f"critic.init: found {init!r}; expected {expected}")
     follow = config.critic.follow
@@ -211,63 +212,6 @@ def check_redraw(shares: Sequence[float], times: Sequence[float]) -> None:
         raise InputError("student.redraw: found one step; expected at least 2, or ()")
 
 
-def check_trained_steps(config: ConfigDict, times: Sequence[float]) -> None:
-    """Check which of its steps a student trains, and the expert of those before.
-
-    Args:
-      config: training config.
-      times: of the student's steps.
-
-    Raises: InputError for numbers that are not those of steps in order, and for an expert without
-      steps of its own, of another depth, or beside grids that are drawn anew.
-    """
-    steps, expert = tuple(config.student.trained_steps), config.student.earlier_expert
-    are_numbers = all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
-    in_order = are_numbers and len(steps) == 2 and 0 <= steps[0] < steps[1] <= len(times)
-    if steps and not in_order:
-        raise InputError(
-            f"student.trained_steps: found {short_repr(steps)}; expected the first step and the "
-            f"one after the last, in order from 0 to {len(times)}, or ()"
-        )
-    if not expert:
-        return
-    if not _is_source(expert):
-        raise InputError(
-            f"student.earlier_expert: found {expert!r}; expected a diffusers folder, a LoRA or a "
-            "workdir of gadjax train"
-        )
-    if not steps or steps[0] == 0:
-        raise InputError(
-            f"student.trained_steps: found {short_repr(steps)}; expected the steps after those of "
-            "student.earlier_expert, such as (2, 4)"
-        )
-    for key in ("layers", "redraw"):
-        if config.student[key]:
-            raise InputError(
-                f"student.{key}: found {short_repr(tuple(config.student[key]))} and an earlier "
-                "expert; expected ()"
-            )
-
-
-def check_drawn_steps(config: ConfigDict, needs: Needs) -> None:
-    """Check that an objective has drawn steps where a student does not train all its steps.
-
-    Raises: InputError.
-    """
-    steps = tuple(config.student.trained_steps)
-    if not steps:
-        return
-    where = f"student.trained_steps: found {steps}"
-    if needs.endpoint or needs.full_map or not (needs.student or needs.first_step):
-        raise InputError(
-            f"{where} and a loss of all steps, or of none; expected (), or a loss of drawn steps"
-        )
-    if needs.first_step and steps[0] > 0:
-        raise InputError(f"{where} and a loss of the first step; expected it among them")
-    if needs.detach_first_step and steps[1] - steps[0] < 2:
-        raise InputError(f"{where} and an anchor; expected another step for the base objective")
-
-
 def compute_dtype(name: str):
     """Compute dtype by its config name. Raises: InputError for one that is not supported."""
     if name not in ("float32", "bfloat16"):
@@ -282,7 +226,7 @@ def student_times(config: ConfigDict) -> tuple[float, ...]:
     """
     times = tuple(float(t) for t in config.student.timesteps)
     init = config.student.init
-    if init not in INITS and not _is_source(init):
+    if init not in INITS and not is_source(init):
         raise InputError(
             f"student.init: found {init!r}; expected 'teacher', 'random', a diffusers folder, a "
             "LoRA or a workdir of gadjax train"
@@ -295,12 +239,6 @@ def student_times(config: ConfigDict) -> tuple[float, ...]:
     if list(times) != sorted(set(times), reverse=True) or times[-1] < 0:
         raise InputError(f"student.timesteps: found {times}; expected falling times from 0 on")
     return times
-
-
-def _is_source(init: str) -> bool:
-    """True for a path from which a network may start."""
-    path = assets.resolve(init) if init else None
-    return path is not None and (path.is_dir() or is_lora(path))
 
 
 def critic_optim(config: ConfigDict, role: str) -> ConfigDict:

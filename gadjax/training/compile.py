@@ -25,9 +25,7 @@ from gadjax.seeds import make_key
 from gadjax.training.batch import make_batch
 from gadjax.training.setup import Run
 from gadjax.training.state import TrainState
-from gadjax.training.steps import critic_step, student_step
-
-UPDATES = {"critic": critic_step, "student": student_step}
+from gadjax.training.steps import UPDATES
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class StepSpec:
       latents: at the drawn steps: "student", from its own rollout, or "data", noised.
       critic_follow: share of the student that the critic takes over after each of its updates.
       steps: student updates of the run.
-      trained_steps: first of the student's steps that is trained, and the one after the last; ().
+      trained_steps: first step that the student trains, and the one after the last; () for all.
       student_layers: the teacher's blocks that the student has; () for all.
       decode: (parameters of the autoencoder, latents) -> pictures, for terms that look at them.
     """

@@ -144,3 +144,6 @@ def critic_step(
         state, role_metrics = apply_update(step_spec.optimizers, state, role, loss_and_grads)
         metrics |= role_metrics
     return state, metrics
+
+
+UPDATES = {"critic": critic_step, "student": student_step}  # by their names in `Run.order`

@@ -8,6 +8,7 @@ from gadjax import assets
 from gadjax.checkpoints.restore import read_params
 from gadjax.errors import InputError
 from gadjax.formats.diffusers_folder import Component
+from gadjax.formats.lora_header import is_lora
 from gadjax.formats.sampling_config import SamplingConfig
 from gadjax.formats.state_dict import check_keys, tensors_from_params
 from gadjax.formats.weights import fingerprint
@@ -165,6 +166,12 @@ def is_workdir(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
 
 
+def is_source(init: str) -> bool:
+    """True for a path from which a network may start."""
+    path = assets.resolve(init) if init else None
+    return path is not None and (path.is_dir() or is_lora(path))
+
+
 def read_trained(workdir: Path, part: str = "ema", step: int | None = None) -> Trained:
     """Read the trained weights of a workdir.
 
@@ -204,10 +211,9 @@ def parse_run_metadata(meta: Any, where: str) -> tuple[dict[str, Any], str, Samp
         valid = all(map(is_text, texts)) and all(map(is_number, numbers))
         valid &= all(is_count(n, 1, 2**31 - 1) for n in counts)
         valid &= all(map(is_count, (*layers, *steps)))
-        if steps:
-            first, end = steps
-            valid &= bool(expert) <= first < end <= len(sampling.timesteps)
-        valid &= bool(steps) or not expert
+        first, end = steps or (0, len(sampling.timesteps or ()) + 1)
+        if steps or expert:
+            valid &= (1 if expert else 0) <= first < end <= len(sampling.timesteps)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):

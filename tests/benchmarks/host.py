@@ -21,7 +21,7 @@ def host(batch: int, steps: int, saves: int) -> Iterator[Figure]:
     its whole time is the cost where nothing overlaps."""
     overrides = [f"--config.batch={batch}", f"--config.steps={steps}"]
     bench = Bench(prepare(read_config(["--config=configs/shapes_gad.py:dmd", *overrides])))
-    run, updates = bench.run, bench.critics + 1
+    run, updates = bench.run, len(bench.steps.order)
 
     jax.block_until_ready(bench.iterate())
     alone = timed(lambda: bench.iterate(), steps)

@@ -160,15 +160,13 @@ class Bench:
         self.run, self.steps = run, compile_steps(run)
         self.state = init_state(run, self.steps)
         self.frozen = jax.device_put(run.frozen, self.steps.frozen)
-        self.critics = run.order.count("critic")
         self.update = 0
         # Sharded as the loop's are: for other arguments a step is compiled again.
         self.raw = put_on_mesh(run.source.batch(0, run.batch), batch_sharding(run.mesh))
 
     def iterate(self, raws=None):
         """Do one iteration. raws: iterator of host batches, one an update; else one is reused."""
-        for i in range(self.critics + 1):
-            step = self.steps.student if i == self.critics else self.steps.critic
+        for step in self.steps.order:
             raw = self.raw if raws is None else next(raws)
             update = jnp.uint32(self.update)
             self.state, metrics = step(self.state, self.frozen, raw, update)
