@@ -524,6 +524,24 @@ LENGTH |= {"pixart_sigma": 140, "flux_dev": 12, "flux_schnell": 12}  # PixArt-al
 LENGTH |= {"z_image": 40, "flux2_klein": 44, "lumina2": 220}  # with a chat or system prompt
 ALL = (sd15, sd2_v, sdxl, sana, sana_sprint, sd3, sd35, sd35_large, pixart_sigma)
 ALL += (flux_dev, flux_schnell, z_image, lumina2, flux2_klein)
+# Times of few-step students. Not of SANA-Sprint, which is no teacher: its scheduler's steps add
+# noise.
+TIMES = {
+    "sd15": (899, 449),
+    "sd2_v": (999, 500),
+    "sdxl": (999, 500),
+    "sana": (999.67, 749.62),
+    "sd3": (1000.0, 857.69, 602.15, 8.93),
+    "sd35": (1000.0, 857.69, 602.15, 8.93),
+    "sd35_large": (1000.0, 857.69, 602.15, 8.93),
+    "pixart_sigma": (999, 500),
+    "z_image": (1000.0, 857.14),
+    "lumina2": (1000.0, 857.14),
+    "flux_dev": (1000.0, 849.2, 652.5, 384.9),
+    "flux_schnell": (1000.0, 500.0),
+    "flux2_klein": (1000.0, 958.1),
+}
+EMBEDDED = {"flux_dev": 3.5}  # scale that the student is told
 # Side of latents, where no option of the class says it.
 SIDE = {"flux_dev": 8, "flux_schnell": 8, "z_image": 8, "flux2_klein": 4}
 MAKERS = {f.__name__: f for f in ALL}

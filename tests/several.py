@@ -10,6 +10,7 @@ from gadjax.runtime import distributed
 
 # As tests begin: loading libtpu takes those for CPUs away.
 XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+TESTS_PATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
 
 
 def flags_for(devices: int) -> str:
@@ -37,5 +38,4 @@ def start(command: list[str], number: int, count: int, port: int, devices: int, 
 
 def run_on_devices(count: int, file: str, *arguments: object) -> None:
     """A test's own file as a program on so many devices."""
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    run_python(file, *arguments, PYTHONPATH=path, **variables(count))
+    run_python(file, *arguments, PYTHONPATH=TESTS_PATH, **variables(count))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from families import LENGTH
+from families import EMBEDDED, LENGTH, TIMES
 from train_runs import read_vector, rows, train
 
 from gadjax import load, sample
@@ -31,23 +31,6 @@ def get_config():
     config.preview.every = 0
     return config
 """
-# Not SANA-Sprint, which is no teacher: its scheduler's steps add noise.
-TIMES = {
-    "sd15": (899, 449),
-    "sd2_v": (999, 500),
-    "sdxl": (999, 500),
-    "sana": (999.67, 749.62),
-    "sd3": (1000.0, 857.69, 602.15, 8.93),
-    "sd35": (1000.0, 857.69, 602.15, 8.93),
-    "sd35_large": (1000.0, 857.69, 602.15, 8.93),
-    "pixart_sigma": (999, 500),
-    "z_image": (1000.0, 857.14),
-    "lumina2": (1000.0, 857.14),
-    "flux_dev": (1000.0, 849.2, 652.5, 384.9),
-    "flux_schnell": (1000.0, 500.0),
-    "flux2_klein": (1000.0, 958.1),
-}
-EMBEDDED = {"flux_dev": 3.5}  # scale that the student is told
 
 
 @pytest.fixture(scope="module")
