@@ -76,6 +76,8 @@ def test_traffic_grows_by_roles_and_adapters_by_no_more_than_their_size(student_
     adapted, adapters = student_update(family, ROLES, 2)
     network = size(networks["student"])
     assert roles.keys() == adapters.keys() == {"student", "critic"}
+    # With -s: the row of docs/performance.md.
+    print(family, network, size(adapters["student"]), alone, whole, adapted)
     # The critic is gathered once, and the teacher once more.
     assert alone > 0 and whole - alone < 2 * network
     # Each is gathered at most forward and in reverse, and the student's gradient is summed.
