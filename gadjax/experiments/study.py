@@ -10,6 +10,7 @@ downloaded.
 
 import argparse
 import json
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -123,6 +124,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("docs/results/study"))
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the workers too
     for cell in args.cells:
         config_of(cell)
     args.out.mkdir(parents=True, exist_ok=True)

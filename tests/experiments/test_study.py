@@ -1,10 +1,14 @@
 """The study: training, evaluation, and the table of finished cells."""
 
 import json
+import sys
+import time
 
 import jax
 import numpy as np
+import psutil
 import pytest
+from programs import ROOT
 
 from gadjax.experiments import study, study_cells, study_runs, study_tables
 from gadjax.training.config import read_config
@@ -30,6 +34,21 @@ def test_longer_rows_take_the_evaluations_of_the_row_they_are_compared_with():
         base = cost_of(f"flow/{of}")
         assert share == pytest.approx(cost / base, rel=0.05)
         assert study_cells.config_of(f"flow/{name}").steps == round(800 * share)
+
+
+@pytest.mark.slow
+def test_a_terminated_study_leaves_no_worker(tmp_path):
+    command = [sys.executable, "-m", "gadjax.experiments.study", "flow/dmd_none", "--seeds", "1"]
+    process = psutil.Popen([*command, "--out", str(tmp_path)], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    # The pool's worker, beside the process that tracks resources.
+    while len(workers := process.children()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    assert not list(tmp_path.iterdir())
 
 
 def distance(a, b) -> float:
