@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gadjax.errors import InputError, check_choice
 from gadjax.ops.attention import tangent_pass
+from gadjax.types import expand
 
 GRID_SIDE = 4  # cells a side of the grid on which low-frequency noise is constant
 
@@ -26,17 +27,86 @@ class Directions:
         teacher's output with respect to its input: the direction in which the teacher changes that
         functional most (`count` functionals).
       count: number of directions for every sample.
+      one_in: k, of every k neighbouring samples one has tangents (`Blocks`).
 
-    Raises: InputError for another kind or a count below 1.
+    Raises: InputError for another kind, and for a count or k below 1.
     """
 
     kind: str = "gaussian"
     count: int = 1
+    one_in: int = 1
 
     def __post_init__(self):
         check_choice("direction", self.kind, (*DISTRIBUTIONS, "control"))
         if self.count < 1:
             raise InputError(f"directions: found {self.count}; expected 1 or more")
+        if self.one_in < 1:
+            raise InputError(f"one_in: found {self.one_in}; expected 1 or more")
+
+
+class Blocks(NamedTuple):
+    """Blocks of k neighbouring samples, of each of which one is chosen: N = B / k.
+
+    The mean of `spread` over B is the mean over N, and in expectation over the choice what it would
+    be if all were chosen. Neighbours, so that every device chooses among the samples that it has.
+
+    Args:
+      size: k, 2 or more.
+      index_N: the chosen sample of each block, from 0 to k - 1.
+    """
+
+    size: int
+    index_N: jax.Array
+
+    def chosen(self, x):
+        """The chosen samples [N, ...] of an array [B, ...]."""
+        x, chosen = self._split(x), None
+        for place in range(self.size):
+            here = x[:, place]
+            chosen = here if place == 0 else self._where(self.index_N == place, here, chosen)
+        return chosen
+
+    def rest(self, x):
+        """The other samples [B - N, ...] of an array [B, ...]."""
+        x = self._split(x)
+        after = jnp.arange(self.size - 1) >= self.index_N[:, None]
+        return self._join_blocks(self._where(after, x[:, 1:], x[:, :-1]))
+
+    def join(self, chosen, rest):
+        """[B, ...] of what `chosen` and `rest` return."""
+        rest = rest.reshape(-1, self.size - 1, *rest.shape[1:])
+        before, after = (
+            jnp.concatenate(parts, 1) for parts in ((rest, rest[:, -1:]), (rest[:, :1], rest))
+        )
+        place, index = jnp.arange(self.size), self.index_N[:, None]
+        others = self._where(place < index, before, after)
+        return self._join_blocks(self._where(place == index, chosen[:, None], others))
+
+    def spread(self, loss_N):
+        """Loss [B] of a loss of the chosen samples: k times theirs, 0 for the others."""
+        return self.join(self.size * loss_N, jnp.zeros(len(loss_N) * (self.size - 1), loss_N.dtype))
+
+    def _split(self, x):
+        return x.reshape(-1, self.size, *x.shape[1:])
+
+    @staticmethod
+    def _join_blocks(x):
+        return x.reshape(-1, *x.shape[2:])
+
+    @staticmethod
+    def _where(condition, x, other):
+        return jnp.where(expand(condition, x), x, other)
+
+
+def draw_blocks(size: int, keys_B: jax.Array) -> Blocks:
+    """Blocks of `size` neighbours, one of each drawn with the key of its first sample.
+
+    Args:
+      size: k, 2 or more, a divisor of the number of keys.
+      keys_B: PRNG keys.
+    """
+    keys_N = keys_B[::size]
+    return Blocks(size, jax.vmap(lambda key: jax.random.randint(key, (), 0, size))(keys_N))
 
 
 def low_frequency(key, shape: tuple[int, ...], dtype=jnp.float32):

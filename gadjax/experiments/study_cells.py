@@ -46,6 +46,12 @@ CHANGES = {
     "whole": {"gad": POLAR | {"end": "whole", "steps": 8}},
     "first_step": {"gad": POLAR | {"step_weights": (4.0, 0.0, 0.0, 0.0)}},
     "later_steps": {"gad": POLAR | {"step_weights": (0.0, 4 / 3, 4 / 3, 4 / 3)}},
+    "one_in_2": {"gad": POLAR | {"one_in": 2}},
+    "one_in_4": {"gad": POLAR | {"one_in": 4}},
+    "map_2_one_in_4": {
+        "gad": POLAR | {"steps": 2, "one_in": 4},
+        "anchor": ANCHOR | {"steps": 2},
+    },
     "anchor_late": {"anchor": ANCHOR | {"until": 499.5}},
     "anchor_weight_0.2": {"anchor": ANCHOR | {"weight": 0.2}},
 }
@@ -103,7 +109,7 @@ def objectives() -> dict[str, dict]:
                 variants[f"{base}_{added}"] |= part
     for name, changed in CHANGES.items():
         variants[name] = variants["dmd_polar_anchor"] | changed
-    for weight in (0.3, 3.0):
+    for weight in (0.3, 3.0, 10.0):
         extra = {"regression": REGRESSION | {"weight": weight}}
         variants[f"dmd_reg_{weight:g}"] = {"dmd": {}} | extra
     variants["script"] = {"tdm": {}, "gad_script": {}}
@@ -148,16 +154,17 @@ def cells() -> list[str]:
     dmd = [f"dmd_{name}" for name in COMBINED]
     few = ["regression_none", "regression_polar_anchor", *dmd, "dmd_reg_3"]
     few += ["tdm_none", "tdm_polar_anchor"]
-    one = [f"dmd_{name}" for name in ("none", "reg", "gad", "polar", "reg_polar")]
+    one = [f"dmd_{name}" for name in ("none", "reg", "reg_3", "gad", "polar", "reg_polar")]
     one += ["regression_none", "regression_polar", "sid_none", "sid_polar"]
     some = ["regression_none", "dmd_none", "dmd_reg", "dmd_polar", "dmd_polar_anchor"]
+    seven = [*some, "dmd_reg_3", "dmd_reg_10", "dmd_anchor", "weight_1", "map_2"]
     variants = {
-        "flow": [*alone, *grid, *LONGER, *CHANGES, "dmd_reg_0.3", "dmd_reg_3"],
+        "flow": [*alone, *grid, *LONGER, *CHANGES, "dmd_reg_0.3", "dmd_reg_3", "dmd_reg_10"],
         "flow_2_steps": few,
         "flow_1_step": one,
         "eps": ["regression_none", "regression_polar_anchor", *dmd],
         "flow_guidance_2": some,
-        "flow_guidance_7": some,
+        "flow_guidance_7": seven,
         "flow_adapters": some,
         "flow_adapters_int8": ["dmd_polar_anchor", "regression_none"],
     }

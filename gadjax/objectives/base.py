@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gadjax.diffusion.denoiser import Denoiser
-from gadjax.diffusion.geometry import Directions
+from gadjax.diffusion.geometry import Blocks, Directions
 from gadjax.errors import InputError
 from gadjax.types import Batch, Cond, Metrics, Prediction
 
@@ -52,8 +52,8 @@ class Needs:
         or `full_map`) and no other term needs the map; otherwise for samples whose drawn step is
         the first, which share that step and its maps with other terms.
       full_map: the student's full few-step map from z, with gradient through every step.
-      tangent: directions of the tangents of `student`, `full_map` and of maps.
-      maps: teacher map -> whether its tangents are needed too.
+      tangent: directions of the tangents of `student`, `full_map` and `map_tangents`.
+      maps, map_tangents: teacher maps whose ends, and whose tangents, the term takes.
       teacher, jvp: the term evaluates the teacher, or takes a network's derivatives, itself.
       endpoint: end of the student's rollout from z, detached after the first step if
         `detach_first_step`.
@@ -74,7 +74,8 @@ class Needs:
     first_step: tuple[TeacherMap, ...] = ()
     full_map: bool = False
     tangent: Directions | None = None
-    maps: Mapping[TeacherMap, bool] = field(default_factory=dict)
+    maps: tuple[TeacherMap, ...] = ()
+    map_tangents: tuple[TeacherMap, ...] = ()
     teacher: bool = False
     jvp: bool = False
     endpoint: bool = False
@@ -91,6 +92,10 @@ class Needs:
     few_step: bool = False
 
     @property
+    def all_maps(self) -> tuple[TeacherMap, ...]:
+        return tuple(dict.fromkeys(self.maps + self.map_tangents))
+
+    @property
     def is_few_step(self) -> bool:
         """True if the result is a student, sampled on its own grid without guidance; what plain
         denoising trains is sampled as a teacher is."""
@@ -100,7 +105,7 @@ class Needs:
     def uses_teacher(self) -> bool:
         """True if the objective evaluates the teacher; training on pictures alone does not."""
         on_features = self.discriminator and not self.pixels  # of teacher or critic
-        return bool(self.maps or self.first_step) or self.teacher or self.critic or on_features
+        return bool(self.all_maps or self.first_step) or self.teacher or self.critic or on_features
 
     def __or__(self, other: "Needs") -> "Needs":
         return _union(self, other)
@@ -113,9 +118,6 @@ def _union(a: Needs, b: Needs) -> Needs:
             f"objective: found directions {_describe(a.tangent)} and "
             f"{_describe(b.tangent)}; expected one choice for all terms"
         )
-    maps = dict(a.maps)
-    for spec, tangent in b.maps.items():
-        maps[spec] = maps.get(spec, False) or tangent
     for name in set(a.networks) & set(b.networks):
         if a.networks[name] != b.networks[name]:
             raise InputError(
@@ -127,19 +129,22 @@ def _union(a: Needs, b: Needs) -> Needs:
             "objective: found terms for data.forget and for data.styles; expected one of them"
         )
     either = {f.name: getattr(a, f.name) or getattr(b, f.name) for f in fields(a) if f.type is bool}
-    first_step = tuple(dict.fromkeys(a.first_step + b.first_step))
+    maps = {
+        name: tuple(dict.fromkeys(getattr(a, name) + getattr(b, name)))
+        for name in ("first_step", "maps", "map_tangents")
+    }
     return Needs(
         tangent=a.tangent or b.tangent,
-        maps=maps,
-        first_step=first_step,
         networks={**a.networks, **b.networks},
         override=a.override or b.override,
+        **maps,
         **either,
     )
 
 
 def _describe(directions: Directions) -> str:
-    return f"{directions.count} x {directions.kind!r}"
+    of_samples = f" of one in {directions.one_in} samples" if directions.one_in > 1 else ""
+    return f"{directions.count} x {directions.kind!r}{of_samples}"
 
 
 class FirstStep(NamedTuple):
@@ -216,8 +221,7 @@ class Context(Draws, StepTimes):
     """One batch as terms get it: networks, drawn steps, and the results of their `Needs`.
 
     Arrays with a trailing _B have one entry per sample. A (value, tangents) pair has tangents
-    [J, B, ...], or None if they were not requested. Results that were not requested are None, or
-    empty mappings.
+    [J, N, ...] of the samples that `blocks` chooses. What was not requested is None, or empty.
 
     Attributes:
       denoiser: network, schedule and parameterization.
@@ -234,7 +238,8 @@ class Context(Draws, StepTimes):
       trained_steps: first of the steps that are drawn, and the one after the last.
       step_B: index of the drawn step on the student's grid.
       x_BHWC: the student's latent at the drawn step, without gradient.
-      direction_JBHWC: directions of the tangents.
+      blocks: which samples have tangents; None: all, N = B.
+      direction_JNHWC: directions of the tangents.
       student: prediction at the drawn step, and tangents.
       first_step: teacher map -> FirstStep.
       full_map: x0 of the student's full map from z, and tangents.
@@ -264,7 +269,8 @@ class Context(Draws, StepTimes):
     trained_steps: tuple[int, int] = (0, 0)
     step_B: jax.Array | None = None
     x_BHWC: jax.Array | None = None
-    direction_JBHWC: jax.Array | None = None
+    blocks: Blocks | None = None
+    direction_JNHWC: jax.Array | None = None
     student: tuple[Prediction, Prediction | None] | None = None
     first_step: Mapping[TeacherMap, FirstStep] = field(default_factory=dict)
     full_map: tuple[jax.Array, jax.Array | None] | None = None

@@ -1,7 +1,8 @@
 """Shared parts of objectives: pseudo-losses, the critic's loss, the student's step as a map."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import jax
@@ -165,8 +166,26 @@ def student_map(context: Context, end: str):
 
 
 def student_tangents(context: Context, end: str):
-    """Tangents of `student_map` along the context's directions: [J, B, H, W, C]."""
-    return jax.vmap(lambda pred: step_end(context, pred, end))(context.student[1])
+    """Tangents of `student_map` along the context's directions: [J, N, H, W, C]."""
+    samples = tangent_samples(context)
+    return jax.vmap(lambda pred: step_end(samples, pred, end))(context.student[1])
+
+
+def tangent_samples(context: Context) -> Context:
+    """The context's drawn steps for the samples that have tangents."""
+    return part_of(context, context.blocks.chosen) if context.blocks else context
+
+
+def part_of(context: Context, pick: Callable) -> Context:
+    """Batch and drawn steps of some samples; other results stay those of all.
+
+    Args:
+      context: of all samples.
+      pick: [B, ...] -> their rows.
+    """
+    batch, step_B, x = jax.tree.map(pick, (context.batch, context.step_B, context.x_BHWC))
+    grid_NB = None if context.grid_NB is None else pick(context.grid_NB.T).T
+    return replace(context, batch=batch, step_B=step_B, x_BHWC=x, grid_NB=grid_NB)
 
 
 def step_end(context: Context, pred: Prediction, end: str):

@@ -140,7 +140,7 @@ class Sum:
                 "the first step and the base objective needs another"
             )
         tangent = self.needs.tangent
-        if tangent and tangent.kind == "control" and not any(self.needs.maps.values()):
+        if tangent and tangent.kind == "control" and not self.needs.map_tangents:
             raise InputError("direction: found 'control' and no teacher map; expected gad as well")
         for name, (_, term) in zip(self.names, self.parts, strict=True):
             if term.needs.next_latent and rollout != "ode":

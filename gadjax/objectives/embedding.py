@@ -52,7 +52,7 @@ class Embedding(Addable):
     def needs(self) -> Needs:
         if self.source == "data":
             return Needs(student=True, images=True, joint=True)
-        return Needs(student=True, maps={self.map: False}, joint=True)
+        return Needs(student=True, maps=(self.map,), joint=True)
 
     def __call__(self, context: Context):
         x0 = context.student[0].x0

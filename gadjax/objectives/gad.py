@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gadjax.diffusion.geometry import Directions
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, TeacherMap, sample_mean
-from gadjax.objectives.common import sg, student_tangents
+from gadjax.objectives.common import sg, student_tangents, tangent_samples
 from gadjax.objectives.compose import Addable
 
 
@@ -33,8 +33,11 @@ class GAD(Addable):
       its tangent is that with respect to the initial noise, the later noises held.
     step_weights: one weight for each step of the student's grid, () for 1 everywhere. Not with
       "whole".
+    one_in: k, of every k neighbouring samples one, drawn at random, has tangents, and k times the
+      weight: the same gradient in expectation. k has to divide a device's share of a microbatch.
     Cost: the student's value is the base's; J tangents add J evaluations, and the teacher's map
-    2 steps (1 + J) (guidance); end="whole" adds the student's n (1 + J).
+    2 steps (1 + J) (guidance); end="whole" adds the student's n (1 + J). All but the
+    student's value over one_in.
     """
 
     end: str = "next"
@@ -44,6 +47,7 @@ class GAD(Addable):
     normalize: bool = True
     loss: str = "polar"
     step_weights: tuple[float, ...] = ()
+    one_in: int = 1
 
     at_first_step = True  # a tangent at z contradicts no anchor there
 
@@ -63,8 +67,8 @@ class GAD(Addable):
             student=not full_map,
             next_latent=self.end == "next",
             full_map=full_map,
-            tangent=Directions(self.direction, self.directions),
-            maps={TeacherMap(self.end, self.steps): True},
+            tangent=Directions(self.direction, self.directions, self.one_in),
+            map_tangents=(TeacherMap(self.end, self.steps),),
         )
 
     def check(self, times: Sequence[float]) -> None:
@@ -81,14 +85,16 @@ class GAD(Addable):
             context.full_map[1] if self.end == "whole" else student_tangents(context, self.end)
         )
         mean = jax.vmap(sample_mean)
-        teacher_JB, student_JB = mean(teacher**2), mean(student**2)
-        cosine_JB = mean(student * teacher) * jax.lax.rsqrt(teacher_JB * student_JB)
+        teacher_JN, student_JN = mean(teacher**2), mean(student**2)
+        cosine_JN = mean(student * teacher) * jax.lax.rsqrt(teacher_JN * student_JN)
         if self.loss == "polar":
-            loss_JB = 2 * (1 - cosine_JB) + (0.5 * jnp.log(student_JB / teacher_JB)) ** 2
+            loss_JN = 2 * (1 - cosine_JN) + (0.5 * jnp.log(student_JN / teacher_JN)) ** 2
         else:
-            loss_JB = mean((student - teacher) ** 2) / (teacher_JB if self.normalize else 1)
-        loss_B = jnp.mean(loss_JB, axis=0)
+            loss_JN = mean((student - teacher) ** 2) / (teacher_JN if self.normalize else 1)
+        loss_N, blocks = jnp.mean(loss_JN, axis=0), context.blocks
         if self.step_weights:
-            loss_B = loss_B * jnp.asarray(self.step_weights, jnp.float32)[context.step_B]
-        ratio = jnp.sqrt(student_JB / teacher_JB)
-        return loss_B, {"cosine": jnp.mean(sg(cosine_JB)), "norm_ratio": jnp.mean(sg(ratio))}
+            step_N = tangent_samples(context).step_B
+            loss_N = loss_N * jnp.asarray(self.step_weights, jnp.float32)[step_N]
+        loss_B = blocks.spread(loss_N) if blocks else loss_N
+        ratio = jnp.sqrt(student_JN / teacher_JN)
+        return loss_B, {"cosine": jnp.mean(sg(cosine_JN)), "norm_ratio": jnp.mean(sg(ratio))}

@@ -22,9 +22,11 @@ class Regression(Addable):
     @property
     def needs(self) -> Needs:
         full_map = self.end == "whole"
-        maps = {TeacherMap(self.end, self.steps): False}
         return Needs(
-            student=not full_map, next_latent=self.end == "next", endpoint=full_map, maps=maps
+            student=not full_map,
+            next_latent=self.end == "next",
+            endpoint=full_map,
+            maps=(TeacherMap(self.end, self.steps),),
         )
 
     def __call__(self, context: Context):

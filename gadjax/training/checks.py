@@ -15,7 +15,7 @@ from gadjax.objectives import TERMS, build
 from gadjax.objectives.base import Needs
 from gadjax.objectives.compose import Sum
 from gadjax.ops.kernels import KERNEL_MODULES, kernels_validated
-from gadjax.parallel.sharding import check_batch, make_mesh
+from gadjax.parallel.sharding import batch_shards, check_batch, make_mesh
 from gadjax.runtime.distributed import any_process
 from gadjax.seeds import check_seed
 from gadjax.training.config import INITS
@@ -77,6 +77,7 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     objective = build(config.objective, TERMS, times, config.student.rollout)
     mesh = make_mesh(config.mesh, devices)
     microbatches = check_batch(config.batch, config.microbatch or config.batch, mesh)
+    check_tangent_share(objective.needs, config.batch // microbatches // batch_shards(mesh))
     if objective.needs.joint and config.batch < 2:
         raise InputError(
             f"batch: found {config.batch}; expected 2 or more, because this loss compares the "
@@ -108,6 +109,19 @@ def validate(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     check_previews(config.preview)
     remat = REMAT[config.remat]
     return Settings(times, objective, mesh, microbatches, dtype, remat, kernels, images)
+
+
+def check_tangent_share(needs: Needs, samples: int) -> None:
+    """Check that blocks of which one sample has tangents divide a device's share of a microbatch.
+
+    Raises: InputError otherwise.
+    """
+    one_in = needs.tangent.one_in if needs.tangent else 1
+    if samples % one_in:
+        raise InputError(
+            f"objective.gad.one_in: found {one_in}; expected a divisor of {samples}, the samples "
+            "of a microbatch that a device (or a group that shares them) has"
+        )
 
 
 def check_critic(config: ConfigDict, needs: Needs) -> None:

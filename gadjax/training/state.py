@@ -1,5 +1,6 @@
 """Training state, optimizers, and the static specification of a training step."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -123,6 +124,12 @@ class StepSpec:
     def can_pair(self, samples: int) -> bool:
         """True if neighbours 2j, 2j + 1 of a microbatch of `samples` share a device and grid."""
         return not self.redraw and samples % (2 * self.batch_shards) == 0
+
+    def neighbours(self, samples: int) -> int:
+        """Number of neighbours that stay in one microbatch of `samples`: pairs, and blocks of which
+        one sample has tangents."""
+        tangent = self.objective.needs.tangent
+        return math.lcm(2 if self.can_pair(samples) else 1, tangent.one_in if tangent else 1)
 
     def solver(self, z_BHWC) -> Orders | FreshNoise:
         """Solver of the student's steps from z, as its sampler has it."""

@@ -48,7 +48,7 @@ def student_step(
         return jnp.mean(loss_B), metrics | {"student/loss_B": loss_B}
 
     loss_and_grads = accumulate(
-        loss, state.params["student"], batch, step_spec.microbatches, step_spec.can_pair
+        loss, state.params["student"], batch, step_spec.microbatches, step_spec.neighbours
     )
     state, metrics = apply_update(step_spec.optimizers, state, "student", loss_and_grads)
     return finish_step(step_spec, state, metrics), metrics
@@ -136,7 +136,9 @@ def critic_step(
         return sum(losses.values()), losses | {f"{role}/loss_B": losses_B[role] for role in roles}
 
     params = {role: state.params[role] for role in roles}
-    (_, losses), grads = accumulate(loss, params, batch, step_spec.microbatches, step_spec.can_pair)
+    (_, losses), grads = accumulate(
+        loss, params, batch, step_spec.microbatches, step_spec.neighbours
+    )
     metrics = {}
     for role in roles:
         per_sample = {f"{role}/loss_B": losses[f"{role}/loss_B"]}

@@ -15,7 +15,7 @@ def accumulate(
     params: Params,
     batch: Batch,
     microbatches: int,
-    can_pair: Callable[[int], bool],
+    neighbours: Callable[[int], int],
 ):
     """Loss, metrics and gradients of a batch, accumulated over its microbatches.
 
@@ -28,15 +28,15 @@ def accumulate(
       params: parameters to differentiate.
       batch: the global batch.
       microbatches: into how many equal parts it is split.
-      can_pair: number of samples -> whether neighbours share a rollout in backward simulation.
+      neighbours: samples of a microbatch -> how many neighbours stay in one microbatch, because
+        they are drawn for together (`StepSpec.neighbours`).
 
     Returns: (loss, metrics), gradients; as `jax.value_and_grad` with `has_aux`.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         return value_and_grad(params, batch)
-    # Neighbours stay in one microbatch where they share a rollout.
-    group = 2 if can_pair(len(batch.stratum) // microbatches) else 1
+    group = neighbours(len(batch.stratum) // microbatches)
     return _accumulate(value_and_grad, params, batch, microbatches, group)
 
 

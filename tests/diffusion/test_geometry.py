@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gadjax.diffusion.geometry import Directions, control_directions, directions, tangent, tangents
+from gadjax.diffusion.geometry import (
+    Directions,
+    control_directions,
+    directions,
+    draw_blocks,
+    tangent,
+    tangents,
+)
 from gadjax.errors import InputError
 
 N, SHAPE = 20_000, (2, 3, 2)
@@ -128,3 +135,25 @@ def test_directions_of_the_wrong_shape():
         tangents(jnp.sin, x, jnp.zeros((1, 3, *SHAPE)))
     with pytest.raises(InputError, match="directions: found 0; expected 1 or more"):
         Directions(count=0)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_one_of_every_block_is_chosen(k):
+    keys = jax.random.split(jax.random.key(0), 12)
+    blocks, x = draw_blocks(k, keys), {"a": jnp.arange(24.0).reshape(12, 2), "key": keys}
+    place = np.arange(12) // k * k + np.repeat(blocks.index_N, k) == np.arange(12)
+    chosen, rest = (jax.tree.map(pick, x) for pick in (blocks.chosen, blocks.rest))
+    assert len(chosen["a"]) == 12 // k and len(rest["a"]) == 12 - 12 // k
+    np.testing.assert_array_equal(chosen["a"], x["a"][place])
+    np.testing.assert_array_equal(rest["a"], x["a"][~place])
+    assert (chosen["key"] == keys[place]).all()
+    np.testing.assert_array_equal(blocks.join(chosen["a"], rest["a"]), x["a"])
+    spread = blocks.spread(jnp.arange(1.0, 12 // k + 1))
+    np.testing.assert_array_equal(spread[place], k * np.arange(1, 12 // k + 1))
+    assert not spread[~place].any()
+
+
+def test_every_sample_of_a_block_is_chosen_as_often():
+    keys = jax.random.split(jax.random.key(0), 4 * 4000)
+    counts = np.bincount(draw_blocks(4, keys).index_N, minlength=4)
+    assert np.abs(counts - 1000).max() < 4 * (4000 * 0.25 * 0.75) ** 0.5

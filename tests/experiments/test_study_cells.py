@@ -28,7 +28,7 @@ def test_a_cell_is_a_config(cell):
     assert config.guidance == family.guidance and config.optim.decay == config.steps
     assert student_times(config) == family.times
     for term in {"regression", "anchor"} & set(config.objective):
-        assert config.objective[term].steps == family.map_steps
+        assert "/map_" in cell or config.objective[term].steps == family.map_steps
     assert read_config([f"--config=configs/study.py:{cell}"]).to_dict() == config.to_dict()
 
 

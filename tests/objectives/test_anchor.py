@@ -201,7 +201,7 @@ PLAIN = {"student": optax.sgd(1.0), "critic": optax.sgd(1.0)}
 class Landing(Addable):
     """A term that needs the anchor's map too, which is then computed once, at the drawn step."""
 
-    needs = Needs(maps={Anchor(steps=2).map: False})
+    needs = Needs(maps=(Anchor(steps=2).map,))
 
     def __call__(self, context):
         return 0 * sample_mean(context.maps[Anchor(steps=2).map][0]), {}

@@ -352,7 +352,7 @@ def test_gauge_distribution_terms_do_not_turn_the_noise_and_gad_does(monkeypatch
                 return term(replace(context, student=(value._replace(x0=x0), moved)))[0].sum()
 
             tangent = jnp.zeros_like(value.x0)[None] if dots is None else dots.x0
-            v = tangent if dots is None else context.direction_JBHWC
+            v = tangent if dots is None else context.direction_JNHWC
             slopes = jax.grad(loss, (0, 1))(value.x0, tangent)
             pairs = (slopes[0], batch.noise), (slopes[1][0], v[0])
             flat = [[u.reshape(-1, D) for u in pair] for pair in pairs]

@@ -144,7 +144,7 @@ def test_sums_of_sums_are_sums():
     needs = (dmd + gad + anchor).needs
     assert needs.student and needs.critic and needs.detach_first_step and not needs.endpoint
     # GAD and the anchor walk the same map, once; its tangent is asked for by one of them.
-    assert needs.maps == GAD().needs.maps and list(needs.maps.values()) == [True]
+    assert needs.map_tangents == GAD().needs.map_tangents == needs.first_step == needs.all_maps
 
 
 def test_build_reads_configs():

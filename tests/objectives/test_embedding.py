@@ -136,7 +136,7 @@ def test_beside_an_anchor_it_leaves_the_first_step_alone():
 def test_pictures_of_the_teacher():
     """The ends of its map from the batch's noise take the data's place; no picture is needed."""
     term, batch = Embedding("teacher", steps=3, **SMALL), make_batch(SAMPLES)
-    assert not term.needs.images and term.needs.maps == {term.map: False}
+    assert not term.needs.images and term.needs.maps == (term.map,)
     nets = FLOW_WORLD.student_params(), None, gaussian_params()
 
     @jax.jit

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from closed_form import (
     DDPM_WORLD,
@@ -24,15 +25,20 @@ from closed_form import (
     one_step,
     perfect_student,
 )
+from several import run_on_devices
 
-from gadjax.diffusion.geometry import Directions, directions
+from gadjax.diffusion.geometry import Directions, directions, draw_blocks
 from gadjax.diffusion.rollout import interpolate_times, rollout
 from gadjax.diffusion.samplers import fresh_noise
 from gadjax.errors import InputError
-from gadjax.objectives import GAD, Anchor, TeacherMap
+from gadjax.objectives import DMD, GAD, Anchor, Regression, TeacherMap
 from gadjax.objectives.base import stream_keys
 from gadjax.objectives.common import student_map, student_tangents
+from gadjax.ops.flops import flops
+from gadjax.parallel.sharding import batch_sharding, make_mesh, replicated
 from gadjax.training.backward_simulation import stratified_step_indices
+from gadjax.training.state import create_state
+from gadjax.training.steps import student_step
 
 SQUARE = {"loss": "square"}
 ends = pytest.mark.parametrize("end", ["next", "clean"])
@@ -52,7 +58,7 @@ def test_tangents_are_those_of_the_maps_at_the_students_latent(name, end):
             context = world.context(term, batch, student, None, teacher)
             x, v, t, stop = (
                 context.x_BHWC,
-                context.direction_JBHWC[0],
+                context.direction_JNHWC[0],
                 context.t_B,
                 context.next_B if end == "next" else jnp.full(samples, world.schedule.clean),
             )
@@ -106,7 +112,7 @@ def test_the_targets_are_products_of_the_steps_matrices(world):
     def run(batch, student, teacher):
         context = world.context(term, batch, student, None, teacher)
         maps = context.maps[TeacherMap("next", steps)]
-        return (maps[0], maps[1][0]), context.x_BHWC, context.direction_JBHWC[0]
+        return (maps[0], maps[1][0]), context.x_BHWC, context.direction_JNHWC[0]
 
     with jax.enable_x64(True):
         batch, teacher = make_batch(samples, dtype=float), gaussian_params(dtype=float)
@@ -135,7 +141,7 @@ def targets(world, end, batch, student, teacher):
             context = world.context(GAD(end, steps), batch, student, None, teacher)
             value, pushed = context.maps[TeacherMap(end, steps)]
             actual.append((value, pushed[0]))
-        return actual, context.x_BHWC, context.direction_JBHWC[0]
+        return actual, context.x_BHWC, context.direction_JNHWC[0]
 
     return run(batch, student, teacher)
 
@@ -291,7 +297,7 @@ def test_the_full_map_has_every_step_of_both(world):
                 return rollout(context.teacher, world.schedule, z, grid).end
 
             pairs = context.full_map, context.maps[TeacherMap("whole", 6)]
-            v_J = context.direction_JBHWC
+            v_J = context.direction_JNHWC
             slopes = [
                 jnp.stack([central(f, batch.noise, v) for v in v_J])
                 for f in (of_student, of_teacher)
@@ -326,7 +332,7 @@ def test_the_tangent_of_a_student_with_fresh_noise_holds_the_later_noises(world)
                     x = alpha * x0 + sigma * noise.draw(k)
                 return x
 
-            slope = central(of_student, batch.noise, context.direction_JBHWC[0])
+            slope = central(of_student, batch.noise, context.direction_JNHWC[0])
             return context.full_map, of_student(batch.noise), slope
 
         (value, pushed), expected, slope = jax.device_get(run(batch, student, teacher))
@@ -352,7 +358,7 @@ def test_several_directions_are_the_mean_of_single_ones():
             return alpha * pred.x0 + sigma * pred.eps
 
         for j in range(3):
-            alone = jax.jvp(of_student, (x,), (context.direction_JBHWC[j],))[1]
+            alone = jax.jvp(of_student, (x,), (context.direction_JNHWC[j],))[1]
             error = ((alone - target[j]) ** 2).mean((1, 2, 3))
             losses.append(error / (target[j] ** 2).mean((1, 2, 3)))
         return term(context)[0], sum(losses) / 3, actual
@@ -384,7 +390,7 @@ def test_control_directions_are_the_teachers_gradient():
         context = world.context(term, batch, student, None, teacher)
         keys = stream_keys(batch.key, "direction")
         w = directions(Directions("low_frequency"), keys, batch.noise.shape[1:])[0]
-        return context.direction_JBHWC[0], w
+        return context.direction_JNHWC[0], w
 
     v, w = run(world.student_params())
     step = stratified_step_indices(np.arange(samples), 4)
@@ -425,6 +431,7 @@ def at(scales, actual, target, **options):
             context = SimpleNamespace(
                 maps={TeacherMap("whole", term.steps): (None, jnp.asarray(target))},
                 full_map=(None, jnp.asarray(scale * actual)),
+                blocks=None,
             )
             values.append(float(term(context)[0][0]))
     return np.array(values)
@@ -458,7 +465,99 @@ def test_reverse_over_forward_is_the_gradient_of_the_loss(options):
         assert actual == pytest.approx((at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-7)
 
 
+PLAIN = {role: optax.sgd(1.0) for role in ("student", "critic")}
+
+
+def start(objective, **more):
+    """An update of 16 samples, and its state."""
+    params = {"student": FLOW_WORLD.student_params(bend=0.2), "critic": gaussian_params(3)}
+    spec = FLOW_WORLD.step_spec(objective, optimizers=PLAIN, **more)
+    nets = {"teacher": gaussian_params()}
+    return (lambda state, batch: student_step(spec, state, nets, batch)), create_state(
+        params, PLAIN
+    )
+
+
+def update(objective, mesh, **more):
+    """The student after an update by a plain gradient step, and its metrics."""
+    step, state = start(objective, batch_shards=mesh.size, **more)
+    state = jax.device_put(state, replicated(mesh))
+    batch = jax.device_put(make_batch(16), batch_sharding(mesh))
+    new, metrics = jax.jit(step)(state, batch)
+    return jax.device_get((new.params["student"], metrics))
+
+
+@pytest.mark.parametrize(
+    "beside,options",
+    [
+        (Anchor(), {"step_weights": (0.5, 1.0, 2.0, 3.0)}),
+        (Regression(end="clean", steps=3), {"end": "clean", "steps": 3, "directions": 2}),
+        (Anchor() + DMD(backprop="all"), {"end": "whole", "steps": 6}),
+        (Regression(), {"direction": "control", "loss": "square"}),
+    ],
+    ids=["anchor", "clean", "whole", "control"],
+)
+@pytest.mark.parametrize("k", [2, 4])
+def test_tangents_of_one_in_k_samples_are_theirs_at_k_times_the_weight(beside, options, k):
+    """And everything else is as with the tangents of all."""
+    world, batch = FLOW_WORLD, make_batch(16)
+    nets = world.student_params(bend=0.4), gaussian_params(3), mixture_params()
+    blocks = draw_blocks(k, stream_keys(batch.key, "blocks"))
+    chosen = np.arange(16) // k * k + np.repeat(blocks.index_N, k) == np.arange(16)
+    assert chosen.sum() == 16 // k and 0 < np.std(blocks.index_N)
+
+    def slope(weight_B, **more):
+        """Gradient with GAD's losses weighted, and every term's loss."""
+        objective = beside + 0.3 * GAD(**options, **more)
+
+        def loss(student, batch, critic, teacher):
+            context = world.context(objective, batch, student, critic, teacher)
+            losses = {
+                name: weight * loss_B * (weight_B if name == "gad" else 1)
+                for name, weight, loss_B, _ in objective.term_losses(context)
+            }
+            return jnp.mean(sum(losses.values())), losses
+
+        return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(nets[0], batch, *nets[1:]))
+
+    expected, actual = slope(k * chosen), slope(1.0, one_in=k)
+    assert (actual[1]["gad"] > 0).sum() == 16 // k
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * np.abs(b).max())
+
+
+def worker():
+    """On eight devices and in microbatches the same samples are chosen, and the update is equal."""
+    objective = DMD() + GAD(one_in=2) + Anchor()
+    one = update(objective, make_mesh({"data": 1}, jax.devices()[:1]))
+    assert float(one[1]["loss/gad"]) > 0.1
+    for devices, microbatches in ((1, 2), (1, 4), (1, 8), (8, 1), (4, 2)):
+        mesh = make_mesh({"data": devices}, jax.devices()[:devices])
+        other = update(objective, mesh, microbatches=microbatches)
+        for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
+
+
+def test_one_in_two_on_eight_devices_and_in_microbatches():
+    run_on_devices(8, __file__)
+
+
+def test_the_price_falls_with_the_samples():
+    """In operations of an update beside those of the same without GAD."""
+
+    def cost(objective):
+        return flops(*start(objective), make_batch(16))
+
+    none = cost(DMD())
+    prices = {k: cost(DMD() + GAD(one_in=k)) - none for k in (1, 2, 4)}
+    print({k: f"{price / prices[1]:.2f}" for k, price in prices.items()})
+    for k in (2, 4):
+        assert prices[k] < 1.15 * prices[1] / k
+
+
 def test_bad_options():
+    with pytest.raises(InputError, match="one_in: found 0; expected 1 or more"):
+        _ = GAD(one_in=0).needs
     with pytest.raises(InputError, match="objective.gad.loss: found 'l1'; expected square or"):
         GAD(loss="l1")
     with pytest.raises(InputError, match="normalize: found False with the polar loss"):
@@ -471,3 +570,7 @@ def test_bad_options():
         _ = GAD(direction="sphere").needs
     with pytest.raises(InputError, match="found a map of 0 steps"):
         _ = GAD(steps=0).needs
+
+
+if __name__ == "__main__":
+    worker()

@@ -228,7 +228,7 @@ class Reading(Addable):
         student=True,
         first_step=(TeacherMap("next", 3),),
         tangent=Directions(),
-        maps={TeacherMap("next", 2): True},
+        map_tangents=(TeacherMap("next", 2),),
         endpoint=True,
         teacher=True,
         critic=True,

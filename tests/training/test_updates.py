@@ -66,8 +66,8 @@ def test_a_microbatch_is_a_strided_share_of_the_batch():
         (1, [[0, 1], [2, 3], [4, 5], [6, 7]]),  # two that walk together
         (2, [[0, 4], [1, 5], [2, 6], [3, 7]]),
     ):
-        can_pair = replace(STEP_SPEC, batch_shards=batch_shards).can_pair
-        jax.jit(lambda p, can_pair=can_pair: accumulate(loss, p, make_batch(8), 4, can_pair))(1.0)
+        spec = replace(STEP_SPEC, batch_shards=batch_shards)
+        jax.jit(lambda p, spec=spec: accumulate(loss, p, make_batch(8), 4, spec.neighbours))(1.0)
         jax.effects_barrier()
         assert sorted(strata) == parts
         strata.clear()
