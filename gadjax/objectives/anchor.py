@@ -29,7 +29,7 @@ class Anchor(Addable):
     """
 
     target: str = "v"
-    steps: int = 4
+    steps: int = 0
     until: float | None = None
 
     def __post_init__(self):

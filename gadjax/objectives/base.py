@@ -22,12 +22,13 @@ class TeacherMap:
     Attributes:
       end: "next" (the following time of the student's grid) or "clean", both from the latent and
         time of the drawn step; or "whole", from the initial noise z to the clean end.
-      steps: number of steps.
+      steps: number of steps; 0: 4, or 8 over the whole of the student's span, to the clean end or
+        in a student of one step: from the noise in 4 steps a teacher is no teacher.
       until: with "next", the time at which the map ends if the drawn step is the first.
     """
 
     end: str = "next"
-    steps: int = 4
+    steps: int = 0
     until: float | None = None
 
     def __post_init__(self):
@@ -35,8 +36,16 @@ class TeacherMap:
             raise InputError(
                 f"objective: found end {self.end!r}; expected 'next', 'clean' or 'whole'"
             )
-        if self.steps < 1:
-            raise InputError(f"objective: found a map of {self.steps} steps; expected 1 or more")
+        if self.steps < 0:
+            raise InputError(
+                f"objective: found a map of {self.steps} steps; expected 1 or more, or 0 for the "
+                "default"
+            )
+
+    def count(self, student_steps: int) -> int:
+        """Number of steps beside a student of so many."""
+        whole = self.end != "next" or student_steps == 1
+        return self.steps or (8 if whole else 4)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ class GAD(Addable):
 
     S is the student's step k as a map of its own latent x_k at its own time t_k: to the next
     latent (end="next") or to x0 (end="clean"). T is the teacher's guided multi-step ODE over the
-    same interval, in `steps` DDIM/Euler steps. With end="whole" both are maps of the initial noise
-    to x0 and S is all the student's steps, differentiated through. Both tangents are exact
-    (jax.jvp), taken at the same point; the teacher's is stop-gradiented.
+    same interval, in `steps` DDIM/Euler steps (0: as `TeacherMap`). With end="whole" both are maps
+    of the initial noise to x0 and S is all the student's steps, differentiated through. Both
+    tangents are exact (jax.jvp), taken at the same point; the teacher's is stop-gradiented.
     loss: "polar" as above; or "square", the paper's (arXiv 2606.01651):
       E |J_S(x_k) v - J_T(x_k) v|^2 / |J_T(x_k) v|^2, or the plain mean square with
       normalize=False. Both are the same to second order where the tangents meet. Where the
@@ -41,7 +41,7 @@ class GAD(Addable):
     """
 
     end: str = "next"
-    steps: int = 4
+    steps: int = 0
     direction: str = "gaussian"
     directions: int = 1
     normalize: bool = True

@@ -17,7 +17,7 @@ class Regression(Addable):
     """
 
     end: str = "next"
-    steps: int = 4
+    steps: int = 0
 
     @property
     def needs(self) -> Needs:

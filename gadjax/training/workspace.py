@@ -150,7 +150,8 @@ def teacher_map(context: Context, teacher: Callable, spec: TeacherMap):
     start_B, x = context.t_B, context.x_BHWC
     if spec.end == "whole":
         start_B, x = jnp.full_like(start_B, context.times[0]), context.batch.noise
-    grid = interpolate_times(start_B, map_end(context, spec), spec.steps)
+    steps = spec.count(len(context.times) - 1)
+    grid = interpolate_times(start_B, map_end(context, spec), steps)
     return (lambda x: rollout(teacher, context.schedule, x, grid).end), x
 
 

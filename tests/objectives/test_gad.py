@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -555,6 +556,24 @@ def test_the_price_falls_with_the_samples():
         assert prices[k] < 1.15 * prices[1] / k
 
 
+@pytest.mark.parametrize(
+    "end,students,expected",
+    [("next", 4, 4), ("next", 2, 4), ("next", 1, 8), ("clean", 4, 8), ("whole", 2, 8)],
+)
+def test_the_default_number_of_the_teachers_steps(end, students, expected):
+    world = replace(FLOW_WORLD, times=(*FLOW_WORLD.times[:students], FLOW_WORLD.times[-1]))
+    objective = GAD(end=end) + GAD(end=end, steps=expected)
+    student = {f"step{k}": FLOW_WORLD.student_params()[f"step{k}"] for k in range(students)}
+
+    @jax.jit
+    def maps(batch):
+        context = world.context(objective, batch, student, None, mixture_params())
+        return list(context.maps.values())
+
+    by_default, explicit = jax.device_get(maps(make_batch(8)))
+    np.testing.assert_array_equal(by_default[1], explicit[1])
+
+
 def test_bad_options():
     with pytest.raises(InputError, match="one_in: found 0; expected 1 or more"):
         _ = GAD(one_in=0).needs
@@ -568,8 +587,8 @@ def test_bad_options():
         GAD(step_weights=(1.0, 0.0)).check(DDPM_WORLD.times[:-1])
     with pytest.raises(InputError, match="direction: found 'sphere'"):
         _ = GAD(direction="sphere").needs
-    with pytest.raises(InputError, match="found a map of 0 steps"):
-        _ = GAD(steps=0).needs
+    with pytest.raises(InputError, match="found a map of -1 steps"):
+        _ = GAD(steps=-1).needs
 
 
 if __name__ == "__main__":
