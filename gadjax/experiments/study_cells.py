@@ -52,6 +52,10 @@ CHANGES = {
         "gad": POLAR | {"steps": 2, "one_in": 4},
         "anchor": ANCHOR | {"steps": 2},
     },
+    "strong": {
+        "gad": POLAR | {"weight": 1.0, "one_in": 4},
+        "anchor": ANCHOR | {"weight": 0.2},
+    },
     "anchor_late": {"anchor": ANCHOR | {"until": 499.5}},
     "anchor_weight_0.2": {"anchor": ANCHOR | {"weight": 0.2}},
 }
@@ -152,17 +156,17 @@ def cells() -> list[str]:
     grid = [f"{base}_{name}" for base in ("dmd", "tdm", "sid") for name in COMBINED]
     alone = [f"regression_{name}" for name in ALONE]
     dmd = [f"dmd_{name}" for name in COMBINED]
-    few = ["regression_none", "regression_polar_anchor", *dmd, "dmd_reg_3"]
+    few = ["regression_none", "regression_polar_anchor", *dmd, "dmd_reg_3", "strong"]
     few += ["tdm_none", "tdm_polar_anchor"]
     one = [f"dmd_{name}" for name in ("none", "reg", "reg_3", "gad", "polar", "reg_polar")]
     one += ["regression_none", "regression_polar", "sid_none", "sid_polar"]
     some = ["regression_none", "dmd_none", "dmd_reg", "dmd_polar", "dmd_polar_anchor"]
-    seven = [*some, "dmd_reg_3", "dmd_reg_10", "dmd_anchor", "weight_1", "map_2"]
+    seven = [*some, "dmd_reg_3", "dmd_reg_10", "dmd_anchor", "weight_1", "strong", "map_2"]
     variants = {
         "flow": [*alone, *grid, *LONGER, *CHANGES, "dmd_reg_0.3", "dmd_reg_3", "dmd_reg_10"],
         "flow_2_steps": few,
         "flow_1_step": one,
-        "eps": ["regression_none", "regression_polar_anchor", *dmd],
+        "eps": ["regression_none", "regression_polar_anchor", *dmd, "dmd_reg_3", "strong"],
         "flow_guidance_2": some,
         "flow_guidance_7": seven,
         "flow_adapters": some,

@@ -35,7 +35,7 @@ from gadjax.objectives import TERMS, build  # noqa: E402
 from gadjax.parallel.hardware import GIB  # noqa: E402
 from gadjax.plan.plan import plan  # noqa: E402
 from gadjax.plan.programs import FAST_COMPILE_OPTIONS, Compiled, Log, Programs  # noqa: E402
-from gadjax.training import context  # noqa: E402
+from gadjax.training import workspace  # noqa: E402
 from gadjax.training.checks import OFFLOAD  # noqa: E402
 from gadjax.training.config import read_config  # noqa: E402
 
@@ -212,7 +212,7 @@ def make_plan(row: Row, folder: Path) -> dict[str, Any]:
     log = partial(print, file=sys.stderr, flush=True)
     with ExitStack() as patches:
         if row.trains == DIFFERENCES:
-            patches.enter_context(mock.patch.object(context, "tangents", differences))
+            patches.enter_context(mock.patch.object(workspace, "tangents", differences))
         if row.tight:
             patches.enter_context(mock.patch.dict(FAST_COMPILE_OPTIONS["tpu"], TIGHT))
         result = plan(config, row.topology, largest=row.largest, log=log)
