@@ -178,3 +178,13 @@ def test_critic_settings_override_the_students(config):
     assert (settings.b2, settings.weight_decay) == (config.optim.b2, config.optim.weight_decay)
     constant = rates(setup.prepare(config).step_spec.optimizers["critic"], 60)
     np.testing.assert_allclose(constant, 5e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("microbatch,k,samples", [(0, 4, 6), (2, 3, 2), (0, 0, 0)])
+def test_blocks_divide_the_samples_of_a_microbatch(config, microbatch, k, samples):
+    config.batch, config.microbatch = 6, microbatch
+    config.objective.gad.one_in = k
+    expected = f"found {k}; expected a divisor of {samples}," if k else "found 0; expected 1 or"
+    assert f"one_in: {expected}" in refused(config)
+    config.objective.gad.one_in = 2
+    checks.validate(config, jax.devices()[:1])
