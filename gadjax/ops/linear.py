@@ -18,6 +18,8 @@ import numpy as np
 from flax.nnx.nn import dtypes
 from jax import lax
 
+from gadjax.parallel.placement import replicate
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("a", "b"), meta_fields=("scale",))
 @dataclass(frozen=True)
@@ -174,7 +176,15 @@ def conv_general_dilated(x: jax.Array, kernel: Kernel, *args, **options) -> jax.
       kernel: [H, W, in, out]; an adapted one without groups of channels.
       args, options: of `jax.lax.conv_general_dilated`.
     """
-    return _multiply(lambda x, k: lax.conv_general_dilated(x, k, *args, **options), x, kernel)
+
+    def convolve(x, kernel):
+        if options.get("feature_group_count", 1) > 1:
+            # Else the compiler exchanges activations, so that each device has the groups of its
+            # part of the kernel: those are many times larger than the kernel.
+            kernel = replicate(kernel)
+        return lax.conv_general_dilated(x, kernel, *args, **options)
+
+    return _multiply(convolve, x, kernel)
 
 
 def linear(x: jax.Array, kernel: Kernel) -> jax.Array:

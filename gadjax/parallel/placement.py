@@ -69,3 +69,12 @@ def gather_positions(tree: Any) -> Any:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """All-gather an array on every device, if the program's mesh is known."""
+    if current_placement.value is None:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(current_placement.value.mesh, PartitionSpec())
+    )
