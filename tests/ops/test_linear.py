@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from several import run_on_devices
 
 from gadjax.models import layers
 from gadjax.models.module import functional
 from gadjax.ops import linear as ops
 from gadjax.ops.linear import Adapter, LowRank, Quantized, dense, quantize
+from gadjax.parallel.placement import Placement, current_placement
+from gadjax.parallel.sharding import batch_sharding, make_mesh
 
 RNG = np.random.default_rng(0)
 
@@ -213,3 +217,42 @@ def test_reverse_mode_keeps_8_bits():
     _, pull = jax.vjp(run, jnp.ones((3, 16)))
     kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= kernels.values.size]
     assert kept and all(leaf.dtype == jnp.int8 for leaf in kept)
+
+
+def depthwise(mesh=None):
+    """Loss and gradients of a depthwise convolution, and its program; the kernel is split over the
+    mesh's devices."""
+    rng = np.random.default_rng(1)
+    given = [np.float32(rng.normal(size=size)) for size in ((3, 3, 1, 64), (16, 8, 8, 64))]
+
+    def loss(kernel, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        same = {"padding": "SAME", "dimension_numbers": numbers, "feature_group_count": 64}
+        return jnp.mean(ops.conv_general_dilated(x, kernel, (1, 1), **same) ** 2)
+
+    def run(kernel, x):
+        with current_placement(mesh and Placement(mesh)):
+            return jax.value_and_grad(loss, (0, 1))(kernel, x)
+
+    places = {}
+    if mesh:
+        split = NamedSharding(mesh, PartitionSpec(None, None, None, "fsdp"))
+        places["in_shardings"] = split, batch_sharding(mesh)
+        places["out_shardings"] = NamedSharding(mesh, PartitionSpec()), places["in_shardings"]
+    program = jax.jit(run, **places).lower(*given).compile()
+    return jax.device_get(program(*given)), program.as_text()
+
+
+def worker():
+    (one, _), (eight, text) = depthwise(), depthwise(make_mesh({"data": 1, "fsdp": 8}))
+    assert "all-gather(" in text and "all-to-all" not in text and "permute(" not in text
+    for a, b in zip(*map(jax.tree.leaves, (one, eight)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_depthwise_convolution_gathers_its_kernel_and_no_activations():
+    run_on_devices(8, __file__)
+
+
+if __name__ == "__main__":
+    worker()
