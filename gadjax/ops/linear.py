@@ -151,9 +151,11 @@ def _multiply(product: Callable[..., jax.Array], x: jax.Array, kernel: Kernel) -
     if not isinstance(kernel, LowRank):
         return product(x, kernel)
     adapter = kernel.adapter
-    inner = product(x, adapter.a)
+    # Gathered, as small as they are: else the compiler leaves outputs split as b is, and exchanges
+    # the whole product's.
+    a, b = replicate(adapter.a), replicate(adapter.b.reshape(adapter.b.shape[-2:]))
+    inner = product(x, a)
     inner = inner if adapter.scale == 1 else inner * jnp.asarray(adapter.scale, inner.dtype)
-    b = adapter.b.reshape(adapter.b.shape[-2:])
     return _multiply(product, x, kernel.base) + inner @ b
 
 

@@ -14,7 +14,7 @@ from gadjax.models import layers
 from gadjax.models.module import functional
 from gadjax.ops import linear as ops
 from gadjax.ops.linear import Adapter, LowRank, Quantized, dense, quantize
-from gadjax.parallel.placement import Placement, current_placement
+from gadjax.parallel.placement import Placement, constrain_batch, current_placement
 from gadjax.parallel.sharding import batch_sharding, make_mesh
 
 RNG = np.random.default_rng(0)
@@ -252,6 +252,40 @@ def worker():
 
 def test_a_depthwise_convolution_gathers_its_kernel_and_no_activations():
     run_on_devices(8, __file__)
+
+
+def test_an_adapted_product_exchanges_no_activations():
+    """Of blocks in reverse mode, compiled for TPUs: where b is split along the outputs, they were
+    computed split and then exchanged."""
+    pytest.importorskip("libtpu")
+    from gadjax.parallel.hardware import find_topology
+
+    mesh = make_mesh({"data": 1, "fsdp": 4}, find_topology("v5e:2x2").devices())
+    layers, tokens, width, wide, rank = 2, 1024, 768, 6912, 64
+
+    def shape(*sizes, split=None):
+        spec = PartitionSpec(*("fsdp" if axis == split else None for axis in range(len(sizes))))
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
+    def loss(adapter, base, back, x):
+        def block(x, kernels):
+            kernel, back = kernels
+            return constrain_batch(x + jnp.tanh(ops.linear(x, kernel)) @ back), None
+
+        x, _ = jax.lax.scan(jax.checkpoint(block), x, (LowRank(base, adapter), back))
+        return jnp.mean(x.astype(jnp.float32) ** 2)
+
+    def run(*given):
+        with current_placement(Placement(mesh)):
+            return jax.value_and_grad(loss)(*given)
+
+    adapter = Adapter(
+        shape(layers, width, rank, split=1), shape(layers, rank, wide, split=2), scale=0.5
+    )
+    base, back = shape(layers, width, wide, split=1), shape(layers, wide, width, split=2)
+    x = shape(4, tokens, width, split=0)
+    text = jax.jit(run).lower(adapter, base, back, x).compile().as_text()
+    assert "all-gather" in text and "all-to-all" not in text
 
 
 if __name__ == "__main__":
