@@ -56,7 +56,7 @@ class Sobolev(Addable):
     """E |S(x) - T(x)|^2 + slope |J_S v - J_T v|^2, v ~ N(0, I): values and tangents at once."""
 
     slope: float = 0.1
-    needs = Needs(student=True, tangent=Directions("gaussian"), maps={ODE: True})
+    needs = Needs(student=True, tangent=Directions(), maps=(ODE,), map_tangents=(ODE,))
 
     def __call__(self, context):
         (student, student_Jv), (teacher, teacher_Jv) = context.student, context.maps[ODE]

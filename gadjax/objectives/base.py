@@ -44,8 +44,8 @@ class TeacherMap:
 
     def count(self, student_steps: int) -> int:
         """Number of steps beside a student of so many."""
-        whole = self.end != "next" or student_steps == 1
-        return self.steps or (8 if whole else 4)
+        from_noise = self.end != "next" or student_steps == 1
+        return self.steps or (8 if from_noise else 4)
 
 
 @dataclass(frozen=True)
