@@ -79,9 +79,10 @@ def evaluations(size: Size) -> Iterator[Figure]:
     def cost_of(step, objective, times, remat=True):
         step_spec = make_step_spec(size, objective, times, remat=remat)
         state = jax.eval_shape(lambda: start(size, step_spec)[0])
-        return flops(partial(step, step_spec), state, params, batch) / u
+        return flops(partial(step, step_spec), state, {"teacher": params}, batch) / u
 
     one, base, gad = (899.0, -1.0), 1.0 * TDM(), 1.0 * GAD(steps=1)
+    k, some = size.batch, lambda steps: GAD(steps=steps, one_in=size.batch)
     given, simulated = "student_step from a given latent", "student_step with backward simulation"
     for name, objective, times, remat, most in (
         (f"{given}: TDM, u", base, one, True, None),
@@ -91,6 +92,14 @@ def evaluations(size: Size) -> Iterator[Figure]:
         (f"{simulated}: TDM + GAD, map of 1 step, u", base + gad, GRID, True, None),
         (f"{simulated}: TDM + GAD, map of 4 steps, u", base + GAD(steps=4), GRID, True, None),
         (f"{simulated}: TDM + GAD, map of 4 steps, u", base + GAD(steps=4), GRID, "results", None),
+        (f"{given}: TDM + GAD of one in {k}, map of 1 step, u", base + some(1), one, True, aim),
+        (
+            f"{simulated}: TDM + GAD of one in {k}, map of 4 steps, u",
+            base + some(4),
+            GRID,
+            True,
+            None,
+        ),
     ):
         value = cost_of(student_step, objective, times, remat)
         yield Figure(name, value, most, note=how[remat])
