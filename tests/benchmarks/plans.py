@@ -337,11 +337,12 @@ def aim(most: float, memory: dict[str, Any]) -> str:
 TEXT = """
 # Plans at full size
 
-Rows of configs/backbones.py ("adapters", "whole weights") are compiled with the code of 2026-11-30,
-19:00 UTC; FLUX.1-schnell's, SD 3.5 large's on v5e:2x2, those of a card or of whole weights, and
-from DMD2 on all on 2026-12-01; the others before attention changed its layouts and norms and GELU
-were recomputed in reverse mode, and not again since (the sharding of large leaves changed later;
-none of these rows had one whole on every chip).
+Rows of adapters on several chips and those of SANA are compiled with the code of 2026-12-01, which
+gathers small kernels (docs/performance.md), but for adapters whose row names v6e or v5e:4x4: those,
+one card and the methods from DMD2 on are of the same day before it; whole weights of
+configs/backbones.py are of 11-30, 19:00 UTC. The others are of before attention changed its layouts
+and norms and GELU were recomputed in reverse mode, and have not been compiled since (the sharding of
+large leaves changed later; none of these rows had one whole on every chip).
 
 Results of `gadjax plan` for the papers' backbones (bfloat16, Pallas attention where the network has
 one, prompts encoded in the step, float32 masters with moments and an EMA; each row's .json is
