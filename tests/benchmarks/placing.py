@@ -14,6 +14,7 @@ from pathlib import Path
 from gadjax.plan.programs import BATCHES_ON_CHIP, Compiled, Log, Programs, bytes_per_chip
 
 ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(.*)", re.MULTILINE)
+BORDERLINE = 2**26  # bytes to spare, below which the compiler has the last word
 compile_fully = Programs.compile
 
 
@@ -43,8 +44,9 @@ def placed(folder: Path, programs: Programs, name: str, batch: int, log: Log) ->
             extra = (BATCHES_ON_CHIP - 1) * sum(map(bytes_per_chip, programs.raw(batch).values()))
             peak, arguments, temporary = sizes_of(assignment)
             seconds = time.perf_counter() - start
-            fits = peak + extra <= programs.target.chip.memory
-            return Compiled(fits, peak + extra, arguments, temporary, text, seconds)
+            spare = programs.target.chip.memory - peak - extra
+            if not 0 <= spare < BORDERLINE:
+                return Compiled(spare >= 0, peak + extra, arguments, temporary, text, seconds)
         before = current
     return compilation.result()
 

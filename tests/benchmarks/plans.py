@@ -338,11 +338,11 @@ TEXT = """
 # Plans at full size
 
 Rows of adapters on several chips and those of SANA are compiled with the code of 2026-12-01, which
-gathers small kernels (docs/performance.md), but for adapters whose row names v6e or v5e:4x4: those,
-one card and the methods from DMD2 on are of the same day before it; whole weights of
-configs/backbones.py are of 11-30, 19:00 UTC. The others are of before attention changed its layouts
-and norms and GELU were recomputed in reverse mode, and have not been compiled since (the sharding of
-large leaves changed later; none of these rows had one whole on every chip).
+gathers small kernels (docs/performance.md), but SD 3.5 large's on v5e:4x4 and those on v6e. They,
+one card and the methods from DMD2 on but SANA-Sprint are of the same day before it, and whole
+weights of configs/backbones.py of the day before. The others are of before attention changed its
+layouts and norms and GELU were recomputed in reverse mode, and have not been compiled since (the
+sharding of large leaves changed later; none of these rows had one whole on every chip).
 
 Results of `gadjax plan` for the papers' backbones (bfloat16, Pallas attention where the network has
 one, prompts encoded in the step, float32 masters with moments and an EMA; each row's .json is
