@@ -27,9 +27,9 @@ class Directions:
         teacher's output with respect to its input: the direction in which the teacher changes that
         functional most (`count` functionals).
       count: number of directions for every sample.
-      one_in: k, of every k neighbouring samples one has tangents (`Blocks`).
+      one_in: k, 1 or more: of every k neighbouring samples one has tangents (`Blocks`).
 
-    Raises: InputError for another kind, and for a count or k below 1.
+    Raises: InputError for another kind or a count below 1.
     """
 
     kind: str = "gaussian"
@@ -40,8 +40,6 @@ class Directions:
         check_choice("direction", self.kind, (*DISTRIBUTIONS, "control"))
         if self.count < 1:
             raise InputError(f"directions: found {self.count}; expected 1 or more")
-        if self.one_in < 1:
-            raise InputError(f"one_in: found {self.one_in}; expected 1 or more")
 
 
 class Blocks(NamedTuple):

@@ -158,7 +158,9 @@ def cells() -> list[str]:
     dmd = [f"dmd_{name}" for name in COMBINED]
     few = ["regression_none", "regression_polar_anchor", *dmd, "dmd_reg_3", "strong"]
     few += ["tdm_none", "tdm_polar_anchor"]
-    one = [f"dmd_{name}" for name in ("none", "reg", "reg_3", "gad", "polar", "reg_polar")]
+    one = [
+        f"dmd_{name}" for name in ("none", "reg", "reg_3", "reg_10", "gad", "polar", "reg_polar")
+    ]
     one += ["regression_none", "regression_polar", "sid_none", "sid_polar"]
     some = ["regression_none", "dmd_none", "dmd_reg", "dmd_polar", "dmd_polar_anchor"]
     seven = [*some, "dmd_reg_3", "dmd_reg_10", "dmd_anchor", "weight_1", "strong", "map_2"]
@@ -166,7 +168,14 @@ def cells() -> list[str]:
         "flow": [*alone, *grid, *LONGER, *CHANGES, "dmd_reg_0.3", "dmd_reg_3", "dmd_reg_10"],
         "flow_2_steps": few,
         "flow_1_step": one,
-        "eps": ["regression_none", "regression_polar_anchor", *dmd, "dmd_reg_3", "strong"],
+        "eps": [
+            "regression_none",
+            "regression_polar_anchor",
+            *dmd,
+            "dmd_reg_3",
+            "dmd_reg_10",
+            "strong",
+        ],
         "flow_guidance_2": some,
         "flow_guidance_7": seven,
         "flow_adapters": some,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gadjax.diffusion.geometry import Directions
 from gadjax.errors import InputError
 from gadjax.objectives.base import Context, Needs, TeacherMap, sample_mean
-from gadjax.objectives.common import sg, student_tangents, tangent_samples
+from gadjax.objectives.common import check_count, sg, student_tangents, tangent_samples
 from gadjax.objectives.compose import Addable
 
 
@@ -52,6 +52,7 @@ class GAD(Addable):
     at_first_step = True  # a tangent at z contradicts no anchor there
 
     def __post_init__(self):
+        check_count("gad", "one_in", self.one_in, 1)
         if self.loss not in ("square", "polar"):
             raise InputError(f"objective.gad.loss: found {self.loss!r}; expected square or polar")
         if self.loss == "polar" and not self.normalize:

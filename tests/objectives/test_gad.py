@@ -575,8 +575,8 @@ def test_the_default_number_of_the_teachers_steps(end, students, expected):
 
 
 def test_bad_options():
-    with pytest.raises(InputError, match="one_in: found 0; expected 1 or more"):
-        _ = GAD(one_in=0).needs
+    with pytest.raises(InputError, match="objective.gad.one_in: found 0; expected 1 or more"):
+        GAD(one_in=0)
     with pytest.raises(InputError, match="objective.gad.loss: found 'l1'; expected square or"):
         GAD(loss="l1")
     with pytest.raises(InputError, match="normalize: found False with the polar loss"):

@@ -75,7 +75,7 @@ def test_an_attention_without_a_forward_derivative(config, monkeypatch):
             {"data": {"prompts": "", "world": "gadjax.worlds.shapes"}},
             "found pictures of 32 x 32 in gadjax.worlds.shapes; expected 16 x 16",
         ),
-        ({"objective": {"gad": {"steps": 0}}}, "found a map of 0 steps; expected 1 or more"),
+        ({"objective": {"gad": {"steps": -1}}}, "found a map of -1 steps; expected 1 or more"),
         (
             {"objective": {"sid": {}, "anchor": {"until": 999}}},
             "objective.anchor.until: found 999; expected a time between 0 and ",
