@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from gadjax.training.workspace import (
     teacher_map,
     teacher_of,
     value_and_tangents,
+    walk,
 )
 from gadjax.types import Batch, Prediction, PyTree
 
@@ -167,11 +169,11 @@ def provide_maps(work: Workspace) -> None:
     needs, context = work.needs, work.context
     if needs.tangent:
         samples = part_of_workspace(work, context.blocks.chosen) if context.blocks else work
-        work.provide(direction_JNHWC=draw_directions(needs, samples.context))
+        work.provide(direction_JNHWC=draw_directions(samples))
     results = [
         value_and_tangents(
             work,
-            lambda part, spec=spec: teacher_map(part.context, part.context.teacher, spec),
+            partial(walk, spec=spec),
             spec in needs.maps,
             spec in needs.map_tangents,
         )

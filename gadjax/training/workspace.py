@@ -106,9 +106,8 @@ def part_of_workspace(work: Workspace, pick: Callable) -> Workspace:
       pick: [B, ...] -> their rows.
     """
     noise, x = jax.tree.map(pick, (work.noise, work.x))
-    context = part_of(work.context, pick)
-    teacher = teacher_of(work.step_spec, work.needs, work.roles, context.batch)
-    context = replace(context, teacher=teacher)
+    # Its teacher reads other prompts: `walk` makes one where it is needed.
+    context = replace(part_of(work.context, pick), teacher=None)
     return replace(work, context=context, cond=work.cond.map(pick), noise=noise, x=x)
 
 
@@ -155,17 +154,23 @@ def teacher_map(context: Context, teacher: Callable, spec: TeacherMap):
     return (lambda x: rollout(teacher, context.schedule, x, grid).end), x
 
 
-def draw_directions(needs: Needs, context: Context):
+def walk(work: Workspace, spec: TeacherMap):
+    """`teacher_map` of all samples, or of those of a part."""
+    context = work.context
+    teacher = context.teacher or teacher_of(work.step_spec, work.needs, work.roles, context.batch)
+    return teacher_map(context, teacher, spec)
+
+
+def draw_directions(work: Workspace):
     """Directions [J, N, H, W, C] shared by all tangents of an update.
 
     Args:
-      needs: kind and number of directions, and which maps have tangents; kind "control" uses the
-        first of them.
-      context: of the N samples.
+      work: of the N samples; kind "control" uses the first map that has tangents.
     """
+    needs, context = work.needs, work.context
     noise = context.batch.noise
     keys = stream_keys(context.batch.key, "direction")
     if needs.tangent.kind != "control":
         return directions(needs.tangent, keys, noise.shape[1:], noise.dtype)
-    f, x = teacher_map(context, context.teacher, needs.map_tangents[0])
+    f, x = walk(work, needs.map_tangents[0])
     return jax.lax.stop_gradient(control_directions(f, x, keys, needs.tangent.count))

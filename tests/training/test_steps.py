@@ -187,6 +187,8 @@ READ = {
     DMD() + Anchor(target="x0", steps=2): ["teacher", 2 * B],
     DMD(backprop="all") + Anchor(steps=2): ["teacher", 2 * B, "student", B],
     GAD(end="whole", steps=2): ["teacher", 2 * B, "student", B],
+    # The chosen samples' captions once more, for the tangents of the teacher's map.
+    GAD(end="whole", steps=2, one_in=2): ["teacher", 2 * B, "student", B, "teacher", B],
 }
 
 
@@ -206,7 +208,7 @@ def cache_text(calls: list):
     return replace(WORLD.denoiser, apply=apply, text_kv=text_kv)
 
 
-@pytest.mark.parametrize("objective", READ, ids=("tdm", "dmd", "endpoint", "whole"))
+@pytest.mark.parametrize("objective", READ, ids=("tdm", "dmd", "endpoint", "whole", "part"))
 def test_a_prompts_kv_cache_is_computed_once_for_all_evaluations(objective):
     calls, batch = [], make_batch(B)
     step_spec = replace(STEP_SPEC, objective=objective)
