@@ -5,6 +5,7 @@ Variants: --config configs/shapes_gad.py:VARIANT with
   gad (default)  dmd + gad + anchor
   dmd            dmd alone
   anchor         dmd + anchor (DP-DMD)
+  paired         dmd + 3 regression: what the study recommends (docs/results/README.md)
   tdm            tdm + gad + anchor
   regression     regression to the teacher's own next latent
   quickstart     gad in fewer and smaller updates, for launch/quickstart.sh
@@ -23,6 +24,7 @@ VARIANTS = {
     "gad": {"dmd": {}, "gad": GAD, "anchor": ANCHOR},
     "dmd": {"dmd": {}},
     "anchor": {"dmd": {}, "anchor": ANCHOR},
+    "paired": {"dmd": {}, "regression": {"weight": 3.0, "steps": 4}},
     "tdm": {"tdm": {}, "gad": GAD, "anchor": ANCHOR},
     "regression": {"regression": {"steps": 4}},
     "quickstart": {"dmd": {}, "gad": GAD, "anchor": ANCHOR},
