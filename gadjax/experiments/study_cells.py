@@ -178,7 +178,7 @@ def cells() -> list[str]:
         ],
         "flow_guidance_2": some,
         "flow_guidance_7": seven,
-        "flow_adapters": some,
+        "flow_adapters": [*some, "dmd_reg_3", "dmd_reg_10"],
         "flow_adapters_int8": ["dmd_polar_anchor", "regression_none"],
     }
     variants["flow"] += ["script", "script_half"]
