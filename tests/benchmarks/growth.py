@@ -57,13 +57,13 @@ def cost(size: Size, point: Mapping[str, int], rounds: int) -> tuple[float, floa
     size = replace(size, side=side, batch=point["batch"])
     gad = GAD(steps=point["map steps"], directions=point["directions"])
     step_spec = make_step_spec(size, DMD() + 0.3 * gad + 0.05 * Anchor(steps=point["map steps"]))
-    state, teacher, batch = start(size, step_spec)
+    state, networks, batch = start(size, step_spec)
     program = jax.jit(partial(student_step, step_spec), donate_argnums=0)
-    compiled = program.lower(state, {"teacher": teacher}, batch).compile()
+    compiled = program.lower(state, networks, batch).compile()
     now, times = clock(), []
     for _ in range(rounds + 1):
         begin = now()
-        state, metrics = jax.block_until_ready(compiled(state, {"teacher": teacher}, batch))
+        state, metrics = jax.block_until_ready(compiled(state, networks, batch))
         times.append(now() - begin)
     return min(times[1:]), temp(compiled) / MIB
 

@@ -100,8 +100,8 @@ def make_update(
     steps = [student_step] + [critic_step] * critic
     cost = sum(flops(partial(step, step_spec), *shapes) for step in steps)
     denoiser: Denoiser = step_spec.denoiser
-    _, params, batch = shapes
-    u = flops(lambda p, b: denoiser.raw(p, b.noise, 500.0, b.cond), params, batch)
+    _, networks, batch = shapes
+    u = flops(lambda p, b: denoiser.raw(p, b.noise, 500.0, b.cond), networks["teacher"], batch)
     compiled = [
         jax.jit(partial(step, step_spec), donate_argnums=0).lower(*shapes).compile()
         for step in steps

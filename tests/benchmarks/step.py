@@ -43,13 +43,13 @@ def make_step_spec(
 
 
 def start(size: Size, step_spec: StepSpec, dtype=jnp.float32):
-    """State, teacher in `dtype` and batch; all networks are one random network."""
+    """State, frozen networks in `dtype` and batch; all networks are one random network."""
     params = make_network(size)[0].init(jax.random.key(0))
     state = create_state(
         {role: jax.tree.map(jnp.copy, params) for role in step_spec.optimizers},
         step_spec.optimizers,
     )
-    return state, cast(params, dtype), make_batch(size)
+    return state, {"teacher": cast(params, dtype)}, make_batch(size)
 
 
 def evaluations(size: Size) -> Iterator[Figure]:
