@@ -58,10 +58,10 @@ class Blocks(NamedTuple):
 
     def chosen(self, x):
         """The chosen samples [N, ...] of an array [B, ...]."""
-        x, chosen = self._split(x), None
-        for place in range(self.size):
-            here = x[:, place]
-            chosen = here if place == 0 else self._where(self.index_N == place, here, chosen)
+        x = self._split(x)
+        chosen = x[:, 0]
+        for place in range(1, self.size):
+            chosen = self._where(self.index_N == place, x[:, place], chosen)
         return chosen
 
     def rest(self, x):
